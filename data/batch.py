@@ -1,0 +1,56 @@
+"""The batch that the collator hands to the model: tensors with masks, and their samples.
+
+Axis words: `batch` samples, `seq` tokens of the prompt and answer, `images` pictures, `text`
+question tokens, `words` OCR words, `chars` token ids of one OCR word.
+"""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from data.sample import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What the backbone reads (first block) and what only the router sees (second block).
+
+    `labels` are -100 where nothing is supervised, and None for generation. `image_index` names the
+    sample of each picture. `text_ids` is the question alone: no OCR words, no task prefix, no
+    answer. `ocr_boxes` are x0 y0 x1 y1 in 0..1 of the picture. `task_ids` is -1 where the task is
+    unknown or withheld, `expert_ids` -1 where nobody knows. Masks are True where there is
+    something; a sample without OCR evidence has an all-False `ocr_mask`.
+    """
+
+    input_ids: Tensor  # [batch, seq] int64
+    attention_mask: Tensor  # [batch, seq] int64
+    labels: Tensor | None = None  # [batch, seq] int64
+    pixel_values: Tensor  # [images, 3, height, width]
+    image_index: Tensor  # [images] int64
+
+    text_ids: Tensor  # [batch, text] int64
+    text_mask: Tensor  # [batch, text] bool
+    ocr_ids: Tensor  # [batch, words, chars] int64
+    ocr_char_mask: Tensor  # [batch, words, chars] bool
+    ocr_boxes: Tensor  # [batch, words, 4] float
+    ocr_confidence: Tensor  # [batch, words] float
+    ocr_mask: Tensor  # [batch, words] bool
+    task_ids: Tensor  # [batch] int64
+    expert_ids: Tensor  # [batch] int64
+    image_mask: Tensor  # [batch] bool
+
+    samples: list[Sample] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        """The same batch with every tensor on `device`; the samples stay where they are."""
+        tensors = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **tensors)
