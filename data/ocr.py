@@ -1,0 +1,350 @@
+"""OCR evidence: a real engine run over the pixels, cached on disk by content.
+
+The key of a cache row is the picture itself (sha256 over size and RGB bytes), so that a cache never
+answers for another picture, and pictures that several tasks share are read once. Cached and live
+readings are equal: the engine already rounds to what the Parquet file stores.
+
+    pictures -> build_cache (several processes, resumable) -> one Parquet -> OcrCache.get(picture)
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL.Image import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data.sample import Box, OcrWord
+
+Words = tuple[OcrWord, ...]
+Table = dict[str, Words]
+
+METADATA_KEY = b"moa.ocr"
+SCHEMA = pa.schema(
+    [
+        ("hash", pa.string()),
+        ("words", pa.list_(pa.string())),
+        ("boxes", pa.list_(pa.list_(pa.int32()))),
+        ("confidences", pa.list_(pa.float64())),
+    ]
+)
+
+
+def content_hash(image: Image) -> str:
+    """sha256 over the size and the RGB bytes: equal pictures have equal hashes, whatever the file."""
+    rgb = image.convert("RGB")
+    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
+    digest.update(rgb.tobytes())
+    return digest.hexdigest()
+
+
+def split_line(text: str, box: Box, confidence: float) -> list[OcrWord]:
+    """The words of one line that the engine read, each with its share of the line's box.
+
+    Widths are proportional to characters, blanks included: exact for fixed-pitch letters, and
+    within about a letter for others.
+    """
+    x0, y0, x1, y1 = box
+    step = (x1 - x0) / max(len(text), 1)
+    words, start = [], 0
+    for part in text.split(" "):
+        if part.strip():
+            end = start + len(part)
+            share = (round(x0 + start * step), round(y0), round(x0 + end * step), round(y1))
+            words.append(OcrWord(text=part, box=tuple(map(float, share)), confidence=confidence))
+        start += len(part) + 1
+    return words
+
+
+def reading_order(boxes: Sequence[Box]) -> list[int]:
+    """Positions of the boxes from top to bottom, and from left to right within a row.
+
+    A box joins the row above it when its centre lies above that row's bottom edge.
+    """
+    rows: list[tuple[float, list[int]]] = []
+    for index in sorted(range(len(boxes)), key=lambda i: boxes[i][1] + boxes[i][3]):
+        x0, top, x1, bottom = boxes[index]
+        if rows and (top + bottom) / 2 < rows[-1][0]:
+            rows[-1][1].append(index)
+        else:
+            rows.append((bottom, [index]))
+    return [i for _, row in rows for i in sorted(row, key=lambda i: boxes[i][0])]
+
+
+class OcrEngine:
+    """RapidOCR on one thread. The session is made at the first reading, so an engine pickles.
+
+    The detector's settings are for small pictures: the package's own upsize the short side to 736,
+    which is five times slower and no more exact here. Lines under `min_confidence` are dropped.
+    """
+
+    def __init__(self, *, min_confidence: float = 0.5, limit_side_len: int = 320):
+        if not 0 <= min_confidence <= 1:
+            raise ValueError(f"min_confidence: must lie in [0, 1], got {min_confidence}")
+        self.min_confidence = min_confidence
+        self.limit_side_len = limit_side_len
+        self._session: Any = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a cache records: two caches with equal settings hold equal words."""
+        return {
+            "engine": "rapidocr",
+            "version": importlib.metadata.version("rapidocr"),
+            "min_confidence": self.min_confidence,
+            "limit_side_len": self.limit_side_len,
+        }
+
+    def read(self, image: Image) -> Words:
+        """The words of a picture in reading order; boxes in its pixels."""
+        pixels = np.asarray(image.convert("RGB"))[:, :, ::-1]  # the engine takes BGR
+        result = self._started()(np.ascontiguousarray(pixels))
+        if not result.txts:
+            return ()
+        lines = [
+            (text, _bounds(corners, image.size), round(float(score), 3))
+            for text, corners, score in zip(result.txts, result.boxes, result.scores, strict=True)
+            if score >= self.min_confidence
+        ]
+        order = reading_order([box for _, box, _ in lines])
+        return tuple(word for i in order for word in split_line(*lines[i]))
+
+    def _started(self) -> Any:
+        if self._session is None:
+            from rapidocr import RapidOCR
+
+            threads = "EngineConfig.onnxruntime."
+            self._session = RapidOCR(
+                params={
+                    "Global.use_cls": False,
+                    "Global.log_level": "error",
+                    "Det.limit_side_len": self.limit_side_len,
+                    "Det.limit_type": "min",
+                    threads + "intra_op_num_threads": 1,
+                    threads + "inter_op_num_threads": 1,
+                }
+            )
+        return self._session
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_session": None}
+
+
+def _bounds(corners: np.ndarray, size: tuple[int, int]) -> Box:
+    """The upright box around the engine's four corners, clipped to the picture."""
+    x0, y0 = np.clip(corners.min(axis=0), 0, size)
+    x1, y1 = np.clip(corners.max(axis=0), 0, size)
+    return float(x0), float(y0), float(x1), float(y1)
+
+
+class OcrCache:
+    """Words by content hash, held in memory.
+
+    `get` answers from the file; a picture that it lacks is read by `engine` and remembered, or,
+    where there is none, answered with None ("no OCR was run").
+    """
+
+    def __init__(self, path: str | Path | None = None, *, engine: OcrEngine | None = None):
+        self.path = Path(path) if path is not None else None
+        self.engine = engine
+        self.table: Table = {}
+        self.settings: dict[str, Any] = engine.settings if engine else {}
+        if self.path is not None and (self.path.exists() or engine is None):
+            self.table, found = read_table(self.path)
+            if engine is not None:
+                check_settings(self.path, found, engine.settings)
+            self.settings = found
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def get(self, image: Image) -> Words | None:
+        """The words of the picture, or None where nobody has read it."""
+        key = content_hash(image)
+        if key not in self.table and self.engine is not None:
+            self.table[key] = self.engine.read(image)
+        return self.table.get(key)
+
+    def save(self) -> None:
+        """Write everything known, the live readings too, back to `path`."""
+        if self.path is None:
+            raise ValueError("OcrCache.save: this cache was made without a path")
+        write_table(self.path, self.table, self.settings)
+
+
+def read_table(path: Path) -> tuple[Table, dict[str, Any]]:
+    """The words by hash, and the engine's settings; a missing or foreign file is one clear error."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such OCR cache; make it with scripts/ocr.py")
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not a readable Parquet file ({error})") from error
+    metadata = (table.schema.metadata or {}).get(METADATA_KEY)
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if metadata is None or missing:
+        raise ValueError(f"{path}: not an OCR cache; lacks {missing or 'the engine settings'}")
+    return {row["hash"]: _words(row) for row in table.to_pylist()}, json.loads(metadata)
+
+
+def _words(row: dict[str, Any]) -> Words:
+    return tuple(
+        OcrWord(text=text, box=tuple(map(float, box)), confidence=confidence)
+        for text, box, confidence in zip(
+            row["words"], row["boxes"], row["confidences"], strict=True
+        )
+    )
+
+
+def write_table(path: Path, table: Table, settings: dict[str, Any]) -> None:
+    """Write atomically; rows are sorted by hash, so that the same pictures give the same file."""
+    columns = [
+        sorted(table),
+        [[w.text for w in table[key]] for key in sorted(table)],
+        [[[int(v) for v in w.box] for w in table[key]] for key in sorted(table)],
+        [[w.confidence for w in table[key]] for key in sorted(table)],
+    ]
+    schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(settings, sort_keys=True)})
+    arrays = [pa.array(column, f.type) for column, f in zip(columns, SCHEMA, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        pq.write_table(
+            pa.Table.from_arrays(arrays, schema=schema),
+            file,
+            compression="zstd",
+            compression_level=19,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Refuse to mix the readings of two engines, or of two settings, in one file."""
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise ValueError(
+                f"{path}: {key} is {found.get(key)!r} in this cache and {wanted.get(key)!r} here;"
+                " delete the file, or ask for its own setting"
+            )
+
+
+@dataclass(kw_only=True)
+class BuildReport:
+    """What became of each picture: `read` by the engine, `known` before, or failed for a reason."""
+
+    read: int = 0
+    known: int = 0
+    failures: dict[str, list[int]] = field(default_factory=dict)  # reason -> positions
+
+    @property
+    def failed(self) -> int:
+        return sum(map(len, self.failures.values()))
+
+
+def build_cache(
+    images: Sequence[Image] | Iterable[Image],
+    path: str | Path,
+    *,
+    num_workers: int = 2,
+    part_size: int = 200,
+    engine: OcrEngine | None = None,
+    progress: bool = True,
+) -> BuildReport:
+    """Read every picture into the cache at `path`, `part_size` pictures at a time.
+
+    `images` is indexed inside the worker processes, so a lazy sequence renders or decodes there; it
+    must pickle. A killed build goes on from its last part; pictures already in the file are kept. A
+    picture that cannot be opened or read is counted by reason, and the others go on.
+    """
+    pictures = images if hasattr(images, "__getitem__") else [*images]
+    path, engine, report = Path(path), engine or OcrEngine(), BuildReport()
+    table = _resume(path, engine.settings)
+    fresh: Table = {}
+    for position, (key, words, reason) in enumerate(
+        _read_all(pictures, engine, frozenset(table), num_workers, progress)
+    ):
+        if reason is not None:
+            report.failures.setdefault(reason, []).append(position)
+        elif words is None or key in table:
+            report.known += 1
+        else:
+            report.read += 1
+            table[key] = fresh[key] = words
+        if len(fresh) >= part_size:
+            write_table(_part(path, len(table)), fresh, engine.settings)
+            fresh = {}
+    write_table(path, table, engine.settings)
+    for part in _parts(path):
+        part.unlink()
+    return report
+
+
+def _part(path: Path, rows: int) -> Path:
+    return path.with_name(f"{path.name}.part-{rows:08d}")
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(p for p in path.parent.glob(f"{path.name}.part-*") if p.suffix != ".tmp")
+
+
+def _resume(path: Path, settings: dict[str, Any]) -> Table:
+    table: Table = {}
+    for file in [path, *_parts(path)]:
+        if file.exists():
+            rows, found = read_table(file)
+            check_settings(file, found, settings)
+            table.update(rows)
+    return table
+
+
+def _read_all(pictures: Any, engine: OcrEngine, known: frozenset, num_workers: int, progress: bool):
+    """(hash, words or None if known, reason or None) of every picture, in order."""
+    total = len(pictures)
+    columns = (TextColumn("OCR"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not progress) as bar:
+        task = bar.add_task("OCR", total=total)
+        for result in _results(pictures, engine, known, num_workers, total):
+            bar.advance(task)
+            yield result
+
+
+def _results(pictures: Any, engine: OcrEngine, known: frozenset, num_workers: int, total: int):
+    if num_workers <= 1:
+        _start_worker(pictures, engine, known)
+        yield from map(_read_one, range(total))
+        return
+    # spawn: a forked onnxruntime session may hang on locks that its parent held
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        num_workers, context, initializer=_start_worker, initargs=(pictures, engine, known)
+    ) as pool:
+        yield from pool.map(_read_one, range(total), chunksize=4)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(pictures: Any, engine: OcrEngine, known: frozenset) -> None:
+    _worker.update(pictures=pictures, engine=engine, known=known)
+
+
+def _read_one(position: int) -> tuple[str | None, Words | None, str | None]:
+    try:
+        image = _worker["pictures"][position]
+        key = content_hash(image)
+        words = None if key in _worker["known"] else _worker["engine"].read(image)
+    except Exception as error:  # one bad picture must not stop the rest: it is counted and named
+        return None, None, f"{type(error).__name__}: {error}"
+    return key, words, None

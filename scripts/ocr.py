@@ -1,0 +1,128 @@
+"""Read pictures with the OCR engine into a cache file (data/ocr.py).
+
+    python scripts/ocr.py --out assets/ocr.parquet --scenes train:3000 validation:200
+    python scripts/ocr.py --out my.parquet --folder ~/pictures
+
+A killed run goes on where it stopped; pictures already in the file are not read again.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.ocr import BuildReport, OcrEngine, build_cache, read_table
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class ScenePictures:
+    """The scenes of some splits as a lazy sequence: each worker renders what it reads."""
+
+    splits: tuple[tuple[str, int], ...]
+    seed: int
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.splits)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        from data.scenes import render_scene
+
+        for split, count in self.splits:
+            if index < count:
+                return render_scene(split, index, self.seed)[0]
+            index -= count
+        raise IndexError(index)
+
+
+@dataclass(frozen=True)
+class FolderPictures:
+    """The picture files under a folder, decoded in the worker."""
+
+    files: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        try:
+            with Image.open(self.files[index]) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{self.files[index]}: {error}") from error
+
+
+def folder_pictures(folder: Path) -> FolderPictures:
+    """The pictures under a folder, sorted by path; an empty or missing folder is an error."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"--folder {folder}: no picture files ({', '.join(sorted(SUFFIXES))})")
+    return FolderPictures(tuple(files))
+
+
+def scene_split(text: str) -> tuple[str, int]:
+    """`train:3000` -> ("train", 3000)."""
+    name, _, count = text.partition(":")
+    if not name or not count.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: write SPLIT:COUNT, such as train:3000")
+    return name, int(count)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="Parquet file to make or extend")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--scenes", type=scene_split, nargs="+", metavar="SPLIT:COUNT")
+    what.add_argument("--folder", type=Path, help="every picture file under this folder")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument("--part", type=int, default=200, help="pictures a save (default: 200)")
+    parser.add_argument(
+        "--min-confidence", type=float, default=0.5, help="drop lines below it (default: 0.5)"
+    )
+    parser.add_argument(
+        "--side", type=int, default=320, help="shortest side that the detector sees (default: 320)"
+    )
+    return parser.parse_args(argv)
+
+
+def report_lines(report: BuildReport, out: Path) -> list[str]:
+    table, settings = read_table(out)
+    words = sum(map(len, table.values()))
+    size = out.stat().st_size / 1e6
+    lines = [
+        f"{out}: {len(table)} pictures, {words} words, {size:.2f} MB; {settings}",
+        f"read {report.read}, known before {report.known}, failed {report.failed}",
+    ]
+    for reason, positions in report.failures.items():
+        lines.append(f"  {len(positions)} x {reason} (first at position {positions[0]})")
+    return lines
+
+
+def main() -> None:
+    args = arguments()
+    try:
+        pictures = (
+            folder_pictures(args.folder)
+            if args.folder
+            else ScenePictures(tuple(args.scenes), args.seed)
+        )
+        engine = OcrEngine(min_confidence=args.min_confidence, limit_side_len=args.side)
+        report = build_cache(
+            pictures, args.out, num_workers=args.workers, part_size=args.part, engine=engine
+        )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(report_lines(report, args.out)))
+    sys.exit(1 if report.failed else 0)
+
+
+if __name__ == "__main__":
+    main()

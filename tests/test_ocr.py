@@ -1,0 +1,190 @@
+import subprocess
+import sys
+
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from data import ocr
+from data.ocr import (
+    OcrCache,
+    OcrEngine,
+    build_cache,
+    content_hash,
+    read_table,
+    reading_order,
+    split_line,
+    write_table,
+)
+from data.sample import OcrWord
+
+
+def sign(text: str, size: tuple[int, int] = (192, 192)) -> Image.Image:
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size=24)
+    for row, line in enumerate(text.splitlines()):
+        draw.text((20, 20 + 70 * row), line, fill="black", font=font)
+    return image
+
+
+class FakeEngine(OcrEngine):
+    """Reads the colour of the first pixel; refuses pure red."""
+
+    def read(self, image):
+        red = image.getpixel((0, 0))[0]
+        if red == 255:
+            raise RuntimeError("engine failed")
+        return (OcrWord(text=str(red), box=(0.0, 1.0, 2.0, 3.0), confidence=0.875),)
+
+
+def plain(red: int) -> Image.Image:
+    return Image.new("RGB", (4, 4), (red, 0, 0))
+
+
+class Broken:
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise OSError("truncated")
+        return plain(index)
+
+
+def test_the_engine_reads_rendered_words_in_reading_order_with_boxes_around_them():
+    words = OcrEngine().read(sign("HELLO\ngood day"))
+    assert [w.text for w in words] == ["HELLO", "good", "day"]
+    hello, good, day = (w.box for w in words)
+    assert 10 <= hello[0] <= 30 and hello[3] < good[1]
+    assert good[2] < day[0] and good[1] == day[1]
+    assert all(w.confidence > 0.8 for w in words)
+
+
+def test_a_picture_without_words_gives_an_empty_tuple():
+    assert OcrEngine().read(Image.new("RGB", (192, 192), "white")) == ()
+
+
+def test_lines_below_the_confidence_are_dropped():
+    assert OcrEngine(min_confidence=1.0).read(sign("HELLO\ngood day")) == ()
+    with pytest.raises(ValueError, match=r"min_confidence: must lie in \[0, 1\], got 2"):
+        OcrEngine(min_confidence=2)
+
+
+def test_a_line_is_split_into_words_by_its_share_of_characters():
+    words = split_line("ab  cde", (10.0, 5.0, 80.0, 15.0), 0.9)
+    assert [(w.text, w.box) for w in words] == [
+        ("ab", (10.0, 5.0, 30.0, 15.0)),
+        ("cde", (50.0, 5.0, 80.0, 15.0)),
+    ]
+
+
+def test_boxes_are_read_by_rows_and_then_from_left_to_right():
+    boxes = [(50, 12, 90, 22), (0, 40, 20, 50), (0, 10, 40, 20), (30, 39, 60, 49)]
+    assert reading_order([tuple(map(float, b)) for b in boxes]) == [2, 0, 1, 3]
+
+
+def test_the_hash_sees_pixels_and_size_and_not_the_file_or_mode():
+    image = sign("HELLO")
+    assert content_hash(image) == content_hash(image.convert("RGBA"))
+    assert content_hash(image) != content_hash(sign("HELL0"))
+    flat = Image.new("RGB", (2, 8)), Image.new("RGB", (8, 2))
+    assert content_hash(flat[0]) != content_hash(flat[1])
+
+
+def test_cached_words_equal_the_live_reading(tmp_path):
+    pictures, path = [sign("HELLO\ngood day"), sign("EXIT")], tmp_path / "ocr.parquet"
+    report = build_cache(pictures, path, num_workers=2, progress=False)
+    cache = OcrCache(path)
+    assert (report.read, report.known, report.failed) == (2, 0, 0)
+    assert [cache.get(p) for p in pictures] == [OcrEngine().read(p) for p in pictures]
+    assert cache.get(sign("other")) is None
+
+
+def test_a_cache_with_an_engine_reads_what_it_lacks_and_can_save_it(tmp_path):
+    path = tmp_path / "live.parquet"
+    live = OcrCache(path, engine=FakeEngine())
+    assert live.get(plain(7))[0].text == "7"
+    live.save()
+    assert OcrCache(path).get(plain(7)) == live.get(plain(7))
+
+
+def test_a_killed_build_goes_on_from_its_parts_to_the_same_file(tmp_path, monkeypatch):
+    pictures = [plain(i) for i in range(7)]
+    whole, killed = tmp_path / "whole.parquet", tmp_path / "killed.parquet"
+    options = {"num_workers": 1, "part_size": 2, "engine": FakeEngine(), "progress": False}
+    build_cache(pictures, whole, **options)
+
+    read_one = ocr._read_one
+
+    def dies(position):
+        if position == 5:
+            raise KeyboardInterrupt
+        return read_one(position)
+
+    monkeypatch.setattr(ocr, "_read_one", dies)
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(pictures, killed, **options)
+    monkeypatch.undo()
+    assert not killed.exists()
+    report = build_cache(pictures, killed, **options)
+    assert (report.read, report.known) == (3, 4)
+    assert killed.read_bytes() == whole.read_bytes()
+    assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
+
+
+def test_failures_are_counted_by_reason_and_the_other_pictures_are_read(tmp_path):
+    path = tmp_path / "ocr.parquet"
+    report = build_cache(Broken(), path, num_workers=1, engine=FakeEngine(), progress=False)
+    assert report.failures == {"OSError: truncated": [1]} and report.read == 2
+    report = build_cache(
+        [plain(255), plain(9)], path, num_workers=1, engine=FakeEngine(), progress=False
+    )
+    assert report.failures == {"RuntimeError: engine failed": [0]}
+    assert len(OcrCache(path)) == 3
+
+
+def test_mixing_settings_in_one_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "ocr.parquet"
+    write_table(path, {}, FakeEngine(min_confidence=0.5).settings)
+    with pytest.raises(ValueError, match="min_confidence is 0.5 in this cache and 0.9 here"):
+        OcrCache(path, engine=FakeEngine(min_confidence=0.9))
+    with pytest.raises(ValueError, match="limit_side_len"):
+        build_cache([plain(1)], path, engine=FakeEngine(limit_side_len=100), progress=False)
+
+
+def test_missing_and_broken_cache_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none.parquet: no such OCR cache"):
+        OcrCache(tmp_path / "none.parquet")
+    broken = tmp_path / "broken.parquet"
+    broken.write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match=r"broken.parquet: not a readable Parquet file"):
+        OcrCache(broken)
+
+
+def test_three_thousand_rows_stay_under_a_megabyte(tmp_path):
+    word = OcrWord(text="station", box=(12.0, 100.0, 80.0, 120.0), confidence=0.987)
+    table = {content_hash(Image.new("RGB", (i, 1))): (word,) for i in range(1, 3001)}
+    path = tmp_path / "ocr.parquet"
+    write_table(path, table, {})
+    assert path.stat().st_size < 500_000
+    assert read_table(path)[0] == table
+
+
+def test_the_command_reads_a_folder_and_names_a_truncated_picture(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    sign("EXIT").save(folder / "exit.png")
+    data = (folder / "exit.png").read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
+    out = tmp_path / "ocr.parquet"
+    command = [sys.executable, "scripts/ocr.py", "--out", out, "--folder", folder, "--workers", "1"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "failed 1" in done.stdout and "cut.png" in done.stdout
+    assert [w.text for w in OcrCache(out).get(sign("EXIT"))] == ["EXIT"]
+
+
+def test_the_command_says_what_is_wrong_with_an_empty_folder(tmp_path):
+    command = [sys.executable, "scripts/ocr.py", "--out", "x.parquet", "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "no picture files" in done.stderr
