@@ -12,11 +12,11 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data.sample import Box, OcrWord
 
+
+class Pictures(Protocol):
+    """A lazy sequence of pictures."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Image: ...
+
+
 Words = tuple[OcrWord, ...]
+OcrSource = Callable[[Image], Words | None]  # a cache or a live engine; None = no OCR was run
 Table = dict[str, Words]
 
 METADATA_KEY = b"moa.ocr"
@@ -41,7 +50,7 @@ SCHEMA = pa.schema(
 
 
 def content_hash(image: Image) -> str:
-    """sha256 over the size and the RGB bytes: equal pictures have equal hashes, whatever the file."""
+    """sha256 over the size and the RGB bytes: equal pictures, equal hash, whatever the file."""
     rgb = image.convert("RGB")
     digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
     digest.update(rgb.tobytes())
@@ -60,10 +69,16 @@ def split_line(text: str, box: Box, confidence: float) -> list[OcrWord]:
     for part in text.split(" "):
         if part.strip():
             end = start + len(part)
-            share = (round(x0 + start * step), round(y0), round(x0 + end * step), round(y1))
-            words.append(OcrWord(text=part, box=tuple(map(float, share)), confidence=confidence))
+            share = (x0 + start * step, y0, x0 + end * step, y1)
+            words.append(OcrWord(text=part, box=_whole(share), confidence=confidence))
         start += len(part) + 1
     return words
+
+
+def _whole(box: Sequence[float]) -> Box:
+    """Whole pixels, as the cache stores them."""
+    x0, y0, x1, y1 = (float(round(value)) for value in box)
+    return x0, y0, x1, y1
 
 
 def reading_order(boxes: Sequence[Box]) -> list[int]:
@@ -118,6 +133,8 @@ class OcrEngine:
         ]
         order = reading_order([box for _, box, _ in lines])
         return tuple(word for i in order for word in split_line(*lines[i]))
+
+    __call__ = read
 
     def _started(self) -> Any:
         if self._session is None:
@@ -175,6 +192,8 @@ class OcrCache:
             self.table[key] = self.engine.read(image)
         return self.table.get(key)
 
+    __call__ = get
+
     def save(self) -> None:
         """Write everything known, the live readings too, back to `path`."""
         if self.path is None:
@@ -183,7 +202,7 @@ class OcrCache:
 
 
 def read_table(path: Path) -> tuple[Table, dict[str, Any]]:
-    """The words by hash, and the engine's settings; a missing or foreign file is one clear error."""
+    """The words by hash, and the engine's settings; a missing or foreign file is one error."""
     if not path.is_file():
         raise ValueError(f"{path}: no such OCR cache; make it with scripts/ocr.py")
     try:
@@ -199,7 +218,7 @@ def read_table(path: Path) -> tuple[Table, dict[str, Any]]:
 
 def _words(row: dict[str, Any]) -> Words:
     return tuple(
-        OcrWord(text=text, box=tuple(map(float, box)), confidence=confidence)
+        OcrWord(text=text, box=_whole(box), confidence=confidence)
         for text, box, confidence in zip(
             row["words"], row["boxes"], row["confidences"], strict=True
         )
@@ -254,7 +273,7 @@ class BuildReport:
 
 
 def build_cache(
-    images: Sequence[Image] | Iterable[Image],
+    images: Pictures | Iterable[Image],
     path: str | Path,
     *,
     num_workers: int = 2,

@@ -1,6 +1,6 @@
 """Read pictures with the OCR engine into a cache file (data/ocr.py).
 
-    python scripts/ocr.py --out assets/ocr.parquet --scenes train:3000 validation:200
+    python scripts/ocr.py --out assets/ocr.parquet --scenes train:3000 train:500:line
     python scripts/ocr.py --out my.parquet --folder ~/pictures
 
 A killed run goes on where it stopped; pictures already in the file are not read again.
@@ -24,18 +24,18 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 class ScenePictures:
     """The scenes of some splits as a lazy sequence: each worker renders what it reads."""
 
-    splits: tuple[tuple[str, int], ...]
+    splits: tuple[tuple[str, int, str | None], ...]
     seed: int
 
     def __len__(self) -> int:
-        return sum(count for _, count in self.splits)
+        return sum(count for _, count, _ in self.splits)
 
     def __getitem__(self, index: int) -> Image.Image:
         from data.scenes import render_scene
 
-        for split, count in self.splits:
+        for split, count, style in self.splits:
             if index < count:
-                return render_scene(split, index, self.seed)[0]
+                return render_scene(split, index, self.seed, style)[0]
             index -= count
         raise IndexError(index)
 
@@ -65,12 +65,12 @@ def folder_pictures(folder: Path) -> FolderPictures:
     return FolderPictures(tuple(files))
 
 
-def scene_split(text: str) -> tuple[str, int]:
-    """`train:3000` -> ("train", 3000)."""
-    name, _, count = text.partition(":")
-    if not name or not count.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: write SPLIT:COUNT, such as train:3000")
-    return name, int(count)
+def scene_split(text: str) -> tuple[str, int, str | None]:
+    """`train:3000` -> ("train", 3000, None); `train:500:line` -> ("train", 500, "line")."""
+    name, count, style = [*text.split(":"), "", ""][:3]
+    if not name or not count.isdecimal() or text.count(":") > 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: write SPLIT:COUNT[:STYLE], as in train:3000")
+    return name, int(count), style or None
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,7 +79,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="Parquet file to make or extend")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--scenes", type=scene_split, nargs="+", metavar="SPLIT:COUNT")
+    what.add_argument("--scenes", type=scene_split, nargs="+", metavar="SPLIT:COUNT[:STYLE]")
     what.add_argument("--folder", type=Path, help="every picture file under this folder")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
