@@ -1,0 +1,283 @@
+"""Every setting of a run, with its default, its choices and the rules between settings.
+
+    defaults here  <  YAML file  <  key.sub=value on the command line
+
+Nothing is changed after loading. The comment beside or above a field is its line in `--help`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from moa.settings import load
+
+Precision = Literal["fp32", "bf16", "fp16"]
+TRAINED_KINDS = ("softmax", "top_k", "sigmoid")  # routers whose logits are learned by gradient
+
+
+def check(rule: bool, key: str, message: str) -> None:
+    """Raise the one error of a broken rule; `key` is written as the user wrote it."""
+    if not rule:
+        raise ValueError(f"{key}: {message}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str = "assets/demo_base"  # hub name or local folder of the base model
+    dtype: Precision = "fp32"  # stored precision of the frozen base weights
+    # linear layers that get experts: full module paths or regular expressions over the whole path
+    targets: list[str] = field(
+        default_factory=lambda: [r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"]
+    )
+    exclude: list[str] = field(default_factory=list)  # of the targets: paths or expressions to omit
+    train_projector: bool = False  # also train the projector between vision tower and language
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertConfig:
+    rank: int = 8  # rows of lora_A
+    alpha: float = 16.0  # scaling is alpha / rank, or alpha / sqrt(rank) with use_rslora
+    use_rslora: bool = False  # rank-stabilised scaling
+    targets: list[str] | None = None  # a subset of model.targets; null: all of them
+    init_from: str | None = None  # PEFT adapter folder that this expert starts from
+    frozen: bool = False  # takes part in the mixture, is never trained
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, "experts.*.rank", f"must be 1 or more, got {self.rank}")
+        check(self.alpha > 0, "experts.*.alpha", f"must be above 0, got {self.alpha}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    # how logits become gates; one_hot: by the sample's expert, fixed: by weights, anchors: untrained
+    kind: Literal["softmax", "top_k", "sigmoid", "one_hot", "fixed", "anchors"] = "softmax"
+    granularity: Literal["sample", "token"] = "sample"  # decided once per sample, or at each token
+    # what the router sees
+    evidence: list[Literal["image", "text", "ocr", "task"]] = field(
+        default_factory=lambda: ["image", "text", "ocr", "task"]
+    )
+    top_k: int = 2  # experts kept per decision by kind top_k
+    temperature: float = 1.0  # divides the logits
+    hidden: int = 64  # width inside the router
+    pooling: Literal["attention", "mean"] = "attention"  # over the tokens of one kind of evidence
+    per_site: bool = False  # a learned offset of the logits for each wrapped layer
+    modality_dropout: float = 0.1  # chance in training that one kind of evidence is hidden
+    weights: dict[str, float] | None = None  # of kind fixed: expert -> gate; null: all equal
+
+    def __post_init__(self) -> None:
+        check(self.top_k >= 1, "router.top_k", f"must be 1 or more, got {self.top_k}")
+        check(self.temperature > 0, "router.temperature", f"must be above 0: {self.temperature}")
+        inside = 0 <= self.modality_dropout < 1
+        check(inside, "router.modality_dropout", f"must be in [0, 1): {self.modality_dropout}")
+        check(
+            bool(self.evidence), "router.evidence", "names nothing; choose of image text ocr task"
+        )
+        unique = len(set(self.evidence)) == len(self.evidence)
+        check(unique, "router.evidence", f"names one kind twice: {list(self.evidence)}")
+        possible = self.granularity == "sample" or self.kind in ("softmax", "top_k")
+        check(possible, "router.granularity", f"token needs kind softmax or top_k, got {self.kind}")
+        fits = self.weights is None or self.kind == "fixed"
+        check(fits, "router.weights", f"have no effect with router.kind={self.kind}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    # what the language loss is a mean over: samples count alike, or answer tokens do
+    reduction: Literal["sample", "token"] = "sample"
+    guidance: float = 1.0  # cross-entropy of the router with the sample's expert, at the first step
+    guidance_end: float = 0.1  # its weight at the last step of the stage; linear between
+    load_balancing: float = 0.0  # equal use of the experts over the batch
+    within_task_balancing: float = 0.0  # equal use of the experts within each task
+    z: float = 0.0  # keeps router logits small
+    entropy: float = 0.0  # above 0: sharper gates; below 0: softer gates
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    name: str  # stands in logs and tables
+    kind: Literal["scenes", "jsonl"] = "scenes"  # the reader
+    path: str | None = None  # file of kind jsonl
+    split: str = "train"  # of kind scenes
+    task: str | None = None  # of kind scenes; kind jsonl names it in each row
+    style: str | None = None  # of kind scenes: drawing style; null: the split's own
+    expert: str | None = None  # the expert that these samples train; null: nobody knows
+    num_samples: int | None = None  # of kind scenes: size; of kind jsonl: only the first ones
+    seed: int = 0  # of kind scenes
+    weight: float = 1.0  # share of the draws, relative to the other sources
+
+    def __post_init__(self) -> None:
+        key = f"data.sources.{self.name}"
+        check(self.weight > 0, f"{key}.weight", f"must be above 0, got {self.weight}")
+        count = self.num_samples
+        check(count is None or count >= 1, f"{key}.num_samples", f"must be 1 or more, got {count}")
+        if self.kind == "scenes":
+            check(count is not None, f"{key}.num_samples", "kind scenes needs a number")
+            check(self.path is None, f"{key}.path", "has no effect with kind=scenes")
+        if self.kind == "jsonl":
+            check(self.path is not None, f"{key}.path", "kind jsonl needs a file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    sources: list[SourceConfig] = field(default_factory=list)  # the training mixture
+    validation: list[SourceConfig] = field(default_factory=list)  # scored by loss during training
+    # tasks known to the router, in the order of their ids
+    tasks: list[str] = field(default_factory=lambda: ["vqa", "caption", "grounding", "ocr_vqa"])
+    expert: str | None = None  # overrides every source's expert: the baseline with a single adapter
+    ocr_cache: str | None = None  # Parquet file of OCR words; null: no OCR evidence
+    ocr_engine: bool = False  # pictures that the cache lacks are read by the engine, live
+    on_bad_sample: Literal["error", "skip"] = "error"  # stop, or count, leave out and report
+    num_workers: int = 0  # processes that load and collate; the order is the same for any number
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    task_in_prompt: bool = True  # the language model reads the task's name
+    ocr_in_prompt: bool = True  # the language model reads the OCR words as reference tokens
+    task_template: str = "[{task}] "  # stands before the question
+    ocr_template: str = "\nReference OCR token: {words}"  # stands after the question
+    box_codec: Literal["location_tokens"] = "location_tokens"  # how boxes are written as text
+    max_length: int = 2048  # tokens of prompt and answer; a longer sample is a bad sample
+    max_ocr_words: int = 64  # the most confident ones are kept, for prompt and router
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateConfig:
+    experts: float = 1e-3  # learning rate of lora_A and lora_B
+    router: float = 1e-3  # learning rate of the router
+    projector: float = 1e-4  # learning rate of the projector
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    # experts: all at once, each on its samples; router: experts frozen; joint: both
+    name: Literal["experts", "router", "joint"]
+    steps: int  # optimiser steps
+    lr: RateConfig = field(default_factory=RateConfig)
+    warmup_steps: int = 0  # linear from 0
+    lr_end: float = 0.0  # cosine down to this share of the learning rate
+    # run folder, step folder, or mapping of experts to PEFT folders; null: what the last stage left
+    init_from: Any = None
+
+    def __post_init__(self) -> None:
+        key = f"stages.{self.name}"
+        check(self.steps >= 1, f"{key}.steps", f"must be 1 or more, got {self.steps}")
+        inside = 0 <= self.warmup_steps <= self.steps
+        check(inside, f"{key}.warmup_steps", f"must be in 0..{self.steps}, got {self.warmup_steps}")
+        known = self.init_from is None or isinstance(self.init_from, str | dict)
+        check(known, f"{key}.init_from", f"must be a folder or a mapping, got {self.init_from!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    batch_size: int = 32  # samples per optimiser step, over all processes and accumulation steps
+    micro_batch_size: int | None = None  # samples per forward on one device; null: as many as fit
+    precision: Precision = "fp32"  # of the computation; gates and losses stay in fp32
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    clip_norm: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+    weight_decay: float = 0.0  # AdamW, on matrices only
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # AdamW
+    save_every: int = 100  # steps between checkpoints; the end of a stage is always saved
+    keep_last: int = 2  # newest checkpoints kept, besides the best
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "save_every", "keep_last"):
+            value = getattr(self, name)
+            check(value >= 1, f"train.{name}", f"must be 1 or more, got {value}")
+        micro = self.micro_batch_size
+        fits = micro is None or (micro >= 1 and self.batch_size % micro == 0)
+        check(fits, "train.micro_batch_size", f"{micro} must divide batch_size={self.batch_size}")
+        check(len(self.betas) == 2, "train.betas", f"AdamW takes two, got {list(self.betas)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    every: int = 100  # steps between validations during training; 0: only at the end of a stage
+    batch_size: int = 32  # samples per forward
+    sources: list[SourceConfig] = field(default_factory=list)  # what eval.py scores
+    max_new_tokens: int = 32  # of a generated answer
+    num_beams: int = 1  # 1: greedy
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    every: int = 10  # steps between console lines; log.jsonl and the trackers get every step
+    progress: bool = True  # progress bar where the console is a terminal
+    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)  # by Accelerate
+    project: str = "moa"  # name at the trackers
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    out: str = "runs/run"  # run folder
+    seed: int = 0  # of initialisation, data order and dropout
+    model: ModelConfig = field(default_factory=ModelConfig)
+    experts: dict[str, ExpertConfig] = field(default_factory=dict)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_experts(self)
+        check_sources(self)
+        check_stages(self)
+
+
+def check_experts(config: RunConfig) -> None:
+    names, router = list(config.experts), config.router
+    check(bool(names), "experts", "names none; write experts: {vqa: {rank: 8}}")
+    for name in names:
+        check(re.fullmatch(r"\w[\w-]*", name) is not None, f"experts.{name}", "is no folder name")
+    possible = router.kind != "top_k" or router.top_k <= len(names)
+    check(possible, "router.top_k", f"is {router.top_k}, but there are {len(names)} experts")
+    for name in router.weights or {}:
+        check(name in names, f"router.weights.{name}", f"no such expert; choices: {names}")
+
+
+def check_sources(config: RunConfig) -> None:
+    data, names = config.data, list(config.experts)
+    used = [(f"data.sources.{s.name}.expert", s.expert) for s in data.sources]
+    used += [(f"data.validation.{s.name}.expert", s.expert) for s in data.validation]
+    used += [(f"eval.sources.{s.name}.expert", s.expert) for s in config.eval.sources]
+    used = [("data.expert", data.expert)] if data.expert else used
+    for key, expert in used:
+        check(
+            expert is None or expert in names, key, f"no such expert {expert!r}; choices: {names}"
+        )
+    for key, sources in (("data.sources", data.sources), ("data.validation", data.validation)):
+        labels = [s.name for s in sources]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        check(not twice, key, f"two sources have the name {', '.join(twice)}")
+        for source in sources:
+            known = source.task is None or source.task in data.tasks
+            choices = f"not in data.tasks; choices: {list(data.tasks)}"
+            check(known, f"{key}.{source.name}.task", f"{source.task!r} is {choices}")
+    engine = not data.ocr_engine or data.ocr_cache is not None
+    check(engine, "data.ocr_engine", "needs data.ocr_cache, the file that its words go to")
+
+
+def check_stages(config: RunConfig) -> None:
+    kind, sources = config.router.kind, config.data.sources
+    for stage in config.stages:
+        key = f"stages.{stage.name}"
+        check(bool(sources), "data.sources", f"names none, and {key} has {stage.steps} steps")
+        if stage.name == "router":
+            check(kind in (*TRAINED_KINDS, "anchors"), key, f"router.kind={kind} learns nothing")
+        if stage.name == "experts" and len(config.experts) > 1:
+            nobody = [s.name for s in sources if s.expert is None and config.data.expert is None]
+            check(not nobody, f"data.sources.{', '.join(nobody)}.expert", f"{key} needs one")
+        if isinstance(stage.init_from, dict):
+            for name in stage.init_from:
+                check(name in config.experts, f"{key}.init_from.{name}", "no such expert")
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run's config from a YAML file and `key.sub=value` overrides; see `moa.settings.load`."""
+    return load(RunConfig, path, overrides)
