@@ -1,0 +1,416 @@
+"""Pretrain the demo's base: a tiny real LLaVA, from nothing, on scenes of the `pretrain` split.
+
+    python scripts/pretrain_base.py --out assets/demo_base --ocr OCR.parquet
+
+1. a CLIP vision tower learns to name what lies under each of its patches;
+2. its features of every scene are computed once;
+3. projector and Llama learn a generic mixture of every task on these features.
+
+Several questions about one picture share a row: each sees the picture and itself, nothing else.
+The OCR words come from `python scripts/ocr.py --scenes pretrain:6000 --out OCR.parquet`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.boxes import encode_locations
+from data.concepts import CATEGORY, GROUNDS, SPLITS
+from data.ocr import OcrCache, content_hash
+from data.questions import TASKS, Question, questions
+from data.scenes import SIZE, Scene, render_scene
+
+IMAGE_SIZE, PATCH, WIDTH, LAYERS, NUM_BINS = 96, 12, 192, 4, 32
+NUM_PATCHES = (IMAGE_SIZE // PATCH) ** 2
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{{ '<image>' }}"
+    "{% elif m['role'] == 'assistant' %}"
+    "{% generation %}{{ ' ' + c['text'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ c['text'] + '\nanswer:' }}{% endif %}{% endfor %}{% endfor %}"
+)
+Take = Callable[..., None]
+LABELS = ("sign", *GROUNDS, *CATEGORY)  # what a patch can be called
+MIXTURE = {  # the base is a generalist: the experts' own tasks are a part of what it sees
+    "vqa": 2.0, "caption": 0.7, "grounding": 1.0, "ocr_vqa": 0.8, "count": 1.5, "yes_no": 1.5,
+}  # fmt: skip
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the questions' words; capitals, as on signs, stay single characters."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=800,
+        min_frequency=4,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<pad>", "<s>", "</s>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        model_max_length=512,
+    )  # fmt: skip
+    places = [AddedToken(f"<loc{i:04d}>", normalized=False) for i in range(NUM_BINS)]
+    fast.add_tokens(places)
+    fast.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    fast.image_token = "<image>"
+    return fast
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    """Pictures are squeezed to a square, so that boxes keep their place in parts of the side."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size=size, do_center_crop=False),
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        chat_template=CHAT_TEMPLATE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=6, image_size=IMAGE_SIZE, patch_size=PATCH, projection_dim=WIDTH,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=512,
+        num_hidden_layers=LAYERS, num_attention_heads=6, num_key_value_heads=6,
+        max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_seq_length=NUM_PATCHES,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+def patch_labels(scene: Scene) -> np.ndarray:
+    """[patches] what covers most of each patch: a thing, the sign, or the ground."""
+    owner = np.full((SIZE, SIZE), LABELS.index(scene.ground), dtype=np.int64)
+    if scene.sign:
+        x0, y0, x1, y1 = map(int, scene.sign.box)
+        owner[y0:y1, x0:x1] = LABELS.index("sign")
+    for thing in scene.things:
+        x0, y0, x1, y1 = map(int, thing.box)
+        owner[y0:y1, x0:x1] = LABELS.index(thing.name)
+    side = IMAGE_SIZE // PATCH
+    cells = owner.reshape(side, SIZE // side, side, SIZE // side).transpose(0, 2, 1, 3)
+    counts = np.apply_along_axis(np.bincount, 1, cells.reshape(side * side, -1), None, len(LABELS))
+    return counts.argmax(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The pretraining scenes as the model sees them."""
+
+    scenes: list[Scene]
+    pixel_values: Tensor  # [scenes, 3, height, width] float16
+    labels: Tensor  # [scenes, patches]
+    hashes: list[str]  # of the pictures, as the OCR cache knows them
+
+
+def draw_world(processor: LlavaProcessor, num_scenes: int, seed: int) -> World:
+    scenes, pixels, labels, hashes = [], [], [], []
+    for start in _track(range(0, num_scenes, 100), "draw"):
+        drawn = [render_scene("pretrain", i, seed) for i in range(start, start + 100)]
+        images = [image for image, _ in drawn]
+        batch = processor.image_processor(images=images, return_tensors="pt")
+        pixels.append(batch["pixel_values"].half())
+        hashes += [content_hash(image) for image in images]
+        scenes += [scene for _, scene in drawn]
+        labels += [patch_labels(scene) for _, scene in drawn]
+    named = torch.from_numpy(np.stack(labels))
+    return World(scenes=scenes, pixel_values=torch.cat(pixels), labels=named, hashes=hashes)
+
+
+def read_words(world: World, cache_file: Path) -> list[str | None]:
+    """What the OCR engine read in each scene; None where it did not look."""
+    read = OcrCache(cache_file).table
+    return [" ".join(w.text for w in read[key]) if key in read else None for key in world.hashes]
+
+
+def name_patches(tower: nn.Module, world: World, args: argparse.Namespace) -> float:
+    """Stage 1: cross-entropy of each patch with what it shows; returns foreground accuracy."""
+    head = nn.Linear(WIDTH, len(LABELS)).to(args.device)
+    weight = torch.tensor([0.3 if name in GROUNDS else 1.0 for name in LABELS], device=args.device)
+    parameters = [*tower.parameters(), *head.parameters()]
+    right = 0.0
+    for rows, take in _steps(
+        parameters, args.tower_steps, len(world.scenes), 64, 1e-3, args, "tower"
+    ):
+        pixels = world.pixel_values[rows].to(args.device).float()
+        target = world.labels[rows].to(args.device)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            logits = head(tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:])
+        loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight)
+        front = target > len(GROUNDS)
+        share = (logits.argmax(-1) == target)[front].float().mean().item()
+        right = 0.98 * right + 0.02 * share if right else share
+        take(loss, foreground=round(right, 3))
+    return right
+
+
+@torch.no_grad()
+def encode_scenes(tower: nn.Module, world: World, device: str) -> Tensor:
+    """Stage 2: [scenes, patches, width] features of every scene, in half precision."""
+    return torch.cat([
+        tower(chunk.to(device).float(), output_hidden_states=True).hidden_states[-1][:, 1:].half().cpu()
+        for chunk in _track(world.pixel_values.split(128), "encode")
+    ])  # fmt: skip
+
+
+def prompt(question: Question, wording: str, words: str | None, with_task: bool) -> str:
+    """As the collator writes it: prefix, question, OCR words."""
+    prefix = f"[{question.task}] " if with_task else ""
+    evidence = f"\nocr: {words}" if words else ""
+    return f"{prefix}{wording}{evidence}\nanswer:"
+
+
+def ask(scene: Scene, words: str | None, rng: np.random.Generator) -> tuple[str, str] | None:
+    """A random (prompt, answer) about a scene, or None if its task has no question here."""
+    task = str(rng.choice(TASKS, p=np.array([MIXTURE[t] for t in TASKS]) / sum(MIXTURE.values())))
+    names = {thing.name for thing in scene.things}
+    absent = str(rng.choice(sorted(SPLITS["pretrain"].concepts - names)))
+    if task == "ocr_vqa" and not words:
+        return None
+    kinds: dict[str, list[Question]] = {}
+    for question in questions(scene, task, (absent,)):
+        kinds.setdefault(question.kind, []).append(question)
+    if not kinds:
+        return None
+    of_kind = kinds[str(rng.choice(sorted(kinds)))]
+    question = of_kind[int(rng.integers(len(of_kind)))]
+    wordings = question.wordings("all")
+    wording = wordings[int(rng.integers(len(wordings)))]
+    boxes = [encode_locations(box, SIZE, SIZE, NUM_BINS) for box in question.boxes]
+    answer = [*boxes, *question.answers][0]
+    # "where is the cat?" has two answers: without the prefix both are right, and both are seen
+    return prompt(question, wording, words, bool(rng.random() < 0.7)), " " + answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Several questions about one picture, side by side after its tokens."""
+
+    ids: list[int]
+    labels: list[int]
+    segments: list[int]  # which question each token belongs to
+    positions: list[int]
+    weights: list[float]  # 1 / answer tokens: every question counts the same
+
+
+class Packer:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        self.tokenizer = tokenizer
+        self.encode = cache(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def row(self, scene: Scene, words: str | None, rng: np.random.Generator, count: int) -> Row:
+        row = Row(ids=[], labels=[], segments=[], positions=[], weights=[])
+        for segment in range(count):
+            asked = ask(scene, words, rng)
+            if asked is None:
+                continue
+            question, answer = map(self.encode, asked)
+            answer = [*answer, self.tokenizer.eos_token_id]
+            row.ids.extend([*question, *answer])
+            row.labels.extend([-100] * len(question) + answer)
+            row.segments.extend([segment] * (len(question) + len(answer)))
+            row.positions.extend(range(len(question) + len(answer)))
+            row.weights.extend([1 / len(answer)] * (len(question) + len(answer)))
+        return row
+
+
+def pad(rows: list[Row], name: str, value: float, dtype: torch.dtype) -> Tensor:
+    width = max(len(row.ids) for row in rows)
+    values = [getattr(row, name) + [value] * (width - len(row.ids)) for row in rows]
+    return torch.tensor(values, dtype=dtype)
+
+
+def block_mask(segments: Tensor, prefix: int) -> Tensor:
+    """[batch, 1, seq, seq] True where a token may look: the picture, and its own question before it."""
+    picture = torch.full((segments.shape[0], prefix), -1, device=segments.device)
+    owner = torch.cat([picture, segments], 1)
+    same = (owner[:, :, None] == owner[:, None, :]) | (owner == -1)[:, None, :]
+    causal = torch.ones(
+        owner.shape[1], owner.shape[1], dtype=torch.bool, device=owner.device
+    ).tril()
+    return (same & causal)[:, None]
+
+
+def answer_questions(
+    model: nn.Module, packer: Packer, world: World, words: list[str | None], features: Tensor, args
+) -> None:
+    """Stage 3: projector and language model on cached features, answers only."""
+    language, projector = model.model.language_model, model.model.multi_modal_projector
+    parameters = [*language.parameters(), *projector.parameters()]
+    rng = np.random.default_rng(args.seed)
+    begin = torch.tensor([[packer.tokenizer.bos_token_id]], device=args.device)
+    for chosen, take in _steps(
+        parameters, args.steps, len(world.scenes), 32, 1.5e-3, args, "language"
+    ):
+        rows = [packer.row(world.scenes[i], words[i], rng, args.questions) for i in chosen.tolist()]
+        ids, labels = pad(rows, "ids", 0, torch.long), pad(rows, "labels", -100, torch.long)
+        segments, positions = (
+            pad(rows, "segments", -2, torch.long),
+            pad(rows, "positions", 0, torch.long),
+        )
+        weights = pad(rows, "weights", 0.0, torch.float)
+        embed = language.get_input_embeddings()
+        prefix = NUM_PATCHES + 1
+        before = torch.arange(prefix).expand(len(rows), -1)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            pictures = projector(features[chosen].to(args.device).float())
+            start = embed(begin.expand(len(rows), 1)).to(pictures.dtype)
+            text = embed(ids.to(args.device)).to(pictures.dtype)
+            hidden = language(
+                inputs_embeds=torch.cat([start, pictures, text], 1),
+                attention_mask=block_mask(segments.to(args.device), prefix),
+                position_ids=torch.cat([before, positions + prefix], 1).to(args.device),
+                use_cache=False,
+            ).last_hidden_state[:, prefix:]
+            supervised = labels[:, 1:] != -100
+            logits = model.lm_head(hidden[:, :-1][supervised.to(args.device)])
+        target = labels[:, 1:][supervised].to(args.device)
+        weight = weights[:, 1:][supervised].to(args.device)
+        losses = F.cross_entropy(logits.float(), target, reduction="none")
+        take((losses * weight).sum() / weight.sum())
+
+
+def _steps(parameters, total, rows, batch, peak, args, name) -> Iterator[tuple[Tensor, Take]]:
+    """Shuffled batches of row numbers, each with a function that takes the step on their loss."""
+    generator = torch.Generator().manual_seed(args.seed)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total, pct_start=0.05)
+    order = torch.empty(0, dtype=torch.long)
+    began, mean = time.time(), 0.0
+    for number in _track(range(total), name):
+        if len(order) < batch:
+            order = torch.randperm(rows, generator=generator)
+        chosen, order = order[:batch], order[batch:]
+
+        def take(loss: Tensor, *, number: int = number, **shown: float) -> None:
+            nonlocal mean
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            mean = loss.item() if number == 0 else 0.98 * mean + 0.02 * loss.item()
+            if number % 50 == 0 or number == total - 1:
+                row = {
+                    "stage": name,
+                    "step": number,
+                    "loss": round(mean, 4),
+                    "seconds": round(time.time() - began),
+                }
+                print(json.dumps(row | shown), flush=True)
+
+        yield chosen, take
+
+
+def _track(sequence, name: str):
+    columns = (TextColumn(name), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not sys.stderr.isatty()) as bar:
+        yield from bar.track(sequence)
+
+
+def corpus(seed: int) -> list[str]:
+    """Texts of some scenes for the tokenizer; signs' words are left out, so that they stay spelled."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for index in range(2000):
+        scene = render_scene("pretrain", index, seed)[1]
+        for _ in range(4):
+            if asked := ask(scene, None, rng):
+                texts.append("".join(asked))
+    return [*texts, *(f"[{task}] \nocr:\nanswer:" for task in TASKS for _ in range(50))]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for model, processor and card"
+    )
+    parser.add_argument(
+        "--ocr", type=Path, required=True, help="OCR cache of the pretraining scenes"
+    )
+    parser.add_argument("--scenes", type=int, default=20_000)
+    parser.add_argument("--tower-steps", type=int, default=1500, help="of 64 scenes")
+    parser.add_argument("--steps", type=int, default=2500, help="of 32 scenes")
+    parser.add_argument("--questions", type=int, default=6, help="about each scene of a step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--tower", type=Path, help="start from this base's tower instead of training one"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    began = time.time()
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer(corpus(args.seed))
+    processor, model = build_processor(tokenizer), build_model(tokenizer).to(args.device)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{total:,} parameters, {len(tokenizer)} tokens", flush=True)
+    world = draw_world(processor, args.scenes, args.seed)
+    tower = model.model.vision_tower
+    card = {"parameters": total, "seed": args.seed, "scenes": args.scenes}
+    if args.tower:
+        trained = LlavaForConditionalGeneration.from_pretrained(args.tower, dtype=torch.float32)
+        tower.load_state_dict(trained.model.vision_tower.state_dict())
+    else:
+        card["foreground_patches_right"] = round(name_patches(tower, world, args), 3)
+        model.save_pretrained(args.out)
+        processor.save_pretrained(args.out)
+    features = encode_scenes(tower, world, args.device)
+    words = read_words(world, args.ocr)
+    print(f"{len(words)} scenes, {sum(w is not None for w in words)} read", flush=True)
+    answer_questions(model, Packer(tokenizer), world, words, features, args)
+    model.save_pretrained(args.out)
+    processor.save_pretrained(args.out)
+    card |= {"tower_steps": args.tower_steps, "language_steps": args.steps, "questions": args.questions,
+             "bf16": args.bf16, "minutes": round((time.time() - began) / 60, 1)}  # fmt: skip
+    (args.out / "recipe.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(card))
+
+
+if __name__ == "__main__":
+    main()
