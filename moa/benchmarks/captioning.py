@@ -1,0 +1,29 @@
+"""Captions against reference captions (COCO and its like): CIDEr-D, BLEU, ROUGE-L."""
+
+from collections.abc import Sequence
+
+from moa.benchmarks.scores import Prediction, Scores, empty_answers
+from moa.metrics import caption_scores, exact_match
+
+
+def score(predictions: Sequence[Prediction]) -> Scores:
+    """The primary score is CIDEr-D / 10, clipped to [0, 1]; the raw corpus metrics stand beside it.
+
+    Document frequencies come from these references, so a subset has its own scale.
+    """
+    references = [p.sample.answers for p in predictions]
+    captions = caption_scores([p.text for p in predictions], references)
+    exact = [exact_match(p.text, p.sample.answers) for p in predictions]
+    return Scores(
+        primary="CIDEr/10",
+        values={
+            "CIDEr/10": [min(max(value / 10, 0.0), 1.0) for value in captions.cider],
+            "exact_match": exact,
+        },
+        corpus=captions.corpus,
+        failures=empty_answers(predictions),
+        notes={
+            "tokenizer": captions.tokenizer,
+            "document_frequencies": f"from the references of these {len(predictions)} samples",
+        },
+    )

@@ -1,0 +1,19 @@
+"""Questions about words in the picture (OCR-VQA, ST-VQA, DocVQA): exact match and ANLS."""
+
+from collections.abc import Sequence
+
+from moa.benchmarks.scores import Prediction, Scores, empty_answers
+from moa.metrics import anls, exact_match
+
+
+def score(predictions: Sequence[Prediction]) -> Scores:
+    """Exact match, and ANLS for words read nearly right."""
+    pairs = [(p.text, p.sample.answers) for p in predictions]
+    return Scores(
+        primary="exact_match",
+        values={
+            "exact_match": [exact_match(text, answers) for text, answers in pairs],
+            "ANLS": [anls(text, answers) for text, answers in pairs],
+        },
+        failures=empty_answers(predictions),
+    )

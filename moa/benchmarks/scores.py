@@ -1,0 +1,58 @@
+"""What a benchmark takes (predictions) and what it yields (named values with their standard errors)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from data.sample import Box, Sample
+from moa.metrics import clustered_standard_error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One generated answer: its text, the box that the codec found in it, the gates it was made with.
+
+    `gates` are `[site or 1][expert]`, None where gates are decided per token.
+    """
+
+    sample: Sample
+    text: str
+    box: Box | None = None
+    gates: list[list[float]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The metrics of one task. `primary` names the one score, in [0, 1], that tables compare.
+
+    `values` holds one number a sample for each metric that is a mean over samples; `corpus` holds the
+    metrics that only a whole set has. `failures` lists, by reason, the positions of the answers that
+    could not count; `notes` names the rules and tools that the values depend on.
+    """
+
+    primary: str
+    values: dict[str, list[float]]
+    corpus: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, list[int]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[tuple[str, float]]:
+        """(name, value), the primary first."""
+        names = [self.primary, *(name for name in self.values if name != self.primary)]
+        yield from ((name, mean(self.values[name])) for name in names)
+        yield from self.corpus.items()
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def with_error(values: Sequence[float], samples: Sequence[Sample]) -> dict[str, float | None]:
+    """The mean and its standard error, clustered by picture."""
+    clusters = [sample.image_id for sample in samples]
+    return {"value": mean(values), "se": clustered_standard_error(values, clusters)}
+
+
+def empty_answers(predictions: Sequence[Prediction]) -> dict[str, list[int]]:
+    """The positions of answers without a character, as a failure by reason; nothing if there are none."""
+    empty = [i for i, prediction in enumerate(predictions) if not prediction.text.strip()]
+    return {"empty answer": empty} if empty else {}
