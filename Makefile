@@ -1,0 +1,40 @@
+# make demo and make test set everything up by themselves; PYTHON chooses the interpreter (>= 3.11).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+export TOKENIZERS_PARALLELISM = false
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check bench setup scoreboard clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "moa needs Python 3.11 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --requirement requirements.txt
+	@touch $@
+
+demo: setup  ## train, evaluate, merge and export the embedded default; ends with table and pictures
+	$(BIN)/python scripts/demo.py --out $(RUN)
+
+test: setup  ## the whole suite
+	$(BIN)/python -m pytest
+
+check: setup  ## format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy moa data train.py eval.py scripts benchmarks
+	$(BIN)/python -m pytest -m "not slow"
+
+bench: setup  ## the speed and memory tables
+	$(BIN)/python benchmarks/mixture.py
+	$(BIN)/python benchmarks/generation.py
+
+scoreboard: setup  ## results/scoreboard.json: about an hour on two cores
+	$(BIN)/python scripts/scoreboard.py --out runs/scoreboard
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
