@@ -102,7 +102,7 @@ class SourceConfig:
     split: str = "train"  # of kind scenes
     task: str | None = None  # of kind scenes; kind jsonl names it in each row
     style: str | None = None  # of kind scenes: drawing style; null: the split's own
-    expert: str | None = None  # the expert that these samples train; null: nobody knows
+    expert: str | None = None  # the expert that these samples train; null: the reader's own choice
     num_samples: int | None = None  # of kind scenes: size; of kind jsonl: only the first ones
     seed: int = 0  # of kind scenes
     weight: float = 1.0  # share of the draws, relative to the other sources
@@ -270,9 +270,10 @@ def check_stages(config: RunConfig) -> None:
         check(bool(sources), "data.sources", f"names none, and {key} has {stage.steps} steps")
         if stage.name == "router":
             check(kind in (*TRAINED_KINDS, "anchors"), key, f"router.kind={kind} learns nothing")
-        if stage.name == "experts" and len(config.experts) > 1:
-            nobody = [s.name for s in sources if s.expert is None and config.data.expert is None]
-            check(not nobody, f"data.sources.{', '.join(nobody)}.expert", f"{key} needs one")
+        if stage.name == "experts" and config.data.expert is None:
+            nobody = [s.name for s in sources if s.expert is None and s.kind != "scenes"]
+            rule = f"{key} trains each expert on its own samples, and these name none"
+            check(not nobody, f"data.sources.{', '.join(nobody)}.expert", rule)
         if isinstance(stage.init_from, dict):
             for name in stage.init_from:
                 check(name in config.experts, f"{key}.init_from.{name}", "no such expert")

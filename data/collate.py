@@ -1,0 +1,240 @@
+"""Samples -> Batch: chat template, answer-only labels, pictures, and the router's evidence.
+
+    [task] question <OCR words>  ->  processor.apply_chat_template  ->  input_ids, labels
+    question | OCR words with boxes | task                          ->  what the router alone sees
+
+Nothing is truncated: cutting a sequence may cut image tokens, which no model survives. A sample
+longer than `max_length` is a bad sample like any other.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from data.boxes import BoxCodec
+from data.checks import BadSampleError, check_sample, name_of
+from data.sample import OcrWord, Sample
+
+IGNORED = -100  # label of a token that is not supervised
+
+
+def target_text(sample: Sample, codec: BoxCodec) -> str:
+    """What the model learns to say: the most frequent answer (the first of equals), or the boxes."""
+    if any(answer.strip() for answer in sample.answers):
+        return Counter(a for a in sample.answers if a.strip()).most_common(1)[0][0]
+    return "; ".join(codec.encode(box, *sample.image.size) for box in sample.boxes)
+
+
+def chosen_words(sample: Sample, limit: int) -> list[OcrWord]:
+    """The `limit` most confident OCR words, in their own (reading) order."""
+    words = sample.ocr or ()
+    best = sorted(range(len(words)), key=lambda i: -words[i].confidence)[:limit]
+    return [words[i] for i in sorted(best)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collator:
+    """Makes batches; the same object for any number of worker processes.
+
+    `processor` is a Hugging Face processor with a chat template that marks the answer by
+    `{% generation %}`. `tasks` and `experts` are the names behind `task_ids` and `expert_ids`.
+    With `withhold_task` neither prompt nor router learns the task. `allow_unknown_tasks` is for
+    held-out tasks: they get id -1, and their prefix in the prompt as any other.
+    With `for_generation` there are no labels, and padding is on the left.
+    """
+
+    processor: Any
+    tasks: Sequence[str]
+    experts: Sequence[str]
+    codec: BoxCodec
+    task_in_prompt: bool = True
+    ocr_in_prompt: bool = True
+    task_template: str = "[{task}] "
+    ocr_template: str = "\nReference OCR token: {words}"
+    max_length: int = 2048
+    max_ocr_words: int = 64
+    for_generation: bool = False
+    withhold_task: bool = False
+    allow_unknown_tasks: bool = False
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """The batch of all samples; BadSampleError for the first bad one."""
+        batch, rejected = self.split(samples)
+        if rejected:
+            raise rejected[0]
+        assert batch is not None  # nothing was rejected
+        return batch
+
+    def split(
+        self, items: Sequence[Sample | BadSampleError]
+    ) -> tuple[Batch | None, list[BadSampleError]]:
+        """The batch of the good samples (None if there is none) and an error for each bad one.
+
+        Readers' errors may stand among the samples; they are passed on.
+        """
+        good, rejected = [], []
+        for item in items:
+            error = item if isinstance(item, BadSampleError) else self.error_of(item)
+            if error is None:
+                good.append(item)
+            else:
+                rejected.append(error)
+        if not good:
+            return None, rejected
+        encoded = self._encode(good)
+        lengths = [len(ids) for ids in encoded["input_ids"]]
+        if max(lengths) > self.max_length:
+            rejected += [
+                BadSampleError(name_of(s), "too long", f"{n} tokens; max_length={self.max_length}")
+                for s, n in zip(good, lengths, strict=True)
+                if n > self.max_length
+            ]
+            fitting = [s for s, n in zip(good, lengths, strict=True) if n <= self.max_length]
+            return (self._batch(fitting, self._encode(fitting)) if fitting else None), rejected
+        return self._batch(good, encoded), rejected
+
+    def error_of(self, sample: Sample) -> BadSampleError | None:
+        """The rule that the sample breaks before it is tokenised, if any."""
+        image_token = getattr(self.processor, "image_token", None)
+        text = self.prompt(sample) + " ".join(sample.answers)
+        if image_token and image_token in text:
+            detail = f"{image_token!r} stands for a picture; rename it"
+            return BadSampleError(name_of(sample), "image token in text", detail)
+        try:
+            check_sample(
+                sample,
+                tasks=None if self.allow_unknown_tasks else self.tasks,
+                experts=self.experts,
+                needs_answer=not self.for_generation,
+            )
+        except BadSampleError as error:
+            return error
+        return None
+
+    def prompt(self, sample: Sample) -> str:
+        """The text of the user's turn; every word that the language model reads but the answer."""
+        task = self.task_template.format(task=sample.task)
+        words = " ".join(word.text for word in chosen_words(sample, self.max_ocr_words))
+        return (
+            (task if self.task_in_prompt and not self.withhold_task else "")
+            + sample.question
+            + (self.ocr_template.format(words=words) if self.ocr_in_prompt and words else "")
+        )
+
+    def conversation(self, sample: Sample) -> list[dict[str, Any]]:
+        picture = {"type": "image", "image": sample.image}
+        user = {
+            "role": "user",
+            "content": [picture, {"type": "text", "text": self.prompt(sample)}],
+        }
+        if self.for_generation:
+            return [user]
+        answer = {"type": "text", "text": target_text(sample, self.codec)}
+        return [user, {"role": "assistant", "content": [answer]}]
+
+    def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Token ids and assistant masks as lists of unequal length, and the pictures.
+
+        Lists, because the processor walks over them token by token to make the mask, and walking
+        over tensors costs more than everything else together.
+        """
+        labelled = not self.for_generation
+        encoded = self.processor.apply_chat_template(
+            [self.conversation(sample) for sample in samples],
+            tokenize=True,
+            return_dict=True,
+            return_tensors=None,
+            return_assistant_tokens_mask=labelled,
+            add_generation_prompt=self.for_generation,
+            processor_kwargs={"padding": False},
+        )
+        if labelled and not all(map(any, encoded["assistant_masks"])):
+            raise ValueError(
+                "the processor's chat template marks no answer: it needs {% generation %} around"
+                " the assistant's text, or there is nothing to learn from"
+            )
+        return encoded
+
+    def _batch(self, samples: list[Sample], encoded: dict[str, Any]) -> Batch:
+        tokenizer = self.processor.tokenizer
+        left = self.for_generation
+        ids, mask = pad(encoded["input_ids"], tokenizer.pad_token_id, left=left)
+        labels = None
+        if not self.for_generation:
+            supervised, _ = pad(encoded["assistant_masks"], 0)
+            labels = ids.masked_fill(supervised == 0, IGNORED)
+        questions = tokenizer([s.question for s in samples], add_special_tokens=False)["input_ids"]
+        text_ids, text_mask = pad(questions, tokenizer.pad_token_id)
+        return Batch(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            labels=labels,
+            pixel_values=stack_pictures(encoded["pixel_values"]),
+            image_index=torch.arange(len(samples)),
+            image_mask=torch.ones(len(samples), dtype=torch.bool),
+            text_ids=text_ids,
+            text_mask=text_mask,
+            task_ids=torch.tensor([self._task_id(sample) for sample in samples]),
+            expert_ids=torch.tensor([position(self.experts, s.expert) for s in samples]),
+            samples=samples,
+            **self._ocr(samples),
+        )
+
+    def _task_id(self, sample: Sample) -> int:
+        return -1 if self.withhold_task else position(self.tasks, sample.task)
+
+    def _ocr(self, samples: list[Sample]) -> dict[str, Tensor]:
+        """The router's OCR evidence; one masked word of one masked token where there is none."""
+        words = [chosen_words(sample, self.max_ocr_words) for sample in samples]
+        flat = [word.text for row in words for word in row]
+        tokenizer = self.processor.tokenizer
+        tokens = tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else []
+        char_ids, char_mask = pad(tokens or [[]], tokenizer.pad_token_id)
+        shape = (len(samples), max(1, max(map(len, words))))
+        out = {
+            "ocr_ids": torch.full((*shape, char_ids.shape[1]), tokenizer.pad_token_id),
+            "ocr_char_mask": torch.zeros(*shape, char_ids.shape[1], dtype=torch.bool),
+            "ocr_boxes": torch.zeros(*shape, 4),
+            "ocr_confidence": torch.zeros(shape),
+            "ocr_mask": torch.zeros(shape, dtype=torch.bool),
+        }
+        start = 0
+        for row, (sample, found) in enumerate(zip(samples, words, strict=True)):
+            count, stop = len(found), start + len(found)
+            if found:
+                size = torch.tensor([sample.image.width, sample.image.height] * 2)
+                out["ocr_ids"][row, :count] = char_ids[start:stop]
+                out["ocr_char_mask"][row, :count] = char_mask[start:stop]
+                out["ocr_boxes"][row, :count] = torch.tensor([w.box for w in found]) / size
+                out["ocr_confidence"][row, :count] = torch.tensor([w.confidence for w in found])
+                out["ocr_mask"][row, :count] = True
+            start = stop
+        return out
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """`[rows, longest]` int64 and its bool mask; at least one column, so that no axis is empty."""
+    longest = max(1, *map(len, rows))
+    padded = np.full((len(rows), longest), value, dtype=np.int64)
+    mask = np.zeros((len(rows), longest), dtype=bool)
+    for i, row in enumerate(rows):
+        where = slice(longest - len(row), longest) if left else slice(len(row))
+        padded[i, where], mask[i, where] = row, True
+    return torch.from_numpy(padded), torch.from_numpy(mask)
+
+
+def position(names: Sequence[str], name: str | None) -> int:
+    return names.index(name) if name in names else -1
+
+
+def stack_pictures(pictures: Any) -> Tensor:
+    """`[images, 3, height, width]`, from what an image processor gives without `return_tensors`."""
+    if isinstance(pictures, Tensor):
+        return pictures
+    return torch.stack([torch.as_tensor(np.asarray(picture)) for picture in pictures])

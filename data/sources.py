@@ -1,0 +1,54 @@
+"""From the config's source entries to map-style data sets: add a reader to `READERS`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from data.jsonl import JsonlDataset
+from data.mixture import Mixture, Source
+from data.ocr import OcrCache, OcrEngine
+from data.scene_dataset import SceneDataset
+from moa.config import DataConfig, SourceConfig
+
+
+def open_scenes(source: SourceConfig, expert: str | None, ocr: Any) -> Source:
+    assert source.num_samples is not None  # checked by SourceConfig
+    return SceneDataset(
+        source.split,
+        source.task,
+        num_samples=source.num_samples,
+        style=source.style,
+        expert=expert,
+        source=source.name,
+        seed=source.seed,
+        ocr=ocr,
+    )
+
+
+def open_jsonl(source: SourceConfig, expert: str | None, ocr: Any) -> Source:
+    assert source.path is not None  # checked by SourceConfig
+    return JsonlDataset(
+        source.path, source=source.name, expert=expert, num_samples=source.num_samples, ocr=ocr
+    )
+
+
+READERS = {"scenes": open_scenes, "jsonl": open_jsonl}
+
+
+def open_ocr(data: DataConfig) -> OcrCache | None:
+    """The function from a picture to its OCR words, or None where the run has no OCR evidence."""
+    if data.ocr_cache is None:
+        return None
+    return OcrCache(data.ocr_cache, engine=OcrEngine() if data.ocr_engine else None)
+
+
+def open_sources(
+    sources: Sequence[SourceConfig], data: DataConfig, ocr: OcrCache | None
+) -> dict[str, Source]:
+    """One data set per entry, by name; `ocr` is shared, since it holds its words in memory."""
+    return {s.name: READERS[s.kind](s, data.expert or s.expert, ocr) for s in sources}
+
+
+def open_mixture(data: DataConfig, seed: int, ocr: OcrCache | None) -> Mixture:
+    """The training mixture of a run."""
+    weights = {source.name: source.weight for source in data.sources}
+    return Mixture(open_sources(data.sources, data, ocr), weights, seed=seed)
