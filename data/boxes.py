@@ -4,6 +4,7 @@ A codec works on boxes in pixels of the original picture, and must be used with 
 resized to the model's input (no crop, no padding), so that 0..1 of the one is 0..1 of the other.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,8 +45,11 @@ def encode_locations(box: Box, width: int, height: int, num_bins: int = 32) -> s
 
 
 def _bins(low: float, high: float, last: int) -> tuple[int, int]:
-    first = min(round(low * last), last - 1)
-    return first, max(round(high * last), first + 1)
+    first, second = round(low * last), round(high * last)
+    if first == second:
+        first = min(math.floor(low * last), last - 1)
+        second = first + 1
+    return first, second
 
 
 def decode_locations(text: str, width: int, height: int, num_bins: int = 32) -> Box | None:

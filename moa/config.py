@@ -214,7 +214,7 @@ class RunConfig:
     out: str = "runs/run"  # run folder
     seed: int = 0  # of initialisation, data order and dropout
     model: ModelConfig = field(default_factory=ModelConfig)
-    experts: dict[str, ExpertConfig] = field(default_factory=dict)
+    experts: dict[str, ExpertConfig] = field(default_factory=dict)  # by name
     router: RouterConfig = field(default_factory=RouterConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -222,7 +222,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    stages: list[StageConfig] = field(default_factory=list)
+    stages: list[StageConfig] = field(default_factory=list)  # of the training, in order
 
     def __post_init__(self) -> None:
         check_experts(self)
