@@ -177,6 +177,20 @@ def check_base(header: ExpertHeader, base_shapes: Mapping[str, tuple[int, int]])
             )
 
 
+def check_tensors(
+    source: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Site -> rank and site -> (out, in) of an expert in memory; ValueError naming `source`."""
+    check_config(config, source)
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    ranks, sizes = _check_pairs(source, shapes)
+    _check_sites(source, config, ranks)
+    broken = sorted(key for key, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    if broken:
+        raise ValueError(f"{source}: {broken[0]} has NaN or infinite values; nothing was written")
+    return ranks, sizes
+
+
 def save_expert(
     path: str | Path, tensors: Mapping[str, Shaped[Tensor, "_ _"]], config: Mapping[str, Any]
 ) -> None:
@@ -188,17 +202,15 @@ def save_expert(
     folder = Path(path)
     full = {"peft_type": "LORA", "bias": "none", "inference_mode": True, **config}
     full = {key: sorted(value) if isinstance(value, set) else value for key, value in full.items()}
-    check_config(full, folder)
-    ranks, _ = _check_pairs(folder, {key: tuple(value.shape) for key, value in tensors.items()})
-    _check_sites(folder, full, ranks)
-    broken = sorted(key for key, tensor in tensors.items() if not torch.isfinite(tensor).all())
-    if broken:
-        raise ValueError(f"{folder}: not written: {broken[0]} has NaN or infinite values")
+    check_tensors(folder, tensors, full)
     ready = {key: value.detach().cpu().contiguous() for key, value in sorted(tensors.items())}
     with atomic_folder(folder) as temporary:
-        text = json.dumps(full, indent=2, sort_keys=True)
-        (temporary / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(temporary / CONFIG_FILE, full)
         save_file(ready, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -268,7 +280,7 @@ def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_pairs(
-    source: Path, shapes: Mapping[str, tuple[int, ...]]
+    source: str | Path, shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
     """Site -> rank and site -> (out, in), where every key is one of a fitting lora_A, lora_B pair."""
     matches = {key: KEY.fullmatch(key) for key in shapes}
@@ -291,7 +303,7 @@ def _check_pairs(
     return ranks, sizes
 
 
-def _check_sites(source: Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
+def _check_sites(source: str | Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
     """The tensors' sites and ranks are those that the config names."""
     for site, rank in ranks.items():
         if rank != site_rank(config, site):
