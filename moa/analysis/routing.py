@@ -1,0 +1,159 @@
+"""What the router does, measured: which expert each task gets, how surely, and whether all are needed.
+
+Gates are `[sample, expert]` (mean over sites where they differ by site). Where a share is meant they
+are first normalised, so that sigmoid gates can be compared with softmax ones.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moa.gating import apply_availability
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # site -> lora_A [rank, in] with scale, lora_B
+
+
+def shares(gates: Float[Tensor, "sample expert"]) -> Float[Tensor, "sample expert"]:
+    """Rows that sum to one; a row of zeros (every expert off) has no share and stays zero."""
+    return gates / gates.sum(-1, keepdim=True).clamp(min=torch.finfo(gates.dtype).tiny)
+
+
+def gates_per_task(
+    gates: Float[Tensor, "sample *site expert"], tasks: Sequence[str]
+) -> dict[str, Float[Tensor, "*site expert"]]:
+    """The mean gate of every expert (and site) for each task, in the order of first appearance."""
+    rows: dict[str, list[int]] = {}
+    for row, task in enumerate(tasks):
+        rows.setdefault(task, []).append(row)
+    return {task: gates[index].mean(0) for task, index in rows.items()}
+
+
+def entropy(probabilities: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead"]:
+    """In bits: 0 for one expert alone, log2(experts) for all alike."""
+    return -(torch.xlogy(probabilities, probabilities)).sum(-1) / torch.log(torch.tensor(2.0))
+
+
+def mutual_information(gates: Float[Tensor, "sample expert"], tasks: Sequence[str]) -> float:
+    """I(task; expert) = H(expert) - H(expert | task) in bits.
+
+    0 when every task gets the same mixture; at most the entropy of the tasks, when a task tells the
+    expert and the expert tells the task.
+    """
+    each = shares(gates)
+    means = gates_per_task(each, tasks)
+    conditional = sum(tasks.count(task) * float(entropy(mean)) for task, mean in means.items())
+    return float(entropy(each.mean(0))) - conditional / len(tasks)
+
+
+def routing_accuracy(
+    gates: Float[Tensor, "sample expert"], wanted: Sequence[str | None], experts: Sequence[str]
+) -> float | None:
+    """The share of samples whose largest gate is that of their own expert; None if none has one."""
+    known = [i for i, name in enumerate(wanted) if name in experts]
+    if not known:
+        return None
+    truth = torch.tensor([list(experts).index(str(wanted[i])) for i in known])
+    return float((gates[known].argmax(-1).cpu() == truth).float().mean())
+
+
+def dead_experts(
+    per_task: Mapping[str, Float[Tensor, " expert"]], experts: Sequence[str], floor: float = 0.02
+) -> list[str]:
+    """The experts whose mean share stays under `floor` in every task."""
+    highest = torch.stack([shares(mean[None])[0] for mean in per_task.values()]).amax(0)
+    return [name for name, share in zip(experts, highest.tolist(), strict=True) if share < floor]
+
+
+def delta_cosines(factors: Mapping[str, Factors]) -> Float[Tensor, "expert expert"]:
+    """Cosine of the experts' whole updates, all sites as one vector; an expert of zeros has 0.
+
+    <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)), so that no dense update is ever formed.
+    """
+    names = list(factors)
+    inner = torch.zeros(len(names), len(names), dtype=torch.float64)
+    for i, first in enumerate(names):
+        for j, second in enumerate(names[: i + 1]):
+            inner[i, j] = inner[j, i] = _inner(factors[first], factors[second])
+    norms = inner.diagonal().sqrt()
+    return torch.where(inner == 0, inner, inner / torch.outer(norms, norms))
+
+
+def _inner(first: Factors, second: Factors) -> float:
+    total = 0.0
+    for site in first.keys() & second.keys():
+        (a, b), (c, d) = first[site], second[site]
+        a, b, c, d = a.double(), b.double(), c.double(), d.double()
+        total += float(((b.T @ d) * (a @ c.T)).sum())
+    return total
+
+
+def duplicates(
+    cosines: Float[Tensor, "expert expert"], experts: Sequence[str], least: float = 0.95
+) -> list[tuple[str, str, float]]:
+    """Pairs of experts that have learned the same update, up to its size."""
+    return [
+        (experts[i], experts[j], round(float(cosines[i, j]), 4))
+        for i in range(len(experts))
+        for j in range(i + 1, len(experts))
+        if cosines[i, j] >= least
+    ]
+
+
+def without_expert(
+    gates: Float[Tensor, "*lead expert"], expert: int
+) -> Float[Tensor, "*lead expert"]:
+    """The same gates with one expert gone; the others take its weight in proportion."""
+    available = torch.ones(gates.shape[-1], dtype=torch.bool, device=gates.device)
+    available[expert] = False
+    return apply_availability(gates, available.expand_as(gates))
+
+
+def leave_one_out(
+    score: Callable[[str | None], Mapping[str, float]], experts: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """What each column loses when one expert is gone: `score(None) - score(name)`, per expert."""
+    whole = score(None)
+    return {
+        name: {column: whole[column] - value for column, value in score(name).items()}
+        for name in experts
+    }
+
+
+def summary(
+    gates: Float[Tensor, "sample site expert"],
+    tasks: Sequence[str],
+    wanted: Sequence[str | None],
+    experts: Sequence[str],
+    *,
+    trained_tasks: Sequence[str] = (),
+    cosines: Float[Tensor, "expert expert"] | None = None,
+) -> dict[str, Any]:
+    """Everything above as one record for a JSON file.
+
+    `mean_gates` weighs the tasks alike (the trained ones, where any is among the samples), however
+    many samples each has: it is what a merged adapter stands in for.
+    """
+    mean = gates.float().mean(1)
+    per_task = gates_per_task(mean, tasks)
+    chosen = [task for task in per_task if task in trained_tasks] or list(per_task)
+    record: dict[str, Any] = {
+        "experts": list(experts),
+        "mean_gates": torch.stack([per_task[task] for task in chosen]).mean(0).tolist(),
+        "mean_over": chosen,
+        "per_task": {task: values.tolist() for task, values in per_task.items()},
+        "mutual_information": mutual_information(mean, list(tasks)),
+        "entropy": float(entropy(shares(mean)).mean()),
+        "routing_accuracy": routing_accuracy(mean, wanted, experts),
+        "dead": dead_experts(per_task, experts),
+        "num_samples": len(tasks),
+    }
+    if gates.shape[1] > 1:
+        sites = gates_per_task(gates.float(), tasks)
+        record["per_site"] = {task: values.tolist() for task, values in sites.items()}
+    if cosines is not None:
+        record["duplicates"] = duplicates(cosines, experts)
+        record["cosines"] = cosines.tolist()
+    return record
