@@ -1,0 +1,173 @@
+"""Collation: what the language model reads, what it learns from, what the router sees."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from data.boxes import CODECS
+from data.checks import BadSampleError
+from data.collate import IGNORED, Collator, chosen_words, target_text
+from data.sample import OcrWord, Sample
+from tests.tiny import random_image, tiny_processor
+
+CODEC = CODECS["location_tokens"]
+PROCESSOR = tiny_processor()
+TOKENIZER = PROCESSOR.tokenizer
+COLLATE = Collator(
+    processor=PROCESSOR, tasks=["vqa", "grounding"], experts=["one", "two"], codec=CODEC
+)
+
+
+def word(text: str, confidence: float = 0.9) -> OcrWord:
+    return OcrWord(text=text, box=(4, 3, 20, 15), confidence=confidence)
+
+
+def sample(**changes) -> Sample:
+    base = Sample(
+        id="7",
+        image_id="p",
+        image=random_image(0),  # 40 x 30 pixels
+        question="what colour is the square?",
+        answers=("red",),
+        task="vqa",
+        source="toy",
+        expert="two",
+        ocr=(word("STOP"), word("now", 0.5)),
+    )
+    return replace(base, **changes)
+
+
+def prompt_of(batch, row: int = 0) -> str:
+    text = TOKENIZER.decode(batch.input_ids[row][batch.attention_mask[row].bool()])
+    return text.replace("<image>", "")
+
+
+def test_only_the_answer_and_its_end_are_supervised():
+    long = sample(answers=("a very long answer about it",), question="why is it so " * 5)
+    batch = COLLATE([sample(), long])
+    for row, answer in enumerate(("red", "a very long answer about it")):
+        learned = batch.labels[row][batch.labels[row] != IGNORED]
+        assert TOKENIZER.decode(learned).lstrip() == answer + TOKENIZER.eos_token
+        where = batch.labels[row] != IGNORED
+        assert torch.equal(batch.input_ids[row][where], learned)
+
+
+def test_a_sample_is_encoded_alike_alone_and_beside_a_longer_one():
+    alone, beside = COLLATE([sample()]), COLLATE([sample(), sample(question="why " * 30)])
+    length = alone.input_ids.shape[1]
+    assert torch.equal(beside.input_ids[0, :length], alone.input_ids[0])
+    assert torch.equal(beside.labels[0, :length], alone.labels[0])
+    assert not beside.attention_mask[0, length:].any()
+    assert (beside.labels[0, length:] == IGNORED).all()
+
+
+def test_every_image_token_has_its_place_in_the_sequence():
+    batch = COLLATE([sample(), sample(image=random_image(1, 60, 20))])
+    assert (batch.input_ids == PROCESSOR.image_token_id).sum(1).tolist() == [4, 4]
+    assert batch.pixel_values.shape == (2, 3, 28, 28)
+    assert batch.image_index.tolist() == [0, 1]
+
+
+def test_the_prompt_holds_task_question_and_ocr_words():
+    text = prompt_of(COLLATE([sample()]))
+    assert "[vqa] what colour is the square?\nReference OCR token: STOP now" in text
+
+
+def test_task_and_ocr_words_leave_the_prompt_by_their_switches():
+    bare = replace(COLLATE, task_in_prompt=False, ocr_in_prompt=False)([sample()])
+    assert "[vqa]" not in prompt_of(bare) and "STOP" not in prompt_of(bare)
+    assert bare.task_ids.tolist() == [0] and bare.ocr_mask.any()  # the router still sees both
+
+
+def test_a_withheld_task_reaches_neither_prompt_nor_router():
+    batch = replace(COLLATE, withhold_task=True)([sample()])
+    assert "vqa" not in prompt_of(batch)
+    assert batch.task_ids.tolist() == [-1]
+
+
+def test_the_routers_text_is_the_question_alone():
+    batch = COLLATE([sample(), sample(ocr=None, answers=("green",), task="grounding")])
+    assert torch.equal(batch.text_ids[0], batch.text_ids[1])
+    words = TOKENIZER.decode(batch.text_ids[0][batch.text_mask[0]])
+    assert words == "what colour is the square?"
+
+
+def test_ocr_evidence_is_words_with_boxes_in_shares_of_the_picture():
+    batch = COLLATE([sample(), sample(ocr=()), sample(ocr=None)])
+    assert batch.ocr_mask.tolist() == [[True, True], [False, False], [False, False]]
+    assert torch.allclose(batch.ocr_boxes[0, 0], torch.tensor([4 / 40, 3 / 30, 20 / 40, 15 / 30]))
+    assert batch.ocr_confidence[0].tolist() == pytest.approx([0.9, 0.5])
+    read = [TOKENIZER.decode(batch.ocr_ids[0, i][batch.ocr_char_mask[0, i]]) for i in range(2)]
+    assert read == ["STOP", "now"]
+
+
+def test_a_batch_without_any_ocr_keeps_its_axes_and_masks_them():
+    batch = COLLATE([sample(ocr=None), sample(ocr=())])
+    assert batch.ocr_ids.shape[:2] == (2, 1) and not batch.ocr_mask.any()
+    assert not batch.ocr_char_mask.any()
+
+
+def test_the_most_confident_words_are_kept_in_reading_order():
+    words = (word("a", 0.2), word("b", 0.9), word("c", 0.5))
+    assert [w.text for w in chosen_words(sample(ocr=words), 2)] == ["b", "c"]
+
+
+def test_ids_name_tasks_and_experts_by_their_place_in_the_config():
+    batch = COLLATE([sample(), sample(task="grounding", expert=None)])
+    assert batch.task_ids.tolist() == [0, 1]
+    assert batch.expert_ids.tolist() == [1, -1]
+
+
+def test_the_target_is_the_most_frequent_answer_and_the_first_of_equals():
+    assert target_text(sample(answers=("a", "b", "b", "c")), CODEC) == "b"
+    assert target_text(sample(answers=("x", "y")), CODEC) == "x"
+
+
+def test_a_box_becomes_text_by_the_codec():
+    boxed = sample(task="grounding", answers=(), boxes=((0, 0, 40, 30),))
+    assert target_text(boxed, CODEC) == "<loc0000><loc0000><loc0031><loc0031>"
+    learned = COLLATE([boxed]).labels[0]
+    ids = learned[learned != IGNORED][:-1].tolist()
+    assert ids == TOKENIZER.convert_tokens_to_ids(["<loc0000>"] * 2 + ["<loc0031>"] * 2)
+
+
+def test_generation_pads_on_the_left_and_ends_where_the_answer_begins():
+    collate = replace(COLLATE, for_generation=True)
+    batch = collate([sample(answers=()), sample(question="why " * 9)])
+    assert batch.labels is None
+    assert batch.attention_mask[:, -1].all() and not batch.attention_mask[0, 0]
+    assert prompt_of(batch).endswith("ASSISTANT:")
+    assert "green" not in prompt_of(collate([sample(answers=("green",))]))
+
+
+def test_a_sample_that_is_too_long_is_named_and_never_cut():
+    short = replace(COLLATE, max_length=70)
+    with pytest.raises(BadSampleError, match=r"source 'toy', sample 7: too long: \d+ tokens"):
+        short([sample(question="why " * 60)])
+
+
+def test_bad_samples_are_split_off_and_the_good_ones_keep_their_encoding():
+    collate = replace(COLLATE, max_length=100)
+    bad = [sample(answers=(" ",)), sample(question="why " * 99), sample(task="cook")]
+    failed = BadSampleError("rows.jsonl:3", "missing image", "a.png")
+    batch, rejected = collate.split([bad[0], sample(), failed, bad[1], bad[2]])
+    assert torch.equal(batch.input_ids, collate([sample()]).input_ids)
+    assert sorted(e.rule for e in rejected) == [
+        "empty answer", "missing image", "too long", "unknown task"
+    ]  # fmt: skip
+    assert collate.split([bad[0]])[0] is None
+
+
+def test_a_held_out_task_is_allowed_where_asked_for():
+    collate = replace(COLLATE, allow_unknown_tasks=True)
+    batch = collate([sample(task="count")])
+    assert batch.task_ids.tolist() == [-1] and "[count]" in prompt_of(batch)
+
+
+def test_a_chat_template_without_generation_marks_is_refused():
+    processor = tiny_processor()
+    template = processor.chat_template.replace("{% generation %}", "")
+    processor.chat_template = template.replace("{% endgeneration %}", "")
+    with pytest.raises(ValueError, match="generation"):
+        replace(COLLATE, processor=processor)([sample()])
