@@ -1,0 +1,119 @@
+"""Samples as the model saw them, with what it said: one PNG page of cards."""
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+
+from data.sample import Box, OcrWord
+from moa.analysis.plots import INK, MUTED, color, page
+
+TRUE, PREDICTED, READ = "#009E73", "#D55E00", "#0072B2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One sample of the gallery. `image` is what the model saw; boxes are in pixels of `size`."""
+
+    image: Image.Image
+    size: tuple[int, int]
+    task: str
+    question: str
+    prediction: str
+    truth: str
+    score: float
+    boxes: Sequence[Box] = ()
+    predicted_box: Box | None = None
+    ocr: Sequence[OcrWord] | None = None
+    gates: Sequence[float] | None = None
+
+
+def seen_picture(
+    pixels: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]
+) -> Image.Image:
+    """The picture behind one row of `pixel_values`: exactly what reached the vision tower."""
+    array = pixels.float().cpu().numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
+    return Image.fromarray((array.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def gallery(path: str | Path, cards: Sequence[Card], experts: Sequence[str], title: str) -> None:
+    """Samples with true (solid) and predicted (dashed) boxes, OCR words, answers and gate bars."""
+    columns = min(3, max(len(cards), 1))
+    rows = max(-(-len(cards) // columns), 1)
+    legend = "boxes: solid = true, dashed = predicted, thin = read by OCR   ·   bars: the gates"
+    with page(path, 5.3 * columns, 2.5 * rows + 0.8, title, legend) as figure:
+        grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[1, 1.25] * columns)
+        for number, card in enumerate(cards):
+            row, column = divmod(number, columns)
+            picture = figure.add_subplot(grid[row, 2 * column])
+            draw_picture(picture, card)
+            side = grid[row, 2 * column + 1].subgridspec(2, 1, height_ratios=[1.5, 1])
+            draw_words(figure.add_subplot(side[0]), card)
+            draw_gates(figure.add_subplot(side[1]), card.gates, experts)
+
+
+def draw_picture(axes: Axes, card: Card) -> None:
+    width, height = card.size
+    axes.imshow(card.image, extent=(0, width, height, 0), interpolation="nearest")
+    axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+    axes.set_title(card.task, fontsize=9)
+    for word in card.ocr or ():
+        _box(axes, word.box, READ, linewidth=0.9)
+    for box in card.boxes:
+        _box(axes, box, "white", linewidth=3.4)
+        _box(axes, box, TRUE, linewidth=2)
+    if card.predicted_box is not None:
+        _box(axes, card.predicted_box, "white", linewidth=3.4)
+        _box(axes, card.predicted_box, PREDICTED, linewidth=2, linestyle=(0, (4, 2)))
+
+
+def _box(axes: Axes, box: Box, edge: str, **style: Any) -> None:
+    x0, y0, x1, y1 = box
+    axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, **style))
+
+
+def draw_words(axes: Axes, card: Card) -> None:
+    axes.axis("off")
+    lines = [(card.question, INK, "bold", 2)]
+    mark = "✓" if card.score >= 0.5 else "✗"
+    answer = f"{mark} {card.prediction or '(nothing)'}"
+    lines.append((answer, TRUE if card.score >= 0.5 else PREDICTED, "normal", 3))
+    if card.truth and card.score < 1:
+        lines.append((f"true: {card.truth}", MUTED, "normal", 3))
+    if card.ocr:
+        lines.append((f"read: {' '.join(word.text for word in card.ocr)}", READ, "normal", 2))
+    elif card.ocr is None:
+        lines.append(("no OCR was run", MUTED, "normal", 1))
+    top = 1.0
+    for text, ink, weight, most in lines:
+        wrapped = textwrap.wrap(plain(text), 30, max_lines=most, placeholder=" …") or [""]
+        axes.text(0, top, "\n".join(wrapped), color=ink, weight=weight, va="top", fontsize=8.5,
+                  transform=axes.transAxes, linespacing=1.25)  # fmt: skip
+        top -= 0.135 * len(wrapped) + 0.045
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib prints as it stands: a dollar sign would start a formula."""
+    return text.replace("$", r"\$")
+
+
+def draw_gates(axes: Axes, gates: Sequence[float] | None, experts: Sequence[str]) -> None:
+    if gates is None:
+        axes.axis("off")
+        axes.text(0, 1, "gates differ by token", color=MUTED, va="top", transform=axes.transAxes)
+        return
+    places = range(len(experts))
+    axes.barh(places, gates, color=[color(i) for i in places], height=0.68)
+    axes.set(xlim=(0, max(1.0, *gates) * 1.18), ylim=(len(experts) - 0.4, -0.6), xticks=[])
+    axes.set_yticks(places, experts, fontsize=8)
+    axes.spines["bottom"].set_visible(False)
+    for place, gate in zip(places, gates, strict=True):
+        axes.text(gate + 0.02, place, f"{gate:.2f}", va="center", fontsize=7.5, color=MUTED)
