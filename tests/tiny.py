@@ -1,8 +1,10 @@
-"""A tiny random LLaVA of the real classes: what every test of the model stands on.
+"""A tiny random LLaVA of the real classes and a batch for it: what tests of the model stand on.
 
 Built from configs in a fraction of a second, without a download. `vision_feature_layer=-2` leaves
 the last vision layer unused, as in the LLaVA checkpoints people have.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from data.batch import Batch
 
 try:
     from transformers import CLIPImageProcessorPil as ClipImageProcessor
@@ -132,24 +136,72 @@ def random_image(seed: int, width: int = 40, height: int = 30) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-if __name__ == "__main__":
-    model, processor = tiny_llava()
-    message = {
-        "role": "user",
-        "content": [{"type": "image", "image": random_image(0)}, {"type": "text", "text": "what?"}],
-    }
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "red <loc0003>"}]}
-    batch = processor.apply_chat_template(
-        [[message, answer]] * 2,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        return_assistant_tokens_mask=True,
-        processor_kwargs={"padding": True},
+QUESTIONS = ("what is this?", "where is the dog?", "read", "what colour is the small cat?")
+ANSWERS = ("red", "<loc0003><loc0004>", "a dog on the left", "no")
+
+
+def tiny_batch(
+    processor: LlavaProcessor,
+    *,
+    questions: Sequence[str] = QUESTIONS,
+    answers: Sequence[str] | None = ANSWERS,
+    images: Sequence[int] | None = None,
+    tasks: Sequence[int] | None = None,
+    experts: Sequence[int] | None = None,
+    words: Sequence[Sequence[str]] = ((), ("stop",), ("exit", "here"), ()),
+    pad: int = 0,
+    left: bool = False,
+) -> Batch:
+    """One sample per question, with one picture each; `answers=None` makes a batch to generate.
+
+    `images` are seeds of the pictures, `pad` adds padding to every padded axis. Tokenised by hand
+    and not by the collator: the tests of the model stand without it.
+    """
+    count, tokenizer = len(questions), processor.tokenizer
+    seeds = images if images is not None else range(count)
+    pixels = processor.image_processor(
+        [random_image(seed) for seed in seeds], return_tensors="pt"
+    ).pixel_values
+    patches = (pixels.shape[-1] // processor.patch_size) ** 2
+    rows, labels = [], []
+    for i, question in enumerate(questions):
+        prompt = tokenizer.encode("USER: " + "<image>" * patches + f"{question} ASSISTANT:")
+        answer = tokenizer.encode(f" {answers[i]}</s>") if answers is not None else []
+        rows.append(prompt + answer)
+        labels.append([-100] * len(prompt) + answer)
+    texts = [tokenizer.encode(question) for question in questions]
+    length, long_text = max(map(len, rows)) + pad, max(map(len, texts)) + pad
+    spelled = [[tokenizer.encode(word) for word in found] for found in list(words)[:count]]
+    num_words = max(max(map(len, spelled), default=0), 1) + pad
+    num_chars = max((len(ids) for found in spelled for ids in found), default=1) + pad
+    ocr_ids = torch.zeros(count, num_words, num_chars, dtype=torch.long)
+    ocr_char_mask = torch.zeros(count, num_words, num_chars, dtype=torch.bool)
+    for i, found in enumerate(spelled):
+        for j, ids in enumerate(found):
+            ocr_ids[i, j, : len(ids)] = torch.tensor(ids)
+            ocr_char_mask[i, j, : len(ids)] = True
+    ocr_mask = ocr_char_mask.any(-1)
+    boxes = torch.tensor([0.1, 0.2, 0.5, 0.4]).expand(count, num_words, 4) * ocr_mask[..., None]
+    return Batch(
+        input_ids=_padded(rows, length, tokenizer.pad_token_id, left),
+        attention_mask=_padded([[1] * len(row) for row in rows], length, 0, left),
+        labels=_padded(labels, length, -100, left) if answers is not None else None,
+        pixel_values=pixels,
+        image_index=torch.arange(count),
+        text_ids=_padded(texts, long_text, tokenizer.pad_token_id, left),
+        text_mask=_padded([[1] * len(text) for text in texts], long_text, 0, left).bool(),
+        ocr_ids=ocr_ids,
+        ocr_char_mask=ocr_char_mask,
+        ocr_boxes=boxes,
+        ocr_confidence=0.9 * ocr_mask,
+        ocr_mask=ocr_mask,
+        task_ids=torch.tensor(tasks if tasks is not None else [i % 3 for i in range(count)]),
+        expert_ids=torch.tensor(experts if experts is not None else [i % 3 for i in range(count)]),
+        image_mask=torch.ones(count, dtype=torch.bool),
     )
-    mask = torch.as_tensor(batch.pop("assistant_masks")).bool()
-    print({k: tuple(v.shape) for k, v in batch.items()})
-    print(repr(processor.tokenizer.decode(batch["input_ids"][0][mask[0]])))
-    print(processor.tokenizer.convert_ids_to_tokens(batch["input_ids"][0]))
-    out = model(**batch, labels=batch["input_ids"].masked_fill(~mask, -100))
-    print(out.loss, sum(p.numel() for p in model.parameters()))
+
+
+def _padded(rows: Sequence[list[int]], length: int, value: int, left: bool) -> torch.Tensor:
+    filled = [[value] * (length - len(row)) for row in rows]
+    pairs = zip(filled, rows, strict=True)
+    return torch.tensor([f + r if left else r + f for f, r in pairs])

@@ -1,0 +1,204 @@
+"""A frozen linear layer with its experts, and the context that brings them their gates.
+
+The gates of a forward live until the next one, so that activation checkpointing recomputes with
+the gates it first ran with, and decoding goes on with the gates of the prompt.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moa.gating import softmax_gates, top_k_gates
+from moa.mixing import add_mixture, concatenate, mix
+
+
+@dataclass(kw_only=True)
+class GateState:
+    """The gates of one forward: per site [batch, 1, total rank], the experts' scaling included.
+
+    `gates` is None where every token is routed at every site by the site's own token router.
+    """
+
+    gates: dict[str, Tensor] | None
+    expand: bool = False  # generation repeats each sample for its beams and return sequences
+    top_k: int | None = None  # of token routing; None: softmax over all experts
+    temperature: float = 1.0  # of token routing
+    recording: bool = True
+    token_logits: dict[str, Tensor] = field(default_factory=dict)  # site -> [batch, seq, expert]
+
+
+class GateContext:
+    """Holds the gates between the router that decides them and the sites that use them."""
+
+    def __init__(self) -> None:
+        self.state: GateState | None = None
+        self.enabled = True
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, every site computes its base layer alone."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def checkpoint_contexts(self) -> tuple[Any, Any]:
+        """The `context_fn` of torch.utils.checkpoint: recompute with the gates of this forward.
+
+        Without it, a second forward before the backward pass lends the first one its own gates.
+        """
+        return _Swap(self, None), _Swap(self, (self.state, self.enabled))
+
+
+class _Swap:
+    """Inside, the context is as it was; None leaves it as it is."""
+
+    def __init__(self, context: GateContext, inside: tuple[GateState | None, bool] | None) -> None:
+        self.context, self.inside = context, inside
+
+    def __enter__(self) -> None:
+        self.outside = self.context.state, self.context.enabled
+        if self.inside is not None:
+            state, self.context.enabled = self.inside
+            self.context.state = replace(state, recording=False) if state else None
+
+    def __exit__(self, *_: object) -> None:
+        self.context.state, self.context.enabled = self.outside
+
+
+class ExpertLinear(nn.Module):
+    """y = W x + B ((A x) * gates): a base layer and the experts at its site.
+
+    The factors are direct parameters `lora_A_<expert>` [rank, in] and `lora_B_<expert>` [out, rank]
+    rather than those of a ParameterDict: ZeRO-3 gathers what the running module itself owns.
+    """
+
+    token_router: nn.Parameter | None
+
+    def __init__(self, base_layer: nn.Linear, name: str, context: GateContext) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.context = context
+        self.scalings: dict[str, float] = {}  # expert -> alpha / rank or alpha / sqrt(rank)
+        self.register_parameter("token_router", None)
+        self._forget()
+
+    @property
+    def lora_A(self) -> dict[str, nn.Parameter]:
+        return {expert: getattr(self, f"lora_A_{expert}") for expert in self.scalings}
+
+    @property
+    def lora_B(self) -> dict[str, nn.Parameter]:
+        return {expert: getattr(self, f"lora_B_{expert}") for expert in self.scalings}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {expert: a.shape[0] for expert, a in self.lora_A.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base_layer(x)
+        if not self.scalings or not self.context.enabled:
+            return out
+        gates = self._gates(x)
+        if torch.is_grad_enabled():
+            return mix(x, out, gates, *self._factors())
+        return add_mixture(x, out, gates, *self._concatenated(out.dtype))
+
+    def add(self, expert: str, a: nn.Parameter, b: nn.Parameter, scaling: float) -> None:
+        """Take an expert's factors, [rank, in] and [out, rank], as the last one's successors."""
+        self.register_parameter(f"lora_A_{expert}", a)
+        self.register_parameter(f"lora_B_{expert}", b)
+        self.scalings[expert] = scaling
+        self._forget()
+
+    def remove(self, expert: str) -> tuple[nn.Parameter, nn.Parameter, float]:
+        """Hand an expert's factors and scaling back."""
+        removed = self.lora_A[expert], self.lora_B[expert], self.scalings.pop(expert)
+        delattr(self, f"lora_A_{expert}")
+        delattr(self, f"lora_B_{expert}")
+        self._forget()
+        return removed
+
+    def extra_repr(self) -> str:
+        return f"site={self.name}, ranks={self.ranks}"
+
+    def spread(self, columns: dict[str, int]) -> tuple[Tensor, Tensor]:
+        """Index and factor [total rank] that turn gates [.., expert] into gates [.., rank].
+
+        `columns` says where each expert stands in the gates.
+        """
+        ranks, device = self.ranks, self.base_layer.weight.device
+        index = [columns[expert] for expert, rank in ranks.items() for _ in range(rank)]
+        scaling = [self.scalings[expert] for expert, rank in ranks.items() for _ in range(rank)]
+        return torch.tensor(index, device=device), torch.tensor(scaling, device=device)
+
+    def _forget(self) -> None:
+        """Drop what was derived from the experts."""
+        self._cache: tuple[Any, Tensor, Tensor] | None = None
+        self._spread: tuple[Tensor, Tensor] | None = None
+        self._keys = [f"lora_{factor}_{expert}" for factor in "AB" for expert in self.scalings]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ExpertLinear":
+        self._cache = self._spread = None  # the device or dtype may change
+        return super()._apply(fn, recurse)
+
+    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
+        parameters, half = self._parameters, len(self.scalings)
+        factors: list[Any] = [parameters[key] for key in self._keys]
+        return factors[:half], factors[half:]
+
+    def _concatenated(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B of all experts, kept until one of them is written to or replaced."""
+        factors_a, factors_b = self._factors()
+        stamp = [dtype, *[(f._version, f.data_ptr()) for f in (*factors_a, *factors_b)]]
+        if self._cache is None or self._cache[0] != stamp:
+            self._cache = stamp, *concatenate(factors_a, factors_b, dtype)
+        return self._cache[1:]
+
+    def _gates(self, x: Tensor) -> Tensor:
+        state = self.context.state
+        if state is None:
+            raise ValueError(
+                f"{self.name}: its experts {list(self.scalings)} have no gates; call "
+                "bank.set_gates(...) first, or run inside bank.context.disabled()"
+            )
+        if state.gates is None:
+            return self._token_gates(x, state)
+        gates = state.gates[self.name]
+        if x.dim() == 3 and gates.shape[0] in (1, x.shape[0]):
+            return gates
+        if x.dim() != 3 and gates.shape[0] == 1:
+            return gates[0]
+        if x.dim() == 3 and state.expand and x.shape[0] % gates.shape[0] == 0:
+            gates = gates.repeat_interleave(x.shape[0] // gates.shape[0], 0)
+            state.gates[self.name] = gates
+            return gates
+        raise ValueError(
+            f"{self.name}: gates are for {gates.shape[0]} samples, but its input is "
+            f"{list(x.shape)}; a site needs [batch, seq, in] with the batch of its gates"
+        )
+
+    def _token_gates(self, x: Tensor, state: GateState) -> Tensor:
+        """Gates [batch, seq, total rank] of each token by itself, decided in float32."""
+        if self.token_router is None:
+            raise ValueError(f"{self.name}: has no token router; call bank.add_token_routers()")
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.float(), self.token_router.float())
+            if state.top_k is None:
+                gates = softmax_gates(logits, state.temperature)
+            else:
+                top_k = min(state.top_k, logits.shape[-1])
+                gates = top_k_gates(logits, top_k, temperature=state.temperature)
+        if state.recording:
+            state.token_logits[self.name] = logits  # by site: a second call replaces the first
+        if self._spread is None:
+            self._spread = self.spread({expert: i for i, expert in enumerate(self.scalings)})
+        index, scaling = self._spread
+        return gates.index_select(-1, index) * scaling

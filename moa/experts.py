@@ -1,0 +1,469 @@
+"""The bank of experts of one model: attach, add, freeze, remove, rename, import and export.
+
+The model stays as it is: the bank swaps chosen `nn.Linear` modules for `ExpertLinear` ones around
+them, and `detach` puts them back. An expert is one LoRA over all sites or a subset, with its own
+rank, alpha and initialisation; its state has the keys of a plain PEFT adapter.
+"""
+
+import difflib
+import hashlib
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from moa.expert_linear import ExpertLinear, GateContext, GateState
+from moa.peft_io import site_keys, site_scaling
+
+EXPERT_NAME = re.compile(r"\w[\w-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSpec:
+    """What an expert was made with, and the sites it has; ranks may differ from `rank` there."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    sites: tuple[str, ...]
+    frozen: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Sites that turn gates into rank gates in the same way."""
+
+    stream: str
+    names: list[str]
+    site_index: Tensor  # [site of the group]
+    expert_index: Tensor  # [total rank]
+    scaling: Tensor  # [total rank]
+
+
+class ExpertBank:
+    """Owns the sites of one model, in module order, and its experts, in the order they came."""
+
+    def __init__(self, sites: dict[str, ExpertLinear], streams: dict[str, str]) -> None:
+        self.sites = sites
+        self.streams = streams  # site -> "text" or "image": whose gates it uses
+        self.experts: dict[str, ExpertSpec] = {}
+        self.context = next(iter(sites.values())).context
+        self._groups: list[_Group] | None = None
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        targets: Sequence[str],
+        *,
+        exclude: Sequence[str] = (),
+        unused: Collection[str] = (),
+        stream_of: Callable[[str], str] = lambda site: "text",
+    ) -> "ExpertBank":
+        """Wrap the linear layers that the targets name.
+
+        A target is a full module path or a regular expression for the whole path. `unused` are
+        layers whose output the model never reads, `stream_of` says whether a site's first axis
+        counts samples ("text") or pictures ("image").
+        Raises ValueError for a target or an exclusion that matches nothing, and for unused layers.
+        """
+        if any(isinstance(module, ExpertLinear) for module in model.modules()):
+            raise ValueError("the model has a bank already: detach it, or add experts to it")
+        linear = {name: m for name, m in model.named_modules() if _is_target(m)}
+        chosen = _select(targets, linear, "targets")
+        for name in _select(exclude, chosen, "exclude"):
+            chosen.pop(name)
+        if not chosen:
+            raise ValueError(f"exclude={list(exclude)} leaves none of targets={list(targets)}")
+        idle = [name for name in chosen if name in set(unused)]
+        if idle:
+            raise ValueError(
+                f"targets: {len(idle)} layers never reach the output and would not learn (vision "
+                f"layers past vision_feature_layer); exclude them: {', '.join(idle)}"
+            )
+        context = GateContext()
+        sites = {name: ExpertLinear(layer, name, context) for name, layer in chosen.items()}
+        for name, site in sites.items():
+            model.set_submodule(name, site)
+        return cls(sites, {name: stream_of(name) for name in sites})
+
+    def detach(self, model: nn.Module) -> None:
+        """Put the original linear layers back; the experts stay in the bank."""
+        for name, site in self.sites.items():
+            model.set_submodule(name, site.base_layer)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.experts)
+
+    def add(
+        self,
+        name: str,
+        *,
+        rank: int,
+        alpha: float,
+        use_rslora: bool = False,
+        targets: Sequence[str] | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """A fresh, trainable expert at all sites or at `targets`; it changes no output yet.
+
+        A is uniform in ±1/sqrt(in) as in PEFT, drawn from (seed, name, site): it depends neither on
+        device nor on the order of additions, and no two experts start alike. B is zero.
+        """
+        if rank < 1:
+            raise ValueError(f"experts.{name}.rank must be 1 or more, got {rank}")
+        chosen = self.sites if targets is None else _select(targets, self.sites, f"{name}.targets")
+        spec = ExpertSpec(rank=rank, alpha=alpha, use_rslora=use_rslora, sites=tuple(chosen))
+        self._register(name, spec)
+        for site_name, site in self.sites.items():
+            if site_name in chosen:
+                base = site.base_layer
+                a = _uniform((rank, base.in_features), f"{seed}/{name}/{site_name}")
+                b = torch.zeros(base.out_features, rank)
+                self._place(site, name, a, b, spec_scaling(spec, rank), dtype)
+
+    def import_expert(
+        self,
+        name: str,
+        tensors: Mapping[str, Float[Tensor, "_ _"]],
+        config: Mapping[str, Any],
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """A trainable expert from a plain PEFT adapter, as `peft_io.read_expert` gives it.
+
+        Raises ValueError for keys that no site consumes, and for shapes of another base.
+        """
+        pairs = _pair_up(name, tensors, self.sites)
+        for site_name, (a, b) in pairs.items():
+            base = self.sites[site_name].base_layer
+            found, expected = (b.shape[0], a.shape[1]), (base.out_features, base.in_features)
+            if found != expected:
+                raise ValueError(
+                    f"expert {name}: made for another base: {site_name} is [out, in] "
+                    f"{list(found)} in the adapter, {list(expected)} in the model"
+                )
+        spec = ExpertSpec(
+            rank=config["r"],
+            alpha=config.get("lora_alpha", 8),
+            use_rslora=bool(config.get("use_rslora", False)),
+            sites=tuple(site for site in self.sites if site in pairs),
+        )
+        self._register(name, spec)
+        for site_name in spec.sites:
+            a, b = pairs[site_name]
+            scaling = site_scaling(config, site_name)
+            self._place(self.sites[site_name], name, a, b, scaling, dtype)
+
+    def remove(self, name: str) -> None:
+        """Drop an expert from every site."""
+        for site_name in self._spec(name).sites:
+            self.sites[site_name].remove(name)
+        del self.experts[name]
+        self._changed()
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an expert another name; its place among the gates stays."""
+        self._spec(old)
+        if new == old:
+            return
+        self._check_name(new)
+        for site in self.sites.values():
+            held = {expert: site.remove(expert) for expert in list(site.scalings)}
+            for expert, factors in held.items():
+                site.add(new if expert == old else expert, *factors)
+        self.experts = {new if n == old else n: spec for n, spec in self.experts.items()}
+        self._changed()
+
+    def freeze(self, name: str, frozen: bool = True) -> None:
+        """A frozen expert takes part in the mixture and gets no gradient, so nothing moves it."""
+        self.experts[name] = replace(self._spec(name), frozen=frozen)
+        for parameter in self.parameters(name):
+            parameter.requires_grad_(not frozen)
+
+    def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
+        """The factors of one expert, or of all."""
+        for expert in self.names if name is None else [name]:
+            for site_name in self._spec(expert).sites:
+                yield self.sites[site_name].lora_A[expert]
+                yield self.sites[site_name].lora_B[expert]
+
+    def state(self, name: str) -> dict[str, Float[Tensor, "_ _"]]:
+        """One expert's factors by PEFT key; they share memory with the parameters."""
+        state = {}
+        for site_name in self._spec(name).sites:
+            site = self.sites[site_name]
+            key_a, key_b = site_keys(site_name)
+            state[key_a] = site.lora_A[name].detach()
+            state[key_b] = site.lora_B[name].detach()
+        return state
+
+    @torch.no_grad()
+    def load_state(self, name: str, tensors: Mapping[str, Float[Tensor, "_ _"]]) -> None:
+        """Overwrite an expert with a state of the same sites and ranks; ValueError otherwise."""
+        own = self.state(name)
+        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        if missing or extra:
+            raise ValueError(
+                f"expert {name}: {len(missing)} keys missing {missing[:2]}, {len(extra)} keys "
+                f"unknown {extra[:2]}"
+            )
+        for key, tensor in tensors.items():
+            if tensor.shape != own[key].shape:
+                raise ValueError(
+                    f"expert {name}: {key} is {list(tensor.shape)}, expected {list(own[key].shape)}"
+                )
+        _check_finite(name, tensors)
+        for site_name in self._spec(name).sites:
+            site = self.sites[site_name]
+            key_a, key_b = site_keys(site_name)
+            site.lora_A[name].copy_(tensors[key_a])
+            site.lora_B[name].copy_(tensors[key_b])
+
+    def peft_config(self, name: str) -> dict[str, Any]:
+        """adapter_config.json of an expert: full paths, and patterns only where sites differ."""
+        spec = self._spec(name)
+        ranks, alphas = {}, {}
+        for site_name in spec.sites:
+            site = self.sites[site_name]
+            rank, pattern = site.ranks[name], f"^{re.escape(site_name)}"
+            root = math.sqrt(rank) if spec.use_rslora else rank
+            alpha = site.scalings[name] * root
+            if rank != spec.rank:
+                ranks[pattern] = rank
+            if not math.isclose(alpha, spec.alpha, rel_tol=1e-9):
+                alphas[pattern] = alpha
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": spec.rank,
+            "lora_alpha": spec.alpha,
+            "use_rslora": spec.use_rslora,
+            "target_modules": list(spec.sites),
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+        }
+
+    def set_gates(
+        self,
+        gates: Float[Tensor, "batch site expert"],
+        image_index: Int[Tensor, " images"] | None = None,
+        *,
+        expand: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Gates of the coming forward, for every site or one row for all; experts as in `names`.
+
+        A site of the image stream has pictures on its first axis: `image_index` names the sample
+        of each. `expand` lets generation repeat the samples. `dtype` casts once for all sites
+        where no gradient is asked for.
+        """
+        if gates.shape[1] not in (1, len(self.sites)) or gates.shape[2] != len(self.names):
+            raise ValueError(
+                f"gates are {list(gates.shape)}; expected [batch, 1 or {len(self.sites)} sites, "
+                f"{len(self.names)} experts {self.names}]"
+            )
+        table: dict[str, Tensor] = {}
+        by_stream = {"text": gates}
+        for group in self._grouped(gates.device):
+            if group.stream not in by_stream:
+                if image_index is None:
+                    raise ValueError(
+                        f"sites of the image stream need image_index: {group.names[0]}"
+                    )
+                by_stream[group.stream] = gates[image_index]
+            own = by_stream[group.stream]
+            if gates.shape[1] > 1:
+                own = own.index_select(1, group.site_index)
+            wide = own.index_select(-1, group.expert_index) * group.scaling
+            if dtype is not None and not torch.is_grad_enabled():
+                wide = wide.to(dtype)
+            per_site = (
+                wide.unsqueeze(2).unbind(1) if gates.shape[1] > 1 else [wide] * len(group.names)
+            )
+            table.update(zip(group.names, per_site, strict=True))
+        self.context.state = GateState(gates=table, expand=expand)
+
+    def route_tokens(
+        self, top_k: int | None, temperature: float = 1.0, *, recording: bool = True
+    ) -> None:
+        """Let every site route the tokens of the coming forward by its own token router.
+
+        `recording` keeps each site's logits in `context.state.token_logits`, for losses on them.
+        """
+        self.context.state = GateState(
+            gates=None, top_k=top_k, temperature=temperature, recording=recording
+        )
+
+    def add_token_routers(self, *, seed: int = 0, std: float = 0.02) -> None:
+        """A float32 router [expert, in] at every site; all experts come before, at all sites."""
+        for name, site in self.sites.items():
+            if list(site.scalings) != self.names:
+                raise ValueError(
+                    f"token routing needs every expert at every site: {name} has "
+                    f"{list(site.scalings)} of {self.names}"
+                )
+            generator = torch.Generator().manual_seed(_hash(f"{seed}/token_router/{name}"))
+            weight = torch.randn(len(self.names), site.base_layer.in_features, generator=generator)
+            site.token_router = nn.Parameter((weight * std).to(site.base_layer.weight.device))
+
+    def token_routers(self) -> dict[str, nn.Parameter]:
+        """Site -> token router [expert, in]; empty where gates are decided per sample."""
+        pairs = ((name, site.token_router) for name, site in self.sites.items())
+        return {name: router for name, router in pairs if router is not None}
+
+    def base_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's own weights under the names it had before `attach`."""
+        state = {}
+        for key, tensor in model.state_dict().items():
+            owner, _, leaf = key.rpartition(".")
+            if owner in self.sites:
+                continue
+            site = owner.removesuffix(".base_layer")
+            state[f"{site}.{leaf}" if site in self.sites else key] = tensor
+        return state
+
+    def _spec(self, name: str) -> ExpertSpec:
+        if name not in self.experts:
+            near = difflib.get_close_matches(name, self.names)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"no expert {name!r}; choices: {self.names}{hint}")
+        return self.experts[name]
+
+    def _check_name(self, name: str) -> None:
+        if not EXPERT_NAME.fullmatch(name):
+            raise ValueError(f"an expert's name is letters, digits, _ and -, got {name!r}")
+        if name in self.experts:
+            raise ValueError(f"there is an expert {name!r} already; choices: another name")
+
+    def _register(self, name: str, spec: ExpertSpec) -> None:
+        self._check_name(name)
+        if self.token_routers():
+            raise ValueError(f"expert {name}: add experts before the token routers")
+        self.experts[name] = spec
+        self._changed()
+
+    def _place(
+        self,
+        site: ExpertLinear,
+        name: str,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> None:
+        device = site.base_layer.weight.device
+        factors = [nn.Parameter(f.to(device=device, dtype=dtype, copy=True)) for f in (a, b)]
+        site.add(name, *factors, scaling)
+
+    def _changed(self) -> None:
+        self._groups = None
+        self.context.state = None  # gates of other experts
+
+    def _grouped(self, device: torch.device) -> list[_Group]:
+        if self._groups is None or self._groups[0].scaling.device != device:
+            self._groups = self._make_groups(device)
+        return self._groups
+
+    def _make_groups(self, device: torch.device) -> list[_Group]:
+        layouts: dict[tuple[Any, ...], list[str]] = {}
+        for name, site in self.sites.items():
+            layout = (self.streams[name], *site.ranks.items(), *site.scalings.items())
+            if site.scalings:
+                layouts.setdefault(layout, []).append(name)
+        order = {name: i for i, name in enumerate(self.sites)}
+        columns = {name: i for i, name in enumerate(self.names)}
+        groups = []
+        for names in layouts.values():
+            index, scaling = self.sites[names[0]].spread(columns)
+            groups.append(
+                _Group(
+                    stream=self.streams[names[0]],
+                    names=names,
+                    site_index=torch.tensor([order[n] for n in names], device=device),
+                    expert_index=index.to(device),
+                    scaling=scaling.to(device),
+                )
+            )
+        return groups
+
+
+def spec_scaling(spec: ExpertSpec, rank: int) -> float:
+    """The factor before B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
+    return spec.alpha / (math.sqrt(rank) if spec.use_rslora else rank)
+
+
+def _is_target(module: nn.Module) -> bool:
+    # The output projection inside nn.MultiheadAttention is read as a weight: its forward never runs.
+    plain = isinstance(module, nn.Linear) and not isinstance(
+        module, NonDynamicallyQuantizableLinear
+    )
+    return plain or isinstance(module, ExpertLinear)
+
+
+def _select(patterns: Sequence[str], modules: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The modules, in their order, whose whole path one of the patterns is or matches."""
+    found: set[str] = set()
+    for pattern in patterns:
+        try:
+            matches = {name for name in modules if name == pattern or re.fullmatch(pattern, name)}
+        except re.error as error:
+            raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from None
+        if not matches:
+            raise ValueError(_no_match(pattern, modules, key))
+        found |= matches
+    return {name: module for name, module in modules.items() if name in found}
+
+
+def _no_match(pattern: str, names: Iterable[str], key: str) -> str:
+    literal = re.sub(r"[\\^$*+?()\[\]|]", "", pattern)
+    near = difflib.get_close_matches(literal, list(names), n=3, cutoff=0.3)
+    return (
+        f"{key}: {pattern!r} matches no linear layer; it must be a full path or a regular "
+        f"expression for the whole path. Near names: {', '.join(near) or 'none'}"
+    )
+
+
+def _pair_up(
+    name: str, tensors: Mapping[str, Tensor], sites: Mapping[str, Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Site -> (A, B); every tensor belongs to a site, and every A has its B."""
+    left = dict(tensors)
+    pairs = {}
+    for site in sites:
+        key_a, key_b = site_keys(site)
+        if key_a in left and key_b in left:
+            pairs[site] = left.pop(key_a), left.pop(key_b)
+    if left or not pairs:
+        raise ValueError(
+            f"expert {name}: {len(left)} tensors belong to no site of this model, first "
+            f"{sorted(left)[:1]}; sites: {', '.join(list(sites)[:3])}, ..."
+        )
+    _check_finite(name, tensors)
+    return pairs
+
+
+def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"expert {name}: {key} has NaN or infinite values")
+
+
+def _uniform(shape: tuple[int, int], seed: str) -> Tensor:
+    generator = torch.Generator().manual_seed(_hash(seed))
+    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -1,0 +1,100 @@
+"""Auxiliary losses on routing decisions, each defined once.
+
+Decisions are `[site, token, expert]`, where a "token" is whatever is routed: a sample, or a token.
+Each loss is computed per site over the valid tokens (`mask`) and averaged over sites, so that its
+size depends on neither depth, padding nor batch size.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def load_balancing_loss(
+    probs: Float[Tensor, "site token expert"],
+    top_k: int | None = None,
+    mask: Bool[Tensor, " token"] | None = None,
+) -> Float[Tensor, ""]:
+    """E * sum_e f_e P_e, which is 1 at uniform use for every k, and at most E / k.
+
+    P_e is the mean probability of expert e before top-k, f_e its share of the k * T places (Switch
+    Transformer, arXiv 2101.03961, eq. 4, divided by k). Without `top_k` every expert has a place at
+    its probability, so f = P; the gradient then flows through both.
+    """
+    weights = _weights(probs, mask)
+    return _balance(probs, _places(probs, top_k), weights[None]).mean()
+
+
+def within_task_balancing_loss(
+    probs: Float[Tensor, "site token expert"],
+    task_ids: Int[Tensor, " token"],
+    top_k: int | None = None,
+    mask: Bool[Tensor, " token"] | None = None,
+) -> Float[Tensor, ""]:
+    """The load-balancing loss inside each task, weighted by the tasks' shares of valid tokens.
+
+    A router that gives each task its own expert is punished by the global form only where tasks
+    are unequally frequent, and here always; use it to spread a task over several experts. Tokens
+    of an unknown task (-1) are a task of their own.
+    """
+    weights = _weights(probs, mask)
+    member = (task_ids[None] == task_ids.unique()[:, None]).to(probs.dtype)  # [task, token]
+    in_task = member * weights
+    loss = _balance(probs, _places(probs, top_k), in_task)  # [site, task]
+    return (loss * in_task.sum(1) / weights.sum().clamp(min=1)).sum(1).mean()
+
+
+def z_loss(
+    logits: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None
+) -> Float[Tensor, ""]:
+    """Mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, eq. 5): keeps them small."""
+    return _mean(torch.logsumexp(logits, dim=-1).square(), _weights(logits, mask))
+
+
+def entropy_loss(
+    probs: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None
+) -> Float[Tensor, ""]:
+    """Mean entropy of the decisions in nats; a positive weight sharpens them, a negative softens."""
+    return _mean(torch.special.entr(probs).sum(-1), _weights(probs, mask))
+
+
+def task_guidance_loss(
+    logits: Float[Tensor, "site token expert"],
+    expert_ids: Int[Tensor, " token"],
+    mask: Bool[Tensor, " token"] | None = None,
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the decisions with the expert each token belongs to; id -1 is left out.
+
+    Zero, and still connected to the logits, where no expert is known.
+    """
+    weights = _weights(logits, mask) * (expert_ids >= 0)
+    targets = expert_ids.clamp(min=0).expand(logits.shape[:2])
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return _mean(loss.view(logits.shape[:2]), weights)
+
+
+def _weights(decisions: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return decisions.new_ones(decisions.shape[1])
+    return mask.to(decisions.dtype)
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    """[site, token] -> mean over valid tokens, then over sites; 0 where there is none."""
+    return ((values * weights).sum(1) / weights.sum().clamp(min=1)).mean()
+
+
+def _places(probs: Tensor, top_k: int | None) -> Tensor:
+    if top_k is None:
+        return probs
+    chosen = probs.detach().topk(top_k, dim=-1).indices
+    return torch.zeros_like(probs).scatter(-1, chosen, 1.0 / top_k)
+
+
+def _balance(probs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+    """[site, token, expert] x2, group weights [group, token] -> [site, group]."""
+    total = weights.sum(1).clamp(min=1)[:, None]
+    share = torch.einsum("gt,ste->sge", weights, places) / total
+    mean = torch.einsum("gt,ste->sge", weights, probs) / total
+    return probs.shape[-1] * (share * mean).sum(-1)

@@ -1,0 +1,99 @@
+"""The mixture of low-rank experts as one path: y = base + ((x A^T) * gates) B^T.
+
+A [rank, in] and B [out, rank] are the experts' factors one below the other; gates `[.., rank]` hold
+each expert's weight times its scaling, once per rank. Two matrix products whatever the number of
+experts, static shapes, unequal ranks for free, and every parameter used in every forward.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def mix(
+    x: Float[Tensor, "batch *seq in"],
+    base: Float[Tensor, "batch *seq out"],
+    gates: Float[Tensor, "#batch *#seq rank"],
+    factors_a: Sequence[Float[Tensor, "_ in"]],
+    factors_b: Sequence[Float[Tensor, "out _"]],
+) -> Float[Tensor, "batch *seq out"]:
+    """The base's output plus the gated experts, differentiable in all tensors, in base's dtype.
+
+    Saves x, x A^T and the gates for the backward pass, as one LoRA of the total rank would: the
+    gated product is recomputed, and the factors are concatenated anew rather than kept.
+    """
+    return _Mix.apply(x.to(base.dtype), base, gates, *factors_a, *factors_b)
+
+
+def concatenate(
+    factors_a: Sequence[Tensor], factors_b: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """All factors as A [rank, in] and B [out, rank]; a lone expert's are not copied."""
+    if len(factors_a) == 1:
+        return factors_a[0].to(dtype), factors_b[0].to(dtype)
+    return torch.cat(tuple(factors_a)).to(dtype), torch.cat(tuple(factors_b), dim=1).to(dtype)
+
+
+def add_mixture(x: Tensor, base: Tensor, gates: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add the gated experts into `base` itself, which must be fresh; for inference alone."""
+    hidden = F.linear(x.to(base.dtype), a) * gates.to(base.dtype)
+    base.view(-1, base.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), b.t())
+    return base
+
+
+class _Mix(torch.autograd.Function):
+    """apply(x, base, gates, *A factors, *B factors), x in base's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: Tensor, gates: Tensor, *factors: Tensor) -> Tensor:
+        count = len(factors) // 2
+        a, b = concatenate(factors[:count], factors[count:], base.dtype)
+        hidden = F.linear(x, a)
+        ctx.save_for_backward(x, hidden, gates, *factors)
+        gated = hidden * gates.to(hidden.dtype)
+        # addmm and not addmm_: the base's output is a view of a product, which autograd does not
+        # let a custom function change in place.
+        out = torch.addmm(base.reshape(-1, base.shape[-1]), gated.flatten(0, -2), b.t())
+        return out.view(base.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, gates, *factors = ctx.saved_tensors
+        half = len(factors) // 2
+        factors_a, factors_b = factors[:half], factors[half:]
+        needs_x, needs_base, needs_gates, *needs = ctx.needs_input_grad
+        a, b = concatenate(factors_a, factors_b, grad.dtype)
+        weights, flat = gates.to(grad.dtype), grad.reshape(-1, grad.shape[-1])
+
+        grad_gated = (flat @ b).view(hidden.shape)
+        grad_hidden = (grad_gated * weights).flatten(0, -2)
+        grad_x = grad_gates = grad_a = grad_b = None
+        if needs_x:
+            grad_x = (grad_hidden @ a).view(x.shape)
+        if needs_gates:
+            grad_gates = (grad_gated * hidden).to(gates.dtype).sum_to_size(gates.shape)
+        if any(needs[:half]):
+            grad_a = grad_hidden.t() @ x.flatten(0, -2)
+        if any(needs[half:]):
+            grad_b = ((hidden * weights).flatten(0, -2).t() @ flat).t()
+        return (
+            grad_x,
+            grad if needs_base else None,
+            grad_gates,
+            *_split(grad_a, factors_a, 0),
+            *_split(grad_b, factors_b, 1),
+        )
+
+
+def _split(grad: Tensor | None, factors: Sequence[Tensor], dim: int) -> list[Tensor | None]:
+    """The concatenated factors' gradient as one per expert."""
+    if grad is None:
+        return [None] * len(factors)
+    pieces = grad.split([factor.shape[dim] for factor in factors], dim)
+    return [piece.to(factor.dtype) for piece, factor in zip(pieces, factors, strict=True)]

@@ -1,0 +1,455 @@
+"""Backbone + experts + router: one forward, one generate, gates decided once before any expert runs.
+
+    batch -> evidence -> router -> gates -> bank.set_gates -> vision tower, projector, language model
+
+Every way to decide gates (router kinds, oracle, fixed weights, an override) ends in the same gate
+tensor, and every forward takes the same path through the experts.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from data.batch import Batch
+from moa import losses
+from moa.backbones.llava import VISION, Backbone
+from moa.experts import ExpertBank
+from moa.gating import (
+    apply_availability,
+    one_hot_gates,
+    sigmoid_gates,
+    softmax_gates,
+    top_k_gates,
+)
+from moa.router import AnchorRouter, Evidence, Router
+
+KINDS = ("softmax", "top_k", "sigmoid", "one_hot", "fixed", "anchors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """Gates [batch, site or 1, expert], and what a learned router decided them from.
+
+    `logits` are divided by the temperature already; `probs` are the gates before top-k, summing to
+    one. All three are None where tokens are routed one by one, inside the model.
+    """
+
+    gates: Float[Tensor, "batch site expert"] | None = None
+    logits: Float[Tensor, "batch site expert"] | None = None
+    probs: Float[Tensor, "batch site expert"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOutput:
+    """One forward. With labels, `logits` [batch, answer, vocab] stand at the answers' tokens alone,
+    in their order, and `labels` [batch, answer] beside them, -100 where a sample has fewer; without
+    labels `logits` are those of the whole sequence.
+
+    `loss_per_sample` is the mean cross-entropy over a sample's `num_tokens` answer tokens, 0 for
+    none. `gates` are [batch, site or 1, expert]; with token routing each sample's mean over valid
+    tokens and sites. `aux` are the losses on the router's decisions, empty where nothing decides.
+    """
+
+    loss_per_sample: Float[Tensor, " batch"]
+    num_tokens: Int[Tensor, " batch"]
+    logits: Float[Tensor, "batch answer vocab"]
+    labels: Int[Tensor, "batch answer"] | None
+    gates: Float[Tensor, "batch site expert"]
+    router_logits: Float[Tensor, "batch site expert"] | None
+    aux: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+
+
+class MixtureModel(nn.Module):
+    """A backbone with its bank of experts and the router (None for kinds one_hot and fixed).
+
+    kind: softmax | top_k | sigmoid (learned Router), anchors (AnchorRouter), one_hot (the sample's
+    own expert, uniform where nobody knows), fixed (`weights`, uniform by default).
+    With granularity "token" each site routes each token by itself, by softmax or top_k.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        bank: ExpertBank,
+        router: Router | AnchorRouter | None = None,
+        *,
+        kind: str = "softmax",
+        top_k: int = 2,
+        temperature: float = 1.0,
+        granularity: str = "sample",
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        check_kind(kind, granularity, router)
+        self.model = backbone.model
+        self.backbone = backbone
+        self.bank = bank
+        self.router = router
+        self.kind = kind
+        self.top_k = top_k
+        self.temperature = temperature
+        self.granularity = granularity
+        count = len(bank.names)
+        uniform = [1.0 / count] * count if count else []
+        values = torch.tensor(list(weights) if weights is not None else uniform)
+        self.register_buffer("weights", values, persistent=False)
+        if len(values) != count:
+            raise ValueError(f"weights: {len(values)} values for {count} experts {bank.names}")
+        if kind == "top_k" and not 1 <= top_k <= count:
+            raise ValueError(f"router.top_k must be in 1..{count} (experts), got {top_k}")
+
+    def forward(
+        self,
+        batch: Batch,
+        gates: Tensor | None = None,
+        *,
+        withhold: Collection[str] = (),
+        available: Tensor | None = None,
+    ) -> MixtureOutput:
+        """Loss per sample and what the router decided; see `compute_gates` for the arguments."""
+        decided, embeds = self._prefill(batch, gates, withhold, available)
+        hidden = self.backbone.hidden_states(embeds, batch.attention_mask)
+        labels = None
+        if batch.labels is not None:
+            hidden, labels = answer_positions(hidden, batch.labels)
+        logits = self.backbone.logits(hidden)
+        loss, num_tokens = answer_loss(logits, labels)
+        aux, used = self._decisions(batch, decided)
+        return MixtureOutput(
+            loss_per_sample=loss,
+            num_tokens=num_tokens,
+            logits=logits,
+            labels=labels,
+            gates=used,
+            router_logits=decided.logits,
+            aux=aux,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        batch: Batch,
+        gates: Tensor | None = None,
+        *,
+        withhold: Collection[str] = (),
+        available: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Int[Tensor, "rows new"]:
+        """New token ids, a row per sample and return sequence; left padding in the batch.
+
+        Gates are decided from the prompt and stay: beams and return sequences keep their sample's.
+        `kwargs` go to transformers' generate.
+        """
+        training = self.training
+        self.eval()  # activation checkpointing, a training matter, would forbid the cache
+        try:
+            _, embeds = self._prefill(batch, gates, withhold, available, expand=True)
+            return self.backbone.generate(embeds, batch.attention_mask, **kwargs)
+        finally:
+            self.train(training)
+
+    def compute_gates(
+        self,
+        batch: Batch,
+        *,
+        override: Tensor | None = None,
+        withhold: Collection[str] = (),
+        available: Tensor | None = None,
+        image_tokens: Tensor | None = None,
+    ) -> Gates:
+        """The gates of a batch, each sample by itself, from the prompt side alone.
+
+        override: gates [batch, expert] or [batch, site or 1, expert] to use instead.
+        withhold: kinds of evidence treated as missing. available: [expert] or [batch, expert] bool,
+        False where an expert may not be used. image_tokens: the tower's, if they are at hand.
+        """
+        if override is not None:
+            gates = override if override.dim() == 3 else override[:, None]
+            return Gates(gates=_available(gates.float(), available))
+        if self.granularity == "token":
+            return Gates()
+        if self.kind == "fixed":
+            gates = self.weights.expand(len(batch), 1, -1)
+            return Gates(gates=_available(gates, available, renormalise=False))
+        if self.kind == "one_hot":
+            gates = one_hot_gates(batch.expert_ids, len(self.bank.names))[:, None]
+            return Gates(gates=_available(gates, available))
+        if self.router is None:  # check_kind has seen to it
+            raise AssertionError(self.kind)
+        evidence = self.evidence(batch, image_tokens)
+        logits = self.router(evidence, withhold) / self.temperature
+        return self._gates_of(logits, available)
+
+    def evidence(self, batch: Batch, image_tokens: Tensor | None = None) -> Evidence:
+        """What the router may look at, from the backbone without experts, and without gradient."""
+        kinds = self.router.evidence if self.router is not None else ()
+        found: dict[str, Tensor] = {}
+        with torch.no_grad(), self.bank.context.disabled():
+            if "image" in kinds:
+                if image_tokens is None:
+                    image_tokens = self.backbone.image_tokens(batch.pixel_values)
+                tokens, mask = per_sample(image_tokens, batch.image_index, batch.image_mask)
+                found |= {"image_tokens": tokens, "image_mask": mask}
+            if "text" in kinds:
+                tokens = self.backbone.embed(batch.text_ids)
+                found |= {"text_tokens": tokens, "text_mask": batch.text_mask.bool()}
+            if "ocr" in kinds:
+                chars = self.backbone.embed(batch.ocr_ids)
+                tokens = masked_mean(chars, batch.ocr_char_mask)
+                found |= {"ocr_tokens": tokens, "ocr_mask": batch.ocr_mask.bool()}
+                found |= {"ocr_boxes": batch.ocr_boxes, "ocr_confidence": batch.ocr_confidence}
+            if "task" in kinds:
+                found["task_ids"] = batch.task_ids
+        return Evidence(**found)
+
+    def update_anchors(self, batch: Batch) -> None:
+        """Add a batch of samples of known experts to the anchors (kind anchors)."""
+        if not isinstance(self.router, AnchorRouter):
+            raise ValueError(f"router.kind={self.kind} has no anchors; choices: anchors")
+        self.router.update(self.evidence(batch), batch.expert_ids)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, each layer with the gates it first had."""
+        self.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={
+                "use_reentrant": False,
+                "context_fn": self.bank.context.checkpoint_contexts,
+            }
+        )
+
+    def router_state(self) -> dict[str, Tensor]:
+        """All that decides gates: the router's parameters and buffers, and the token routers."""
+        state = self.router.state_dict(prefix="router.") if self.router is not None else {}
+        tokens = {f"token_router.{k}": v.detach() for k, v in self.bank.token_routers().items()}
+        return {**state, **tokens}
+
+    @torch.no_grad()
+    def load_router_state(self, tensors: dict[str, Tensor]) -> None:
+        """Overwrite what `router_state` gives; ValueError unless keys and shapes are the same."""
+        own = self.router_state()
+        if own.keys() != tensors.keys():
+            different = sorted(own.keys() ^ tensors.keys())
+            raise ValueError(f"router: {len(different)} keys differ, first {different[:2]}")
+        for key, tensor in tensors.items():
+            if own[key].shape != tensor.shape:
+                raise ValueError(
+                    f"router: {key} is {list(tensor.shape)}, expected {list(own[key].shape)}"
+                )
+            own[key].copy_(tensor)
+
+    def _prefill(
+        self,
+        batch: Batch,
+        override: Tensor | None,
+        withhold: Collection[str],
+        available: Tensor | None,
+        expand: bool = False,
+    ) -> tuple[Gates, Tensor]:
+        """Decide and set the gates, then embed pictures and prompt with them."""
+        tokens = None
+        if self._tower_is_plain():
+            with torch.no_grad():
+                tokens = self.backbone.image_tokens(batch.pixel_values)
+        decided = self.compute_gates(
+            batch, override=override, withhold=withhold, available=available, image_tokens=tokens
+        )
+        self._set(decided, batch, expand)
+        if tokens is None:
+            tokens = self.backbone.image_tokens(batch.pixel_values)
+        features = self.backbone.project(tokens)
+        return decided, self.backbone.inputs_embeds(batch.input_ids, features)
+
+    def _tower_is_plain(self) -> bool:
+        """Without experts or training in the tower its tokens serve router and language model."""
+        if any(name.startswith(VISION) for name in self.bank.sites):
+            return False
+        return not any(p.requires_grad for p in self.model.model.vision_tower.parameters())
+
+    def _set(self, decided: Gates, batch: Batch, expand: bool) -> None:
+        if decided.gates is None:
+            top_k = self.top_k if self.kind == "top_k" else None
+            self.bank.route_tokens(top_k, self.temperature, recording=not expand)
+            return
+        device = batch.input_ids.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else self.backbone.dtype
+        self.bank.set_gates(decided.gates, batch.image_index, expand=expand, dtype=dtype)
+
+    def _gates_of(self, logits: Tensor, available: Tensor | None) -> Gates:
+        """Logits [batch, site, expert], divided by the temperature, as gates of this kind."""
+        mask = None if available is None else _rows(available, logits).expand_as(logits)
+        if self.kind == "sigmoid":
+            gates = sigmoid_gates(logits)
+            probs = gates / gates.sum(-1, keepdim=True)
+            gates = _available(gates, available, renormalise=False)
+        else:
+            probs = softmax_gates(logits)
+            top = self.top_k if self.kind == "top_k" else logits.shape[-1]
+            whole = self.kind != "top_k" and mask is None
+            gates = probs if whole else top_k_gates(logits, top, mask)
+        return Gates(gates=gates, logits=logits, probs=probs)
+
+    def _decisions(self, batch: Batch, decided: Gates) -> tuple[dict[str, Tensor], Tensor]:
+        """Losses on the decisions, and the gates [batch, site or 1, expert] that were used."""
+        top_k = self.top_k if self.kind == "top_k" else None
+        if decided.gates is None:
+            return self._token_decisions(batch, top_k)
+        if decided.logits is None or decided.probs is None or self.kind == "anchors":
+            return {}, decided.gates
+        logits, probs = decided.logits.transpose(0, 1), decided.probs.transpose(0, 1)
+        return (
+            router_losses(logits, probs, batch.expert_ids, batch.task_ids, top_k=top_k),
+            decided.gates,
+        )
+
+    def _token_decisions(self, batch: Batch, top_k: int | None) -> tuple[dict[str, Tensor], Tensor]:
+        """As `_decisions`, over the valid tokens of every site; gates are each sample's mean."""
+        state = self.bank.context.state
+        recorded = dict(state.token_logits) if state is not None else {}
+        if state is not None:
+            state.token_logits.clear()  # it would keep the graph until the next forward
+        shapes: dict[tuple[Any, ...], list[Tensor]] = {}
+        for name, logits in recorded.items():
+            shapes.setdefault((self.bank.streams[name], *logits.shape), []).append(logits)
+        total: dict[str, Tensor] = {}
+        sums = counts = 0
+        for (stream, *_), stack in shapes.items():
+            logits = torch.stack(stack) / self.temperature  # [site, row, token, expert]
+            rows, length = logits.shape[1:3]
+            image = stream == "image"
+            sample = batch.image_index if image else torch.arange(rows, device=logits.device)
+            mask = logits.new_ones(rows, length, dtype=torch.bool)
+            if not image:
+                mask = batch.attention_mask.bool()
+            flat, probs = logits.flatten(1, 2), softmax_gates(logits).flatten(1, 2)
+            owner = sample.repeat_interleave(length)
+            found = router_losses(
+                flat,
+                probs,
+                batch.expert_ids[owner],
+                batch.task_ids[owner],
+                top_k=top_k,
+                mask=mask.flatten(),
+            )
+            for key, value in found.items():
+                total[key] = total.get(key, 0) + value * len(stack) / len(recorded)
+            with torch.no_grad():
+                gates = probs if top_k is None else top_k_gates(flat, min(top_k, flat.shape[-1]))
+                weights = mask.flatten().float()
+                where = F.one_hot(owner, len(batch)).float() * weights[:, None]
+                sums = sums + torch.einsum("tb,ste->be", where, gates)
+                counts = counts + len(stack) * where.sum(0)
+        return total, (sums / counts.clamp(min=1)[:, None])[:, None]
+
+
+def check_kind(kind: str, granularity: str, router: nn.Module | None) -> None:
+    """ValueError unless kind, granularity and router fit together."""
+    if kind not in KINDS:
+        raise ValueError(f"router.kind: {kind!r}; choices: {', '.join(KINDS)}")
+    if granularity not in ("sample", "token"):
+        raise ValueError(f"router.granularity: {granularity!r}; choices: sample, token")
+    if granularity == "token":
+        if kind not in ("softmax", "top_k"):
+            raise ValueError(f"router.granularity token needs kind softmax or top_k, got {kind}")
+        needed: tuple[type, ...] = (type(None),)
+    elif kind == "anchors":
+        needed = (AnchorRouter,)
+    else:
+        needed = (type(None), Router) if kind in ("one_hot", "fixed") else (Router,)
+    if not isinstance(router, needed):
+        names = " or ".join(t.__name__ for t in needed)
+        found = type(router).__name__
+        raise ValueError(
+            f"router.kind {kind} with granularity {granularity} needs {names}: {found}"
+        )
+
+
+def answer_positions(
+    hidden: Float[Tensor, "batch seq width"], labels: Int[Tensor, "batch seq"]
+) -> tuple[Float[Tensor, "batch answer width"], Int[Tensor, "batch answer"]]:
+    """The hidden states that predict a supervised token, packed to the left, and those tokens.
+
+    The output layer is the widest of all: running it on the pictures' and the prompt's positions
+    would cost most of its time and memory for nothing.
+    """
+    labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # the state at i predicts token i + 1
+    supervised = labels != -100
+    longest = max(int(supervised.sum(1).max()), 1)
+    order = supervised.long().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    picked = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
+    return picked, labels.gather(1, order)
+
+
+def answer_loss(
+    logits: Float[Tensor, "batch answer vocab"], labels: Int[Tensor, "batch answer"] | None
+) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """Each sample's mean cross-entropy over its answer tokens in float32, and their number."""
+    if labels is None:
+        zeros = logits.new_zeros(logits.shape[0], dtype=torch.float32)
+        return zeros, zeros.long()
+    losses_ = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
+    ).view(labels.shape)
+    count = (labels != -100).sum(1)
+    return losses_.sum(1) / count.clamp(min=1), count
+
+
+def router_losses(
+    logits: Float[Tensor, "site token expert"],
+    probs: Float[Tensor, "site token expert"],
+    expert_ids: Int[Tensor, " token"],
+    task_ids: Int[Tensor, " token"],
+    *,
+    top_k: int | None,
+    mask: Bool[Tensor, " token"] | None = None,
+) -> dict[str, Float[Tensor, ""]]:
+    """Every auxiliary loss by its name in the config; unweighted."""
+    return {
+        "load_balancing": losses.load_balancing_loss(probs, top_k, mask),
+        "within_task_balancing": losses.within_task_balancing_loss(probs, task_ids, top_k, mask),
+        "z": losses.z_loss(logits, mask),
+        "entropy": losses.entropy_loss(probs, mask),
+        "guidance": losses.task_guidance_loss(logits, expert_ids, mask),
+    }
+
+
+def per_sample(
+    tokens: Float[Tensor, "images patch image"],
+    image_index: Int[Tensor, " images"],
+    image_mask: Bool[Tensor, " batch"],
+) -> tuple[Float[Tensor, "batch tokens image"], Bool[Tensor, "batch tokens"]]:
+    """The tokens of each sample's pictures in a row, and where there are any."""
+    batch, (images, patches, _) = image_mask.shape[0], tokens.shape
+    here = F.one_hot(image_index, batch)  # [image, batch]
+    slot = (here.cumsum(0) * here).sum(1) - 1  # which of its sample's pictures each one is
+    most = int(slot.max()) + 1 if images else 1
+    grid = tokens.new_zeros(batch, most, *tokens.shape[1:])
+    grid[image_index, slot] = tokens
+    mask = torch.zeros(batch, most, dtype=torch.bool, device=tokens.device)
+    mask[image_index, slot] = True
+    mask = (mask & image_mask[:, None])[..., None].expand(-1, -1, patches)
+    return grid.flatten(1, 2), mask.flatten(1, 2)
+
+
+def masked_mean(
+    tokens: Float[Tensor, "batch word char width"], mask: Bool[Tensor, "batch word char"]
+) -> Float[Tensor, "batch word width"]:
+    """Mean over the masked characters; zeros where there are none."""
+    weights = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+    return torch.einsum("bwc,bwcd->bwd", weights, tokens.float())
+
+
+def _rows(available: Tensor, gates: Tensor) -> Tensor:
+    """[expert] or [batch, expert] -> broadcastable to [batch, site, expert]."""
+    return available.to(gates.device)[None, None] if available.dim() == 1 else available[:, None]
+
+
+def _available(gates: Tensor, available: Tensor | None, *, renormalise: bool = True) -> Tensor:
+    if available is None:
+        return gates
+    return apply_availability(gates, _rows(available, gates), renormalise=renormalise)
