@@ -10,12 +10,8 @@ reason, never dropped.
 
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,8 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from moa.atomic import atomic_folder, write_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -197,66 +195,26 @@ def save_expert(
     """Write one expert for plain `PeftModel.from_pretrained`; `read_expert` returns the same bits.
 
     The folder appears whole or not at all, and replaces an older one. `config` needs r, lora_alpha
-    and target_modules. Raises ValueError, before writing, where `read_expert` would refuse.
+    and target_modules. Raises ValueError, and writes nothing, where `read_expert` would refuse.
     """
-    folder = Path(path)
+    with atomic_folder(path) as temporary:
+        write_expert(temporary, tensors, config, name=path)
+
+
+def write_expert(
+    folder: Path,
+    tensors: Mapping[str, Shaped[Tensor, "_ _"]],
+    config: Mapping[str, Any],
+    *,
+    name: str | Path,
+) -> None:
+    """The two files of an expert into a folder that exists; `name` stands in error messages."""
     full = {"peft_type": "LORA", "bias": "none", "inference_mode": True, **config}
     full = {key: sorted(value) if isinstance(value, set) else value for key, value in full.items()}
-    check_tensors(folder, tensors, full)
+    check_tensors(name, tensors, full)
+    write_json(folder / CONFIG_FILE, full)
     ready = {key: value.detach().cpu().contiguous() for key, value in sorted(tensors.items())}
-    with atomic_folder(folder) as temporary:
-        write_json(temporary / CONFIG_FILE, full)
-        save_file(ready, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-
-
-def write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, or vanishes.
-
-    Files are on the disk before the rename, so a name never stands for a folder half written.
-    """
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target}: a file of this name is in the way of the folder")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise OSError(error.errno, f"{target}: cannot be written: {error.strerror}") from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private
-        for file in (*temporary.rglob("*"), temporary):
-            _sync(file)
-        _replace(temporary, target)
-        _sync(target.parent)
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
-        number = error.errno if isinstance(error, OSError) else None
-        raise OSError(number, f"{target}: not written, nothing was changed: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        temporary.rename(target)
-        return
-    old = target.with_name(f".{target.name}.old.{os.getpid()}")
-    target.rename(old)  # a folder that is not empty cannot be renamed over
-    temporary.rename(target)
-    shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    save_file(ready, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, site: str, default: Any) -> Any:
