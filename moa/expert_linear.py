@@ -29,7 +29,8 @@ class GateState:
     top_k: int | None = None  # of token routing; None: softmax over all experts
     temperature: float = 1.0  # of token routing
     recording: bool = True
-    token_logits: dict[str, Tensor] = field(default_factory=dict)  # site -> [batch, seq, expert]
+    # site -> [batch, seq, expert], divided by the temperature
+    token_logits: dict[str, Tensor] = field(default_factory=dict)
 
 
 class GateContext:
@@ -190,12 +191,9 @@ class ExpertLinear(nn.Module):
         if self.token_router is None:
             raise ValueError(f"{self.name}: has no token router; call bank.add_token_routers()")
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), self.token_router.float())
-            if state.top_k is None:
-                gates = softmax_gates(logits, state.temperature)
-            else:
-                top_k = min(state.top_k, logits.shape[-1])
-                gates = top_k_gates(logits, top_k, temperature=state.temperature)
+            logits = F.linear(x.float(), self.token_router.float()) / state.temperature
+            whole = state.top_k is None
+            gates = softmax_gates(logits) if whole else top_k_gates(logits, state.top_k)
         if state.recording:
             state.token_logits[self.name] = logits  # by site: a second call replaces the first
         if self._spread is None:

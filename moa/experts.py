@@ -9,17 +9,18 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from moa.expert_linear import ExpertLinear, GateContext, GateState
-from moa.peft_io import site_keys, site_scaling
+from moa.expert_state import expert_state, overwrite, pair_up, peft_config, scaling_of
+from moa.peft_io import site_scaling
+from moa.targets import is_target, select
 
 EXPERT_NAME = re.compile(r"\w[\w-]*")
 
@@ -75,9 +76,9 @@ class ExpertBank:
         """
         if any(isinstance(module, ExpertLinear) for module in model.modules()):
             raise ValueError("the model has a bank already: detach it, or add experts to it")
-        linear = {name: m for name, m in model.named_modules() if _is_target(m)}
-        chosen = _select(targets, linear, "targets")
-        for name in _select(exclude, chosen, "exclude"):
+        linear = {name: m for name, m in model.named_modules() if is_target(m)}
+        chosen = select(targets, linear, "targets")
+        for name in select(exclude, chosen, "exclude"):
             chosen.pop(name)
         if not chosen:
             raise ValueError(f"exclude={list(exclude)} leaves none of targets={list(targets)}")
@@ -120,7 +121,7 @@ class ExpertBank:
         """
         if rank < 1:
             raise ValueError(f"experts.{name}.rank must be 1 or more, got {rank}")
-        chosen = self.sites if targets is None else _select(targets, self.sites, f"{name}.targets")
+        chosen = self.sites if targets is None else select(targets, self.sites, f"{name}.targets")
         spec = ExpertSpec(rank=rank, alpha=alpha, use_rslora=use_rslora, sites=tuple(chosen))
         self._register(name, spec)
         for site_name, site in self.sites.items():
@@ -128,7 +129,7 @@ class ExpertBank:
                 base = site.base_layer
                 a = _uniform((rank, base.in_features), f"{seed}/{name}/{site_name}")
                 b = torch.zeros(base.out_features, rank)
-                self._place(site, name, a, b, spec_scaling(spec, rank), dtype)
+                self._place(site, name, a, b, scaling_of(rank, alpha, use_rslora), dtype)
 
     def import_expert(
         self,
@@ -142,15 +143,7 @@ class ExpertBank:
 
         Raises ValueError for keys that no site consumes, and for shapes of another base.
         """
-        pairs = _pair_up(name, tensors, self.sites)
-        for site_name, (a, b) in pairs.items():
-            base = self.sites[site_name].base_layer
-            found, expected = (b.shape[0], a.shape[1]), (base.out_features, base.in_features)
-            if found != expected:
-                raise ValueError(
-                    f"expert {name}: made for another base: {site_name} is [out, in] "
-                    f"{list(found)} in the adapter, {list(expected)} in the model"
-                )
+        pairs = pair_up(name, tensors, self.sites)
         spec = ExpertSpec(
             rank=config["r"],
             alpha=config.get("lora_alpha", 8),
@@ -198,62 +191,17 @@ class ExpertBank:
 
     def state(self, name: str) -> dict[str, Float[Tensor, "_ _"]]:
         """One expert's factors by PEFT key; they share memory with the parameters."""
-        state = {}
-        for site_name in self._spec(name).sites:
-            site = self.sites[site_name]
-            key_a, key_b = site_keys(site_name)
-            state[key_a] = site.lora_A[name].detach()
-            state[key_b] = site.lora_B[name].detach()
-        return state
+        self._spec(name)
+        return expert_state(self.sites, name)
 
-    @torch.no_grad()
     def load_state(self, name: str, tensors: Mapping[str, Float[Tensor, "_ _"]]) -> None:
         """Overwrite an expert with a state of the same sites and ranks; ValueError otherwise."""
-        own = self.state(name)
-        missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-        if missing or extra:
-            raise ValueError(
-                f"expert {name}: {len(missing)} keys missing {missing[:2]}, {len(extra)} keys "
-                f"unknown {extra[:2]}"
-            )
-        for key, tensor in tensors.items():
-            if tensor.shape != own[key].shape:
-                raise ValueError(
-                    f"expert {name}: {key} is {list(tensor.shape)}, expected {list(own[key].shape)}"
-                )
-        _check_finite(name, tensors)
-        for site_name in self._spec(name).sites:
-            site = self.sites[site_name]
-            key_a, key_b = site_keys(site_name)
-            site.lora_A[name].copy_(tensors[key_a])
-            site.lora_B[name].copy_(tensors[key_b])
+        overwrite(self.state(name), tensors, name)
 
     def peft_config(self, name: str) -> dict[str, Any]:
         """adapter_config.json of an expert: full paths, and patterns only where sites differ."""
         spec = self._spec(name)
-        ranks, alphas = {}, {}
-        for site_name in spec.sites:
-            site = self.sites[site_name]
-            rank, pattern = site.ranks[name], f"^{re.escape(site_name)}"
-            root = math.sqrt(rank) if spec.use_rslora else rank
-            alpha = site.scalings[name] * root
-            if rank != spec.rank:
-                ranks[pattern] = rank
-            if not math.isclose(alpha, spec.alpha, rel_tol=1e-9):
-                alphas[pattern] = alpha
-        return {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "r": spec.rank,
-            "lora_alpha": spec.alpha,
-            "use_rslora": spec.use_rslora,
-            "target_modules": list(spec.sites),
-            "rank_pattern": ranks,
-            "alpha_pattern": alphas,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
-        }
+        return peft_config(self.sites, name, spec.rank, spec.alpha, spec.use_rslora)
 
     def set_gates(
         self,
@@ -285,8 +233,8 @@ class ExpertBank:
                 by_stream[group.stream] = gates[image_index]
             own = by_stream[group.stream]
             if gates.shape[1] > 1:
-                own = own.index_select(1, group.site_index)
-            wide = own.index_select(-1, group.expert_index) * group.scaling
+                own = own.indexselect(1, group.site_index)
+            wide = own.indexselect(-1, group.expert_index) * group.scaling
             if dtype is not None and not torch.is_grad_enabled():
                 wide = wide.to(dtype)
             per_site = (
@@ -300,11 +248,19 @@ class ExpertBank:
     ) -> None:
         """Let every site route the tokens of the coming forward by its own token router.
 
-        `recording` keeps each site's logits in `context.state.token_logits`, for losses on them.
+        `recording` keeps each site's logits for `take_token_logits`.
         """
         self.context.state = GateState(
             gates=None, top_k=top_k, temperature=temperature, recording=recording
         )
+
+    def take_token_logits(self) -> dict[str, Float[Tensor, "_ _ expert"]]:
+        """Site -> the logits of the last forward's tokens, over the temperature; kept no longer."""
+        state = self.context.state
+        taken = dict(state.token_logits) if state is not None else {}
+        if state is not None:
+            state.token_logits.clear()  # they would keep the graph until the next forward
+        return taken
 
     def add_token_routers(self, *, seed: int = 0, std: float = 0.02) -> None:
         """A float32 router [expert, in] at every site; all experts come before, at all sites."""
@@ -397,67 +353,6 @@ class ExpertBank:
                 )
             )
         return groups
-
-
-def spec_scaling(spec: ExpertSpec, rank: int) -> float:
-    """The factor before B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
-    return spec.alpha / (math.sqrt(rank) if spec.use_rslora else rank)
-
-
-def _is_target(module: nn.Module) -> bool:
-    # The output projection inside nn.MultiheadAttention is read as a weight: its forward never runs.
-    plain = isinstance(module, nn.Linear) and not isinstance(
-        module, NonDynamicallyQuantizableLinear
-    )
-    return plain or isinstance(module, ExpertLinear)
-
-
-def _select(patterns: Sequence[str], modules: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The modules, in their order, whose whole path one of the patterns is or matches."""
-    found: set[str] = set()
-    for pattern in patterns:
-        try:
-            matches = {name for name in modules if name == pattern or re.fullmatch(pattern, name)}
-        except re.error as error:
-            raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from None
-        if not matches:
-            raise ValueError(_no_match(pattern, modules, key))
-        found |= matches
-    return {name: module for name, module in modules.items() if name in found}
-
-
-def _no_match(pattern: str, names: Iterable[str], key: str) -> str:
-    literal = re.sub(r"[\\^$*+?()\[\]|]", "", pattern)
-    near = difflib.get_close_matches(literal, list(names), n=3, cutoff=0.3)
-    return (
-        f"{key}: {pattern!r} matches no linear layer; it must be a full path or a regular "
-        f"expression for the whole path. Near names: {', '.join(near) or 'none'}"
-    )
-
-
-def _pair_up(
-    name: str, tensors: Mapping[str, Tensor], sites: Mapping[str, Any]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Site -> (A, B); every tensor belongs to a site, and every A has its B."""
-    left = dict(tensors)
-    pairs = {}
-    for site in sites:
-        key_a, key_b = site_keys(site)
-        if key_a in left and key_b in left:
-            pairs[site] = left.pop(key_a), left.pop(key_b)
-    if left or not pairs:
-        raise ValueError(
-            f"expert {name}: {len(left)} tensors belong to no site of this model, first "
-            f"{sorted(left)[:1]}; sites: {', '.join(list(sites)[:3])}, ..."
-        )
-    _check_finite(name, tensors)
-    return pairs
-
-
-def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"expert {name}: {key} has NaN or infinite values")
 
 
 def _uniform(shape: tuple[int, int], seed: str) -> Tensor:

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from data.batch import Batch
-from moa import losses
 from moa.backbones.llava import VISION, Backbone
+from moa.decisions import mean_token_gates, router_losses, token_decisions, token_losses
 from moa.experts import ExpertBank
 from moa.gating import (
     apply_availability,
@@ -222,26 +222,6 @@ class MixtureModel(nn.Module):
             }
         )
 
-    def router_state(self) -> dict[str, Tensor]:
-        """All that decides gates: the router's parameters and buffers, and the token routers."""
-        state = self.router.state_dict(prefix="router.") if self.router is not None else {}
-        tokens = {f"token_router.{k}": v.detach() for k, v in self.bank.token_routers().items()}
-        return {**state, **tokens}
-
-    @torch.no_grad()
-    def load_router_state(self, tensors: dict[str, Tensor]) -> None:
-        """Overwrite what `router_state` gives; ValueError unless keys and shapes are the same."""
-        own = self.router_state()
-        if own.keys() != tensors.keys():
-            different = sorted(own.keys() ^ tensors.keys())
-            raise ValueError(f"router: {len(different)} keys differ, first {different[:2]}")
-        for key, tensor in tensors.items():
-            if own[key].shape != tensor.shape:
-                raise ValueError(
-                    f"router: {key} is {list(tensor.shape)}, expected {list(own[key].shape)}"
-                )
-            own[key].copy_(tensor)
-
     def _prefill(
         self,
         batch: Batch,
@@ -302,49 +282,17 @@ class MixtureModel(nn.Module):
         if decided.logits is None or decided.probs is None or self.kind == "anchors":
             return {}, decided.gates
         logits, probs = decided.logits.transpose(0, 1), decided.probs.transpose(0, 1)
-        return (
-            router_losses(logits, probs, batch.expert_ids, batch.task_ids, top_k=top_k),
-            decided.gates,
-        )
+        aux = router_losses(logits, probs, batch.expert_ids, batch.task_ids, top_k=top_k)
+        return aux, decided.gates
 
     def _token_decisions(self, batch: Batch, top_k: int | None) -> tuple[dict[str, Tensor], Tensor]:
-        """As `_decisions`, over the valid tokens of every site; gates are each sample's mean."""
-        state = self.bank.context.state
-        recorded = dict(state.token_logits) if state is not None else {}
-        if state is not None:
-            state.token_logits.clear()  # it would keep the graph until the next forward
-        shapes: dict[tuple[Any, ...], list[Tensor]] = {}
-        for name, logits in recorded.items():
-            shapes.setdefault((self.bank.streams[name], *logits.shape), []).append(logits)
-        total: dict[str, Tensor] = {}
-        sums = counts = 0
-        for (stream, *_), stack in shapes.items():
-            logits = torch.stack(stack) / self.temperature  # [site, row, token, expert]
-            rows, length = logits.shape[1:3]
-            image = stream == "image"
-            sample = batch.image_index if image else torch.arange(rows, device=logits.device)
-            mask = logits.new_ones(rows, length, dtype=torch.bool)
-            if not image:
-                mask = batch.attention_mask.bool()
-            flat, probs = logits.flatten(1, 2), softmax_gates(logits).flatten(1, 2)
-            owner = sample.repeat_interleave(length)
-            found = router_losses(
-                flat,
-                probs,
-                batch.expert_ids[owner],
-                batch.task_ids[owner],
-                top_k=top_k,
-                mask=mask.flatten(),
-            )
-            for key, value in found.items():
-                total[key] = total.get(key, 0) + value * len(stack) / len(recorded)
-            with torch.no_grad():
-                gates = probs if top_k is None else top_k_gates(flat, min(top_k, flat.shape[-1]))
-                weights = mask.flatten().float()
-                where = F.one_hot(owner, len(batch)).float() * weights[:, None]
-                sums = sums + torch.einsum("tb,ste->be", where, gates)
-                counts = counts + len(stack) * where.sum(0)
-        return total, (sums / counts.clamp(min=1)[:, None])[:, None]
+        """As `_decisions`, over every site's valid tokens; the gates are each sample's mean."""
+        logits = self.bank.take_token_logits()
+        groups = list(
+            token_decisions(logits, self.bank.streams, batch.attention_mask, batch.image_index)
+        )
+        aux = token_losses(groups, batch.expert_ids, batch.task_ids, top_k)
+        return aux, mean_token_gates(groups, len(batch), top_k)
 
 
 def check_kind(kind: str, granularity: str, router: nn.Module | None) -> None:
@@ -392,30 +340,11 @@ def answer_loss(
     if labels is None:
         zeros = logits.new_zeros(logits.shape[0], dtype=torch.float32)
         return zeros, zeros.long()
-    losses_ = F.cross_entropy(
+    loss = F.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
     ).view(labels.shape)
     count = (labels != -100).sum(1)
-    return losses_.sum(1) / count.clamp(min=1), count
-
-
-def router_losses(
-    logits: Float[Tensor, "site token expert"],
-    probs: Float[Tensor, "site token expert"],
-    expert_ids: Int[Tensor, " token"],
-    task_ids: Int[Tensor, " token"],
-    *,
-    top_k: int | None,
-    mask: Bool[Tensor, " token"] | None = None,
-) -> dict[str, Float[Tensor, ""]]:
-    """Every auxiliary loss by its name in the config; unweighted."""
-    return {
-        "load_balancing": losses.load_balancing_loss(probs, top_k, mask),
-        "within_task_balancing": losses.within_task_balancing_loss(probs, task_ids, top_k, mask),
-        "z": losses.z_loss(logits, mask),
-        "entropy": losses.entropy_loss(probs, mask),
-        "guidance": losses.task_guidance_loss(logits, expert_ids, mask),
-    }
+    return loss.sum(1) / count.clamp(min=1), count
 
 
 def per_sample(
