@@ -233,8 +233,8 @@ class ExpertBank:
                 by_stream[group.stream] = gates[image_index]
             own = by_stream[group.stream]
             if gates.shape[1] > 1:
-                own = own.indexselect(1, group.site_index)
-            wide = own.indexselect(-1, group.expert_index) * group.scaling
+                own = own.index_select(1, group.site_index)
+            wide = own.index_select(-1, group.expert_index) * group.scaling
             if dtype is not None and not torch.is_grad_enabled():
                 wide = wide.to(dtype)
             per_site = (
