@@ -1,0 +1,123 @@
+"""What an evaluation leaves in the run folder: JSON files, the routing record, pictures."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moa.analysis.gallery import Card, gallery, seen_picture
+from moa.analysis.plots import gate_heat_map, layer_heat_map, loss_curves, read_log
+from moa.analysis.routing import delta_cosines, summary
+from moa.atomic import write_json
+from moa.benchmarks.result import Result
+from moa.benchmarks.scores import Prediction
+from moa.config import RunConfig, SourceConfig
+from moa.metrics import best_iou
+from moa.model import MixtureModel
+
+
+def routing_record(
+    model: MixtureModel, config: RunConfig, results: Sequence[Result]
+) -> dict[str, Any] | None:
+    """Gates by task and what they tell; None where every token is routed by itself."""
+    predictions = [p for result in results for p in result.predictions if p.gates is not None]
+    if not predictions:
+        return None
+    names = model.bank.names
+    sites = model.bank.sites.items()
+    factors = {
+        name: {
+            site: (layer.lora_A[name] * layer.scalings[name], layer.lora_B[name])
+            for site, layer in sites
+            if name in layer.scalings
+        }
+        for name in names
+    }
+    with torch.no_grad():
+        return summary(
+            torch.tensor([p.gates for p in predictions]),
+            [p.sample.task for p in predictions],
+            [p.sample.expert for p in predictions],
+            names,
+            trained_tasks=config.data.tasks,
+            cosines=delta_cosines(factors),
+        )
+
+
+def write_results(
+    folder: Path,
+    results: Sequence[Result],
+    routing: dict[str, Any] | None,
+    sources: Sequence[SourceConfig],
+    about: dict[str, Any],
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for result, source in zip(results, sources, strict=True):
+        record = {**result.record(), "split": source.split, "source": asdict(source), **about}
+        write_json(folder / f"{result.name}.json", record)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows()]
+        (folder / f"{result.name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    if routing is not None:
+        write_json(folder / "routing.json", {**routing, **about})
+
+
+def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> list[Card]:
+    """The first samples of each data set and task in turn, with what reached the vision tower."""
+    columns = [
+        list(zip(found, scores.values[scores.primary], strict=True))
+        for result in results
+        for found, scores in result.tasks.values()
+    ]
+    longest = max(map(len, columns), default=0)
+    turns = [column[row] for row in range(longest) for column in columns if row < len(column)]
+    return [make_card(model, prediction, score) for prediction, score in turns[:count]]
+
+
+def make_card(model: MixtureModel, prediction: Prediction, score: float) -> Card:
+    sample, processor = prediction.sample, model.backbone.processor.image_processor
+    pixels = torch.as_tensor(processor(images=[sample.image], return_tensors="pt")["pixel_values"])
+    said = prediction.text
+    if prediction.box is not None:
+        said = f"a box, IoU {best_iou(prediction.box, sample.boxes):.2f}"
+    gates = prediction.gates
+    return Card(
+        image=seen_picture(pixels[0], processor.image_mean, processor.image_std),
+        size=sample.image.size,
+        task=sample.task,
+        question=sample.question,
+        prediction=said,
+        truth=" / ".join(dict.fromkeys(sample.answers)),
+        score=score,
+        boxes=sample.boxes,
+        predicted_box=prediction.box,
+        ocr=sample.ocr,
+        gates=None if gates is None else torch.tensor(gates).mean(0).tolist(),
+    )
+
+
+def draw_pictures(
+    run: Path,
+    variant: str,
+    model: MixtureModel,
+    results: Sequence[Result],
+    routing: dict[str, Any] | None,
+    count: int,
+) -> list[Path]:
+    """The PNG files that were made."""
+    folder, names = run / "pictures" / variant, model.bank.names
+    made = [folder / "samples.png"]
+    gallery(made[0], make_cards(model, results, count), names, "What the model saw, and said")
+    if routing is not None:
+        made.append(folder / "gates.png")
+        gate_heat_map(made[-1], routing)
+    if routing is not None and "per_site" in routing:
+        made.append(folder / "gates_by_layer.png")
+        layer_heat_map(made[-1], routing, list(model.bank.sites))
+    log = read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    if any(key.startswith("loss/") for row in log for key in row):
+        made.append(folder / "losses.png")
+        loss_curves(made[-1], log)
+    return made

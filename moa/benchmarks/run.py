@@ -1,0 +1,177 @@
+"""Score a model on a data set: batched generation, gates fixed at prefill, each task by its benchmark.
+
+    data set -> collator (left padding) -> gates -> generate -> Prediction -> BENCHMARKS[task] -> Result
+
+A sample that cannot be read, or has nothing to be scored against, stops the evaluation or is counted
+by rule, as `on_bad_sample` says. An answer that cannot count scores 0 and is counted as a failure.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from data.batch import Batch
+from data.checks import BadSampleError, name_of
+from data.collate import Collator
+from data.mixture import read_sample
+from data.sample import Sample
+from moa.benchmarks import captioning, exact, grounding, ocr_vqa, vqa
+from moa.benchmarks.result import Result
+from moa.benchmarks.scores import Prediction, Scores
+from moa.gating import one_hot_gates
+from moa.model import Gates, MixtureModel
+
+BENCHMARKS: dict[str, Callable[[Sequence[Prediction]], Scores]] = {
+    "vqa": vqa.score,
+    "caption": captioning.score,
+    "grounding": grounding.score,
+    "ocr_vqa": ocr_vqa.score,
+    "count": exact.score,
+    "yes_no": exact.score,
+}
+GATES = ("router", "oracle", "uniform", "off")
+
+
+@torch.no_grad()
+def evaluate(
+    model: MixtureModel,
+    dataset: Any,
+    collator: Collator,
+    *,
+    name: str,
+    gates: str = "router",
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    num_beams: int = 1,
+    on_bad_sample: str = "error",
+    progress: bool = True,
+) -> Result:
+    """Generate an answer to every sample of a map-style data set and score it.
+
+    `collator` is one made with `for_generation`. `gates` says who decides: the model's own `router`
+    (or whatever its kind is), the `oracle` (each sample's expert; uniform where nobody knows it), a
+    `uniform` mixture, `off` (the base), the name of one expert, or `without:NAME`.
+    """
+    check_gates(gates, model)
+    device = next(model.parameters()).device
+    by_task: dict[str, list[Prediction]] = {}
+    skipped: list[BadSampleError] = []
+    seconds, num_tokens = 0.0, 0
+    starts = range(0, len(dataset), batch_size)
+    for start in track(starts, description=name, disable=not progress, transient=True):
+        items = [
+            checked(read_sample(dataset, index, name))
+            for index in range(start, min(start + batch_size, len(dataset)))
+        ]
+        batch, rejected = collator.split(items)
+        if rejected and on_bad_sample == "error":
+            raise rejected[0]
+        skipped += rejected
+        if batch is None:
+            continue
+        begin = time.perf_counter()
+        ids, decided = answer(model, batch.to(device), gates, collator, max_new_tokens, num_beams)
+        seconds += time.perf_counter() - begin
+        num_tokens += int((ids != collator.processor.tokenizer.pad_token_id).sum())
+        for prediction in predictions_of(batch.samples, ids, decided, collator):
+            by_task.setdefault(prediction.sample.task, []).append(prediction)
+    if not by_task:
+        raise ValueError(f"{name}: none of {len(dataset)} samples can be scored; {skipped[0]}")
+    return Result(
+        name=name,
+        tasks={task: (found, BENCHMARKS[task](found)) for task, found in by_task.items()},
+        skipped=skipped,
+        seconds=seconds,
+        num_tokens=num_tokens,
+        settings={
+            "gates": gates,
+            "batch_size": batch_size,
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "on_bad_sample": on_bad_sample,
+            "prompt": prompt_settings(collator),
+        },
+    )
+
+
+def checked(item: Sample | BadSampleError) -> Sample | BadSampleError:
+    """The sample if its task has a benchmark that it can be scored by, or the error that says why not."""
+    if isinstance(item, BadSampleError):
+        return item
+    if item.task not in BENCHMARKS:
+        detail = f"{item.task!r} has no benchmark; choices: {', '.join(BENCHMARKS)}"
+        return BadSampleError(name_of(item), "unknown task", detail)
+    missing = not item.boxes if item.task == "grounding" else not any(map(str.strip, item.answers))
+    if missing:
+        wanted = "a true box" if item.task == "grounding" else "a reference answer"
+        return BadSampleError(name_of(item), "empty answer", f"{item.task} needs {wanted}")
+    return item
+
+
+def answer(
+    model: MixtureModel,
+    batch: Batch,
+    gates: str,
+    collator: Collator,
+    max_new_tokens: int,
+    num_beams: int,
+) -> tuple[torch.Tensor, Gates]:
+    """New token ids, and the gates that they were generated with."""
+    decided = choose_gates(model, batch, gates)
+    ids = model.generate(
+        batch,
+        gates=decided.gates,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        pad_token_id=collator.processor.tokenizer.pad_token_id,
+    )
+    return ids, decided
+
+
+def check_gates(spec: str, model: MixtureModel) -> None:
+    """ValueError, with the choices, unless `choose_gates` knows what to do."""
+    names = model.bank.names
+    if spec in GATES or spec.removeprefix("without:") in names:
+        if spec.startswith("without:") and model.granularity == "token":
+            raise ValueError(f"gates={spec}: has no meaning where every token is routed by itself")
+        return
+    choices = ", ".join([*GATES, *names, *(f"without:{name}" for name in names)])
+    raise ValueError(f"gates={spec}: unknown; choices: {choices}")
+
+
+def choose_gates(model: MixtureModel, batch: Batch, spec: str) -> Gates:
+    """The gates of a batch by the rule `spec` (see `evaluate`)."""
+    names, device = model.bank.names, batch.input_ids.device
+    if spec == "router":
+        return model.compute_gates(batch)
+    if spec.startswith("without:"):
+        left = torch.tensor([name != spec.removeprefix("without:") for name in names])
+        return model.compute_gates(batch, available=left.to(device))
+    if spec == "oracle":
+        return model.compute_gates(batch, override=one_hot_gates(batch.expert_ids, len(names)))
+    weights = {
+        "uniform": [1.0 / len(names)] * len(names),
+        "off": [0.0] * len(names),
+    }.get(spec, [float(name == spec) for name in names])
+    fixed = torch.tensor(weights, device=device).expand(len(batch), -1)
+    return model.compute_gates(batch, override=fixed)
+
+
+def predictions_of(
+    samples: Sequence[Sample], ids: torch.Tensor, decided: Gates, collator: Collator
+) -> Iterator[Prediction]:
+    texts = collator.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    gates = [None] * len(samples) if decided.gates is None else decided.gates.float().cpu().tolist()
+    for sample, text, row in zip(samples, texts, gates, strict=True):
+        box = collator.codec.decode(text, *sample.image.size) if sample.boxes else None
+        yield Prediction(sample=sample, text=text.strip(), box=box, gates=row)
+
+
+def prompt_settings(collator: Collator) -> dict[str, Any]:
+    """What shaped the prompts, and one of the templates' own texts."""
+    names = ("task_in_prompt", "ocr_in_prompt", "withhold_task", "task_template", "ocr_template")
+    return {name: getattr(collator, name) for name in names}

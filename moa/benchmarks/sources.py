@@ -1,0 +1,103 @@
+"""From a run's config to scores: which data sets, with which prompt, by whose gates."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from data.boxes import CODECS
+from data.collate import Collator
+from data.ocr import OcrCache
+from data.sources import open_ocr, open_sources
+from moa.benchmarks.result import Result
+from moa.benchmarks.run import evaluate
+from moa.config import RunConfig, SourceConfig
+from moa.model import MixtureModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    # data sets to score; null: the run's eval.sources, or else its data.validation
+    sources: list[SourceConfig] | None = None
+    only: list[str] | None = None  # names of the data sets to score; null: all
+    num_samples: int | None = None  # at most so many of each data set; null: all
+    # who decides: router, oracle, uniform, off (the base), the name of one expert, or without:NAME
+    gates: str = "router"
+    withhold_task: bool = False  # neither the prompt nor the router is told the task
+    batch_size: int | None = None  # samples per forward; null: as the run's eval
+    max_new_tokens: int | None = None  # of a generated answer; null: as the run's eval
+    num_beams: int | None = None  # 1: greedy; null: as the run's eval
+    on_bad_sample: Literal["error", "skip"] | None = None  # null: as the run's data
+    num_pictures: int = 12  # samples in the gallery; 0: no pictures at all
+    device: str = "auto"  # cpu, cuda, cuda:1; auto: a GPU where there is one
+    progress: bool = True  # progress bars
+
+    @property
+    def variant(self) -> str:
+        """The folder below <run>/eval, empty for the model as it was trained."""
+        parts = [self.gates.replace(":", "-")] if self.gates != "router" else []
+        return "_".join([*parts, *(["no_task"] if self.withhold_task else [])])
+
+
+def chosen_sources(config: RunConfig, settings: EvalSettings) -> list[SourceConfig]:
+    """The data sets to score, cut to `num_samples`; ValueError where that leaves none."""
+    sources = settings.sources or config.eval.sources or config.data.validation
+    names = [source.name for source in sources]
+    if not sources:
+        raise ValueError("sources: names none, and the run has neither eval.sources nor validation")
+    for name in settings.only or ():
+        if name not in names:
+            raise ValueError(f"only: no data set {name!r}; choices: {', '.join(names)}")
+    return [
+        replace(source, num_samples=fewest(source.num_samples, settings.num_samples))
+        for source in sources
+        if settings.only is None or source.name in settings.only
+    ]
+
+
+def fewest(*counts: int | None) -> int | None:
+    return min((count for count in counts if count is not None), default=None)
+
+
+def make_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bool) -> Collator:
+    prompt = config.prompt
+    return Collator(
+        processor=model.backbone.processor,
+        tasks=config.data.tasks,
+        experts=model.bank.names,
+        codec=CODECS[prompt.box_codec],
+        task_in_prompt=prompt.task_in_prompt,
+        ocr_in_prompt=prompt.ocr_in_prompt,
+        task_template=prompt.task_template,
+        ocr_template=prompt.ocr_template,
+        max_length=prompt.max_length,
+        max_ocr_words=prompt.max_ocr_words,
+        for_generation=True,
+        withhold_task=withhold_task,
+        allow_unknown_tasks=True,  # held-out tasks are scored too
+    )
+
+
+def score_sources(
+    model: MixtureModel,
+    config: RunConfig,
+    settings: EvalSettings,
+    ocr: OcrCache | None = None,
+) -> list[Result]:
+    """The result of every chosen data set. Give the same `ocr` to read each picture only once."""
+    sources = chosen_sources(config, settings)
+    collator = make_collator(model, config, withhold_task=settings.withhold_task)
+    ocr = ocr if ocr is not None else open_ocr(config.data)
+    return [
+        evaluate(
+            model,
+            dataset,
+            collator,
+            name=name,
+            gates=settings.gates,
+            batch_size=settings.batch_size or config.eval.batch_size,
+            max_new_tokens=settings.max_new_tokens or config.eval.max_new_tokens,
+            num_beams=settings.num_beams or config.eval.num_beams,
+            on_bad_sample=settings.on_bad_sample or config.data.on_bad_sample,
+            progress=settings.progress,
+        )
+        for name, dataset in open_sources(sources, config.data, ocr).items()
+    ]
