@@ -27,10 +27,13 @@ class GateState:
     gates: dict[str, Tensor] | None
     expand: bool = False  # generation repeats each sample for its beams and return sequences
     top_k: int | None = None  # of token routing; None: softmax over all experts
-    temperature: float = 1.0  # of token routing
+    temperature: float | int = 1.0  # of token routing
     recording: bool = True
     # site -> [batch, seq, expert], divided by the temperature
     token_logits: dict[str, Tensor] = field(default_factory=dict)
+    # Concatenated factors by site, for inference. They live no longer than the gates: an optimiser
+    # may write to the parameters through flat buffers, which leaves no trace on a parameter.
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class GateContext:
@@ -107,10 +110,12 @@ class ExpertLinear(nn.Module):
         out = self.base_layer(x)
         if not self.scalings or not self.context.enabled:
             return out
-        gates = self._gates(x)
+        state = self._state()
+        gates = self._gates(x, state)
         if torch.is_grad_enabled():
+            state.factors.pop(self.name, None)  # what follows may change them
             return mix(x, out, gates, *self._factors())
-        return add_mixture(x, out, gates, *self._concatenated(out.dtype))
+        return add_mixture(x, out, gates, *self._concatenated(state, out.dtype))
 
     def add(self, expert: str, a: nn.Parameter, b: nn.Parameter, scaling: float) -> None:
         """Take an expert's factors, [rank, in] and [out, rank], as the last one's successors."""
@@ -142,12 +147,13 @@ class ExpertLinear(nn.Module):
 
     def _forget(self) -> None:
         """Drop what was derived from the experts."""
-        self._cache: tuple[Any, Tensor, Tensor] | None = None
         self._spread: tuple[Tensor, Tensor] | None = None
         self._keys = [f"lora_{factor}_{expert}" for factor in "AB" for expert in self.scalings]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ExpertLinear":
-        self._cache = self._spread = None  # the device or dtype may change
+        self._spread = None  # the device may change
+        if self.context.state is not None:
+            self.context.state.factors.clear()
         return super()._apply(fn, recurse)
 
     def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -155,21 +161,23 @@ class ExpertLinear(nn.Module):
         factors: list[Any] = [parameters[key] for key in self._keys]
         return factors[:half], factors[half:]
 
-    def _concatenated(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B of all experts, kept until one of them is written to or replaced."""
-        factors_a, factors_b = self._factors()
-        stamp = [dtype, *[(f._version, f.data_ptr()) for f in (*factors_a, *factors_b)]]
-        if self._cache is None or self._cache[0] != stamp:
-            self._cache = stamp, *concatenate(factors_a, factors_b, dtype)
-        return self._cache[1:]
+    def _concatenated(self, state: GateState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B of all experts, computed once for all decoding steps."""
+        kept = state.factors.get(self.name)
+        if kept is None or kept[0].dtype != dtype:
+            kept = state.factors[self.name] = concatenate(*self._factors(), dtype)
+        return kept
 
-    def _gates(self, x: Tensor) -> Tensor:
+    def _state(self) -> GateState:
         state = self.context.state
         if state is None:
             raise ValueError(
                 f"{self.name}: its experts {list(self.scalings)} have no gates; call "
                 "bank.set_gates(...) first, or run inside bank.context.disabled()"
             )
+        return state
+
+    def _gates(self, x: Tensor, state: GateState) -> Tensor:
         if state.gates is None:
             return self._token_gates(x, state)
         gates = state.gates[self.name]

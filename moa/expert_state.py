@@ -13,7 +13,7 @@ from moa.expert_linear import ExpertLinear
 from moa.peft_io import site_keys
 
 
-def scaling_of(rank: int, alpha: float, use_rslora: bool) -> float:
+def scaling_of(rank: int, alpha: float | int, use_rslora: bool) -> float:
     """The factor before B A: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
@@ -86,7 +86,7 @@ def check_finite(name: str, tensors: Mapping[str, Float[Tensor, "_ _"]]) -> None
 
 
 def peft_config(
-    sites: Mapping[str, ExpertLinear], name: str, rank: int, alpha: float, use_rslora: bool
+    sites: Mapping[str, ExpertLinear], name: str, rank: int, alpha: float | int, use_rslora: bool
 ) -> dict[str, Any]:
     """adapter_config.json of an expert: full paths, and patterns only where sites differ."""
     own = {site_name: site for site_name, site in sites.items() if name in site.scalings}

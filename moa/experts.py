@@ -30,7 +30,7 @@ class ExpertSpec:
     """What an expert was made with, and the sites it has; ranks may differ from `rank` there."""
 
     rank: int
-    alpha: float
+    alpha: float | int
     use_rslora: bool
     sites: tuple[str, ...]
     frozen: bool = False
@@ -108,7 +108,7 @@ class ExpertBank:
         name: str,
         *,
         rank: int,
-        alpha: float,
+        alpha: float | int,
         use_rslora: bool = False,
         targets: Sequence[str] | None = None,
         seed: int = 0,
@@ -197,6 +197,8 @@ class ExpertBank:
     def load_state(self, name: str, tensors: Mapping[str, Float[Tensor, "_ _"]]) -> None:
         """Overwrite an expert with a state of the same sites and ranks; ValueError otherwise."""
         overwrite(self.state(name), tensors, name)
+        if self.context.state is not None:
+            self.context.state.factors.clear()
 
     def peft_config(self, name: str) -> dict[str, Any]:
         """adapter_config.json of an expert: full paths, and patterns only where sites differ."""
@@ -244,7 +246,7 @@ class ExpertBank:
         self.context.state = GateState(gates=table, expand=expand)
 
     def route_tokens(
-        self, top_k: int | None, temperature: float = 1.0, *, recording: bool = True
+        self, top_k: int | None, temperature: float | int = 1.0, *, recording: bool = True
     ) -> None:
         """Let every site route the tokens of the coming forward by its own token router.
 
@@ -262,7 +264,7 @@ class ExpertBank:
             state.token_logits.clear()  # they would keep the graph until the next forward
         return taken
 
-    def add_token_routers(self, *, seed: int = 0, std: float = 0.02) -> None:
+    def add_token_routers(self, *, seed: int = 0, std: float | int = 0.02) -> None:
         """A float32 router [expert, in] at every site; all experts come before, at all sites."""
         for name, site in self.sites.items():
             if list(site.scalings) != self.names:

@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def softmax_gates(
-    logits: Float[Tensor, "*lead expert"], temperature: float = 1.0
+    logits: Float[Tensor, "*lead expert"], temperature: float | int = 1.0
 ) -> Float[Tensor, "*lead expert"]:
     """Every expert, weights summing to one."""
     return torch.softmax(logits.float() / temperature, dim=-1)
 
 
 def sigmoid_gates(
-    logits: Float[Tensor, "*lead expert"], temperature: float = 1.0
+    logits: Float[Tensor, "*lead expert"], temperature: float | int = 1.0
 ) -> Float[Tensor, "*lead expert"]:
     """Every expert for itself, each weight in (0, 1): no sum is kept."""
     return torch.sigmoid(logits.float() / temperature)
@@ -28,7 +28,7 @@ def top_k_gates(
     logits: Float[Tensor, "*lead expert"],
     k: int,
     mask: Bool[Tensor, "*lead expert"] | None = None,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
 ) -> Float[Tensor, "*lead expert"]:
     """The k best experts, softmax weights renormalised over them, exact zeros elsewhere.
 
@@ -43,13 +43,9 @@ def top_k_gates(
         logits = logits.masked_fill(~mask, float("-inf"))
     kept = torch.zeros_like(logits, dtype=torch.bool)
     kept = kept.scatter(-1, logits.topk(k, dim=-1).indices, True) & logits.isfinite()
-    # A softmax over the kept ones alone: dividing probabilities would lose precision where all of
-    # them are tiny. A row without any would be NaN, so it is softened first and then zeroed.
-    some = kept.any(-1, keepdim=True)
-    gates = torch.softmax(
-        logits.masked_fill(~kept & some, float("-inf")).nan_to_num(neginf=-1e30), -1
-    )
-    return gates.masked_fill(~kept, 0.0)
+    # A softmax over the kept ones, and not a division of probabilities, which may all be tiny; the
+    # floor is finite, because a row that keeps none must not turn into NaN.
+    return torch.softmax(logits.masked_fill(~kept, -1e30), dim=-1).masked_fill(~kept, 0.0)
 
 
 def one_hot_gates(

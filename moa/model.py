@@ -80,7 +80,7 @@ class MixtureModel(nn.Module):
         *,
         kind: str = "softmax",
         top_k: int = 2,
-        temperature: float = 1.0,
+        temperature: float | int = 1.0,
         granularity: str = "sample",
         weights: Sequence[float] | None = None,
     ) -> None:

@@ -58,7 +58,7 @@ class Router(nn.Module):
         hidden: int = 64,
         pooling: str = "attention",
         per_site: bool = False,
-        modality_dropout: float = 0.0,
+        modality_dropout: float | int = 0.0,
     ) -> None:
         super().__init__()
         check_evidence(evidence)
@@ -197,7 +197,7 @@ class AnchorRouter(nn.Module):
         evidence: Sequence[str] = EVIDENCE,
         dims: Mapping[str, int],
         num_tasks: int = 0,
-        sharpness: float = 10.0,
+        sharpness: float | int = 10.0,
     ) -> None:
         super().__init__()
         check_evidence(evidence)
