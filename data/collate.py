@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ class Collator:
     `{% generation %}`. `tasks` and `experts` are the names behind `task_ids` and `expert_ids`.
     With `withhold_task` neither prompt nor router learns the task. `allow_unknown_tasks` is for
     held-out tasks: they get id -1, and their prefix in the prompt as any other.
+    `task_dropout` is the share of training samples whose task is withheld all the same, so that
+    prompt and router learn to do without; which ones is a function of the sample's id.
     With `for_generation` there are no labels, and padding is on the left.
     """
 
@@ -61,6 +64,7 @@ class Collator:
     max_ocr_words: int = 64
     for_generation: bool = False
     withhold_task: bool = False
+    task_dropout: float = 0.0
     allow_unknown_tasks: bool = False
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
@@ -78,13 +82,15 @@ class Collator:
 
         Readers' errors may stand among the samples; they are passed on.
         """
-        good, rejected = [], []
+        good: list[Sample] = []
+        rejected: list[BadSampleError] = []
         for item in items:
-            error = item if isinstance(item, BadSampleError) else self.error_of(item)
-            if error is None:
-                good.append(item)
-            else:
+            if isinstance(item, BadSampleError):
+                rejected.append(item)
+            elif error := self.error_of(item):
                 rejected.append(error)
+            else:
+                good.append(item)
         if not good:
             return None, rejected
         encoded = self._encode(good)
@@ -122,7 +128,7 @@ class Collator:
         task = self.task_template.format(task=sample.task)
         words = " ".join(word.text for word in chosen_words(sample, self.max_ocr_words))
         return (
-            (task if self.task_in_prompt and not self.withhold_task else "")
+            ("" if self.withholds(sample) or not self.task_in_prompt else task)
             + sample.question
             + (self.ocr_template.format(words=words) if self.ocr_in_prompt and words else "")
         )
@@ -187,7 +193,13 @@ class Collator:
         )
 
     def _task_id(self, sample: Sample) -> int:
-        return -1 if self.withhold_task else position(self.tasks, sample.task)
+        return -1 if self.withholds(sample) else position(self.tasks, sample.task)
+
+    def withholds(self, sample: Sample) -> bool:
+        """Whether neither prompt nor router learns the sample's task."""
+        if self.withhold_task or self.for_generation:
+            return self.withhold_task
+        return crc32(sample.id.encode()) % 1000 < 1000 * self.task_dropout
 
     def _ocr(self, samples: list[Sample]) -> dict[str, Tensor]:
         """The router's OCR evidence; one masked word of one masked token where there is none."""

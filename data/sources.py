@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from data.boxes import CODECS
+from data.collate import Collator
 from data.jsonl import JsonlDataset
 from data.mixture import Mixture, Source
 from data.ocr import OcrCache, OcrEngine
 from data.scene_dataset import SceneDataset
-from moa.config import DataConfig, SourceConfig
+from moa.config import DataConfig, RunConfig, SourceConfig
 
 
 def open_scenes(source: SourceConfig, expert: str | None, ocr: Any) -> Source:
@@ -38,7 +40,8 @@ def open_ocr(data: DataConfig) -> OcrCache | None:
     """The function from a picture to its OCR words, or None where the run has no OCR evidence."""
     if data.ocr_cache is None:
         return None
-    return OcrCache(data.ocr_cache, engine=OcrEngine() if data.ocr_engine else None)
+    engine = OcrEngine(min_confidence=data.ocr_min_confidence) if data.ocr_engine else None
+    return OcrCache(data.ocr_cache, engine=engine)
 
 
 def open_sources(
@@ -52,3 +55,22 @@ def open_mixture(data: DataConfig, seed: int, ocr: OcrCache | None) -> Mixture:
     """The training mixture of a run."""
     weights = {source.name: source.weight for source in data.sources}
     return Mixture(open_sources(data.sources, data, ocr), weights, seed=seed)
+
+
+def make_collator(config: RunConfig, processor: Any, **changes: Any) -> Collator:
+    """The run's collator; `changes` are its fields, for evaluation."""
+    prompt = config.prompt
+    fields: dict[str, Any] = {
+        "processor": processor,
+        "tasks": list(config.data.tasks),
+        "experts": list(config.experts),
+        "codec": CODECS[prompt.box_codec],
+        "task_in_prompt": prompt.task_in_prompt,
+        "ocr_in_prompt": prompt.ocr_in_prompt,
+        "task_dropout": prompt.task_dropout,
+        "task_template": prompt.task_template,
+        "ocr_template": prompt.ocr_template,
+        "max_length": prompt.max_length,
+        "max_ocr_words": prompt.max_ocr_words,
+    }
+    return Collator(**fields | changes)

@@ -1,0 +1,263 @@
+"""A run folder and its checkpoints: written whole or not at all, read strictly, without pickle.
+
+<run>/config.yaml  versions.json  log.jsonl
+<run>/checkpoints/last, best             text files that name a step folder
+<run>/checkpoints/step-000200/
+    experts/<name>/adapter_config.json, adapter_model.safetensors     plain PEFT
+    router.safetensors, projector.safetensors, processor/, config.yaml
+    state.json, optimizer.safetensors, rng.safetensors                to go on training
+    manifest.json                        every file with its size and sha256
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moa.atomic import atomic_folder, write_json
+from moa.build import build_model, projector_state, router_state
+from moa.config import RunConfig, load_config
+from moa.model import MixtureModel
+from moa.peft_io import write_expert
+from moa.settings import to_yaml
+
+MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a run needs, beside the weights, to go on as if it had never stopped."""
+
+    progress: dict[str, Any]  # step, stage, position, best, ...: JSON
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    rng: dict[str, Tensor] = field(default_factory=dict)
+
+
+# Writing ----------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    run: Path, step: int, model: MixtureModel, config: RunConfig, state: TrainState
+) -> Path:
+    """Write checkpoint `step` of a run and let `last` name it; older ones are left alone.
+
+    Raises OSError, saying that the checkpoint before is whole, where the disk is full.
+    """
+    target = run / "checkpoints" / f"step-{step:06d}"
+    try:
+        with atomic_folder(target) as folder:
+            write_model(folder, model, config)
+            write_json(folder / STATE, state.progress)
+            save_tensors(folder / "optimizer.safetensors", state.optimizer)
+            save_tensors(folder / "rng.safetensors", state.rng)
+            write_json(folder / MANIFEST, manifest_of(folder))
+        point(run, "last", target.name)
+    except OSError as error:
+        before = pointed(run, "last")
+        kept = f"the checkpoint before, {before}, is whole" if before else "there is none before"
+        raise OSError(
+            error.errno, f"checkpoint step-{step:06d} not written; {kept}: {error}"
+        ) from error
+    return target
+
+
+def write_model(folder: Path, model: MixtureModel, config: RunConfig) -> None:
+    """The trained parts of a model: experts, router, projector, and what describes them."""
+    for name in model.bank.names:
+        (folder / "experts" / name).mkdir(parents=True)
+        tensors, described = model.bank.state(name), peft_config(model, name)
+        write_expert(folder / "experts" / name, tensors, described, name=f"expert {name}")
+    save_tensors(folder / "router.safetensors", router_state(model))
+    if config.model.train_projector:
+        save_tensors(folder / "projector.safetensors", projector_state(model))
+    model.backbone.processor.save_pretrained(folder / "processor")
+    (folder / CONFIG).write_text(to_yaml(config))
+
+
+def peft_config(model: MixtureModel, name: str) -> dict[str, Any]:
+    base = model.backbone.name
+    return {**model.bank.peft_config(name), "base_model_name_or_path": base}
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    ready = {key: t.detach().cpu().contiguous().clone() for key, t in sorted(tensors.items())}
+    save_file(ready, file)
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {
+        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
+    }
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def point(run: Path, name: str, step_name: str) -> None:
+    """Let `checkpoints/<name>` name a step folder, atomically."""
+    file = run / "checkpoints" / name
+    temporary = file.with_name(f".{name}.tmp")
+    with temporary.open("w") as handle:
+        handle.write(step_name + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(file)
+
+
+def pointed(run: Path, name: str) -> str | None:
+    file = run / "checkpoints" / name
+    return file.read_text().strip() if file.is_file() else None
+
+
+def prune(run: Path, keep_last: int) -> None:
+    """Delete all but the newest checkpoints and the best, and what killed runs left half written."""
+    root = run / "checkpoints"
+    steps = sorted(p.name for p in root.glob("step-*"))
+    kept = {*steps[-keep_last:], pointed(run, "best"), pointed(run, "last")}
+    for name in set(steps) - kept:
+        shutil.rmtree(root / name)
+    for remnant in (*root.glob(".step-*"), *root.glob(".*.tmp")):
+        shutil.rmtree(remnant) if remnant.is_dir() else remnant.unlink()
+
+
+def write_run_header(run: Path, config: RunConfig) -> None:
+    """config.yaml and versions.json: what was asked for, and what ran it."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / CONFIG).write_text(to_yaml(config))
+    write_json(run / "versions.json", versions())
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and the libraries, and the git commit, with `+` for local changes."""
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found | {"commit": git_commit()}
+
+
+def git_commit() -> str | None:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return None
+
+
+# Reading ----------------------------------------------------------------------------------------
+
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[MixtureModel, Any, RunConfig]:
+    """The model of a run (its best checkpoint, else its last) or of a step folder, for evaluation.
+
+    Raises ValueError for a folder that holds no checkpoint, or one with a missing or changed file.
+    """
+    folder = step_folder(path)
+    verify(folder)
+    config = load_config(folder / CONFIG)
+    model = build_model(config, experts=folder / "experts")
+    restore_model(model, folder, config)
+    return model.to(device).eval(), model.backbone.processor, config
+
+
+def step_folder(path: str | Path, prefer: str = "best") -> Path:
+    """The step folder that `path` is, or that a run folder's `best` or `last` names."""
+    path = Path(path)
+    if (path / STATE).is_file() or (path / MANIFEST).is_file():
+        return path
+    for name in dict.fromkeys((prefer, "last")):
+        step = pointed(path, name)
+        if step is not None:
+            return path / "checkpoints" / step
+    raise ValueError(
+        f"{path}: neither a run with checkpoints/last nor a step folder with {MANIFEST}"
+    )
+
+
+def verify(folder: Path) -> None:
+    """Raise ValueError naming the first file that is missing or not as it was written."""
+    manifest = read_json(folder / MANIFEST)
+    for name, entry in manifest.items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file}: missing; its manifest lists {len(manifest)} files")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            raise ValueError(f"{file}: has {size} bytes, was written with {entry['bytes']}")
+        if sha256(file) != entry["sha256"]:
+            raise ValueError(f"{file}: its content is not what was written (sha256 differs)")
+
+
+def read_json(file: Path) -> Any:
+    if not file.is_file():
+        raise ValueError(f"{file}: missing; {file.parent} is no whole checkpoint")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not readable as JSON: {error}") from None
+
+
+def restore_model(model: MixtureModel, folder: Path, config: RunConfig) -> None:
+    """Router and projector of a step folder into a model built with its experts."""
+    file = folder / "router.safetensors"
+    load_strictly(router_state(model), load_tensors(file), file)
+    if config.model.train_projector:
+        file = folder / "projector.safetensors"
+        load_strictly(projector_state(model), load_tensors(file), file)
+
+
+@torch.no_grad()
+def load_strictly(own: Mapping[str, Tensor], found: Mapping[str, Tensor], file: Path) -> None:
+    """Copy into tensors that share memory with the model; every key must fit, none be left over."""
+    missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{file}: made for another config: lacks {len(missing)} tensors {missing[:2]}, "
+            f"has {len(extra)} that nothing here reads {extra[:2]}"
+        )
+    for key, tensor in found.items():
+        if own[key].shape != tensor.shape:
+            shapes = f"{list(tensor.shape)} in the file, {list(own[key].shape)} in the model"
+            raise ValueError(f"{file}: {key} is {shapes}")
+        own[key].copy_(tensor)
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ValueError(f"{file}: missing; {file.parent} is no whole checkpoint")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not readable as safetensors: {error}") from None
+
+
+def load_train_state(folder: Path) -> TrainState:
+    return TrainState(
+        progress=read_json(folder / STATE),
+        optimizer=load_tensors(folder / "optimizer.safetensors"),
+        rng=load_tensors(folder / "rng.safetensors"),
+    )

@@ -1,0 +1,144 @@
+"""Which samples each process reads at each step, and the loaders that read them.
+
+A run walks the mixture's positions once, from 0 on. Step t of a run takes the next `batch_size`
+positions, cut into micro-batches, dealt to the processes in turn: the samples of a step, and so its
+gradient, are the same for any number of processes, workers and micro-batches.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.batch import Batch
+from data.checks import BadSampleError
+from data.collate import Collator
+from data.mixture import Mixture, Source, read_sample
+from data.sample import Sample
+from moa.config import TrainConfig
+
+Collated = tuple[Batch | None, list[BadSampleError]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How `batch_size` samples fall into micro-batches on processes."""
+
+    batch_size: int
+    micro_batch_size: int
+    num_processes: int
+
+    @property
+    def accumulation(self) -> int:
+        return self.batch_size // (self.micro_batch_size * self.num_processes)
+
+    def positions(self, start: int, process: int) -> list[list[int]]:
+        """The micro-batches of one process in the step that begins at position `start`."""
+        size, processes = self.micro_batch_size, self.num_processes
+        firsts = (start + (m * processes + process) * size for m in range(self.accumulation))
+        return [list(range(first, first + size)) for first in firsts]
+
+
+def make_layout(train: TrainConfig, num_processes: int) -> Layout:
+    """Raises ValueError where the batch does not split evenly."""
+    size = train.batch_size
+    if size % num_processes:
+        raise ValueError(f"train.batch_size: {size} must divide by {num_processes} processes")
+    micro = train.micro_batch_size or size // num_processes
+    micro = min(micro, size // num_processes)
+    if size % (micro * num_processes):
+        raise ValueError(
+            f"train.micro_batch_size: {micro} on {num_processes} processes must divide "
+            f"batch_size={size}"
+        )
+    return Layout(batch_size=size, micro_batch_size=micro, num_processes=num_processes)
+
+
+class Collate:
+    """The collate function of a loader; a class, so that worker processes can receive it."""
+
+    def __init__(self, collator: Collator):
+        self.collator = collator
+
+    def __call__(self, items: list[Sample | BadSampleError]) -> Collated:
+        return self.collator.split(items)
+
+
+def training_loader(
+    mixture: Mixture,
+    collator: Collator,
+    layout: Layout,
+    *,
+    start: int,
+    num_steps: int,
+    process: int,
+    num_workers: int,
+) -> Iterator[list[Collated]]:
+    """The micro-batches of each step in turn, from position `start` on."""
+    starts = range(start, start + num_steps * layout.batch_size, layout.batch_size)
+    micro_batches = iter(
+        make_loader(mixture, collator, Positions(layout, starts, process), num_workers)
+    )
+    for _ in starts:
+        yield [next(micro_batches) for _ in range(layout.accumulation)]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """One process's micro-batches of the steps that begin at `starts`, without listing them all."""
+
+    layout: Layout
+    starts: range
+    process: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts:
+            yield from self.layout.positions(start, self.process)
+
+    def __len__(self) -> int:
+        return len(self.starts) * self.layout.accumulation
+
+
+def make_loader(dataset: Any, collator: Collator, sampler: Any, num_workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=Collate(collator),
+        # a loader draws a seed for its workers: not from the stream that dropout draws from
+        generator=torch.Generator(),
+    )
+
+
+class Rows(Dataset):
+    """Chosen rows of one source; a bad one as the error that it raised."""
+
+    def __init__(self, source: Source, name: str, indices: Sequence[int]):
+        self.source, self.name, self.indices = source, name, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Sample | BadSampleError:
+        return read_sample(self.source, self.indices[index], self.name)
+
+
+def source_loader(
+    source: Source,
+    name: str,
+    collator: Collator,
+    *,
+    batch_size: int,
+    process: int = 0,
+    num_processes: int = 1,
+    num_workers: int = 0,
+) -> Iterator[Collated]:
+    """One process's share of all samples of a source, in order."""
+    rows = Rows(source, name, range(process, len(source), num_processes))
+    batches = [
+        list(range(first, min(first + batch_size, len(rows))))
+        for first in range(0, len(rows), batch_size)
+    ]
+    yield from make_loader(rows, collator, batches, num_workers)

@@ -1,0 +1,131 @@
+"""AdamW over named groups, each with its own rate; every trainable parameter in exactly one."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from moa.config import RateConfig, StageConfig, TrainConfig
+from moa.model import MixtureModel
+from moa.training.stages import Parameters
+
+
+def make_optimizer(
+    model: nn.Module, groups: Mapping[str, Parameters], rates: RateConfig, train: TrainConfig
+) -> torch.optim.AdamW:
+    """One or two parameter groups per named group: weight decay is for matrices alone."""
+    check_partition(model, groups)
+    options = []
+    for name, parameters in groups.items():
+        rate = getattr(rates, name)
+        for decayed in (True, False):
+            chosen = [p for p in parameters.values() if (p.dim() > 1) == decayed]
+            if chosen:
+                decay = train.weight_decay if decayed else 0.0
+                options.append(
+                    {
+                        "params": chosen,
+                        "name": name,
+                        "lr": rate,
+                        "rate": rate,
+                        "weight_decay": decay,
+                    }
+                )
+    return torch.optim.AdamW(options, betas=(train.betas[0], train.betas[1]))
+
+
+def check_partition(model: nn.Module, groups: Mapping[str, Parameters]) -> None:
+    """A parameter in no group would never move, one in two would move twice."""
+    grouped = [id(p) for parameters in groups.values() for p in parameters.values()]
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
+    assert set(grouped) == trainable, "the groups are not the trainable parameters"
+
+
+def rate_factor(stage: StageConfig, step: int) -> float:
+    """Share of the learning rate at optimiser step 1, 2, ... of a stage: warm-up, then cosine."""
+    if step <= stage.warmup_steps:
+        return step / stage.warmup_steps
+    # one more step would reach the end: the last one still learns
+    done = (step - stage.warmup_steps) / (stage.steps - stage.warmup_steps + 1)
+    return stage.lr_end + (1 - stage.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Scale every group's rate; returns the rates by group name."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["rate"] * factor
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def names_of(groups: Mapping[str, Parameters]) -> dict[nn.Parameter, str]:
+    return {p: f"{group}/{name}" for group, ps in groups.items() for name, p in ps.items()}
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, groups: Mapping[str, Parameters]
+) -> dict[str, Tensor]:
+    """The optimiser's state as flat tensors, by group, parameter name and kind."""
+    return {
+        f"{name}:{kind}": torch.as_tensor(value)
+        for parameter, name in names_of(groups).items()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    groups: Mapping[str, Parameters],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put `optimizer_tensors` back; ValueError unless they are those of the same parameters."""
+    names = names_of(groups)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition(":")
+        found.setdefault(name, {})[kind] = value
+    if different := sorted(found.keys() ^ set(names.values())):
+        raise ValueError(
+            f"optimizer.safetensors: made for other parameters: {len(different)} differ, "
+            f"first {different[:2]}"
+        )
+    for parameter, name in names.items():
+        optimizer.state[parameter] = {
+            # AdamW counts steps on the CPU, and keeps moments beside the parameter
+            kind: value.clone() if kind == "step" else value.to(parameter.device, copy=True)
+            for kind, value in found[name].items()
+        }
+
+
+def parameter_table(
+    model: MixtureModel, groups: Mapping[str, Parameters], rates: RateConfig
+) -> Table:
+    """Group -> parameters, trainable, learning rate, sites: shown before a stage begins."""
+    table = Table(title="what is trained")
+    for column in ("group", "parameters", "trainable", "learning rate", "sites"):
+        table.add_column(column, justify="left" if column == "group" else "right")
+    for name in model.bank.names:
+        sites = str(len(model.bank.experts[name].sites))
+        add_row(table, f"expert {name}", [*model.bank.parameters(name)], rates.experts, sites)
+    router = [*model.router.parameters()] if model.router is not None else []
+    tokens = [*model.bank.token_routers().values()]
+    add_row(table, "router", router + tokens, rates.router, str(len(tokens)) if tokens else "")
+    grouped = {id(p) for p in (*model.bank.parameters(), *router, *tokens)}
+    projector = [*groups.get("projector", {}).values()]
+    if projector:
+        add_row(table, "projector", projector, rates.projector, "")
+    grouped |= {id(p) for p in projector}
+    base = [p for p in model.model.parameters() if id(p) not in grouped]
+    add_row(table, "base", base, 0.0, "")
+    return table
+
+
+def add_row(
+    table: Table, name: str, parameters: list[nn.Parameter], rate: float, sites: str
+) -> None:
+    total = sum(p.numel() for p in parameters)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    shown = f"{rate:g}" if trainable else "-"
+    table.add_row(name, f"{total:,}", f"{trainable:,}", shown, sites)

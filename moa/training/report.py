@@ -1,0 +1,160 @@
+"""What a run says: console lines, a progress bar, log.jsonl, and Accelerate's trackers.
+
+A line of log.jsonl is flat: `step`, `stage`, and figures named `loss/<task>`, `gates/<task>/<expert>`,
+`aux/<loss>`, `lr/<group>`, `validation/<source>`. The main process alone writes.
+"""
+
+import json
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from data.mixture import Mixture
+from moa.config import RunConfig
+from moa.settings import to_yaml
+
+LOG = "log.jsonl"
+
+
+class Reporter:
+    """Owns the console, the bar and the log file of a run; does nothing on other processes."""
+
+    def __init__(self, config: RunConfig, accelerator: Accelerator):
+        self.config, self.accelerator = config, accelerator
+        self.main = accelerator.is_main_process
+        self.console = Console(quiet=not self.main, highlight=False, soft_wrap=True)
+        self.path = Path(config.out) / LOG
+        self.bar: Progress | None = None
+        self.file: Any = None
+
+    def start(self, step: int, total: int) -> None:
+        """Open the log after its line of `step`; later lines came from a run that was cut off."""
+        if not self.main:
+            return
+        keep_lines(self.path, step)
+        self.file = self.path.open("a", buffering=1)
+        if self.config.logging.progress and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                       TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))  # fmt: skip
+            self.bar = Progress(*columns, console=self.console)
+            self.bar.start()
+            self.task = self.bar.add_task("training", total=total, completed=step, loss="")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        if self.file is not None:
+            self.file.close()
+
+    def say(self, what: Any) -> None:
+        self.console.print(what)
+
+    def record(self, line: dict[str, Any]) -> None:
+        """One line to log.jsonl and its figures to the trackers."""
+        if not self.main:
+            return
+        self.file.write(json.dumps(line) + "\n")
+        if self.config.logging.trackers:
+            figures = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+            self.accelerator.log(figures, step=line["step"])
+
+    def step(self, line: dict[str, Any]) -> None:
+        self.record(line)
+        if self.bar is not None:
+            text = f"loss {line['loss']:.3f}"
+            self.bar.update(self.task, completed=line["step"], description=line["stage"], loss=text)
+        if line["step"] % self.config.logging.every == 0:
+            self.say(step_text(line))
+
+    def validation(self, line: dict[str, Any]) -> None:
+        self.record(line)
+        sources = "  ".join(f"{k[11:]} {v:.3f}" for k, v in line.items() if "/" in k)
+        self.say(
+            f"{line['stage']} {line['step']}  validation {line['validation']:.4f}  ({sources})"
+        )
+
+
+def step_text(line: dict[str, Any]) -> str:
+    tasks = "  ".join(f"{k[5:]} {v:.3f}" for k, v in line.items() if k.startswith("loss/"))
+    guidance = line.get("aux/guidance")
+    return (
+        f"{line['stage']} {line['step']}  loss {line['loss']:.4f}  ({tasks})"
+        + (f"  guidance {guidance:.3f}" if guidance is not None else "")
+        + f"  entropy {line['entropy']:.2f}  grad {line['grad_norm']:.2f}"
+        f"  {line['samples_per_s']:.0f} samples/s  {line['tokens_per_s']:.0f} tokens/s"
+        f"  {line['memory_gib']:.1f} GiB"
+    )
+
+
+def keep_lines(path: Path, step: int) -> None:
+    """Cut a log after its last line of `step` or before; a half-written last line goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (json.JSONDecodeError, KeyError):
+            break
+        kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
+def mixture_table(mixture: Mixture, draws: int) -> Table:
+    """What an epoch holds of each source, and how often the whole run walks it."""
+    shares = mixture.epoch()
+    epoch = sum(share.size for share in shares)
+    table = Table(title=f"the mixture: an epoch is {epoch:,} samples, the run draws {draws:,}")
+    for column in ("source", "samples", "weight", "draws per epoch", "passes in the run"):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for share in shares:
+        passes = share.passes * draws / epoch
+        row = (f"{share.size:,}", f"{share.weight:g}", f"{share.draws:,}", f"{passes:.2f}")
+        table.add_row(share.name, *row)
+    return table
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
+    """wandb works without an account: it writes offline unless the environment says otherwise."""
+    if "wandb" in config.logging.trackers and "WANDB_API_KEY" not in os.environ:
+        os.environ.setdefault("WANDB_MODE", "offline")
+    settings = flatten(yaml.safe_load(to_yaml(config)))
+    plain = {
+        k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()
+    }
+    options = {"wandb": {"name": Path(config.out).name, "dir": config.out}}
+    accelerator.init_trackers(config.logging.project, config=plain, init_kwargs=options)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as `key.0.sub: value`."""
+    pairs = enumerate(values) if isinstance(values, list) else values.items()
+    flat: dict[str, Any] = {}
+    for key, value in pairs:
+        if isinstance(value, dict | list) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory so far: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def count_rules(skipped: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {rule}" for rule, count in sorted(skipped.items()))

@@ -1,0 +1,151 @@
+"""From a config to a run that is ready to train: accelerator, data, model, run folder, resume."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
+
+from data.sources import make_collator, open_mixture, open_ocr, open_sources
+from moa.build import build_model
+from moa.checkpoint import (
+    CONFIG,
+    TrainState,
+    load_train_state,
+    point,
+    pointed,
+    prune,
+    restore_model,
+    verify,
+    write_run_header,
+)
+from moa.config import RunConfig, load_config
+from moa.settings import to_yaml
+from moa.training.batches import make_layout
+from moa.training.loop import Run
+from moa.training.report import LOG, Reporter, flatten, mixture_table, start_trackers
+
+MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+# Settings that may differ on --resume: none of them changes what is learned.
+FREE_ON_RESUME = ("out", "logging", "eval", "data.num_workers", "data.validation",
+                  "train.save_every", "train.keep_last")  # fmt: skip
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Accelerate as the environment asks for it; processes without a GPU talk over gloo."""
+    # every trained parameter takes part in every forward, and buffers are the same everywhere
+    handlers: list[Any] = [
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ]
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1  # alone, a backend would be a mistake
+    if launched and not torch.cuda.is_available():
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    return Accelerator(
+        mixed_precision=MIXED[config.train.precision],
+        log_with=list(config.logging.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
+        kwargs_handlers=handlers,
+    )
+
+
+def open_run(
+    config: RunConfig, accelerator: Accelerator, *, resume: bool = False, overwrite: bool = False
+) -> tuple[Run, TrainState | None]:
+    """A run at its start, or where its last checkpoint left it (`resume`, and there is one).
+
+    Raises ValueError for a folder that holds a run already, unless told to `resume` or to
+    `overwrite`; for a checkpoint with a missing file; for a resume with another config.
+    """
+    step = open_folder(config, accelerator, resume=resume, overwrite=overwrite)
+    torch.manual_seed(config.seed)
+    model = build_model(config, experts=step / "experts" if step else None)
+    ocr = open_ocr(config.data)
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        mixture=open_mixture(config.data, config.seed, ocr),
+        validation=open_sources(config.data.validation, config.data, ocr),
+        collator=make_collator(config, model.backbone.processor),
+        reporter=Reporter(config, accelerator),
+        layout=make_layout(config.train, accelerator.num_processes),
+    )
+    if config.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    state = None
+    if step is not None:
+        restore_model(model, step, config)
+        state = load_train_state(step)
+        run.restore(state.progress)
+        run.reporter.say(f"goes on from {step}")
+        if state.progress["num_processes"] != accelerator.num_processes:
+            run.reporter.say("another number of processes: dropout draws differ from here on")
+    run.reporter.say(mixture_table(run.mixture, draws(config)))
+    if config.logging.trackers:
+        start_trackers(accelerator, config)
+    return run, state
+
+
+def draws(config: RunConfig) -> int:
+    return config.train.batch_size * sum(stage.steps for stage in config.stages)
+
+
+def open_folder(
+    config: RunConfig, accelerator: Accelerator, *, resume: bool, overwrite: bool
+) -> Path | None:
+    """Make the run folder, or find the step folder to go on from."""
+    run = Path(config.out)
+    with accelerator.main_process_first():
+        last = pointed(run, "last")
+        if resume and (run / CONFIG).is_file():
+            same_config(config, run)
+        if accelerator.is_main_process:
+            if not resume and not overwrite and ((run / LOG).exists() or last):
+                raise ValueError(
+                    f"out={run}: holds a run already; choices: --resume, --overwrite, another out="
+                )
+            if overwrite and not resume:
+                clear(run)
+            write_run_header(run, config)
+    accelerator.wait_for_everyone()
+    if not resume or last is None:
+        return None
+    step = run / "checkpoints" / last
+    verify(step)
+    if accelerator.is_main_process:  # a run killed between its checkpoint and what follows it
+        best = load_train_state(step).progress["best"]
+        if best is not None:
+            point(run, "best", f"step-{best['step']:06d}")
+        prune(run, config.train.keep_last)
+    return step
+
+
+def clear(run: Path) -> None:
+    """Remove a run's own files, and nothing else that lies in its folder."""
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    for name in (LOG, CONFIG, "versions.json"):
+        (run / name).unlink(missing_ok=True)
+
+
+def same_config(config: RunConfig, run: Path) -> None:
+    """ValueError naming the settings in which a resumed run differs from its beginning."""
+    before, now = (flatten(yaml.safe_load(to_yaml(c))) for c in (load_config(run / CONFIG), config))
+    different = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)
+    ]
+    if different:
+        raise ValueError(
+            f"--resume: {run / CONFIG} differs: {'; '.join(different)}. To start from its weights "
+            "with other settings, use stages.*.init_from and another out="
+        )

@@ -1,0 +1,187 @@
+"""What one optimiser step computes: its loss, its figures, and what stops it.
+
+    loss = sum over the step's samples on all processes / their number + weighted losses on gates
+
+Sums and counts are reduced over processes, never means: micro-batches may differ in size where bad
+samples were left out.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from data.batch import Batch
+from data.checks import BadSampleError, Rule, name_of
+from data.collate import IGNORED
+from moa.config import LossConfig
+from moa.model import MixtureModel, MixtureOutput
+from moa.training.batches import Collated
+from moa.training.optimizer import names_of
+from moa.training.stages import Parameters
+
+RULES: tuple[str, ...] = get_args(Rule)
+AUX = ("load_balancing", "within_task_balancing", "z", "entropy", "guidance")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step, on which rank, for which samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What a step holds, over all processes."""
+
+    samples: float
+    tokens: float  # of answers
+    rejected: Counter[str]
+
+
+def count_step(micro_batches: Sequence[Collated], accelerator: Accelerator) -> Counts:
+    """Samples, answer tokens and left-out samples by rule; every process must call it."""
+    batches = [batch for batch, _ in micro_batches if batch is not None]
+    rejected: Counter[str] = Counter(error.rule for _, errors in micro_batches for error in errors)
+    samples = sum(len(batch) for batch in batches)
+    tokens = sum(int((b.labels != IGNORED).sum()) for b in batches if b.labels is not None)
+    local = torch.tensor([samples, tokens, *(rejected[rule] for rule in RULES)]).float()
+    total = accelerator.reduce(local.to(accelerator.device), "sum").tolist()
+    counts = {rule: int(n) for rule, n in zip(RULES, total[2:], strict=True) if n}
+    return Counts(samples=total[0], tokens=total[1], rejected=Counter(counts))
+
+
+def refuse_bad_samples(micro_batches: Sequence[Collated], policy: str, step: int) -> None:
+    """Stop at a bad sample where the config says so, and where a micro-batch has no other."""
+    for batch, errors in micro_batches:
+        if errors and policy == "error":
+            hint = "data.on_bad_sample=skip leaves such samples out, and counts them"
+            raise BadSampleError(errors[0].where, errors[0].rule, f"{errors[0].detail} ({hint})")
+        if batch is None:
+            raise TrainingError(f"step {step}: every sample of a micro-batch is bad: {errors[0]}")
+
+
+def aux_weights(losses: LossConfig, progress: float) -> dict[str, float]:
+    """Weight of each loss on the gates; `progress` runs from 0 to 1 over a stage."""
+    fixed = {name: getattr(losses, name) for name in AUX}
+    guidance = losses.guidance + (losses.guidance_end - losses.guidance) * progress
+    return fixed | {"guidance": guidance}
+
+
+def objective(
+    output: MixtureOutput, counts: Counts, weights: Mapping[str, float], reduction: str
+) -> Tensor:
+    """This micro-batch's share of the step's loss; the shares of all processes add up to it."""
+    if reduction == "token":
+        language = (output.loss_per_sample * output.num_tokens).sum() / counts.tokens
+    else:
+        language = output.loss_per_sample.sum() / counts.samples
+    share = len(output.loss_per_sample) / counts.samples
+    used = {name: weight for name, weight in weights.items() if weight and name in output.aux}
+    return language + share * sum(weight * output.aux[name] for name, weight in used.items())
+
+
+class Figures:
+    """Sums over samples by task, in tensors that one reduction adds up over processes."""
+
+    COLUMNS = ("samples", "loss", "tokens", "entropy")  # then a gate per expert
+
+    def __init__(self, experts: Sequence[str], tasks: Sequence[str], device: torch.device):
+        self.experts, self.tasks = experts, tasks
+        self.table = torch.zeros(len(tasks), len(self.COLUMNS) + len(experts), device=device)
+        self.rest = torch.zeros(2 + len(AUX), device=device)  # tokens read, non-finite losses, aux
+        self.aux: list[str] = []
+        self.broken: list[tuple[Batch, Tensor]] = []
+
+    @torch.no_grad()
+    def add(self, batch: Batch, output: MixtureOutput) -> None:
+        loss, gates = output.loss_per_sample.float(), output.gates.float().mean(1)
+        shares = gates / gates.sum(-1, keepdim=True).clamp(min=1e-9)
+        entropy = torch.special.entr(shares).sum(-1)
+        columns = torch.stack([torch.ones_like(loss), loss, output.num_tokens.float(), entropy], 1)
+        self.table.index_add_(0, batch.task_ids, torch.cat([columns, gates], 1))
+        self.rest[0] += batch.attention_mask.sum()
+        self.rest[1] += (~torch.isfinite(loss)).sum()
+        self.aux = list(output.aux)
+        for name, value in output.aux.items():
+            self.rest[2 + AUX.index(name)] += value * len(batch)
+        self.broken.append((batch, loss))
+
+    def reduced(self, accelerator: Accelerator) -> dict[str, float]:
+        """Means by task and over all samples of all processes; every process must call it."""
+        flat = torch.cat([self.table.flatten(), self.rest])
+        total = accelerator.reduce(flat, "sum").double().cpu()
+        table = total[: self.table.numel()].view_as(self.table)
+        read, broken, *aux = total[self.table.numel() :].tolist()
+        count, loss, tokens, entropy = table.sum(0)[: len(self.COLUMNS)].tolist()
+        figures = {"loss": loss / count, "entropy": entropy / count, "samples": count,
+                   "tokens_read": read, "tokens_answer": tokens, "non_finite": broken}  # fmt: skip
+        for task, row in zip(self.tasks, table.tolist(), strict=True):
+            if row[0]:
+                figures[f"loss/{task}"] = row[1] / row[0]
+                gates = zip(self.experts, row[len(self.COLUMNS) :], strict=True)
+                figures |= {f"gates/{task}/{expert}": gate / row[0] for expert, gate in gates}
+        names = [name for name in AUX if name in self.aux]
+        return figures | {f"aux/{name}": aux[AUX.index(name)] / count for name in names}
+
+    def suspects(self, all_samples: bool) -> list[str]:
+        """This process's samples whose loss is not finite, or all that it read."""
+        return [
+            name_of(sample)
+            for batch, loss in self.broken
+            for sample, value in zip(batch.samples, loss.tolist(), strict=True)
+            if all_samples or not math.isfinite(value)
+        ]
+
+
+def stop_if_not_finite(
+    figures: Figures,
+    values: Mapping[str, float],
+    grad_norm: float,
+    accelerator: Accelerator,
+    step: int,
+) -> None:
+    """TrainingError naming the step, the ranks and their samples."""
+    bad_loss = values["non_finite"] > 0
+    if not bad_loss and math.isfinite(grad_norm):
+        return
+    found = gather_object([(accelerator.process_index, figures.suspects(not bad_loss))])
+    ranks = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in found if names)
+    what = "the loss is" if bad_loss else f"the norm of the gradient is {grad_norm},"
+    raise TrainingError(f"step {step}: {what} not finite; nothing was updated. Samples: {ranks}")
+
+
+def check_gradients(groups: Mapping[str, Parameters], finite: bool) -> None:
+    """Every trainable tensor has a (finite) gradient, or TrainingError lists those that have none.
+
+    Zero counts as a gradient: lora_A has one while lora_B is zero, and so have experts that no
+    sample of the first step belongs to.
+    """
+    missing, broken = [], []
+    for parameter, name in names_of(groups).items():
+        if parameter.grad is None:
+            missing.append(name)
+        elif finite and not torch.isfinite(parameter.grad).all():
+            broken.append(name)
+    for names, what in ((missing, "no gradient"), (broken, "a gradient that is not finite")):
+        if names:
+            count = f"{len(names)} trainable tensors have {what}"
+            raise TrainingError(f"after the first step {count}: {', '.join(names)}")
+
+
+@torch.no_grad()
+def update_anchors(model: MixtureModel, batches: Sequence[Batch], accelerator: Accelerator) -> None:
+    """Add the step's samples to the anchors; every process ends with those of all."""
+    assert model.router is not None  # kind anchors
+    buffers = dict(model.router.named_buffers())
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    for batch in batches:
+        model.update_anchors(batch)
+    if accelerator.num_processes > 1:
+        for name, buffer in buffers.items():
+            added = accelerator.reduce(buffer - before[name], "sum")
+            buffer.copy_(before[name] + added)

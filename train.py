@@ -1,0 +1,47 @@
+"""Train experts and router: config -> model and data -> stages -> checkpoints.
+
+accelerate launch train.py --config configs/demo.yaml [key.sub=value ...] [--resume]
+"""
+
+import argparse
+import os
+import sys
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
+
+from moa.config import RunConfig, load_config
+from moa.settings import describe
+from moa.training.loop import train
+from moa.training.setup import make_accelerator, open_run
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="settings, with their defaults:\n\n" + describe(RunConfig),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file of settings")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in out= first")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="one setting")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    accelerator = make_accelerator(config)
+    run, state = open_run(
+        config, accelerator, resume=arguments.resume, overwrite=arguments.overwrite
+    )
+    train(run, state)
+    run.reporter.say(f"\ndone: {run.step} steps in {run.folder}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
