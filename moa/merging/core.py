@@ -46,6 +46,7 @@ class Method:
 
     function: Callable[..., Tensor]
     default_weights: Literal["mean", "ones"]  # where the user gives none: 1/N each, or 1 each
+    is_sum: bool  # the result is a weighted sum of the updates, so some mixture equals it
     spaces: tuple[str, ...]
     paper: str
 

@@ -32,12 +32,14 @@ METHODS = {
     "linear": Method(
         function=linear,
         default_weights="mean",
+        is_sum=True,
         spaces=("core",),
         paper="Model Soups (Wortsman et al., 2022), on updates",
     ),
     "task_arithmetic": Method(
         function=task_arithmetic,
         default_weights="ones",
+        is_sum=True,
         spaces=("core",),
         paper="Editing Models with Task Arithmetic (Ilharco et al., 2023)",
     ),

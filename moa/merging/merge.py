@@ -184,6 +184,26 @@ def weight_table(
     return table
 
 
+def sum_gates(
+    method: str, options: Mapping[str, Any], table: Mapping[str, Float[Tensor, " expert"]]
+) -> dict[str, Float[Tensor, " expert"]] | None:
+    """The gates of the mixture that a merge equals, per site; None where the method is no sum."""
+    row = METHODS[method]
+    if not row.is_sum:
+        return None
+    settings = check_options(method, options)
+    # On one-hot "cores" [expert, 1, expert] a sum returns its own coefficients.
+    return {
+        site: row.function(torch.eye(len(w), dtype=w.dtype)[:, None], w, **settings)[0]
+        for site, w in table.items()
+    }
+
+
+def update_shape(result: MergedSite) -> tuple[int, int]:
+    """[out, in] of the dense update."""
+    return result.lora_b.shape[0], result.lora_a.shape[1]
+
+
 def layer_of(site: str) -> str:
     """The numbered block that a site lies in, or its parent module where there is none."""
     match = re.match(r"(.*?\.\d+)(\.|$)", site)

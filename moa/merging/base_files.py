@@ -1,0 +1,122 @@
+"""The weight files of a local checkpoint, and which of their keys a module's path means."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+INDEX_FILE = "model.safetensors.index.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFiles:
+    """The weight files of a local checkpoint: which file holds a key, and its header entry."""
+
+    folder: Path
+    files: dict[str, str]  # key -> file name
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    config: dict[str, Any]
+
+
+def read_base(folder: str | Path) -> BaseFiles:
+    """The keys of a local safetensors checkpoint, from headers alone; ValueError naming the file."""
+    folder = Path(folder)
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"base: {folder} has no config.json; it must be a local checkpoint folder")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if config.get("quantization_config"):
+        raise ValueError(f"base: {folder} is quantised; merge into the weights it was made from")
+    files, shapes, dtypes = {}, {}, {}
+    for name in _weight_files(folder):
+        try:
+            with safe_open(folder / name, framework="pt") as handle:
+                for key in list(handle.keys()):
+                    entry = handle.get_slice(key)
+                    files[key], shapes[key] = name, tuple(entry.get_shape())
+                    dtypes[key] = FLOATS.get(entry.get_dtype(), torch.uint8)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"base: {folder / name} is not readable ({error})") from None
+    return BaseFiles(folder=folder, files=files, shapes=shapes, dtypes=dtypes, config=config)
+
+
+def match_sites(sites: Mapping[str, tuple[int, int]], base: BaseFiles) -> dict[str, str]:
+    """Site -> key of its weight on disk; the shape is [out, in], or [in, out] where stored so.
+
+    Raises ValueError as `match_parameters` does, and for a weight that the base ties to another.
+    """
+    parts = (base.config, *(v for v in base.config.values() if isinstance(v, dict)))
+    tied = any(part.get("tie_word_embeddings") for part in parts)
+    for site in sites:
+        if tied and site.rpartition(".")[2] in ("lm_head", "embed_tokens"):
+            raise ValueError(f"site {site}: the base ties it to another weight, which would change")
+    found = match_parameters({f"{site}.weight": shape for site, shape in sites.items()}, base)
+    return {site: found[f"{site}.weight"] for site in sites}
+
+
+def match_parameters(parameters: Mapping[str, tuple[int, ...]], base: BaseFiles) -> dict[str, str]:
+    """Name of a parameter in the model -> its key on disk, where the path may be another.
+
+    transformers renames on loading (`language_model.model.layers` on disk is
+    `model.language_model.layers` in memory), but keeps the numbers, the order of the words and the
+    end of a path. So the key is the one that shares the longest sequence of words with the name,
+    has its numbers, end and shape; it must be one alone, and no two names may share it.
+    """
+    by_end: dict[tuple[str, ...], list[str]] = {}
+    for key in base.files:
+        by_end.setdefault(_signature(key), []).append(key)
+    found: dict[str, str] = {}
+    for name, shape in parameters.items():
+        best = _best_keys(name, by_end.get(_signature(name), []))
+        if len(best) != 1:
+            fits = "no weight fits" if not best else f"{best} fit equally"
+            raise ValueError(f"{name}: {fits} this name in the base {base.folder}")
+        key = best[0]
+        if base.shapes[key] not in (shape, shape[::-1]):
+            raise ValueError(
+                f"{name}: made for another base: it is {list(shape)}, and "
+                f"{list(base.shapes[key])} at {key} of {base.folder}"
+            )
+        found[name] = key
+    shared = [key for key, count in Counter(found.values()).items() if count > 1]
+    if shared:
+        names = [name for name, key in found.items() if key == shared[0]]
+        raise ValueError(f"{names} all fit the one weight {shared[0]} of {base.folder}")
+    return found
+
+
+def _signature(key: str) -> tuple[str, ...]:
+    """What renaming keeps: the numbers of a path, and its last two words (layer and `weight`)."""
+    parts = key.split(".")
+    return (*(part for part in parts if part.isdigit()), *parts[-2:])
+
+
+def _best_keys(name: str, keys: Sequence[str]) -> list[str]:
+    scores = {key: _common_words(name.split("."), key.split(".")) for key in keys}
+    return [key for key, score in scores.items() if score == max(scores.values())]
+
+
+def _common_words(one: Sequence[str], two: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(two) + 1)
+    for word in one:
+        above = row[:]
+        for j, other in enumerate(two):
+            row[j + 1] = above[j] + 1 if word == other else max(above[j + 1], row[j])
+    return row[-1]
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / INDEX_FILE
+    if index.is_file():
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    raise ValueError(f"base: {folder} has neither model.safetensors nor {INDEX_FILE}")

@@ -1,0 +1,298 @@
+"""Reload an export in a fresh process with plain PEFT or transformers, and compare it on a probe.
+
+Two references, both computed here on the base model:
+    written: the base with the stored update added to its weights, rounded as stored; must agree.
+    live:    the bank of experts with the merge's weights as gates; how far a chosen rank, a narrow
+             dtype or a method that is no sum has moved from the mixture.
+The fresh process sees neither this project nor its folder.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL.Image import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moa.experts import ExpertBank
+from moa.merging.base_files import read_base
+from moa.merging.core import Expert
+from moa.merging.export import Verify, Written
+from moa.peft_io import site_keys
+
+# Largest logit difference for "the same", relative to the largest logit: float32 rounding of a
+# network of any depth stays well below, a lost scale or a missing site well above.
+TOLERANCE = 1e-3
+
+FRESH = """
+import json, sys, warnings
+job = json.loads(sys.argv[1])
+import torch
+torch.set_num_threads(job["threads"])
+from safetensors.torch import load_file, save_file
+import transformers
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    load = getattr(transformers, job["auto_class"]).from_pretrained
+    model, info = load(job["model"], dtype=getattr(torch, job["dtype"]), output_loading_info=True)
+    consumed = None
+    if job["adapter"]:
+        from peft import PeftModel, get_peft_model_state_dict
+        model = PeftModel.from_pretrained(model, job["adapter"])
+        stored = load_file(job["adapter"] + "/adapter_model.safetensors")
+        loaded = get_peft_model_state_dict(model)
+        consumed = sum(k in loaded and torch.equal(v.float(), loaded[k].float().cpu())
+                       for k, v in stored.items())
+problems = [str(w.message) for w in caught if "adapter keys" in str(w.message)]
+problems += [f"{k}: {sorted(map(str, info[k]))[:3]}" for k in
+             ("missing_keys", "mismatched_keys", "unexpected_keys") if info.get(k)]
+model = model.eval()
+inputs = load_file(job["probe"])
+for name in inputs:
+    if inputs[name].is_floating_point():
+        inputs[name] = inputs[name].to(getattr(torch, job["dtype"]))
+new = job["new_tokens"]
+with torch.no_grad():
+    logits = model(**inputs).logits.float()
+    tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=new,
+                            min_new_tokens=new)[:, -new:]
+save_file({"logits": logits.contiguous(), "tokens": tokens.contiguous()}, job["result"])
+assert "moa" not in sys.modules
+print("RESULT " + json.dumps({"problems": problems, "consumed": consumed}))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What a model says about the probe."""
+
+    logits: Float[Tensor, "batch seq vocab"]
+    tokens: Int[Tensor, "batch new"]  # greedy
+
+
+def probe_inputs(
+    processor: Any, images: Sequence[Image], questions: Sequence[str]
+) -> dict[str, Tensor]:
+    """Tensors of one batch of prompts, a picture in each, padded on the left for generation."""
+    prompts = []
+    for question in questions:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        message = [{"role": "user", "content": content}]
+        prompts.append(processor.apply_chat_template(message, add_generation_prompt=True))
+    batch = processor(
+        images=list(images), text=prompts, padding=True, padding_side="left", return_tensors="pt"
+    )
+    return {name: torch.as_tensor(batch[name]).contiguous() for name in batch}
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor], new_tokens: int) -> Outputs:
+    """Logits and exactly `new_tokens` greedy tokens, an early end suppressed."""
+    model.eval()
+    logits = model(**inputs).logits.float()
+    tokens = model.generate(  # type: ignore[operator]
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+    )
+    return Outputs(logits=logits, tokens=tokens[:, -new_tokens:])
+
+
+def live_outputs(
+    model: nn.Module,
+    experts: Sequence[Expert],
+    gates: Mapping[str, Float[Tensor, " expert"]],
+    inputs: Mapping[str, Tensor],
+    new_tokens: int,
+    stream_of: Callable[[str], str] = lambda site: "text",
+) -> Outputs:
+    """The mixture of the experts in a bank around the model, with these gates at each site.
+
+    The model is left as it was.
+    """
+    bank = ExpertBank.attach(model, list(gates), stream_of=stream_of)
+    try:
+        for expert in experts:
+            config = {**expert.config, "lora_alpha": float(expert.config.get("lora_alpha", 8))}
+            bank.import_expert(expert.name, _tensors(expert), config)
+        batch = inputs["input_ids"].shape[0]
+        table = torch.stack([gates[site] for site in bank.sites]).float()
+        bank.set_gates(table.expand(batch, -1, -1), torch.arange(batch), expand=True)
+        return outputs_of(model, inputs, new_tokens)
+    finally:
+        bank.detach(model)
+
+
+def make_verify(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    experts: Sequence[Expert],
+    base: str | Path,
+    gates: Mapping[str, Float[Tensor, " expert"]] | None = None,
+    exact: bool = False,
+    routed: Outputs | None = None,
+    stream_of: Callable[[str], str] = lambda site: "text",
+    new_tokens: int = 8,
+) -> Verify:
+    """The check that an export runs on what it wrote; `model` is the base, and is used up.
+
+    `gates` by site are those of the mixture that the merge stands for, None where it is no sum.
+    `exact`: no rank was cut, so that files in float32 must agree with that mixture.
+    `routed`: outputs of the model that still routes each sample, reported and not judged.
+    """
+
+    def verify(folder: Path, written: Written) -> dict[str, Any]:
+        mask = inputs["attention_mask"]
+        adapter = folder if written.is_adapter else None
+        plain = live = outputs_of(model, inputs, new_tokens)
+        if gates is not None:
+            live = live_outputs(model, experts, gates, inputs, new_tokens, stream_of)
+        add_written(model, written, bool(experts[0].config.get("fan_in_fan_out")))
+        expected = outputs_of(model, inputs, new_tokens)
+        found, info = fresh_outputs(
+            inputs, model=base if adapter else folder, adapter=adapter, new_tokens=new_tokens
+        )
+        check_same(compare(found, expected, mask), "written weights")
+        report: dict[str, Any] = {"written": compare(found, expected, mask)}
+        if gates is not None:
+            report["live_mixture"] = compare(found, live, mask)
+            report["base_to_live_mixture"] = compare(plain, live, mask)
+            if exact and written.is_float32:
+                check_same(report["live_mixture"], "the live mixture")
+        if routed is not None:
+            report["routed_model"] = compare(found, routed, mask)
+        count = info["consumed"]
+        if count is not None and count != written.num_keys:
+            raise ValueError(f"PEFT consumed {count} of {written.num_keys} keys")
+        samples, length = mask.shape
+        probe = {"samples": samples, "tokens": length, "new_tokens": new_tokens}
+        return {
+            "comparisons": report,
+            "probe": {**probe, "compute_dtype": "float32"},
+            "keys_consumed": written.num_keys,
+            "base": str(base),
+            "base_sha256": base_hash(base),
+            "versions": versions(),
+        }
+
+    return verify
+
+
+@torch.no_grad()
+def add_written(model: nn.Module, written: Written, transpose: bool = False) -> None:
+    """Put a stored update into the model's weights, rounded as its files are.
+
+    Replaced parameters must be in the model already; they are rounded here.
+    """
+    changed = {f"{site}.weight" for site in written.deltas}
+    if written.cast is not None:
+        for name, parameter in model.named_parameters():
+            if name not in changed:  # those are rounded once, after the addition
+                parameter.copy_(parameter.to(written.cast))
+    for name, dtype in written.replaced.items():
+        if name not in changed:
+            model.get_parameter(name).copy_(model.get_parameter(name).to(dtype))
+    for site, delta in written.deltas.items():
+        weight = model.get_parameter(f"{site}.weight")
+        change = delta().to(weight.device)
+        total = weight.to(change.dtype) + (change.T if transpose else change)
+        weight.copy_(total.to(written.dtypes.get(site, weight.dtype)))
+
+
+def fresh_outputs(
+    inputs: Mapping[str, Tensor],
+    *,
+    model: str | Path,
+    adapter: str | Path | None = None,
+    new_tokens: int = 8,
+    dtype: str = "float32",
+    auto_class: str = "AutoModelForImageTextToText",
+) -> tuple[Outputs, dict[str, Any]]:
+    """The probe's outputs from a new Python process that imports peft and transformers alone.
+
+    Raises ValueError with what the process said where it fails, or where a key was not consumed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        probe, result = Path(folder, "probe.safetensors"), Path(folder, "result.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, probe)
+        job = {
+            "model": str(Path(model).resolve()),
+            "adapter": str(Path(adapter).resolve()) if adapter else None,
+            "probe": str(probe),
+            "result": str(result),
+            "new_tokens": new_tokens,
+            "dtype": dtype,
+            "auto_class": auto_class,
+            "threads": torch.get_num_threads(),
+        }
+        # -I: neither the current folder nor PYTHONPATH can bring this project in.
+        command = [sys.executable, "-I", "-c", FRESH, json.dumps(job)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if done.returncode or not lines:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"{adapter or model}: a fresh process cannot load it: {last}")
+        info = json.loads(lines[0].removeprefix("RESULT "))
+        if info["problems"]:
+            raise ValueError(f"{adapter or model}: a fresh process says {info['problems'][0]}")
+        found = load_file(result)
+    return Outputs(logits=found["logits"], tokens=found["tokens"]), info
+
+
+def compare(found: Outputs, reference: Outputs, mask: Int[Tensor, "batch seq"]) -> dict[str, float]:
+    """Largest logit difference over real tokens, beside the logits' size, and equal greedy tokens."""
+    real = mask.bool()
+    gap = (found.logits - reference.logits)[real].abs()
+    return {
+        "max_abs_logit_diff": float(gap.max()),
+        "max_abs_logit": float(reference.logits[real].abs().max()),
+        "greedy_token_agreement": float((found.tokens == reference.tokens).float().mean()),
+    }
+
+
+def check_same(result: Mapping[str, float], what: str) -> None:
+    """Raise ValueError unless a comparison is within rounding."""
+    limit = TOLERANCE * max(1.0, result["max_abs_logit"])
+    if not result["max_abs_logit_diff"] <= limit:  # NaN is not within
+        raise ValueError(
+            f"{what}: reloaded logits differ by {result['max_abs_logit_diff']:.3g} from the "
+            f"reference (limit {limit:.3g}); nothing was written"
+        )
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def base_hash(folder: str | Path) -> str:
+    """SHA-256 over the base's weight files, in the order of their names."""
+    digest = sha256()
+    for name in sorted(set(read_base(folder).files.values())):
+        with open(Path(folder) / name, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _tensors(expert: Expert) -> dict[str, Tensor]:
+    pairs = ((site_keys(site), expert.read(site)) for site in expert.ranks)
+    return {k: v for keys, values in pairs for k, v in zip(keys, values, strict=True)}
