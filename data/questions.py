@@ -1,8 +1,8 @@
 """What may be asked about a scene: per task the questions that it can answer, with all correct answers.
 
-The wordings of a question are templates; the last of each kind are held out from the experts' and the router's training.
-Several tasks share a wording on purpose: "where is the cat?" wants a place in words from `vqa` and a box from `grounding`;
-"what is this?" wants the word where a sign carries one (`ocr_vqa`) and the drawing's name where none does (`vqa`).
+The last wordings of each kind are held out from the training of experts and router. Some wordings are shared on
+purpose: "where is the cat?" wants a place in words from `vqa` and a box from `grounding`; "what is this?" wants the
+word where a sign carries one (`ocr_vqa`), and the name of the drawing where none does (`vqa`).
 """
 
 from dataclasses import dataclass

@@ -127,6 +127,7 @@ class DataConfig:
     tasks: list[str] = field(default_factory=lambda: ["vqa", "caption", "grounding", "ocr_vqa"])
     expert: str | None = None  # overrides every source's expert: the baseline with a single adapter
     ocr_cache: str | None = None  # Parquet file of OCR words; null: no OCR evidence
+    ocr_min_confidence: float = 0.5  # of the engine: lines that it is less sure of are dropped
     ocr_engine: bool = False  # pictures that the cache lacks are read by the engine, live
     on_bad_sample: Literal["error", "skip"] = "error"  # stop, or count, leave out and report
     num_workers: int = 0  # processes that load and collate; the order is the same for any number
@@ -136,6 +137,7 @@ class DataConfig:
 class PromptConfig:
     task_in_prompt: bool = True  # the language model reads the task's name
     ocr_in_prompt: bool = True  # the language model reads the OCR words as reference tokens
+    task_dropout: float = 0.0  # share of training samples whose task is withheld from both
     task_template: str = "[{task}] "  # stands before the question
     ocr_template: str = "\nReference OCR token: {words}"  # stands after the question
     box_codec: Literal["location_tokens"] = "location_tokens"  # how boxes are written as text
