@@ -46,15 +46,19 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, console = arguments(argv), Console()
+    args = arguments(argv)
     try:
-        settings = load(EvalSettings, args.config, args.overrides)
-        step, run = step_folder(args.checkpoint), run_folder(args.checkpoint)
-        model, _, config = load_model(step, pick_device(settings.device))
-        results = score_sources(model, config, settings)
-        routing = routing_record(model, config, results)
+        run_evaluation(args.checkpoint, load(EvalSettings, args.config, args.overrides))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def run_evaluation(checkpoint: str, settings: EvalSettings) -> None:
+    """Score, write, draw; ValueError or OSError for what a user can put right."""
+    step, run, console = step_folder(checkpoint), run_folder(checkpoint), Console()
+    model, _, config = load_model(step, pick_device(settings.device))
+    results = score_sources(model, config, settings)
+    routing = routing_record(model, config, results)
     about = {"checkpoint": str(step), "versions": versions()}
     folder = run / "eval" / settings.variant
     write_results(folder, results, routing, chosen_sources(config, settings), about)

@@ -12,7 +12,7 @@ import eval as eval_script
 from data.sources import open_sources
 from moa.benchmarks.report import routing_record
 from moa.benchmarks.run import BENCHMARKS, choose_gates, evaluate
-from moa.benchmarks.sources import EvalSettings, chosen_sources, make_collator, score_sources
+from moa.benchmarks.sources import EvalSettings, chosen_sources, prompt_collator, score_sources
 from moa.build import build_model
 from moa.checkpoint import TrainState, load_model, save_checkpoint, write_run_header
 from moa.config import load_config
@@ -25,7 +25,7 @@ def make_run(folder: Path, **changes) -> Path:
     """A run folder with one checkpoint whose experts are random, not fresh."""
     world = toy_world(folder, count=8)
     world.update(changes)
-    (folder / "run.yaml").write_text(yaml.safe_dump(world))
+    (folder / "run.yaml").write_text(yaml.safe_dump(world, sort_keys=False))
     config = load_config(folder / "run.yaml")
     model = build_model(config)
     torch.manual_seed(0)
@@ -59,16 +59,16 @@ def test_eval_writes_scores_answers_routing_and_pictures_into_the_run_folder(run
             for i in range(9)
         )
     )
-    overrides = ["progress=false", "max_new_tokens=6", "num_samples=6", "num_pictures=4"]
+    overrides = ["progress=false", "max_new_tokens=6", "num_samples=3", "num_pictures=4"]
     eval_script.main(["--checkpoint", str(run), *overrides])
     record = json.loads((run / "eval" / "vqa.json").read_text())
-    assert record["n"] == 4 and record["num_images"] == 4  # validation holds 4 rows
+    assert record["n"] == 3 and record["num_images"] == 3
     assert record["tasks"]["vqa"]["primary"] == "vqa_accuracy"
     assert set(record["score"]) == {"value", "se"}
     assert record["settings"]["prompt"]["task_in_prompt"] is True
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])
     rows = [json.loads(line) for line in (run / "eval" / "vqa.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and sum(rows[0]["gates"]) == pytest.approx(1, abs=1e-3)
+    assert len(rows) == 3 and sum(rows[0]["gates"]) == pytest.approx(1, abs=1e-3)
     routing = json.loads((run / "eval" / "routing.json").read_text())
     assert routing["experts"] == ["vqa", "grounding"] and len(routing["mean_gates"]) == 2
     assert set(routing["per_task"]) == {"vqa", "grounding"}
@@ -104,6 +104,14 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path):
     assert str(tmp_path) in str(error.value)
 
 
+def test_results_that_cannot_be_written_are_one_error_naming_the_folder(tmp_path):
+    run = make_run(tmp_path)
+    (run / "eval").write_text("a file in the way")
+    options = ["progress=false", "num_samples=1", "max_new_tokens=1"]
+    with pytest.raises(SystemExit, match="error: .*eval"):
+        eval_script.main(["--checkpoint", str(run), *options])
+
+
 def test_batch_size_and_order_change_no_answer(loaded):
     model, config = loaded
     one = score_sources(model, config, replace(SETTINGS, batch_size=1))
@@ -113,7 +121,7 @@ def test_batch_size_and_order_change_no_answer(loaded):
 
 def test_answers_are_those_of_generating_one_sample_alone_with_its_gates(loaded):
     model, config = loaded
-    collator = make_collator(model, config, withhold_task=False)
+    collator = prompt_collator(model, config, withhold_task=False)
     (result, *_) = score_sources(model, config, SETTINGS)
     for prediction in result.predictions[:2]:
         batch = collator([prediction.sample])
@@ -127,7 +135,7 @@ def test_gates_off_answers_as_the_base_and_one_expert_alone_does_not(loaded):
     model, config = loaded
     off = score_sources(model, config, replace(SETTINGS, gates="off"))
     alone = score_sources(model, config, replace(SETTINGS, gates="grounding"))
-    collator = make_collator(model, config, withhold_task=False)
+    collator = prompt_collator(model, config, withhold_task=False)
     batch = collator([p.sample for p in off[0].predictions])
     with torch.no_grad(), model.bank.context.disabled():
         ids = model.generate(batch, max_new_tokens=6, do_sample=False)
@@ -138,7 +146,7 @@ def test_gates_off_answers_as_the_base_and_one_expert_alone_does_not(loaded):
 
 def test_each_rule_for_gates_gives_the_gates_it_names(loaded):
     model, config = loaded
-    collator = make_collator(model, config, withhold_task=False)
+    collator = prompt_collator(model, config, withhold_task=False)
     sources = open_sources(chosen_sources(config, SETTINGS), config.data, None)
     batch = collator([sources["vqa"][0], sources["grounding"][0]])
     rows = {
@@ -153,8 +161,8 @@ def test_each_rule_for_gates_gives_the_gates_it_names(loaded):
 
 def test_a_withheld_task_reaches_neither_prompt_nor_router(loaded):
     model, config = loaded
-    told = make_collator(model, config, withhold_task=False)
-    untold = make_collator(model, config, withhold_task=True)
+    told = prompt_collator(model, config, withhold_task=False)
+    untold = prompt_collator(model, config, withhold_task=True)
     sample = open_sources(chosen_sources(config, SETTINGS), config.data, None)["vqa"][0]
     assert told.prompt(sample).startswith("[vqa] ")
     assert untold.prompt(sample).startswith(sample.question)
@@ -236,7 +244,7 @@ def test_every_variant_of_an_evaluation_has_its_own_folder(run):
 
 def test_beams_keep_their_samples_gates(loaded):
     model, config = loaded
-    collator = make_collator(model, config, withhold_task=False)
+    collator = prompt_collator(model, config, withhold_task=False)
     sources = open_sources(chosen_sources(config, SETTINGS), config.data, None)
     options = {"name": "vqa", "max_new_tokens": 4, "num_beams": 3, "progress": False}
     whole = evaluate(model, sources["vqa"], collator, batch_size=4, **options)

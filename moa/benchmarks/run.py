@@ -8,6 +8,7 @@ by rule, as `on_bad_sample` says. An answer that cannot count scores 0 and is co
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def evaluate(
     starts = range(0, len(dataset), batch_size)
     for start in track(starts, description=name, disable=not progress, transient=True):
         items = [
-            checked(read_sample(dataset, index, name))
+            checked(read_sample(dataset, index, name), model.bank.names)
             for index in range(start, min(start + batch_size, len(dataset)))
         ]
         batch, rejected = collator.split(items)
@@ -97,8 +98,11 @@ def evaluate(
     )
 
 
-def checked(item: Sample | BadSampleError) -> Sample | BadSampleError:
-    """The sample if its task has a benchmark that it can be scored by, or the error that says why not."""
+def checked(item: Sample | BadSampleError, experts: Sequence[str]) -> Sample | BadSampleError:
+    """The sample if its task has a benchmark that it can be scored by, or why it cannot.
+
+    An expert that this model does not have is as good as none: the data may be another model's.
+    """
     if isinstance(item, BadSampleError):
         return item
     if item.task not in BENCHMARKS:
@@ -108,7 +112,7 @@ def checked(item: Sample | BadSampleError) -> Sample | BadSampleError:
     if missing:
         wanted = "a true box" if item.task == "grounding" else "a reference answer"
         return BadSampleError(name_of(item), "empty answer", f"{item.task} needs {wanted}")
-    return item
+    return item if item.expert in experts else replace(item, expert=None)
 
 
 def answer(

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from data.boxes import CODECS
 from data.collate import Collator
 from data.ocr import OcrCache
-from data.sources import open_ocr, open_sources
+from data.sources import make_collator, open_ocr, open_sources
 from moa.benchmarks.result import Result
 from moa.benchmarks.run import evaluate
 from moa.config import RunConfig, SourceConfig
@@ -57,22 +56,14 @@ def fewest(*counts: int | None) -> int | None:
     return min((count for count in counts if count is not None), default=None)
 
 
-def make_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bool) -> Collator:
-    prompt = config.prompt
-    return Collator(
-        processor=model.backbone.processor,
-        tasks=config.data.tasks,
-        experts=model.bank.names,
-        codec=CODECS[prompt.box_codec],
-        task_in_prompt=prompt.task_in_prompt,
-        ocr_in_prompt=prompt.ocr_in_prompt,
-        task_template=prompt.task_template,
-        ocr_template=prompt.ocr_template,
-        max_length=prompt.max_length,
-        max_ocr_words=prompt.max_ocr_words,
+def prompt_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bool) -> Collator:
+    """The run's own prompts, for generation; held-out tasks are welcome."""
+    return make_collator(
+        config,
+        model.backbone.processor,
         for_generation=True,
         withhold_task=withhold_task,
-        allow_unknown_tasks=True,  # held-out tasks are scored too
+        allow_unknown_tasks=True,
     )
 
 
@@ -84,7 +75,7 @@ def score_sources(
 ) -> list[Result]:
     """The result of every chosen data set. Give the same `ocr` to read each picture only once."""
     sources = chosen_sources(config, settings)
-    collator = make_collator(model, config, withhold_task=settings.withhold_task)
+    collator = prompt_collator(model, config, withhold_task=settings.withhold_task)
     ocr = ocr if ocr is not None else open_ocr(config.data)
     return [
         evaluate(
