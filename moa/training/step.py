@@ -103,7 +103,9 @@ class Figures:
         shares = gates / gates.sum(-1, keepdim=True).clamp(min=1e-9)
         entropy = torch.special.entr(shares).sum(-1)
         columns = torch.stack([torch.ones_like(loss), loss, output.num_tokens.float(), entropy], 1)
-        self.table.index_add_(0, batch.task_ids, torch.cat([columns, gates], 1))
+        # by the samples' own tasks: task_ids do not tell them where the task is withheld
+        rows = torch.tensor([self.tasks.index(s.task) for s in batch.samples], device=loss.device)
+        self.table.index_add_(0, rows, torch.cat([columns, gates], 1))
         self.rest[0] += batch.attention_mask.sum()
         self.rest[1] += (~torch.isfinite(loss)).sum()
         self.aux = list(output.aux)
