@@ -44,7 +44,7 @@ def router_losses(
 
 
 def token_decisions(
-    logits: Mapping[str, Float[Tensor, "row seq expert"]],
+    logits: Mapping[str, Float[Tensor, "_ _ expert"]],
     streams: Mapping[str, str],
     attention_mask: Int[Tensor, "batch seq"],
     image_index: Int[Tensor, " images"],

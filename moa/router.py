@@ -8,7 +8,6 @@ prompt side alone: an answer cannot reach the gates.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,11 +119,13 @@ class Router(nn.Module):
             present = present & kept.to(present.device, non_blocking=True)
         return torch.where(present[:, None], vector, self.missing[kind])
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Router":
-        # model.to(bfloat16) and DeepSpeed's cast move the router, and leave its precision alone.
-        return super()._apply(
-            lambda t: fn(t).to(t.dtype) if t.is_floating_point() else fn(t), recurse
-        )
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        def move(tensor: Tensor) -> Tensor:
+            # model.to(bfloat16) and DeepSpeed's cast move the router, but leave it its precision.
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
 
 class TokenEncoder(nn.Module):
@@ -170,7 +171,7 @@ class Pool(nn.Module):
 
     def __init__(self, hidden: int, pooling: str) -> None:
         super().__init__()
-        self.score = nn.Linear(hidden, 1) if pooling == "attention" else None
+        self.score = nn.Linear(hidden, 1, bias=False) if pooling == "attention" else None
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         if self.score is None:
