@@ -32,12 +32,12 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         config = load_config(arguments.config, arguments.overrides)
-    except ValueError as error:
+        accelerator = make_accelerator(config)
+        run, state = open_run(
+            config, accelerator, resume=arguments.resume, overwrite=arguments.overwrite
+        )
+    except ValueError as error:  # the user's: it names the key or file, and the rule
         sys.exit(f"error: {error}")
-    accelerator = make_accelerator(config)
-    run, state = open_run(
-        config, accelerator, resume=arguments.resume, overwrite=arguments.overwrite
-    )
     train(run, state)
     run.reporter.say(f"\ndone: {run.step} steps in {run.folder}")
     accelerator.end_training()

@@ -110,11 +110,15 @@ def sha256(file: Path) -> str:
 
 
 def point(run: Path, name: str, step_name: str) -> None:
-    """Let `checkpoints/<name>` name a step folder, atomically."""
-    file = run / "checkpoints" / name
-    temporary = file.with_name(f".{name}.tmp")
+    """Let `checkpoints/<name>` name a step folder."""
+    write_file(run / "checkpoints" / name, step_name + "\n")
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
     with temporary.open("w") as handle:
-        handle.write(step_name + "\n")
+        handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())
     temporary.replace(file)
@@ -139,7 +143,7 @@ def prune(run: Path, keep_last: int) -> None:
 def write_run_header(run: Path, config: RunConfig) -> None:
     """config.yaml and versions.json: what was asked for, and what ran it."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG).write_text(to_yaml(config))
+    write_file(run / CONFIG, to_yaml(config))
     write_json(run / "versions.json", versions())
 
 

@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import yaml
+
+from moa.config import RunConfig, load_config
 from tests.tiny import random_image, tiny_llava
 
 COLORS = ("red", "green", "blue")
@@ -59,3 +62,11 @@ def toy_world(folder: Path, count: int = 24) -> dict:
             {"name": "joint", "steps": 3},
         ],
     }  # fmt: skip
+
+
+def toy_config(folder: Path, **changes) -> RunConfig:
+    """The toy world's config; `changes` are overrides with `__` for the dots."""
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(toy_world(folder), sort_keys=False))
+    pairs = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
+    return load_config(file, pairs)
