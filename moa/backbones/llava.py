@@ -134,13 +134,18 @@ class Backbone:
 
 
 def load_backbone(name_or_path: str, dtype: torch.dtype = torch.float32) -> Backbone:
-    """A frozen LLaVA from a hub name or a local folder, in eval mode.
+    """A frozen LLaVA from a local folder or by its hub name, in eval mode.
 
-    Raises ValueError for a folder that is not there and for other families.
+    Raises ValueError for what is neither, and for other families.
     """
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).expanduser().is_dir():
-        raise ValueError(f"model: {name_or_path} is no folder; give a hub name or a local folder")
-    config = AutoConfig.from_pretrained(name_or_path)
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except OSError as error:  # transformers takes a folder that is not there for a hub name
+        where = "has no usable config.json" if Path(name_or_path).is_dir() else "is no folder here"
+        raise ValueError(
+            f"model: {name_or_path} {where}, and no model of this name was loaded from the hub: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model: {name_or_path} is a {config.model_type}; choices: {', '.join(FAMILIES)}"
