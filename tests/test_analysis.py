@@ -98,14 +98,27 @@ def test_leaving_one_out_reports_what_each_column_loses():
 
 
 def test_the_summary_weighs_tasks_alike_and_names_the_sites_if_they_differ():
-    gates = torch.cat([SORTED, SORTED[:1]])[:, None]
-    record = summary(gates, [*TASKS, "vqa"], ["vqa"] * 5, ["vqa", "caption"])
+    gates, tasks, experts = (
+        torch.cat([SORTED, SORTED[:1]])[:, None],
+        [*TASKS, "vqa"],
+        ["vqa", "line"],
+    )
+    record = summary(gates, tasks, ["vqa"] * 5, experts)
     assert record["mean_gates"] == pytest.approx([0.5, 0.5])
     assert record["routing_accuracy"] == pytest.approx(3 / 5)
     assert math.isclose(record["entropy"], 0.0) and "per_site" not in record
-    heldout = summary(
-        gates, [*TASKS, "count"], ["vqa"] * 5, ["vqa", "caption"], trained_tasks=["vqa"]
-    )
-    assert heldout["mean_gates"] == [1.0, 0.0] and heldout["mean_over"] == ["vqa"]
-    sites = summary(gates.expand(-1, 3, -1), [*TASKS, "vqa"], ["vqa"] * 5, ["vqa", "caption"])
+    held_out = summary(gates, tasks, ["vqa"] * 5, experts, trained_tasks=["vqa"])
+    assert held_out["mean_gates"] == [1.0, 0.0] and held_out["mean_over"] == ["vqa"]
+    sites = summary(gates.expand(-1, 3, -1), tasks, ["vqa"] * 5, experts)
     assert len(sites["per_site"]["vqa"]) == 3
+
+
+def test_a_task_with_two_experts_has_a_row_for_each():
+    gates = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.2, 0.8], [0.5, 0.5]])[:, None]
+    wanted = ["vqa", "vqa", "line", None]
+    record = summary(gates, ["vqa", "vqa", "vqa", "count"], wanted, ["vqa", "line"],
+                     trained_tasks=["vqa"])  # fmt: skip
+    assert list(record["per_kind"]) == ["vqa · vqa", "vqa · line", "count"]
+    assert record["per_kind"]["vqa · vqa"] == pytest.approx([0.85, 0.15])
+    assert record["per_task"]["vqa"] == pytest.approx([1.9 / 3, 1.1 / 3])
+    assert record["mean_gates"] == record["per_task"]["vqa"] and record["held_out"] == ["count"]

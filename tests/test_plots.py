@@ -13,8 +13,8 @@ from moa.analysis import plots
 
 ROUTING = {
     "experts": ["vqa", "caption"],
-    "per_task": {"vqa": [0.9, 0.1], "count": [0.5, 0.5]},
-    "mean_over": ["vqa"],
+    "per_kind": {"vqa": [0.9, 0.1], "count": [0.5, 0.5]},
+    "held_out": ["count"],
     "mutual_information": 0.4,
     "routing_accuracy": 0.75,
 }

@@ -55,7 +55,7 @@ def gallery(path: str | Path, cards: Sequence[Card], experts: Sequence[str], tit
             row, column = divmod(number, columns)
             picture = figure.add_subplot(grid[row, 2 * column])
             draw_picture(picture, card)
-            side = grid[row, 2 * column + 1].subgridspec(2, 1, height_ratios=[1.5, 1])
+            side = grid[row, 2 * column + 1].subgridspec(2, 1, height_ratios=[1.7, 1])
             draw_words(figure.add_subplot(side[0]), card)
             draw_gates(figure.add_subplot(side[1]), card.gates, experts)
 
@@ -87,17 +87,19 @@ def draw_words(axes: Axes, card: Card) -> None:
     answer = f"{mark} {card.prediction or '(nothing)'}"
     lines.append((answer, TRUE if card.score >= 0.5 else PREDICTED, "normal", 3))
     if card.truth and card.score < 1:
-        lines.append((f"true: {card.truth}", MUTED, "normal", 3))
+        lines.append((f"true: {card.truth}", MUTED, "normal", 2))
     if card.ocr:
-        lines.append((f"read: {' '.join(word.text for word in card.ocr)}", READ, "normal", 2))
+        lines.append((f"read: {' '.join(word.text for word in card.ocr)}", READ, "normal", 1))
     elif card.ocr is None:
         lines.append(("no OCR was run", MUTED, "normal", 1))
     top = 1.0
     for text, ink, weight, most in lines:
         wrapped = textwrap.wrap(plain(text), 30, max_lines=most, placeholder=" …") or [""]
-        axes.text(0, top, "\n".join(wrapped), color=ink, weight=weight, va="top", fontsize=8.5,
-                  transform=axes.transAxes, linespacing=1.25)  # fmt: skip
-        top -= 0.135 * len(wrapped) + 0.045
+        drawn = axes.text(0, top, "\n".join(wrapped), color=ink, weight=weight, va="top",
+                          fontsize=8.5, transform=axes.transAxes, linespacing=1.25,
+                          clip_on=True)  # fmt: skip
+        drawn.set_in_layout(False)  # a long word must not squeeze its neighbours
+        top -= 0.105 * len(wrapped) + 0.04
 
 
 def plain(text: str) -> str:

@@ -69,8 +69,8 @@ def color(index: int) -> str:
 
 
 def gate_heat_map(path: str | Path, routing: Mapping[str, Any]) -> None:
-    """Task x expert, from the record of `moa.analysis.routing.summary`."""
-    experts, per_task = routing["experts"], routing["per_task"]
+    """Task (split where it has several experts) x expert, from `moa.analysis.routing.summary`."""
+    experts, per_task = routing["experts"], routing["per_kind"]
     values = np.array(list(per_task.values()))
     size = 2.6 + 0.85 * len(experts), 1.75 + 0.48 * len(per_task)
     parts = [f"I(task; expert) = {routing['mutual_information']:.2f} bits"]
@@ -80,8 +80,7 @@ def gate_heat_map(path: str | Path, routing: Mapping[str, Any]) -> None:
         axes = fig.add_subplot()
         _heat(axes, values)
         axes.set_xticks(range(len(experts)), experts)
-        trained = routing.get("mean_over", ())
-        names = [t if t in trained or not trained else f"{t} (held out)" for t in per_task]
+        names = [f"{t} (held out)" if t in routing["held_out"] else t for t in per_task]
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(labelcolor=INK)
         for (row, column), value in np.ndenumerate(values):

@@ -31,6 +31,17 @@ def gates_per_task(
     return {task: gates[index].mean(0) for task, index in rows.items()}
 
 
+def sample_kinds(tasks: Sequence[str], wanted: Sequence[str | None]) -> list[str]:
+    """Each sample's task, with its expert beside it where the task's samples have several."""
+    experts: dict[str, set[str | None]] = {}
+    for task, expert in zip(tasks, wanted, strict=True):
+        experts.setdefault(task, set()).add(expert)
+    return [
+        task if len(experts[task]) == 1 else f"{task} · {expert or 'unknown'}"
+        for task, expert in zip(tasks, wanted, strict=True)
+    ]
+
+
 def entropy(probabilities: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead"]:
     """In bits: 0 for one expert alone, log2(experts) for all alike."""
     return -(torch.xlogy(probabilities, probabilities)).sum(-1) / torch.log(torch.tensor(2.0))
@@ -134,15 +145,20 @@ def summary(
     """Everything above as one record for a JSON file.
 
     `mean_gates` weighs the tasks alike (the trained ones, where any is among the samples), however
-    many samples each has: it is what a merged adapter stands in for.
+    many samples each has: it is what a merged adapter stands in for. `per_kind` has a row for each
+    task, or for each expert of a task that has several (one for another kind of picture).
     """
     mean = gates.float().mean(1)
     per_task = gates_per_task(mean, tasks)
     chosen = [task for task in per_task if task in trained_tasks] or list(per_task)
+    kinds = sample_kinds(tasks, wanted)
+    held_out = {kind for kind, task in zip(kinds, tasks, strict=True) if task not in chosen}
     record: dict[str, Any] = {
         "experts": list(experts),
         "mean_gates": torch.stack([per_task[task] for task in chosen]).mean(0).tolist(),
         "mean_over": chosen,
+        "per_kind": {k: values.tolist() for k, values in gates_per_task(mean, kinds).items()},
+        "held_out": sorted(held_out),
         "per_task": {task: values.tolist() for task, values in per_task.items()},
         "mutual_information": mutual_information(mean, list(tasks)),
         "entropy": float(entropy(shares(mean)).mean()),

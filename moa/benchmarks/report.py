@@ -86,7 +86,7 @@ def make_card(model: MixtureModel, prediction: Prediction, score: float) -> Card
     return Card(
         image=seen_picture(pixels[0], processor.image_mean, processor.image_std),
         size=sample.image.size,
-        task=sample.task,
+        task=sample.task if sample.source == sample.task else f"{sample.source} ({sample.task})",
         question=sample.question,
         prediction=said,
         truth=" / ".join(dict.fromkeys(sample.answers)),
