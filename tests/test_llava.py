@@ -105,7 +105,7 @@ def test_a_folder_is_loaded_frozen_with_its_processor(tmp_path):
 
 
 def test_a_missing_folder_or_another_family_is_refused_with_the_choices(tmp_path):
-    with pytest.raises(ValueError, match="nothing is no folder here"):
+    with pytest.raises(ValueError, match="nothing is no folder"):
         load_backbone(str(tmp_path / "nothing"))
     tiny_llava()[0].config.text_config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a llama; choices: llava"):

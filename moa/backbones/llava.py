@@ -138,13 +138,14 @@ def load_backbone(name_or_path: str, dtype: torch.dtype = torch.float32) -> Back
 
     Raises ValueError for what is neither, and for other families.
     """
+    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
+        raise ValueError(f"model: {name_or_path} is no folder")
     try:
         config = AutoConfig.from_pretrained(name_or_path)
     except OSError as error:  # transformers takes a folder that is not there for a hub name
-        where = "has no usable config.json" if Path(name_or_path).is_dir() else "is no folder here"
         raise ValueError(
-            f"model: {name_or_path} {where}, and no model of this name was loaded from the hub: "
-            f"{str(error).splitlines()[0]}"
+            f"model: {name_or_path} is no folder with a config.json here, and the hub gave no model "
+            f"of this name: {str(error).splitlines()[0]}"
         ) from error
     if config.model_type not in FAMILIES:
         raise ValueError(
