@@ -14,7 +14,8 @@ from moa.merging.base_files import match_sites, read_base
 from moa.merging.core import expert_from_folder
 from moa.merging.export import export_adapter, export_checkpoint
 from moa.merging.merge import merge, sum_gates, weight_table
-from moa.merging.verify import fresh_outputs, make_verify, outputs_of, probe_inputs
+from moa.merging.probe import outputs_of, probe_inputs
+from moa.merging.verify import fresh_outputs, make_verify
 from tests.tiny import random_image, tiny_llava
 
 TARGETS = r".*(language_model.*\.(q_proj|down_proj)|encoder.layers.0.*v_proj|projector.linear_1)"

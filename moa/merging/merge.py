@@ -110,6 +110,12 @@ def all_sites(experts: Sequence[Expert]) -> list[str]:
     return list(dict.fromkeys(site for expert in experts for site in expert.ranks))
 
 
+def all_shapes(experts: Sequence[Expert]) -> dict[str, tuple[int, int]]:
+    """Site -> [out, in] of the base's weight; the experts must agree."""
+    check_experts(experts)
+    return {site: shape for expert in experts for site, shape in expert.shapes.items()}
+
+
 def find_method(name: str, space: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"method: no such method {name!r}; choices: {sorted(METHODS)}")

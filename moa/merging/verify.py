@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +21,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moa.experts import ExpertBank
 from moa.merging.base_files import read_base
 from moa.merging.core import Expert
 from moa.merging.export import Verify, Written
-from moa.peft_io import site_keys
+from moa.merging.probe import Outputs, live_outputs, outputs_of
 
 # Largest logit difference for "the same", relative to the largest logit: float32 rounding of a
 # network of any depth stays well below, a lost scale or a missing site well above.
@@ -72,69 +69,6 @@ save_file({"logits": logits.contiguous(), "tokens": tokens.contiguous()}, job["r
 assert "moa" not in sys.modules
 print("RESULT " + json.dumps({"problems": problems, "consumed": consumed}))
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outputs:
-    """What a model says about the probe."""
-
-    logits: Float[Tensor, "batch seq vocab"]
-    tokens: Int[Tensor, "batch new"]  # greedy
-
-
-def probe_inputs(
-    processor: Any, images: Sequence[Image], questions: Sequence[str]
-) -> dict[str, Tensor]:
-    """Tensors of one batch of prompts, a picture in each, padded on the left for generation."""
-    prompts = []
-    for question in questions:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        message = [{"role": "user", "content": content}]
-        prompts.append(processor.apply_chat_template(message, add_generation_prompt=True))
-    batch = processor(
-        images=list(images), text=prompts, padding=True, padding_side="left", return_tensors="pt"
-    )
-    return {name: torch.as_tensor(batch[name]).contiguous() for name in batch}
-
-
-@torch.no_grad()
-def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor], new_tokens: int) -> Outputs:
-    """Logits and exactly `new_tokens` greedy tokens, an early end suppressed."""
-    model.eval()
-    logits = model(**inputs).logits.float()
-    tokens = model.generate(  # type: ignore[operator]
-        **inputs,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-    )
-    return Outputs(logits=logits, tokens=tokens[:, -new_tokens:])
-
-
-def live_outputs(
-    model: nn.Module,
-    experts: Sequence[Expert],
-    gates: Mapping[str, Float[Tensor, " expert"]],
-    inputs: Mapping[str, Tensor],
-    new_tokens: int,
-    stream_of: Callable[[str], str] = lambda site: "text",
-) -> Outputs:
-    """The mixture of the experts in a bank around the model, with these gates at each site.
-
-    The model is left as it was.
-    """
-    bank = ExpertBank.attach(model, list(gates), stream_of=stream_of)
-    try:
-        for expert in experts:
-            config = {**expert.config, "lora_alpha": float(expert.config.get("lora_alpha", 8))}
-            bank.import_expert(expert.name, _tensors(expert), config)
-        batch = inputs["input_ids"].shape[0]
-        table = torch.stack([gates[site] for site in bank.sites]).float()
-        bank.set_gates(table.expand(batch, -1, -1), torch.arange(batch), expand=True)
-        return outputs_of(model, inputs, new_tokens)
-    finally:
-        bank.detach(model)
 
 
 def make_verify(
@@ -291,8 +225,3 @@ def base_hash(folder: str | Path) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def _tensors(expert: Expert) -> dict[str, Tensor]:
-    pairs = ((site_keys(site), expert.read(site)) for site in expert.ranks)
-    return {k: v for keys, values in pairs for k, v in zip(keys, values, strict=True)}

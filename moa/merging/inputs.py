@@ -1,0 +1,119 @@
+"""Adapters, weights and bases as a user writes them, resolved to experts, numbers and folders."""
+
+import glob
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moa.merging.core import Expert, expert_from_folder
+from moa.merging.merge import Weights, all_sites
+from moa.peft_io import CONFIG_FILE
+
+GATES = "gates"
+
+
+def open_adapters(patterns: Sequence[str]) -> list[Expert]:
+    """The experts in the given folders; a pattern with * stands for every adapter folder it meets.
+
+    They are called after their folders; of two with one name the later gets a number. Raises
+    ValueError where a pattern meets nothing, and as `peft_io.read_header` does.
+    """
+    folders = [folder for pattern in patterns for folder in _folders(pattern)]
+    experts: list[Expert] = []
+    for folder in folders:
+        stem = re.sub(r"[^\w-]", "_", folder.resolve().name)
+        taken = {expert.name for expert in experts}
+        names = (stem, *(f"{stem}_{number}" for number in range(2, len(folders) + 2)))
+        experts.append(expert_from_folder(folder, next(n for n in names if n not in taken)))
+    return experts
+
+
+def _folders(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if not glob.has_magic(pattern):
+        return [path]
+    found = sorted(Path(name) for name in glob.glob(str(path)))
+    found = [folder for folder in found if (folder / CONFIG_FILE).is_file()]
+    if not found:
+        raise ValueError(f"adapters: {pattern} meets no folder with {CONFIG_FILE}")
+    return found
+
+
+def parse_weights(raw: Any, names: Sequence[str]) -> Weights | None:
+    """Weights by expert from a list in the experts' order, or from a mapping by name."""
+    if raw is None:
+        return None
+    if isinstance(raw, list | tuple):
+        if len(raw) != len(names):
+            raise ValueError(f"weights: {len(raw)} for {len(names)} experts {list(names)}")
+        raw = dict(zip(names, raw, strict=True))
+    if not isinstance(raw, Mapping):
+        raise ValueError(
+            f"weights: must be a list [1,1], a mapping {{NAME: 1}}, '{GATES}' or '{GATES}:TASK', "
+            f"got {raw!r}"
+        )
+    for name, value in raw.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"weights.{name}: must be a number, got {value!r}")
+    return dict(raw)
+
+
+def read_gates(file: str | Path, experts: Sequence[Expert], task: str | None = None) -> Weights:
+    """Mean gates of a routing report as weights: of all its tasks alike, or of one task.
+
+    Per site where the report has them. Raises ValueError for a report that is missing or was made
+    with other experts, and for a task that it does not have.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"weights: {file} is missing; `python eval.py` on the run writes it")
+    report = json.loads(file.read_text(encoding="utf-8"))
+    names = [expert.name for expert in experts]
+    if sorted(report["experts"]) != sorted(names):
+        raise ValueError(
+            f"weights: {file} is about {report['experts']}, and the experts are {names}"
+        )
+    tasks = [task] if task else list(report.get("mean_over") or report["per_task"])
+    for name in tasks:
+        if name not in report["per_task"]:
+            raise ValueError(
+                f"weights: {file} has no task {name!r}; it has {[*report['per_task']]}"
+            )
+    rows = [report["per_task"][name] for name in tasks]
+    mean = dict(zip(report["experts"], _mean(rows), strict=True))
+    if "per_site" not in report:
+        return mean
+    # The rows stand in the order of the model's modules, as an expert of all sites names them.
+    stacks = [report["per_site"][name] for name in tasks]
+    orders = [e.config["target_modules"] for e in experts]
+    sites = next((order for order in orders if len(order) == len(stacks[0])), None)
+    if sites is None or isinstance(sites, str) or set(sites) != set(all_sites(experts)):
+        raise ValueError(f"weights: {file} has {len(stacks[0])} sites, which no expert names")
+    return {
+        site: dict(zip(report["experts"], _mean([stack[i] for stack in stacks]), strict=True))
+        for i, site in enumerate(sites)
+    }
+
+
+def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def local_base(name: str) -> Path:
+    """The folder of a base: itself, or what the hub's cache (or the hub) has under this name."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"base: {name} has no config.json; it must be a model's folder")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"base: {name} is no folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(f"base: {name} is no folder, and not on the hub ({error})") from None

@@ -1,0 +1,97 @@
+"""The probe: one small batch of prompts, and what a model says about it.
+
+Every comparison of an export stands on the same batch: the base, the live mixture of the experts,
+the model that routes each sample, and the reloaded files.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from data.batch import Batch
+from moa.experts import ExpertBank
+from moa.merging.core import Expert
+from moa.model import MixtureModel
+from moa.peft_io import site_keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What a model says about the probe."""
+
+    logits: Float[Tensor, "batch seq vocab"]
+    tokens: Int[Tensor, "batch new"]  # greedy
+
+
+def probe_inputs(
+    processor: Any, images: Sequence[Image], questions: Sequence[str]
+) -> dict[str, Tensor]:
+    """Tensors of one batch of prompts, a picture in each, padded on the left for generation."""
+    prompts = []
+    for question in questions:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        message = [{"role": "user", "content": content}]
+        prompts.append(processor.apply_chat_template(message, add_generation_prompt=True))
+    batch = processor(
+        images=list(images), text=prompts, padding=True, padding_side="left", return_tensors="pt"
+    )
+    return {name: torch.as_tensor(batch[name]).contiguous() for name in batch}
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor], new_tokens: int) -> Outputs:
+    """What a plain transformers or PEFT model says."""
+    model.eval()
+    logits = model(**inputs).logits.float()
+    tokens = model.generate(**inputs, **greedy(new_tokens))  # type: ignore[operator]
+    return Outputs(logits=logits, tokens=tokens[:, -new_tokens:])
+
+
+def live_outputs(
+    model: nn.Module,
+    experts: Sequence[Expert],
+    gates: Mapping[str, Float[Tensor, " expert"]],
+    inputs: Mapping[str, Tensor],
+    new_tokens: int,
+    stream_of: Callable[[str], str] = lambda site: "text",
+) -> Outputs:
+    """The mixture of the experts in a bank around the model, with these gates at each site.
+
+    The model is left as it was.
+    """
+    bank = ExpertBank.attach(model, list(gates), stream_of=stream_of)
+    try:
+        for expert in experts:
+            config = {**expert.config, "lora_alpha": float(expert.config.get("lora_alpha", 8))}
+            bank.import_expert(expert.name, _tensors(expert), config)
+        batch = inputs["input_ids"].shape[0]
+        table = torch.stack([gates[site] for site in bank.sites]).float()
+        bank.set_gates(table.expand(batch, -1, -1), torch.arange(batch), expand=True)
+        return outputs_of(model, inputs, new_tokens)
+    finally:
+        bank.detach(model)
+
+
+@torch.no_grad()
+def routed_outputs(model: MixtureModel, batch: Batch, new_tokens: int) -> Outputs:
+    """The same from the model that routes each sample by itself; left padding in the batch."""
+    model.eval()
+    logits = model(batch).logits.float()
+    tokens = model.generate(batch, **greedy(new_tokens))
+    return Outputs(logits=logits, tokens=tokens)
+
+
+def greedy(new_tokens: int) -> dict[str, Any]:
+    """Settings of generation for exactly so many greedy tokens, an early end suppressed."""
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    return {"do_sample": False, "num_beams": 1, **length}
+
+
+def _tensors(expert: Expert) -> dict[str, Tensor]:
+    pairs = ((site_keys(site), expert.read(site)) for site in expert.ranks)
+    return {k: v for keys, values in pairs for k, v in zip(keys, values, strict=True)}

@@ -1,0 +1,62 @@
+"""What a merge and its export say on the console."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from moa.merging.merge import METHODS, method_options
+
+WORDS = {"mean": "1/N each", "ones": "1 each"}
+LABELS = {
+    "written": "against the written weights, added by hand",
+    "live_mixture": "against the live mixture at these weights",
+    "base_to_live_mixture": "for scale, the base against that mixture",
+    "routed_model": "against the model that routes each sample",
+}
+
+
+def summary_tables(summary: dict[str, Any]) -> list[Table]:
+    """What was kept: of each expert over all sites, and in each layer."""
+    total = summary["total"]
+    experts = Table("expert", "weight", "sites", "norm", "retention", "in span", title="kept")
+    for name, row in total["experts"].items():
+        weight = "per site" if row["weight"] is None else f"{row['weight']:.3f}"
+        kept = (number(row["retention"]), number(row["energy_in_span"]))
+        experts.add_row(name, weight, str(row["sites"]), f"{row['norm']:.3g}", *kept)
+    layers = Table("layer", "rank", "energy kept", title="by layer, with each expert's retention")
+    for name in total["experts"]:
+        layers.add_column(name)
+    for layer, row in {**summary["layers"], "all": total}.items():
+        retained = [number(expert["retention"]) for expert in row["experts"].values()]
+        layers.add_row(layer, str(row["rank"]), f"{row['energy_kept']:.4f}", *retained)
+    return [experts, layers]
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def report_lines(report: dict[str, Any], out: Path) -> list[str]:
+    lines = [f"{report['kind']}: {out}, {report['dtype']}, {report['keys_written']} tensors"]
+    if not report["verified"]:
+        return [*lines, "not verified (verify=false)"]
+    lines.append("reloaded in a fresh process; largest logit difference, equal greedy tokens:")
+    for name, row in report["comparisons"].items():
+        gap = f"{row['max_abs_logit_diff']:.3g} of {row['max_abs_logit']:.3g}"
+        lines.append(f"  {LABELS[name]}: {gap}, {row['greedy_token_agreement']:.0%}")
+    return lines
+
+
+def method_lines() -> list[str]:
+    """Every method: what it does, its options with their defaults, its spaces, its paper."""
+    lines = []
+    for name, row in METHODS.items():
+        options = [f"options.{key}={value}" for key, value in method_options(name).items()]
+        lines += [
+            f"{name}: {inspect.cleandoc(row.function.__doc__ or '').splitlines()[0]}",
+            f"    options: {', '.join(options) or 'none'}; weights default to {WORDS[row.default_weights]}",
+            f"    space: {', '.join(row.spaces)}; {row.paper}",
+        ]
+    return lines

@@ -1,0 +1,325 @@
+"""Merge LoRA experts into ONE adapter that plain PEFT loads, or into a whole checkpoint.
+
+    python scripts/merge.py method=linear adapters=[A,B] weights=[1,1] rank=sum out=OUT
+    python scripts/merge.py run=runs/demo weights=gates rank=16 out=OUT
+    python scripts/merge.py --config configs/merge/uniform.yaml adapters=[A,B] out=OUT merged=true
+    python scripts/merge.py method=list
+
+Any set of PEFT LoRA folders of one base will do, whatever their ranks, alphas and rsLoRA flags. What
+is written is reloaded in a fresh process with PEFT or transformers alone and compared with the live
+mixture; OUT gets export_report.json and merge_report.json (what was kept, by expert, layer, site).
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from data.sources import make_collator, open_ocr, open_sources
+from moa.backbones.llava import load_backbone
+from moa.checkpoint import load_model, load_tensors, step_folder
+from moa.config import RunConfig, load_config
+from moa.merging.base_files import match_sites, read_base
+from moa.merging.core import Expert, parse_rank
+from moa.merging.export import Verify, check_out, export_adapter, export_checkpoint
+from moa.merging.inputs import GATES, local_base, open_adapters, parse_weights, read_gates
+from moa.merging.merge import (
+    METHODS,
+    MergedSite,
+    Weights,
+    all_shapes,
+    check_options,
+    find_method,
+    merge,
+    sum_gates,
+    summarise,
+    weight_table,
+)
+from moa.merging.probe import Outputs, probe_inputs, routed_outputs
+from moa.merging.report import method_lines, report_lines, summary_tables
+from moa.merging.verify import make_verify
+from moa.settings import describe, load
+
+QUESTIONS = (
+    "What is this?",
+    "What is on the left?",
+    "Describe the picture.",
+    "How many are there?",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    method: str = "linear"  # `method=list` prints all, with their options and papers
+    options: dict[str, Any] = field(default_factory=dict)  # of the method: options.scale=0.3
+    adapters: list[str] = field(default_factory=list)  # PEFT folders; A/* means every one in A
+    run: str | None = None  # instead of adapters: a run or step folder, whose experts are merged
+    # [1,1] as adapters, {NAME: 1}, or gates, gates:TASK: the router's mean; null: the method's own
+    weights: Any = None
+    routing: str | None = None  # report that `gates` reads; null: the run's eval/routing.json
+    rank: Any = "sum"  # of the result: a number, sum (exact), or energy:0.99 (the least that does)
+    space: str = "core"  # where the method works; `method=list` prints the choices
+    out: str | None = None  # folder to write
+    merged: bool = False  # write a whole checkpoint with the base's keys instead of an adapter
+    base: str | None = None  # base model; null: the one that run or adapters name
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the inputs
+    max_shard_gb: float = 5.0  # largest file of a checkpoint
+    verify: bool = True  # reload in a fresh process and compare
+    num_probes: int = 4  # prompts in that comparison
+    new_tokens: int = 8  # greedy tokens of each
+
+    def __post_init__(self) -> None:
+        parse_rank(self.rank)
+        for key, least in (("num_probes", 1), ("new_tokens", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key}: must be {least} or more, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is merged, and, where it comes from a run, that run's step folder and config."""
+
+    experts: list[Expert]
+    step: Path | None = None
+    config: RunConfig | None = None
+    projector: dict[str, Tensor] = field(default_factory=dict)  # trained; empty: the base's own
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, console = arguments(argv), Console()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        settings = load(MergeConfig, args.config, args.overrides)
+        if settings.method == "list":
+            return console.print(*method_lines(), sep="\n", highlight=False, soft_wrap=True)
+        run_merge(settings, args.approximate, console)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> None:
+    find_method(settings.method, settings.space)
+    options = check_options(settings.method, settings.options)
+    if settings.out is None:
+        raise ValueError("out: names no folder")
+    check_out(settings.out)
+    source = open_source(settings)
+    weights = choose_weights(settings, source, approximate)
+    default = METHODS[settings.method].default_weights
+    table = weight_table(source.experts, weights, default)
+    if settings.merged or settings.verify:
+        match_sites(all_shapes(source.experts), read_base(base_of(settings, source)))
+    merged = merge_with_progress(settings, source.experts, options, weights, console)
+    summary = summarise(source.experts, merged)
+    console.print(*summary_tables(summary), sep="\n")
+    exact = summary["total"]["energy_kept"] > 1 - 1e-12
+    verify = prepare_verify(settings, source, options, table, exact) if settings.verify else None
+    report = export(settings, source, merged, summary, options, verify)
+    console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
+
+
+def open_source(settings: MergeConfig) -> Source:
+    """The experts of `adapters`, or of `run` with what else it trained."""
+    if bool(settings.adapters) == bool(settings.run):
+        raise ValueError("adapters, run: give one of the two")
+    if settings.run is None:
+        return Source(experts=open_adapters(settings.adapters), **run_around(settings.adapters))
+    step = step_folder(settings.run)
+    config = load_config(step / "config.yaml")
+    projector = {}
+    if config.model.train_projector:
+        projector = load_tensors(step / "projector.safetensors")
+        if not settings.merged:
+            raise ValueError(
+                f"run: {settings.run} trained its projector, which no LoRA adapter can hold; use "
+                "merged=true, or name its experts by adapters="
+            )
+    experts = open_adapters([str(step / "experts" / name) for name in config.experts])
+    return Source(experts=experts, step=step, config=config, projector=projector)
+
+
+def run_around(adapters: Sequence[str]) -> dict[str, Any]:
+    """Step folder and config of the run whose experts these are, if they all lie in one."""
+    steps = {Path(adapter).expanduser().resolve().parents[1] for adapter in adapters}
+    step = steps.pop() if len(steps) == 1 else None
+    if step is None or not (step / "config.yaml").is_file():
+        return {}
+    return {"step": step, "config": load_config(step / "config.yaml")}
+
+
+def choose_weights(settings: MergeConfig, source: Source, approximate: bool) -> Weights | None:
+    """The weights asked for; a token-level mixture has none, so it needs --approximate."""
+    raw = settings.weights
+    by_gates = isinstance(raw, str) and raw.partition(":")[0] == GATES
+    token_level = source.config is not None and source.config.router.granularity == "token"
+    if token_level and (by_gates or settings.run) and not approximate:
+        raise ValueError(
+            "run: its router gates every token by itself, and no single adapter equals that; "
+            "--approximate merges with the mean gates and reports the error"
+        )
+    if not by_gates:
+        return parse_weights(raw, [expert.name for expert in source.experts])
+    if settings.routing is None and source.step is None:
+        raise ValueError("weights: gates need run=, or routing= with a report of eval.py")
+    default = source.step and source.step.parents[1] / "eval" / "routing.json"
+    task = raw.partition(":")[2] or None
+    return read_gates(settings.routing or str(default), source.experts, task)
+
+
+def merge_with_progress(
+    settings: MergeConfig,
+    experts: list[Expert],
+    options: dict[str, Any],
+    weights: Weights | None,
+    console: Console,
+) -> dict[str, MergedSite]:
+    columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    total = len({site for expert in experts for site in expert.ranks})
+    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+        bar = progress.add_task("", total=total)
+        return merge(
+            experts,
+            method=settings.method,
+            options=options,
+            weights=weights,
+            rank=settings.rank,
+            space=settings.space,
+            on_site=lambda site: progress.update(bar, advance=1, description=site),
+        )
+
+
+def prepare_verify(
+    settings: MergeConfig,
+    source: Source,
+    options: dict[str, Any],
+    table: dict[str, Tensor],
+    exact: bool,
+) -> Verify:
+    """The probe and the live models that the reloaded files are compared with."""
+    base = base_of(settings, source)
+    backbone = load_backbone(str(base), torch.float32)
+    routed, inputs = None, None
+    if source.config is not None and source.step is not None:
+        inputs, routed = probe_of_run(settings, source.step, source.config)
+    if inputs is None:
+        inputs = probe_of_noise(settings, backbone.processor)
+    with torch.no_grad():
+        for name, tensor in source.projector.items():
+            backbone.model.get_parameter(name).copy_(tensor)
+    return make_verify(
+        backbone.model,
+        inputs,
+        experts=source.experts,
+        base=base,
+        gates=sum_gates(settings.method, options, table),
+        exact=exact,
+        routed=routed,
+        stream_of=backbone.stream_of,
+        new_tokens=settings.new_tokens,
+    )
+
+
+def base_of(settings: MergeConfig, source: Source) -> Path:
+    named = [expert.config.get("base_model_name_or_path") for expert in source.experts]
+    run = source.config.model.name if source.config is not None else None
+    name = settings.base or run or next(filter(None, named), None)
+    if name is None:
+        raise ValueError("base: the adapters name none; give base=, or verify=false for an adapter")
+    return local_base(name)
+
+
+def probe_of_run(
+    settings: MergeConfig, step: Path, config: RunConfig
+) -> tuple[dict[str, Tensor] | None, Outputs | None]:
+    """Prompts of the run's own data, one source after the other, and its routed answers."""
+    sources = config.eval.sources or config.data.validation or config.data.sources
+    data = list(open_sources(sources, config.data, open_ocr(config.data)).values())
+    if not data:
+        return None, None
+    model, processor, _ = load_model(step)
+    count = settings.num_probes
+    samples = [data[i % len(data)][i // len(data) % len(data[i % len(data)])] for i in range(count)]
+    collator = make_collator(config, processor, for_generation=True, allow_unknown_tasks=True)
+    batch = collator(samples)
+    names = ("input_ids", "attention_mask", "pixel_values")
+    inputs = {name: getattr(batch, name) for name in names}
+    return inputs, routed_outputs(model.float(), batch, settings.new_tokens)
+
+
+def probe_of_noise(settings: MergeConfig, processor: Any) -> dict[str, Tensor]:
+    """Prompts that any LLaVA accepts, where no data is at hand: noise, and plain questions."""
+    noise = np.random.default_rng(0).integers(0, 256, (settings.num_probes, 96, 128, 3), np.uint8)
+    questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(settings.num_probes)]
+    return probe_inputs(processor, [Image.fromarray(picture) for picture in noise], questions)
+
+
+def export(
+    settings: MergeConfig,
+    source: Source,
+    merged: dict[str, MergedSite],
+    summary: dict[str, Any],
+    options: dict[str, Any],
+    verify: Verify | None,
+) -> dict[str, Any]:
+    if settings.out is None:  # checked before the merge
+        raise AssertionError
+    about = {
+        "method": settings.method,
+        "options": options,
+        "space": settings.space,
+        "rank": settings.rank,
+        "adapters": settings.adapters or settings.run,
+        "kept": summary["total"],
+    }
+    shared: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "report": {"merge": about},
+        "files": {"merge_report.json": {**about, **summary}},
+        "verify": verify,
+    }
+    if not settings.merged:
+        base = settings.base or (source.config.model.name if source.config else None)
+        return export_adapter(settings.out, merged, source.experts, base=base, **shared)
+    return export_checkpoint(
+        settings.out,
+        merged,
+        source.experts,
+        base=base_of(settings, source),
+        max_shard_gb=settings.max_shard_gb,
+        processor=source.step and source.step / "processor",
+        replaced=source.projector,
+        **shared,
+    )
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"settings:\n{describe(MergeConfig)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file of the settings below")
+    parser.add_argument(
+        "--approximate",
+        action="store_true",
+        help="merge a run whose router gates every token, which no single adapter equals",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    main()

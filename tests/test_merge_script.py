@@ -1,0 +1,251 @@
+"""scripts/merge.py: from folders on the command line to a verified export, or a one-line message."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from moa.build import build_model
+from moa.checkpoint import TrainState, save_checkpoint
+from moa.config import DataConfig, ExpertConfig, ModelConfig, RouterConfig, RunConfig, SourceConfig
+from moa.merging import verify as verifying
+from moa.merging.inputs import parse_weights
+from moa.merging.probe import outputs_of
+from moa.settings import load
+from scripts import merge as script
+from tests.test_export import make_adapter
+from tests.tiny import tiny_llava
+
+CONFIGS = sorted(Path("configs/merge").glob("*.yaml"))
+TARGETS = [r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    model, processor = tiny_llava()
+    model.save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    make_adapter(folder / "adapters" / "one", 1, r=2, lora_alpha=3)
+    make_adapter(folder / "adapters" / "two", 2, r=3, lora_alpha=2, use_rslora=True)
+    for name, changes in (("sample", {}), ("token", {"granularity": "token"})):
+        make_run(folder / name, folder / "base", RouterConfig(**changes))
+    return folder
+
+
+def make_run(run, base, router):
+    """A trained run as training leaves it, with a routing report as evaluation does."""
+    config = RunConfig(
+        model=ModelConfig(name=str(base), targets=TARGETS),
+        experts={name: ExpertConfig(rank=2, alpha=4.0) for name in ("vqa", "caption")},
+        router=router,
+        data=DataConfig(
+            validation=[SourceConfig(name="scenes", split="validation", task="vqa", num_samples=4)]
+        ),
+    )
+    model = build_model(config)
+    for name in model.bank.names:
+        generator = torch.Generator().manual_seed(len(name))
+        for parameter in model.bank.parameters(name):
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    save_checkpoint(run, 1, model, config, TrainState(progress={"step": 1}))
+    (run / "eval").mkdir()
+    report = {
+        "experts": ["vqa", "caption"],
+        "mean_gates": [0.75, 0.25],
+        "mean_over": ["vqa", "caption"],
+        "per_task": {"vqa": [0.9, 0.1], "caption": [0.6, 0.4], "count": [0.5, 0.5]},
+    }
+    (run / "eval" / "routing.json").write_text(json.dumps(report))
+
+
+@pytest.fixture
+def same_process(monkeypatch):
+    """Reload here instead of in a fresh process; test_export.py has the real thing."""
+
+    def reload(inputs, *, model, adapter=None, new_tokens):
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+        if adapter:
+            loaded = PeftModel.from_pretrained(loaded, adapter).eval()
+        return outputs_of(loaded, inputs, new_tokens), {"consumed": None}
+
+    monkeypatch.setattr(verifying, "fresh_outputs", reload)
+
+
+def refused(capsys, *arguments):
+    """What the script prints where it refuses: one line on stderr, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(list(arguments))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = next(line for line in lines if line.startswith("error: "))
+    assert not any("Traceback" in line for line in lines)
+    return message
+
+
+@pytest.mark.slow
+def test_two_folders_become_one_adapter(world, tmp_path):
+    adapters = f"adapters=[{world}/adapters/one,{world}/adapters/two]"
+    base, out = f"base={world}/base", tmp_path / "out"
+    script.main(["method=linear", adapters, "weights=[1,1]", "rank=sum", base, f"out={out}"])
+    report = json.loads((out / "export_report.json").read_text())
+    assert report["verified"] and report["keys_consumed"] == report["keys_written"]
+    assert report["comparisons"]["live_mixture"]["max_abs_logit_diff"] < 1e-5
+    kept = json.loads((out / "merge_report.json").read_text())
+    assert set(kept["total"]["experts"]) == {"one", "two"} and kept["total"]["energy_kept"] == 1
+
+
+def test_a_run_is_merged_by_its_mean_gates_and_compared_with_the_router(
+    world, tmp_path, same_process, capsys
+):
+    out = tmp_path / "out"
+    script.main([f"run={world}/sample", "weights=gates", "rank=3", f"out={out}"])
+    report = json.loads((out / "export_report.json").read_text())
+    weights = {name: row["weight"] for name, row in report["merge"]["kept"]["experts"].items()}
+    assert weights == {"vqa": pytest.approx(0.75), "caption": pytest.approx(0.25)}
+    comparisons = report["comparisons"]
+    assert comparisons["written"]["max_abs_logit_diff"] < 1e-5
+    assert comparisons["routed_model"]["max_abs_logit_diff"] > 1e-4
+    assert report["base"] == str(world / "base")
+    assert "against the model that routes each sample" in capsys.readouterr().out
+
+
+def test_a_run_with_fixed_gates_is_merged_without_loss(world, tmp_path, same_process):
+    """The reference is the trained model itself, its own forward and its own generation."""
+    weights = {"vqa": 0.8, "caption": -0.3}
+    make_run(tmp_path / "run", world / "base", RouterConfig(kind="fixed", weights=weights))
+    given = "weights={vqa: 0.8, caption: -0.3}"
+    for merged in ("false", "true"):
+        out = tmp_path / merged
+        script.main([f"run={tmp_path}/run", given, f"merged={merged}", f"out={out}"])
+        comparisons = json.loads((out / "export_report.json").read_text())["comparisons"]
+        assert comparisons["routed_model"]["max_abs_logit_diff"] < 1e-5
+        assert comparisons["routed_model"]["greedy_token_agreement"] == 1.0
+
+
+def test_the_gates_of_one_task_may_be_taken(world, tmp_path):
+    out = tmp_path / "out"
+    adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
+    script.main([adapters, "weights=gates:vqa", "verify=false", f"out={out}"])
+    report = json.loads((out / "export_report.json").read_text())
+    weights = {name: row["weight"] for name, row in report["merge"]["kept"]["experts"].items()}
+    assert weights == {"vqa": 0.9, "caption": 0.1} and not report["verified"]
+
+
+def test_a_token_level_run_needs_to_be_told_that_it_is_approximate(
+    world, tmp_path, same_process, capsys
+):
+    arguments = [f"run={world}/token", "weights=gates", f"out={tmp_path / 'out'}"]
+    message = refused(capsys, *arguments)
+    assert "its router gates every token" in message and "--approximate" in message
+    script.main([*arguments, "--approximate"])
+    report = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    assert report["comparisons"]["routed_model"]["max_abs_logit_diff"] > 1e-4
+
+
+def test_a_checkpoint_takes_the_runs_processor_and_the_bases_keys(world, tmp_path, same_process):
+    out = tmp_path / "out"
+    script.main([f"run={world}/sample", "merged=true", f"out={out}"])
+    ours, theirs = load_file(out / "model.safetensors"), load_file(world / "base/model.safetensors")
+    assert set(ours) == set(theirs)
+    assert (out / "processor_config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["metod=linear"], "error: metod: .*Did you mean: 'method'"),
+        (["method=tise", "out=x"], "method: no such method 'tise'; choices: .*'linear'"),
+        (["out=x"], "adapters, run: give one of the two"),
+        (["adapters=[ONE]"], "out: names no folder"),
+        (["adapters=[nowhere]", "out=x"], "nowhere/adapter_config.json: missing"),
+        (["adapters=[nowhere/*]", "out=x"], r"nowhere/\* meets no folder"),
+        (["adapters=[ONE,TWO]", "weights=[1]", "out=x"], "weights: 1 for 2 experts"),
+        (["adapters=[ONE]", "weights={vqa: 1}", "out=x"], "weights.vqa: no such expert; .*'one'"),
+        (["adapters=[ONE]", "weights=gates", "out=x"], "weights: gates need run="),
+        (["adapters=[ONE]", "rank=big", "out=x"], "rank: must be a positive number, 'sum' or"),
+        (["adapters=[ONE]", "dtype=int8", "out=x"], "dtype: .*float32"),
+        (["adapters=[ONE]", "options.scale=1", "out=x"], "options.scale: method linear has no"),
+        (["adapters=[ONE]", "base=nowhere", "out=x"], "base: nowhere is no folder"),
+        (["adapters=[ONE]", "merged=true", "base=ONE", "out=x"], "base: .*one has no config.json"),
+        (["run=ONE", "out=x"], "neither a run .* nor a step folder"),
+        (["adapters=[ONE]", "out=WORLD"], "out: .* holds other things"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such config file"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(world, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    names = {"ONE": world / "adapters/one", "TWO": world / "adapters/two", "WORLD": world}
+    for name, path in names.items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
+    assert re.search(message, refused(capsys, *arguments))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_another_base_is_refused_before_merging(world, tmp_path, capsys):
+    model, _ = tiny_llava(hidden=48)
+    model.save_pretrained(tmp_path / "wide")
+    adapter, out = f"adapters=[{world}/adapters/one]", f"out={tmp_path / 'out'}"
+    message = refused(capsys, adapter, f"base={tmp_path / 'wide'}", out)
+    assert "made for another base" in message and str(tmp_path / "wide") in message
+
+
+def test_a_broken_adapter_leaves_nothing_behind(world, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    make_adapter(broken, 3, r=2)
+    file = broken / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, file)
+    base, out = f"base={world}/base", f"out={tmp_path / 'out'}"
+    arguments = [f"adapters=[{world}/adapters/one,{broken}]", base, out]
+    assert "1 NaN or infinite" in refused(capsys, *arguments)
+    file.write_bytes(file.read_bytes()[:50])
+    assert "not readable as safetensors" in refused(capsys, *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_routing_report_of_other_experts_is_refused(world, tmp_path, capsys):
+    report = f"routing={world}/sample/eval/routing.json"
+    adapter = f"adapters=[{world}/adapters/one]"
+    message = refused(capsys, adapter, "weights=gates", report, f"out={tmp_path / 'out'}")
+    assert "is about ['vqa', 'caption'], and the experts are ['one']" in message
+    run = f"run={world}/sample"
+    message = refused(capsys, run, "weights=gates:chess", f"out={tmp_path / 'out'}")
+    assert "has no task 'chess'; it has ['vqa', 'caption', 'count']" in message
+
+
+def test_folders_of_one_name_become_different_experts(world, tmp_path):
+    make_adapter(tmp_path / "one", 5, r=1)
+    adapters = f"adapters=[{world}/adapters/one,{tmp_path}/one]"
+    out = tmp_path / "out"
+    script.main([adapters, "weights={one: 1, one_2: 2}", "verify=false", f"out={out}"])
+    report = json.loads((out / "export_report.json").read_text())
+    assert set(report["merge"]["kept"]["experts"]) == {"one", "one_2"}
+
+
+def test_weights_must_be_numbers():
+    for raw in ("all", {"one": True}, {"one": "1"}, 3):
+        with pytest.raises(ValueError, match=r"^weights"):
+            parse_weights(raw, ["one"])
+    assert parse_weights([1, 2.5], ["a", "b"]) == {"a": 1, "b": 2.5}
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_shipped_config_loads(file):
+    load(script.MergeConfig, file)
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    for key in script.MergeConfig.__dataclass_fields__:
+        assert f"\n{key}" in text
+    script.main(["method=list"])
+    assert "options.scale=1.0" in capsys.readouterr().out
