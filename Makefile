@@ -18,7 +18,13 @@ $(VENV)/.installed: requirements.txt
 	@touch $@
 
 demo: setup  ## train, evaluate, merge and export the embedded default; ends with table and pictures
-	$(BIN)/python scripts/demo.py --out $(RUN)
+	rm -rf $(RUN)/merged
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		train.py --config configs/demo.yaml out=$(RUN) --overwrite
+	$(BIN)/python eval.py --checkpoint $(RUN)
+	$(BIN)/python scripts/merge.py run=$(RUN) weights=gates rank=sum out=$(RUN)/merged/adapter
+	$(BIN)/python scripts/merge.py run=$(RUN) weights=gates merged=true out=$(RUN)/merged/checkpoint
+	$(BIN)/python scripts/summary.py $(RUN) --merged $(RUN)/merged/adapter
 
 test: setup  ## the whole suite
 	$(BIN)/python -m pytest

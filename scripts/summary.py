@@ -1,0 +1,98 @@
+"""What a run gained: the base, the routed experts and the one merged adapter, side by side.
+
+    python scripts/summary.py runs/demo --merged runs/demo/merged/adapter
+
+Scores the base and the merged adapter on the run's own data sets, puts them beside what eval.py found for the router
+in <run>/eval, writes <run>/summary.json, and lists the pictures.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+
+from data.sources import open_ocr
+from moa.atomic import write_json
+from moa.benchmarks.result import Result
+from moa.benchmarks.sources import EvalSettings, chosen_sources, score_sources
+from moa.build import build_model
+from moa.checkpoint import CONFIG, load_model, step_folder
+from moa.config import load_config
+
+ROWS = ("base", "router", "merged adapter")
+
+
+def read_scores(run: Path, names: list[str]) -> dict[str, Any]:
+    """What eval.py wrote for the model as it was trained."""
+    files = {name: run / "eval" / f"{name}.json" for name in names}
+    for file in files.values():
+        if not file.is_file():
+            raise ValueError(f"{file}: missing; run `python eval.py --checkpoint {run}` first")
+    return {name: json.loads(file.read_text())["score"] for name, file in files.items()}
+
+
+def by_name(results: list[Result]) -> dict[str, Any]:
+    return {result.name: result.score for result in results}
+
+
+def score_all(run: Path, merged: Path) -> dict[str, dict[str, Any]]:
+    """Row -> data set -> {"value", "se"}."""
+    model, _, config = load_model(run, "cpu")
+    settings, ocr = EvalSettings(num_pictures=0), open_ocr(config.data)
+    names = [source.name for source in chosen_sources(config, settings)]
+    routed = read_scores(run, names)
+    off = EvalSettings(num_pictures=0, gates="off")
+    base = by_name(score_sources(model, config, off, ocr))
+    config = load_config(
+        step_folder(run) / CONFIG,
+        ["data.expert=merged", "router={kind: fixed}", "stages=[]",
+         "experts={merged: {init_from: " + str(merged) + "}}"],
+    )  # fmt: skip
+    one = by_name(score_sources(build_model(config).eval(), config, settings, ocr))
+    return dict(zip(ROWS, (base, routed, one), strict=True))
+
+
+def table(rows: dict[str, dict[str, Any]]) -> Table:
+    grid = Table(
+        title="Scores in per cent ± standard error (clustered by picture)", title_justify="left"
+    )
+    grid.add_column("")
+    for name in rows["base"]:
+        grid.add_column(name, justify="right")
+    for row, scores in rows.items():
+        grid.add_row(row, *map(cell, scores.values()))
+    return grid
+
+
+def cell(score: dict[str, float | None]) -> str:
+    error = "" if score["se"] is None else f" ± {100 * score['se']:.0f}"
+    return f"{100 * (score['value'] or 0):.0f}{error}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run folder, scored by eval.py before")
+    parser.add_argument(
+        "--merged", type=Path, required=True, help="adapter folder of scripts/merge.py"
+    )
+    args, console = parser.parse_args(), Console()
+    try:
+        rows = score_all(args.run, args.merged)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    write_json(args.run / "summary.json", rows)
+    console.print(table(rows))
+    for picture in sorted((args.run / "pictures").glob("*.png")):
+        console.print(f"picture: {picture}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
