@@ -12,7 +12,7 @@ processes nor ranks change what stands where.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 from zlib import crc32
 
 import numpy as np
@@ -23,6 +23,7 @@ from data.sample import Sample
 BLOCK = 1000  # places in a block: shares are exact to a thousandth
 
 
+@runtime_checkable
 class Source(Protocol):
     """A map-style data set."""
 

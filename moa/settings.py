@@ -121,7 +121,7 @@ def full_key(raw: Any, tail: str) -> str:
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML that `load` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=100)
 
 
 def describe(cls: type) -> str:

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from moa.config import RunConfig, load_config
-from moa.settings import describe, settings, to_yaml
+from moa.settings import describe, read_yaml, settings, to_yaml
 
 EXPERTS = "experts={a: {rank: 2}, b: {rank: 3}}"
 SOURCE = "data.sources=[{name: s, task: vqa, num_samples: 4, expert: a}]"
@@ -119,7 +118,9 @@ def test_help_lists_every_setting_with_a_line_of_doc():
         assert key in text
 
 
-@pytest.mark.parametrize("file", sorted(Path("configs").glob("*.yaml")), ids=lambda f: f.name)
-def test_every_shipped_config_loads(file):
+RUNS = [file for file in sorted(Path("configs").glob("*.yaml")) if "stages" in read_yaml(file)]
+
+
+@pytest.mark.parametrize("file", RUNS, ids=lambda f: f.name)
+def test_every_shipped_run_config_loads(file):
     assert load_config(file).stages
-    assert yaml.safe_load(file.read_text())

@@ -35,9 +35,10 @@ def toy_rows(folder: Path, task: str, count: int) -> list[dict]:
 
 def toy_world(folder: Path, count: int = 24) -> dict:
     """A config (as plain data) of two experts on two sources, with its base and data in `folder`."""
-    model, processor = tiny_llava()
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    if not (folder / "base").is_dir():
+        model, processor = tiny_llava()
+        model.save_pretrained(folder / "base")
+        processor.save_pretrained(folder / "base")
     sources = []
     for task in ("vqa", "grounding"):
         path = write_rows(folder / f"{task}.jsonl", toy_rows(folder, task, count))

@@ -1,0 +1,491 @@
+"""Training end to end on the toy world: stages, kill and resume, checks, and what a run leaves."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from data.checks import BadSampleError
+from moa.build import build_model
+from moa.checkpoint import load_model, pointed
+from moa.config import RunConfig
+from moa.training import loop
+from moa.training.batches import Layout, make_layout
+from moa.training.loop import train
+from moa.training.optimizer import rate_factor
+from moa.training.report import keep_lines
+from moa.training.setup import make_accelerator, open_run
+from moa.training.step import TrainingError
+from tests.toy import toy_config, write_rows
+
+CLOCKS = ("samples_per_s", "tokens_per_s", "memory_gib")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("world")
+
+
+def run_once(config: RunConfig, *, resume: bool = False, overwrite: bool = False):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run, state = open_run(config, make_accelerator(config), resume=resume, overwrite=overwrite)
+    train(run, state)
+    return run
+
+
+def log_of(config: RunConfig) -> list[dict]:
+    """The log without what a clock says."""
+    lines = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
+
+
+def steps_of(config: RunConfig) -> list[dict]:
+    return [line for line in log_of(config) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def unbroken(world) -> RunConfig:
+    """Three stages of 5, 4 and 3 steps without a break."""
+    config = toy_config(world)
+    run_once(config)
+    return config
+
+
+def test_a_run_goes_through_its_stages_and_logs_every_step(unbroken):
+    lines = steps_of(unbroken)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["stage"] for line in lines] == ["experts"] * 5 + ["router"] * 4 + ["joint"] * 3
+    assert {"loss/vqa", "gates/vqa/grounding", "entropy", "grad_norm", "lr/router"} <= set(lines[9])
+    validated = [line["step"] for line in log_of(unbroken) if "validation" in line]
+    assert validated == [4, 5, 8, 9, 12]
+
+
+def test_the_stage_experts_uses_the_samples_own_expert(unbroken):
+    for line in steps_of(unbroken)[:5]:
+        assert line.get("gates/vqa/vqa", 1.0) == 1.0
+        assert line.get("gates/grounding/vqa", 0.0) == 0.0
+
+
+def test_training_lowers_the_loss_and_the_router_learns_its_guidance(world):
+    config = toy_config(
+        world, out=str(world / "longer"), data__validation=[], losses__load_balancing=0,
+        stages=[{"name": "experts", "steps": 30, "lr": {"experts": 0.05}},
+                {"name": "router", "steps": 20, "lr": {"router": 0.02}}],
+    )  # fmt: skip
+    run_once(config)
+    losses = [line["loss"] for line in steps_of(config)]
+    assert sum(losses[25:30]) / 5 < losses[0] - 0.3
+    guidance = [line["aux/guidance"] for line in steps_of(config)[30:]]
+    assert guidance[-1] < 0.5 * guidance[0]
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step: int, monkeypatch) -> None:
+    """Stop right after the log line of `step`, before anything due at that step is saved."""
+    record = loop.Reporter.step
+
+    def dying(self, line):
+        record(self, line)
+        if line["step"] == step:
+            raise Killed
+
+    monkeypatch.setattr(loop.Reporter, "step", dying)
+
+
+@pytest.mark.parametrize("step", [2, 5, 8, 11])
+def test_a_killed_run_goes_on_to_the_losses_of_the_unbroken_one(
+    world, unbroken, step, monkeypatch, tmp_path
+):
+    config = replace(unbroken, out=str(tmp_path / "killed"))
+    with monkeypatch.context() as patch:
+        kill_at(step, patch)
+        with pytest.raises(Killed):
+            run_once(config)
+    run_once(config, resume=True)
+    assert log_of(config) == log_of(unbroken)
+    assert_same_weights(config, unbroken)
+    for name in ("best", "last"):
+        assert pointed(Path(config.out), name) == pointed(Path(unbroken.out), name)
+
+
+def assert_same_weights(config: RunConfig, other: RunConfig) -> None:
+    (one, *_), (two, *_) = load_model(config.out), load_model(other.out)
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_run_that_is_done_resumes_to_nothing(unbroken):
+    before = (Path(unbroken.out) / "log.jsonl").read_text()
+    run_once(unbroken, resume=True)
+    assert (Path(unbroken.out) / "log.jsonl").read_text() == before
+
+
+def test_worker_processes_change_nothing_even_across_a_resume(unbroken, monkeypatch, tmp_path):
+    data = replace(unbroken.data, num_workers=2)
+    config = replace(unbroken, out=str(tmp_path / "workers"), data=data)
+    with monkeypatch.context() as patch:
+        kill_at(7, patch)
+        with pytest.raises(Killed):
+            run_once(config)
+    run_once(replace(config, data=unbroken.data), resume=True)
+    assert log_of(config) == log_of(unbroken)
+
+
+def test_accumulation_gives_the_whole_batchs_losses(world, tmp_path):
+    whole, parts = (
+        toy_config(
+            world, out=str(tmp_path / name), train__micro_batch_size=size,
+            router__modality_dropout=0, losses__load_balancing=0,
+        )
+        for name, size in (("whole", 4), ("parts", 1))
+    )  # fmt: skip
+    run_once(whole)
+    run_once(parts)
+    assert_close(log_of(whole), log_of(parts))
+
+
+def assert_close(lines: list[dict], others: list[dict]) -> None:
+    for one, other in zip(lines, others, strict=True):
+        for key in ("step", "loss", "grad_norm", "validation", "aux/guidance"):
+            assert one.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4), (one, other)
+
+
+def test_gradient_checkpointing_gives_the_same_losses(world, tmp_path):
+    changes = {"stages": [{"name": "joint", "steps": 3}], "data__validation": []}
+    plain = toy_config(world, out=str(tmp_path / "plain"), **changes)
+    saving = toy_config(
+        world, out=str(tmp_path / "saving"), train__gradient_checkpointing=True, **changes
+    )
+    run_once(plain)
+    run_once(saving)
+    for one, other in zip(steps_of(plain), steps_of(saving), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
+KINDS = [
+    {"kind": "softmax", "per_site": True},
+    {"kind": "top_k", "top_k": 1},
+    {"kind": "sigmoid"},
+    {"kind": "softmax", "granularity": "token"},
+    {"kind": "anchors"},
+]
+
+
+@pytest.mark.parametrize("router", KINDS, ids=lambda r: "-".join(map(str, r.values())))
+def test_every_router_kind_trains_and_resumes_exactly(world, tmp_path, monkeypatch, router):
+    stages = [{"name": "experts", "steps": 1}, {"name": "router", "steps": 3}]
+    changes = {"router": {"hidden": 8, **router}, "stages": stages, "train__save_every": 1}
+    whole = toy_config(world, out=str(tmp_path / "whole"), **changes)
+    broken = toy_config(world, out=str(tmp_path / "broken"), **changes)
+    run_once(whole)
+    with monkeypatch.context() as patch:
+        kill_at(3, patch)
+        with pytest.raises(Killed):
+            run_once(broken)
+    run_once(broken, resume=True)
+    assert log_of(broken) == log_of(whole)
+    assert_same_weights(broken, whole)
+
+
+def test_the_stage_router_moves_the_router_alone_and_a_frozen_expert_never_moves(world, tmp_path):
+    frozen = {"vqa": {"rank": 2, "alpha": 4, "frozen": True}, "grounding": {"rank": 3, "alpha": 3}}
+    config = toy_config(world, out=str(tmp_path / "run"), experts=frozen, data__validation=[],
+                        train__weight_decay=0.1)  # fmt: skip
+    before = build_model(config)
+    run_once(config)
+    after, *_ = load_model(config.out)
+    assert same_expert(before, after, "vqa") and not same_expert(before, after, "grounding")
+    router_only = toy_config(world, out=str(tmp_path / "second"), data__validation=[],
+                             stages=[{"name": "router", "steps": 2}])  # fmt: skip
+    before = build_model(router_only)
+    run_once(router_only)
+    after, *_ = load_model(router_only.out)
+    assert same_expert(before, after, "vqa") and same_expert(before, after, "grounding")
+    changed = [not torch.equal(a, b) for a, b in
+               zip(before.router.parameters(), after.router.parameters(), strict=True)]  # fmt: skip
+    assert any(changed)
+
+
+def same_expert(one, other, name: str) -> bool:
+    pairs = zip(one.bank.parameters(name), other.bank.parameters(name), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_projector_is_trained_saved_and_resumed_where_asked_for(world, tmp_path, monkeypatch):
+    changes = {"model__train_projector": True, "train__save_every": 1, "data__validation": [],
+               "stages": [{"name": "joint", "steps": 3, "lr": {"projector": 0.01}}]}  # fmt: skip
+    whole = toy_config(world, out=str(tmp_path / "whole"), **changes)
+    broken = toy_config(world, out=str(tmp_path / "broken"), **changes)
+    run_once(whole)
+    with monkeypatch.context() as patch:
+        kill_at(2, patch)
+        with pytest.raises(Killed):
+            run_once(broken)
+    run_once(broken, resume=True)
+    assert log_of(broken) == log_of(whole)
+    before = build_model(whole).model.model.multi_modal_projector.linear_1.weight
+    after = load_model(whole.out)[0].model.model.multi_modal_projector.linear_1.weight
+    assert not torch.equal(before, after)
+
+
+def test_a_stage_starts_from_a_run_and_a_router_of_another_config_starts_fresh(
+    world, unbroken, tmp_path
+):
+    stages = [{"name": "router", "steps": 1, "init_from": unbroken.out}]
+    config = toy_config(world, out=str(tmp_path / "same"), stages=stages)
+    assert same_expert(load_model(unbroken.out)[0], run_once(config).model, "grounding")
+    other = toy_config(world, out=str(tmp_path / "other"), stages=stages,
+                       router__evidence=["image"])  # fmt: skip
+    assert same_expert(load_model(unbroken.out)[0], run_once(other).model, "grounding")
+
+
+def test_a_stage_starts_from_peft_folders_and_refuses_one_of_another_scale(
+    world, unbroken, tmp_path
+):
+    last = Path(unbroken.out) / "checkpoints" / pointed(Path(unbroken.out), "last")
+    source = {"vqa": str(last / "experts" / "vqa")}
+    stages = [{"name": "router", "steps": 1, "init_from": source}]
+    config = toy_config(world, out=str(tmp_path / "run"), stages=stages)
+    model = run_once(config).model
+    assert same_expert(load_model(last)[0], model, "vqa")
+    assert not same_expert(load_model(last)[0], model, "grounding")
+    scaled = toy_config(world, out=str(tmp_path / "scaled"), stages=stages,
+                        experts={"vqa": {"rank": 2, "alpha": 5}, "grounding": {}})  # fmt: skip
+    with pytest.raises(ValueError, match="scaling .alpha / rank. is 2.0 at .* and 2.5 by"):
+        run_once(scaled)
+
+
+def test_an_expert_starts_from_its_own_peft_folder(world, unbroken, tmp_path):
+    last = Path(unbroken.out) / "checkpoints" / pointed(Path(unbroken.out), "last")
+    experts = {"new": {"init_from": str(last / "experts" / "vqa")}}
+    config = toy_config(world, out=str(tmp_path / "run"), experts=experts, data__expert="new",
+                        router__kind="fixed", stages=[{"name": "experts", "steps": 1}],
+                        data__validation=[])  # fmt: skip
+    model = build_model(config)
+    assert torch.equal(next(model.bank.parameters("new")),
+                       next(load_model(last)[0].bank.parameters("vqa")))  # fmt: skip
+    run_once(config)
+    assert load_model(config.out)[0].bank.names == ["new"]
+
+
+def test_a_trainable_tensor_without_a_gradient_stops_the_run_by_name(world, tmp_path):
+    config = toy_config(world, out=str(tmp_path / "run"), stages=[{"name": "joint", "steps": 2}])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run, state = open_run(config, make_accelerator(config))
+    run.model.router.forgotten = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(TrainingError, match="1 trainable tensors have no gradient: .*forgotten"):
+        train(run, state)
+
+
+def test_a_loss_that_is_not_finite_names_step_rank_and_samples(world, tmp_path):
+    config = toy_config(world, out=str(tmp_path / "run"), train__save_every=1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run, state = open_run(config, make_accelerator(config))
+    run.model.model.lm_head.weight.data[5] = float("nan")
+    with pytest.raises(TrainingError) as error:
+        train(run, state)
+    assert "step 1: the loss is not finite" in str(error.value)
+    assert "rank 0: source" in str(error.value) and "jsonl:" in str(error.value)
+
+
+def with_bad_rows(world: Path, folder: Path, policy: str) -> RunConfig:
+    """The toy world, where every third vqa row has no picture."""
+    config = toy_config(world)
+    source = Path(config.data.sources[0].path)
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["image"] = "nowhere.png" if i % 3 == 0 else str(source.parent / row["image"])
+    path = write_rows(folder / "vqa.jsonl", rows)
+    sources = [{"name": "vqa", "kind": "jsonl", "path": str(path), "expert": "vqa"}]
+    return toy_config(
+        world, out=str(folder / "run"), data__sources=sources, data__on_bad_sample=policy,
+        data__validation=[], stages=[{"name": "experts", "steps": 6}],
+    )  # fmt: skip
+
+
+def test_a_bad_row_stops_the_run_with_its_file_row_and_rule(world, tmp_path):
+    with pytest.raises(BadSampleError, match=r"vqa\.jsonl:\d+: missing image.*on_bad_sample=skip"):
+        run_once(with_bad_rows(world, tmp_path, "error"))
+
+
+def test_bad_rows_are_left_out_counted_and_reported_where_the_config_says_so(
+    world, tmp_path, capsys
+):
+    config = with_bad_rows(world, tmp_path, "skip")
+    run = run_once(config)
+    assert run.skipped == {"missing image": 8}  # of 24 rows, one pass
+    assert steps_of(config)[-1]["skipped"] == 8
+    assert sum(line["samples"] for line in steps_of(config)) == 16
+    assert "left out: 8 x missing image" in capsys.readouterr().out
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(unbroken):
+    with pytest.raises(ValueError, match="holds a run already; choices: --resume, --overwrite"):
+        run_once(unbroken)
+
+
+def test_a_resume_with_another_config_names_the_settings(unbroken):
+    changed = replace(unbroken, train=replace(unbroken.train, weight_decay=0.5))
+    with pytest.raises(ValueError, match=r"train\.weight_decay was 0\.0, is 0\.5"):
+        run_once(changed, resume=True)
+
+
+def test_a_resume_from_a_checkpoint_with_a_missing_file_names_it(unbroken, tmp_path):
+    import shutil
+
+    shutil.copytree(unbroken.out, tmp_path / "run")
+    config = replace(unbroken, out=str(tmp_path / "run"))
+    last = tmp_path / "run" / "checkpoints" / pointed(tmp_path / "run", "last")
+    (last / "optimizer.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"optimizer\.safetensors: missing"):
+        run_once(config, resume=True)
+
+
+def test_bf16_trains_and_keeps_what_it_trains_in_fp32(world, tmp_path):
+    config = toy_config(world, out=str(tmp_path / "run"), train__precision="bf16",
+                        model__dtype="bf16", data__validation=[])  # fmt: skip
+    run = run_once(config)
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in steps_of(config))
+    trained = [*run.model.bank.parameters(), *run.model.router.parameters()]
+    assert {p.dtype for p in trained} == {torch.float32}
+
+
+def test_a_half_written_log_line_is_cut_off(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    keep_lines(log, 2)
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_the_rate_warms_up_and_then_falls_along_a_cosine():
+    from moa.config import StageConfig
+
+    stage = StageConfig(name="joint", steps=9, warmup_steps=4, lr_end=0.1)
+    factors = [rate_factor(stage, step) for step in range(1, 10)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4:] == sorted(factors[4:], reverse=True)
+    assert factors[6] == pytest.approx(0.55) and factors[-1] > 0.1
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("micro", [None, 1, 2])
+def test_a_step_has_the_same_samples_however_they_are_dealt(world, processes, micro):
+    train_config = replace(toy_config(world).train, batch_size=8, micro_batch_size=micro)
+    layout = make_layout(train_config, processes)
+    dealt = [p for r in range(processes) for part in layout.positions(16, r) for p in part]
+    assert sorted(dealt) == list(range(16, 24))
+    assert isinstance(layout, Layout) and layout.accumulation * layout.micro_batch_size <= 8
+
+
+# In processes of their own ----------------------------------------------------------------------
+
+
+def child(out: str, config_file: str, overrides: list[str], resume: bool) -> None:
+    """A training process as train.py starts one."""
+    from moa.config import load_config
+
+    torch.set_num_threads(1)
+    config = load_config(config_file, [*overrides, f"out={out}"])
+    run_once(config, resume=resume)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Children are forked from a server that has the libraries imported, and has run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_train"])
+    return context
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_and_resume_give_the_unbroken_losses(
+    world, unbroken, processes, tmp_path
+):
+    rng, killed = random.Random(time.time_ns()), 0
+    out = tmp_path / "run"
+    overrides = ["train.save_every=2"]
+    for attempt in range(40):
+        process = processes.Process(
+            target=child, args=(str(out), str(world / "run.yaml"), overrides, attempt > 0)
+        )
+        process.start()
+        wait_for_first_line(out, process)
+        process.join(rng.uniform(0, 0.4) if killed < 5 else None)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+            process.join()
+        elif process.exitcode == 0:
+            break
+        else:
+            pytest.fail(f"the run ended with exit code {process.exitcode}")
+    assert killed >= 3
+    moved = replace(unbroken, out=str(out))
+    assert [s["loss"] for s in steps_of(moved)] == [s["loss"] for s in steps_of(unbroken)]
+
+
+def wait_for_first_line(out: Path, process) -> None:
+    """Until the process has opened its log, so that kills fall into the training itself."""
+    began = time.time()
+    while process.is_alive() and time.time() - began < 60:
+        if (out / "log.jsonl").exists():
+            return
+        time.sleep(0.005)
+
+
+def distributed_child(rank: int, size: int, port: int, *arguments) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    child(*arguments)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(world, processes, tmp_path):
+    alike = ["router.modality_dropout=0", "losses.load_balancing=0"]
+    file = str(world / "run.yaml")
+    one = toy_config(world, out=str(tmp_path / "one"), router__modality_dropout=0,
+                     losses__load_balancing=0)  # fmt: skip
+    run_once(one)
+    port = 29_500 + os.getpid() % 500
+    pair = [
+        processes.Process(
+            target=distributed_child,
+            args=(rank, 2, port, str(tmp_path / "two"), file, alike, False),
+        )
+        for rank in range(2)
+    ]
+    for process in pair:
+        process.start()
+    for process in pair:
+        process.join(120)
+        assert process.exitcode == 0
+    two = replace(one, out=str(tmp_path / "two"))
+    assert_close(log_of(one), log_of(two))
+
+
+@pytest.mark.slow
+def test_trackers_work_without_an_account(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = toy_config(world, out=str(tmp_path / "run"), data__validation=[],
+                        logging__trackers=["tensorboard", "wandb"],
+                        stages=[{"name": "experts", "steps": 2}])  # fmt: skip
+    run = run_once(config)
+    run.accelerator.end_training()
+    assert list(Path(config.out).rglob("events.out.tfevents.*"))
+    assert list(Path(config.out).rglob("offline-run-*"))
