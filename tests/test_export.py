@@ -9,10 +9,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from moa.experts import ExpertBank
 from moa.merging import verify as verifying
 from moa.merging.base_files import match_sites, read_base
 from moa.merging.core import expert_from_folder
 from moa.merging.export import export_adapter, export_checkpoint
+from moa.merging.inputs import experts_of_bank
 from moa.merging.merge import merge, sum_gates, weight_table
 from moa.merging.probe import outputs_of, probe_inputs
 from moa.merging.verify import fresh_outputs, make_verify
@@ -222,6 +224,25 @@ def test_one_expert_alone_exports_to_itself(world, tmp_path, same_process):
     )
     torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=1e-5)
     assert torch.equal(mine.tokens, theirs.tokens)
+
+
+def test_a_live_bank_exports_what_it_computes(world, tmp_path, same_process):
+    model, inputs = load_base(world), probe(world)
+    bank = ExpertBank.attach(model, [r".*language_model.*\.(q_proj|down_proj)"])
+    for seed, name in enumerate(("vqa", "caption")):
+        bank.add(name, rank=2 + seed, alpha=4.0, seed=seed)
+        for parameter in bank.parameters(name):
+            parameter.data = torch.randn(parameter.shape) * 0.2
+    bank.set_gates(torch.tensor([0.8, 0.3]).expand(2, 1, 2))
+    with torch.no_grad():
+        live = model(**inputs).logits
+    experts = experts_of_bank(bank)
+    merged = merge(experts, weights={"vqa": 0.8, "caption": 0.3})
+    export_adapter(tmp_path / "out", merged, experts)
+    found, _ = verifying.fresh_outputs(
+        inputs, model=world / "base", adapter=tmp_path / "out", new_tokens=1
+    )
+    torch.testing.assert_close(found.logits, live, rtol=0, atol=1e-5)
 
 
 def test_a_wrong_export_is_caught_and_leaves_nothing(world, tmp_path, same_process):

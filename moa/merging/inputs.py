@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moa.merging.core import Expert, expert_from_folder
+from moa.experts import ExpertBank
+from moa.merging.core import Expert, expert_from_folder, expert_from_tensors
 from moa.merging.merge import Weights, all_sites
 from moa.peft_io import CONFIG_FILE
 
@@ -39,6 +40,11 @@ def _folders(pattern: str) -> list[Path]:
     if not found:
         raise ValueError(f"adapters: {pattern} meets no folder with {CONFIG_FILE}")
     return found
+
+
+def experts_of_bank(bank: ExpertBank) -> list[Expert]:
+    """The experts of a live model, as they are now; merge them as any others."""
+    return [expert_from_tensors(n, bank.state(n), bank.peft_config(n)) for n in bank.names]
 
 
 def parse_weights(raw: Any, names: Sequence[str]) -> Weights | None:
