@@ -170,7 +170,15 @@ def merge(plan: Plan, row: str) -> Path:
     source = (
         [f"run={run}"] if weights == "gates" else [f"adapters={[str(experts / n) for n in names]}"]
     )
-    command = [sys.executable, "scripts/merge.py", *source, chosen, f"rank={count}", f"out={out}"]
+    command = [
+        sys.executable,
+        "scripts/merge.py",
+        *source,
+        chosen,
+        f"rank={count}",
+        f"out={out}",
+        "verify=false",
+    ]  # scored below on every question, which says more than the probe
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return out
 
@@ -218,6 +226,8 @@ def score_row(plan: Plan, row: str, ocr: OcrCache) -> dict[str, Any]:
         trained = [r for task in (*TRAINED_TASKS, "line") for r in by_column[task]]
         record["routing"] = routing_record(model, config, trained)
     if row == "router_all":
+        (plan.folder / row / "eval").mkdir(exist_ok=True)
+        write_json(plan.folder / row / "eval" / "routing.json", record["routing"])  # for the merges
         record["lost_without"] = worth_of_experts(plan, model, config, ocr)
     return record
 
