@@ -330,9 +330,10 @@ class ExpertBank:
         self.context.state = None  # gates of other experts
 
     def _grouped(self, device: torch.device) -> list[_Group]:
-        if self._groups is None or self._groups[0].scaling.device != device:
-            self._groups = self._make_groups(device)
-        return self._groups
+        groups = self._groups
+        if groups is None or any(group.scaling.device != device for group in groups):
+            groups = self._groups = self._make_groups(device)
+        return groups
 
     def _make_groups(self, device: torch.device) -> list[_Group]:
         layouts: dict[tuple[Any, ...], list[str]] = {}

@@ -73,27 +73,33 @@ class _Mix(torch.autograd.Function):
 
         grad_gated = (flat @ b).view(hidden.shape)
         grad_hidden = (grad_gated * weights).flatten(0, -2)
-        grad_x = grad_gates = grad_a = grad_b = None
+        grad_x = grad_gates = None
+        grads_a: Sequence[Tensor | None] = [None] * half
+        grads_b: Sequence[Tensor | None] = [None] * half
         if needs_x:
             grad_x = (grad_hidden @ a).view(x.shape)
         if needs_gates:
             grad_gates = (grad_gated * hidden).to(gates.dtype).sum_to_size(gates.shape)
         if any(needs[:half]):
-            grad_a = grad_hidden.t() @ x.flatten(0, -2)
+            grads_a = _per_expert(grad_hidden.t() @ x.flatten(0, -2), factors_a)
         if any(needs[half:]):
-            grad_b = ((hidden * weights).flatten(0, -2).t() @ flat).t()
-        return (
-            grad_x,
-            grad if needs_base else None,
-            grad_gates,
-            *_split(grad_a, factors_a, 0),
-            *_split(grad_b, factors_b, 1),
-        )
+            gated = (hidden * weights).flatten(0, -2)
+            grads_b = _per_expert_transposed(gated.t() @ flat, factors_b)
+        return grad_x, grad if needs_base else None, grad_gates, *grads_a, *grads_b
 
 
-def _split(grad: Tensor | None, factors: Sequence[Tensor], dim: int) -> list[Tensor | None]:
-    """The concatenated factors' gradient as one per expert."""
-    if grad is None:
-        return [None] * len(factors)
-    pieces = grad.split([factor.shape[dim] for factor in factors], dim)
+def _per_expert(grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """[total rank, in] as one gradient per factor [rank, in]."""
+    pieces = grad.split([factor.shape[0] for factor in factors])
+    return [piece.to(factor.dtype) for piece, factor in zip(pieces, factors, strict=True)]
+
+
+def _per_expert_transposed(grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
+    """[total rank, out] as one gradient per factor [out, rank]."""
+    ranks = [factor.shape[1] for factor in factors]
+    if len(set(ranks)) == 1:
+        # One copy for all: autograd takes contiguous pieces as they are, and copies others singly.
+        pieces = grad.view(len(ranks), ranks[0], -1).transpose(1, 2).contiguous().unbind()
+    else:
+        pieces = tuple(piece.t() for piece in grad.split(ranks))
     return [piece.to(factor.dtype) for piece, factor in zip(pieces, factors, strict=True)]

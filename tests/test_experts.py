@@ -61,15 +61,16 @@ def plain_loop(x, base, gates, scalings, factors_a, factors_b):
     return out
 
 
+@pytest.mark.parametrize("ranks", [(3, 1, 4), (5, 5, 5), (2,)])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_the_mixture_and_its_gradients_equal_a_plain_loop_over_experts(per_token):
+def test_the_mixture_and_its_gradients_equal_a_plain_loop_over_experts(per_token, ranks):
     torch.manual_seed(0)
-    ranks, scalings = (3, 1, 4), (2.0, 0.5, 1.0)
+    count, scalings = len(ranks), (2.0, 0.5, 1.0)[: len(ranks)]
     factors_a = [torch.randn(r, 6, dtype=torch.double, requires_grad=True) for r in ranks]
     factors_b = [torch.randn(5, r, dtype=torch.double, requires_grad=True) for r in ranks]
     x = torch.randn(2, 7, 6, dtype=torch.double, requires_grad=True)
     base = torch.randn(2, 7, 5, dtype=torch.double, requires_grad=True)
-    gates = torch.rand(2, 7 if per_token else 1, 3, dtype=torch.double, requires_grad=True)
+    gates = torch.rand(2, 7 if per_token else 1, count, dtype=torch.double, requires_grad=True)
     leaves = [x, base, gates, *factors_a, *factors_b]
 
     spread = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)])

@@ -1,0 +1,171 @@
+"""What the speed benchmarks share: a random LLaVA of a chosen size, a batch for it, and clocks."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from data.batch import Batch
+from moa.backbones.llava import Backbone
+from moa.experts import ExpertBank
+from moa.model import MixtureModel
+from moa.router import Router
+
+TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+IMAGE, PAD = 1, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large the model and its batch are."""
+
+    width: int
+    layers: int
+    heads: int
+    vocab: int
+    image_tokens: int
+    prompt: int
+    answer: int
+    batch: int
+
+
+SIZES = {
+    "small": Size(
+        width=512, layers=4, heads=8, vocab=2048, image_tokens=64, prompt=48, answer=16, batch=8
+    ),
+    "large": Size(
+        width=2048,
+        layers=16,
+        heads=16,
+        vocab=32000,
+        image_tokens=256,
+        prompt=96,
+        answer=32,
+        batch=16,
+    ),
+}
+
+
+def make_backbone(size: Size, device: str, dtype: torch.dtype) -> Backbone:
+    """A random frozen LLaVA; the same weights every time."""
+    torch.manual_seed(0)
+    side = int(size.image_tokens**0.5)
+    vision = CLIPVisionConfig(
+        hidden_size=size.width // 2,
+        intermediate_size=2 * size.width,
+        num_hidden_layers=2,
+        num_attention_heads=size.heads,
+        image_size=14 * side,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=size.vocab,
+        hidden_size=size.width,
+        intermediate_size=size.width * 8 // 3 // 16 * 16,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        pad_token_id=PAD,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=side**2,
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config).to(device, dtype).eval()
+    return Backbone(model=model.requires_grad_(False), processor=None)
+
+
+def make_batch(size: Size, device: str, *, generate: bool = False) -> Batch:
+    """Random prompts with one picture each, and answers unless they are to be generated."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(*shape: int) -> Tensor:
+        return torch.randint(4, size.vocab, shape, generator=generator)
+
+    side, count = int(size.image_tokens**0.5), size.batch
+    answer = 0 if generate else size.answer
+    prompt = torch.cat([torch.full((count, side**2), IMAGE), ids(count, size.prompt + answer)], 1)
+    labels = prompt.clone()
+    labels[:, : side**2 + size.prompt] = -100
+    mask = torch.ones_like(prompt)
+    return Batch(
+        input_ids=prompt,
+        attention_mask=mask,
+        labels=None if generate else labels,
+        pixel_values=torch.randn(count, 3, 14 * side, 14 * side, generator=generator),
+        image_index=torch.arange(count),
+        text_ids=ids(count, 16),
+        text_mask=torch.ones(count, 16, dtype=torch.bool),
+        ocr_ids=ids(count, 4, 6),
+        ocr_char_mask=torch.ones(count, 4, 6, dtype=torch.bool),
+        ocr_boxes=torch.rand(count, 4, 4, generator=generator),
+        ocr_confidence=torch.ones(count, 4),
+        ocr_mask=torch.ones(count, 4, dtype=torch.bool),
+        task_ids=torch.arange(count) % 4,
+        expert_ids=torch.arange(count) % 2,
+        image_mask=torch.ones(count, dtype=torch.bool),
+    ).to(device)
+
+
+def make_mixture(backbone: Backbone, num_experts: int, rank: int, device: str) -> MixtureModel:
+    """Experts with values in B, as after training, and the whole router before them."""
+    bank = ExpertBank.attach(backbone.model, [TARGETS], stream_of=backbone.stream_of)
+    for i in range(num_experts):
+        bank.add(f"expert{i}", rank=rank, alpha=rank)
+    for site in bank.sites.values():
+        for b in site.lora_B.values():
+            torch.nn.init.normal_(b, std=0.02)
+    router = Router(experts=num_experts, sites=len(bank.sites), dims=backbone.dims, num_tasks=4).to(
+        device
+    )
+    return MixtureModel(backbone, bank, router, kind="softmax").to(device)
+
+
+def clock(device: str) -> float:
+    """Seconds; of this process's own work where it has one thread, so that others do not count."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def race(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Best seconds of each run, the runs taking turns: load from elsewhere hits all of them alike.
+
+    The best of many rounds, because whatever else a machine does can only add time.
+    """
+    best = dict.fromkeys(runs, float("inf"))
+    for turn in range(rounds + 1):  # the first one warms up
+        for name, run in runs.items():
+            start = clock(device)
+            run()
+            if turn:
+                best[name] = min(best[name], clock(device) - start)
+    return best
+
+
+def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes kept for the backward pass, each storage once, parameters left out."""
+    skip = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in skip:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    size = sum(nbytes for nbytes, _ in kept.values())
+    del out
+    return size
