@@ -239,6 +239,7 @@ def print_row(label: str, values: dict[str, float]) -> None:
 
 
 def main() -> None:
+    warnings.simplefilter("ignore")  # PEFT and transformers disagree on names
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -246,8 +247,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
-    parser.add_argument("--rank", type=int, default=8, help="of each expert")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each contender")
+    parser.add_argument("--rank", type=int, default=4, help="of each expert")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each contender")
     parser.add_argument(
         "--xlora-experts", type=int, default=4, help="numbers of experts up to this"
     )

@@ -1,0 +1,95 @@
+"""Decoding speed of the routed mixture, against the same mixture merged into the weights.
+
+    python benchmarks/generation.py [--size small|large] [--device cpu|cuda] [--dtype fp32|bf16]
+
+Greedy decoding of a batch with the KV cache; the routed model also looks at its evidence and
+decides gates first, each sample its own. The last line is JSON; ratios are ours over theirs.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.bench_model import SIZES, Size, make_backbone, make_batch, make_mixture, race
+from data.batch import Batch
+from moa.backbones.llava import Backbone
+from moa.model import MixtureModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@torch.no_grad()
+def merge(model: MixtureModel, backbone: Backbone, gates: Tensor) -> None:
+    """Add the experts with these gates [expert] to the weights of another copy of the backbone."""
+    for name, site in model.bank.sites.items():
+        weight = backbone.model.get_submodule(name).weight
+        for gate, (expert, scaling) in zip(gates, site.scalings.items(), strict=True):
+            weight += (gate * scaling * site.lora_B[expert] @ site.lora_A[expert]).to(weight.dtype)
+
+
+@torch.no_grad()
+def decode(backbone: Backbone, batch: Batch, **options) -> Tensor:
+    """Greedy tokens of a plain model, from the same pieces as the routed one."""
+    features = backbone.project(backbone.image_tokens(batch.pixel_values))
+    embeds = backbone.inputs_embeds(batch.input_ids, features)
+    return backbone.generate(embeds, batch.attention_mask, **options)
+
+
+def contenders(
+    num_experts: int, rank: int, size: Size, device: str, dtype: torch.dtype, new_tokens: int
+) -> dict[str, Callable[[], Tensor]]:
+    batch = make_batch(size, device, generate=True)
+    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    routed = make_mixture(make_backbone(size, device, dtype), num_experts, rank, device).eval()
+    merged = make_backbone(size, device, dtype)
+    merge(routed, merged, routed.compute_gates(batch).gates.mean((0, 1)))
+    return {
+        "merged": lambda: decode(merged, batch, **options),
+        "routed": lambda: routed.generate(batch, **options),
+    }
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--experts", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--rank", type=int, default=4, help="of each expert")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each contender")
+    arguments = parser.parse_args()
+    size, device, dtype = SIZES[arguments.size], arguments.device, DTYPES[arguments.dtype]
+    print(f"{size}, {device}, {arguments.dtype}, {torch.get_num_threads()} threads")
+
+    ratios = {}
+    for count in arguments.experts:
+        runs = contenders(count, arguments.rank, size, device, dtype, arguments.new_tokens)
+        seconds = race(runs, arguments.rounds, device)
+        speed = {n: size.batch * arguments.new_tokens / s for n, s in seconds.items()}
+        ratios[count] = speed["routed"] / speed["merged"]
+        shown = "   ".join(f"{name} {value:8.1f} tokens/s" for name, value in speed.items())
+        print(f"{count} experts: {shown}   routed over merged {ratios[count]:.3f}")
+    figures = {
+        "tokens_vs_merged": min(ratios.values()),
+        "tokens_vs_merged_by_experts": ratios,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "size": arguments.size,
+        "dtype": arguments.dtype,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
