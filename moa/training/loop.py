@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ from data.mixture import Mixture, Source
 from moa.checkpoint import TrainState, point, prune, save_checkpoint
 from moa.config import RunConfig
 from moa.model import MixtureModel
+from moa.training import zero
 from moa.training.batches import Collated, Layout, training_loader
 from moa.training.optimizer import (
+    by_name,
     make_optimizer,
+    names_of,
     optimizer_tensors,
     parameter_table,
     rate_factor,
@@ -129,7 +133,9 @@ class Stage:
             self.optimizer = make_optimizer(
                 run.model, self.groups, self.config.lr, run.config.train
             )
+            zero.configure(run.accelerator, run.layout, run.config.train.clip_norm)
             self.wrapped, self.prepared = run.accelerator.prepare(run.model, self.optimizer)
+        self.engine = zero.engine_of(run.accelerator) if self.groups else None
         seed_stage(run.config.seed, run.stage, run.accelerator)
         if state is not None and in_the_middle:
             self.restore(state)
@@ -142,11 +148,23 @@ class Stage:
         run.reporter.say(parameter_table(run.model, self.groups, stage.lr))
 
     def restore(self, state: TrainState) -> None:
+        run, names = self.run, names_of(self.groups)
         if self.optimizer is not None:
-            restore_optimizer(self.optimizer, self.groups, state.optimizer)
-        restore_rng(state.rng, self.run.accelerator)
-        if self.run.accelerator.scaler is not None and state.progress["scaler"]:
-            self.run.accelerator.scaler.load_state_dict(state.progress["scaler"])
+            tensors = by_name(state.optimizer, names)
+            if self.engine is not None:
+                zero.restore_optimizer(self.engine, names, tensors)
+            else:
+                restore_optimizer(self.optimizer, names, tensors)
+        restore_rng(state.rng, run.accelerator)
+        if run.accelerator.scaler is not None and state.progress["scaler"]:
+            run.accelerator.scaler.load_state_dict(state.progress["scaler"])
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """Every process takes part: moments may be sharded."""
+        names = names_of(self.groups)
+        if self.engine is not None:
+            return zero.optimizer_tensors(self.engine, names)
+        return optimizer_tensors(self.optimizer, names) if self.optimizer is not None else {}
 
     def run_steps(self) -> None:
         run, stage = self.run, self.config
@@ -174,8 +192,15 @@ class Stage:
             if last or improved or run.step % run.config.train.save_every == 0:
                 self.save(improved)
             began = time.perf_counter()
-        run.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        run.accelerator.free_memory()
+        self.close()
+
+    def close(self) -> None:
+        """Take off the wrapping: the next stage trains other parameters."""
+        accelerator = self.run.accelerator
+        accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        if self.engine is not None:
+            self.engine.destroy()
+        accelerator.free_memory()
 
     def step(self, micro_batches: list[Collated]) -> dict[str, Any]:
         """Read, learn, check before anything is changed, update; returns the step's figures."""
@@ -190,11 +215,8 @@ class Stage:
         rates = set_rates(self.optimizer, rate_factor(self.config, run.stage_step))
         self.forward_backward(batches, counts, figures)
         values = figures.reduced(run.accelerator)
-        grad_norm = self.check_and_clip(figures, values)
+        grad_norm = self.check_and_update(figures, values)
         del values["non_finite"]
-        self.prepared.step()
-        self.prepared.zero_grad()
-        self.watch_overflows()
         named = {f"lr/{name}": rate for name, rate in rates.items()}
         return values | {"grad_norm": grad_norm} | named
 
@@ -208,22 +230,37 @@ class Stage:
                 output = self.wrapped(batch, stage_gates(run.model, batch, self.config.name))
                 loss = objective(output, counts, weights, run.config.losses.reduction)
                 # gradients are averaged over processes; the shares are to be added up
-                run.accelerator.backward(loss * run.layout.num_processes)
+                loss = loss * run.layout.num_processes
+                if self.engine is not None:
+                    zero.backward(self.engine, loss, last)
+                else:
+                    run.accelerator.backward(loss)
             figures.add(batch, output)
 
-    def check_and_clip(self, figures: Figures, values: Mapping[str, float]) -> float:
-        """The norm of the whole gradient, before it is clipped."""
+    def check_and_update(self, figures: Figures, values: Mapping[str, float]) -> float:
+        """Clip and step, unless something is not finite; the gradient's norm before clipping."""
         run = self.run
         scaled = run.config.train.precision == "fp16"  # overflows are its scaler's business
         stop_if_not_finite(figures, values, 0.0, run.accelerator, run.step)
         if run.stage_step == 1:
-            check_gradients(self.groups, finite=not scaled)
-        trained = [p for parameters in self.groups.values() for p in parameters.values()]
-        clip = run.config.train.clip_norm or math.inf
-        grad_norm = float(run.accelerator.clip_grad_norm_(trained, clip))
-        shown = 0.0 if scaled else grad_norm
-        stop_if_not_finite(figures, values, shown, run.accelerator, run.step)
+            of = zero.gradient if self.engine is not None else attrgetter("grad")
+            check_gradients(self.groups, of, finite=not scaled)
+        if self.engine is not None:  # clips by itself, and knows the norm only afterwards
+            self.engine.step()
+            grad_norm = float(self.engine.get_global_grad_norm())
+        else:
+            grad_norm = self.clip()
+        stop_if_not_finite(figures, values, 0.0 if scaled else grad_norm, run.accelerator, run.step)
+        if self.engine is None:
+            self.prepared.step()
+            self.prepared.zero_grad()
+            self.watch_overflows()
         return grad_norm if math.isfinite(grad_norm) else -1.0
+
+    def clip(self) -> float:
+        trained = [p for parameters in self.groups.values() for p in parameters.values()]
+        clip = self.run.config.train.clip_norm or math.inf
+        return float(self.run.accelerator.clip_grad_norm_(trained, clip))
 
     def watch_overflows(self) -> None:
         skipped = self.run.accelerator.optimizer_step_was_skipped
@@ -268,15 +305,14 @@ class Stage:
     def save(self, improved: bool) -> None:
         """Every process takes part; the first one writes."""
         run = self.run
-        rng = rng_tensors(run.accelerator)
-        if run.accelerator.is_main_process:
-            optimizer = self.optimizer
-            tensors = optimizer_tensors(optimizer, self.groups) if optimizer is not None else {}
-            state = TrainState(progress=run.progress(), optimizer=tensors, rng=rng)
-            folder = save_checkpoint(run.folder, run.step, run.model, run.config, state)
-            if improved:
-                point(run.folder, "best", folder.name)
-            prune(run.folder, run.config.train.keep_last)
+        rng, optimizer = rng_tensors(run.accelerator), self.optimizer_tensors()
+        with zero.whole(self.engine, run.model.parameters()):
+            if run.accelerator.is_main_process:
+                state = TrainState(progress=run.progress(), optimizer=optimizer, rng=rng)
+                folder = save_checkpoint(run.folder, run.step, run.model, run.config, state)
+                if improved:
+                    point(run.folder, "best", folder.name)
+                prune(run.folder, run.config.train.keep_last)
         run.accelerator.wait_for_everyone()
 
     def header(self) -> dict[str, Any]:

@@ -65,23 +65,35 @@ def names_of(groups: Mapping[str, Parameters]) -> dict[nn.Parameter, str]:
 
 
 def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, groups: Mapping[str, Parameters]
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
 ) -> dict[str, Tensor]:
-    """The optimiser's state as flat tensors, by group, parameter name and kind."""
+    """The optimiser's state as flat tensors, by `name:kind`."""
     return {
         f"{name}:{kind}": torch.as_tensor(value)
-        for parameter, name in names_of(groups).items()
+        for parameter, name in names.items()
         for kind, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def restore_optimizer(
     optimizer: torch.optim.Optimizer,
-    groups: Mapping[str, Parameters],
-    tensors: Mapping[str, Tensor],
+    names: Mapping[nn.Parameter, str],
+    tensors: Mapping[str, dict[str, Tensor]],
 ) -> None:
-    """Put `optimizer_tensors` back; ValueError unless they are those of the same parameters."""
-    names = names_of(groups)
+    """Put the state of each parameter back, by name."""
+    for parameter, name in names.items():
+        optimizer.state[parameter] = {
+            # AdamW counts steps on the CPU, and keeps moments beside the parameter
+            kind: value.clone() if kind == "step" else value.to(parameter.device, copy=True)
+            for kind, value in tensors[name].items()
+            if kind != "master"  # fp32 copy that DeepSpeed keeps of a parameter
+        }
+
+
+def by_name(
+    tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]
+) -> dict[str, dict[str, Tensor]]:
+    """`name:kind` tensors as name -> kind -> tensor; ValueError unless the names are these."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, kind = key.rpartition(":")
@@ -91,12 +103,7 @@ def restore_optimizer(
             f"optimizer.safetensors: made for other parameters: {len(different)} differ, "
             f"first {different[:2]}"
         )
-    for parameter, name in names.items():
-        optimizer.state[parameter] = {
-            # AdamW counts steps on the CPU, and keeps moments beside the parameter
-            kind: value.clone() if kind == "step" else value.to(parameter.device, copy=True)
-            for kind, value in found[name].items()
-        }
+    return found
 
 
 def parameter_table(
@@ -125,7 +132,9 @@ def parameter_table(
 def add_row(
     table: Table, name: str, parameters: list[nn.Parameter], rate: float, sites: str
 ) -> None:
-    total = sum(p.numel() for p in parameters)
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    # DeepSpeed keeps the size of a tensor that lies elsewhere
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in parameters]
+    total = sum(sizes)
+    trainable = sum(n for n, p in zip(sizes, parameters, strict=True) if p.requires_grad)
     shown = f"{rate:g}" if trainable else "-"
     table.add_row(name, f"{total:,}", f"{trainable:,}", shown, sites)

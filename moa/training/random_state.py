@@ -26,7 +26,8 @@ def restore_rng(tensors: dict[str, Tensor], accelerator: Accelerator) -> None:
     """Take up the saved stream; another number of processes cannot, and keeps the stage's seed."""
     if tensors["cpu"].shape[0] != accelerator.num_processes:
         return
-    row = accelerator.process_index
-    torch.set_rng_state(tensors["cpu"][row])
-    if accelerator.device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"][row], accelerator.device)
+    # clones: torch reads a state as if it began its storage, and crashes on the row of a matrix
+    states = {name: rows[accelerator.process_index].clone() for name, rows in tensors.items()}
+    torch.set_rng_state(states["cpu"])
+    if accelerator.device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], accelerator.device)

@@ -88,6 +88,11 @@ def open_run(
         run.reporter.say(f"goes on from {step}")
         if state.progress["num_processes"] != accelerator.num_processes:
             run.reporter.say("another number of processes: dropout draws differ from here on")
+    run.reporter.say(
+        f"{accelerator.num_processes} x {accelerator.device.type}, "
+        f"{accelerator.distributed_type.value.lower()}, {config.train.precision}: "
+        f"steps of {run.layout.accumulation} x {run.layout.micro_batch_size} samples each"
+    )
     run.reporter.say(mixture_table(run.mixture, draws(config)))
     if config.logging.trackers:
         start_trackers(accelerator, config)

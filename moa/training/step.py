@@ -8,14 +8,14 @@ samples were left out.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import Batch
 from data.checks import BadSampleError, Rule, name_of
@@ -157,7 +157,11 @@ def stop_if_not_finite(
     raise TrainingError(f"step {step}: {what} not finite; nothing was updated. Samples: {ranks}")
 
 
-def check_gradients(groups: Mapping[str, Parameters], finite: bool) -> None:
+def check_gradients(
+    groups: Mapping[str, Parameters],
+    gradient: Callable[[nn.Parameter], Tensor | None],
+    finite: bool,
+) -> None:
     """Every trainable tensor has a (finite) gradient, or TrainingError lists those that have none.
 
     Zero counts as a gradient: lora_A has one while lora_B is zero, and so have experts that no
@@ -165,9 +169,10 @@ def check_gradients(groups: Mapping[str, Parameters], finite: bool) -> None:
     """
     missing, broken = [], []
     for parameter, name in names_of(groups).items():
-        if parameter.grad is None:
+        found = gradient(parameter)
+        if found is None:
             missing.append(name)
-        elif finite and not torch.isfinite(parameter.grad).all():
+        elif finite and not torch.isfinite(found).all():
             broken.append(name)
     for names, what in ((missing, "no gradient"), (broken, "a gradient that is not finite")):
         if names:
