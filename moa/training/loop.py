@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from data.batch import Batch
 from data.collate import Collator
 from data.mixture import Mixture, Source
+from moa.build import DTYPES
 from moa.checkpoint import TrainState, point, prune, save_checkpoint
 from moa.config import RunConfig
 from moa.model import MixtureModel
@@ -133,7 +134,11 @@ class Stage:
             self.optimizer = make_optimizer(
                 run.model, self.groups, self.config.lr, run.config.train
             )
-            zero.configure(run.accelerator, run.layout, run.config.train.clip_norm)
+            dtype = DTYPES[run.config.train.precision]
+            clip_norm = run.config.train.clip_norm
+            zero.configure(
+                run.accelerator, run.layout, clip_norm, str(dtype).removeprefix("torch.")
+            )
             self.wrapped, self.prepared = run.accelerator.prepare(run.model, self.optimizer)
         self.engine = zero.engine_of(run.accelerator) if self.groups else None
         seed_stage(run.config.seed, run.stage, run.accelerator)

@@ -48,8 +48,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1  # alone, a backend would be a mistake
     if launched and not torch.cuda.is_available():
         handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # autocasts by itself
+    if deepspeed and config.train.precision == "fp16":
+        raise ValueError("train.precision: fp16 does not run under DeepSpeed; choices: bf16, fp32")
     return Accelerator(
-        mixed_precision=MIXED[config.train.precision],
+        mixed_precision="no" if deepspeed else MIXED[config.train.precision],
         log_with=list(config.logging.trackers) or None,
         project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
         kwargs_handlers=handlers,

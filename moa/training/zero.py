@@ -18,14 +18,18 @@ from moa.training.batches import Layout
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def configure(accelerator: Accelerator, layout: Layout, clip_norm: float) -> None:
-    """Fill in what DeepSpeed wants to know before it wraps a model; nothing without DeepSpeed."""
+def configure(accelerator: Accelerator, layout: Layout, clip_norm: float, dtype: str) -> None:
+    """Fill in what DeepSpeed wants to know before it wraps a model; nothing without DeepSpeed.
+
+    Half precision is autocast, as without DeepSpeed: its own `bf16` would cast the parameters.
+    """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": layout.micro_batch_size,
             "gradient_accumulation_steps": layout.accumulation,
             "gradient_clipping": clip_norm,
+            "torch_autocast": {"enabled": dtype != "float32", "dtype": dtype},
         }
 
 
@@ -94,11 +98,10 @@ def restore_optimizer(
 
 
 def link_moments(optimizer: Any) -> None:
-    """Let ZeRO-1/2 find a parameter's moments: it links them once, and a former stage's engine
-    that is collected late unlinks them from the parameters that both stages train.
+    """Let ZeRO-1/2 find each parameter's moments: by itself it links them once, after the first
+    parameter group's first step, when the other groups have none.
     """
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
-        optimizer._link_all_hp_params()
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
