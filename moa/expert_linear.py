@@ -25,15 +25,27 @@ class GateState:
     """
 
     gates: dict[str, Tensor] | None
+    # In inference the experts that some sample uses, and the only ones in `gates`; None: all.
+    active: frozenset[str] | None = None
     expand: bool = False  # generation repeats each sample for its beams and return sequences
     top_k: int | None = None  # of token routing; None: softmax over all experts
     temperature: float | int = 1.0  # of token routing
     recording: bool = True
     # site -> [batch, seq, expert], divided by the temperature
     token_logits: dict[str, Tensor] = field(default_factory=dict)
-    # Concatenated factors by site, for inference. They live no longer than the gates: an optimiser
-    # may write to the parameters through flat buffers, which leaves no trace on a parameter.
-    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # What inference computes once for all decoding steps, by site. It lives no longer than the
+    # gates: an optimiser may write to parameters through flat buffers, which leaves no trace.
+    prepared: dict[str, "Prepared"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A site's gates and concatenated factors [rank, in], [rank, out] in the dtype of its output."""
+
+    shape: tuple[int, int]  # of the input they fit: first axis and number of axes
+    gates: Tensor
+    a: Tensor
+    b: Tensor
 
 
 class GateContext:
@@ -92,7 +104,7 @@ class ExpertLinear(nn.Module):
         self.context = context
         self.scalings: dict[str, float] = {}  # expert -> alpha / rank or alpha / sqrt(rank)
         self.register_parameter("token_router", None)
-        self._forget()
+        self._spread: tuple[Tensor, Tensor] | None = None  # of token routing
 
     @property
     def lora_A(self) -> dict[str, nn.Parameter]:
@@ -111,25 +123,30 @@ class ExpertLinear(nn.Module):
         if not self.scalings or not self.context.enabled:
             return out
         state = self._state()
-        gates = self._gates(x, state)
+        if state.active is not None and not state.active & self.scalings.keys():
+            return out
         if torch.is_grad_enabled():
-            state.factors.pop(self.name, None)  # what follows may change them
-            return mix(x, out, gates, *self._factors())
-        return add_mixture(x, out, gates, *self._concatenated(state, out.dtype))
+            state.prepared.pop(self.name, None)  # what follows may change the factors
+            return mix(x, out, self._gates(x, state), *self._factors(state))
+        ready = state.prepared.get(self.name)
+        if ready is None or ready.shape != (x.shape[0], x.ndim) or ready.a.dtype != out.dtype:
+            ready = self._prepare(x, state, out.dtype)
+        gates = ready.gates if state.gates is not None else self._token_gates(x, state)
+        return add_mixture(x, out, gates, ready.a, ready.b)
 
     def add(self, expert: str, a: nn.Parameter, b: nn.Parameter, scaling: float) -> None:
         """Take an expert's factors, [rank, in] and [out, rank], as the last one's successors."""
         self.register_parameter(f"lora_A_{expert}", a)
         self.register_parameter(f"lora_B_{expert}", b)
         self.scalings[expert] = scaling
-        self._forget()
+        self._spread = None
 
     def remove(self, expert: str) -> tuple[nn.Parameter, nn.Parameter, float]:
         """Hand an expert's factors and scaling back."""
         removed = self.lora_A[expert], self.lora_B[expert], self.scalings.pop(expert)
         delattr(self, f"lora_A_{expert}")
         delattr(self, f"lora_B_{expert}")
-        self._forget()
+        self._spread = None
         return removed
 
     def extra_repr(self) -> str:
@@ -145,28 +162,25 @@ class ExpertLinear(nn.Module):
         scaling = [self.scalings[expert] for expert, rank in ranks.items() for _ in range(rank)]
         return torch.tensor(index, device=device), torch.tensor(scaling, device=device)
 
-    def _forget(self) -> None:
-        """Drop what was derived from the experts."""
-        self._spread: tuple[Tensor, Tensor] | None = None
-        self._keys = [f"lora_{factor}_{expert}" for factor in "AB" for expert in self.scalings]
-
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ExpertLinear":
         self._spread = None  # the device may change
         if self.context.state is not None:
-            self.context.state.factors.clear()
+            self.context.state.prepared.clear()
         return super()._apply(fn, recurse)
 
-    def _factors(self) -> tuple[list[Tensor], list[Tensor]]:
-        parameters, half = self._parameters, len(self.scalings)
-        factors: list[Any] = [parameters[key] for key in self._keys]
-        return factors[:half], factors[half:]
+    def _factors(self, state: GateState) -> tuple[list[Tensor], list[Tensor]]:
+        own, active = self.scalings, state.active
+        experts = own if active is None else [expert for expert in own if expert in active]
+        parameters: Any = self._parameters  # getattr would search for each of them
+        factors_a = [parameters[f"lora_A_{expert}"] for expert in experts]
+        return factors_a, [parameters[f"lora_B_{expert}"] for expert in experts]
 
-    def _concatenated(self, state: GateState, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B of all experts, computed once for all decoding steps."""
-        kept = state.factors.get(self.name)
-        if kept is None or kept[0].dtype != dtype:
-            kept = state.factors[self.name] = concatenate(*self._factors(), dtype)
-        return kept
+    def _prepare(self, x: Tensor, state: GateState, dtype: torch.dtype) -> Prepared:
+        a, b = concatenate(*self._factors(state), dtype)
+        gates = a.new_empty(0) if state.gates is None else self._gates(x, state).to(dtype)
+        ready = Prepared(shape=(x.shape[0], x.ndim), gates=gates, a=a, b=b.t())
+        state.prepared[self.name] = ready
+        return ready
 
     def _state(self) -> GateState:
         state = self.context.state
@@ -186,9 +200,7 @@ class ExpertLinear(nn.Module):
         if x.dim() != 3 and gates.shape[0] == 1:
             return gates[0]
         if x.dim() == 3 and state.expand and x.shape[0] % gates.shape[0] == 0:
-            gates = gates.repeat_interleave(x.shape[0] // gates.shape[0], 0)
-            state.gates[self.name] = gates
-            return gates
+            return gates.repeat_interleave(x.shape[0] // gates.shape[0], 0)
         raise ValueError(
             f"{self.name}: gates are for {gates.shape[0]} samples, but its input is "
             f"{list(x.shape)}; a site needs [batch, seq, in] with the batch of its gates"

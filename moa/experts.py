@@ -46,6 +46,23 @@ class _Group:
     expert_index: Tensor  # [total rank]
     scaling: Tensor  # [total rank]
 
+    def gates(
+        self, gates: Tensor, active: Tensor | None, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """Site -> [row, 1, rank], from gates [row, site or 1, expert], of active experts alone."""
+        index, scaling = self.expert_index, self.scaling
+        if active is not None:
+            kept = active[index]
+            index, scaling = index[kept], scaling[kept]
+        if gates.shape[1] > 1:
+            gates = gates.index_select(1, self.site_index)
+        wide = gates.index_select(-1, index) * scaling
+        if dtype is not None and not torch.is_grad_enabled():
+            wide = wide.to(dtype)
+        if gates.shape[1] == 1:
+            return dict.fromkeys(self.names, wide)
+        return dict(zip(self.names, wide.unsqueeze(2).unbind(1), strict=True))
+
 
 class ExpertBank:
     """Owns the sites of one model, in module order, and its experts, in the order they came."""
@@ -198,7 +215,7 @@ class ExpertBank:
         """Overwrite an expert with a state of the same sites and ranks; ValueError otherwise."""
         overwrite(self.state(name), tensors, name)
         if self.context.state is not None:
-            self.context.state.factors.clear()
+            self.context.state.prepared.clear()
 
     def peft_config(self, name: str) -> dict[str, Any]:
         """adapter_config.json of an expert: full paths, and patterns only where sites differ."""
@@ -224,6 +241,7 @@ class ExpertBank:
                 f"gates are {list(gates.shape)}; expected [batch, 1 or {len(self.sites)} sites, "
                 f"{len(self.names)} experts {self.names}]"
             )
+        active = None if torch.is_grad_enabled() else self._active(gates)
         table: dict[str, Tensor] = {}
         by_stream = {"text": gates}
         for group in self._grouped(gates.device):
@@ -233,17 +251,18 @@ class ExpertBank:
                         f"sites of the image stream need image_index: {group.names[0]}"
                     )
                 by_stream[group.stream] = gates[image_index]
-            own = by_stream[group.stream]
-            if gates.shape[1] > 1:
-                own = own.index_select(1, group.site_index)
-            wide = own.index_select(-1, group.expert_index) * group.scaling
-            if dtype is not None and not torch.is_grad_enabled():
-                wide = wide.to(dtype)
-            per_site = (
-                wide.unsqueeze(2).unbind(1) if gates.shape[1] > 1 else [wide] * len(group.names)
+            table |= group.gates(by_stream[group.stream], active, dtype)
+        names = None
+        if active is not None:
+            names = frozenset(
+                n for n, used in zip(self.names, active.tolist(), strict=True) if used
             )
-            table.update(zip(group.names, per_site, strict=True))
-        self.context.state = GateState(gates=table, expand=expand)
+        self.context.state = GateState(gates=table, active=names, expand=expand)
+
+    def _active(self, gates: Tensor) -> Tensor | None:
+        """[expert] bool: who has a gate anywhere; None where all have one."""
+        active = gates.ne(0).flatten(0, 1).any(0)
+        return None if bool(active.all()) else active
 
     def route_tokens(
         self, top_k: int | None, temperature: float | int = 1.0, *, recording: bool = True

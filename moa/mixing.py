@@ -39,10 +39,15 @@ def concatenate(
     return torch.cat(tuple(factors_a)).to(dtype), torch.cat(tuple(factors_b), dim=1).to(dtype)
 
 
-def add_mixture(x: Tensor, base: Tensor, gates: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Add the gated experts into `base` itself, which must be fresh; for inference alone."""
-    hidden = F.linear(x.to(base.dtype), a) * gates.to(base.dtype)
-    base.view(-1, base.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), b.t())
+def add_mixture(x: Tensor, base: Tensor, gates: Tensor, a: Tensor, b_t: Tensor) -> Tensor:
+    """Add the gated experts, B given as [rank, out], into `base` itself; for inference alone.
+
+    `base` must be fresh: nothing else may hold it.
+    """
+    dtype = base.dtype
+    hidden = F.linear(x if x.dtype == dtype else x.to(dtype), a)
+    hidden *= gates
+    base.view(-1, base.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), b_t)
     return base
 
 

@@ -179,6 +179,9 @@ def test_experts_switched_off_equal_the_backbone():
         assert model(**inputs(processor)).logits.equal(before)
     bank.set_gates(torch.zeros(4, 1, 3), torch.arange(4))
     assert model(**inputs(processor)).logits.equal(before)
+    with torch.no_grad():
+        bank.set_gates(torch.zeros(4, 1, 3), torch.arange(4))
+        assert model(**inputs(processor)).logits.equal(before)
 
 
 def test_only_the_experts_get_gradients_and_each_of_them_does():
@@ -447,9 +450,26 @@ def test_decoding_steps_share_one_concatenation():
     bank.set_gates(torch.ones(1, 1, 3))
     with torch.no_grad():
         bank.sites[SITE](torch.ones(1, 2, 32))
-        first = bank.context.state.factors[SITE]
+        first = bank.context.state.prepared[SITE]
         bank.sites[SITE](torch.ones(1, 1, 32))
-    assert bank.context.state.factors[SITE] is first
+    assert bank.context.state.prepared[SITE] is first
+
+
+def test_inference_leaves_out_experts_that_no_sample_uses():
+    model, processor = tiny_llava()
+    bank = make_bank(model)
+    fill(bank)
+    gates = torch.tensor([[[0.0, 0.0, 0.5]], [[2.0, 0.0, 0.0]]]).repeat(2, 1, 1)
+    with torch.no_grad():
+        bank.set_gates(gates, torch.arange(4))
+        pruned = model(**inputs(processor)).logits
+        kept = bank.context.state.prepared[SITE].a
+    assert kept.shape[0] == 4 + 8
+    later = model(**inputs(processor)).logits  # the same gates, with gradients
+    bank.set_gates(gates, torch.arange(4))
+    full = model(**inputs(processor)).logits
+    for out in (pruned, later):
+        torch.testing.assert_close(out, full, atol=1e-6, rtol=1e-5)
 
 
 def test_inference_sees_a_move_to_another_dtype_or_a_loaded_state():
