@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 from data.checks import BadSampleError
 from moa.build import build_model
 from moa.checkpoint import load_model, pointed
 from moa.config import RunConfig
+from moa.peft_io import save_expert
 from moa.training import loop
 from moa.training.batches import Layout, make_layout
 from moa.training.loop import train
@@ -26,6 +28,7 @@ from moa.training.setup import make_accelerator, open_run
 from moa.training.step import TrainingError
 from tests.toy import toy_config, write_rows
 
+SLOW = pytest.mark.slow
 CLOCKS = ("samples_per_s", "tokens_per_s", "memory_gib")
 
 
@@ -74,6 +77,7 @@ def test_the_stage_experts_uses_the_samples_own_expert(unbroken):
         assert line.get("gates/grounding/vqa", 0.0) == 0.0
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_the_router_learns_its_guidance(world):
     config = toy_config(
         world, out=str(world / "longer"), data__validation=[], losses__load_balancing=0,
@@ -103,7 +107,7 @@ def kill_at(step: int, monkeypatch) -> None:
     monkeypatch.setattr(loop.Reporter, "step", dying)
 
 
-@pytest.mark.parametrize("step", [2, 5, 8, 11])
+@pytest.mark.parametrize("step", [2, pytest.param(5, marks=SLOW), 8, pytest.param(11, marks=SLOW)])
 def test_a_killed_run_goes_on_to_the_losses_of_the_unbroken_one(
     world, unbroken, step, monkeypatch, tmp_path
 ):
@@ -131,6 +135,7 @@ def test_a_run_that_is_done_resumes_to_nothing(unbroken):
     assert (Path(unbroken.out) / "log.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing_even_across_a_resume(unbroken, monkeypatch, tmp_path):
     data = replace(unbroken.data, num_workers=2)
     config = replace(unbroken, out=str(tmp_path / "workers"), data=data)
@@ -142,6 +147,7 @@ def test_worker_processes_change_nothing_even_across_a_resume(unbroken, monkeypa
     assert log_of(config) == log_of(unbroken)
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_whole_batchs_losses(world, tmp_path):
     whole, parts = (
         toy_config(
@@ -161,6 +167,7 @@ def assert_close(lines: list[dict], others: list[dict]) -> None:
             assert one.get(key, 0) == pytest.approx(other.get(key, 0), rel=1e-4), (one, other)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_losses(world, tmp_path):
     changes = {"stages": [{"name": "joint", "steps": 3}], "data__validation": []}
     plain = toy_config(world, out=str(tmp_path / "plain"), **changes)
@@ -176,14 +183,14 @@ def test_gradient_checkpointing_gives_the_same_losses(world, tmp_path):
 
 KINDS = [
     {"kind": "softmax", "per_site": True},
-    {"kind": "top_k", "top_k": 1},
-    {"kind": "sigmoid"},
-    {"kind": "softmax", "granularity": "token"},
-    {"kind": "anchors"},
+    pytest.param({"kind": "top_k", "top_k": 1}, marks=SLOW),
+    pytest.param({"kind": "sigmoid"}, marks=SLOW),
+    pytest.param({"kind": "softmax", "granularity": "token"}, marks=SLOW),
+    pytest.param({"kind": "anchors"}, marks=SLOW),
 ]
 
 
-@pytest.mark.parametrize("router", KINDS, ids=lambda r: "-".join(map(str, r.values())))
+@pytest.mark.parametrize("router", KINDS, ids=str)
 def test_every_router_kind_trains_and_resumes_exactly(world, tmp_path, monkeypatch, router):
     stages = [{"name": "experts", "steps": 1}, {"name": "router", "steps": 3}]
     changes = {"router": {"hidden": 8, **router}, "stages": stages, "train__save_every": 1}
@@ -199,6 +206,7 @@ def test_every_router_kind_trains_and_resumes_exactly(world, tmp_path, monkeypat
     assert_same_weights(broken, whole)
 
 
+@pytest.mark.slow
 def test_the_stage_router_moves_the_router_alone_and_a_frozen_expert_never_moves(world, tmp_path):
     frozen = {"vqa": {"rank": 2, "alpha": 4, "frozen": True}, "grounding": {"rank": 3, "alpha": 3}}
     config = toy_config(world, out=str(tmp_path / "run"), experts=frozen, data__validation=[],
@@ -223,6 +231,7 @@ def same_expert(one, other, name: str) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_the_projector_is_trained_saved_and_resumed_where_asked_for(world, tmp_path, monkeypatch):
     changes = {"model__train_projector": True, "train__save_every": 1, "data__validation": [],
                "stages": [{"name": "joint", "steps": 3, "lr": {"projector": 0.01}}]}  # fmt: skip
@@ -251,6 +260,7 @@ def test_a_stage_starts_from_a_run_and_a_router_of_another_config_starts_fresh(
     assert same_expert(load_model(unbroken.out)[0], run_once(other).model, "grounding")
 
 
+@pytest.mark.slow
 def test_a_stage_starts_from_peft_folders_and_refuses_one_of_another_scale(
     world, unbroken, tmp_path
 ):
@@ -267,6 +277,7 @@ def test_a_stage_starts_from_peft_folders_and_refuses_one_of_another_scale(
         run_once(scaled)
 
 
+@pytest.mark.slow
 def test_an_expert_starts_from_its_own_peft_folder(world, unbroken, tmp_path):
     last = Path(unbroken.out) / "checkpoints" / pointed(Path(unbroken.out), "last")
     experts = {"new": {"init_from": str(last / "experts" / "vqa")}}
@@ -311,7 +322,8 @@ def with_bad_rows(world: Path, folder: Path, policy: str) -> RunConfig:
     sources = [{"name": "vqa", "kind": "jsonl", "path": str(path), "expert": "vqa"}]
     return toy_config(
         world, out=str(folder / "run"), data__sources=sources, data__on_bad_sample=policy,
-        data__validation=[], stages=[{"name": "experts", "steps": 6}],
+        data__validation=[{**sources[0], "num_samples": 4}],
+        stages=[{"name": "experts", "steps": 6}],
     )  # fmt: skip
 
 
@@ -328,7 +340,32 @@ def test_bad_rows_are_left_out_counted_and_reported_where_the_config_says_so(
     assert run.skipped == {"missing image": 8}  # of 24 rows, one pass
     assert steps_of(config)[-1]["skipped"] == 8
     assert sum(line["samples"] for line in steps_of(config)) == 16
+    assert [v["validation_skipped"] for v in log_of(config) if "validation" in v] == [2, 2]
     assert "left out: 8 x missing image" in capsys.readouterr().out
+
+
+def adapter(folder: Path, site: str, value: float) -> str:
+    factors = {f"base_model.model.{site}.lora_{f}.weight": torch.full(shape, value)
+               for f, shape in (("A", (2, 32)), ("B", (64, 2)))}  # fmt: skip
+    save_expert(folder, factors, {"r": 2, "lora_alpha": 4, "target_modules": [site]})
+    return str(folder)
+
+
+def test_an_adapter_for_another_base_is_refused_by_its_site(world, tmp_path):
+    source = adapter(tmp_path / "other", "model.language_model.layers.7.mlp.up_proj", 1.0)
+    config = toy_config(world, out=str(tmp_path / "run"), experts__vqa__init_from=source)
+    with pytest.raises(ValueError, match=r"layers\.7\.mlp\.up_proj"):
+        run_once(config)
+
+
+def test_an_adapter_with_a_nan_is_refused_by_its_file(world, tmp_path):
+    source = adapter(tmp_path / "nan", "model.language_model.layers.0.mlp.up_proj", 1.0)
+    file = Path(source) / "adapter_model.safetensors"
+    tensors = {key: value.fill_(float("nan")) for key, value in load_file(file).items()}
+    save_file(tensors, file)
+    config = toy_config(world, out=str(tmp_path / "run"), experts__vqa__init_from=source)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: .* NaN"):
+        run_once(config)
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(unbroken):

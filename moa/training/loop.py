@@ -213,7 +213,7 @@ class Stage:
         refuse_bad_samples(micro_batches, run.config.data.on_bad_sample, run.step)
         counts = count_step(micro_batches, run.accelerator)
         run.skipped += counts.rejected
-        batches = [b.to(run.accelerator.device) for b, _ in micro_batches if b is not None]
+        batches = [batch for batch, _ in micro_batches if batch is not None]
         figures = Figures(run.model.bank.names, run.config.data.tasks, run.accelerator.device)
         if self.optimizer is None:
             return self.anchor_step(batches, figures)
@@ -231,6 +231,7 @@ class Stage:
         weights = aux_weights(run.config.losses, progress)
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)  # gradients are exchanged once, with the last
+            batch = batch.to(run.accelerator.device)
             with nullcontext() if last else run.accelerator.no_sync(self.wrapped):
                 output = self.wrapped(batch, stage_gates(run.model, batch, self.config.name))
                 loss = objective(output, counts, weights, run.config.losses.reduction)
@@ -282,6 +283,7 @@ class Stage:
         update_anchors(run.model, batches, run.accelerator)
         with torch.no_grad():
             for batch in batches:
+                batch = batch.to(run.accelerator.device)
                 figures.add(batch, run.model(batch))
         values = figures.reduced(run.accelerator)
         stop_if_not_finite(figures, values, 0.0, run.accelerator, run.step)
@@ -299,6 +301,7 @@ class Stage:
             run.accelerator,
             batch_size=run.config.eval.batch_size,
             num_workers=run.config.data.num_workers,
+            on_bad_sample=run.config.data.on_bad_sample,
             gates=lambda batch: stage_gates(run.model, batch, self.config.name),
         )
         run.reporter.validation(self.header() | losses)

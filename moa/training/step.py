@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from data.checks import BadSampleError, Rule, name_of
 from data.collate import IGNORED
+from data.sample import Sample
 from moa.config import LossConfig
 from moa.model import MixtureModel, MixtureOutput
 from moa.training.batches import Collated
@@ -95,7 +96,7 @@ class Figures:
         self.table = torch.zeros(len(tasks), len(self.COLUMNS) + len(experts), device=device)
         self.rest = torch.zeros(2 + len(AUX), device=device)  # tokens read, non-finite losses, aux
         self.aux: list[str] = []
-        self.broken: list[tuple[Batch, Tensor]] = []
+        self.seen: list[tuple[list[Sample], Tensor]] = []
 
     @torch.no_grad()
     def add(self, batch: Batch, output: MixtureOutput) -> None:
@@ -111,7 +112,7 @@ class Figures:
         self.aux = list(output.aux)
         for name, value in output.aux.items():
             self.rest[2 + AUX.index(name)] += value * len(batch)
-        self.broken.append((batch, loss))
+        self.seen.append((batch.samples, loss))
 
     def reduced(self, accelerator: Accelerator) -> dict[str, float]:
         """Means by task and over all samples of all processes; every process must call it."""
@@ -134,8 +135,8 @@ class Figures:
         """This process's samples whose loss is not finite, or all that it read."""
         return [
             name_of(sample)
-            for batch, loss in self.broken
-            for sample, value in zip(batch.samples, loss.tolist(), strict=True)
+            for samples, loss in self.seen
+            for sample, value in zip(samples, loss.tolist(), strict=True)
             if all_samples or not math.isfinite(value)
         ]
 
@@ -187,7 +188,7 @@ def update_anchors(model: MixtureModel, batches: Sequence[Batch], accelerator: A
     buffers = dict(model.router.named_buffers())
     before = {name: buffer.clone() for name, buffer in buffers.items()}
     for batch in batches:
-        model.update_anchors(batch)
+        model.update_anchors(batch.to(accelerator.device))
     if accelerator.num_processes > 1:
         for name, buffer in buffers.items():
             added = accelerator.reduce(buffer - before[name], "sum")

@@ -22,16 +22,18 @@ def validation_losses(
     *,
     batch_size: int,
     num_workers: int,
+    on_bad_sample: str,
     gates: Callable[[Batch], Tensor | None],
 ) -> dict[str, float]:
     """`validation/<source>` for each source, and `validation`, the mean over the sources.
 
-    The processes share the samples. Bad samples are left out. Every process must call it.
+    The processes share the samples; every process must call it. A bad sample stops the run, or is
+    left out and counted in `validation_skipped`.
     """
     model.eval()
-    sums = torch.zeros(len(sources), 2, device=accelerator.device)  # loss, samples
+    sums = torch.zeros(len(sources), 3, device=accelerator.device)  # loss, samples, bad ones
     for row, (name, source) in enumerate(sources.items()):
-        for batch, _ in source_loader(
+        for batch, errors in source_loader(
             source,
             name,
             collator,
@@ -40,13 +42,17 @@ def validation_losses(
             num_processes=accelerator.num_processes,
             num_workers=num_workers,
         ):
+            if errors and on_bad_sample == "error":
+                raise errors[0]
+            sums[row, 2] += len(errors)
             if batch is not None:
                 batch = batch.to(accelerator.device)
                 with accelerator.autocast():
                     loss = model(batch, gates(batch)).loss_per_sample
-                sums[row] += torch.stack([loss.sum(), loss.new_tensor(len(batch))])
+                sums[row, :2] += torch.stack([loss.sum(), loss.new_tensor(len(batch))])
     model.train()
     total = accelerator.reduce(sums, "sum").double().cpu()
     means = (total[:, 0] / total[:, 1].clamp(min=1)).tolist()
     losses = {f"validation/{name}": mean for name, mean in zip(sources, means, strict=True)}
-    return losses | {"validation": sum(means) / len(means)}
+    skipped = {"validation_skipped": int(total[:, 2].sum())} if total[:, 2].any() else {}
+    return losses | {"validation": sum(means) / len(means)} | skipped
