@@ -1,11 +1,12 @@
 """What the speed benchmarks share: a random LLaVA of a chosen size, a batch for it, and clocks."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from data.batch import Batch
@@ -34,7 +35,7 @@ class Size:
 
 SIZES = {
     "small": Size(
-        width=512, layers=4, heads=8, vocab=2048, image_tokens=64, prompt=48, answer=16, batch=8
+        width=512, layers=4, heads=8, vocab=4096, image_tokens=64, prompt=48, answer=16, batch=8
     ),
     "large": Size(
         width=2048,
@@ -79,7 +80,8 @@ def make_backbone(size: Size, device: str, dtype: torch.dtype) -> Backbone:
         image_seq_length=side**2,
         vision_feature_layer=-1,
     )
-    model = LlavaForConditionalGeneration(config).to(device, dtype).eval()
+    model: nn.Module = LlavaForConditionalGeneration(config).eval()
+    model = model.to(device, dtype)
     return Backbone(model=model.requires_grad_(False), processor=None)
 
 
@@ -138,19 +140,26 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def race(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Best seconds of each run, the runs taking turns: load from elsewhere hits all of them alike.
-
-    The best of many rounds, because whatever else a machine does can only add time.
-    """
-    best = dict.fromkeys(runs, float("inf"))
+def race(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round, the runs taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):  # the first one warms up
         for name, run in runs.items():
             start = clock(device)
             run()
             if turn:
-                best[name] = min(best[name], clock(device) - start)
-    return best
+                seconds[name].append(clock(device) - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], one: str, other: str) -> float:
+    """Median over the rounds of one run's time over another's.
+
+    Within a round they ran side by side, so that a machine that slows down slows both.
+    """
+    return median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
 
 def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:

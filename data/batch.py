@@ -5,7 +5,7 @@ question tokens, `words` OCR words, `chars` token ids of one OCR word.
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same batch with every tensor on `device`; the samples stay where they are."""
-        tensors = {
+        tensors: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)

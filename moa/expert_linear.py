@@ -212,8 +212,8 @@ class ExpertLinear(nn.Module):
             raise ValueError(f"{self.name}: has no token router; call bank.add_token_routers()")
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.token_router.float()) / state.temperature
-            whole = state.top_k is None
-            gates = softmax_gates(logits) if whole else top_k_gates(logits, state.top_k)
+            top_k = state.top_k
+            gates = softmax_gates(logits) if top_k is None else top_k_gates(logits, top_k)
         if state.recording:
             state.token_logits[self.name] = logits  # by site: a second call replaces the first
         if self._spread is None:

@@ -20,7 +20,7 @@ def scaling_of(rank: int, alpha: float | int, use_rslora: bool) -> float:
 
 def expert_state(sites: Mapping[str, ExpertLinear], name: str) -> dict[str, Float[Tensor, "_ _"]]:
     """The factors of one expert by PEFT key, sharing memory with the parameters."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for site_name, site in sites.items():
         if name in site.scalings:
             factors = site.lora_A[name].detach(), site.lora_B[name].detach()

@@ -341,8 +341,8 @@ class ExpertBank:
         dtype: torch.dtype,
     ) -> None:
         device = site.base_layer.weight.device
-        factors = [nn.Parameter(f.to(device=device, dtype=dtype, copy=True)) for f in (a, b)]
-        site.add(name, *factors, scaling)
+        own_a, own_b = (f.to(device=device, dtype=dtype, copy=True) for f in (a, b))
+        site.add(name, nn.Parameter(own_a), nn.Parameter(own_b), scaling)
 
     def _changed(self) -> None:
         self._groups = None

@@ -174,7 +174,7 @@ class MixtureModel(nn.Module):
         if self.granularity == "token":
             return Gates()
         if self.kind == "fixed":
-            gates = self.weights.expand(len(batch), 1, -1)
+            gates = self.get_buffer("weights").expand(len(batch), 1, -1)
             return Gates(gates=_available(gates, available, renormalise=False))
         if self.kind == "one_hot":
             gates = one_hot_gates(batch.expert_ids, len(self.bank.names))[:, None]

@@ -76,19 +76,18 @@ class Router(nn.Module):
             {kind: nn.Parameter(torch.randn(hidden) * 0.02) for kind in self.evidence}
         )
         width = hidden * len(self.evidence)
-        self.head = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, experts)
-        )
-        nn.init.normal_(self.head[-1].weight, std=0.02)  # gates start nearly uniform
-        nn.init.zeros_(self.head[-1].bias)
+        last = nn.Linear(hidden, experts)
+        nn.init.normal_(last.weight, std=0.02)  # gates start nearly uniform
+        nn.init.zeros_(last.bias)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), last)
         self.site_offset = nn.Parameter(torch.zeros(sites, experts)) if per_site else None
 
     def forward(
         self, evidence: Evidence, withhold: Collection[str] = ()
     ) -> Float[Tensor, "batch site expert"]:
         """Logits in float32; kinds in `withhold` are treated as missing in every sample."""
-        device = self.head[-1].weight.device
-        with torch.autocast(device.type, enabled=False):
+        device = next(self.parameters()).device.type
+        with torch.autocast(device, enabled=False):
             vectors = [self._encode(kind, evidence, kind in withhold) for kind in self.evidence]
             logits = self.head(torch.cat(vectors, dim=-1))[:, None]
             return logits if self.site_offset is None else logits + self.site_offset
@@ -229,14 +228,14 @@ class AnchorRouter(nn.Module):
         self, evidence: Evidence, withhold: Collection[str] = ()
     ) -> Float[Tensor, "batch 1 expert"]:
         """Logits in float32; kinds in `withhold` are left out."""
-        total = count = 0
+        total = count = torch.zeros(())
         for kind in self.evidence:
             features, present = self._features(kind, evidence)
             if kind in withhold:
                 present = torch.zeros_like(present)
             sums, counts = self.get_buffer(f"{kind}_sums"), self.get_buffer(f"{kind}_counts")
-            total = total + anchor_similarity(sums, counts, features, present)
-            count = count + present.float()
+            total = total.to(sums) + anchor_similarity(sums, counts, features, present)
+            count = count.to(sums) + present
         return (self.sharpness * total / count.clamp(min=1)[:, None])[:, None]
 
     def _features(self, kind: str, evidence: Evidence) -> tuple[Tensor, Tensor]:
