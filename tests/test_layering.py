@@ -26,7 +26,7 @@ ROOMS = {
     "open_clip": ("moa.backbones", "scripts", "benchmarks"),
     "accelerate": ("moa.training", "moa.checkpoint", "train", "eval"),
     "peft": ("benchmarks",),
-    "deepspeed": (),
+    "deepspeed": ("moa.training.zero",),
     "flwr": ("moa.federated",),
 }
 # Modules of tensors, strings and numbers alone.
