@@ -100,6 +100,8 @@ class MixtureModel(nn.Module):
         self.register_buffer("weights", values, persistent=False)
         if len(values) != count:
             raise ValueError(f"weights: {len(values)} values for {count} experts {bank.names}")
+        if weights is not None and kind != "fixed":
+            raise ValueError(f"weights have no effect with router.kind {kind}; choices: fixed")
         if kind == "top_k" and not 1 <= top_k <= count:
             raise ValueError(f"router.top_k must be in 1..{count} (experts), got {top_k}")
 
@@ -172,6 +174,8 @@ class MixtureModel(nn.Module):
             gates = override if override.dim() == 3 else override[:, None]
             return Gates(gates=_available(gates.float(), available))
         if self.granularity == "token":
+            if available is not None:
+                raise ValueError("available: token routing uses all experts; give gates instead")
             return Gates()
         if self.kind == "fixed":
             gates = self.get_buffer("weights").expand(len(batch), 1, -1)

@@ -533,6 +533,7 @@ def test_autocast_leaves_gates_in_float32():
         ({"kind": "softmax"}, "needs Router"),
         ({"kind": "anchors"}, "needs AnchorRouter"),
         ({"kind": "fixed", "weights": [1.0]}, "1 values for 3 experts"),
+        ({"kind": "one_hot", "weights": [1.0, 0.0, 0.0]}, "no effect with router.kind one_hot"),
         ({"kind": "top_k", "top_k": 4, "router": True}, r"must be in 1\.\.3"),
     ],
 )
@@ -543,8 +544,51 @@ def test_settings_that_do_not_fit_together_are_refused(options, message):
         MixtureModel(model.backbone, model.bank, router, **options)
 
 
+def test_availability_is_refused_where_tokens_are_routed_one_by_one():
+    model = make_model("softmax", granularity="token")
+    with pytest.raises(ValueError, match="token routing uses all experts"):
+        model(batch_of(model), available=torch.tensor([True, True, False]))
+
+
 def test_a_router_for_another_number_of_experts_is_refused():
     model = make_model()
     model.bank.add("late", rank=2, alpha=2)
     with pytest.raises(ValueError, match="expected .*4 experts"):
         model(batch_of(model))
+
+
+# Learning ----------------------------------------------------------------------------------------
+
+WHAT, WHERE = ("what is this?", "what do you see?"), ("where is this?", "where do you see it?")
+# Kind of evidence -> the options of a batch in which that kind alone tells the experts apart.
+TELLING = {
+    "image": lambda ids: {"images": [100 * i + j % 4 for j, i in enumerate(ids)]},
+    "text": lambda ids: {"questions": [(WHERE, WHAT)[i][j % 2] for j, i in enumerate(ids)]},
+    "word order": lambda ids: {
+        "questions": [("dog left of cat", "cat left of dog")[i] for i in ids]
+    },
+    "ocr": lambda ids: {"words": [("stop",) if i else () for i in ids]},
+    "task": lambda ids: {"tasks": ids},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TELLING)
+def test_the_router_learns_from_each_kind_of_evidence_where_it_alone_decides(kind):
+    model = make_model(filled=False, targets=(LANGUAGE,)).train()
+    torch.nn.init.normal_(model.router.head[-1].weight, std=0.02)
+    optimizer = torch.optim.AdamW(model.router.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(80):
+        ids = torch.randint(2, (16,), generator=generator).tolist()
+        same = {"questions": ["what is this?"] * 16, "images": [0] * 16, "tasks": [0] * 16}
+        options = {**same, "words": [()] * 16, "answers": None, "experts": ids}
+        batch = batch_of(model, **{**options, **TELLING[kind](ids)})
+        if step >= 70:
+            model.eval()
+            assert model.compute_gates(batch).gates[:, 0].argmax(-1).equal(batch.expert_ids)
+            continue
+        logits = model.compute_gates(batch).logits[:, 0]
+        optimizer.zero_grad()
+        F.cross_entropy(logits, batch.expert_ids).backward()
+        optimizer.step()
