@@ -394,6 +394,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--align", type=float, default=0.5, help="weight of patches like words")
     parser.add_argument("--read-share", type=float, default=0.5, help="of rows with a sign's word")
+    parser.add_argument(
+        "--mixture", nargs="*", default=[], metavar="TASK=WEIGHT", help=str(MIXTURE)
+    )
     parser.add_argument("--start", type=Path, help="base to go on from, its tower as it is")
     return parser.parse_args()
 
@@ -410,6 +413,7 @@ def main() -> None:
     args = arguments()
     began = time.time()
     torch.manual_seed(args.seed)
+    MIXTURE.update({task: float(weight) for task, weight in (m.split("=") for m in args.mixture)})
     model, processor = begin_or_go_on(args)
     tokenizer = processor.tokenizer
     total = sum(p.numel() for p in model.parameters())
@@ -428,7 +432,7 @@ def main() -> None:
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
     card |= {"tower_steps": args.tower_steps, "language_steps": args.steps, "questions": args.questions,
-             "align": args.align, "read_share": args.read_share, "start": str(args.start),
+             "align": args.align, "read_share": args.read_share, "start": str(args.start), "mixture": MIXTURE,
              "bf16": args.bf16, "minutes": round((time.time() - began) / 60, 1)}  # fmt: skip
     (args.out / "recipe.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(card))
