@@ -127,7 +127,9 @@ class ExpertLinear(nn.Module):
             return out
         if torch.is_grad_enabled():
             state.prepared.pop(self.name, None)  # what follows may change the factors
-            return mix(x, out, self._gates(x, state), *self._factors(state))
+            # A plain linear layer's output is new each time, and not needed for its own gradient.
+            fresh = type(self.base_layer) is nn.Linear
+            return mix(x, out, self._gates(x, state), *self._factors(state), in_place=fresh)
         ready = state.prepared.get(self.name)
         if ready is None or ready.shape != (x.shape[0], x.ndim) or ready.a.dtype != out.dtype:
             ready = self._prepare(x, state, out.dtype)

@@ -21,13 +21,19 @@ def mix(
     gates: Float[Tensor, "#batch *#seq rank"],
     factors_a: Sequence[Float[Tensor, "_ in"]],
     factors_b: Sequence[Float[Tensor, "out _"]],
+    *,
+    in_place: bool = False,
 ) -> Float[Tensor, "batch *seq out"]:
     """The base's output plus the gated experts, differentiable in all tensors, in base's dtype.
 
     Saves x, x A^T and the gates for the backward pass, as one LoRA of the total rank would: the
     gated product is recomputed, and the factors are concatenated anew rather than kept.
+    `in_place` writes into `base`, which nothing else may hold: the copy it saves is as large as all
+    the experts' other traffic.
     """
-    return _Mix.apply(x.to(base.dtype), base, gates, *factors_a, *factors_b)
+    # A view (DeepSpeed's hooks return one) cannot be written to from within a custom function.
+    in_place = in_place and not base._is_view()
+    return _Mix.apply(in_place, x.to(base.dtype), base, gates, *factors_a, *factors_b)
 
 
 def concatenate(
@@ -52,18 +58,22 @@ def add_mixture(x: Tensor, base: Tensor, gates: Tensor, a: Tensor, b_t: Tensor) 
 
 
 class _Mix(torch.autograd.Function):
-    """apply(x, base, gates, *A factors, *B factors), x in base's dtype."""
+    """apply(in_place, x, base, gates, *A factors, *B factors), x in base's dtype."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: Tensor, gates: Tensor, *factors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, in_place: bool, x: Tensor, base: Tensor, gates: Tensor, *factors: Tensor
+    ) -> Tensor:
         count = len(factors) // 2
         a, b = concatenate(factors[:count], factors[count:], base.dtype)
         hidden = F.linear(x, a)
         ctx.save_for_backward(x, hidden, gates, *factors)
-        gated = hidden * gates.to(hidden.dtype)
-        # addmm and not addmm_: the base's output is a view of a product, which autograd does not
-        # let a custom function change in place.
-        out = torch.addmm(base.reshape(-1, base.shape[-1]), gated.flatten(0, -2), b.t())
+        gated = (hidden * gates.to(hidden.dtype)).flatten(0, -2)
+        if in_place:
+            ctx.mark_dirty(base)
+            base.view(-1, base.shape[-1]).addmm_(gated, b.t())
+            return base
+        out = torch.addmm(base.reshape(-1, base.shape[-1]), gated, b.t())
         return out.view(base.shape)
 
     @staticmethod
@@ -72,7 +82,7 @@ class _Mix(torch.autograd.Function):
         x, hidden, gates, *factors = ctx.saved_tensors
         half = len(factors) // 2
         factors_a, factors_b = factors[:half], factors[half:]
-        needs_x, needs_base, needs_gates, *needs = ctx.needs_input_grad
+        _, needs_x, needs_base, needs_gates, *needs = ctx.needs_input_grad
         a, b = concatenate(factors_a, factors_b, grad.dtype)
         weights, flat = gates.to(grad.dtype), grad.reshape(-1, grad.shape[-1])
 
@@ -90,7 +100,7 @@ class _Mix(torch.autograd.Function):
         if any(needs[half:]):
             gated = (hidden * weights).flatten(0, -2)
             grads_b = _per_expert_transposed(gated.t() @ flat, factors_b)
-        return grad_x, grad if needs_base else None, grad_gates, *grads_a, *grads_b
+        return None, grad_x, grad if needs_base else None, grad_gates, *grads_a, *grads_b
 
 
 def _per_expert(grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:

@@ -114,7 +114,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_seq_length=NUM_PATCHES,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=int(tokenizer.convert_tokens_to_ids("<image>")),  # type: ignore[arg-type]
         vision_feature_layer=-1, vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )  # fmt: skip
@@ -274,14 +274,14 @@ def block_mask(segments: Tensor, prefix: int) -> Tensor:
     return (same & causal)[:, None]
 
 
-def alignment_loss(model: nn.Module, pictures: Tensor, names: Tensor) -> Tensor:
+def alignment_loss(model: Any, pictures: Tensor, names: Tensor) -> Tensor:
     """Cross-entropy of projected patches, read as hidden states, with the first token of their names."""
     logits = model.lm_head(model.model.language_model.norm(pictures.float()))
     return F.cross_entropy(logits.flatten(0, 1), names.flatten())
 
 
 def answer_questions(
-    model: nn.Module, packer: Packer, world: World, words: list[str | None], features: Tensor, args
+    model: Any, packer: Packer, world: World, words: list[str | None], features: Tensor, args
 ) -> None:
     """Stage 3: projector and language model on cached features, answers only."""
     language, projector = model.model.language_model, model.model.multi_modal_projector

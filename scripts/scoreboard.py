@@ -216,7 +216,9 @@ def score_row(plan: Plan, row: str, ocr: OcrCache) -> dict[str, Any]:
         ]
         for name, column in plan.columns.items()
     }
-    scores = {name: mean(r.score["value"] for r in found) for name, found in by_column.items()}
+    scores = {
+        name: mean(r.score["value"] or 0.0 for r in found) for name, found in by_column.items()
+    }
     record: dict[str, Any] = {
         "columns": {"trained_mean": mean(scores[task] for task in TRAINED_TASKS), **scores},
         "adapter_parameters": sum(p.numel() for p in adapter_parameters(model, gates)),

@@ -163,7 +163,9 @@ def test_an_adapter_of_another_base_is_refused(folder):
 def test_what_could_not_be_read_is_not_written(tmp_path):
     tensors = factors()
     tensors[site_keys(SITES[0])[0]][0, 0] = torch.inf
-    with pytest.raises(ValueError, match="q_proj.lora_A.weight has NaN or infinite values; nothing was"):
+    with pytest.raises(
+        ValueError, match="q_proj.lora_A.weight has NaN or infinite values; nothing was"
+    ):
         save_expert(tmp_path / "expert", tensors, config())
     with pytest.raises(ValueError, match="has rank 2, but its config says 5"):
         save_expert(tmp_path / "expert", factors(), config(r=5))
