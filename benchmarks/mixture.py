@@ -251,7 +251,9 @@ def main() -> None:
     size, device, dtype = SIZES[arguments.size], arguments.device, DTYPES[arguments.dtype]
     print(f"{size}, {device}, {arguments.dtype}, {torch.get_num_threads()} threads")
 
-    activations, to_lora, to_loop, to_xlora, memory = [], [], [], [], []
+    activations, to_lora, memory = [], [], []
+    to_loop: dict[int, float] = {}
+    to_xlora: dict[int, float] = {}
     for count in arguments.experts:
         layer = layer_figures(count, arguments.rank, size, device, arguments.rounds)
         for name, values in layer.items():
@@ -272,17 +274,18 @@ def main() -> None:
         to_lora.append(ratio(seconds, "ours", "lora"))
         memory.append(saved["ours"] / saved["lora"])
         if "loop" in seconds:
-            to_loop.append(ratio(seconds, "ours", "loop"))
+            to_loop[count] = ratio(seconds, "ours", "loop")
         if "xlora" in seconds:
-            to_xlora.append(ratio(seconds, "ours", "xlora"))
+            to_xlora[count] = ratio(seconds, "ours", "xlora")
         print_row(f"{count} experts, ours over", {"lora": to_lora[-1]})
     figures = {
         "step_vs_lora": max(to_lora),
-        "step_vs_xlora": max(to_xlora, default=None),
-        "step_vs_loop": max(to_loop, default=None),
+        "step_vs_xlora": max(to_xlora.values(), default=None),
+        "step_vs_loop": max(to_loop.values(), default=None),
         "activations_vs_lora": max(activations),
         "step_activations_vs_lora": max(memory),
         "step_vs_lora_by_experts": dict(zip(arguments.experts, to_lora, strict=True)),
+        "step_vs_xlora_by_experts": to_xlora,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "size": arguments.size,
         "dtype": arguments.dtype,

@@ -87,14 +87,14 @@ class _Mix(torch.autograd.Function):
         weights, flat = gates.to(grad.dtype), grad.reshape(-1, grad.shape[-1])
 
         grad_gated = (flat @ b).view(hidden.shape)
-        grad_hidden = (grad_gated * weights).flatten(0, -2)
         grad_x = grad_gates = None
+        if needs_gates:
+            grad_gates = (grad_gated * hidden).to(gates.dtype).sum_to_size(gates.shape)
+        grad_hidden = grad_gated.mul_(weights).flatten(0, -2)
         grads_a: Sequence[Tensor | None] = [None] * half
         grads_b: Sequence[Tensor | None] = [None] * half
         if needs_x:
             grad_x = (grad_hidden @ a).view(x.shape)
-        if needs_gates:
-            grad_gates = (grad_gated * hidden).to(gates.dtype).sum_to_size(gates.shape)
         if any(needs[:half]):
             grads_a = _per_expert(grad_hidden.t() @ x.flatten(0, -2), factors_a)
         if any(needs[half:]):
