@@ -30,7 +30,9 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
         layers.add_column(name)
     for layer, row in {**summary["layers"], "all": total}.items():
         retained = [number(expert["retention"]) for expert in row["experts"].values()]
-        layers.add_row(layer, str(row["rank"]), f"{row['energy_kept']:.4f}", *retained)
+        layers.add_row(
+            layer.removeprefix("model."), str(row["rank"]), f"{row['energy_kept']:.4f}", *retained
+        )
     return [experts, layers]
 
 
