@@ -7,7 +7,8 @@
 
 Any set of PEFT LoRA folders of one base will do, whatever their ranks, alphas and rsLoRA flags. What
 is written is reloaded in a fresh process with PEFT or transformers alone and compared with the live
-mixture; OUT gets export_report.json and merge_report.json (what was kept, by expert, layer, site).
+mixture; OUT gets export_report.json, merge_report.json (what was kept, by expert, layer, site), and
+fidelity.json and fidelity.html: which experts fight, where, and what was lost, in numbers and pictures.
 """
 
 import argparse
@@ -28,12 +29,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from data.sources import make_collator, open_ocr, open_sources
+from moa.analysis.fidelity_page import write_page
 from moa.backbones.llava import load_backbone
 from moa.checkpoint import load_model, load_tensors, step_folder
 from moa.config import RunConfig, load_config
 from moa.merging.base_files import match_sites, read_base
 from moa.merging.core import Expert, parse_rank
 from moa.merging.export import Verify, check_out, export_adapter, export_checkpoint
+from moa.merging.fidelity import measure
 from moa.merging.inputs import GATES, local_base, open_adapters, parse_weights, read_gates
 from moa.merging.merge import (
     METHODS,
@@ -70,7 +73,9 @@ class MergeConfig:
     weights: Any = None
     routing: str | None = None  # report that `gates` reads; null: the run's eval/routing.json
     rank: Any = "sum"  # of the result: a number, sum (exact), or energy:0.99 (the least that does)
-    space: str = "core"  # where the method works; `method=list` prints the choices
+    space: str | None = (
+        None  # where the method works, null: its own; `method=list` prints the choices
+    )
     out: str | None = None  # folder to write
     merged: bool = False  # write a whole checkpoint with the base's keys instead of an adapter
     base: str | None = None  # base model; null: the one that run or adapters name
@@ -79,6 +84,7 @@ class MergeConfig:
     verify: bool = True  # reload in a fresh process and compare
     num_probes: int = 4  # prompts in that comparison
     new_tokens: int = 8  # greedy tokens of each
+    fidelity: bool = True  # write fidelity.json and fidelity.html
 
     def __post_init__(self) -> None:
         parse_rank(self.rank)
@@ -224,7 +230,7 @@ def prepare_verify(
         inputs,
         experts=source.experts,
         base=base,
-        gates=sum_gates(settings.method, options, table),
+        gates=sum_gates(settings.method, options, table, settings.space),
         exact=exact,
         routed=routed,
         stream_of=backbone.stream_of,
@@ -279,15 +285,21 @@ def export(
     about = {
         "method": settings.method,
         "options": options,
-        "space": settings.space,
+        "space": settings.space or METHODS[settings.method].spaces[0],
         "rank": settings.rank,
         "adapters": settings.adapters or settings.run,
         "kept": summary["total"],
     }
+    files: dict[str, Any] = {"merge_report.json": {**about, **summary}}
+    if settings.fidelity:
+        record = measure(source.experts, merged)
+        shown = {key: value for key, value in about.items() if key != "kept"}
+        files["fidelity.json"] = {**shown, **record}
+        files["fidelity.html"] = lambda path: write_page(path, record, shown)
     shared: dict[str, Any] = {
         "dtype": settings.dtype,
         "report": {"merge": about},
-        "files": {"merge_report.json": {**about, **summary}},
+        "files": files,
         "verify": verify,
     }
     if not settings.merged:

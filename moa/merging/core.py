@@ -3,15 +3,17 @@
     dW_i = scaling_i B_i A_i = Q_B M_i Q_A^T,   Q_B [out, rows], Q_A [in, cols] orthonormal
 
 rows and cols are at most R, the sum of the ranks. Q_B comes from one QR of all scaled B side by side,
-Q_A from all A. Every merging method that has a meaning here works on the small M_i alone, which is
-exact, depends neither on the order of the experts nor on how one is factored, and makes the best
-rank-r result an SVD of an R x R matrix (reference: a full SVD of the dense update, PEFT's `svd`).
+Q_A from all A; both are then turned so that their first vectors hold the most energy of all experts
+together. So the M_i are a function of the updates alone: neither the order of the experts nor the way
+one is factored enters, not even in methods that look at single entries (Core Space merging, Panariello
+et al. 2025, takes the axes from the stacked factors instead, which depend on the factoring).
+The best rank-r result is an SVD of an R x R matrix (reference: PEFT's `svd`, of the dense update).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,6 +22,9 @@ from torch import Tensor
 from moa import peft_io
 
 ENERGY_PREFIX = "energy:"
+EXACT_SVD = 1024  # a full SVD of a matrix this small takes less than a second
+SPAN_TOLERANCE = 1e-7  # of the largest singular value: below it a direction is rounding
+Factors = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank], all scale folded into B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +46,6 @@ class Expert:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
-    """A row of a method table: what the command line must know of a function of tensors."""
-
-    function: Callable[..., Tensor]
-    default_weights: Literal["mean", "ones"]  # where the user gives none: 1/N each, or 1 each
-    is_sum: bool  # the result is a weighted sum of the updates, so some mixture equals it
-    spaces: tuple[str, ...]
-    paper: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class CoreUpdates:
     """dW_i = q_b cores[i] q_a^T, exactly."""
 
@@ -69,14 +63,8 @@ class LowRank:
 
     lora_a: Float[Tensor, "rank in"]
     lora_b: Float[Tensor, "out rank"]
-    core: Float[Tensor, "rows cols"]  # the same update in the core coordinates
-    left: Float[Tensor, "rows rank"]
-    right: Float[Tensor, "rank cols"]
+    singular_values: Float[Tensor, " rank"]  # kept
     lost: float  # squared Frobenius norm of what the rank cut off
-
-    @property
-    def rank(self) -> int:
-        return self.lora_a.shape[0]
 
 
 def expert_from_folder(path: str | Path, name: str | None = None) -> Expert:
@@ -113,9 +101,7 @@ def expert_from_tensors(
     return Expert(name=name, config=config, ranks=ranks, shapes=shapes, read=read)
 
 
-def to_core(
-    factors: Sequence[tuple[Float[Tensor, "_ in"], Float[Tensor, "out _"]] | None],
-) -> CoreUpdates:
+def to_core(factors: Sequence[Factors | None]) -> CoreUpdates:
     """The core form of one site from each expert's (A, scaling * B).
 
     None is an expert without this site, whose core is zero; at least one must have it.
@@ -130,7 +116,21 @@ def to_core(
             own = slice(start, start + pair[0].shape[0])
             cores[index] = r_b[:, own] @ r_a[:, own].T
             start = own.stop
-    return CoreUpdates(q_b=q_b, q_a=q_a, cores=cores)
+    turn_b, turn_a = _principal_axes(q_b, cores), _principal_axes(q_a, cores.mT)
+    return CoreUpdates(q_b=q_b @ turn_b, q_a=q_a @ turn_a, cores=turn_b.T @ cores @ turn_a)
+
+
+def _principal_axes(
+    q: Float[Tensor, "size axes"], cores: Float[Tensor, "expert axes _"]
+) -> Float[Tensor, "axes axes"]:
+    """The rotation of q's columns to where the experts' energy lies, most first; signs fixed in the original space."""
+    axes = torch.linalg.eigh((cores @ cores.mT).sum(0)).eigenvectors.flip(1)
+    return axes * _signs(q @ axes)
+
+
+def _signs(vectors: Float[Tensor, "size count"]) -> Float[Tensor, " count"]:
+    """+1 or -1 for each vector: a singular vector's free sign, chosen so that its largest entry is positive."""
+    return torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True))[0])
 
 
 def compress(
@@ -143,17 +143,36 @@ def compress(
     """
     u, s, v = torch.linalg.svd(core, full_matrices=False)
     size = min(choose_rank(s, rank, total_rank), s.numel())
-    u, s_kept, v = u[:, :size], s[:size], v[:size]
-    lora_b, root = updates.q_b @ u, s_kept.sqrt()
-    # A pair of singular vectors has a free sign; fixed, so that equal updates give equal files.
-    sign = torch.sign(lora_b.gather(0, lora_b.abs().argmax(0, keepdim=True))[0])
+    u, v = updates.q_b @ u[:, :size], v[:size] @ updates.q_a.T
+    return _balanced(u, s[:size], v, lost=float(s[size:].square().sum()))
+
+
+def compress_dense(dense: Float[Tensor, "out in"], rank: int | str, total_rank: int) -> LowRank:
+    """The best approximation of a dense update at the asked rank, as balanced factors.
+
+    By a full SVD where that is cheap or all ranks are wanted, else by subspace iteration (Halko et al. 2011,
+    algorithm 4.4), which finds the leading part to rounding where the spectrum falls.
+    """
+    full = min(dense.shape)
+    wanted = total_rank if rank == "sum" else rank
+    if full <= EXACT_SVD or not isinstance(wanted, int):
+        u, s, v = torch.linalg.svd(dense, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same input gives the same file
+            u, s, v = torch.svd_lowrank(dense, q=min(full, wanted + 16), niter=6)
+        v = v.T
+    size = min(choose_rank(s, rank, total_rank), s.numel())
+    kept = s[:size].square().sum()
+    lost = float((dense.square().sum() - kept).clamp(min=0))
+    return _balanced(u[:, :size], s[:size], v[:size], lost=lost)
+
+
+def _balanced(u: Tensor, s: Tensor, v: Tensor, *, lost: float) -> LowRank:
+    root = s.sqrt()
+    sign = _signs(u)
     return LowRank(
-        lora_a=(root * sign)[:, None] * (v @ updates.q_a.T),
-        lora_b=lora_b * root * sign,
-        core=(u * s_kept) @ v,
-        left=u,
-        right=v,
-        lost=float(s[size:].square().sum()),
+        lora_a=(root * sign)[:, None] * v, lora_b=u * root * sign, singular_values=s, lost=lost
     )
 
 
@@ -191,15 +210,14 @@ def parse_rank_energy(rank: str) -> float:
     return share
 
 
-def inner_products(
-    core: Float[Tensor, "rows cols"], cores: Float[Tensor, "expert rows cols"]
-) -> Float[Tensor, " expert"]:
-    """<dW, dW_i> of one update with each expert's; the orthonormal bases drop out."""
-    return torch.einsum("rc,erc->e", core, cores)
+def inner_product(one: Factors, other: Factors) -> Tensor:
+    """<B A, B' A'> of two updates, from their factors."""
+    return ((one[1].T @ other[1]) * (one[0] @ other[0].T)).sum()
 
 
-def energy_in_span(
-    low: LowRank, cores: Float[Tensor, "expert rows cols"]
-) -> Float[Tensor, " expert"]:
-    """|P dW_i P'|^2 with P, P' the projections on the row and column space of the result."""
-    return (low.left.T @ cores @ low.right.T).square().sum((1, 2))
+def energy_in_span(low: LowRank, factors: Factors) -> Tensor:
+    """|P dW P'|^2 with P, P' the projections on the row and column space of `low`."""
+    live = low.singular_values > SPAN_TOLERANCE * low.singular_values.max()
+    root = low.singular_values[live].sqrt()
+    u, v = low.lora_b[:, live] / root, low.lora_a[live] / root[:, None]
+    return ((u.T @ factors[1]) @ (factors[0] @ v.T)).square().sum()

@@ -80,7 +80,8 @@ def export_adapter(
     """One PEFT adapter, scaling exactly 1, with its report; returns the report.
 
     `dtype` "auto" is the widest of the experts'. `report` is joined to the export's, `files` are
-    further JSON files by name. Raises as `verify` does, and then writes nothing.
+    further files by name: records for JSON, or functions that write to a path. Raises as `verify`
+    does, and then writes nothing.
     """
     check_out(out)
     stored = _adapter_dtype(experts, merged, dtype)
@@ -276,7 +277,10 @@ def _finish(
     verify: Verify | None,
 ) -> dict[str, Any]:
     for name, value in files.items():
-        write_json(folder / name, value)
+        if callable(value):
+            value(folder / name)
+        else:
+            write_json(folder / name, value)
     report["verified"] = verify is not None
     if verify is not None:
         report |= verify(folder, written)

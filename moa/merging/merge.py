@@ -1,6 +1,6 @@
 """Merge experts site by site, and say what was kept of each.
 
-    experts -> core form of one site -> method -> best factors at the asked rank -> next site
+    experts -> stack of one site in the method's space -> method -> best factors at the asked rank -> next site
 
 Retention of expert i is <dW_merged, dW_i> / |dW_i|^2: 1 where the merged update still does all that
 the expert did along its own direction. Sums over sites weigh each site by its energy.
@@ -9,7 +9,8 @@ the expert did along its own direction. Sums over sites weigh each site by its e
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa.merging import linear
+from moa import peft_io
+from moa.merging import factorwise, linear, sparse, spectral
 from moa.merging.core import (
     Expert,
-    Method,
+    Factors,
+    LowRank,
     compress,
+    compress_dense,
     energy_in_span,
-    inner_products,
+    inner_product,
     parse_rank,
     to_core,
 )
+from moa.merging.method import Method
+from moa.merging.stack import Stack, stack_of
 
-METHODS: dict[str, Method] = {**linear.METHODS}
+METHODS: dict[str, Method] = {
+    **linear.METHODS,
+    **sparse.METHODS,
+    **spectral.METHODS,
+    **factorwise.METHODS,
+}
 Number = int | float
 Weights = Mapping[str, Number] | Mapping[str, Mapping[str, Number]]  # by expert, or site -> expert
 
@@ -47,6 +58,34 @@ class MergedSite:
     span_energy: Float[Tensor, " expert"]  # |dW_i|^2 inside the result's rows and columns
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One merge: which experts, by which method, in which space."""
+
+    experts: Sequence[Expert]
+    method: Method
+    space: str
+    rank: int | str
+    dtype: torch.dtype
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(expert.name for expert in self.experts)
+
+    def factors(self, site: str) -> list[Factors | None]:
+        return [e.factors(site, self.dtype) if site in e.ranks else None for e in self.experts]
+
+    def about(self, site: str) -> dict[str, Any]:
+        """What a stack of this site says of itself."""
+        ranks = tuple(expert.ranks.get(site, 0) for expert in self.experts)
+        return {"site": site, "experts": self.names, "ranks": ranks, "depth": self.depths[site]}
+
+    @property
+    def depths(self) -> dict[str, float]:
+        return _depths(tuple(all_sites(self.experts)))
+
+
 def merge(
     experts: Sequence[Expert],
     *,
@@ -54,55 +93,151 @@ def merge(
     options: Mapping[str, Any] | None = None,
     weights: Weights | None = None,
     rank: int | str = "sum",
-    space: str = "core",
+    space: str | None = None,
     dtype: torch.dtype = torch.float64,
     on_site: Callable[[str], None] = lambda site: None,
 ) -> dict[str, MergedSite]:
     """The merged update of every site that some expert has, in the order of the sites.
 
     An expert without a site counts as a zero update there. `weights` by expert name, or per site;
-    None is the method's own default. `dtype` is that of the algebra. Raises ValueError for experts
-    that do not fit together and for unknown methods, options, weights, spaces and ranks.
+    None is the method's own default, as is a `space` of None. `dtype` is that of the algebra. Raises
+    ValueError for experts that do not fit together, and for unknown methods, options, weights, spaces and ranks.
     """
     row = find_method(method, space)
     check_experts(experts)
     settings = check_options(method, options or {})
-    rank = parse_rank(rank)
+    job = Job(
+        experts=experts,
+        method=row,
+        space=space or row.spaces[0],
+        rank=parse_rank(rank),
+        dtype=dtype,
+        options=settings,
+    )
     table = weight_table(experts, weights, row.default_weights)
+    if row.prepare is not None:
+        shared = row.prepare([open_stack(job, site) for site in table], **settings)
+        job = replace(job, options={**settings, "shared": shared})
     merged = {}
     for site, values in table.items():
-        merged[site] = merge_site(
-            experts, site, values.to(dtype), row.function, settings, rank=rank
-        )
+        merged[site] = merge_site(job, site, values.to(dtype))
         on_site(site)
     return merged
 
 
-def merge_site(
-    experts: Sequence[Expert],
-    site: str,
-    weights: Float[Tensor, " expert"],
-    function: Callable[..., Tensor],
-    options: Mapping[str, Any],
-    *,
-    rank: int | str,
-) -> MergedSite:
+def merge_site(job: Job, site: str, weights: Float[Tensor, " expert"]) -> MergedSite:
     """One site merged; the algebra runs in the dtype of `weights`."""
-    having = [expert for expert in experts if site in expert.ranks]
-    factors = [e.factors(site, weights.dtype) if site in e.ranks else None for e in experts]
-    updates = to_core(factors)
-    core = function(updates.cores, weights, **options)
-    low = compress(updates, core, rank, sum(expert.ranks[site] for expert in having))
+    factors = job.factors(site)
+    low = _SPACES[job.space](job, site, factors, weights)
+    zero = weights.new_zeros(())
     return MergedSite(
         lora_a=low.lora_a,
         lora_b=low.lora_b,
         weights=weights,
-        energy=float(low.core.square().sum()),
+        energy=float(low.singular_values.square().sum()),
         lost=low.lost,
-        expert_energy=updates.cores.square().sum((1, 2)),
-        overlap=inner_products(low.core, updates.cores),
-        span_energy=energy_in_span(low, updates.cores),
+        expert_energy=torch.stack([inner_product(f, f) if f else zero for f in factors]),
+        overlap=torch.stack(
+            [inner_product((low.lora_a, low.lora_b), f) if f else zero for f in factors]
+        ),
+        span_energy=torch.stack([energy_in_span(low, f) if f else zero for f in factors]),
     )
+
+
+def _in_core(job: Job, site: str, factors: list[Factors | None], weights: Tensor) -> LowRank:
+    updates = to_core(factors)
+    stack = stack_of(matrices=updates.cores, **job.about(site))
+    core = job.method.function(stack, weights, **job.options)
+    return compress(updates, core, job.rank, sum(stack.ranks))
+
+
+def _in_rows(job: Job, site: str, factors: list[Factors | None], weights: Tensor) -> LowRank:
+    """Rows in the experts' common output directions, columns as they are: KnOTS (Stoica et al. 2025, equation 2)."""
+    updates = to_core(factors)
+    stack = stack_of(matrices=updates.cores @ updates.q_a.T, **job.about(site))
+    merged = job.method.function(stack, weights, **job.options)
+    both = to_core([(merged, updates.q_b)])
+    return compress(both, both.cores[0], job.rank, sum(stack.ranks))
+
+
+def _in_dense(job: Job, site: str, factors: list[Factors | None], weights: Tensor) -> LowRank:
+    stack = dense_stack(job, site, lambda: factors)
+    return compress_dense(
+        job.method.function(stack, weights, **job.options), job.rank, sum(stack.ranks)
+    )
+
+
+def _in_factors(job: Job, site: str, factors: list[Factors | None], weights: Tensor) -> LowRank:
+    """A and B apart, as PEFT's `linear` and `ties` do: both carry the root of the scale and of the weight.
+
+    A mixture of N experts then holds N (N - 1) products of one expert's B with another's A that nobody asked for,
+    and its result depends on how each expert is factored.
+    """
+    a, b = factor_stacks(job, site, factors)
+    root = weights.abs().sqrt()
+    if job.method.joint:
+        pair = job.method.function(a, b, weights, **job.options)
+    else:
+        pair = (
+            job.method.function(a, weights.sign() * root, **job.options),
+            job.method.function(b, root, **job.options),
+        )
+    updates = to_core([pair])
+    return compress(updates, updates.cores[0], job.rank, sum(a.ranks))
+
+
+_SPACES = {"core": _in_core, "rows": _in_rows, "dense": _in_dense, "factor": _in_factors}
+
+
+def open_stack(job: Job, site: str) -> Stack:
+    """A site's stack for statistics over the whole model."""
+    if job.space in ("core", "rows"):
+        updates = to_core(job.factors(site))
+        matrices = updates.cores if job.space == "core" else updates.cores @ updates.q_a.T
+        return stack_of(matrices=matrices, **job.about(site))
+    if job.space == "dense":
+        return dense_stack(job, site, lru_cache(1)(lambda: job.factors(site)))
+    raise ValueError("options.scope: 'model' has no meaning in space factor; use scope=tensor")
+
+
+def dense_stack(job: Job, site: str, factors: Callable[[], list[Factors | None]]) -> Stack:
+    """Rows of the dense updates, each made when it is read."""
+    shape = next(expert.shapes[site] for expert in job.experts if site in expert.shapes)
+
+    def read(start: int, stop: int) -> Tensor:
+        zero = torch.zeros(stop - start, shape[1], dtype=job.dtype)
+        return torch.stack([zero if f is None else f[1][start:stop] @ f[0] for f in factors()])
+
+    return Stack(shape=shape, read=read, **job.about(site))
+
+
+def factor_stacks(job: Job, site: str, factors: list[Factors | None]) -> tuple[Stack, Stack]:
+    """All A and all B of a site, each with the root of the scale; ValueError where the ranks differ."""
+    about = job.about(site)
+    if len(set(about["ranks"])) > 1:
+        ranks = dict(zip(job.names, about["ranks"], strict=True))
+        raise ValueError(
+            f"space: factor needs one rank for all experts, and {site} has {ranks}; use core"
+        )
+    present = [f for f in factors if f is not None]
+    scales = [peft_io.site_scaling(expert.config, site) ** 0.5 for expert in job.experts]
+    a = torch.stack([f[0] * s for f, s in zip(present, scales, strict=True)])
+    b = torch.stack([f[1] / s for f, s in zip(present, scales, strict=True)])
+    return stack_of(matrices=a, **about), stack_of(matrices=b, **about)
+
+
+@lru_cache(8)
+def _depths(sites: tuple[str, ...]) -> dict[str, float]:
+    """Where each site's numbered block lies among its stack's: 0 the first, 1 the last; 0 where it has no number."""
+    numbers = {site: re.match(r"(.*?)\.(\d+)(\.|$)", site) for site in sites}
+    last: dict[str, int] = {}
+    for match in numbers.values():
+        if match:
+            last[match[1]] = max(last.get(match[1], 0), int(match[2]))
+    return {
+        site: int(match[2]) / max(last[match[1]], 1) if match else 0.0
+        for site, match in numbers.items()
+    }
 
 
 def all_sites(experts: Sequence[Expert]) -> list[str]:
@@ -116,10 +251,10 @@ def all_shapes(experts: Sequence[Expert]) -> dict[str, tuple[int, int]]:
     return {site: shape for expert in experts for site, shape in expert.shapes.items()}
 
 
-def find_method(name: str, space: str) -> Method:
+def find_method(name: str, space: str | None = None) -> Method:
     if name not in METHODS:
         raise ValueError(f"method: no such method {name!r}; choices: {sorted(METHODS)}")
-    if space not in METHODS[name].spaces:
+    if space is not None and space not in METHODS[name].spaces:
         choices = list(METHODS[name].spaces)
         raise ValueError(f"space: method {name} is not defined in {space!r}; choices: {choices}")
     return METHODS[name]
@@ -128,7 +263,9 @@ def find_method(name: str, space: str) -> Method:
 def method_options(name: str) -> dict[str, Any]:
     """The options of a method and their defaults: the keyword arguments of its function."""
     parameters = inspect.signature(METHODS[name].function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {
+        p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "shared"
+    }
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,18 +328,28 @@ def weight_table(
 
 
 def sum_gates(
-    method: str, options: Mapping[str, Any], table: Mapping[str, Float[Tensor, " expert"]]
+    method: str,
+    options: Mapping[str, Any],
+    table: Mapping[str, Float[Tensor, " expert"]],
+    space: str | None = None,
 ) -> dict[str, Float[Tensor, " expert"]] | None:
     """The gates of the mixture that a merge equals, per site; None where the method is no sum."""
-    row = METHODS[method]
-    if not row.is_sum:
+    row = find_method(method, space)
+    if not row.is_sum or (space or row.spaces[0]) == "factor":  # sums of factors have cross terms
         return None
     settings = check_options(method, options)
-    # On one-hot "cores" [expert, 1, expert] a sum returns its own coefficients.
-    return {
-        site: row.function(torch.eye(len(w), dtype=w.dtype)[:, None], w, **settings)[0]
-        for site, w in table.items()
-    }
+    # On one-hot "updates" [expert, 1, expert] a sum returns its own coefficients.
+    depths = _depths(tuple(table))
+
+    def coefficients(site: str, weights: Tensor) -> Tensor:
+        one_hot = torch.eye(len(weights), dtype=weights.dtype)[:, None]
+        names = tuple(map(str, range(len(weights))))
+        stack = stack_of(
+            site=site, experts=names, ranks=(1,) * len(names), depth=depths[site], matrices=one_hot
+        )
+        return row.function(stack, weights, **settings)[0]
+
+    return {site: coefficients(site, weights) for site, weights in table.items()}
 
 
 def update_shape(result: MergedSite) -> tuple[int, int]:

@@ -1,0 +1,148 @@
+"""Spectral merging in core space equals the published formula on the dense updates, where that is well posed."""
+
+import pytest
+import torch
+
+from moa.merging import spectral
+from moa.merging.core import to_core
+from moa.merging.stack import stack_of
+
+NAMES = ("one", "two", "three")
+ONES = torch.ones(3, dtype=torch.float64)
+RANKS = (2, 3, 2)
+
+
+@pytest.fixture
+def factors():
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    return [(normal(rank, 19), normal(23, rank)) for rank in RANKS]
+
+
+@pytest.fixture
+def updates(factors):
+    return torch.stack([b @ a for a, b in factors])
+
+
+def in_core(method, factors, weights=ONES, **options):
+    """The method on the core matrices, back in the original space."""
+    core = to_core(factors)
+    stack = stack_of(site="q", experts=NAMES, matrices=core.cores, ranks=RANKS)
+    return core.q_b @ method(stack, weights, **options) @ core.q_a.T
+
+
+def top(matrix, count):
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :count], s[:count], v[:count]
+
+
+def whiten(matrix):
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ v
+
+
+def test_tsv_m_is_the_published_formula_on_the_dense_updates(factors, updates):
+    """Gargiulo et al. 2025, equations 4 to 6, with the experts' ranks as k."""
+    parts = [top(m, r) for m, r in zip(updates, RANKS, strict=True)]
+    u = whiten(torch.cat([p[0] for p in parts], 1))
+    v = whiten(torch.cat([p[2] for p in parts]))
+    expected = u @ torch.diag(torch.cat([p[1] for p in parts])) @ v
+    torch.testing.assert_close(in_core(spectral.tsv_m, factors), expected)
+
+
+def test_tsv_m_may_keep_a_share_of_each_expert(factors, updates):
+    parts = [top(m, 1) for m in updates]
+    u = whiten(torch.cat([p[0] for p in parts], 1))
+    v = whiten(torch.cat([p[2] for p in parts]))
+    expected = u @ torch.diag(torch.cat([p[1] for p in parts])) @ v
+    torch.testing.assert_close(in_core(spectral.tsv_m, factors, share=0.5), expected)
+
+
+def test_iso_c_has_one_singular_value(factors, updates):
+    u, s, v = top(updates.sum(0), sum(RANKS))
+    torch.testing.assert_close(in_core(spectral.iso_c, factors), s.mean() * u @ v)
+
+
+def test_iso_cts_is_the_published_formula_over_the_numerical_rank(factors, updates):
+    """Marczak et al. 2025, algorithm 2: 7 directions, of which 4 are common and each expert adds one."""
+    u, s, v = top(updates.sum(0), 4)
+    own = [top(m - u @ (u.T @ m), 1) for m in updates]
+    all_u = whiten(torch.cat([*(p[0] for p in own), u], 1))
+    all_v = whiten(torch.cat([*(p[2] for p in own), v]))
+    mean = torch.cat([*(p[1] for p in own), s]).mean()
+    found = in_core(spectral.iso_cts, factors, common=0.6)
+    torch.testing.assert_close(found, mean * all_u @ all_v)
+
+
+def interference(merged, updates):
+    return sum(((merged - m) @ m.T).square().sum() / m.square().sum() for m in updates)
+
+
+def test_wudi_is_where_the_gradient_vanishes(factors, updates):
+    merged = in_core(spectral.wudi, factors).requires_grad_()
+    (gradient,) = torch.autograd.grad(interference(merged, updates), merged)
+    assert gradient.abs().max() < 1e-9
+    assert interference(merged, updates) < interference(updates.sum(0), updates)
+
+
+def test_wudi_for_a_time_is_that_much_gradient_descent(factors, updates):
+    found = in_core(spectral.wudi, factors, time=0.05)
+    merged, steps = updates.sum(0), 4000
+    for _ in range(steps):
+        merged = merged.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(interference(merged, updates), merged)
+        merged = merged - 0.05 / steps * gradient
+    torch.testing.assert_close(found, merged.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_dc_merge_is_the_released_procedure(factors, updates):
+    parts = [top(m, r) for m, r in zip(updates, RANKS, strict=True)]
+    u = whiten(torch.cat([p[0] for p in parts], 1))
+    v = whiten(torch.cat([p[2] for p in parts]))
+    cores = torch.stack([u.T @ p[0] @ p[2] @ v.T * p[1].mean() for p in parts])
+    kept = torch.where(
+        cores.abs() >= cores.abs().flatten(1).kthvalue(49 - 24).values[:, None, None], cores, 0.0
+    )
+    sign = kept.sum(0).sign()
+    agrees = (kept.sign() == sign) & (kept != 0)
+    merged = torch.where(agrees, kept, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
+    blocks = torch.block_diag(*[torch.ones(r, r, dtype=torch.float64) for r in RANKS])
+    expected = u @ (merged * blocks) @ v
+    found = in_core(spectral.dc_merge, factors, density=0.5)
+    torch.testing.assert_close(found, expected)
+
+
+def test_levelled_singular_values_keep_their_sum():
+    s = torch.tensor([8.0, 4.0, 1.0])
+    assert spectral._levelled(s, "mean").tolist() == pytest.approx([13 / 3] * 3)
+    line = spectral._levelled(s, "linear")
+    assert line.sum() == pytest.approx(13) and line[0] / line[-1] == pytest.approx(5)
+    assert spectral._levelled(s, "none") is s
+
+
+def test_ctm_at_full_size_and_density_is_the_mean_of_what_agrees(factors, updates):
+    """With the whole space and one expert, nothing is lost."""
+    one = in_core(
+        spectral.ctm, factors, weights=ONES * torch.tensor([1, 0, 0]), size=7, density=1.0
+    )
+    torch.testing.assert_close(one, updates[0])
+
+
+def test_ctm_keeps_the_rank_and_most_of_the_energy(factors, updates):
+    merged = in_core(spectral.ctm, factors, size=3, density=1.0, reduce="sum")
+    assert torch.linalg.matrix_rank(merged, rtol=1e-8) == 3
+    core = to_core(factors).cores
+    u = spectral._principal(core, 3)
+    assert (u.T @ core).square().sum() > 0.5 * core.square().sum()
+
+
+@pytest.mark.parametrize("name", spectral.METHODS)
+def test_an_expert_of_zeros_changes_nothing_but_does_no_harm(factors, name):
+    method = spectral.METHODS[name].function
+    zero = [*factors[:2], (factors[2][0], torch.zeros_like(factors[2][1]))]
+    assert torch.isfinite(in_core(method, zero)).all()
+    nothing = [(a, torch.zeros_like(b)) for a, b in factors]
+    assert in_core(method, nothing).abs().max() == 0
