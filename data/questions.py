@@ -3,6 +3,9 @@
 The last wordings of each kind are held out from the training of experts and router. Some wordings are shared on
 purpose: "where is the cat?" wants a place in words from `vqa` and a box from `grounding`; "what is this?" wants the
 word where a sign carries one (`ocr_vqa`), and the name of the drawing where none does (`vqa`).
+
+The demo's base is pretrained on `generic` questions: without the kinds in `SPECIFIC`, and with captions of another
+form. These are what the experts have to learn.
 """
 
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ from data.concepts import COLORS
 from data.sample import Box
 from data.scenes import Scene, Thing
 
+SPECIFIC = {"kind_of", "leftmost", "letter"}
 TASKS = ("vqa", "caption", "grounding", "ocr_vqa", "count", "yes_no")
 
 WORDINGS = {  # kind -> (known wordings, held-out wordings)
@@ -21,10 +25,14 @@ WORDINGS = {  # kind -> (known wordings, held-out wordings)
     "ground": (("what is the ground?", "which ground is this?"), ("what do you see behind?",)),
     "sign_color": (("what color is the sign?",), ("which color has the sign?",)),
     "place": (("where is the {name}?",), ("find the place of the {name}",)),
+    "kind_of": (("what kind of thing is the {name}?", "what is the {name}?"), ("which kind is the {name}?",)),
+    "leftmost": (("what is farthest to the left?", "which thing is leftmost?"), ("what comes first from the left?",)),
     "this": (("what is this?",), ("what do you see?",)),
     "caption": (("describe the picture", "write a caption"), ("what does the picture show?",)),
     "box": (("where is the {name}?", "find the {name}"), ("locate the {name}",)),
     "sign": (("what does the sign say?", "read the sign"), ("which word is on the sign?",)),
+    "letter": (("what is the first letter of the sign?", "with which letter does the sign begin?"),
+               ("which letter comes first on the sign?",)),
     "count": (("how many things are there?", "count the things"), ("what number of things?",)),
     "exists": (("is there a {name}?", "do you see a {name}?"), ("can you find a {name}?",)),
 }  # fmt: skip
@@ -50,12 +58,17 @@ class Question:
         return [template.format(**dict(self.slots)) for template in chosen]
 
 
-def questions(scene: Scene, task: str, absent: tuple[str, ...] = ()) -> list[Question]:
+def questions(
+    scene: Scene, task: str, absent: tuple[str, ...] = (), generic: bool = False
+) -> list[Question]:
     """Every question of `task` that has one clear answer in `scene`, in a fixed order.
 
     `absent` names concepts that are not there, for questions whose answer is no.
     """
-    return _ASKERS[task](scene, absent)
+    if generic and task == "caption":
+        return [Question(task="caption", kind="caption", answers=_sentences(scene))]
+    asked = _ASKERS[task](scene, absent)
+    return [question for question in asked if not (generic and question.kind in SPECIFIC)]
 
 
 def _vqa(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
@@ -64,6 +77,8 @@ def _vqa(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
         *_beside(scene),
         *_places(scene),
         *_categories(scene),
+        *_kinds(scene),
+        *_leftmost(scene),
     ]
     if scene.sign:
         asked.append(Question(task="vqa", kind="sign_color", answers=(scene.sign.color,)))
@@ -118,21 +133,42 @@ def _categories(scene: Scene) -> list[Question]:
     ]
 
 
+def _kinds(scene: Scene) -> list[Question]:
+    return [
+        Question(task="vqa", kind="kind_of", answers=(t.category,), slots=(("name", t.name),))
+        for t in scene.things
+    ]
+
+
+def _leftmost(scene: Scene) -> list[Question]:
+    first, *others = sorted(scene.things, key=lambda thing: thing.center[0])
+    if not others or others[0].center[0] - first.center[0] <= CLEARLY:
+        return []
+    return [Question(task="vqa", kind="leftmost", answers=(first.name,))]
+
+
 def article(name: str) -> str:
     return name if name in ("scissors", "grapes") else f"{'an' if name[0] in 'aou' else 'a'} {name}"
 
 
 def _caption(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
-    ground = f"{article(scene.ground)} ground" if scene.ground in COLORS else scene.ground
-    sign = " with a sign" if scene.sign else ""
+    """The ground first, then the things from left to right."""
+    ordered = [article(t.name) for t in sorted(scene.things, key=lambda t: t.center[0])]
+    text = f"on {_ground(scene)}: {', then '.join(ordered)}{'; a sign' if scene.sign else ''}"
+    return [Question(task="caption", kind="caption", answers=(text,))]
+
+
+def _sentences(scene: Scene) -> tuple[str, ...]:
+    """What the picture shows in ordinary words, the things in either order."""
+    rest = f"on {_ground(scene)}{' with a sign' if scene.sign else ''}"
     ordered = [article(t.name) for t in sorted(scene.things, key=lambda t: t.center[0])]
     forward, backward = _enumerate(ordered), _enumerate(ordered[::-1])
-    texts = (
-        f"{forward} on {ground}{sign}",
-        f"{backward} on {ground}{sign}",
-        f"there is {forward} on {ground}{sign}",
-    )
-    return [Question(task="caption", kind="caption", answers=tuple(dict.fromkeys(texts)))]
+    texts = (f"{forward} {rest}", f"{backward} {rest}", f"there is {forward} {rest}")
+    return tuple(dict.fromkeys(texts))
+
+
+def _ground(scene: Scene) -> str:
+    return f"{article(scene.ground)} ground" if scene.ground in COLORS else scene.ground
 
 
 def _enumerate(names: list[str]) -> str:
@@ -149,8 +185,12 @@ def _grounding(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
 def _ocr_vqa(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
     if not (scene.sign and scene.sign.word):
         return []
+    word = scene.sign.word
     kinds = ("sign", "this") if len(scene.things) == 1 else ("sign",)
-    return [Question(task="ocr_vqa", kind=kind, answers=(scene.sign.word,)) for kind in kinds]
+    return [
+        *(Question(task="ocr_vqa", kind=kind, answers=(word,)) for kind in kinds),
+        Question(task="ocr_vqa", kind="letter", answers=(word[0],)),
+    ]
 
 
 def _count(scene: Scene, absent: tuple[str, ...]) -> list[Question]:

@@ -66,6 +66,16 @@ def add_expert(
     bank.freeze(name, expert.frozen)
 
 
+def only_adapter(folder: str | Path) -> list[str]:
+    """Overrides that make a PEFT folder, such as a merged adapter, a config's only expert, always on."""
+    return [
+        "data.expert=merged",
+        "router={kind: fixed}",
+        "stages=[]",
+        "experts={merged: {init_from: " + str(folder) + "}}",
+    ]
+
+
 def build_router(
     config: RunConfig, bank: ExpertBank, dims: dict[str, int]
 ) -> Router | AnchorRouter | None:

@@ -3,8 +3,10 @@
     python scripts/merge.py method=linear adapters=[A,B] weights=[1,1] rank=sum out=OUT
     python scripts/merge.py run=runs/demo weights=gates rank=16 out=OUT
     python scripts/merge.py --config configs/merge/uniform.yaml adapters=[A,B] out=OUT merged=true
+    python scripts/merge.py method=ties models=[A,B] base=BASE out=OUT
     python scripts/merge.py method=list
 
+`models` are whole checkpoints of one base, merged tensor by tensor: see manifest.json in OUT.
 Any set of PEFT LoRA folders of one base will do, whatever their ranks, alphas and rsLoRA flags. What
 is written is reloaded in a fresh process with PEFT or transformers alone and compared with the live
 mixture; OUT gets export_report.json, merge_report.json (what was kept, by expert, layer, site), and
@@ -14,7 +16,9 @@ fidelity.json and fidelity.html: which experts fight, where, and what was lost, 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +41,7 @@ from moa.merging.base_files import match_sites, read_base
 from moa.merging.core import Expert, parse_rank
 from moa.merging.export import Verify, check_out, export_adapter, export_checkpoint
 from moa.merging.fidelity import measure
+from moa.merging.full import Rules, merge_checkpoints
 from moa.merging.inputs import GATES, local_base, open_adapters, parse_weights, read_gates
 from moa.merging.merge import (
     METHODS,
@@ -69,6 +74,8 @@ class MergeConfig:
     options: dict[str, Any] = field(default_factory=dict)  # of the method: options.scale=0.3
     adapters: list[str] = field(default_factory=list)  # PEFT folders; A/* means every one in A
     run: str | None = None  # instead of adapters: a run or step folder, whose experts are merged
+    models: list[str] = field(default_factory=list)  # or whole checkpoints, with base=
+    rules: Rules = field(default_factory=Rules)  # for keys that not all models have alike
     # [1,1] as adapters, {NAME: 1}, or gates, gates:TASK: the router's mean; null: the method's own
     weights: Any = None
     routing: str | None = None  # report that `gates` reads; null: the run's eval/routing.json
@@ -117,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> None:
+    if settings.models:
+        return merge_models(settings, console)
     find_method(settings.method, settings.space)
     options = check_options(settings.method, settings.options)
     if settings.out is None:
@@ -135,6 +144,43 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
     verify = prepare_verify(settings, source, options, table, exact) if settings.verify else None
     report = export(settings, source, merged, summary, options, verify)
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
+
+
+def merge_models(settings: MergeConfig, console: Console) -> None:
+    """Whole checkpoints instead of adapters."""
+    if settings.adapters or settings.run:
+        raise ValueError("models: whole checkpoints are merged alone, without adapters or run")
+    for key in ("out", "base"):
+        if getattr(settings, key) is None:
+            raise ValueError(f"{key}: names no folder")
+    folders = {Path(name).resolve().name: local_base(name) for name in settings.models}
+    if len(folders) < len(settings.models):
+        raise ValueError("models: two folders have one name; rename one")
+    base = local_base(str(settings.base))
+    with merging_progress(len(read_base(base).files), console) as advance:
+        manifest = merge_checkpoints(
+            str(settings.out),
+            folders,
+            base,
+            method=settings.method,
+            options=settings.options,
+            weights=parse_weights(settings.weights, list(folders)),
+            rules=settings.rules,
+            dtype=settings.dtype,
+            max_shard_gb=settings.max_shard_gb,
+            on_key=advance,
+        )
+    for rule, count in Counter(line["rule"] for line in manifest.values()).items():
+        console.print(f"{count} tensors: {rule}")
+    console.print(f"checkpoint: {settings.out}", soft_wrap=True)
+
+
+@contextmanager
+def merging_progress(total: int, console: Console) -> Iterator[Callable[[str], None]]:
+    columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
+        bar = progress.add_task("", total=total)
+        yield lambda name: progress.update(bar, advance=1, description=name)
 
 
 def open_source(settings: MergeConfig) -> Source:
@@ -192,10 +238,8 @@ def merge_with_progress(
     weights: Weights | None,
     console: Console,
 ) -> dict[str, MergedSite]:
-    columns = (TextColumn("merging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     total = len({site for expert in experts for site in expert.ranks})
-    with Progress(*columns, TextColumn("{task.description}"), console=console) as progress:
-        bar = progress.add_task("", total=total)
+    with merging_progress(total, console) as advance:
         return merge(
             experts,
             method=settings.method,
@@ -203,7 +247,7 @@ def merge_with_progress(
             weights=weights,
             rank=settings.rank,
             space=settings.space,
-            on_site=lambda site: progress.update(bar, advance=1, description=site),
+            on_site=advance,
         )
 
 

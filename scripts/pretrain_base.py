@@ -2,11 +2,12 @@
 
     python scripts/pretrain_base.py --out assets/demo_base --ocr OCR.parquet
 
-1. a CLIP vision tower learns to name what lies under each of its patches;
+1. a CLIP vision tower learns to name what lies under each of its patches, and where that begins and ends;
 2. its features of every scene are computed once;
 3. projector and Llama learn a generic mixture of every task on these features. Beside it the projected patches are
-   taught to look like the words that name them: without that, a decoder this small takes very long to find the
-   things that a question names, or to copy a word.
+   taught to look like the words that name them, attention starts out looking for tokens like its own, and two heads
+   are taught to look from a name, two more from the answer that places it, to the patches that show it. Without that
+   a decoder this small takes very long to find the things that a question names, or to copy a word.
 
 Several questions about one picture share a row: each sees the picture and itself, nothing else.
 The OCR words come from `python scripts/ocr.py --scenes pretrain:6000 --out OCR.parquet`.
@@ -48,6 +49,7 @@ from data.questions import TASKS, Question, questions
 from data.scenes import SIZE, Scene, render_scene
 
 IMAGE_SIZE, PATCH, WIDTH, LAYERS, NUM_BINS = 96, 12, 192, 4, 32
+POINTING, POINTING_HEADS = {"names": 1, "places": 2}, 2  # which tokens, in which layer
 NUM_PATCHES = (IMAGE_SIZE // PATCH) ** 2
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% for c in m['content'] %}"
@@ -59,7 +61,7 @@ CHAT_TEMPLATE = (
 Take = Callable[..., None]
 LABELS = ("sign", *GROUNDS, *CATEGORY)  # what a patch can be called
 MIXTURE = {  # the base is a generalist: the experts' own tasks are a part of what it sees
-    "vqa": 2.0, "caption": 0.7, "grounding": 1.0, "ocr_vqa": 1.2, "count": 1.0, "yes_no": 1.5,
+    "vqa": 2.0, "caption": 0.7, "grounding": 1.2, "ocr_vqa": 1.2, "count": 0.7, "yes_no": 1.5,
 }  # fmt: skip
 
 
@@ -110,7 +112,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         num_hidden_layers=LAYERS, num_attention_heads=6, num_key_value_heads=6,
         max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id, initializer_range=0.05,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_seq_length=NUM_PATCHES,
@@ -118,22 +120,37 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         vision_feature_layer=-1, vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )  # fmt: skip
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    for layer in model.model.language_model.layers:
+        look_for_the_like(layer.self_attn)
+    return model
 
 
-def patch_labels(scene: Scene) -> np.ndarray:
-    """[patches] what covers most of each patch: a thing, the sign, or the ground."""
-    owner = np.full((SIZE, SIZE), LABELS.index(scene.ground), dtype=np.int64)
+def look_for_the_like(attention: Any) -> None:
+    """Equal queries and keys: a token first attends to tokens like its own (Trockman & Kolter 2023, section 3)."""
+    attention.q_proj.weight.data.copy_(attention.k_proj.weight.data)
+
+
+def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """What covers most of each patch: [patches] its label, [patches, 4] its box in parts of the side.
+
+    The ground has no box: its patches hold NaN.
+    """
+    owner = np.zeros((SIZE, SIZE), dtype=np.int64)
+    covers = [(scene.ground, (np.nan,) * 4)]
     if scene.sign:
-        x0, y0, x1, y1 = map(int, scene.sign.box)
-        owner[y0:y1, x0:x1] = LABELS.index("sign")
-    for thing in scene.things:
-        x0, y0, x1, y1 = map(int, thing.box)
-        owner[y0:y1, x0:x1] = LABELS.index(thing.name)
+        covers.append(("sign", scene.sign.box))
+    covers += [(thing.name, thing.box) for thing in scene.things]
+    for number, (_, box) in enumerate(covers[1:], start=1):
+        x0, y0, x1, y1 = map(int, box)
+        owner[y0:y1, x0:x1] = number
     side = IMAGE_SIZE // PATCH
     cells = owner.reshape(side, SIZE // side, side, SIZE // side).transpose(0, 2, 1, 3)
-    counts = np.apply_along_axis(np.bincount, 1, cells.reshape(side * side, -1), None, len(LABELS))
-    return counts.argmax(1)
+    counts = np.apply_along_axis(np.bincount, 1, cells.reshape(side * side, -1), None, len(covers))
+    most = counts.argmax(1)
+    labels = np.array([LABELS.index(name) for name, _ in covers])
+    boxes = np.array([box for _, box in covers], dtype=np.float32) / SIZE
+    return labels[most], boxes[most]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +160,12 @@ class World:
     scenes: list[Scene]
     pixel_values: Tensor  # [scenes, 3, height, width] float16
     labels: Tensor  # [scenes, patches]
+    boxes: Tensor  # [scenes, patches, 4] in parts of the side; NaN on the ground
     hashes: list[str]  # of the pictures, as the OCR cache knows them
 
 
 def draw_world(processor: LlavaProcessor, num_scenes: int, seed: int) -> World:
-    scenes, pixels, labels, hashes = [], [], [], []
+    scenes, pixels, covers, hashes = [], [], [], []
     for start in _track(range(0, num_scenes, 100), "draw"):
         drawn = [render_scene("pretrain", i, seed) for i in range(start, start + 100)]
         images = [image for image, _ in drawn]
@@ -155,9 +173,11 @@ def draw_world(processor: LlavaProcessor, num_scenes: int, seed: int) -> World:
         pixels.append(batch["pixel_values"].half())
         hashes += [content_hash(image) for image in images]
         scenes += [scene for _, scene in drawn]
-        labels += [patch_labels(scene) for _, scene in drawn]
-    named = torch.from_numpy(np.stack(labels))
-    return World(scenes=scenes, pixel_values=torch.cat(pixels), labels=named, hashes=hashes)
+        covers += [patch_labels(scene) for _, scene in drawn]
+    labels, boxes = (torch.from_numpy(np.stack(part)) for part in zip(*covers, strict=True))
+    return World(
+        scenes=scenes, pixel_values=torch.cat(pixels), labels=labels, boxes=boxes, hashes=hashes
+    )
 
 
 def read_words(world: World, cache_file: Path) -> list[str | None]:
@@ -167,8 +187,12 @@ def read_words(world: World, cache_file: Path) -> list[str | None]:
 
 
 def name_patches(tower: nn.Module, world: World, args: argparse.Namespace) -> float:
-    """Stage 1: cross-entropy of each patch with what it shows; returns foreground accuracy."""
-    head = nn.Linear(WIDTH, len(LABELS)).to(args.device)
+    """Stage 1: cross-entropy of each patch with what it shows, and the L1 distance of its box.
+
+    Naming alone makes the tower forget where a patch lies, and no decoder can tell it afterwards.
+    Returns the share of foreground patches that it names rightly.
+    """
+    head = nn.Linear(WIDTH, len(LABELS) + 4).to(args.device)
     weight = torch.tensor([0.3 if name in GROUNDS else 1.0 for name in LABELS], device=args.device)
     parameters = [*tower.parameters(), *head.parameters()]
     right = 0.0
@@ -176,14 +200,17 @@ def name_patches(tower: nn.Module, world: World, args: argparse.Namespace) -> fl
         parameters, args.tower_steps, len(world.scenes), 64, 1e-3, args, "tower"
     ):
         pixels = world.pixel_values[rows].to(args.device).float()
-        target = world.labels[rows].to(args.device)
+        target, true_box = world.labels[rows].to(args.device), world.boxes[rows].to(args.device)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            logits = head(tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:])
-        loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), weight=weight)
+            out = head(tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]).float()
+        logits, box = out.split([len(LABELS), 4], -1)
+        named = F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight=weight)
+        bounded = ~true_box.isnan().any(-1)
+        distance = F.l1_loss(box[bounded], true_box[bounded])
         front = target > len(GROUNDS)
         share = (logits.argmax(-1) == target)[front].float().mean().item()
-        right = 0.98 * right + 0.02 * share if right else share
-        take(loss, foreground=round(right, 3))
+        right = 0.98 * right + 0.02 * share
+        take(named + 5 * distance, name=named.item(), foreground=share, box=distance.item())
     return right
 
 
@@ -203,15 +230,24 @@ def prompt(question: Question, wording: str, words: str | None, with_task: bool)
     return f"{prefix}{wording}{evidence}\nanswer:"
 
 
-def ask(scene: Scene, words: str | None, rng: np.random.Generator) -> tuple[str, str] | None:
-    """A random (prompt, answer) about a scene, or None if its task has no question here."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    task: str
+    prompt: str
+    answer: str
+    name: str | None  # of the thing that the question is about, if it names one
+    asks_where: bool
+
+
+def ask(scene: Scene, words: str | None, rng: np.random.Generator) -> Asked | None:
+    """A random question about a scene, or None if its task has none here."""
     task = str(rng.choice(TASKS, p=np.array([MIXTURE[t] for t in TASKS]) / sum(MIXTURE.values())))
     names = {thing.name for thing in scene.things}
     absent = str(rng.choice(sorted(SPLITS["pretrain"].concepts - names)))
     if task == "ocr_vqa" and not words:
         return None
     kinds: dict[str, list[Question]] = {}
-    for question in questions(scene, task, (absent,)):
+    for question in questions(scene, task, (absent,), generic=True):
         kinds.setdefault(question.kind, []).append(question)
     if not kinds:
         return None
@@ -222,7 +258,13 @@ def ask(scene: Scene, words: str | None, rng: np.random.Generator) -> tuple[str,
     boxes = [encode_locations(box, SIZE, SIZE, NUM_BINS) for box in question.boxes]
     answer = [*boxes, *question.answers][0]
     # "where is the cat?" has two answers: without the prefix both are right, and both are seen
-    return prompt(question, wording, words, bool(rng.random() < 0.7)), " " + answer
+    return Asked(
+        task=task,
+        prompt=prompt(question, wording, words, bool(rng.random() < 0.7)),
+        answer=" " + answer,
+        name=dict(question.slots).get("name"),
+        asks_where=question.kind in ("box", "place"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +276,9 @@ class Row:
     segments: list[int]  # which question each token belongs to
     positions: list[int]
     weights: list[float]  # 1 / answer tokens: every question counts the same
+    tasks: list[int]
+    names: list[int]  # LABELS' number at the token that names the thing in question, else -1
+    places: list[int]  # the same, where the next token is of the answer that says where it is
 
 
 class Packer:
@@ -242,19 +287,31 @@ class Packer:
         self.encode = cache(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def row(self, scene: Scene, words: str | None, rng: np.random.Generator, count: int) -> Row:
-        row = Row(ids=[], labels=[], segments=[], positions=[], weights=[])
+        row = Row(
+            ids=[], labels=[], segments=[], positions=[], weights=[], tasks=[], names=[], places=[]
+        )
         for segment in range(count):
             asked = ask(scene, words, rng)
             if asked is None:
                 continue
-            question, answer = map(self.encode, asked)
+            question, answer = self.encode(asked.prompt), self.encode(asked.answer)
             answer = [*answer, self.tokenizer.eos_token_id]
             row.ids.extend([*question, *answer])
             row.labels.extend([-100] * len(question) + answer)
             row.segments.extend([segment] * (len(question) + len(answer)))
             row.positions.extend(range(len(question) + len(answer)))
             row.weights.extend([1 / len(answer)] * (len(question) + len(answer)))
+            row.names.extend(self._where_named(question, asked.name) + [-1] * len(answer))
+            where = LABELS.index(asked.name) if asked.name and asked.asks_where else -1
+            row.places.extend([-1] * (len(question) - 1) + [where] * len(answer) + [-1])
+            row.tasks.extend([TASKS.index(asked.task)] * (len(question) + len(answer)))
         return row
+
+    def _where_named(self, question: list[int], name: str | None) -> list[int]:
+        marks = [-1] * len(question)
+        if name is not None:
+            marks[question.index(self.encode(f" {name}")[0])] = LABELS.index(name)
+        return marks
 
 
 def pad(rows: list[Row], name: str, value: float, dtype: torch.dtype) -> Tensor:
@@ -264,14 +321,14 @@ def pad(rows: list[Row], name: str, value: float, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(segments: Tensor, prefix: int) -> Tensor:
-    """[batch, 1, seq, seq] True where a token may look: the picture, and its own question before it."""
+    """[batch, 1, seq, seq] 0 where a token may look, the picture and its own question before it, else -inf."""
     picture = torch.full((segments.shape[0], prefix), -1, device=segments.device)
     owner = torch.cat([picture, segments], 1)
     same = (owner[:, :, None] == owner[:, None, :]) | (owner == -1)[:, None, :]
     causal = torch.ones(
         owner.shape[1], owner.shape[1], dtype=torch.bool, device=owner.device
     ).tril()
-    return (same & causal)[:, None]
+    return torch.where(same & causal, 0.0, -torch.inf)[:, None]
 
 
 def alignment_loss(model: Any, pictures: Tensor, names: Tensor) -> Tensor:
@@ -280,16 +337,30 @@ def alignment_loss(model: Any, pictures: Tensor, names: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), names.flatten())
 
 
+def pointing_loss(attention: Tensor, named: Tensor, shown: Tensor) -> Tensor:
+    """-log of the attention paid to the patches that show what is named, or to the first token where none does.
+
+    attention [batch, heads, text, prefix], named [batch, text] labels or -1, shown [batch, patches] labels.
+    """
+    row, place = (named >= 0).nonzero(as_tuple=True)
+    target = shown[row] == named[row, place][:, None]
+    target = torch.cat([~target.any(1, keepdim=True), target], 1)
+    paid = attention[row, :, place]  # [names, heads, prefix]
+    return -(paid * target[:, None]).sum(-1).clamp(min=1e-6).log().mean()
+
+
 def answer_questions(
     model: Any, packer: Packer, world: World, words: list[str | None], features: Tensor, args
 ) -> None:
     """Stage 3: projector and language model on cached features, answers only."""
+    model.set_attn_implementation("eager")  # shows its attention, and is no slower on a CPU
     language, projector = model.model.language_model, model.model.multi_modal_projector
     parameters = [*language.parameters(), *projector.parameters()]
     rng = np.random.default_rng(args.seed)
     names = torch.tensor([packer.encode(f" {name}")[0] for name in LABELS], device=args.device)
     read = torch.tensor([i for i, found in enumerate(words) if found])
     begin = torch.tensor([[packer.tokenizer.bos_token_id]], device=args.device)
+    number = 0
     for chosen, take in _steps(
         parameters, args.steps, len(world.scenes), 32, 1.5e-3, args, "language"
     ):
@@ -301,7 +372,7 @@ def answer_questions(
             pad(rows, "segments", -2, torch.long),
             pad(rows, "positions", 0, torch.long),
         )
-        weights = pad(rows, "weights", 0.0, torch.float)
+        weights, tasks = pad(rows, "weights", 0.0, torch.float), pad(rows, "tasks", -1, torch.long)
         embed = language.get_input_embeddings()
         prefix = NUM_PATCHES + 1
         before = torch.arange(prefix).expand(len(rows), -1)
@@ -309,12 +380,14 @@ def answer_questions(
             pictures = projector(features[chosen].to(args.device).float())
             start = embed(begin.expand(len(rows), 1)).to(pictures.dtype)
             text = embed(ids.to(args.device)).to(pictures.dtype)
-            hidden = language(
+            out = language(
                 inputs_embeds=torch.cat([start, pictures, text], 1),
                 attention_mask=block_mask(segments.to(args.device), prefix),
                 position_ids=torch.cat([before, positions + prefix], 1).to(args.device),
                 use_cache=False,
-            ).last_hidden_state[:, prefix:]
+                output_attentions=True,
+            )
+            hidden = out.last_hidden_state[:, prefix:]
             supervised = labels[:, 1:] != -100
             logits = model.lm_head(hidden[:, :-1][supervised.to(args.device)])
         target = labels[:, 1:][supervised].to(args.device)
@@ -322,7 +395,22 @@ def answer_questions(
         losses = F.cross_entropy(logits.float(), target, reduction="none")
         answered = (losses * weight).sum() / weight.sum()
         aligned = alignment_loss(model, pictures, names[world.labels[chosen].to(args.device)])
-        take(answered + args.align * aligned, answers=round(answered.item(), 3))
+        pointed = sum(
+            pointing_loss(
+                out.attentions[layer][:, :POINTING_HEADS, prefix:, :prefix].float(),
+                pad(rows, tokens, -1, torch.long).to(args.device),
+                world.labels[chosen].to(args.device),
+            )
+            for tokens, layer in POINTING.items()
+        )
+        loss = answered + args.align * aligned + args.point * pointed
+        asked = tasks[:, 1:][supervised]
+        shown = {"align": aligned.item(), "point": pointed.item(), "answers": answered.item()}
+        take(loss, **shown, **{
+            task: losses[asked == i].mean().item() for i, task in enumerate(TASKS)
+        })  # fmt: skip
+        if (number := number + 1) % 200 == 0:
+            model.save_pretrained(args.out)
 
 
 def _steps(parameters, total, rows, batch, peak, args, name) -> Iterator[tuple[Tensor, Take]]:
@@ -331,28 +419,22 @@ def _steps(parameters, total, rows, batch, peak, args, name) -> Iterator[tuple[T
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total, pct_start=0.05)
     order = torch.empty(0, dtype=torch.long)
-    began, mean = time.time(), 0.0
+    began, means = time.time(), dict[str, float]()
     for number in _track(range(total), name):
         if len(order) < batch:
             order = torch.randperm(rows, generator=generator)
         chosen, order = order[:batch], order[batch:]
 
         def take(loss: Tensor, *, number: int = number, **shown: float) -> None:
-            nonlocal mean
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
-            mean = loss.item() if number == 0 else 0.98 * mean + 0.02 * loss.item()
+            means.update({k: 0.98 * means.get(k, v) + 0.02 * v for k, v in shown.items() if v == v})
             if number % 50 == 0 or number == total - 1:
-                row = {
-                    "stage": name,
-                    "step": number,
-                    "loss": round(mean, 4),
-                    "seconds": round(time.time() - began),
-                }
-                print(json.dumps(row | shown), flush=True)
+                row = {"stage": name, "step": number, "seconds": round(time.time() - began)}
+                print(json.dumps(row | {k: round(v, 3) for k, v in means.items()}), flush=True)
 
         yield chosen, take
 
@@ -371,7 +453,7 @@ def corpus(seed: int) -> list[str]:
         scene = render_scene("pretrain", index, seed)[1]
         for _ in range(4):
             if asked := ask(scene, None, rng):
-                texts.append("".join(asked))
+                texts.append(asked.prompt + asked.answer)
     return [*texts, *(f"[{task}] \nocr:\nanswer:" for task in TASKS for _ in range(50))]
 
 
@@ -393,7 +475,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--align", type=float, default=0.5, help="weight of patches like words")
-    parser.add_argument("--read-share", type=float, default=0.5, help="of rows with a sign's word")
+    parser.add_argument(
+        "--point", type=float, default=0.2, help="weight of names that find patches"
+    )
+    parser.add_argument("--read-share", type=float, default=0.35, help="of rows with a sign's word")
     parser.add_argument(
         "--mixture", nargs="*", default=[], metavar="TASK=WEIGHT", help=str(MIXTURE)
     )
@@ -431,9 +516,11 @@ def main() -> None:
     answer_questions(model, Packer(tokenizer), world, words, features, args)
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
-    card |= {"tower_steps": args.tower_steps, "language_steps": args.steps, "questions": args.questions,
-             "align": args.align, "read_share": args.read_share, "start": str(args.start), "mixture": MIXTURE,
-             "bf16": args.bf16, "minutes": round((time.time() - began) / 60, 1)}  # fmt: skip
+    card |= {
+        name: getattr(args, name) for name in ("tower_steps", "steps", "questions", "align", "point", "read_share")
+    }  # fmt: skip
+    card |= {"start": str(args.start) if args.start else None, "mixture": MIXTURE, "bf16": args.bf16,
+             "minutes": round((time.time() - began) / 60, 1)}  # fmt: skip
     (args.out / "recipe.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(card))
 

@@ -33,7 +33,7 @@ from moa.benchmarks.report import routing_record
 from moa.benchmarks.result import Result
 from moa.benchmarks.run import evaluate
 from moa.benchmarks.sources import prompt_collator
-from moa.build import build_model
+from moa.build import build_model, only_adapter
 from moa.checkpoint import load_model, pointed
 from moa.config import RunConfig, load_config
 from moa.model import MixtureModel
@@ -164,21 +164,11 @@ def merge(plan: Plan, row: str) -> Path:
     experts = run / "checkpoints" / str(pointed(run, "last")) / "experts"
     names = list(plan.config().experts)
     count = next(iter(plan.config().experts.values())).rank if rank == "r" else rank
-    chosen = (
-        f"weights={weights}" if weights == "gates" else f"weights={[1 / len(names)] * len(names)}"
-    )
-    source = (
-        [f"run={run}"] if weights == "gates" else [f"adapters={[str(experts / n) for n in names]}"]
-    )
-    command = [
-        sys.executable,
-        "scripts/merge.py",
-        *source,
-        chosen,
-        f"rank={count}",
-        f"out={out}",
-        "verify=false",
-    ]  # scored below on every question, which says more than the probe
+    source = [f"run={run}", "weights=gates"]
+    if weights == "uniform":
+        source = [f"adapters={[str(experts / n) for n in names]}"]  # linear's own default: 1/N each
+    command = [sys.executable, "scripts/merge.py", *source, f"rank={count}", f"out={out}",
+               "verify=false"]  # scored below on every question, which says more  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return out
 
@@ -237,9 +227,7 @@ def score_row(plan: Plan, row: str, ocr: OcrCache) -> dict[str, Any]:
 def open_row(plan: Plan, row: str) -> tuple[MixtureModel, RunConfig, str]:
     """The model of a row, its config, and who decides its gates."""
     if row in MERGES:
-        folder = merge(plan, row)
-        config = plan.config("data.expert=merged", "router={kind: fixed}", "stages=[]",
-                             "experts={merged: {init_from: " + str(folder) + "}}")  # fmt: skip
+        config = plan.config(*only_adapter(merge(plan, row)))
         return build_model(config).eval(), config, "router"
     run = {"base": "experts", "oracle": "experts", "router_no_prefix": "router_all"}.get(row, row)
     model, _, config = load_model(plan.folder / run, "cpu")

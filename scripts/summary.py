@@ -21,7 +21,7 @@ from data.sources import open_ocr
 from moa.atomic import write_json
 from moa.benchmarks.result import Result
 from moa.benchmarks.sources import EvalSettings, chosen_sources, score_sources
-from moa.build import build_model
+from moa.build import build_model, only_adapter
 from moa.checkpoint import CONFIG, load_model, step_folder
 from moa.config import load_config
 
@@ -49,11 +49,7 @@ def score_all(run: Path, merged: Path) -> dict[str, dict[str, Any]]:
     routed = read_scores(run, names)
     off = EvalSettings(num_pictures=0, gates="off")
     base = by_name(score_sources(model, config, off, ocr))
-    config = load_config(
-        step_folder(run) / CONFIG,
-        ["data.expert=merged", "router={kind: fixed}", "stages=[]",
-         "experts={merged: {init_from: " + str(merged) + "}}"],
-    )  # fmt: skip
+    config = load_config(step_folder(run) / CONFIG, only_adapter(merged))
     one = by_name(score_sources(build_model(config).eval(), config, settings, ocr))
     return dict(zip(ROWS, (base, routed, one), strict=True))
 

@@ -579,16 +579,19 @@ def test_the_router_learns_from_each_kind_of_evidence_where_it_alone_decides(kin
     torch.nn.init.normal_(model.router.head[-1].weight, std=0.02)
     optimizer = torch.optim.AdamW(model.router.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
-    for step in range(80):
-        ids = torch.randint(2, (16,), generator=generator).tolist()
-        same = {"questions": ["what is this?"] * 16, "images": [0] * 16, "tasks": [0] * 16}
-        options = {**same, "words": [()] * 16, "answers": None, "experts": ids}
-        batch = batch_of(model, **{**options, **TELLING[kind](ids)})
-        if step >= 70:
-            model.eval()
-            assert model.compute_gates(batch).gates[:, 0].argmax(-1).equal(batch.expert_ids)
-            continue
+    *known, new = [telling_batch(model, kind, generator) for _ in range(10)]
+    for step in range(70):
+        batch = known[step % len(known)]
         logits = model.compute_gates(batch).logits[:, 0]
         optimizer.zero_grad()
         F.cross_entropy(logits, batch.expert_ids).backward()
         optimizer.step()
+    model.eval()
+    assert model.compute_gates(new).gates[:, 0].argmax(-1).equal(new.expert_ids)
+
+
+def telling_batch(model: MixtureModel, kind: str, generator: torch.Generator) -> Batch:
+    ids = torch.randint(2, (24,), generator=generator).tolist()
+    same = {"questions": ["what is this?"] * 24, "images": [0] * 24, "tasks": [0] * 24}
+    options = {**same, "words": [()] * 24, "answers": None, "experts": ids}
+    return batch_of(model, **{**options, **TELLING[kind](ids)})

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moa.atomic import atomic_folder, write_json
@@ -30,6 +29,7 @@ from moa.merging.base_files import (
 )
 from moa.merging.core import Expert
 from moa.merging.merge import MergedSite, update_shape
+from moa.merging.shards import write_shard
 from moa.peft_io import site_keys, write_expert
 
 REPORT_FILE = "export_report.json"
@@ -151,7 +151,7 @@ def export_checkpoint(
     full |= {"keys_changed": sorted(changes.keys), "keys_of_base": len(source.files)}
     with atomic_folder(out) as temporary:
         _write_shards(temporary, source, changes, max_shard_gb)
-        _copy_other_files(source.folder, temporary, cast)
+        copy_other_files(source.folder, temporary, cast)
         if processor is not None:
             _copy_processor(Path(processor), temporary)
         if set(read_base(temporary).files) != set(source.files):
@@ -190,33 +190,49 @@ def _write_shards(
     changes: Changes,
     max_shard_gb: float,
 ) -> None:
-    shards = _plan_shards(source, changes.cast, max_shard_gb * 1e9)
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
-    total = 0
-    for name, keys in zip(names, shards, strict=True):
-        tensors = dict(_changed_tensors(source, keys, changes))
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        save_file(tensors, out / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
+    shards = plan_shards(source, changes.cast, max_shard_gb * 1e9)
+    for name, keys in zip(shard_names(len(shards)), shards, strict=True):
+        write_shard(out / name, source, keys, _changed_tensors(source, keys, changes), changes.cast)
+    write_index(out, source, shards, changes.cast)
 
 
-def _plan_shards(source: BaseFiles, cast: torch.dtype | None, max_bytes: float) -> list[list[str]]:
+def shard_names(count: int) -> list[str]:
+    """File names of the shards, as transformers looks for them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def write_index(
+    out: Path, source: BaseFiles, shards: Sequence[Sequence[str]], cast: torch.dtype | None
+) -> None:
+    """Which key lies in which shard; nothing where there is one shard."""
+    if len(shards) == 1:
+        return
+    names = shard_names(len(shards))
+    where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+    total = sum(_bytes(source, key, cast) for key in source.files)
+    write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def plan_shards(source: BaseFiles, cast: torch.dtype | None, max_bytes: float) -> list[list[str]]:
     """Keys in the base's order, cut where a shard would grow past the limit."""
     shards: list[list[str]] = [[]]
-    size = 0.0
+    size = 0
     for key in source.files:
-        dtype = source.dtypes[key]
-        width = (cast if cast and dtype.is_floating_point else dtype).itemsize
-        nbytes = width * torch.Size(source.shapes[key]).numel()
+        nbytes = _bytes(source, key, cast)
         if shards[-1] and size + nbytes > max_bytes:
             shards.append([])
-            size = 0.0
+            size = 0
         shards[-1].append(key)
         size += nbytes
     return shards
+
+
+def _bytes(source: BaseFiles, key: str, cast: torch.dtype | None) -> int:
+    dtype = source.dtypes[key]
+    width = (cast if cast and dtype.is_floating_point else dtype).itemsize
+    return width * torch.Size(source.shapes[key]).numel()
 
 
 def _changed_tensors(
@@ -238,7 +254,7 @@ def _changed_tensors(
         yield key, stored
 
 
-def _copy_other_files(source: Path, out: Path, cast: torch.dtype | None) -> None:
+def copy_other_files(source: Path, out: Path, cast: torch.dtype | None) -> None:
     """Config, processor, tokenizer and templates; never weights, pickles or the base's reports."""
     for file in sorted(source.iterdir()):
         skip = file.suffix in NO_COPY or file.name in (INDEX_FILE, REPORT_FILE)

@@ -83,7 +83,7 @@ class Job:
 
     @property
     def depths(self) -> dict[str, float]:
-        return _depths(tuple(all_sites(self.experts)))
+        return find_depths(tuple(all_sites(self.experts)))
 
 
 def merge(
@@ -227,7 +227,7 @@ def factor_stacks(job: Job, site: str, factors: list[Factors | None]) -> tuple[S
 
 
 @lru_cache(8)
-def _depths(sites: tuple[str, ...]) -> dict[str, float]:
+def find_depths(sites: tuple[str, ...]) -> dict[str, float]:
     """Where each site's numbered block lies among its stack's: 0 the first, 1 the last; 0 where it has no number."""
     numbers = {site: re.match(r"(.*?)\.(\d+)(\.|$)", site) for site in sites}
     last: dict[str, int] = {}
@@ -305,26 +305,34 @@ def weight_table(
     experts: Sequence[Expert], weights: Weights | None, default: str = "ones"
 ) -> dict[str, Float[Tensor, " expert"]]:
     """Site -> weight of each expert, float64; ValueError names a missing, unknown or odd weight."""
-    names = [expert.name for expert in experts]
+    names, sites = [expert.name for expert in experts], all_sites(experts)
+    if weights is None or not any(isinstance(value, Mapping) for value in weights.values()):
+        row = weight_row(names, weights, default)
+        return dict.fromkeys(sites, row)
+    table: dict[str, Tensor] = {}
+    for site in sites:
+        given: Any = weights.get(site)
+        if given is None:
+            raise ValueError(f"weights.{site}: missing; weights per site must cover every site")
+        table[site] = weight_row(names, given, default, where=f"weights.{site}")
+    return table
+
+
+def weight_row(
+    names: Sequence[str], weights: Any, default: str = "ones", where: str = "weights"
+) -> Float[Tensor, " expert"]:
+    """The weight of each name, float64; ValueError names a missing, unknown or odd weight."""
     if weights is None:
         weights = dict.fromkeys(names, 1 / len(names) if default == "mean" else 1.0)
-    per_site = any(isinstance(value, Mapping) for value in weights.values())
-    table: dict[str, Tensor] = {}
-    for site in all_sites(experts):
-        where = f"weights.{site}" if per_site else "weights"
-        row: Any = weights.get(site) if per_site else weights
-        if row is None:
-            raise ValueError(f"{where}: missing; weights per site must cover every site")
-        for name in (*row, *names):
-            if name not in names:
-                raise ValueError(f"{where}.{name}: no such expert; choices: {names}")
-            if name not in row:
-                raise ValueError(f"{where}.{name}: missing; weights must cover every expert")
-        values = torch.tensor([float(row[name]) for name in names], dtype=torch.float64)
-        if not torch.isfinite(values).all():
-            raise ValueError(f"{where}: must be finite, got {dict(row)}")
-        table[site] = values
-    return table
+    for name in (*weights, *names):
+        if name not in names:
+            raise ValueError(f"{where}.{name}: no such expert; choices: {list(names)}")
+        if name not in weights:
+            raise ValueError(f"{where}.{name}: missing; weights must cover every expert")
+    values = torch.tensor([float(weights[name]) for name in names], dtype=torch.float64)
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{where}: must be finite, got {dict(weights)}")
+    return values
 
 
 def sum_gates(
@@ -339,7 +347,7 @@ def sum_gates(
         return None
     settings = check_options(method, options)
     # On one-hot "updates" [expert, 1, expert] a sum returns its own coefficients.
-    depths = _depths(tuple(table))
+    depths = find_depths(tuple(table))
 
     def coefficients(site: str, weights: Tensor) -> Tensor:
         one_hot = torch.eye(len(weights), dtype=weights.dtype)[:, None]

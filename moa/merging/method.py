@@ -31,7 +31,7 @@ class Method:
     prepare: Callable[..., Any] | None = None
 
 
-def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """ValueError with the choices, unless an option's value is one of them."""
+def check_choice(key: str, value: str, choices: tuple[str, ...], of: str = "options") -> None:
+    """ValueError with the choices, unless the value of `of`.`key` is one of them."""
     if value not in choices:
-        raise ValueError(f"options.{key}: must be one of {list(choices)}, got {value!r}")
+        raise ValueError(f"{of}.{key}: must be one of {list(choices)}, got {value!r}")

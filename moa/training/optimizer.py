@@ -33,7 +33,7 @@ def make_optimizer(
                         "weight_decay": decay,
                     }
                 )
-    return torch.optim.AdamW(options, betas=(train.betas[0], train.betas[1]))
+    return torch.optim.AdamW(options, betas=(train.betas[0], train.betas[1]), fused=True)
 
 
 def check_partition(model: nn.Module, groups: Mapping[str, Parameters]) -> None:
@@ -83,8 +83,7 @@ def restore_optimizer(
     """Put the state of each parameter back, by name."""
     for parameter, name in names.items():
         optimizer.state[parameter] = {
-            # AdamW counts steps on the CPU, and keeps moments beside the parameter
-            kind: value.clone() if kind == "step" else value.to(parameter.device, copy=True)
+            kind: value.to(parameter.device, copy=True)  # fused: the count of steps lies there too
             for kind, value in tensors[name].items()
             if kind != "master"  # fp32 copy that DeepSpeed keeps of a parameter
         }

@@ -1,0 +1,216 @@
+"""Whole checkpoints of one base, merged tensor by tensor from shards to shards.
+
+What a method sees are the differences from the base, in blocks of rows read from the files; a result is written
+before the next tensor is read. So memory is a block of every model and one tensor of the result, however large the
+models are. Every key of every input gets a line in the manifest: which rule it met, and what came out.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from moa.atomic import atomic_folder, write_json
+from moa.merging.base_files import BaseFiles, read_base
+from moa.merging.export import (
+    DTYPES,
+    check_out,
+    copy_other_files,
+    plan_shards,
+    shard_names,
+    write_index,
+)
+from moa.merging.merge import Weights, check_options, find_depths, find_method, weight_row
+from moa.merging.method import check_choice
+from moa.merging.shards import write_shard
+from moa.merging.stack import Stack
+
+MANIFEST = "manifest.json"
+COMPUTE = torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What becomes of keys that not all models have alike."""
+
+    missing: str = (
+        "error"  # a model lacks a key of the base: error | base (it changed nothing there)
+    )
+    extra: str = "error"  # a model has a key that the base lacks: error | drop
+    shape: str = "error"  # a model has it in another shape: error | base (keep the base's)
+
+    def __post_init__(self) -> None:
+        check_choice("missing", self.missing, ("error", "base"), of="rules")
+        check_choice("extra", self.extra, ("error", "drop"), of="rules")
+        check_choice("shape", self.shape, ("error", "base"), of="rules")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    base: BaseFiles
+    models: dict[str, BaseFiles]  # by name
+    kept: dict[str, str]  # key -> why the base's own tensor is written
+    dropped: dict[str, list[str]]  # key -> the models whose tensor goes nowhere
+
+
+def merge_checkpoints(
+    out: str | Path,
+    models: Mapping[str, str | Path],
+    base: str | Path,
+    *,
+    method: str = "linear",
+    options: Mapping[str, Any] | None = None,
+    weights: Weights | None = None,
+    rules: Rules | None = None,
+    dtype: str = "auto",
+    max_shard_gb: float = 5.0,
+    on_key: Callable[[str], None] = lambda key: None,
+) -> dict[str, Any]:
+    """The base plus the merged differences of the models, in the base's layout; returns the manifest.
+
+    `models` are checkpoint folders by name, and `weights` go by these names. Methods work on the dense differences;
+    those on factors have no meaning here. Integer tensors stay the base's. Raises ValueError for inputs that do not
+    fit together and no rule covers, and then writes nothing.
+    """
+    check_out(out)
+    row = find_method(method)
+    if row.joint:
+        raise ValueError(
+            f"method: {method} works on LoRA factors, which whole checkpoints have not"
+        )
+    settings = check_options(method, options or {})
+    inputs = open_inputs(models, base, rules or Rules())
+    chosen = weight_row([*inputs.models], weights, row.default_weights).to(COMPUTE)
+    depths = find_depths(tuple(inputs.base.files))
+    changed = [key for key in inputs.base.files if key not in inputs.kept]
+    if row.prepare is not None:
+        stacks = [difference_stack(inputs, key, depths[key]) for key in changed]
+        settings["shared"] = row.prepare(stacks, **settings)
+    cast = None if dtype == "auto" else DTYPES[dtype]
+
+    def results(keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        for key in keys:
+            own = _read(inputs.base, key)
+            if key not in inputs.kept:
+                stack = difference_stack(inputs, key, depths[key])
+                merged = row.function(stack, chosen, **settings).view(own.shape)
+                own = _stored(key, merged.add_(own), cast or own.dtype)
+            elif cast is not None and own.is_floating_point():
+                own = own.to(cast)
+            yield key, own
+            on_key(key)
+
+    manifest = _manifest(inputs, method)
+    with atomic_folder(out) as temporary:
+        shards = plan_shards(inputs.base, cast, max_shard_gb * 1e9)
+        for name, keys in zip(shard_names(len(shards)), shards, strict=True):
+            write_shard(temporary / name, inputs.base, keys, results(keys), cast)
+        write_index(temporary, inputs.base, shards, cast)
+        copy_other_files(inputs.base.folder, temporary, cast)
+        write_json(temporary / MANIFEST, manifest)
+        write_json(
+            temporary / "export_report.json",
+            {"kind": "checkpoint", "method": method, "options": dict(options or {}),
+             "weights": dict(zip(inputs.models, chosen.tolist(), strict=True)), "dtype": dtype},
+        )  # fmt: skip
+    return manifest
+
+
+def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules) -> Inputs:
+    """The headers of all inputs, and which keys a rule takes out; ValueError where none does."""
+    if not models:
+        raise ValueError("models: names none")
+    root = read_base(base)
+    opened = {name: read_base(folder) for name, folder in models.items()}
+    kept = {k: "not floating: the base's" for k in root.files if k not in _floating(root)}
+    dropped: dict[str, list[str]] = {}
+    for name, files in opened.items():
+        for key, shape in root.shapes.items():
+            if key not in files.shapes and rules.missing == "error":
+                raise ValueError(
+                    f"models.{name}: {key} is missing; rules.missing=base takes the base's"
+                )
+            if files.shapes.get(key, shape) != shape:
+                if rules.shape == "error":
+                    raise ValueError(
+                        f"models.{name}: {key} is {list(files.shapes[key])}, the base's "
+                        f"{list(shape)}; rules.shape=base keeps the base's"
+                    )
+                kept[key] = f"shape differs in {name}: the base's"
+        for key in files.files.keys() - root.files.keys():
+            if rules.extra == "error":
+                raise ValueError(
+                    f"models.{name}: the base has no {key}; rules.extra=drop leaves it out"
+                )
+            dropped.setdefault(key, []).append(name)
+    return Inputs(base=root, models=opened, kept=kept, dropped=dropped)
+
+
+def difference_stack(inputs: Inputs, key: str, depth: float) -> Stack:
+    """The models' differences from the base at one key, as matrices; vectors are one row."""
+    shape = inputs.base.shapes[key]
+    rows, cols = (
+        (shape[0], torch.Size(shape[1:]).numel())
+        if len(shape) > 1
+        else (1, torch.Size(shape).numel())
+    )
+
+    def read(start: int, stop: int) -> Tensor:
+        own = _rows(inputs.base, key, start, stop)
+        return torch.stack([
+            _rows(files, key, start, stop) - own if key in files.files else torch.zeros_like(own)
+            for files in inputs.models.values()
+        ])  # fmt: skip
+
+    return Stack(
+        site=key,
+        experts=tuple(inputs.models),
+        ranks=(min(rows, cols),) * len(inputs.models),
+        shape=(rows, cols),
+        read=read,
+        depth=depth,
+    )
+
+
+def _rows(files: BaseFiles, key: str, start: int, stop: int) -> Tensor:
+    entry = _handle(files.folder / files.files[key]).get_slice(key)
+    block = entry[start:stop] if len(files.shapes[key]) > 1 else entry[...]
+    return block.to(COMPUTE).reshape(stop - start, -1)
+
+
+def _read(files: BaseFiles, key: str) -> Tensor:
+    return _handle(files.folder / files.files[key]).get_tensor(key)
+
+
+@lru_cache(maxsize=64)
+def _handle(file: Path) -> Any:
+    return safe_open(file, framework="pt")  # maps the file: nothing is read before a slice is taken
+
+
+def _floating(files: BaseFiles) -> set[str]:
+    return {key for key, dtype in files.dtypes.items() if dtype.is_floating_point}
+
+
+def _stored(key: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = merged.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise ValueError(
+            f"{key}: the merge has values that are not finite, or do not fit in {dtype}"
+        )
+    return stored
+
+
+def _manifest(inputs: Inputs, method: str) -> dict[str, Any]:
+    """Key -> the rule it met, the models that have it, and the key that came out (none: dropped)."""
+    lines = {}
+    for key in inputs.base.files:
+        having = [name for name, files in inputs.models.items() if key in files.files]
+        lines[key] = {"rule": inputs.kept.get(key, method), "models": having, "output": key}
+    for key, names in inputs.dropped.items():
+        lines[key] = {"rule": "extra: dropped", "models": names, "output": None}
+    return lines

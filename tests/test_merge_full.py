@@ -1,0 +1,183 @@
+"""Whole checkpoints: merged tensor by tensor, loaded by transformers, every key accounted for."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from moa.merging import full
+from moa.merging.full import Rules, merge_checkpoints
+from scripts import merge as script
+from tests.test_merge_sparse import ties_merging
+from tests.tiny import tiny_llava
+
+NAMES = ("one", "two")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base in two shards, and two models trained from it, each in one."""
+    folder = tmp_path_factory.mktemp("models")
+    model, _ = tiny_llava()
+    model.save_pretrained(folder / "base", max_shard_size="60KB")
+    for seed, name in enumerate(NAMES):
+        generator = torch.Generator().manual_seed(seed)
+        other, _ = tiny_llava()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+        other.save_pretrained(folder / name)
+    return folder
+
+
+def tensors_of(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
+
+
+def models(world):
+    return {name: world / name for name in NAMES}
+
+
+def test_the_weighted_sum_of_differences_is_added_to_the_base(world, tmp_path):
+    chosen = {"one": 0.75, "two": -0.5}
+    manifest = merge_checkpoints(tmp_path / "out", models(world), world / "base", weights=chosen)
+    base, one, two = (tensors_of(world / name) for name in ("base", *NAMES))
+    found = tensors_of(tmp_path / "out")
+    assert found.keys() == base.keys() == manifest.keys()
+    for key, own in base.items():
+        expected = own + 0.75 * (one[key] - own) - 0.5 * (two[key] - own)
+        torch.testing.assert_close(found[key], expected, rtol=0, atol=1e-6)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+
+
+def test_transformers_loads_the_result_from_its_shards(world, tmp_path):
+    merge_checkpoints(
+        tmp_path / "out", models(world), world / "base", method="slerp", max_shard_gb=6e-5
+    )
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    loaded, report = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    found = tensors_of(tmp_path / "out")
+    weight = loaded.get_input_embeddings().weight
+    assert any(t.shape == weight.shape and torch.equal(t, weight) for t in found.values())
+
+
+def test_ties_over_the_model_is_the_released_procedure_on_flattened_models(world, tmp_path):
+    options = {"scope": "model", "density": 0.2}
+    merge_checkpoints(
+        tmp_path / "out", models(world), world / "base", method="ties", options=options
+    )
+    base, one, two = (tensors_of(world / name) for name in ("base", *NAMES))
+    keys = list(base)
+    rows = torch.stack([torch.cat([(m[k] - base[k]).flatten() for k in keys]) for m in (one, two)])
+    expected = torch.cat([base[k].flatten() for k in keys]) + ties_merging(rows, 0.2)
+    found = torch.cat([tensors_of(tmp_path / "out")[k].flatten() for k in keys])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "breadcrumbs", "model_stock", "tsv_m", "iso_c"])
+def test_the_size_of_a_block_changes_nothing(world, tmp_path, monkeypatch, method):
+    merge_checkpoints(tmp_path / "whole", models(world), world / "base", method=method)
+    monkeypatch.setattr("moa.merging.stack.BLOCK_VALUES", 100)
+    merge_checkpoints(tmp_path / "blocks", models(world), world / "base", method=method)
+    whole, blocks = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "blocks")
+    for key, value in whole.items():
+        torch.testing.assert_close(blocks[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_another_dtype_is_stored_and_named(world, tmp_path):
+    merge_checkpoints(tmp_path / "out", models(world), world / "base", dtype="bfloat16")
+    found = tensors_of(tmp_path / "out")
+    assert {t.dtype for t in found.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.fixture
+def odd(world, tmp_path):
+    """A model that lacks one key, has one more, and one in another shape."""
+    tensors = tensors_of(world / "one")
+    missing, changed = list(tensors)[:2]
+    del tensors[missing]
+    tensors[changed] = torch.zeros(3, 3)
+    tensors["extra.weight"] = torch.zeros(2)
+    (tmp_path / "odd").mkdir()
+    save_file(tensors, tmp_path / "odd" / "model.safetensors")
+    (tmp_path / "odd" / "config.json").write_text("{}")
+    return tmp_path / "odd", missing, changed
+
+
+def test_every_key_needs_a_rule_and_gets_a_line(world, odd, tmp_path):
+    folder, missing, changed = odd
+    given = {"one": world / "one", "odd": folder}
+    rules: dict[str, str] = {}
+    for key, rule in (("missing", "base"), ("shape", "base"), ("extra", "drop")):
+        with pytest.raises(ValueError, match=rf"models\.odd: .*rules\.{key}={rule}"):
+            merge_checkpoints(tmp_path / "out", given, world / "base", rules=Rules(**rules))
+        assert not (tmp_path / "out").exists()
+        rules[key] = rule
+    manifest = merge_checkpoints(tmp_path / "out", given, world / "base", rules=Rules(**rules))
+    assert manifest[missing] == {"rule": "linear", "models": ["one"], "output": missing}
+    assert manifest[changed]["rule"] == "shape differs in odd: the base's"
+    assert manifest["extra.weight"] == {"rule": "extra: dropped", "models": ["odd"], "output": None}
+    written = json.loads((tmp_path / "out" / full.MANIFEST).read_text())
+    assert written == manifest
+    base, one = tensors_of(world / "base"), tensors_of(world / "one")
+    found = tensors_of(tmp_path / "out")
+    assert torch.equal(found[changed], base[changed])
+    half = base[missing] + 0.5 * (one[missing] - base[missing])  # the odd one changed nothing there
+    torch.testing.assert_close(found[missing], half, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "robustmerge"}, "robustmerge works on LoRA factors"),
+        ({"weights": {"one": 1.0}}, "weights.two: missing"),
+        ({"models": {}}, "models: names none"),
+    ],
+)
+def test_what_has_no_meaning_here_is_refused(world, tmp_path, arguments, message):
+    settings = {"models": models(world), "base": world / "base", **arguments}
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoints(tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_rule_is_named():
+    with pytest.raises(
+        ValueError, match=r"rules.extra: must be one of \['error', 'drop'\], got 'keep'"
+    ):
+        Rules(extra="keep")
+
+
+def test_a_model_that_is_cut_off_leaves_nothing_behind(world, tmp_path, capsys):
+    (tmp_path / "cut").mkdir()
+    data = (world / "one" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(data[:-100])
+    (tmp_path / "cut" / "config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        script.main(
+            [
+                f"models=[{world / 'two'},{tmp_path / 'cut'}]",
+                f"base={world / 'base'}",
+                f"out={tmp_path / 'out'}",
+            ]
+        )
+    assert "cut/model.safetensors is not readable" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_merges_models_and_counts_the_rules(world, tmp_path, capsys):
+    script.main(
+        [f"models=[{world / 'one'},{world / 'two'}]", f"base={world / 'base'}", f"out={tmp_path / 'out'}",
+         "weights=[0.5,0.5]"]
+    )  # fmt: skip
+    assert f"{len(tensors_of(world / 'base'))} tensors: linear" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        script.main([f"models=[{world / 'one'}]", f"out={tmp_path / 'other'}"])
+    assert "base: names no folder" in capsys.readouterr().err
