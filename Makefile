@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/demo
+# one thread a worker: two threads for small tensors cost more than they bring
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
@@ -27,17 +29,18 @@ demo: setup  ## train, evaluate, merge and export the embedded default; ends wit
 	$(BIN)/python scripts/summary.py $(RUN) --merged $(RUN)/merged/adapter
 
 test: setup  ## the whole suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: setup  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy moa data train.py eval.py scripts benchmarks
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: setup  ## the speed and memory tables
 	$(BIN)/python benchmarks/mixture.py
 	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/merging.py
 
 scoreboard: setup  ## results/scoreboard.json: about an hour on two cores
 	$(BIN)/python scripts/scoreboard.py --out runs/scoreboard

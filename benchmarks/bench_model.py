@@ -1,5 +1,6 @@
 """What the speed benchmarks share: a random LLaVA of a chosen size, a batch for it, and clocks."""
 
+import argparse
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -48,6 +49,27 @@ SIZES = {
         batch=16,
     ),
 }
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def make_parser(doc: str | None, experts: list[int], rounds: int) -> argparse.ArgumentParser:
+    """The settings that every benchmark of the mixture has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--experts", type=int, nargs="+", default=experts)
+    parser.add_argument("--rank", type=int, default=4, help="of each expert")
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each contender")
+    return parser
+
+
+def where(arguments: argparse.Namespace) -> dict[str, str]:
+    """What a line of figures says of how it was made."""
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    return {"device": device, "size": arguments.size, "dtype": arguments.dtype}
 
 
 def make_backbone(size: Size, device: str, dtype: torch.dtype) -> Backbone:

@@ -6,7 +6,6 @@ Greedy decoding of a batch with the KV cache; the routed model also looks at its
 decides gates first, each sample its own. The last line is JSON; ratios are ours over theirs.
 """
 
-import argparse
 import json
 import sys
 import warnings
@@ -19,12 +18,21 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.bench_model import SIZES, Size, make_backbone, make_batch, make_mixture, race, ratio
+from benchmarks.bench_model import (
+    DTYPES,
+    SIZES,
+    Size,
+    make_backbone,
+    make_batch,
+    make_mixture,
+    make_parser,
+    race,
+    ratio,
+    where,
+)
 from data.batch import Batch
 from moa.backbones.llava import Backbone
 from moa.model import MixtureModel
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @torch.no_grad()
@@ -66,16 +74,8 @@ def contenders(
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--experts", type=int, nargs="+", default=[4])
-    parser.add_argument("--rank", type=int, default=4, help="of each expert")
+    parser = make_parser(__doc__, experts=[4], rounds=6)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=6, help="turns of each contender")
     arguments = parser.parse_args()
     size, device, dtype = SIZES[arguments.size], arguments.device, DTYPES[arguments.dtype]
     print(f"{size}, {device}, {arguments.dtype}, {torch.get_num_threads()} threads")
@@ -91,9 +91,7 @@ def main() -> None:
     figures = {
         "tokens_vs_merged": min(ratios.values()),
         "tokens_vs_merged_by_experts": ratios,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "size": arguments.size,
-        "dtype": arguments.dtype,
+        **where(arguments),
     }
     print(json.dumps(figures))
 

@@ -180,7 +180,7 @@ def write_adapters(folder: Path, num_sites: int) -> list[Path]:
         shapes[f"model.language_model.layers.{layer}.site_{part}"] = wide[part]
     paths = []
     for expert in range(NUM_EXPERTS):
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for site, (rows, columns) in shapes.items():
             (pair,) = random_factors(16, 1, rows, columns)
             tensors.update(zip(site_keys(site), (t.bfloat16() for t in pair), strict=True))

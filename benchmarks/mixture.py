@@ -8,7 +8,6 @@ compute it) and PEFT X-LoRA. The last line is JSON; ratios are ours over theirs,
 numbers of experts.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -26,21 +25,22 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.bench_model import (
+    DTYPES,
     SIZES,
     TARGETS,
     Size,
     make_backbone,
     make_batch,
     make_mixture,
+    make_parser,
     race,
     ratio,
     saved_bytes,
+    where,
 )
 from moa.backbones.llava import Backbone
 from moa.experts import ExpertBank
 from moa.model import MixtureModel
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class LoopLinear(nn.Module):
@@ -232,15 +232,7 @@ def print_row(label: str, values: dict[str, float]) -> None:
 
 def main() -> None:
     warnings.simplefilter("ignore")  # PEFT and transformers disagree on names
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64])
-    parser.add_argument("--rank", type=int, default=4, help="of each expert")
-    parser.add_argument("--rounds", type=int, default=8, help="turns of each contender")
+    parser = make_parser(__doc__, experts=[2, 4, 8, 16, 32, 64], rounds=8)
     parser.add_argument(
         "--slow-experts",
         type=int,
@@ -286,9 +278,7 @@ def main() -> None:
         "step_activations_vs_lora": max(memory),
         "step_vs_lora_by_experts": dict(zip(arguments.experts, to_lora, strict=True)),
         "step_vs_xlora_by_experts": to_xlora,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "size": arguments.size,
-        "dtype": arguments.dtype,
+        **where(arguments),
     }
     print(json.dumps(figures))
 

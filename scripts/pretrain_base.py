@@ -395,14 +395,15 @@ def answer_questions(
         losses = F.cross_entropy(logits.float(), target, reduction="none")
         answered = (losses * weight).sum() / weight.sum()
         aligned = alignment_loss(model, pictures, names[world.labels[chosen].to(args.device)])
-        pointed = sum(
+        looks = [
             pointing_loss(
                 out.attentions[layer][:, :POINTING_HEADS, prefix:, :prefix].float(),
                 pad(rows, tokens, -1, torch.long).to(args.device),
                 world.labels[chosen].to(args.device),
             )
             for tokens, layer in POINTING.items()
-        )
+        ]
+        pointed = torch.stack(looks).sum()
         loss = answered + args.align * aligned + args.point * pointed
         asked = tasks[:, 1:][supervised]
         shown = {"align": aligned.item(), "point": pointed.item(), "answers": answered.item()}
@@ -476,7 +477,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--align", type=float, default=0.5, help="weight of patches like words")
     parser.add_argument(
-        "--point", type=float, default=0.2, help="weight of names that find patches"
+        "--point", type=float, default=0.4, help="weight of names that find patches"
     )
     parser.add_argument("--read-share", type=float, default=0.35, help="of rows with a sign's word")
     parser.add_argument(

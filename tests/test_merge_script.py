@@ -160,7 +160,7 @@ def test_a_checkpoint_takes_the_runs_processor_and_the_bases_keys(world, tmp_pat
     ("arguments", "message"),
     [
         (["metod=linear"], "error: metod: .*Did you mean: 'method'"),
-        (["method=tise", "out=x"], "method: no such method 'tise'; choices: .*'linear'"),
+        (["method=tise", "out=x"], "method: no such method 'tise'; near: \\['ties'"),
         (["out=x"], "adapters, run: give one of the two"),
         (["adapters=[ONE]"], "out: names no folder"),
         (["adapters=[nowhere]", "out=x"], "nowhere/adapter_config.json: missing"),

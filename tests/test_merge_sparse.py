@@ -112,10 +112,10 @@ def test_random_masks_depend_on_seed_and_names_alone(matrices, method):
 
 @pytest.mark.parametrize("method", [sparse.dare_linear, sparse.della_linear])
 def test_the_expectation_over_masks_is_the_sum(method):
-    matrices = torch.tensor([[[1.0, 2.0, -3.0, 0.5]], [[0.5, 0.1, 1.0, 4.0]]])
-    draws = [method(stack(matrices), torch.ones(2), seed=seed) for seed in range(4000)]
+    matrices = torch.tensor([[[1.0, 0.5, -1.0, 0.5]], [[0.5, 0.1, 1.0, 0.7]]])
+    draws = [method(stack(matrices), torch.ones(2), seed=seed) for seed in range(1000)]
     mean = torch.stack(draws).mean(0)
-    torch.testing.assert_close(mean, matrices.sum(0), rtol=0, atol=0.2)  # 3 standard errors: 0.19
+    torch.testing.assert_close(mean, matrices.sum(0), rtol=0, atol=0.18)  # four standard errors
 
 
 def test_dare_keeps_the_share_and_divides_by_it(matrices):

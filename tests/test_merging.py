@@ -5,7 +5,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from moa.merging import merge as merging
 from moa.merging.core import (
     Expert,
     choose_rank,
@@ -103,7 +102,7 @@ def test_how_an_expert_is_factored_does_not_matter(rank):
         torch.testing.assert_close(merged["head"].lora_a, expected["head"].lora_a)
 
 
-@pytest.mark.parametrize("method", list(merging.METHODS))
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 def test_one_expert_merges_to_itself(method):
     expert = make_expert()
     assert_same(merge([expert], method=method), {s: dense(expert, s, 3 / 2) for s in SITES})
@@ -184,7 +183,7 @@ def test_an_impossible_rank_is_refused_with_the_choices(rank):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "tise"}, r"method: no such method 'tise'; choices: \['linear'"),
+        ({"method": "tise"}, r"method: no such method 'tise'; near: \['ties'"),
         (
             {"space": "dense"},
             r"space: method linear is not defined in 'dense'; choices: \['core', 'factor'\]",

@@ -9,7 +9,7 @@ import pytest
 
 from data.concepts import CATEGORY, HELD_OUT_CONCEPTS, HELD_OUT_GROUNDS, SPLITS, sign_words
 from data.ocr import content_hash
-from data.questions import TASKS, WORDINGS, place, questions
+from data.questions import SPECIFIC, TASKS, WORDINGS, place, questions
 from data.scene_dataset import SLICES, TRAINED_TASKS, SceneDataset
 from data.scenes import SIZE, Thing, render_scene
 
@@ -106,6 +106,28 @@ def test_a_place_between_two_quarters_has_no_name():
     box = (SIZE / 2 - 30, 10.0, SIZE / 2 + 30, 60.0)
     assert place(Thing(name="cat", style="color", box=box)) is None
     assert place(Thing(name="cat", style="color", box=(100.0, 10.0, 160.0, 60.0))) == "top right"
+
+
+def test_the_base_is_not_taught_what_the_experts_have_to_learn():
+    met, generic = set(), set()
+    for index in range(40):
+        scene = render_scene("train", index)[1]
+        for task in TASKS:
+            met |= {q.kind for q in questions(scene, task)}
+            generic |= {q.kind for q in questions(scene, task, generic=True)}
+        (caption,) = questions(scene, "caption")
+        (sentence,) = questions(scene, "caption", generic=True)
+        assert not set(caption.answers) & set(sentence.answers)
+        names = [thing.name for thing in sorted(scene.things, key=lambda t: t.center[0])]
+        places = [caption.answers[0].index(name) for name in names]
+        assert places == sorted(places)  # from left to right
+        for question in questions(scene, "vqa"):
+            if question.kind == "leftmost":
+                assert question.answers == (names[0],)
+        for question in questions(scene, "ocr_vqa"):
+            if question.kind == "letter":
+                assert question.answers == (scene.sign.word[0],)
+    assert met - generic == SPECIFIC and generic <= met
 
 
 def test_the_prefix_slice_asks_one_question_with_two_answers():

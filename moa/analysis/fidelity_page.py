@@ -131,7 +131,7 @@ def draw_pairs(path: Path, record: Record) -> None:
     size = 2.2 + 0.55 * len(record["experts"])
     with page(path, 2 * size, size + 0.6, "Which experts meet") as figure:
         for axes, name in zip(figure.subplots(1, 2), ("cosine", "overlap"), strict=True):
-            low = -1 if name == "cosine" else 0
+            low = -1.0 if name == "cosine" else 0.0
             _table(axes, np.array(record["total"][name]), record["experts"], record["experts"], low)
             axes.set_title(name)
 
@@ -143,14 +143,14 @@ def draw_layers(path: Path, record: Record) -> None:
     rows = [row["merged"]["retention"] if merged else row["norms"] for row in layers.values()]
     title = "Retention by layer" if merged else "Norm of the updates by layer"
     with page(path, 4 + 0.7 * len(names), 1.4 + 0.3 * len(layers), title) as figure:
-        low = -1 if merged else 0
+        low = -1.0 if merged else 0.0
         labels = [_short(layer) for layer in layers]
         _table(figure.subplots(), np.array(rows, dtype=float), labels, names, low)
 
 
 def draw_conflict(path: Path, record: Record) -> None:
     layers = {_short(name): row["sign_conflict"] for name, row in record["layers"].items()}
-    with page(path, 7, 1.2 + 0.25 * len(layers), "Mass that cancels, by layer") as figure:
+    with page(path, 7.0, 1.2 + 0.25 * len(layers), "Mass that cancels, by layer") as figure:
         axes = figure.subplots()
         axes.barh(list(layers), list(layers.values()), color=color(1), height=0.7)
         axes.invert_yaxis()
@@ -160,7 +160,7 @@ def draw_conflict(path: Path, record: Record) -> None:
 def draw_spectra(path: Path, site: str, row: Record, names: Sequence[str]) -> None:
     """Singular values of one site: each expert's, and before and after the method."""
     merged = row.get("merged")
-    with page(path, 8, 5.2 if merged else 3.2, "Singular values", site) as figure:
+    with page(path, 8.0, 5.2 if merged else 3.2, "Singular values", site) as figure:
         grid = figure.subplots(2 if merged else 1, 1, squeeze=False, sharex=True)[:, 0]
         for index, (name, values) in enumerate(zip(names, row["singular_values"], strict=True)):
             grid[0].plot(range(1, len(values) + 1), values, color=color(index), label=name, lw=1)
@@ -180,7 +180,7 @@ def draw_spectra(path: Path, site: str, row: Record, names: Sequence[str]) -> No
 
 def draw_values(path: Path, site: str, row: Record) -> None:
     """Distribution of the values of A, B and the update at one site."""
-    with page(path, 9, 3, "Values", site) as figure:
+    with page(path, 9.0, 3.0, "Values", site) as figure:
         for axes, (name, histogram) in zip(
             figure.subplots(1, 3, sharey=True), row["histograms"].items(), strict=True
         ):

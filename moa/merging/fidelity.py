@@ -33,7 +33,7 @@ def measure(
     sites = {}
     for site in all_sites(experts):
         factors = [e.factors(site, torch.float64) if site in e.ranks else None for e in experts]
-        sites[site] = measure_site(factors, merged and merged[site])
+        sites[site] = measure_site(factors, merged[site] if merged else None)
         on_site(site)
     layers: dict[str, list[dict[str, Any]]] = {}
     for site, row in sites.items():

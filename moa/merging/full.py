@@ -207,7 +207,7 @@ def _stored(key: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _manifest(inputs: Inputs, method: str) -> dict[str, Any]:
     """Key -> the rule it met, the models that have it, and the key that came out (none: dropped)."""
-    lines = {}
+    lines: dict[str, dict[str, Any]] = {}
     for key in inputs.base.files:
         having = [name for name, files in inputs.models.items() if key in files.files]
         lines[key] = {"rule": inputs.kept.get(key, method), "models": having, "output": key}

@@ -6,6 +6,7 @@ Retention of expert i is <dW_merged, dW_i> / |dW_i|^2: 1 where the merged update
 the expert did along its own direction. Sums over sites weigh each site by its energy.
 """
 
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -253,7 +254,8 @@ def all_shapes(experts: Sequence[Expert]) -> dict[str, tuple[int, int]]:
 
 def find_method(name: str, space: str | None = None) -> Method:
     if name not in METHODS:
-        raise ValueError(f"method: no such method {name!r}; choices: {sorted(METHODS)}")
+        near = difflib.get_close_matches(name, METHODS, n=3) or "none"
+        raise ValueError(f"method: no such method {name!r}; near: {near}; method=list prints all")
     if space is not None and space not in METHODS[name].spaces:
         choices = list(METHODS[name].spaces)
         raise ValueError(f"space: method {name} is not defined in {space!r}; choices: {choices}")

@@ -51,7 +51,7 @@ def write_shard(
         for key, (found, tensor) in zip(keys, tensors, strict=True):
             if key != found:
                 raise AssertionError(f"{found} came where {key} was due")
-            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if file.tell() != 8 + len(text) + end:
             raise AssertionError(f"{path}: the tensors are not those of the header")
     return end

@@ -1,0 +1,110 @@
+"""RegMean: the linear layer whose outputs are nearest to each expert's on that expert's own inputs.
+
+    W = (sum_i w_i W_i G_i) (sum_i w_i G_i)^-1,   G_i = X_i^T X_i / tokens          (Jin et al. 2023, equation 2)
+
+The base's part cancels, so this holds for the updates; and B_i (A_i G_i P) is again an update of the expert's rank. So
+RegMean turns experts into experts, `linear` at weights of 1 adds them up, and any rank can be asked of the result.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from data.batch import Batch
+from moa.merging.core import Expert
+from moa.model import MixtureModel
+
+Grams = dict[str, Float[Tensor, "expert in in"]]  # by site
+
+
+@torch.no_grad()
+def gather_grams(model: MixtureModel, batches: Mapping[str, Sequence[Batch]]) -> Grams:
+    """G_i of every site: the inputs that each expert meets, it alone being on, in its own batches.
+
+    Padding does not count. A site's Gram matrices take experts * in^2 numbers: gather some sites at a time for large
+    models. Raises ValueError for an expert without batches.
+    """
+    names = list(model.bank.names)
+    for name in names:
+        if not batches.get(name):
+            raise ValueError(f"batches.{name}: none; RegMean needs inputs of every expert")
+    training = model.training
+    model.eval()
+    grams: dict[str, list[Tensor]] = {}
+    try:
+        for index, name in enumerate(names):
+            one_hot = torch.eye(len(names))[index]
+            sums: dict[str, Tensor] = {}
+            tokens: dict[str, int] = {}
+            for batch in batches[name]:
+                with _summed_inputs(model, batch, sums, tokens):
+                    model(batch, one_hot.expand(len(batch), -1))
+            for site, total in sums.items():
+                grams.setdefault(site, []).append(total / tokens[site])
+    finally:
+        model.train(training)
+    return {site: torch.stack(rows) for site, rows in grams.items()}
+
+
+@contextmanager
+def _summed_inputs(
+    model: MixtureModel, batch: Batch, sums: dict[str, Tensor], tokens: dict[str, int]
+) -> Iterator[None]:
+    def add(site: str, x: Tensor) -> None:
+        real = batch.attention_mask.bool()
+        rows = x[real] if x.shape[:2] == real.shape else x.flatten(0, -2)
+        rows = rows.double()
+        sums[site] = sums.get(site, 0) + rows.T @ rows
+        tokens[site] = tokens.get(site, 0) + len(rows)
+
+    hooks = [
+        site.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
+        for name, site in model.bank.sites.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def regmean(
+    experts: Sequence[Expert],
+    grams: Mapping[str, Float[Tensor, "expert in in"]],
+    *,
+    weights: Mapping[str, float] | None = None,
+    nondiagonal: float = 0.9,
+    ridge: float = 1e-6,
+) -> list[Expert]:
+    """The experts whose plain sum is the RegMean merge; `grams` have the experts' order.
+
+    `nondiagonal` scales all but the diagonal of each Gram matrix, which keeps the inverse apart from noise; `ridge`,
+    a share of the mean diagonal, is what a direction without any input falls back to. Both as in the paper's section
+    4.2 and its released code, which has no ridge and cannot invert fewer inputs than dimensions.
+    """
+    shares = [1.0 if weights is None else weights[expert.name] for expert in experts]
+
+    def solver(index: int) -> Expert:
+        expert = experts[index]
+
+        def read(site: str) -> tuple[Tensor, Tensor]:
+            lora_a, lora_b = expert.read(site)
+            shrunk = _shrunk(grams[site].double(), nondiagonal)
+            total = torch.einsum("e,eij->ij", torch.tensor(shares).double(), shrunk)
+            mean = total.diagonal().mean().clamp(min=torch.finfo(total.dtype).tiny)
+            total = total + ridge * mean * torch.eye(len(total), dtype=total.dtype)
+            turned = torch.linalg.solve(total, shares[index] * shrunk[index] @ lora_a.double().T).T
+            return turned, lora_b.double()
+
+        return replace(expert, read=read)
+
+    return [solver(index) for index in range(len(experts))]
+
+
+def _shrunk(grams: Float[Tensor, "expert in in"], nondiagonal: float) -> Tensor:
+    diagonal = torch.diag_embed(grams.diagonal(dim1=1, dim2=2))
+    return diagonal + nondiagonal * (grams - diagonal)

@@ -1,0 +1,150 @@
+"""Which merge keeps the skills? Every method on a run's experts, scored on the run's data sets.
+
+    python scripts/compare_merges.py runs/demo --out results [--rank sum] [--methods ties,wudi] [--num-samples 64]
+
+Each row is ONE plain adapter at the method's defaults, as scripts/merge.py would write it, or with the options of
+`OPTIONS` where the defaults mean nothing here. Writes compare_merges.json and compare_merges.md: scores in per cent
+by data set, their mean over the tasks that the experts were trained on and over the others, rank, and seconds.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.progress import track
+
+from data.sources import open_ocr
+from moa.atomic import write_json
+from moa.benchmarks.sources import EvalSettings, score_sources
+from moa.build import build_model, only_adapter
+from moa.checkpoint import CONFIG, load_model, step_folder
+from moa.config import RunConfig, load_config
+from moa.merging.core import Expert
+from moa.merging.export import export_adapter
+from moa.merging.inputs import open_adapters
+from moa.merging.merge import METHODS, merge
+
+# Two-expert methods have no meaning for a run of more; a uniform sum at full weight is task_arithmetic.
+LEFT_OUT = ("slerp", "sa_merge")
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "task_arithmetic": [{"scale": 1.0}, {"scale": 0.5}],
+    "robustmerge": [
+        {"variant": v} for v in ("paper_per_task", "paper_factor_sum", "official_code")
+    ],
+    "ties": [{}, {"reduce": "sum"}],
+}
+Row = dict[str, Any]
+
+
+def contenders(methods: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for method in methods:
+        for options in OPTIONS.get(method, [{}]):
+            yield method, options
+
+
+def score_merge(
+    experts: list[Expert],
+    step: Path,
+    method: str,
+    options: dict[str, Any],
+    args: argparse.Namespace,
+) -> Row:
+    """One merge, written and scored as a plain adapter that is always on."""
+    began = time.perf_counter()
+    merged = merge(experts, method=method, options=options, rank=args.rank)
+    seconds = time.perf_counter() - began
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "adapter"
+        export_adapter(folder, merged, experts)
+        config = load_config(step / CONFIG, only_adapter(folder))
+        model = build_model(config).eval()
+    return {
+        "method": method,
+        "options": options,
+        "seconds": seconds,
+        "rank": max(site.lora_a.shape[0] for site in merged.values()),
+        "scores": scores_of(model, config, args),
+    }
+
+
+def scores_of(
+    model: Any, config: RunConfig, args: argparse.Namespace, gates: str = "router"
+) -> dict[str, float]:
+    settings = EvalSettings(
+        num_pictures=0, num_samples=args.num_samples, gates=gates, progress=False
+    )
+    results = score_sources(model, config, settings, args.ocr)
+    return {result.name: float(result.score["value"] or 0.0) for result in results}
+
+
+def markdown(rows: list[Row], trained: set[str]) -> str:
+    names = list(rows[0]["scores"])
+    lines = [
+        "| merge | trained | held out | " + " | ".join(names) + " | rank | seconds |",
+        "|---" * (len(names) + 5) + "|",
+    ]
+    for row in sorted(rows, key=lambda row: -mean_of(row, trained)):
+        options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
+        label = f"`{row['method']}`" + (f" ({options})" if options else "")
+        others = set(names) - trained
+        means = [mean_of(row, trained), mean_of(row, others)] if others else [mean_of(row, trained)]
+        cells = [f"{100 * value:.0f}" for value in (*means, *row["scores"].values())]
+        end = [str(row["rank"] or ""), "" if row["seconds"] is None else f"{row['seconds']:.2f}"]
+        lines.append("| " + " | ".join([label, *cells, *end]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def mean_of(row: Row, names: set[str]) -> float:
+    return mean(row["scores"][name] for name in names) if names else 0.0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="run or step folder, whose experts are merged")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument(
+        "--rank", default="sum", help="of every result: a number, sum or energy:0.99"
+    )
+    parser.add_argument(
+        "--methods", help="of METHODS, with commas; default: all that take any number"
+    )
+    parser.add_argument("--num-samples", type=int, default=64, help="questions a data set")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args, console = arguments(), Console()
+    step = step_folder(args.run)
+    model, _, config = load_model(args.run, "cpu")
+    args.ocr = open_ocr(config.data)
+    trained = {source.expert for source in config.data.sources if source.expert}
+    experts = open_adapters([str(step / "experts" / name) for name in config.experts])
+    methods = args.methods.split(",") if args.methods else [m for m in METHODS if m not in LEFT_OUT]
+    rows: list[Row] = [
+        {"method": label, "options": {}, "seconds": None, "rank": None,
+         "scores": scores_of(model, config, args, gates)}
+        for label, gates in (("base", "off"), ("routed, not merged", "router"))
+    ]  # fmt: skip
+    for method, options in track(list(contenders(methods)), description="merging and scoring"):
+        rows.append(score_merge(experts, step, method, options, args))
+    args.out.mkdir(parents=True, exist_ok=True)
+    table = markdown(rows, trained & set(rows[0]["scores"]))
+    write_json(
+        args.out / "compare_merges.json", {"run": str(args.run), "rank": args.rank, "rows": rows}
+    )
+    (args.out / "compare_merges.md").write_text(table, encoding="utf-8")
+    console.print(table, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
