@@ -5,6 +5,7 @@ at the tower's tokens before any expert runs, and nothing is computed twice.
 """
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils.logging import disable_progress_bar
 
 FAMILIES = ("llava",)
 VISION, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
@@ -151,6 +153,8 @@ def load_backbone(name_or_path: str, dtype: torch.dtype = torch.float32) -> Back
         raise ValueError(
             f"model: {name_or_path} is a {config.model_type}; choices: {', '.join(FAMILIES)}"
         )
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of loading weights: in a log it is noise
     model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
     processor = AutoProcessor.from_pretrained(name_or_path)
     return Backbone(
