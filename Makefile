@@ -24,9 +24,10 @@ demo: setup  ## train, evaluate, merge and export the embedded default; ends wit
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train.py --config configs/demo.yaml out=$(RUN) --overwrite
 	$(BIN)/python eval.py --checkpoint $(RUN)
-	$(BIN)/python scripts/merge.py run=$(RUN) weights=gates rank=sum out=$(RUN)/merged/adapter
+	$(BIN)/python scripts/merge.py run=$(RUN) weights=gates rank=sum out=$(RUN)/merged/mean_gates
+	$(BIN)/python scripts/merge.py run=$(RUN) method=ties rank=sum out=$(RUN)/merged/ties
 	$(BIN)/python scripts/merge.py run=$(RUN) weights=gates merged=true out=$(RUN)/merged/checkpoint
-	$(BIN)/python scripts/summary.py $(RUN) --merged $(RUN)/merged/adapter
+	$(BIN)/python scripts/summary.py $(RUN) --merged $(RUN)/merged/mean_gates $(RUN)/merged/ties
 
 test: setup  ## the whole suite
 	$(PYTEST)

@@ -1,8 +1,8 @@
-"""What a run gained: the base, the routed experts and the one merged adapter, side by side.
+"""What a run gained: the base, the routed experts and merged adapters, side by side.
 
-    python scripts/summary.py runs/demo --merged runs/demo/merged/adapter
+    python scripts/summary.py runs/demo --merged runs/demo/merged/mean_gates runs/demo/merged/ties
 
-Scores the base and the merged adapter on the run's own data sets, puts them beside what eval.py found for the router
+Scores the base and the merged adapters on the run's own data sets, puts them beside what eval.py found for the router
 in <run>/eval, writes <run>/summary.json, and lists the pictures.
 """
 
@@ -25,8 +25,6 @@ from moa.build import build_model, only_adapter
 from moa.checkpoint import CONFIG, load_model, step_folder
 from moa.config import load_config
 
-ROWS = ("base", "router", "merged adapter")
-
 
 def read_scores(run: Path, names: list[str]) -> dict[str, Any]:
     """What eval.py wrote for the model as it was trained."""
@@ -41,24 +39,28 @@ def by_name(results: list[Result]) -> dict[str, Any]:
     return {result.name: result.score for result in results}
 
 
-def score_all(run: Path, merged: Path) -> dict[str, dict[str, Any]]:
+def score_all(run: Path, merged: list[Path]) -> dict[str, dict[str, Any]]:
     """Row -> data set -> {"value", "se"}."""
     model, _, config = load_model(run, "cpu")
     settings, ocr = EvalSettings(num_pictures=0), open_ocr(config.data)
     names = [source.name for source in chosen_sources(config, settings)]
-    routed = read_scores(run, names)
     off = EvalSettings(num_pictures=0, gates="off")
-    base = by_name(score_sources(model, config, off, ocr))
-    config = load_config(step_folder(run) / CONFIG, only_adapter(merged))
-    one = by_name(score_sources(build_model(config).eval(), config, settings, ocr))
-    return dict(zip(ROWS, (base, routed, one), strict=True))
+    rows = {
+        "base": by_name(score_sources(model, config, off, ocr)),
+        "routed experts": read_scores(run, names),
+    }
+    for folder in merged:
+        config = load_config(step_folder(run) / CONFIG, only_adapter(folder))
+        one = build_model(config).eval()
+        rows[f"merged, {folder.name}"] = by_name(score_sources(one, config, settings, ocr))
+    return rows
 
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
     grid = Table(
         title="Scores in per cent ± standard error (clustered by picture)", title_justify="left"
     )
-    grid.add_column("")
+    grid.add_column("", no_wrap=True)
     for name in rows["base"]:
         grid.add_column(name, justify="right")
     for row, scores in rows.items():
@@ -77,7 +79,7 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path, help="run folder, scored by eval.py before")
     parser.add_argument(
-        "--merged", type=Path, required=True, help="adapter folder of scripts/merge.py"
+        "--merged", type=Path, nargs="*", default=[], help="adapter folders of scripts/merge.py"
     )
     args, console = parser.parse_args(), Console()
     try:
