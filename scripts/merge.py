@@ -40,7 +40,7 @@ from moa.config import RunConfig, load_config
 from moa.merging.base_files import match_sites, read_base
 from moa.merging.core import Expert, parse_rank
 from moa.merging.export import Verify, check_out, export_adapter, export_checkpoint
-from moa.merging.fidelity import measure
+from moa.merging.fidelity import mean_cross_terms, measure
 from moa.merging.full import Rules, merge_checkpoints
 from moa.merging.inputs import GATES, local_base, open_adapters, parse_weights, read_gates
 from moa.merging.merge import (
@@ -137,6 +137,13 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
     table = weight_table(source.experts, weights, default)
     if settings.merged or settings.verify:
         match_sites(all_shapes(source.experts), read_base(base_of(settings, source)))
+    if (settings.space or METHODS[settings.method].spaces[0]) == "factor":
+        ratio = mean_cross_terms(source.experts, table)
+        console.print(
+            f"warning: A and B are merged apart: sums of them hold {ratio:.1f} times the wanted update in products "
+            "of one expert's B with another's A, and depend on how each expert is factored; space=core does not",
+            soft_wrap=True,
+        )
     merged = merge_with_progress(settings, source.experts, options, weights, console)
     summary = summarise(source.experts, merged)
     console.print(*summary_tables(summary), sep="\n")

@@ -115,6 +115,26 @@ def test_a_run_is_merged_by_its_mean_gates_and_compared_with_the_router(
     assert "against the model that routes each sample" in capsys.readouterr().out
 
 
+def test_factor_space_warns_of_its_cross_terms_and_core_space_does_not(world, tmp_path, capsys):
+    adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
+    script.main([adapters, "space=factor", "verify=false", f"out={tmp_path / 'factor'}"])
+    assert "warning: A and B are merged apart" in capsys.readouterr().out
+    script.main([adapters, "verify=false", f"out={tmp_path / 'core'}"])
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_every_merge_brings_its_fidelity_report(world, tmp_path):
+    adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
+    out = tmp_path / "out"
+    script.main([adapters, "method=ties", "rank=2", "verify=false", f"out={out}"])
+    record = json.loads((out / "fidelity.json").read_text())
+    assert record["method"] == "ties" and record["space"] == "core"
+    assert 0 < record["total"]["merged"]["cut_by_rank"] < 1
+    assert (out / "fidelity.html").read_text().count("data:image/png;base64,") == 5
+    script.main([adapters, "verify=false", "fidelity=false", f"out={tmp_path / 'bare'}"])
+    assert not (tmp_path / "bare" / "fidelity.html").exists()
+
+
 def test_a_run_with_fixed_gates_is_merged_without_loss(world, tmp_path, same_process):
     """The reference is the trained model itself, its own forward and its own generation."""
     weights = {"vqa": 0.8, "caption": -0.3}

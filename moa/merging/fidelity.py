@@ -6,7 +6,7 @@ what the method did           energy outside the experts' span, cut by the rank,
 what it looks like            singular values of each expert and of the result, values of A, B and the update
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,6 +137,17 @@ def cross_terms(pairs: Sequence[Factors], weights: Float[Tensor, " expert"]) -> 
     exact = updates.cores[:-1].sum(0)
     norm = exact.norm()
     return float((updates.cores[-1] - exact).norm() / norm) if norm else 0.0
+
+
+def mean_cross_terms(
+    experts: Sequence[Expert], weights: Mapping[str, Float[Tensor, " expert"]]
+) -> float:
+    """Mean of `cross_terms` over the sites that all experts have with one rank; 0 where there is none."""
+    found = []
+    for site, row in weights.items():
+        if len({expert.ranks.get(site) for expert in experts}) == 1:
+            found.append(cross_terms([e.factors(site, torch.float64) for e in experts], row))
+    return sum(found) / len(found) if found else 0.0
 
 
 def _spectrum(core: Float[Tensor, "rows cols"]) -> list[float]:
