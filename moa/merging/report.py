@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from moa.merging.merge import METHODS, method_options
+from moa.merging.method import SPACES
 
 WORDS = {"mean": "1/N each", "ones": "1 each"}
 LABELS = {
@@ -31,7 +32,10 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
     for layer, row in {**summary["layers"], "all": total}.items():
         retained = [number(expert["retention"]) for expert in row["experts"].values()]
         layers.add_row(
-            layer.removeprefix("model."), str(row["rank"]), f"{row['energy_kept']:.4f}", *retained
+            layer.removeprefix("model.").removeprefix("language_model."),
+            str(row["rank"]),
+            f"{row['energy_kept']:.4f}",
+            *retained,
         )
     return [experts, layers]
 
@@ -61,4 +65,4 @@ def method_lines() -> list[str]:
             f"    options: {', '.join(options) or 'none'}; weights default to {WORDS[row.default_weights]}",
             f"    space: {', '.join(row.spaces)}; {row.paper}",
         ]
-    return lines
+    return [*lines, "", "spaces:", *(f"    {name}: {text}" for name, text in SPACES.items())]
