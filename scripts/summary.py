@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -57,8 +58,13 @@ def score_all(run: Path, merged: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
+    # as narrow as it can be: seven data sets fit a terminal of 80 columns
     grid = Table(
-        title="Scores in per cent ± standard error (clustered by picture)", title_justify="left"
+        title="Scores in per cent ± standard error (clustered by picture)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
     )
     grid.add_column("", no_wrap=True)
     for name in rows["base"]:
@@ -69,7 +75,7 @@ def table(rows: dict[str, dict[str, Any]]) -> Table:
 
 
 def cell(score: dict[str, float | None]) -> str:
-    error = "" if score["se"] is None else f" ± {100 * score['se']:.0f}"
+    error = "" if score["se"] is None else f"±{100 * score['se']:.0f}"
     return f"{100 * (score['value'] or 0):.0f}{error}"
 
 
