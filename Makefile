@@ -44,7 +44,7 @@ bench: setup  ## the speed and memory tables
 	$(BIN)/python benchmarks/merging.py
 
 scoreboard: setup  ## results/scoreboard.json: about an hour on two cores
-	$(BIN)/python scripts/scoreboard.py --out runs/scoreboard
+	$(BIN)/python scripts/scoreboard.py --out runs/scoreboard --jobs 2 --num-samples 64
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache
