@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moa.merging.linear import Matrix, Weights
-from moa.merging.method import Method, check_choice
+from moa.merging.method import SPACES, Method, check_choice
 from moa.merging.stack import Stack, magnitudes_above
 
 Block = Float[Tensor, "expert rows cols"]
@@ -302,13 +302,12 @@ def check_share(key: str, value: float) -> None:
         raise ValueError(f"options.{key}: must be in (0, 1], got {value}")
 
 
-SPACES = ("core", "rows", "dense", "factor")
 METHODS = {
     "ties": Method(
         function=ties,
         prepare=model_thresholds,
         default_weights="ones",
-        spaces=SPACES,
+        spaces=tuple(SPACES),
         paper="TIES-Merging (Yadav et al., 2023)",
     ),
     "knots": Method(
@@ -322,55 +321,55 @@ METHODS = {
         function=magnitude_prune,
         prepare=model_thresholds,
         default_weights="ones",
-        spaces=SPACES,
+        spaces=tuple(SPACES),
         paper="PEFT's magnitude_prune: task arithmetic on the largest values",
     ),
     "dare_linear": Method(
         function=dare_linear,
         default_weights="mean",
-        spaces=SPACES,
+        spaces=tuple(SPACES),
         paper="DARE: Language Models are Super Mario (Yu et al., 2024)",
     ),
     "dare_ties": Method(
         function=dare_ties,
         default_weights="mean",
-        spaces=SPACES,
+        spaces=tuple(SPACES),
         paper="DARE (Yu et al., 2024) with the vote of TIES",
     ),
     "della": Method(
         function=della,
         default_weights="mean",
-        spaces=SPACES,
+        spaces=tuple(SPACES),
         paper="DELLA-Merging (Deep et al., 2024)",
     ),
     "della_linear": Method(
         function=della_linear,
         default_weights="mean",
-        spaces=SPACES,
+        spaces=tuple(SPACES),
         paper="DELLA-Merging (Deep et al., 2024), without the vote",
     ),
     "breadcrumbs": Method(
         function=breadcrumbs,
         default_weights="mean",
-        spaces=SPACES,
+        spaces=tuple(SPACES),
         paper="Model Breadcrumbs (Davari and Belilovsky, 2024)",
     ),
     "breadcrumbs_ties": Method(
         function=breadcrumbs_ties,
         default_weights="mean",
-        spaces=SPACES,
+        spaces=tuple(SPACES),
         paper="Model Breadcrumbs (Davari and Belilovsky, 2024) with the vote of TIES",
     ),
     "pcb": Method(
         function=pcb,
         default_weights="ones",
-        spaces=SPACES,
+        spaces=tuple(SPACES),
         paper="Parameter Competition Balancing (Du et al., 2024)",
     ),
     "consensus": Method(
         function=consensus,
         default_weights="ones",
-        spaces=SPACES,
+        spaces=tuple(SPACES),
         paper="TALL masks and Consensus Merging (Wang et al., 2024)",
     ),
 }
