@@ -2,16 +2,17 @@
 
     dW_i = scaling_i B_i A_i = Q_B M_i Q_A^T,   Q_B [out, rows], Q_A [in, cols] orthonormal
 
-rows and cols are at most R, the sum of the ranks. Q_B comes from one QR of all scaled B side by side,
-Q_A from all A; both are then turned so that their first vectors hold the most energy of all experts
-together. So the M_i are a function of the updates alone: neither the order of the experts nor the way
-one is factored enters, not even in methods that look at single entries (Core Space merging, Panariello
-et al. 2025, takes the axes from the stacked factors instead, which depend on the factoring).
+rows and cols are at most R, the sum of the ranks. Q_B spans all scaled B side by side, Q_A all A; it is
+kept as these columns and an R x R matrix that makes them orthonormal, so that a product with it costs no
+more than one with the factors. For methods that look at single entries the axes are turned so that the first
+hold the most energy of all experts together: then the M_i are a function of the updates alone, and neither
+the order of the experts nor the way one is factored enters (Core Space merging, Panariello et al. 2025,
+takes the axes from the stacked factors instead, which depend on the factoring).
 The best rank-r result is an SVD of an R x R matrix (reference: PEFT's `svd`, of the dense update).
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,43 @@ class Expert:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Basis:
+    """Orthonormal vectors Q = columns @ turn, which need not be made to multiply with them."""
+
+    columns: Float[Tensor, "size columns"]
+    turn: Float[Tensor, "columns axes"]
+
+    def expand(self, x: Float[Tensor, "axes count"]) -> Float[Tensor, "size count"]:
+        """Q x"""
+        return self.columns @ (self.turn @ x)
+
+    def project(self, y: Float[Tensor, "size count"]) -> Float[Tensor, "axes count"]:
+        """Q^T y"""
+        return self.turn.T @ (self.columns.T @ y)
+
+    def turned(self, axes: Float[Tensor, "axes other"]) -> "Basis":
+        return Basis(columns=self.columns, turn=self.turn @ axes)
+
+    @property
+    def vectors(self) -> Float[Tensor, "size axes"]:
+        return self.columns @ self.turn
+
+
+@dataclass(frozen=True, kw_only=True)
 class CoreUpdates:
     """dW_i = q_b cores[i] q_a^T, exactly."""
 
-    q_b: Float[Tensor, "out rows"]
-    q_a: Float[Tensor, "in cols"]
+    b: Basis
+    a: Basis
     cores: Float[Tensor, "expert rows cols"]
+
+    @property
+    def q_b(self) -> Float[Tensor, "out rows"]:
+        return self.b.vectors
+
+    @property
+    def q_a(self) -> Float[Tensor, "in cols"]:
+        return self.a.vectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +97,9 @@ class LowRank:
     lora_b: Float[Tensor, "out rank"]
     singular_values: Float[Tensor, " rank"]  # kept
     lost: float  # squared Frobenius norm of what the rank cut off
+    core: Factors | None = (
+        None  # right and left singular vectors in core axes, [rank, cols] and [rows, rank]
+    )
 
 
 def expert_from_folder(path: str | Path, name: str | None = None) -> Expert:
@@ -101,31 +136,54 @@ def expert_from_tensors(
     return Expert(name=name, config=config, ranks=ranks, shapes=shapes, read=read)
 
 
-def to_core(factors: Sequence[Factors | None]) -> CoreUpdates:
+def to_core(factors: Sequence[Factors | None], *, canonical: bool = True) -> CoreUpdates:
     """The core form of one site from each expert's (A, scaling * B).
 
-    None is an expert without this site, whose core is zero; at least one must have it.
+    None is an expert without this site, whose core is zero; at least one must have it. Axes that are not `canonical`
+    depend on the factoring, which a sum of the cores does not mind.
     """
     present = [pair for pair in factors if pair is not None]
-    q_a, r_a = torch.linalg.qr(torch.cat([a for a, _ in present]).T)  # r_a [cols, R]
-    q_b, r_b = torch.linalg.qr(torch.cat([b for _, b in present], dim=1))  # r_b [rows, R]
-    cores = q_b.new_zeros(len(factors), q_b.shape[1], q_a.shape[1])
+    a, r_a = _orthonormal(torch.cat([a for a, _ in present]).T)  # r_a [cols, R]
+    b, r_b = _orthonormal(torch.cat([b for _, b in present], dim=1))  # r_b [rows, R]
+    cores = r_b.new_zeros(len(factors), r_b.shape[0], r_a.shape[0])
     start = 0
     for index, pair in enumerate(factors):
         if pair is not None:
             own = slice(start, start + pair[0].shape[0])
             cores[index] = r_b[:, own] @ r_a[:, own].T
             start = own.stop
-    turn_b, turn_a = _principal_axes(q_b, cores), _principal_axes(q_a, cores.mT)
-    return CoreUpdates(q_b=q_b @ turn_b, q_a=q_a @ turn_a, cores=turn_b.T @ cores @ turn_a)
+    if not canonical:
+        return CoreUpdates(b=b, a=a, cores=cores)
+    turn_b, turn_a = _principal_axes(b, cores), _principal_axes(a, cores.mT)
+    return CoreUpdates(b=b.turned(turn_b), a=a.turned(turn_a), cores=turn_b.T @ cores @ turn_a)
+
+
+def _orthonormal(
+    columns: Float[Tensor, "size columns"],
+) -> tuple[Basis, Float[Tensor, "axes columns"]]:
+    """Q and R with Q R = columns: from their Gram matrix where it is well conditioned, else Householder's QR.
+
+    The Gram matrix costs one product where a QR costs several slow passes, and squares the condition number: the
+    vectors are orthonormal to eps * cond^2 of the columns scaled to length 1, which is bounded here by eps^(2/3).
+    """
+    length = columns.norm(dim=0)
+    if columns.shape[1] <= columns.shape[0] and length.all():
+        gram = (columns.T @ columns) / (length[:, None] * length)
+        values, vectors = torch.linalg.eigh(gram)
+        if values[-1] < values[0] * torch.finfo(columns.dtype).eps ** (-1 / 3):
+            root = values.sqrt()
+            turn = vectors / root / length[:, None]
+            return Basis(columns=columns, turn=turn), (vectors * root).T * length
+    q, r = torch.linalg.qr(columns)
+    return Basis(columns=q, turn=torch.eye(q.shape[1], dtype=q.dtype)), r
 
 
 def _principal_axes(
-    q: Float[Tensor, "size axes"], cores: Float[Tensor, "expert axes _"]
+    basis: Basis, cores: Float[Tensor, "expert axes _"]
 ) -> Float[Tensor, "axes axes"]:
-    """The rotation of q's columns to where the experts' energy lies, most first; signs fixed in the original space."""
+    """The rotation of a basis to where the experts' energy lies, most first; signs fixed in the original space."""
     axes = torch.linalg.eigh((cores @ cores.mT).sum(0)).eigenvectors.flip(1)
-    return axes * _signs(q @ axes)
+    return axes * _signs(basis.expand(axes))
 
 
 def _signs(vectors: Float[Tensor, "size count"]) -> Float[Tensor, " count"]:
@@ -143,8 +201,9 @@ def compress(
     """
     u, s, v = torch.linalg.svd(core, full_matrices=False)
     size = min(choose_rank(s, rank, total_rank), s.numel())
-    u, v = updates.q_b @ u[:, :size], v[:size] @ updates.q_a.T
-    return _balanced(u, s[:size], v, lost=float(s[size:].square().sum()))
+    u, kept, v = u[:, :size], s[:size], v[:size]
+    low = _balanced(updates.b.expand(u), kept, updates.a.expand(v.T).T, lost=_energy(s[size:]))
+    return replace(low, core=(v, u))
 
 
 def compress_dense(dense: Float[Tensor, "out in"], rank: int | str, total_rank: int) -> LowRank:
@@ -210,14 +269,53 @@ def parse_rank_energy(rank: str) -> float:
     return share
 
 
+@dataclass(frozen=True, kw_only=True)
+class Relation:
+    """How a merged update stands to the experts' own; every field has one number per expert."""
+
+    energy: Float[Tensor, " expert"]  # |dW_i|^2
+    overlap: Float[Tensor, " expert"]  # <dW_merged, dW_i>
+    span_energy: Float[
+        Tensor, " expert"
+    ]  # |P dW_i P'|^2, P and P' on the result's columns and rows
+
+
+def relate_cores(low: LowRank, cores: Float[Tensor, "expert rows cols"]) -> Relation:
+    """Of a result in the experts' own core axes, which needs nothing larger than a core."""
+    if low.core is None:
+        raise AssertionError("the result was not made in the core")
+    v, u = low.core
+    inside = u.T @ cores @ v.T  # [expert, rank, rank]
+    live = _live(low)
+    return Relation(
+        energy=cores.square().sum((1, 2)),
+        overlap=(inside.diagonal(dim1=1, dim2=2) * low.singular_values).sum(1),
+        span_energy=inside[:, live][:, :, live].square().sum((1, 2)),
+    )
+
+
+def relate(low: LowRank, factors: Sequence[Factors | None]) -> Relation:
+    """Of any result; None is an expert without this site."""
+    live = _live(low)
+    root = low.singular_values[live].sqrt()
+    u, v = low.lora_b[:, live] / root, low.lora_a[live] / root[:, None]
+    rows = torch.zeros(3, len(factors), dtype=low.lora_a.dtype)
+    for index, pair in enumerate(factors):
+        if pair is not None:
+            rows[0, index] = inner_product(pair, pair)
+            rows[1, index] = inner_product((low.lora_a, low.lora_b), pair)
+            rows[2, index] = ((u.T @ pair[1]) @ (pair[0] @ v.T)).square().sum()
+    return Relation(energy=rows[0], overlap=rows[1], span_energy=rows[2])
+
+
+def _live(low: LowRank) -> Tensor:
+    return low.singular_values > SPAN_TOLERANCE * low.singular_values.max()
+
+
 def inner_product(one: Factors, other: Factors) -> Tensor:
     """<B A, B' A'> of two updates, from their factors."""
     return ((one[1].T @ other[1]) * (one[0] @ other[0].T)).sum()
 
 
-def energy_in_span(low: LowRank, factors: Factors) -> Tensor:
-    """|P dW P'|^2 with P, P' the projections on the row and column space of `low`."""
-    live = low.singular_values > SPAN_TOLERANCE * low.singular_values.max()
-    root = low.singular_values[live].sqrt()
-    u, v = low.lora_b[:, live] / root, low.lora_a[live] / root[:, None]
-    return ((u.T @ factors[1]) @ (factors[0] @ v.T)).square().sum()
+def _energy(singular_values: Tensor) -> float:
+    return float(singular_values.square().sum())

@@ -107,7 +107,9 @@ def _some_rows(pair: Factors) -> Float[Tensor, "_ in"]:
 
 
 def _outcome(updates: CoreUpdates, merged: MergedSite) -> dict[str, Any]:
-    inside = (updates.q_b.T @ merged.lora_b.double()) @ (merged.lora_a.double() @ updates.q_a)
+    inside = (
+        updates.b.project(merged.lora_b.double()) @ updates.a.project(merged.lora_a.double().T).T
+    )
     energy = merged.energy
     plain_sum = torch.einsum("e,erc->rc", merged.weights.double(), updates.cores)
     return {
@@ -117,8 +119,8 @@ def _outcome(updates: CoreUpdates, merged: MergedSite) -> dict[str, Any]:
         "singular_values_of_sum": _spectrum(plain_sum),  # before the method pruned and scaled
         "cut_by_rank": merged.lost / (energy + merged.lost) if energy + merged.lost else 0.0,
         "outside_span": max(1 - float(inside.square().sum()) / energy, 0.0) if energy else 0.0,
-        "retention": _ratio(merged.overlap, merged.expert_energy),
-        "energy_in_span": _ratio(merged.span_energy, merged.expert_energy),
+        "retention": _ratio(merged.experts.overlap, merged.experts.energy),
+        "energy_in_span": _ratio(merged.experts.span_energy, merged.experts.energy),
         "weights": merged.weights.tolist(),
     }
 

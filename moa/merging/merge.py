@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from moa.merging.core import (
     Expert,
     Factors,
     LowRank,
+    Relation,
     compress,
     compress_dense,
-    energy_in_span,
-    inner_product,
     parse_rank,
+    relate,
+    relate_cores,
     to_core,
 )
 from moa.merging.method import Method
@@ -54,9 +55,7 @@ class MergedSite:
     weights: Float[Tensor, " expert"]
     energy: float  # |dW_merged|^2, after truncation to the rank
     lost: float  # what the truncation cut off of it
-    expert_energy: Float[Tensor, " expert"]  # |dW_i|^2
-    overlap: Float[Tensor, " expert"]  # <dW_merged, dW_i>
-    span_energy: Float[Tensor, " expert"]  # |dW_i|^2 inside the result's rows and columns
+    experts: Relation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +81,7 @@ class Job:
         ranks = tuple(expert.ranks.get(site, 0) for expert in self.experts)
         return {"site": site, "experts": self.names, "ranks": ranks, "depth": self.depths[site]}
 
-    @property
+    @cached_property
     def depths(self) -> dict[str, float]:
         return find_depths(tuple(all_sites(self.experts)))
 
@@ -129,46 +128,51 @@ def merge(
 def merge_site(job: Job, site: str, weights: Float[Tensor, " expert"]) -> MergedSite:
     """One site merged; the algebra runs in the dtype of `weights`."""
     factors = job.factors(site)
-    low = _SPACES[job.space](job, site, factors, weights)
-    zero = weights.new_zeros(())
+    low, relation = _SPACES[job.space](job, site, factors, weights)
     return MergedSite(
         lora_a=low.lora_a,
         lora_b=low.lora_b,
         weights=weights,
         energy=float(low.singular_values.square().sum()),
         lost=low.lost,
-        expert_energy=torch.stack([inner_product(f, f) if f else zero for f in factors]),
-        overlap=torch.stack(
-            [inner_product((low.lora_a, low.lora_b), f) if f else zero for f in factors]
-        ),
-        span_energy=torch.stack([energy_in_span(low, f) if f else zero for f in factors]),
+        experts=relation,
     )
 
 
-def _in_core(job: Job, site: str, factors: list[Factors | None], weights: Tensor) -> LowRank:
-    updates = to_core(factors)
+def _in_core(
+    job: Job, site: str, factors: list[Factors | None], weights: Tensor
+) -> tuple[LowRank, Relation]:
+    updates = to_core(factors, canonical=not job.method.is_sum)
     stack = stack_of(matrices=updates.cores, **job.about(site))
     core = job.method.function(stack, weights, **job.options)
-    return compress(updates, core, job.rank, sum(stack.ranks))
+    low = compress(updates, core, job.rank, sum(stack.ranks))
+    return low, relate_cores(low, updates.cores)
 
 
-def _in_rows(job: Job, site: str, factors: list[Factors | None], weights: Tensor) -> LowRank:
+def _in_rows(
+    job: Job, site: str, factors: list[Factors | None], weights: Tensor
+) -> tuple[LowRank, Relation]:
     """Rows in the experts' common output directions, columns as they are: KnOTS (Stoica et al. 2025, equation 2)."""
     updates = to_core(factors)
     stack = stack_of(matrices=updates.cores @ updates.q_a.T, **job.about(site))
     merged = job.method.function(stack, weights, **job.options)
     both = to_core([(merged, updates.q_b)])
-    return compress(both, both.cores[0], job.rank, sum(stack.ranks))
+    low = compress(both, both.cores[0], job.rank, sum(stack.ranks))
+    return low, relate(low, factors)
 
 
-def _in_dense(job: Job, site: str, factors: list[Factors | None], weights: Tensor) -> LowRank:
+def _in_dense(
+    job: Job, site: str, factors: list[Factors | None], weights: Tensor
+) -> tuple[LowRank, Relation]:
     stack = dense_stack(job, site, lambda: factors)
-    return compress_dense(
-        job.method.function(stack, weights, **job.options), job.rank, sum(stack.ranks)
-    )
+    merged = job.method.function(stack, weights, **job.options)
+    low = compress_dense(merged, job.rank, sum(stack.ranks))
+    return low, relate(low, factors)
 
 
-def _in_factors(job: Job, site: str, factors: list[Factors | None], weights: Tensor) -> LowRank:
+def _in_factors(
+    job: Job, site: str, factors: list[Factors | None], weights: Tensor
+) -> tuple[LowRank, Relation]:
     """A and B apart, as PEFT's `linear` and `ties` do: both carry the root of the scale and of the weight.
 
     A mixture of N experts then holds N (N - 1) products of one expert's B with another's A that nobody asked for,
@@ -184,7 +188,8 @@ def _in_factors(job: Job, site: str, factors: list[Factors | None], weights: Ten
             job.method.function(b, root, **job.options),
         )
     updates = to_core([pair])
-    return compress(updates, updates.cores[0], job.rank, sum(a.ranks))
+    low = compress(updates, updates.cores[0], job.rank, sum(a.ranks))
+    return low, relate(low, factors)
 
 
 _SPACES = {"core": _in_core, "rows": _in_rows, "dense": _in_dense, "factor": _in_factors}
@@ -394,9 +399,9 @@ def _kept(experts: Sequence[Expert], merged: Mapping[str, MergedSite]) -> dict[s
     ranks = [result.lora_a.shape[0] for result in results]
     rows = {}
     for index, expert in enumerate(experts):
-        own = sum(float(result.expert_energy[index]) for result in results)
-        overlap = sum(float(result.overlap[index]) for result in results)
-        inside = sum(float(result.span_energy[index]) for result in results)
+        own = sum(float(result.experts.energy[index]) for result in results)
+        overlap = sum(float(result.experts.overlap[index]) for result in results)
+        inside = sum(float(result.experts.span_energy[index]) for result in results)
         weights = {round(float(result.weights[index]), 12) for result in results}
         rows[expert.name] = {
             "weight": weights.pop() if len(weights) == 1 else None,  # None: differs between sites
