@@ -11,29 +11,30 @@ theirs over ours, seconds are wall time, and `*_vs_io` are ours over the copy.
 import argparse
 import json
 import multiprocessing
-import resource
+import os
+import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from moa.merging import sparse
 from moa.merging.core import compress, expert_from_folder, to_core
-from moa.merging.export import export_adapter
+from moa.merging.export import export_adapter, stored_dtype
 from moa.merging.merge import METHODS, merge
+from moa.merging.spool import open_spool
 from moa.merging.stack import Stack, stack_of
-from moa.peft_io import save_expert, site_keys
+from moa.peft_io import WEIGHTS_FILE, save_expert, site_keys
 
 SIZE, NUM_EXPERTS = 4096, 4
 DELTA_SCALE = 1e-4  # of an update's entries, as trained adapters have them
@@ -194,39 +195,63 @@ def merge_adapters(paths: list[Path], out: Path, settings: dict[str, Any]) -> tu
     """Wall seconds of a merge from files to a file, and the process's peak memory in GB."""
     experts = [expert_from_folder(path) for path in paths]
     dtype = torch.float32  # factors in 16 bits carry less
-    seconds, _ = wall_seconds(
-        lambda: export_adapter(out, merge(experts, dtype=dtype, **settings), experts)
-    )
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+    def run() -> None:
+        with open_spool(out.parent, stored_dtype(experts)) as spool:
+            export_adapter(out, merge(experts, dtype=dtype, keep=spool.keep, **settings), experts)
+
+    seconds, _ = wall_seconds(run)
+    return seconds, peak_gb()
 
 
-def copy_adapters(paths: list[Path], out: Path) -> float:
-    """Reading all inputs and writing one output, and nothing else."""
+def peak_gb() -> float:
+    """Of this process since it began; getrusage would count its parent's, too."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
-    def copy() -> None:
-        loaded = [load_file(path / "adapter_model.safetensors") for path in paths]
-        save_file(loaded[0], out)
 
-    return wall_seconds(copy)[0]
+def io_seconds(inputs: Sequence[Path], output: Path) -> float:
+    """Reading all inputs and writing the output to the disk, and nothing else."""
+    copy = output.with_name("copy")
+
+    def run() -> None:
+        for path in inputs:
+            with path.open("rb") as file:
+                while file.read(1 << 24):
+                    pass
+        shutil.copyfile(output, copy)
+        with copy.open("rb") as file:
+            os.fsync(file.fileno())
+
+    seconds, _ = wall_seconds(run)
+    copy.unlink()
+    return seconds
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a function in a fresh process, whose peak memory is its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
 
 
 def large_sets(figures: dict[str, Any], num_sites: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths = write_adapters(folder, num_sites)
-        io = copy_adapters(paths, folder / "copy.safetensors")
-        print(f"{num_sites} sites: reading and writing alone {io:.2f} s")
+        files = [path / WEIGHTS_FILE for path in paths]
         peak = 0.0
         for label, settings in MERGES.items():
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                seconds, memory = pool.submit(
-                    merge_adapters, paths, folder / label, settings
-                ).result()
+            out = folder / label
+            seconds, memory = in_own_process(merge_adapters, paths, out, settings)
+            io = io_seconds(files, out / WEIGHTS_FILE)
             peak = max(peak, memory)
             figures[f"llava7b_{label}_s"] = seconds
             figures[f"llava7b_{label}_vs_io"] = seconds / io
-            print(f"{num_sites} sites, {label}: {seconds:.2f} s, peak {memory:.2f} GB")
+            print(
+                f"{num_sites} sites, {label}: {seconds:.2f} s, reading and writing alone {io:.2f} s, "
+                f"peak {memory:.2f} GB"
+            )
         figures["llava7b_peak_gb"] = peak
 
 

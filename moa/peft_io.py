@@ -157,10 +157,16 @@ def read_site(header: ExpertHeader, site: str) -> dict[str, Tensor]:
     with safe_open(header.weights_file, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in site_keys(site)}
     for key, tensor in tensors.items():
-        count = int((~torch.isfinite(tensor)).sum())
-        if count:
+        if not all_finite(tensor):
+            count = int((~torch.isfinite(tensor)).sum())
             raise ValueError(f"{header.weights_file}: {key} has {count} NaN or infinite values")
     return tensors
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; by the sum, which is several times faster, wherever that is finite."""
+    total = tensor.sum(dtype=torch.float32)
+    return bool(total.isfinite()) or bool(torch.isfinite(tensor).all())
 
 
 def check_base(header: ExpertHeader, base_shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -183,7 +189,7 @@ def check_tensors(
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     ranks, sizes = _check_pairs(source, shapes)
     _check_sites(source, config, ranks)
-    broken = sorted(key for key, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    broken = sorted(key for key, tensor in tensors.items() if not all_finite(tensor))
     if broken:
         raise ValueError(f"{source}: {broken[0]} has NaN or infinite values; nothing was written")
     return ranks, sizes

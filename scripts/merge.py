@@ -39,7 +39,13 @@ from moa.checkpoint import load_model, load_tensors, step_folder
 from moa.config import RunConfig, load_config
 from moa.merging.base_files import match_sites, read_base
 from moa.merging.core import Expert, parse_rank
-from moa.merging.export import Verify, check_out, export_adapter, export_checkpoint
+from moa.merging.export import (
+    Verify,
+    check_out,
+    export_adapter,
+    export_checkpoint,
+    stored_dtype,
+)
 from moa.merging.fidelity import mean_cross_terms, measure
 from moa.merging.full import Rules, merge_checkpoints
 from moa.merging.inputs import GATES, local_base, open_adapters, parse_weights, read_gates
@@ -57,6 +63,7 @@ from moa.merging.merge import (
 )
 from moa.merging.probe import Outputs, probe_inputs, routed_outputs
 from moa.merging.report import method_lines, report_lines, summary_tables
+from moa.merging.spool import Spool, open_spool
 from moa.merging.verify import make_verify
 from moa.settings import describe, load
 
@@ -144,12 +151,16 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
             "of one expert's B with another's A, and depend on how each expert is factored; space=core does not",
             soft_wrap=True,
         )
-    merged = merge_with_progress(settings, source.experts, options, weights, console)
-    summary = summarise(source.experts, merged)
-    console.print(*summary_tables(summary), sep="\n")
-    exact = summary["total"]["energy_kept"] > 1 - 1e-12
-    verify = prepare_verify(settings, source, options, table, exact) if settings.verify else None
-    report = export(settings, source, merged, summary, options, verify)
+    kept = torch.float32 if settings.merged else stored_dtype(source.experts, settings.dtype)
+    with open_spool(Path(settings.out).parent, kept) as spool:
+        merged = merge_with_progress(settings, source.experts, options, weights, spool, console)
+        summary = summarise(source.experts, merged)
+        console.print(*summary_tables(summary), sep="\n")
+        exact = summary["total"]["energy_kept"] > 1 - 1e-12
+        verify = (
+            prepare_verify(settings, source, options, table, exact) if settings.verify else None
+        )
+        report = export(settings, source, merged, summary, options, verify)
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
 
 
@@ -243,6 +254,7 @@ def merge_with_progress(
     experts: list[Expert],
     options: dict[str, Any],
     weights: Weights | None,
+    spool: Spool,
     console: Console,
 ) -> dict[str, MergedSite]:
     total = len({site for expert in experts for site in expert.ranks})
@@ -254,6 +266,7 @@ def merge_with_progress(
             weights=weights,
             rank=settings.rank,
             space=settings.space,
+            keep=spool.keep,
             on_site=advance,
         )
 

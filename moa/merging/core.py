@@ -183,12 +183,18 @@ def _principal_axes(
 ) -> Float[Tensor, "axes axes"]:
     """The rotation of a basis to where the experts' energy lies, most first; signs fixed in the original space."""
     axes = torch.linalg.eigh((cores @ cores.mT).sum(0)).eigenvectors.flip(1)
-    return axes * _signs(basis.expand(axes))
+    probe = _probe(basis.columns.shape[0]).to(axes.dtype)
+    return axes * _signs(((probe @ basis.columns) @ basis.turn) @ axes)
 
 
-def _signs(vectors: Float[Tensor, "size count"]) -> Float[Tensor, " count"]:
-    """+1 or -1 for each vector: a singular vector's free sign, chosen so that its largest entry is positive."""
-    return torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True))[0])
+def _probe(size: int) -> Float[Tensor, " size"]:
+    """A fixed direction, orthogonal to no vector that is likely to occur."""
+    return torch.sin(12.9898 * torch.arange(1, size + 1, dtype=torch.float64))
+
+
+def _signs(products: Float[Tensor, " count"]) -> Float[Tensor, " count"]:
+    """+1 or -1: the free sign of each singular vector, chosen by its product with the probe."""
+    return torch.where(products < 0, -1.0, 1.0).to(products.dtype)
 
 
 def compress(
@@ -229,7 +235,7 @@ def compress_dense(dense: Float[Tensor, "out in"], rank: int | str, total_rank: 
 
 def _balanced(u: Tensor, s: Tensor, v: Tensor, *, lost: float) -> LowRank:
     root = s.sqrt()
-    sign = _signs(u)
+    sign = _signs(_probe(u.shape[0]).to(u.dtype) @ u)
     return LowRank(
         lora_a=(root * sign)[:, None] * v, lora_b=u * root * sign, singular_values=s, lost=lost
     )

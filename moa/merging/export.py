@@ -84,13 +84,13 @@ def export_adapter(
     does, and then writes nothing.
     """
     check_out(out)
-    stored = _adapter_dtype(experts, merged, dtype)
+    stored = stored_dtype(experts, dtype)
     tensors = {}
     for site, result in merged.items():
         key_a, key_b = site_keys(site)
         tensors[key_a], tensors[key_b] = result.lora_a.to(stored), result.lora_b.to(stored)
     written = Written(
-        deltas={s: _product(*(tensors[k].double() for k in site_keys(s))) for s in merged},
+        deltas={site: _product(*(tensors[key] for key in site_keys(site))) for site in merged},
         dtypes={},
         cast=None,
         num_keys=len(tensors),
@@ -304,9 +304,8 @@ def _finish(
     return report
 
 
-def _adapter_dtype(
-    experts: Sequence[Expert], merged: Mapping[str, MergedSite], dtype: str
-) -> torch.dtype:
+def stored_dtype(experts: Sequence[Expert], dtype: str = "auto") -> torch.dtype:
+    """What an adapter is written in: "auto" is the widest that an expert is stored in."""
     if dtype != "auto":
         return DTYPES[dtype]
     stored = [expert.read(next(iter(expert.ranks)))[0].dtype for expert in experts]
@@ -317,7 +316,7 @@ def _adapter_dtype(
 
 
 def _product(lora_a: Tensor, lora_b: Tensor) -> Callable[[], Tensor]:
-    return lambda: lora_b @ lora_a
+    return lambda: lora_b.double() @ lora_a.double()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -89,7 +89,7 @@ def merge_checkpoints(
     depths = find_depths(tuple(inputs.base.files))
     changed = [key for key in inputs.base.files if key not in inputs.kept]
     if row.prepare is not None:
-        stacks = [difference_stack(inputs, key, depths[key]) for key in changed]
+        stacks = (difference_stack(inputs, key, depths[key]) for key in changed)
         settings["shared"] = row.prepare(stacks, **settings)
     cast = None if dtype == "auto" else DTYPES[dtype]
 

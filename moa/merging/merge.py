@@ -95,13 +95,15 @@ def merge(
     rank: int | str = "sum",
     space: str | None = None,
     dtype: torch.dtype = torch.float64,
+    keep: Callable[[Tensor], Tensor] = lambda factor: factor,
     on_site: Callable[[str], None] = lambda site: None,
 ) -> dict[str, MergedSite]:
     """The merged update of every site that some expert has, in the order of the sites.
 
     An expert without a site counts as a zero update there. `weights` by expert name, or per site;
-    None is the method's own default, as is a `space` of None. `dtype` is that of the algebra. Raises
-    ValueError for experts that do not fit together, and for unknown methods, options, weights, spaces and ranks.
+    None is the method's own default, as is a `space` of None. `dtype` is that of the algebra. `keep` is what becomes
+    of each factor once its site is done, such as a spool's. Raises ValueError for experts that do not fit together,
+    and for unknown methods, options, weights, spaces and ranks.
     """
     row = find_method(method, space)
     check_experts(experts)
@@ -116,11 +118,12 @@ def merge(
     )
     table = weight_table(experts, weights, row.default_weights)
     if row.prepare is not None:
-        shared = row.prepare([open_stack(job, site) for site in table], **settings)
+        shared = row.prepare((open_stack(job, site) for site in table), **settings)
         job = replace(job, options={**settings, "shared": shared})
     merged = {}
     for site, values in table.items():
-        merged[site] = merge_site(job, site, values.to(dtype))
+        result = merge_site(job, site, values.to(dtype))
+        merged[site] = replace(result, lora_a=keep(result.lora_a), lora_b=keep(result.lora_b))
         on_site(site)
     return merged
 

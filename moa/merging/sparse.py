@@ -4,7 +4,7 @@ The pruning and the vote are apart: every method is a way to thin the updates, f
 A value's weight enters before the vote, so a negative weight subtracts (mergekit's `ties` at its defaults adds it).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from jaxtyping import Bool, Float
@@ -60,7 +60,7 @@ def trim(block: Block, thresholds: Float[Tensor, " expert"]) -> Block:
     return torch.where(block.abs() >= thresholds[:, None, None], block, 0.0)
 
 
-def model_thresholds(stacks: Sequence[Stack], *, density: float, scope: str, **_) -> Tensor | None:
+def model_thresholds(stacks: Iterable[Stack], *, density: float, scope: str, **_) -> Tensor | None:
     """One threshold per expert over all sites, as ties-merging trims; None where each tensor has its own."""
     check_share("density", density)
     check_choice("scope", scope, SCOPES)
