@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from moa.merging import sparse
 from moa.merging.core import compress, expert_from_folder, to_core
 from moa.merging.export import export_adapter, stored_dtype
-from moa.merging.merge import METHODS, merge
+from moa.merging.merge import merge
+from moa.merging.methods import METHODS
 from moa.merging.spool import open_spool
 from moa.merging.stack import Stack, stack_of
 from moa.peft_io import WEIGHTS_FILE, save_expert, site_keys

@@ -20,7 +20,7 @@ from moa.analysis.fidelity_page import findings, write_page
 from moa.atomic import write_json
 from moa.merging.fidelity import measure
 from moa.merging.inputs import open_adapters
-from moa.merging.merge import all_sites, check_experts
+from moa.merging.plan import all_sites, check_experts
 from moa.settings import describe, load
 
 

@@ -30,7 +30,8 @@ from moa.config import RunConfig, load_config
 from moa.merging.core import Expert
 from moa.merging.export import export_adapter
 from moa.merging.inputs import open_adapters
-from moa.merging.merge import METHODS, merge
+from moa.merging.merge import merge
+from moa.merging.methods import METHODS
 
 # Two-expert methods have no meaning for a run of more; a uniform sum at full weight is task_arithmetic.
 LEFT_OUT = ("slerp", "sa_merge")

@@ -19,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,21 +49,13 @@ from moa.merging.export import (
 from moa.merging.fidelity import mean_cross_terms, measure
 from moa.merging.full import Rules, merge_checkpoints
 from moa.merging.inputs import GATES, local_base, open_adapters, parse_weights, read_gates
-from moa.merging.merge import (
-    METHODS,
-    MergedSite,
-    Weights,
-    all_shapes,
-    check_options,
-    find_method,
-    merge,
-    sum_gates,
-    summarise,
-    weight_table,
-)
+from moa.merging.merge import MergedSite, run_plan
+from moa.merging.methods import METHODS, check_options, find_method
+from moa.merging.plan import Plan, SiteRule, Weights, all_shapes, make_plan, sum_gates
 from moa.merging.probe import Outputs, probe_inputs, routed_outputs
 from moa.merging.report import method_lines, report_lines, summary_tables
-from moa.merging.spool import Spool, open_spool
+from moa.merging.spool import open_spool
+from moa.merging.summary import summarise
 from moa.merging.verify import make_verify
 from moa.settings import describe, load
 
@@ -83,6 +75,8 @@ class MergeConfig:
     run: str | None = None  # instead of adapters: a run or step folder, whose experts are merged
     models: list[str] = field(default_factory=list)  # or whole checkpoints, with base=
     rules: Rules = field(default_factory=Rules)  # for keys that not all models have alike
+    # other settings for some sites, the first match counts: [{match: mlp, method: ties, rank: 8}]
+    sites: list[SiteRule] = field(default_factory=list)
     # [1,1] as adapters, {NAME: 1}, or gates, gates:TASK: the router's mean; null: the method's own
     weights: Any = None
     routing: str | None = None  # report that `gates` reads; null: the run's eval/routing.json
@@ -134,18 +128,17 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
     if settings.models:
         return merge_models(settings, console)
     find_method(settings.method, settings.space)
-    options = check_options(settings.method, settings.options)
+    check_options(settings.method, settings.options)
     if settings.out is None:
         raise ValueError("out: names no folder")
     check_out(settings.out)
     source = open_source(settings)
-    weights = choose_weights(settings, source, approximate)
-    default = METHODS[settings.method].default_weights
-    table = weight_table(source.experts, weights, default)
+    plan = plan_merge(settings, source, approximate)
     if settings.merged or settings.verify:
         match_sites(all_shapes(source.experts), read_base(base_of(settings, source)))
-    if (settings.space or METHODS[settings.method].spaces[0]) == "factor":
-        ratio = mean_cross_terms(source.experts, table)
+    apart = {s: w for job in plan.jobs if job.space == "factor" for s, w in job.weights.items()}
+    if apart:
+        ratio = mean_cross_terms(source.experts, apart)
         console.print(
             f"warning: A and B are merged apart: sums of them hold {ratio:.1f} times the wanted update in products "
             "of one expert's B with another's A, and depend on how each expert is factored; space=core does not",
@@ -153,14 +146,15 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
         )
     kept = torch.float32 if settings.merged else stored_dtype(source.experts, settings.dtype)
     with open_spool(Path(settings.out).parent, kept) as spool:
-        merged = merge_with_progress(settings, source.experts, options, weights, spool, console)
+        with merging_progress(len(plan.sites), console) as advance:
+            merged = run_plan(plan, keep=spool.keep, on_site=advance)
         summary = summarise(source.experts, merged)
         console.print(*summary_tables(summary), sep="\n")
         exact = summary["total"]["energy_kept"] > 1 - 1e-12
         verify = (
-            prepare_verify(settings, source, options, table, exact) if settings.verify else None
+            prepare_verify(settings, source, sum_gates(plan), exact) if settings.verify else None
         )
-        report = export(settings, source, merged, summary, options, verify)
+        report = export(settings, source, merged, summary, verify)
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
 
 
@@ -230,6 +224,21 @@ def run_around(adapters: Sequence[str]) -> dict[str, Any]:
     return {"step": step, "config": load_config(step / "config.yaml")}
 
 
+def plan_merge(settings: MergeConfig, source: Source, approximate: bool) -> Plan:
+    names = [expert.name for expert in source.experts]
+    return make_plan(
+        source.experts,
+        method=settings.method,
+        options=settings.options,
+        weights=choose_weights(settings, source, approximate),
+        rank=settings.rank,
+        space=settings.space,
+        rules=[
+            replace(rule, weights=parse_weights(rule.weights, names)) for rule in settings.sites
+        ],
+    )
+
+
 def choose_weights(settings: MergeConfig, source: Source, approximate: bool) -> Weights | None:
     """The weights asked for; a token-level mixture has none, so it needs --approximate."""
     raw = settings.weights
@@ -249,33 +258,10 @@ def choose_weights(settings: MergeConfig, source: Source, approximate: bool) -> 
     return read_gates(settings.routing or str(default), source.experts, task)
 
 
-def merge_with_progress(
-    settings: MergeConfig,
-    experts: list[Expert],
-    options: dict[str, Any],
-    weights: Weights | None,
-    spool: Spool,
-    console: Console,
-) -> dict[str, MergedSite]:
-    total = len({site for expert in experts for site in expert.ranks})
-    with merging_progress(total, console) as advance:
-        return merge(
-            experts,
-            method=settings.method,
-            options=options,
-            weights=weights,
-            rank=settings.rank,
-            space=settings.space,
-            keep=spool.keep,
-            on_site=advance,
-        )
-
-
 def prepare_verify(
     settings: MergeConfig,
     source: Source,
-    options: dict[str, Any],
-    table: dict[str, Tensor],
+    gates: dict[str, Tensor] | None,
     exact: bool,
 ) -> Verify:
     """The probe and the live models that the reloaded files are compared with."""
@@ -294,7 +280,7 @@ def prepare_verify(
         inputs,
         experts=source.experts,
         base=base,
-        gates=sum_gates(settings.method, options, table, settings.space),
+        gates=gates,
         exact=exact,
         routed=routed,
         stream_of=backbone.stream_of,
@@ -341,14 +327,14 @@ def export(
     source: Source,
     merged: dict[str, MergedSite],
     summary: dict[str, Any],
-    options: dict[str, Any],
     verify: Verify | None,
 ) -> dict[str, Any]:
     if settings.out is None:  # checked before the merge
         raise AssertionError
     about = {
         "method": settings.method,
-        "options": options,
+        "options": check_options(settings.method, settings.options),
+        "sites": [asdict(rule) for rule in settings.sites],
         "space": settings.space or METHODS[settings.method].spaces[0],
         "rank": settings.rank,
         "adapters": settings.adapters or settings.run,

@@ -15,7 +15,8 @@ from moa.merging.base_files import match_sites, read_base
 from moa.merging.core import expert_from_folder
 from moa.merging.export import export_adapter, export_checkpoint
 from moa.merging.inputs import experts_of_bank
-from moa.merging.merge import merge, sum_gates, weight_table
+from moa.merging.merge import merge
+from moa.merging.plan import make_plan, sum_gates
 from moa.merging.probe import outputs_of, probe_inputs
 from moa.merging.verify import fresh_outputs, make_verify
 from tests.tiny import random_image, tiny_llava
@@ -92,7 +93,7 @@ def merge_and_verify(world, rank="sum", weights=WEIGHTS, exact=True):
         probe(world),
         experts=experts,
         base=world / "base",
-        gates=sum_gates("linear", {}, weight_table(experts, weights)),
+        gates=sum_gates(make_plan(experts, weights=weights)),
         exact=exact,
         stream_of=stream_of,
         new_tokens=4,
@@ -184,7 +185,7 @@ def test_a_trained_projector_goes_into_the_checkpoint(world, tmp_path, same_proc
         probe(world),
         experts=experts,
         base=world / "base",
-        gates=sum_gates("linear", {}, weight_table(experts, WEIGHTS)),
+        gates=sum_gates(make_plan(experts, weights=WEIGHTS)),
         exact=True,
         stream_of=stream_of,
     )

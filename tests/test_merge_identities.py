@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa.merging.core import Expert, expert_from_tensors
-from moa.merging.merge import METHODS, merge
+from moa.merging.merge import merge
+from moa.merging.methods import METHODS
 from moa.peft_io import site_keys
 
 SHAPE = {"layers.0.self_attn.q_proj": (9, 8), "layers.1.self_attn.q_proj": (7, 8)}
@@ -31,18 +32,18 @@ seeds = st.integers(0, 2**16)
 quick = settings(max_examples=2, deadline=None)
 
 
-def experts_of(seed, count=3, ranks=(2, 3, 1)):
-    return [make_expert(f"e{i}", seed + i, ranks[i % len(ranks)]) for i in range(count)]
+def experts_of(seed, count=3, ranks=(2, 3, 1), shapes=SHAPE):
+    return [make_expert(f"e{i}", seed + i, ranks[i % len(ranks)], shapes) for i in range(count)]
 
 
-def make_expert(name, seed, rank, **config):
+def make_expert(name, seed, rank, shapes=SHAPE, **config):
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for site, (rows, columns) in SHAPE.items():
+    for site, (rows, columns) in shapes.items():
         key_a, key_b = site_keys(site)
         tensors[key_a] = torch.randn(rank, columns, generator=generator, dtype=torch.float64)
         tensors[key_b] = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "target_modules": list(SHAPE)}
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "target_modules": list(shapes)}
     return expert_from_tensors(name, tensors, {**settings, **config})
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moa.merging import linear
-from moa.merging.merge import find_depths, merge, sum_gates, weight_table
+from moa.merging.merge import merge
+from moa.merging.plan import find_depths, make_plan, sum_gates
 from moa.merging.stack import stack_of
 from tests.test_merge_identities import experts_of, update_of
 
@@ -112,7 +113,7 @@ def test_the_gates_of_a_sum_give_its_update(method):
     """What the live mixture is checked with: gates that make the experts' sum the merged update."""
     experts = experts_of(1, 3, (2,))
     chosen = {"e0": 0.5, "e1": -0.25, "e2": 1.0}
-    gates = sum_gates(method, {}, weight_table(experts, chosen))
+    gates = sum_gates(make_plan(experts, method=method, weights=chosen))
     found = update_of(experts, method, weights=chosen)
     parts = [update_of([e], "linear", weights={e.name: 1.0}) for e in experts]
     for site, row in gates.items():
@@ -122,9 +123,8 @@ def test_the_gates_of_a_sum_give_its_update(method):
 
 def test_what_is_no_sum_has_no_gates():
     experts = experts_of(0, 2, (2,))
-    table = weight_table(experts, None)
-    assert sum_gates("ties", {}, table) is None
-    assert sum_gates("linear", {}, table, "factor") is None
+    assert sum_gates(make_plan(experts, method="ties")) is None
+    assert sum_gates(make_plan(experts, space="factor")) is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from moa.merging.core import (
     expert_from_tensors,
     parse_rank,
 )
-from moa.merging.merge import layer_of, merge, summarise
+from moa.merging.merge import merge
+from moa.merging.summary import layer_of, summarise
 from moa.peft_io import save_expert, site_keys
 from tests.tiny import tiny_llava
 

@@ -14,7 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.merging.core import CoreUpdates, Expert, Factors, to_core
-from moa.merging.merge import MergedSite, all_sites, layer_of
+from moa.merging.merge import MergedSite
+from moa.merging.plan import all_sites
+from moa.merging.summary import layer_of
 
 SAMPLED_ROWS = (
     128  # of a dense update, evenly spread: for signs and values, which the core does not have

@@ -25,8 +25,9 @@ from moa.merging.export import (
     shard_names,
     write_index,
 )
-from moa.merging.merge import Weights, check_options, find_depths, find_method, weight_row
 from moa.merging.method import check_choice
+from moa.merging.methods import check_options, find_method
+from moa.merging.plan import Weights, find_depths, weight_row
 from moa.merging.shards import write_shard
 from moa.merging.stack import Stack
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from moa.experts import ExpertBank
 from moa.merging.core import Expert, expert_from_folder, expert_from_tensors
-from moa.merging.merge import Weights, all_sites
+from moa.merging.plan import Weights, all_sites
 from moa.peft_io import CONFIG_FILE
 
 GATES = "gates"

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.batch import Batch
-from moa.merging.merge import Weights
 from moa.merging.method import check_choice
+from moa.merging.plan import Weights
 from moa.model import MixtureModel
 
 Score = Callable[[Mapping[str, float]], float]  # weights by expert -> the higher the better

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from moa.merging.merge import METHODS, method_options
 from moa.merging.method import SPACES
+from moa.merging.methods import METHODS, method_options
 
 WORDS = {"mean": "1/N each", "ones": "1 each"}
 LABELS = {
