@@ -16,6 +16,7 @@ from moa.config import DataConfig, ExpertConfig, ModelConfig, RouterConfig, RunC
 from moa.merging import verify as verifying
 from moa.merging.inputs import parse_weights
 from moa.merging.probe import outputs_of
+from moa.peft_io import site_keys
 from moa.settings import load
 from scripts import merge as script
 from tests.test_export import make_adapter
@@ -113,6 +114,20 @@ def test_a_run_is_merged_by_its_mean_gates_and_compared_with_the_router(
     assert comparisons["routed_model"]["max_abs_logit_diff"] > 1e-4
     assert report["base"] == str(world / "base")
     assert "against the model that routes each sample" in capsys.readouterr().out
+
+
+def test_a_config_with_rules_for_some_sites_is_merged_and_reported(world, tmp_path, capsys):
+    adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
+    rules = "sites=[{match: layers.0, drop: true}, {match: mlp, method: ties, scale: [0.5, 1]}]"
+    script.main([adapters, rules, "verify=false", f"out={tmp_path / 'out'}"])
+    record = json.loads((tmp_path / "out" / "fidelity.json").read_text())
+    assert record["sites"] and not any("layers.0" in site for site in record["sites"])
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == {
+        key for site in record["sites"] for key in site_keys(site)
+    }
+    wrong = "sites=[{match: nowhere}]"
+    message = refused(capsys, adapters, wrong, "verify=false", f"out={tmp_path / 'other'}")
+    assert message == "error: sites: 'nowhere' decides no site; rules before it, or none, match"
 
 
 def test_factor_space_warns_of_its_cross_terms_and_core_space_does_not(world, tmp_path, capsys):

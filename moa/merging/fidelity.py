@@ -33,7 +33,7 @@ def measure(
     """The fidelity record of experts, and of what they were merged to: `experts`, `sites` and `layers`, for JSON."""
     names = [expert.name for expert in experts]
     sites = {}
-    for site in all_sites(experts):
+    for site in merged or all_sites(experts):  # dropped sites have no outcome
         factors = [e.factors(site, torch.float64) if site in e.ranks else None for e in experts]
         sites[site] = measure_site(factors, merged[site] if merged else None)
         on_site(site)
