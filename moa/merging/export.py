@@ -237,7 +237,7 @@ def _bytes(source: BaseFiles, key: str, cast: torch.dtype | None) -> int:
 
 def _changed_tensors(
     source: BaseFiles, keys: Sequence[str], changes: Changes
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, list[Tensor]]]:
     for key in keys:
         with safe_open(source.folder / source.files[key], framework="pt") as handle:
             tensor = handle.get_tensor(key)
@@ -251,7 +251,7 @@ def _changed_tensors(
         stored = tensor.to(dtype).contiguous()
         if key in changes.keys and not torch.isfinite(stored).all():
             raise ValueError(f"dtype: {key} does not fit in {_name(dtype)}")
-        yield key, stored
+        yield key, [stored]
 
 
 def copy_other_files(source: Path, out: Path, cast: torch.dtype | None) -> None:

@@ -7,7 +7,6 @@ models are. Every key of every input gets a line in the manifest: which rule it 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ from moa.merging.method import check_choice
 from moa.merging.methods import check_options, find_method
 from moa.merging.plan import Weights, find_depths, weight_row
 from moa.merging.shards import write_shard
-from moa.merging.stack import Stack
+from moa.merging.stack import BLOCK_VALUES, Stack
+from moa.peft_io import all_finite
 
 MANIFEST = "manifest.json"
 COMPUTE = torch.float32
@@ -94,16 +94,16 @@ def merge_checkpoints(
         settings["shared"] = row.prepare(stacks, **settings)
     cast = None if dtype == "auto" else DTYPES[dtype]
 
-    def results(keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def results(keys: Sequence[str]) -> Iterator[tuple[str, Iterator[Tensor]]]:
         for key in keys:
-            own = _read(inputs.base, key)
-            if key not in inputs.kept:
-                stack = difference_stack(inputs, key, depths[key])
-                merged = row.function(stack, chosen, **settings).view(own.shape)
-                own = _stored(key, merged.add_(own), cast or own.dtype)
-            elif cast is not None and own.is_floating_point():
-                own = own.to(cast)
-            yield key, own
+            own = _mapped(inputs.base, key)
+            if key in inputs.kept:
+                yield key, iter([own.to(cast) if cast and own.is_floating_point() else own])
+            else:
+                merged = row.function(
+                    difference_stack(inputs, key, depths[key]), chosen, **settings
+                )
+                yield key, _added(key, own.view(merged.shape), merged, cast or own.dtype)
             on_key(key)
 
     manifest = _manifest(inputs, method)
@@ -161,12 +161,19 @@ def difference_stack(inputs: Inputs, key: str, depth: float) -> Stack:
         else (1, torch.Size(shape).numel())
     )
 
+    base = _mapped(inputs.base, key).view(rows, cols)
+    having = {
+        index: _mapped(files, key).view(rows, cols)
+        for index, files in enumerate(inputs.models.values())
+        if key in files.files
+    }
+
     def read(start: int, stop: int) -> Tensor:
-        own = _rows(inputs.base, key, start, stop)
-        return torch.stack([
-            _rows(files, key, start, stop) - own if key in files.files else torch.zeros_like(own)
-            for files in inputs.models.values()
-        ])  # fmt: skip
+        own = base[start:stop].to(COMPUTE)
+        block = torch.zeros(len(inputs.models), *own.shape, dtype=COMPUTE)
+        for index, model in having.items():
+            torch.sub(model[start:stop], own, out=block[index])
+        return block
 
     return Stack(
         site=key,
@@ -178,32 +185,27 @@ def difference_stack(inputs: Inputs, key: str, depth: float) -> Stack:
     )
 
 
-def _rows(files: BaseFiles, key: str, start: int, stop: int) -> Tensor:
-    entry = _handle(files.folder / files.files[key]).get_slice(key)
-    block = entry[start:stop] if len(files.shapes[key]) > 1 else entry[...]
-    return block.to(COMPUTE).reshape(stop - start, -1)
-
-
-def _read(files: BaseFiles, key: str) -> Tensor:
-    return _handle(files.folder / files.files[key]).get_tensor(key)
-
-
-@lru_cache(maxsize=64)
-def _handle(file: Path) -> Any:
-    return safe_open(file, framework="pt")  # maps the file: nothing is read before a slice is taken
+def _mapped(files: BaseFiles, key: str) -> Tensor:
+    """A tensor on the disk: nothing is read before it is used, and its file stays mapped as long as it lives."""
+    with safe_open(files.folder / files.files[key], framework="pt") as file:
+        return file.get_tensor(key)
 
 
 def _floating(files: BaseFiles) -> set[str]:
     return {key for key, dtype in files.dtypes.items() if dtype.is_floating_point}
 
 
-def _stored(key: str, merged: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = merged.to(dtype)
-    if not torch.isfinite(stored).all():
-        raise ValueError(
-            f"{key}: the merge has values that are not finite, or do not fit in {dtype}"
-        )
-    return stored
+def _added(key: str, own: Tensor, merged: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """base + merged in the stored dtype, in blocks of rows; ValueError where a value is not finite, or does not fit."""
+    own, step = own.view(merged.shape), max(1, BLOCK_VALUES // merged.shape[1])
+    for start in range(0, len(merged), step):
+        rows = slice(start, start + step)
+        stored = merged[rows].add_(own[rows]).to(dtype)
+        if not all_finite(stored):
+            raise ValueError(
+                f"{key}: the merge has values that are not finite, or do not fit in {dtype}"
+            )
+        yield stored
 
 
 def _manifest(inputs: Inputs, method: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ The format: the header's length in 8 bytes, the header as JSON with every tensor
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,10 +22,10 @@ def write_shard(
     path: Path,
     source: BaseFiles,
     keys: Sequence[str],
-    tensors: Iterator[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Iterable[Tensor]]],
     cast: torch.dtype | None = None,
 ) -> int:
-    """Write `tensors`, which come in the order of `keys`, with the source's shapes; returns their bytes.
+    """Write `tensors`, which come in the order of `keys`, each in blocks of its rows; returns their bytes.
 
     `cast` is the dtype of floating tensors; None: each its own.
     """
@@ -48,10 +48,11 @@ def write_shard(
     text += b" " * (-len(text) % ALIGNMENT)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for key, (found, tensor) in zip(keys, tensors, strict=True):
+        for key, (found, blocks) in zip(keys, tensors, strict=True):
             if key != found:
                 raise AssertionError(f"{found} came where {key} was due")
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            for block in blocks:
+                file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if file.tell() != 8 + len(text) + end:
             raise AssertionError(f"{path}: the tensors are not those of the header")
     return end

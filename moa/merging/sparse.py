@@ -37,16 +37,16 @@ def elect(
     weighted = weights[:, None, None] * block
     voters = weighted if vote == "weighted" else block
     mass, rounding = voters.sum(0), ROUNDING * torch.finfo(block.dtype).eps
-    elected = torch.where(mass.abs() > rounding * voters.abs().sum(0), mass.sign(), 0.0)
-    agrees = (voters.sign() == elected) & (elected != 0)
-    kept = torch.where(agrees, weighted, 0.0)
+    elected = mass.sign() * (mass.abs() > rounding * voters.abs().sum(0))
+    agrees = voters * elected > 0
+    kept = weighted * agrees  # a product is several times faster than torch.where
     if reduce == "sum":
         return kept.sum(0)
     if reduce == "max":
         return kept.gather(0, kept.abs().argmax(0, keepdim=True))[0]
     share = weights.abs() if vote == "weighted" else torch.ones_like(weights)
-    total = (share[:, None, None] * agrees).sum(0)
-    return torch.where(total > 0, kept.sum(0) / total, 0.0)
+    total = torch.einsum("e,erc->rc", share, agrees.to(share.dtype))
+    return kept.sum(0) / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def add(block: Block, weights: Weights) -> Float[Tensor, "rows cols"]:
@@ -57,7 +57,7 @@ def add(block: Block, weights: Weights) -> Float[Tensor, "rows cols"]:
 
 
 def trim(block: Block, thresholds: Float[Tensor, " expert"]) -> Block:
-    return torch.where(block.abs() >= thresholds[:, None, None], block, 0.0)
+    return block * (block.abs() >= thresholds[:, None, None])
 
 
 def model_thresholds(stacks: Iterable[Stack], *, density: float, scope: str, **_) -> Tensor | None:

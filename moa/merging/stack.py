@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-BLOCK_VALUES = 1 << 20  # of one expert in a block
+BLOCK_VALUES = 1 << 18  # of one expert in a block
 # A float's bits, read as a whole number, have the order of its magnitude; 16 of them are looked at a time.
 WHOLE = {torch.float64: torch.int64, torch.float32: torch.int32}
 DIGITS = 1 << 16
@@ -45,7 +45,15 @@ class Stack:
         self, merge_block: Callable[[int, Float[Tensor, "expert _ cols"]], Float[Tensor, "_ cols"]]
     ) -> Float[Tensor, "rows cols"]:
         """The merged matrix, one block after the other by `merge_block(first row, block)`."""
-        return torch.cat([merge_block(start, block) for start, block in self.blocks()])
+        merged: Tensor | None = None
+        for start, block in self.blocks():
+            rows = merge_block(start, block)
+            if merged is None:
+                merged = rows.new_empty(self.shape)
+            merged[start : start + len(rows)] = rows
+        if merged is None:
+            raise AssertionError(f"{self.site} has no rows")
+        return merged
 
     def thresholds(self, density: float) -> Float[Tensor, " expert"]:
         """Each expert's magnitude at and above which int(density * size) + 1 of its values lie."""
