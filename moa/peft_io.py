@@ -11,7 +11,7 @@ reason, never dropped.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,27 @@ KNOWN_SETTINGS = frozenset(
         "runtime_config",
     )
 )
+WHOLE_CHECKPOINT = (
+    "; PEFT's merge_and_unload() writes it into its base exactly, and scripts/merge.py merges "
+    "such checkpoints (models=[A,B] base=BASE)"
+)
 REFUSED_SETTINGS = {
-    "use_dora": "DoRA rescales the columns of W + BA, so its update is no low-rank product",
-    "lora_bias": "a bias on lora_B is no low-rank update of the weight",
-    "modules_to_save": "whole modules lie beside the factors, and would be dropped",
+    "use_dora": "DoRA rescales the rows of W + BA, so its update is no low-rank product"
+    + WHOLE_CHECKPOINT,
+    "lora_bias": "a bias on lora_B is no low-rank update of the weight" + WHOLE_CHECKPOINT,
+    "modules_to_save": "whole modules lie beside the factors, and would be dropped"
+    + WHOLE_CHECKPOINT,
     "trainable_token_indices": "trained embedding rows lie beside the factors, and are dropped",
     "target_parameters": "its factors sit on raw parameters and not on linear layers",
     "layer_replication": "it repeats layers of the base, so a site names several weights",
     "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
+}
+# Keys that give such an adapter away where its config does not.
+STRAY_KEYS = {
+    ".lora_magnitude_vector": f" (use_dora: {REFUSED_SETTINGS['use_dora']})",
+    ".lora_B.bias": f" (lora_bias: {REFUSED_SETTINGS['lora_bias']})",
+    ".lora_embedding_": " (LoRA on an embedding)",
+    "": f" (modules_to_save? {REFUSED_SETTINGS['modules_to_save']})",
 }
 # pissa, olora, corda, loftq and lora_ga subtract from the base's weights when they start.
 BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -158,8 +171,12 @@ def read_site(header: ExpertHeader, site: str) -> dict[str, Tensor]:
         tensors = {key: file.get_tensor(key) for key in site_keys(site)}
     for key, tensor in tensors.items():
         if not all_finite(tensor):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise ValueError(f"{header.weights_file}: {key} has {count} NaN or infinite values")
+            broken = ~torch.isfinite(tensor)
+            rows = broken.any(1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{header.weights_file}: {key} has {int(broken.sum())} NaN or infinite values, "
+                f"in {len(rows)} rows, first {rows[0]}"
+            )
     return tensors
 
 
@@ -167,6 +184,24 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; by the sum, which is several times faster, wherever that is finite."""
     total = tensor.sum(dtype=torch.float32)
     return bool(total.isfinite()) or bool(torch.isfinite(tensor).all())
+
+
+def is_target(config: Mapping[str, Any], site: str) -> bool:
+    """Whether `target_modules` names the site, so that a base which has it gives it factors.
+
+    False where other settings decide too (exclude_modules, layers_to_transform, "all-linear").
+    """
+    targets = config["target_modules"]
+    narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
+    if narrowed or targets == "all-linear":
+        return False
+    return _names(targets, site)
+
+
+def _names(targets: str | Sequence[str], site: str) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, site) is not None
+    return not _suffixes(site).isdisjoint(targets)
 
 
 def check_base(header: ExpertHeader, base_shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -250,8 +285,9 @@ def _check_pairs(
     matches = {key: KEY.fullmatch(key) for key in shapes}
     stray = sorted(key for key, match in matches.items() if not match)
     if stray or not shapes:
-        first = f"{len(stray)} keys are no factors of a linear layer, first {stray[:1]}"
-        raise ValueError(f"{source}: {first if stray else 'holds no tensors'}")
+        first = f"{len(stray)} keys are no factors of a linear layer, first {''.join(stray[:1])}"
+        reason = next((text for end, text in STRAY_KEYS.items() if end in "".join(stray[:1])), "")
+        raise ValueError(f"{source}: {first + reason if stray else 'holds no tensors'}")
     ranks, sizes = {}, {}
     for site in dict.fromkeys(match["site"] for match in matches.values() if match):
         missing = [key for key in site_keys(site) if key not in shapes]
@@ -275,14 +311,14 @@ def _check_sites(source: str | Path, config: Mapping[str, Any], ranks: Mapping[s
             raise ValueError(f"{source}: {site} has rank {rank}, but its config says {promised}")
     targets = config["target_modules"]
     if isinstance(targets, str):
-        strays = [s for s in ranks if targets != "all-linear" and not re.fullmatch(targets, s)]
+        strays = [s for s in ranks if targets != "all-linear" and not _names(targets, s)]
     else:
         suffixes = {suffix for site in ranks for suffix in _suffixes(site)}
         # Bare names that this base lacks (`qkv_proj`) are a habit of PEFT users; paths are not.
         idle = [target for target in targets if "." in target and target not in suffixes]
         if idle:
             raise ValueError(f"{source}: {len(idle)} target_modules lack tensors, first {idle[0]}")
-        strays = [site for site in ranks if not _suffixes(site) & set(targets)]
+        strays = [site for site in ranks if not _names(targets, site)]
     if strays:
         raise ValueError(f"{source}: {len(strays)} sites are not in target_modules: {strays[0]}")
 

@@ -1,9 +1,17 @@
-"""Which experts fight, and where? The fidelity report of adapters, without merging them.
+"""Which experts fight, and where? The fidelity report of LoRA adapters, without merging them.
 
-    python scripts/analyse.py adapters=[A,B] out=OUT
+    python scripts/analyse.py adapters=[A,B]
     python scripts/analyse.py "adapters=[runs/demo/checkpoints/step-000260/experts/*]" out=OUT
 
-Writes fidelity.json and fidelity.html (pictures inside), and prints the findings.
+Prints a table of the experts and one of the pairs that meet most. A folder given as `out` also gets
+fidelity.json (every number, by site, module and layer) and fidelity.html, a page with pictures that
+needs no other file. No base model is read, and nothing is merged: scripts/merge.py writes the same
+page with what a merge kept and lost.
+
+    cosine             1: two experts want the same change, -1: they undo each other, 0: they do not meet
+    disagree           of what both change, the share that pulls in opposite directions; 50% is chance
+    overlap            share of input and output directions that both use
+    idle ranks         whose row of A or column of B is zero
 """
 
 import argparse
@@ -14,20 +22,22 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rich.console import Console
 from rich.progress import Progress
 
-from moa.analysis.fidelity_page import findings, write_page
+from moa.analysis.fidelity_page import details, summary, write_page
 from moa.atomic import write_json
 from moa.merging.fidelity import measure
 from moa.merging.inputs import open_adapters
 from moa.merging.plan import all_sites, check_experts
+from moa.merging.report import interference_tables
 from moa.settings import describe, load
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyseConfig:
     adapters: list[str] = field(default_factory=list)  # PEFT folders; A/* means every one in A
-    out: str | None = None  # folder for fidelity.json and fidelity.html
+    out: str | None = None  # folder for fidelity.json and fidelity.html; null: print only
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,18 +50,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def analyse(settings: AnalyseConfig) -> None:
-    if settings.out is None:
-        raise ValueError("out: names no folder")
     experts = open_adapters(settings.adapters)
     check_experts(experts)
-    with Progress() as progress:
+    console = Console()
+    with Progress(console=console) as progress:
         bar = progress.add_task("measuring", total=len(all_sites(experts)))
         record = measure(experts, on_site=lambda site: progress.advance(bar))
-    out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "fidelity.json", {"adapters": settings.adapters, **record})
-    write_page(out / "fidelity.html", record, {"adapters": settings.adapters})
-    print(*findings(record), f"page: {out / 'fidelity.html'}", sep="\n")
+    console.print(*interference_tables(record), sep="\n")
+    console.print(*summary(record, {}), *details(record), sep="\n", soft_wrap=True)
+    if settings.out is not None:
+        out = Path(settings.out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "fidelity.json", {"adapters": settings.adapters, **record})
+        write_page(out / "fidelity.html", record, {"adapters": ", ".join(settings.adapters)})
+        console.print(f"page: {out / 'fidelity.html'}", soft_wrap=True)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

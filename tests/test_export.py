@@ -317,7 +317,7 @@ def test_a_tied_output_layer_and_a_quantised_base_are_refused(tmp_path):
     file = tmp_path / "config.json"
     config = {**json.loads(file.read_text()), "quantization_config": {"bits": 4}}
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is quantised"):
+    with pytest.raises(ValueError, match="config.json: quantization_config says"):
         read_base(tmp_path)
 
 

@@ -5,9 +5,16 @@ import json
 import pytest
 import torch
 
-from moa.analysis.fidelity_page import findings, write_page
+from moa.analysis.fidelity_page import details, summary, write_page
 from moa.merging.core import expert_from_tensors
-from moa.merging.fidelity import cross_terms, measure, sign_conflict
+from moa.merging.fidelity import measure
+from moa.merging.interference import (
+    cross_terms,
+    prune,
+    sample_entries,
+    sign_conflict,
+    sign_disagreement,
+)
 from moa.merging.merge import merge
 from moa.peft_io import save_expert, site_keys
 from scripts import analyse
@@ -43,6 +50,7 @@ def test_relations_of_known_experts(three):
     torch.testing.assert_close(torch.tensor(total["overlap"]), torch.tensor(overlap).float())
     assert total["norms"] == pytest.approx([2**0.5, 2**0.5, 6 * 2**0.5])
     assert total["sign_conflict"] == pytest.approx(2 / 8)  # 1 + 1 of 1 + 1 + 6 cancel
+    assert total["sign_disagreement"][0][1] == 1 and total["sign_disagreement"][0][2] == 0.5
     assert record["sites"]["layers.0.q"]["zero_rows"] == [0, 0, 1]
     assert record["sites"]["layers.0.q"]["singular_values"] == [[1.0], [1.0], [pytest.approx(6.0)]]
     assert "merged" not in total
@@ -76,25 +84,83 @@ def test_cross_terms_are_those_of_the_product_of_sums(three):
     # (b1 + b2)(a1 + a2) is all ones; wanted is the identity: two entries too many, of norm sqrt 2
     assert cross_terms(pairs, torch.ones(2).double()) == pytest.approx(1.0)
     assert cross_terms(pairs[:1], torch.ones(1).double()) == pytest.approx(0, abs=1e-12)
+    assert measure(three)["total"]["cross_terms"] is None  # the ranks differ
+    # The first two share A up to scale, and their products cancel: what is added is all zero too.
+    assert measure(three[:2])["total"]["cross_terms"] == 0
+
+
+def test_cross_terms_are_what_factor_space_adds():
+    """Whatever the scales: the same from the merges themselves."""
+    experts = experts_of(0, ranks=(2, 2, 2))
+    weights = {"e0": 1.0, "e1": 0.5, "e2": -2.0}
+    exact = merge(experts, weights=weights, method="linear")
+    apart = merge(experts, weights=weights, method="linear", space="factor")
+    for site, row in measure(experts, apart)["sites"].items():
+        wanted = exact[site].lora_b @ exact[site].lora_a
+        found = apart[site].lora_b @ apart[site].lora_a
+        assert row["cross_terms"] == pytest.approx(float((found - wanted).norm() / wanted.norm()))
 
 
 def test_signs_of_one_expert_never_conflict(three):
     pair = three[0].factors(SITES[0], torch.float64)
-    assert sign_conflict([pair, None]) == 0
-    assert sign_conflict([pair, (pair[0], -pair[1])]) == 1
+    assert sign_conflict(sample_entries([pair, None])) == 0
+    assert sign_conflict(sample_entries([pair, (pair[0], -pair[1])])) == 1
 
 
-def test_the_page_names_who_fights_and_holds_its_pictures(three, tmp_path):
+def test_signs_disagree_by_the_mass_of_products():
+    entries = torch.tensor([[1.0, 2.0, -1.0, 0.0], [3.0, -1.0, -1.0, 5.0], [0.0, 0.0, 0.0, 0.0]])
+    # products 3, -2, 1, 0: 2 of 6 pull apart; with an update of zeros nobody knows
+    expected = torch.tensor([[0, 1 / 3, 0.5], [1 / 3, 0, 0.5], [0.5, 0.5, 0.5]]).double()
+    torch.testing.assert_close(sign_disagreement(entries), expected, rtol=0, atol=1e-6)
+
+
+def test_what_pruning_and_scaling_make_of_an_expert():
+    a = torch.tensor([[4.0, 3.0, 0.0, 0.0], [0.5, 0.0, 0.6, 0.0]]).double()
+    b = torch.eye(3, 2).double() * torch.tensor([1.0, 2.0]).double()
+    kept = prune((a, b), density=0.125)  # the 4 and 3 of A, both values of B
+    # row 0 is whole, row 1 has no survivor and is not scaled
+    assert kept["scales"] == [1.0, 1.0] and kept["emptied_rows"] == 1
+    assert kept["singular_values"] == pytest.approx([5.0]) == kept["scaled"]
+    a[0, 2], a[1, 1] = 2.0, 3.5  # kept are 4, 3.5 and 3: rows of 9 and 4.6 lose 2 and 1.1
+    kept = prune((a, b), density=0.25)
+    assert kept["scales"] == pytest.approx([9 / 7, 4.6 / 3.5])
+
+
+def test_the_summary_names_who_fights_where_and_what_was_lost(three):
     merged = merge(three, weights={"plus": 1, "minus": 0.5, "apart": 1}, rank=1)
-    record = measure(three, merged)
-    lines = findings(record)
-    assert "minus and plus agree least: cosine -1.00 over all sites" in lines[0]
-    assert any("plus the merge keeps least" in line for line in lines)
-    assert lines[-1] == "2 rows of A are zero: ranks that do nothing."
-    write_page(tmp_path / "page.html", record, {"method": "linear <&>"})
+    first, second = summary(measure(three, merged), {"method": "linear", "rank": 1})
+    assert first == (
+        "plus and minus fight most: 100% of what both change pulls in opposite directions (50% is chance; "
+        "cosine -1.00), mainly in layers.0."
+    )
+    assert second.startswith("linear at rank 1 kept 0% of plus and 100% of apart")
+    assert "cut off 0.7% of the result's energy" in second  # 0.25 of 36.25
+    assert "apart has 2 ranks that do nothing: " in details(measure(three))[-1]
+    (line,) = summary(measure([three[0], three[2]]), {})
+    assert line.startswith(
+        "No two experts fight or help each other: every cosine lies between 0.00"
+    )
+    (line,) = summary(measure([three[0], three[0]]), {})
+    assert "plus and plus pull together most: cosine 1.00" in line
+
+
+def test_the_page_holds_its_pictures(three, tmp_path):
+    merged = merge(three, weights={"plus": 1, "minus": 0.5, "apart": 1}, rank=1)
+    write_page(tmp_path / "page.html", measure(three, merged), {"method": "linear <&>"})
     page = (tmp_path / "page.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "linear &lt;&amp;&gt;" in page
+    assert page.count("data:image/png;base64,") == 6 and "linear &lt;&amp;&gt;" in page
     assert "<script" not in page and "http" not in page  # self-contained
+    write_page(tmp_path / "one.html", measure(three[:1]), {})  # nobody to fight with
+    assert (tmp_path / "one.html").read_text().count("data:image/png;base64,") == 4
+
+
+def test_an_expert_without_a_site_counts_as_nothing_there(three):
+    tensors = dict(zip(site_keys(SITES[0]), three[2].read(SITES[0]), strict=True))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [SITES[0]]}
+    record = measure([three[0], expert_from_tensors("half", tensors, config)])
+    assert record["sites"][SITES[1]]["norms"] == [1.0, 0.0]
+    assert record["sites"][SITES[1]]["zero_rows"] == [0, None]
+    assert record["total"]["norms"] == pytest.approx([2**0.5, 6.0])
 
 
 def test_the_script_reports_without_merging(three, tmp_path, capsys):
@@ -104,7 +170,8 @@ def test_the_script_reports_without_merging(three, tmp_path, capsys):
             tensors.update(zip(site_keys(site), one.read(site), strict=True))
         save_expert(tmp_path / one.name, tensors, one.config)
     analyse.main([f"adapters=[{tmp_path}/*]", f"out={tmp_path / 'report'}"])
-    assert "agree least" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "minus and plus fight most" in printed and "minus, plus" in printed
     assert (tmp_path / "report" / "fidelity.html").is_file()
     assert len(json.loads((tmp_path / "report" / "fidelity.json").read_text())["sites"]) == 2
 
@@ -113,6 +180,8 @@ def test_a_mistake_of_the_script_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         analyse.main(["adapters=[]", f"out={tmp_path}"])
     assert capsys.readouterr().err == "error: adapters: names none\n"
-    with pytest.raises(SystemExit):
-        analyse.main([])
-    assert capsys.readouterr().err == "error: out: names no folder\n"
+    with pytest.raises(SystemExit) as stop:
+        analyse.main([f"adapters=[{tmp_path}]"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/adapter_config.json: missing")
+    assert list(tmp_path.iterdir()) == []

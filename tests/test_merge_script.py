@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,7 +148,7 @@ def test_every_merge_brings_its_fidelity_report(world, tmp_path):
     record = json.loads((out / "fidelity.json").read_text())
     assert record["method"] == "ties" and record["space"] == "core"
     assert 0 < record["total"]["merged"]["cut_by_rank"] < 1
-    assert (out / "fidelity.html").read_text().count("data:image/png;base64,") == 5
+    assert (out / "fidelity.html").read_text().count("data:image/png;base64,") == 6
     script.main([adapters, "verify=false", "fidelity=false", f"out={tmp_path / 'bare'}"])
     assert not (tmp_path / "bare" / "fidelity.html").exists()
 
@@ -202,6 +205,10 @@ def test_a_checkpoint_takes_the_runs_processor_and_the_bases_keys(world, tmp_pat
         (["adapters=[nowhere/*]", "out=x"], r"nowhere/\* meets no folder"),
         (["adapters=[ONE,TWO]", "weights=[1]", "out=x"], "weights: 1 for 2 experts"),
         (["adapters=[ONE]", "weights={vqa: 1}", "out=x"], "weights.vqa: no such expert; .*'one'"),
+        (
+            ["adapters=[ONE,TWO]", "weights={one: 1, two: 1, six: 1}", "out=x"],
+            "weights.six: no such",
+        ),
         (["adapters=[ONE]", "weights=gates", "out=x"], "weights: gates need run="),
         (["adapters=[ONE]", "rank=big", "out=x"], "rank: must be a positive number, 'sum' or"),
         (["adapters=[ONE]", "dtype=int8", "out=x"], "dtype: .*float32"),
@@ -230,19 +237,125 @@ def test_an_adapter_of_another_base_is_refused_before_merging(world, tmp_path, c
     assert "made for another base" in message and str(tmp_path / "wide") in message
 
 
-def test_a_broken_adapter_leaves_nothing_behind(world, tmp_path, capsys):
-    broken = tmp_path / "broken"
-    make_adapter(broken, 3, r=2)
-    file = broken / "adapter_model.safetensors"
+def edit_config(folder, **changes):
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_tensors(folder, edit):
+    file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
-    next(iter(tensors.values()))[0, 0] = torch.nan
+    edit(tensors)
     save_file(tensors, file)
-    base, out = f"base={world}/base", f"out={tmp_path / 'out'}"
-    arguments = [f"adapters=[{world}/adapters/one,{broken}]", base, out]
-    assert "1 NaN or infinite" in refused(capsys, *arguments)
-    file.write_bytes(file.read_bytes()[:50])
-    assert "not readable as safetensors" in refused(capsys, *arguments)
-    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def cut_file(folder, size):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def put_nan(tensors):
+    tensors[Q.format("A")][1, 3] = torch.nan
+
+
+def drop_layer(tensors):
+    for key in [key for key in tensors if "layers.0.self_attn.q_proj" in key]:
+        del tensors[key]
+
+
+def add_tensor(name):
+    return lambda tensors: tensors.update({f"base_model.model.{name}": torch.ones(2)})
+
+
+SITE = "model.language_model.layers.0.self_attn.q_proj"
+Q = f"base_model.model.{SITE}.lora_{{}}.weight"
+WEIGHTS, CONFIG = r"bad/adapter_model\.safetensors: ", r"bad/adapter_config\.json: "
+CHECKPOINT = r".*merge_and_unload\(\)"
+BROKEN = {
+    "zero bytes": (lambda f: cut_file(f, 0), WEIGHTS + "not readable as safetensors"),
+    "cut header": (lambda f: cut_file(f, 50), WEIGHTS + "not readable as safetensors"),
+    "cut data": (lambda f: cut_file(f, -9), WEIGHTS + "not readable as safetensors"),
+    "a NaN": (
+        lambda f: edit_tensors(f, put_nan),
+        WEIGHTS + Q.format("A") + " has 1 NaN or infinite values, in 1 rows, first 1",
+    ),
+    "missing site": (lambda f: edit_tensors(f, drop_layer), f"adapters: bad lacks {SITE}.*one has"),
+    "missing half": (
+        lambda f: edit_tensors(f, lambda t: t.pop(Q.format("B"))),
+        WEIGHTS + Q.format("B") + " is missing, though its partner is there",
+    ),
+    "DoRA": (
+        lambda f: edit_config(f, use_dora=True),
+        CONFIG + "use_dora=True is not supported" + CHECKPOINT,
+    ),
+    "hidden DoRA": (
+        lambda f: edit_tensors(f, add_tensor(f"{SITE}.lora_magnitude_vector.weight")),
+        WEIGHTS + r".*lora_magnitude_vector\.weight \(use_dora",
+    ),
+    "lora_bias": (
+        lambda f: edit_config(f, lora_bias=True),
+        CONFIG + "lora_bias=True is not supported" + CHECKPOINT,
+    ),
+    "hidden lora_bias": (
+        lambda f: edit_tensors(f, add_tensor(f"{SITE}.lora_B.bias")),
+        WEIGHTS + r".*lora_B\.bias \(lora_bias",
+    ),
+    "modules_to_save": (
+        lambda f: edit_config(f, modules_to_save=["lm_head"]),
+        CONFIG + r"modules_to_save=\['lm_head'\] is not supported" + CHECKPOINT,
+    ),
+    "hidden modules_to_save": (
+        lambda f: edit_tensors(f, add_tensor("lm_head.weight")),
+        WEIGHTS + r".*lm_head\.weight \(modules_to_save",
+    ),
+    "no JSON": (
+        lambda f: (f / "adapter_config.json").write_text("{"),
+        CONFIG + "not readable as JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize("merged", ["false", "true"])
+@pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_adapter_leaves_nothing_behind(world, tmp_path, capsys, spoil, message, merged):
+    shutil.copytree(world / "adapters/two", tmp_path / "bad")
+    spoil(tmp_path / "bad")
+    adapters = f"adapters=[{world}/adapters/one,{tmp_path}/bad]"
+    base, out = f"base={world}/base", tmp_path / "out"
+    said = refused(capsys, adapters, base, f"out={out}", f"merged={merged}")
+    assert re.search(message, said), said
+    assert [path.name for path in tmp_path.rglob("*") if path.parent.name != "bad"] == ["bad"]
+
+
+@pytest.mark.parametrize("merged", ["false", "true"])
+def test_a_quantised_base_is_refused_with_what_to_do(world, tmp_path, capsys, merged):
+    shutil.copytree(world / "base", tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantised}))
+    adapter, out = f"adapters=[{world}/adapters/one]", f"out={tmp_path / 'out'}"
+    message = refused(capsys, adapter, f"base={tmp_path}/base", out, f"merged={merged}")
+    assert (
+        f"{file}: quantization_config says that its weights are packed by bitsandbytes" in message
+    )
+    assert "give base= the weights it was made from" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    script.main([adapter, f"base={tmp_path}/base", "verify=false", "fidelity=false", out])
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_refusal_of_the_real_command_line_is_one_line_and_exit_code_2(world, tmp_path):
+    shutil.copytree(world / "adapters/two", tmp_path / "bad")
+    cut_file(tmp_path / "bad", 0)
+    command = [sys.executable, "scripts/merge.py", f"adapters=[{tmp_path}/bad]"]
+    done = subprocess.run(
+        [*command, f"out={tmp_path}/out", "verify=false"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: {tmp_path}/bad/adapter_model.safetensors: not readable")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
 def test_a_routing_report_of_other_experts_is_refused(world, tmp_path, capsys):

@@ -130,7 +130,7 @@ def test_a_missing_partner_and_a_stray_key_are_named(folder):
     with pytest.raises(ValueError, match=r"q_proj.lora_B.weight is missing"):
         read_expert(folder)
     rewrite_tensors(folder, lambda tensors: tensors.update(x=torch.ones(1)))
-    with pytest.raises(ValueError, match=r"1 keys are no factors of a linear layer, first \['x'\]"):
+    with pytest.raises(ValueError, match=r"1 keys are no factors of a linear layer, first x"):
         read_expert(folder)
 
 

@@ -32,8 +32,14 @@ def read_base(folder: str | Path) -> BaseFiles:
     if not config_file.is_file():
         raise ValueError(f"base: {folder} has no config.json; it must be a local checkpoint folder")
     config = json.loads(config_file.read_text(encoding="utf-8"))
-    if config.get("quantization_config"):
-        raise ValueError(f"base: {folder} is quantised; merge into the weights it was made from")
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "some method")
+        raise ValueError(
+            f"base: {config_file}: quantization_config says that its weights are packed by {method}, so no update "
+            "can be added to them on a CPU; give base= the weights it was made from, or write an adapter for it "
+            "with verify=false"
+        )
     files, shapes, dtypes = {}, {}, {}
     for name in _weight_files(folder):
         try:

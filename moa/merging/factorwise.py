@@ -40,9 +40,8 @@ def robustmerge(
     check_choice("variant", variant, ("paper_per_task", "paper_factor_sum", "official_code"))
     check_share("density", density)
     all_a, all_b = a.whole(), b.whole()
-    kept_a, kept_b = _largest(all_a, density), _largest(all_b, density)
-    left = kept_a.abs().sum(-1)
-    lost = torch.where(left > 0, all_a.abs().sum(-1) / left.clamp(min=TINY), 1.0)  # [expert, rank]
+    kept_a, kept_b = keep_largest(all_a, density), keep_largest(all_b, density)
+    lost = row_scales(all_a, kept_a)  # [expert, rank]
     if variant == "official_code":
         ordered = lost.sort(1).values
         lost = lost.clamp(min=ordered[:, int(lost.shape[1] * 0.8), None])
@@ -54,7 +53,16 @@ def robustmerge(
     return again * kept_a.sum(0), scaled_b.sum(0)
 
 
-def _largest(matrices: Float[Tensor, "expert rows cols"], density: float) -> Tensor:
+def row_scales(
+    full: Float[Tensor, "*expert rank in"], kept: Float[Tensor, "*expert rank in"]
+) -> Float[Tensor, "*expert rank"]:
+    """How many times larger each row's sum of magnitudes was before pruning; 1 for a row without a survivor."""
+    left = kept.abs().sum(-1)
+    return torch.where(left > 0, full.abs().sum(-1) / left.clamp(min=TINY), 1.0)
+
+
+def keep_largest(matrices: Float[Tensor, "expert rows cols"], density: float) -> Tensor:
+    """Each matrix with the share `density` of its values that is largest, zeros elsewhere."""
     flat = matrices.abs().flatten(1)
     limit = flat.kthvalue(max(int(flat.shape[1] * (1 - density)), 1), dim=1).values
     return torch.where(matrices.abs() >= limit[:, None, None], matrices, 0.0)

@@ -1,9 +1,12 @@
 """What a merge is made of and what it lost: numbers for JSON, one site at a time, all from the factors.
 
-interference of the experts   cosine of every pair, overlap of their directions, mass that signs cancel
+interference of the experts   cosine and sign disagreement of every pair, overlap of their directions, cross terms
 what became of each           norm, retention <W, dW_i> / |dW_i|^2, energy inside the result's span
-what the method did           energy outside the experts' span, cut by the rank, cross terms of factor methods
-what it looks like            singular values of each expert and of the result, values of A, B and the update
+what the method did           energy outside the experts' span, cut by the rank
+what it looks like            singular values of each expert, of their sum and of the result; in one site of each layer
+                              also values of A, B and the update, and singular values after pruning and scaling
+A site's record is small, so that memory is one site's factors. Values that are not finite never get here: reading
+refuses them by file and key.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,15 +16,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moa import peft_io
 from moa.merging.core import CoreUpdates, Expert, Factors, to_core
+from moa.merging.interference import (
+    cosines,
+    cross_terms,
+    decompose,
+    histogram,
+    prune,
+    sample_entries,
+    sign_conflict,
+    sign_disagreement,
+    subspace_overlap,
+)
 from moa.merging.merge import MergedSite
 from moa.merging.plan import all_sites
 from moa.merging.summary import layer_of
 
-SAMPLED_ROWS = (
-    128  # of a dense update, evenly spread: for signs and values, which the core does not have
-)
-HISTOGRAM_BINS = 41
+PRUNED_DENSITY = 0.2  # what RobustMerge keeps
+TINY = 1e-300
 
 
 def measure(
@@ -30,82 +43,100 @@ def measure(
     *,
     on_site: Callable[[str], None] = lambda site: None,
 ) -> dict[str, Any]:
-    """The fidelity record of experts, and of what they were merged to: `experts`, `sites` and `layers`, for JSON."""
-    names = [expert.name for expert in experts]
+    """The fidelity record of experts, and of what they were merged to, for JSON.
+
+    `sites`, their means over `modules` (a site's parent), `layers` and in `total`, the names of the `experts`, and
+    `views` of the values in each layer's site of the largest updates, which cost more than all else.
+    """
     sites = {}
     for site in merged or all_sites(experts):  # dropped sites have no outcome
-        factors = [e.factors(site, torch.float64) if site in e.ranks else None for e in experts]
-        sites[site] = measure_site(factors, merged[site] if merged else None)
+        sites[site] = measure_site(experts, site, merged[site] if merged else None)
         on_site(site)
-    layers: dict[str, list[dict[str, Any]]] = {}
-    for site, row in sites.items():
-        layers.setdefault(layer_of(site), []).append(row)
+    largest: dict[str, str] = {}  # layer -> site
+    for site in sorted(sites, key=lambda name: sum(norm**2 for norm in sites[name]["norms"])):
+        largest[layer_of(site)] = site
     return {
-        "experts": names,
+        "experts": [expert.name for expert in experts],
         "sites": sites,
-        "layers": {layer: _over_sites(rows) for layer, rows in layers.items()},
+        "views": {site: view_site(experts, site) for site in sites if site in largest.values()},
+        "modules": _grouped(sites, lambda site: site.rpartition(".")[0] or site),
+        "layers": _grouped(sites, layer_of),
         "total": _over_sites(list(sites.values())),
     }
 
 
-def measure_site(factors: Sequence[Factors | None], merged: MergedSite | None) -> dict[str, Any]:
-    """Of one site; None for an expert that has none there."""
-    updates = to_core(factors)
+def measure_site(
+    experts: Sequence[Expert], site: str, merged: MergedSite | None = None
+) -> dict[str, Any]:
+    """Of one site. Lists have one entry for each expert, in their order; an expert without the site counts as zero."""
+    factors = _factors(experts, site)
+    updates = to_core(factors, canonical=False)
+    parts = [decompose(core) for core in updates.cores]
+    entries = sample_entries(factors)
+    weights = merged.weights if merged else torch.ones(len(experts), dtype=torch.float64)
     record = {
         "norms": updates.cores.square().sum((1, 2)).sqrt().tolist(),
         "cosine": cosines(updates.cores).tolist(),
-        "overlap": subspace_overlap(updates.cores).tolist(),
-        "sign_conflict": sign_conflict(factors),
-        "singular_values": [_spectrum(core) for core in updates.cores],
-        "zero_rows": [0 if f is None else int((f[0] == 0).all(1).sum()) for f in factors],
-        "histograms": {
-            name: _histogram(_values(factors, part))
-            for part, name in enumerate(("A", "B", "update"))
-        },
+        "overlap": subspace_overlap(parts).tolist(),
+        "sign_disagreement": sign_disagreement(entries).tolist(),
+        "sign_conflict": sign_conflict(entries),
+        "cross_terms": site_cross_terms(experts, site, factors, weights),
+        "singular_values": [s.tolist() for _, s, _ in parts],
+        "zero_rows": [None if pair is None else _zero_rows(pair) for pair in factors],
     }
     if merged is not None:
         record["merged"] = _outcome(updates, merged)
     return record
 
 
-def cosines(cores: Float[Tensor, "expert rows cols"]) -> Float[Tensor, "expert expert"]:
-    """Between the updates of every pair; 0 with an update of zeros."""
-    flat = cores.flatten(1)
-    norms = flat.norm(dim=1)
-    product = norms[:, None] * norms
-    return torch.where(product > 0, flat @ flat.T / product.clamp(min=1e-300), 0.0)
+def view_site(experts: Sequence[Expert], site: str) -> dict[str, Any]:
+    """Values of A, B and the full updates at a site, and what pruning would make of each expert's spectrum."""
+    factors = _factors(experts, site)
+    present = [pair for pair in factors if pair is not None]
+    return {
+        "density": PRUNED_DENSITY,
+        "pruned": [None if pair is None else prune(pair, PRUNED_DENSITY) for pair in factors],
+        "histograms": {
+            "A": histogram(torch.cat([a.flatten() for a, _ in present])),
+            "B": histogram(torch.cat([b.flatten() for _, b in present])),
+            "update": histogram(sample_entries(present).flatten()),
+        },
+    }
 
 
-def subspace_overlap(cores: Float[Tensor, "expert rows cols"]) -> Float[Tensor, "expert expert"]:
-    """Share of directions that two experts have in common: mean of |U_i^T U_j|^2 / min rank over outputs and inputs."""
-    bases = [_directions(core) for core in cores]
-    table = cores.new_zeros(len(cores), len(cores))
-    for i, (u_i, v_i) in enumerate(bases):
-        for j, (u_j, v_j) in enumerate(bases):
-            size = min(u_i.shape[1], u_j.shape[1])
-            if size:
-                shared = (u_i.T @ u_j).square().sum() + (v_i.T @ v_j).square().sum()
-                table[i, j] = shared / (2 * size)
-    return table
+def _factors(experts: Sequence[Expert], site: str) -> list[Factors | None]:
+    return [e.factors(site, torch.float64) if site in e.ranks else None for e in experts]
 
 
-def _directions(core: Float[Tensor, "rows cols"]) -> tuple[Tensor, Tensor]:
-    u, s, v = torch.linalg.svd(core, full_matrices=False)
-    live = s > 1e-9 * s.max()
-    return u[:, live], v[live].T
+def site_cross_terms(
+    experts: Sequence[Expert],
+    site: str,
+    factors: Sequence[Factors | None],
+    weights: Float[Tensor, " expert"],
+) -> float | None:
+    """`cross_terms` as PEFT's `linear` has them, the root of the scale in both factors; None where the ranks differ."""
+    if len({expert.ranks.get(site) for expert in experts}) > 1:
+        return None
+    roots = [peft_io.site_scaling(expert.config, site) ** 0.5 for expert in experts]
+    pairs = [(f[0] * r, f[1] / r) for f, r in zip(factors, roots, strict=True) if f is not None]
+    return cross_terms(pairs, weights)
 
 
-def sign_conflict(factors: Sequence[Factors | None]) -> float:
-    """1 - sum |sum_i x_i| / sum sum_i |x_i| over entries: 0 where all pull the same way, 1 where all cancels."""
-    rows = torch.stack([_some_rows(pair) for pair in factors if pair is not None])
-    mass = rows.abs().sum()
-    return float(1 - rows.sum(0).abs().sum() / mass) if mass else 0.0
+def mean_cross_terms(
+    experts: Sequence[Expert], weights: Mapping[str, Float[Tensor, " expert"]]
+) -> float:
+    """Mean of `site_cross_terms` over the sites that all experts have with one rank; 0 where there is none."""
+    found = [
+        site_cross_terms(experts, site, _factors(experts, site), row)
+        for site, row in weights.items()
+    ]
+    known = [ratio for ratio in found if ratio is not None]
+    return sum(known) / len(known) if known else 0.0
 
 
-def _some_rows(pair: Factors) -> Float[Tensor, "_ in"]:
-    count = pair[1].shape[0]
-    chosen = torch.linspace(0, count - 1, min(count, SAMPLED_ROWS)).round().long()
-    return pair[1][chosen] @ pair[0]
+def _zero_rows(pair: Factors) -> int:
+    """Ranks that do nothing: their row of A or their column of B is zero."""
+    return int(((pair[0] == 0).all(1) | (pair[1] == 0).all(0)).sum())
 
 
 def _outcome(updates: CoreUpdates, merged: MergedSite) -> dict[str, Any]:
@@ -117,8 +148,8 @@ def _outcome(updates: CoreUpdates, merged: MergedSite) -> dict[str, Any]:
     return {
         "norm": energy**0.5,
         "rank": merged.lora_a.shape[0],
-        "singular_values": merged.lora_b.norm(dim=0).square().tolist(),
-        "singular_values_of_sum": _spectrum(plain_sum),  # before the method pruned and scaled
+        "singular_values": merged.lora_b.double().norm(dim=0).square().tolist(),
+        "singular_values_of_sum": decompose(plain_sum)[1].tolist(),  # before pruning and scaling
         "cut_by_rank": merged.lost / (energy + merged.lost) if energy + merged.lost else 0.0,
         "outside_span": max(1 - float(inside.square().sum()) / energy, 0.0) if energy else 0.0,
         "retention": _ratio(merged.experts.overlap, merged.experts.energy),
@@ -131,84 +162,65 @@ def _ratio(part: Tensor, whole: Tensor) -> list[float | None]:
     return [p / w if w else None for p, w in zip(part.tolist(), whole.tolist(), strict=True)]
 
 
-def cross_terms(pairs: Sequence[Factors], weights: Float[Tensor, " expert"]) -> float:
-    """|(sum B_i)(sum A_i) - sum B_i A_i| / |sum B_i A_i|, roots of the weights in both: what factor methods add."""
-    root = weights.abs().sqrt()
-    a = sum((w.sign() * r * pair[0] for w, r, pair in zip(weights, root, pairs, strict=True)))
-    b = sum((r * pair[1] for r, pair in zip(root, pairs, strict=True)))
-    wanted = [(w * pair[0], pair[1]) for w, pair in zip(weights, pairs, strict=True)]
-    updates = to_core([*wanted, (a, b)])
-    exact = updates.cores[:-1].sum(0)
-    norm = exact.norm()
-    return float((updates.cores[-1] - exact).norm() / norm) if norm else 0.0
-
-
-def mean_cross_terms(
-    experts: Sequence[Expert], weights: Mapping[str, Float[Tensor, " expert"]]
-) -> float:
-    """Mean of `cross_terms` over the sites that all experts have with one rank; 0 where there is none."""
-    found = []
-    for site, row in weights.items():
-        if len({expert.ranks.get(site) for expert in experts}) == 1:
-            found.append(cross_terms([e.factors(site, torch.float64) for e in experts], row))
-    return sum(found) / len(found) if found else 0.0
-
-
-def _spectrum(core: Float[Tensor, "rows cols"]) -> list[float]:
-    values = torch.linalg.svdvals(core)
-    return values[values > 1e-9 * values.max()].tolist()
-
-
-def _values(factors: Sequence[Factors | None], part: int) -> Tensor:
-    present = [pair for pair in factors if pair is not None]
-    if part < 2:
-        return torch.cat([pair[part].flatten() for pair in present])
-    return torch.cat([_some_rows(pair).flatten() for pair in present])
-
-
-def _histogram(values: Tensor) -> dict[str, Any]:
-    """Share of values in equal bins up to four standard deviations; the outermost bins hold what lies beyond."""
-    limit = float(4 * values.std(unbiased=False)) or 1.0
-    counts = torch.histc(values.clamp(-limit, limit).float(), HISTOGRAM_BINS, -limit, limit)
-    return {"limit": limit, "share": (counts / max(values.numel(), 1)).tolist()}
+def _grouped(
+    sites: Mapping[str, dict[str, Any]], group_of: Callable[[str], str]
+) -> dict[str, dict[str, Any]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for site, row in sites.items():
+        groups.setdefault(group_of(site), []).append(row)
+    return {name: _over_sites(rows) for name, rows in groups.items()}
 
 
 def _over_sites(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The mean of several sites, each by the energy of its updates."""
+    """Of several sites as if they were one: what is about a pair counts by the product of its norms, else by energy."""
     norms = torch.tensor([row["norms"] for row in rows], dtype=torch.float64)
     energy = norms.square()
-    share = energy.sum(1) / energy.sum().clamp(min=1e-300)
+    whole = energy.sum(0).sqrt()
+    product = torch.einsum("si,sj->sij", norms, norms)
 
-    def mean(name: str) -> Any:
-        return torch.einsum(
-            "s,s...->...", share, torch.tensor([row[name] for row in rows], dtype=torch.float64)
-        ).tolist()
+    def mean(name: str, total: Tensor) -> list[list[float]]:
+        values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        return ((values * product).sum(0) / total.clamp(min=TINY)).tolist()
 
-    record = {
-        "norms": energy.sum(0).sqrt().tolist(),
-        "cosine": mean("cosine"),
-        "overlap": mean("overlap"),
-        "sign_conflict": mean("sign_conflict"),
+    weighed = list(zip(rows, energy.sum(1).tolist(), strict=True))
+    record: dict[str, Any] = {
+        "norms": whole.tolist(),
+        "cosine": mean("cosine", torch.outer(whole, whole)),
+        "overlap": mean("overlap", product.sum(0)),
+        "sign_disagreement": mean("sign_disagreement", product.sum(0)),
+        "sign_conflict": _mean([(row["sign_conflict"], e) for row, e in weighed]),
+        "cross_terms": _mean(
+            [(row["cross_terms"], e) for row, e in weighed if row["cross_terms"] is not None]
+        ),
+        "zero_rows": [sum(row["zero_rows"][i] or 0 for row in rows) for i in range(len(whole))],
     }
     if "merged" in rows[0]:
         record["merged"] = _merged_over_sites([row["merged"] for row in rows], energy)
     return record
 
 
+def _mean(values: Sequence[tuple[float, float]]) -> float | None:
+    """Of (value, weight); None of nothing."""
+    if not values:
+        return None
+    return sum(value * weight for value, weight in values) / max(sum(w for _, w in values), TINY)
+
+
 def _merged_over_sites(rows: Sequence[dict[str, Any]], energy: Tensor) -> dict[str, Any]:
-    own = torch.tensor([row["norm"] ** 2 for row in rows], dtype=torch.float64)
-    whole = own.sum().clamp(min=1e-300)
+    own = [row["norm"] ** 2 for row in rows]
 
-    def kept(name: str) -> list[float]:
+    def kept(name: str) -> list[float | None]:
         values = torch.tensor([[v or 0.0 for v in row[name]] for row in rows], dtype=torch.float64)
-        return ((values * energy).sum(0) / energy.sum(0).clamp(min=1e-300)).tolist()
+        return _ratio((values * energy).sum(0), energy.sum(0))
 
+    ranks = [row["rank"] for row in rows]
     return {
-        "norm": float(own.sum().sqrt()),
+        "norm": sum(own) ** 0.5,
+        "rank": [min(ranks), max(ranks)],
         "retention": kept("retention"),
         "energy_in_span": kept("energy_in_span"),
         **{
-            name: float((own * torch.tensor([row[name] for row in rows])).sum() / whole)
+            name: _mean([(row[name], e) for row, e in zip(rows, own, strict=True)])
             for name in ("cut_by_rank", "outside_span")
         },
     }

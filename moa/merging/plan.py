@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moa import peft_io
 from moa.merging.core import Expert, Factors, parse_rank
 from moa.merging.method import Method
 from moa.merging.methods import check_options, find_method
@@ -238,6 +239,12 @@ def check_experts(experts: Sequence[Expert]) -> None:
         shapes = {e.name: e.shapes[site] for e in experts if site in e.shapes}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"adapters: they belong to different bases: {site} is {shapes}")
+        for expert in experts:
+            if site not in expert.ranks and peft_io.is_target(expert.config, site):
+                raise ValueError(
+                    f"adapters: {expert.name} lacks {site}, which its target_modules name and "
+                    f"{next(iter(shapes))} has; its file is incomplete"
+                )
 
 
 def weight_table(

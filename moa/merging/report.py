@@ -10,6 +10,7 @@ from moa.merging.method import SPACES
 from moa.merging.methods import METHODS, method_options
 
 WORDS = {"mean": "1/N each", "ones": "1 each"}
+MANY_PAIRS = 10  # more are in fidelity.json
 LABELS = {
     "written": "against the written weights, added by hand",
     "live_mixture": "against the live mixture at these weights",
@@ -32,12 +33,42 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
     for layer, row in {**summary["layers"], "all": total}.items():
         retained = [number(expert["retention"]) for expert in row["experts"].values()]
         layers.add_row(
-            layer.removeprefix("model.").removeprefix("language_model."),
+            _short(layer),
             str(row["rank"]),
             f"{row['energy_kept']:.4f}",
             *retained,
         )
     return [experts, layers]
+
+
+def interference_tables(record: dict[str, Any]) -> list[Table]:
+    """Of a fidelity record: each expert, and the pairs that meet most."""
+    names, total = record["experts"], record["total"]
+    experts = Table("expert", "sites", "norm", "largest in", "idle ranks", title="experts")
+    for index, name in enumerate(names):
+        sizes = {layer: row["norms"][index] for layer, row in record["layers"].items()}
+        sites = sum(row["norms"][index] > 0 for row in record["sites"].values())
+        largest = _short(max(sizes, key=sizes.__getitem__))
+        idle = str(total["zero_rows"][index])
+        experts.add_row(name, str(sites), f"{total['norms'][index]:.3g}", largest, idle)
+    pairs = Table("pair", "cosine", "disagree", "overlap", "lowest in", title="pairs")
+    both = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
+    both.sort(key=lambda pair: -abs(total["cosine"][pair[0]][pair[1]]))
+    for i, j in sorted(both[:MANY_PAIRS], key=lambda pair: total["cosine"][pair[0]][pair[1]]):
+        cosines = {layer: row["cosine"][i][j] for layer, row in record["layers"].items()}
+        lowest = min(cosines, key=cosines.__getitem__)
+        pairs.add_row(
+            f"{names[i]}, {names[j]}",
+            f"{total['cosine'][i][j]:.3f}",
+            f"{total['sign_disagreement'][i][j]:.1%}",
+            f"{total['overlap'][i][j]:.3f}",
+            f"{_short(lowest)}: {cosines[lowest]:.3f}",
+        )
+    return [experts, pairs] if both else [experts]
+
+
+def _short(layer: str) -> str:
+    return layer.removeprefix("model.").removeprefix("language_model.")
 
 
 def number(value: float | None) -> str:
