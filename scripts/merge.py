@@ -136,14 +136,7 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
     plan = plan_merge(settings, source, approximate)
     if settings.merged or settings.verify:
         match_sites(all_shapes(source.experts), read_base(base_of(settings, source)))
-    apart = {s: w for job in plan.jobs if job.space == "factor" for s, w in job.weights.items()}
-    if apart:
-        ratio = mean_cross_terms(source.experts, apart)
-        console.print(
-            f"warning: A and B are merged apart: sums of them hold {ratio:.1f} times the wanted update in products "
-            "of one expert's B with another's A, and depend on how each expert is factored; space=core does not",
-            soft_wrap=True,
-        )
+    warn_of_factors(plan, console)
     kept = torch.float32 if settings.merged else stored_dtype(source.experts, settings.dtype)
     with open_spool(Path(settings.out).parent, kept) as spool:
         with merging_progress(len(plan.sites), console) as advance:
@@ -156,6 +149,19 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
         )
         report = export(settings, source, merged, summary, verify)
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
+
+
+def warn_of_factors(plan: Plan, console: Console) -> None:
+    """What merging A and B apart does by definition, and how large it is here."""
+    jobs = [job for job in plan.jobs if job.space == "factor"]
+    if not jobs:
+        return
+    line = "A and B are merged apart, so the result depends on how each expert is factored"
+    sums = {site: row for job in jobs if not job.method.joint for site, row in job.weights.items()}
+    if sums:
+        ratio = mean_cross_terms(jobs[0].experts, sums)
+        line += f", and holds {ratio:.1f} times the wanted update in products of one expert's B with another's A"
+    console.print(f"warning: {line}; space=core, where a method has it, does not", soft_wrap=True)
 
 
 def merge_models(settings: MergeConfig, console: Console) -> None:
