@@ -1,11 +1,13 @@
 """Merging against PEFT's `svd`, against an argsort TIES, and against reading and writing alone.
 
-    python benchmarks/merging.py [--sites 224] [--skip-peft]
+    python benchmarks/merging.py [--sites 224] [--layers 3] [--skip-peft]
 
 One 4096 x 4096 site with four experts is merged by PEFT and by us; then a set of adapters as large as those of a
 7B LLaVA (224 sites, rank 16, random factors written to a temporary folder) by `linear`, at a fixed rank, and by TIES
-in core space, each in a process of its own, beside a plain copy of the same files. The last line is JSON: ratios are
-theirs over ours, seconds are wall time, and `*_vs_io` are ours over the copy.
+in core space, each in a process of its own, beside reading the same inputs and writing the same output and nothing
+else. Then two sharded checkpoints of a base, with tensors of a 7B model's shapes. The last line is JSON: ratios are
+theirs over ours, seconds are wall time, `*_vs_io` are ours over reading and writing alone, and peaks are the whole
+process's, those of `checkpoint_extra_gb` above what it held before it began.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -31,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from moa.merging import sparse
 from moa.merging.core import compress, expert_from_folder, to_core
 from moa.merging.export import export_adapter, stored_dtype
+from moa.merging.full import merge_checkpoints
 from moa.merging.merge import merge
 from moa.merging.methods import METHODS
 from moa.merging.spool import open_spool
@@ -211,22 +215,22 @@ def peak_gb() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
-def io_seconds(inputs: Sequence[Path], output: Path) -> float:
-    """Reading all inputs and writing the output to the disk, and nothing else."""
-    copy = output.with_name("copy")
+def io_seconds(inputs: Sequence[Path], outputs: Sequence[Path]) -> float:
+    """Reading all inputs and writing the outputs to the disk, and nothing else."""
 
     def run() -> None:
         for path in inputs:
             with path.open("rb") as file:
                 while file.read(1 << 24):
                     pass
-        shutil.copyfile(output, copy)
-        with copy.open("rb") as file:
-            os.fsync(file.fileno())
+        for path in outputs:
+            copy = path.with_name("copy")
+            shutil.copyfile(path, copy)
+            with copy.open("rb") as file:
+                os.fsync(file.fileno())
+            copy.unlink()
 
-    seconds, _ = wall_seconds(run)
-    copy.unlink()
-    return seconds
+    return wall_seconds(run)[0]
 
 
 def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -245,7 +249,7 @@ def large_sets(figures: dict[str, Any], num_sites: int) -> None:
         for label, settings in MERGES.items():
             out = folder / label
             seconds, memory = in_own_process(merge_adapters, paths, out, settings)
-            io = io_seconds(files, out / WEIGHTS_FILE)
+            io = io_seconds(files, [out / WEIGHTS_FILE])
             peak = max(peak, memory)
             figures[f"llava7b_{label}_s"] = seconds
             figures[f"llava7b_{label}_vs_io"] = seconds / io
@@ -256,6 +260,60 @@ def large_sets(figures: dict[str, Any], num_sites: int) -> None:
         figures["llava7b_peak_gb"] = peak
 
 
+# Whole checkpoints ----------------------------------------------------------------------------------
+
+
+def write_checkpoints(folder: Path, num_layers: int) -> dict[str, Path]:
+    """A base and two models in bfloat16 shards of a layer each, shaped like a 7B model's."""
+    wide = [(SIZE, SIZE)] * 4 + [(11008, SIZE), (11008, SIZE), (SIZE, 11008)]
+    layers = [
+        {f"model.layers.{i}.part_{j}.weight": shape for j, shape in enumerate(wide)}
+        for i in range(num_layers)
+    ]
+    shards = [{"model.embed_tokens.weight": (32000, SIZE)}, *layers]
+    for name in ("base", "a", "b"):
+        (folder / name).mkdir()
+        where = {}
+        for number, shapes in enumerate(shards):
+            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {key: 0.02 * torch.randn(s).bfloat16() for key, s in shapes.items()}
+            save_file(tensors, folder / name / file, metadata={"format": "pt"})
+            where.update(dict.fromkeys(shapes, file))
+        index = json.dumps({"metadata": {}, "weight_map": where})
+        (folder / name / "model.safetensors.index.json").write_text(index)
+        (folder / name / "config.json").write_text("{}")
+    return {name: folder / name for name in ("base", "a", "b")}
+
+
+def merge_models(paths: dict[str, Path], out: Path, method: str) -> tuple[float, float]:
+    """Wall seconds, and peak memory above the process's own in GB."""
+    models = {name: path for name, path in paths.items() if name != "base"}
+    before = peak_gb()
+    seconds, _ = wall_seconds(lambda: merge_checkpoints(out, models, paths["base"], method=method))
+    return seconds, peak_gb() - before
+
+
+def checkpoints(figures: dict[str, Any], num_layers: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = in_own_process(write_checkpoints, folder, num_layers)
+        inputs = [file for path in paths.values() for file in path.glob("*.safetensors")]
+        largest = (
+            32000 * SIZE * (3 * 2 + 2 + 4) / 1e9
+        )  # inputs and output in 16 bits, the sum in 32
+        for method in ("linear", "ties"):
+            out = folder / method
+            seconds, memory = in_own_process(merge_models, paths, out, method)
+            io = io_seconds(inputs, sorted(out.glob("*.safetensors")))
+            shutil.rmtree(out)
+            figures[f"checkpoint_{method}_vs_io"] = seconds / io
+            figures[f"checkpoint_{method}_extra_gb"] = memory
+            print(
+                f"two checkpoints of {num_layers} layers, {method}: {seconds:.1f} s, reading and writing alone "
+                f"{io:.1f} s, peak {memory:.2f} GB more than before; the largest tensor needs {largest:.2f} GB"
+            )
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     parser = argparse.ArgumentParser(
@@ -264,6 +322,12 @@ def main() -> None:
     parser.add_argument(
         "--sites", type=int, default=224, help="of the large set; 224 is a 7B LLaVA"
     )
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=3,
+        help="of the checkpoints: 0.4 GB each in three models and a result",
+    )
     parser.add_argument("--skip-peft", action="store_true", help="its SVDs take some CPU-minutes")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -271,6 +335,7 @@ def main() -> None:
     remerge(figures)
     dense_ties(figures)
     large_sets(figures, args.sites)
+    checkpoints(figures, args.layers)
     if not args.skip_peft:
         against_peft(figures)
     print(json.dumps(figures))
