@@ -48,7 +48,15 @@ from moa.merging.export import (
 )
 from moa.merging.fidelity import mean_cross_terms, measure
 from moa.merging.full import Rules, merge_checkpoints
-from moa.merging.inputs import GATES, local_base, open_adapters, parse_weights, read_gates
+from moa.merging.inputs import (
+    GATES,
+    is_weights_file,
+    local_base,
+    open_adapters,
+    parse_weights,
+    read_gates,
+    read_weights,
+)
 from moa.merging.merge import MergedSite, run_plan
 from moa.merging.methods import METHODS, check_options, find_method
 from moa.merging.plan import Plan, SiteRule, Weights, all_shapes, make_plan, sum_gates
@@ -77,7 +85,8 @@ class MergeConfig:
     rules: Rules = field(default_factory=Rules)  # for keys that not all models have alike
     # other settings for some sites, the first match counts: [{match: mlp, method: ties, rank: 8}]
     sites: list[SiteRule] = field(default_factory=list)
-    # [1,1] as adapters, {NAME: 1}, or gates, gates:TASK: the router's mean; null: the method's own
+    # [1,1] as adapters, {NAME: 1}, gates, gates:TASK: the router's mean, or FILE.json of
+    # scripts/learn_weights.py; null: the method's own
     weights: Any = None
     routing: str | None = None  # report that `gates` reads; null: the run's eval/routing.json
     rank: Any = "sum"  # of the result: a number, sum (exact), or energy:0.99 (the least that does)
@@ -255,6 +264,8 @@ def choose_weights(settings: MergeConfig, source: Source, approximate: bool) -> 
             "run: its router gates every token by itself, and no single adapter equals that; "
             "--approximate merges with the mean gates and reports the error"
         )
+    if is_weights_file(raw):
+        return read_weights(raw, source.experts)
     if not by_gates:
         return parse_weights(raw, [expert.name for expert in source.experts])
     if settings.routing is None and source.step is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from moa.experts import ExpertBank
 from moa.merging.core import Expert, expert_from_folder, expert_from_tensors
-from moa.merging.plan import Weights, all_sites
+from moa.merging.plan import Weights, all_sites, weight_row
 from moa.peft_io import CONFIG_FILE
 
 GATES = "gates"
@@ -57,13 +57,55 @@ def parse_weights(raw: Any, names: Sequence[str]) -> Weights | None:
         raw = dict(zip(names, raw, strict=True))
     if not isinstance(raw, Mapping):
         raise ValueError(
-            f"weights: must be a list [1,1], a mapping {{NAME: 1}}, '{GATES}' or '{GATES}:TASK', "
-            f"got {raw!r}"
+            f"weights: must be a list [1,1], a mapping {{NAME: 1}}, '{GATES}', '{GATES}:TASK' or "
+            f"FILE.json, got {raw!r}"
         )
     for name, value in raw.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"weights.{name}: must be a number, got {value!r}")
     return dict(raw)
+
+
+def is_weights_file(raw: Any) -> bool:
+    return isinstance(raw, str) and raw.endswith(".json")
+
+
+def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
+    """The weights of a file that scripts/learn_weights.py wrote: by expert, or by site and expert.
+
+    Raises ValueError, naming the file and the key, for one that is no such file, or was learned with other experts or
+    sites, or holds something that is no finite number.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"weights: {file} is missing; scripts/learn_weights.py writes one")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"weights: {file} is no JSON: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("weights"), dict):
+        raise ValueError(f"weights: {file} has no key `weights` with a mapping")
+    weights = record["weights"]
+    names, sites = [expert.name for expert in experts], all_sites(experts)
+    if not any(isinstance(row, dict) for row in weights.values()):
+        _check_row(weights, names, f"{file}: weights")
+        return weights
+    for site in (*weights, *sites):
+        if site not in sites:
+            raise ValueError(f"{file}: weights.{site}: no expert has this site")
+        if site not in weights:
+            raise ValueError(f"{file}: weights.{site}: missing; every site needs its weights")
+        _check_row(weights[site], names, f"{file}: weights.{site}")
+    return weights
+
+
+def _check_row(row: Any, names: Sequence[str], where: str) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: must be a mapping by expert, got {row!r}")
+    for name, value in row.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{where}.{name}: must be a number, got {value!r}")
+    weight_row(names, row, where=where)
 
 
 def read_gates(file: str | Path, experts: Sequence[Expert], task: str | None = None) -> Weights:

@@ -5,12 +5,13 @@ merged model, exactly. So nothing is merged while they are sought, and `merge(we
 A method that is no sum is searched by merging again: give `search` a function that does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import Batch
 from moa.merging.method import check_choice
@@ -41,43 +42,78 @@ def learn_weights(
     if not batches or any(batch.labels is None for batch in batches):
         raise ValueError("learn: needs batches with answers, or with the model's own")
     experts, sites = list(model.bank.names), list(model.bank.sites)
-    shape = (len(sites) if per_site else 1, len(experts))
-    start = 0.0 if objective == "answers" else 0.3
-    raw = torch.full(shape, start, device=batches[0].input_ids.device, requires_grad=True)
+
+    def loss(step: int, weights: Tensor) -> Tensor:
+        batch = batches[step % len(batches)]
+        out = model(batch, weights[None].expand(len(batch), -1, -1))
+        if objective == "answers":
+            return out.loss_per_sample.mean()
+        return mean_entropy(out.logits[out.labels != -100])
+
+    with frozen(model):
+        rows = descend(
+            loss,
+            (len(sites) if per_site else 1, len(experts)),
+            simplex=objective == "answers",
+            steps=steps,
+            lr=lr,
+            device=batches[0].input_ids.device,
+            on_step=on_step,
+        )
+    return {
+        site: dict(zip(experts, row, strict=True))
+        for site, row in zip(sites, rows.expand(len(sites), -1).tolist(), strict=True)
+    }
+
+
+def descend(
+    loss: Callable[[int, Tensor], Tensor],
+    shape: tuple[int, int],
+    *,
+    simplex: bool,
+    steps: int = 100,
+    lr: float = 0.05,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Float[Tensor, "site expert"]:
+    """The weights where `loss(step, weights)` went down to, by Adam.
+
+    On the `simplex` they start at their mean and sum to 1 over the experts; else each starts at 0.3 and stays in
+    [0, 1].
+    """
+    raw = torch.full(shape, 0.0 if simplex else 0.3, device=device, requires_grad=True)
+
+    def weights() -> Tensor:
+        return raw.softmax(-1) if simplex else raw.clamp(0, 1)
+
     optimizer = torch.optim.Adam([raw], lr=lr)
+    for step in range(steps):
+        value = loss(step, weights())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        on_step(step, float(value.detach()))
+    return weights().detach()
+
+
+def mean_entropy(logits: Float[Tensor, "*rows option"]) -> Float[Tensor, ""]:
+    """How unsure the predictions are, in nats: of tokens, or of the classes of a zero-shot classifier (AdaMerging)."""
+    log_probs = logits.float().log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1).mean()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode and none of its parameters asks for a gradient."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     training = model.training
     model.eval().requires_grad_(False)
     try:
-        for step in range(steps):
-            batch = batches[step % len(batches)]
-            gates = _allowed(raw, objective)[None].expand(len(batch), -1, -1)
-            loss = _objective(model, batch, gates, objective)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            on_step(step, float(loss.detach()))
+        yield
     finally:
         model.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
-    rows = _allowed(raw.detach(), objective).expand(len(sites), -1).tolist()
-    return {
-        site: dict(zip(experts, row, strict=True)) for site, row in zip(sites, rows, strict=True)
-    }
-
-
-def _allowed(raw: Float[Tensor, "site expert"], objective: str) -> Tensor:
-    return raw.softmax(-1) if objective == "answers" else raw.clamp(0, 1)
-
-
-def _objective(model: MixtureModel, batch: Batch, gates: Tensor, objective: str) -> Tensor:
-    out = model(batch, gates)
-    if objective == "answers":
-        return out.loss_per_sample.mean()
-    log_probs = out.logits.float().log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    return entropy[out.labels != -100].mean()
 
 
 def search(
@@ -123,7 +159,7 @@ def greedy_soup(score: Score, experts: Sequence[str]) -> dict[str, float]:
     """
 
     def mean_of(chosen: Sequence[str]) -> dict[str, float]:
-        return {name: 1 / len(chosen) if name in chosen else 0.0 for name in experts}
+        return soup(chosen, experts)
 
     alone = {name: score(mean_of([name])) for name in experts}
     order = sorted(experts, key=lambda name: -alone[name])
@@ -135,12 +171,25 @@ def greedy_soup(score: Score, experts: Sequence[str]) -> dict[str, float]:
     return mean_of(chosen)
 
 
+def prefix_soup(score: Score, order: Sequence[str]) -> dict[str, float]:
+    """The uniform soup of the first experts of an order, as many as score best; the fewest of equals."""
+    prefixes = [soup(order[:count], order) for count in range(1, len(order) + 1)]
+    return max(prefixes, key=score)
+
+
+def soup(chosen: Sequence[str], experts: Sequence[str]) -> dict[str, float]:
+    """The mean of the chosen experts; the others have weight 0."""
+    return {name: 1 / len(chosen) if name in chosen else 0.0 for name in experts}
+
+
 def order_by_uncertainty(
     probabilities: Mapping[str, Float[Tensor, "run question option"]],
 ) -> list[str]:
     """Experts from the surest to the least sure, without labels: by H(mean p) - mean H(p) over perturbed runs.
 
-    UQ-Merge (Qu et al. 2025): the mutual information between the answer and the perturbation.
+    UQ-Merge (Qu et al. 2025): the mutual information between the answer and the perturbation; `prefix_soup` merges
+    in this order. The released code merges the sum so far with the next expert half and half, so that the last one
+    weighs most; here every chosen expert weighs the same.
     """
 
     def information(p: Tensor) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moa import peft_io
 from moa.merging.core import (
+    CoreUpdates,
     Expert,
     Factors,
     LowRank,
@@ -53,6 +54,14 @@ class MergedSite:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class OpenSite:
+    """What of a site no weight changes: its experts as read, and their core form where the space has one."""
+
+    factors: list[Factors | None]
+    updates: CoreUpdates | None
+
+
 def merge(
     experts: Sequence[Expert],
     *,
@@ -77,17 +86,18 @@ def run_plan(
     An expert without a site counts as a zero update there. `dtype` is that of the algebra. `keep` is what becomes of
     each factor once its site is done, such as a spool's.
     """
-    jobs = [_with_shared(job, dtype) for job in plan.jobs]
+    jobs = [with_shared(job, dtype) for job in plan.jobs]
     merged = {}
     for site, number in plan.sites.items():
         if number is not None:
-            result = merge_site(jobs[number], site, dtype)
+            job = jobs[number]
+            result = merge_site(job, site, open_site(job, site, dtype), dtype)
             merged[site] = replace(result, lora_a=keep(result.lora_a), lora_b=keep(result.lora_b))
         on_site(site)
     return merged
 
 
-def _with_shared(job: Job, dtype: torch.dtype) -> Job:
+def with_shared(job: Job, dtype: torch.dtype) -> Job:
     """The job with its method's statistics over all its sites."""
     if job.method.prepare is None:
         return job
@@ -96,9 +106,17 @@ def _with_shared(job: Job, dtype: torch.dtype) -> Job:
     return replace(job, options={**job.options, "shared": shared})
 
 
-def merge_site(job: Job, site: str, dtype: torch.dtype) -> MergedSite:
-    factors, weights = job.factors(site, dtype), job.weights[site].to(dtype)
-    low, relation = _SPACES[job.space](job, site, factors, weights)
+def open_site(job: Job, site: str, dtype: torch.dtype) -> OpenSite:
+    factors = job.factors(site, dtype)
+    if job.space not in ("core", "rows"):
+        return OpenSite(factors=factors, updates=None)
+    canonical = job.space == "rows" or not job.method.is_sum
+    return OpenSite(factors=factors, updates=to_core(factors, canonical=canonical))
+
+
+def merge_site(job: Job, site: str, opened: OpenSite, dtype: torch.dtype) -> MergedSite:
+    weights = job.weights[site].to(dtype)
+    low, relation = _SPACES[job.space](job, site, opened, weights)
     result = MergedSite(
         lora_a=low.lora_a,
         lora_b=low.lora_b,
@@ -110,46 +128,44 @@ def merge_site(job: Job, site: str, dtype: torch.dtype) -> MergedSite:
     return result if job.scale[site] == 1 else result.scaled(job.scale[site])
 
 
-def _in_core(
-    job: Job, site: str, factors: list[Factors | None], weights: Tensor
-) -> tuple[LowRank, Relation]:
-    updates = to_core(factors, canonical=not job.method.is_sum)
+def _in_core(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
+    updates = _core_of(opened)
     stack = stack_of(matrices=updates.cores, **job.about(site))
     core = job.method.function(stack, weights, **job.options)
     low = compress(updates, core, job.rank, sum(stack.ranks))
     return low, relate_cores(low, updates.cores)
 
 
-def _in_rows(
-    job: Job, site: str, factors: list[Factors | None], weights: Tensor
-) -> tuple[LowRank, Relation]:
+def _in_rows(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
     """Rows in the experts' common output directions, columns as they are: KnOTS (Stoica et al. 2025, equation 2)."""
-    updates = to_core(factors)
+    updates = _core_of(opened)
     stack = stack_of(matrices=updates.cores @ updates.q_a.T, **job.about(site))
     merged = job.method.function(stack, weights, **job.options)
     both = to_core([(merged, updates.q_b)])
     low = compress(both, both.cores[0], job.rank, sum(stack.ranks))
-    return low, relate(low, factors)
+    return low, relate(low, opened.factors)
 
 
-def _in_dense(
-    job: Job, site: str, factors: list[Factors | None], weights: Tensor
-) -> tuple[LowRank, Relation]:
-    stack = dense_stack(job, site, lambda: factors, weights.dtype)
+def _core_of(opened: OpenSite) -> CoreUpdates:
+    if opened.updates is None:
+        raise AssertionError("the site was opened for a space without cores")
+    return opened.updates
+
+
+def _in_dense(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
+    stack = dense_stack(job, site, lambda: opened.factors, weights.dtype)
     merged = job.method.function(stack, weights, **job.options)
     low = compress_dense(merged, job.rank, sum(stack.ranks))
-    return low, relate(low, factors)
+    return low, relate(low, opened.factors)
 
 
-def _in_factors(
-    job: Job, site: str, factors: list[Factors | None], weights: Tensor
-) -> tuple[LowRank, Relation]:
+def _in_factors(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
     """A and B apart, as PEFT's `linear` and `ties` do: both carry the root of the scale and of the weight.
 
     A mixture of N experts then holds N (N - 1) products of one expert's B with another's A that nobody asked for,
     and its result depends on how each expert is factored.
     """
-    a, b = factor_stacks(job, site, factors)
+    a, b = factor_stacks(job, site, opened.factors)
     root = weights.abs().sqrt()
     if job.method.joint:
         pair = job.method.function(a, b, weights, **job.options)
@@ -160,7 +176,7 @@ def _in_factors(
         )
     updates = to_core([pair])
     low = compress(updates, updates.cores[0], job.rank, sum(a.ranks))
-    return low, relate(low, factors)
+    return low, relate(low, opened.factors)
 
 
 _SPACES = {"core": _in_core, "rows": _in_rows, "dense": _in_dense, "factor": _in_factors}

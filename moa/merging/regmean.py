@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import Batch
 from moa.merging.core import Expert
@@ -41,7 +41,7 @@ def gather_grams(model: MixtureModel, batches: Mapping[str, Sequence[Batch]]) ->
             sums: dict[str, Tensor] = {}
             tokens: dict[str, int] = {}
             for batch in batches[name]:
-                with _summed_inputs(model, batch, sums, tokens):
+                with _summed_inputs(model.bank.sites, batch, sums, tokens):
                     model(batch, one_hot.expand(len(batch), -1))
             for site, total in sums.items():
                 grams.setdefault(site, []).append(total / tokens[site])
@@ -50,9 +50,30 @@ def gather_grams(model: MixtureModel, batches: Mapping[str, Sequence[Batch]]) ->
     return {site: torch.stack(rows) for site, rows in grams.items()}
 
 
+@torch.no_grad()
+def input_grams(
+    model: MixtureModel, modules: Mapping[str, nn.Module], batches: Sequence[Batch]
+) -> dict[str, Float[Tensor, "in in"]]:
+    """X^T X / tokens of some linear layers, such as the projector's, in the model as it is, its own gates deciding."""
+    training = model.training
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    tokens: dict[str, int] = {}
+    try:
+        for batch in batches:
+            with _summed_inputs(modules, batch, sums, tokens):
+                model(batch)
+    finally:
+        model.train(training)
+    return {name: total / tokens[name] for name, total in sums.items()}
+
+
 @contextmanager
 def _summed_inputs(
-    model: MixtureModel, batch: Batch, sums: dict[str, Tensor], tokens: dict[str, int]
+    modules: Mapping[str, nn.Module],
+    batch: Batch,
+    sums: dict[str, Tensor],
+    tokens: dict[str, int],
 ) -> Iterator[None]:
     def add(site: str, x: Tensor) -> None:
         real = batch.attention_mask.bool()
@@ -63,7 +84,7 @@ def _summed_inputs(
 
     hooks = [
         site.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
-        for name, site in model.bank.sites.items()
+        for name, site in modules.items()
     ]
     try:
         yield
@@ -93,7 +114,7 @@ def regmean(
 
         def read(site: str) -> tuple[Tensor, Tensor]:
             lora_a, lora_b = expert.read(site)
-            shrunk = _shrunk(grams[site].double(), nondiagonal)
+            shrunk = shrink(grams[site].double(), nondiagonal)
             total = torch.einsum("e,eij->ij", torch.tensor(shares).double(), shrunk)
             mean = total.diagonal().mean().clamp(min=torch.finfo(total.dtype).tiny)
             total = total + ridge * mean * torch.eye(len(total), dtype=total.dtype)
@@ -105,6 +126,9 @@ def regmean(
     return [solver(index) for index in range(len(experts))]
 
 
-def _shrunk(grams: Float[Tensor, "expert in in"], nondiagonal: float) -> Tensor:
+def shrink(
+    grams: Float[Tensor, "expert in in"], nondiagonal: float = 0.9
+) -> Float[Tensor, "expert in in"]:
+    """All but the diagonals times `nondiagonal`."""
     diagonal = torch.diag_embed(grams.diagonal(dim1=1, dim2=2))
     return diagonal + nondiagonal * (grams - diagonal)

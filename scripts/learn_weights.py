@@ -1,0 +1,213 @@
+"""Learn from a little data how a run's experts should be merged.
+
+    python scripts/learn_weights.py run=runs/demo method=lora_soups out=weights.json
+    python scripts/learn_weights.py run=runs/demo method=lorahub merge=ties budget=60 out=weights.json
+    python scripts/learn_weights.py run=runs/demo method=regmean out=merged
+    python scripts/learn_weights.py method=list
+
+The data are `num_samples` of each of the run's validation sets. Most methods write the weight of every expert, per
+site where they learn it so, for `python scripts/merge.py run=runs/demo weights=weights.json`; regmean and ziplora
+yield other experts, and write the merged adapter. Both say how a merge scores before (at its own weights) and after.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data.sources import open_ocr
+from moa.atomic import write_json
+from moa.benchmarks.few_shot import load_unrouted, read_few_shot
+from moa.benchmarks.learning import LEARNERS, Learned, Learner, Session, Tick, num_ticks
+from moa.merging.core import parse_rank
+from moa.merging.export import check_out, export_adapter
+from moa.merging.methods import check_options, find_method
+from moa.settings import describe, load
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnConfig:
+    method: str = "lora_soups"  # `method=list` prints all, with their settings and papers
+    run: str | None = None  # a run or step folder, whose experts are merged
+    out: str | None = None  # FILE.json of weights; for regmean and ziplora a folder of an adapter
+    num_samples: int = 32  # of each validation set
+    batch_size: int = 16
+    seed: int = 0  # of the choice of samples and of searches
+    # what is compared: loss of the answers (lower is better), or mean score of generated answers
+    metric: Literal["loss", "scores"] = "loss"
+    rank: Any = "sum"  # of the merge that is scored: a number, sum, or energy:0.99
+    merge: str = "linear"  # for searches: the merging method whose weights are sought
+    merge_options: dict[str, Any] = field(default_factory=dict)  # its options
+    steps: int | None = None  # of gradient descent; null here and below: the method's own
+    lr: float | None = None
+    per_site: bool | None = None  # false: one weight for all sites
+    similarity: float | None = None  # of ziplora: weight of the mergers' cosine
+    nondiagonal: float | None = (
+        None  # of regmean: what is left of the Gram matrices off the diagonal
+    )
+    budget: int | None = None  # of lorahub: merges tried
+    optimizer: str | None = None  # of lorahub: one of nevergrad's, such as NGOpt or CMA
+    bound: float | None = None  # of lorahub: weights lie in [-bound, bound]
+    penalty: float | None = None  # of lorahub: on the mean size of the weights
+    values: list[float] | None = None  # of grid
+    runs: int | None = None  # of uq_merge: looks at each picture
+    noise: float | None = None  # of uq_merge: on the pictures, as a share of their spread
+
+    def __post_init__(self) -> None:
+        parse_rank(self.rank)
+        for key in ("num_samples", "batch_size", "steps", "budget", "runs"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key}: must be 1 or more, got {value}")
+        if self.values is not None and not self.values:
+            raise ValueError("values: names none")
+
+
+OPTIONS = sorted({key for learner in LEARNERS.values() for key in learner.options})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, console = arguments(argv), Console()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        settings = load(LearnConfig, args.config, args.overrides)
+        if settings.method == "list":
+            return console.print(*learner_lines(), sep="\n", highlight=False, soft_wrap=True)
+        run_learner(settings, console)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_learner(settings: LearnConfig, console: Console) -> None:
+    learner, options = check_settings(settings)
+    model, config = load_unrouted(str(settings.run))
+    few = read_few_shot(
+        config,
+        model,
+        num_samples=settings.num_samples,
+        seed=settings.seed,
+        ocr=open_ocr(config.data),
+    )
+    total = num_ticks(settings.method, options, len(model.bank.names))
+    with learning_progress(settings.method, total, console) as tick:
+        session = Session(
+            model=model,
+            config=config,
+            few=few,
+            merge={
+                "method": settings.merge,
+                "options": settings.merge_options,
+                "rank": settings.rank,
+            },
+            metric=settings.metric,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            tick=tick,
+        )
+        before = session.value(session.remerge(None))
+        start = time.perf_counter()
+        found = learner.function(session, **options)
+        seconds = time.perf_counter() - start
+        after = session.value(found.merged)
+    record = {
+        "method": settings.method,
+        "options": options,
+        "merge": dict(session.merge),
+        "run": str(settings.run),
+        "data": {name: len(samples) for name, samples in few.samples.items()},
+        "num_skipped": few.num_skipped,
+        "seed": settings.seed,
+        "score": {"metric": settings.metric, "before": before, "after": after},
+        "seconds": round(seconds, 2),
+        **found.about,
+    }
+    write(settings, found, record)
+    console.print(
+        f"{settings.metric} on {sum(map(len, few.samples.values()))} validation samples: {before:.4f} before, "
+        f"{after:.4f} after, {seconds:.1f} s\nwritten: {settings.out}",
+        soft_wrap=True,
+    )
+
+
+def check_settings(settings: LearnConfig) -> tuple[Learner, dict[str, Any]]:
+    """The learner and its options; ValueError for what is missing, unknown or without effect."""
+    if settings.method not in LEARNERS:
+        raise ValueError(f"method: no such method {settings.method!r}; choices: {[*LEARNERS]}")
+    for key in ("run", "out"):
+        if getattr(settings, key) is None:
+            raise ValueError(f"{key}: names no {'folder' if key == 'run' else 'file'}")
+    learner = LEARNERS[settings.method]
+    given = {key: getattr(settings, key) for key in OPTIONS if getattr(settings, key) is not None}
+    for key in given:
+        if key not in learner.options:
+            choices = list(learner.options) or "none"
+            raise ValueError(
+                f"{key}: has no effect with method={settings.method}; it has {choices}"
+            )
+    if not learner.searches and (settings.merge != "linear" or settings.merge_options):
+        raise ValueError(f"merge: has no effect with method={settings.method}, which learns a sum")
+    find_method(settings.merge)
+    check_options(settings.merge, settings.merge_options)
+    if learner.makes_experts:
+        check_out(str(settings.out))
+    elif not str(settings.out).endswith(".json"):
+        raise ValueError(
+            f"out: {settings.method} writes weights to a file .json, got {settings.out}"
+        )
+    return learner, {**learner.options, **given}
+
+
+def write(settings: LearnConfig, found: Learned, record: dict[str, Any]) -> None:
+    out = Path(str(settings.out))
+    if found.weights is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, {**record, "weights": found.weights})
+        return
+    base = found.experts[0].config.get("base_model_name_or_path")
+    report = {"merge": record}
+    export_adapter(out, found.merged, found.experts, base=base, dtype="float32", report=report)
+
+
+@contextmanager
+def learning_progress(name: str, total: int | None, console: Console) -> Iterator[Tick]:
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[value]}"),
+    )
+    with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
+        bar = progress.add_task(name, total=total, value="")
+        yield lambda number, value: progress.update(bar, completed=number + 1, value=f"{value:.4f}")
+
+
+def learner_lines() -> Iterator[str]:
+    for name, learner in LEARNERS.items():
+        options = ", ".join(f"{key}={value}" for key, value in learner.options.items())
+        yield f"{name}: {learner.paper}" + (f"\n    {options}" if options else "")
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"settings:\n{describe(LearnConfig)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file of the settings below")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    main()
