@@ -11,12 +11,15 @@ The parts are the projector, the OCR encoder, the task prefixes (embeddings), an
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moa.checkpoint import CONFIG, load_tensors, step_folder
+from moa.config import load_config
 from moa.merging.regmean import shrink
 
 Tensors = Mapping[str, Tensor]
@@ -45,6 +48,15 @@ class PartReport:
 
     def record(self) -> dict[str, Any]:
         return {"runs": self.runs, "rule": self.rule, "tensors": self.tensors}
+
+
+def read_parts(run: str | Path) -> dict[str, Tensor]:
+    """All that a run or step folder trained beside its experts, by name in the model."""
+    step = step_folder(run)
+    tensors = load_tensors(step / "router.safetensors")
+    if load_config(step / CONFIG).model.train_projector:
+        tensors |= load_tensors(step / "projector.safetensors")
+    return tensors
 
 
 def sort_parts(tensors: Tensors) -> dict[str, dict[str, Tensor]]:

@@ -1,0 +1,106 @@
+"""Merge what runs trained beside their experts: projector, OCR encoder, task prefixes, router; a rule for each part.
+
+    python scripts/merge_parts.py runs=[runs/A,runs/B] out=parts \\
+        parts={projector: regmean, ocr_encoder: mean, prefixes: keep:A, router: drop}
+    python scripts/merge.py "adapters=[A/*,B/*]" merged=true projector=parts/projector.safetensors out=OUT
+
+The rules are mean, regmean (linear layers, by each run's own inputs on its validation data), keep:NAME and drop. A
+part that some run has and no rule covers is an error. Writes PART.safetensors for each, and manifest.json.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.progress import track
+from torch import Tensor
+
+from data.sources import open_ocr
+from moa.atomic import atomic_folder, write_json
+from moa.benchmarks.few_shot import read_few_shot
+from moa.build import projector_parameters
+from moa.checkpoint import load_model, save_tensors
+from moa.merging.export import REPORT_FILE, check_out
+from moa.merging.parts import merge_parts, read_parts
+from moa.merging.regmean import input_grams
+from moa.settings import describe, load
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsConfig:
+    runs: list[str] = field(default_factory=list)  # run or step folders; called after the run
+    parts: dict[str, str] = field(default_factory=dict)  # part -> mean, regmean, keep:NAME, drop
+    out: str | None = None  # folder to write
+    num_samples: int = 32  # of each validation set, for the inputs of regmean
+    batch_size: int = 16
+    seed: int = 0  # of the choice of samples
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        run_merge(load(PartsConfig, args.config, args.overrides))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_merge(settings: PartsConfig) -> None:
+    if settings.out is None:
+        raise ValueError("out: names no folder")
+    check_out(settings.out)
+    folders = {Path(run).resolve().name: run for run in settings.runs}
+    if len(settings.runs) < 2 or len(folders) < len(settings.runs):
+        raise ValueError(f"runs: needs two or more of different names, got {settings.runs}")
+    runs = {name: read_parts(run) for name, run in folders.items()}
+    grams: Mapping[str, Mapping[str, Tensor]] = {}
+    if "regmean" in settings.parts.values():
+        grams = {
+            name: projector_grams(run, settings)
+            for name, run in track(folders.items(), description="inputs of the projectors")
+        }
+    merged, reports = merge_parts(runs, settings.parts, grams)
+    record = {report.part: report.record() for report in reports}
+    with atomic_folder(settings.out) as folder:
+        for part, tensors in merged.items():
+            save_tensors(folder / f"{part}.safetensors", tensors)
+        write_json(folder / "manifest.json", {part: sorted(t) for part, t in merged.items()})
+        write_json(folder / REPORT_FILE, {"kind": "parts", "runs": folders, "parts": record})
+    print(*(report.line() for report in reports), f"written: {settings.out}", sep="\n")
+
+
+def projector_grams(run: str, settings: PartsConfig) -> dict[str, Tensor]:
+    """X^T X / tokens of the linear layers of a run's projector, on its own validation data, by its own gates."""
+    model, _, config = load_model(run)
+    few = read_few_shot(
+        config,
+        model,
+        num_samples=settings.num_samples,
+        seed=settings.seed,
+        ocr=open_ocr(config.data),
+    )
+    matrices = {name for name, p in projector_parameters(model).items() if p.dim() == 2}
+    layers = {name.removesuffix(".weight") for name in matrices}
+    modules = {name: model.model.get_submodule(name) for name in layers}
+    return input_grams(model, modules, few.batches(settings.batch_size))
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"settings:\n{describe(PartsConfig)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file of the settings below")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    main()
