@@ -1,10 +1,14 @@
 """Which merge keeps the skills? Every method on a run's experts, scored on the run's data sets.
 
     python scripts/compare_merges.py runs/demo --out results [--rank sum] [--methods ties,wudi] [--num-samples 64]
+        [--learned lora_soups,ziplora] [--num-learn 32] [--steps 100]
 
 Each row is ONE plain adapter at the method's defaults, as scripts/merge.py would write it, or with the options of
-`OPTIONS` where the defaults mean nothing here. Writes compare_merges.json and compare_merges.md: scores in per cent
-by data set, their mean over the tasks that the experts were trained on and over the others, rank, and seconds.
+`OPTIONS` where the defaults mean nothing here. The learned ones see some samples of the run's validation sets, and
+are scored on the test sets like all others; their seconds are those of learning. `adapter_fusion` is no merge but the
+upper bound of what the same samples teach an attention over the experts' outputs. Writes compare_merges.json and
+compare_merges.md: scores in per cent by data set, their mean over the tasks that the experts were trained on and
+over the others, rank, and seconds.
 """
 
 import argparse
@@ -23,14 +27,17 @@ from rich.progress import track
 
 from data.sources import open_ocr
 from moa.atomic import write_json
+from moa.benchmarks.few_shot import load_unrouted, read_few_shot
+from moa.benchmarks.learning import LEARNERS, Session
 from moa.benchmarks.sources import EvalSettings, score_sources
 from moa.build import build_model, only_adapter
 from moa.checkpoint import CONFIG, load_model, step_folder
 from moa.config import RunConfig, load_config
 from moa.merging.core import Expert
 from moa.merging.export import export_adapter
+from moa.merging.fusion import learn_fusion
 from moa.merging.inputs import open_adapters
-from moa.merging.merge import merge
+from moa.merging.merge import MergedSite, merge
 from moa.merging.methods import METHODS
 
 # Two-expert methods have no meaning for a run of more; a uniform sum at full weight is task_arithmetic.
@@ -42,6 +49,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "ties": [{}, {"reduce": "sum"}],
 }
+FUSION = "adapter_fusion"
+LEARNED = (*LEARNERS, FUSION)
 Row = dict[str, Any]
 
 
@@ -58,22 +67,56 @@ def score_merge(
     options: dict[str, Any],
     args: argparse.Namespace,
 ) -> Row:
-    """One merge, written and scored as a plain adapter that is always on."""
     began = time.perf_counter()
     merged = merge(experts, method=method, options=options, rank=args.rank)
     seconds = time.perf_counter() - began
+    return {
+        "method": method,
+        "options": options,
+        "seconds": seconds,
+        **score_adapter(merged, experts, step, args),
+    }
+
+
+def score_adapter(
+    merged: dict[str, MergedSite], experts: list[Expert], step: Path, args: argparse.Namespace
+) -> Row:
+    """Rank and scores of one merge, written and read as a plain adapter that is always on."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "adapter"
         export_adapter(folder, merged, experts)
         config = load_config(step / CONFIG, only_adapter(folder))
         model = build_model(config).eval()
     return {
-        "method": method,
-        "options": options,
-        "seconds": seconds,
         "rank": max(site.lora_a.shape[0] for site in merged.values()),
         "scores": scores_of(model, config, args),
     }
+
+
+def score_learned(
+    session: Session, name: str, experts: list[Expert], step: Path, args: argparse.Namespace
+) -> Row:
+    """One learner of `LEARNERS` at its defaults, or the adapter fusion that no merge can reach."""
+    changes = {} if args.steps is None else {"steps": args.steps}
+    began = time.perf_counter()
+    if name == FUSION:
+        fusion = learn_fusion(session.model, session.few.batches(session.batch_size), **changes)
+        row: Row = {"seconds": time.perf_counter() - began, "rank": None}
+        with fusion.attached():
+            row["scores"] = scores_of(session.model, session.config, args, "off")
+        return {"method": FUSION, "options": {"learned": "upper bound, no merge"}, **row}
+    learner = LEARNERS[name]
+    options = learner.options | {k: v for k, v in changes.items() if k in learner.options}
+    found = learner.function(session, **options)
+    seconds = time.perf_counter() - began
+    row = score_adapter(found.merged, experts, step, args)
+    return {"method": name, "options": {"learned": True}, "seconds": seconds, **row}
+
+
+def open_session(args: argparse.Namespace) -> Session:
+    model, config = load_unrouted(str(args.run))
+    few = read_few_shot(config, model, num_samples=args.num_learn, seed=0, ocr=args.ocr)
+    return Session(model=model, config=config, few=few, merge={"rank": args.rank})
 
 
 def scores_of(
@@ -119,6 +162,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--methods", help="of METHODS, with commas; default: all that take any number"
     )
+    parser.add_argument(
+        "--learned", help=f"of {', '.join(LEARNED)}, with commas; default: all; none: ''"
+    )
+    parser.add_argument("--num-learn", type=int, default=32, help="validation samples a data set")
+    parser.add_argument("--steps", type=int, help="of gradient descent; default: each method's")
     parser.add_argument("--num-samples", type=int, default=64, help="questions a data set")
     return parser.parse_args()
 
@@ -131,6 +179,9 @@ def main() -> None:
     trained = {source.expert for source in config.data.sources if source.expert}
     experts = open_adapters([str(step / "experts" / name) for name in config.experts])
     methods = args.methods.split(",") if args.methods else [m for m in METHODS if m not in LEFT_OUT]
+    learned = LEARNED if args.learned is None else tuple(filter(None, args.learned.split(",")))
+    if unknown := set(learned) - set(LEARNED):
+        raise SystemExit(f"error: --learned: no {sorted(unknown)}; choices: {', '.join(LEARNED)}")
     rows: list[Row] = [
         {"method": label, "options": {}, "seconds": None, "rank": None,
          "scores": scores_of(model, config, args, gates)}
@@ -138,6 +189,9 @@ def main() -> None:
     ]  # fmt: skip
     for method, options in track(list(contenders(methods)), description="merging and scoring"):
         rows.append(score_merge(experts, step, method, options, args))
+    session = open_session(args)
+    for name in track(learned, description="learning and scoring"):
+        rows.append(score_learned(session, name, experts, step, args))
     args.out.mkdir(parents=True, exist_ok=True)
     table = markdown(rows, trained & set(rows[0]["scores"]))
     write_json(

@@ -59,6 +59,7 @@ from moa.merging.inputs import (
 )
 from moa.merging.merge import MergedSite, run_plan
 from moa.merging.methods import METHODS, check_options, find_method
+from moa.merging.parts import read_parts, sort_parts
 from moa.merging.plan import Plan, SiteRule, Weights, all_shapes, make_plan, sum_gates
 from moa.merging.probe import Outputs, probe_inputs, routed_outputs
 from moa.merging.report import method_lines, report_lines, summary_tables
@@ -94,6 +95,8 @@ class MergeConfig:
         None  # where the method works, null: its own; `method=list` prints the choices
     )
     out: str | None = None  # folder to write
+    # trained projector for merged=true, such as PARTS/projector.safetensors of scripts/merge_parts.py
+    projector: str | None = None
     merged: bool = False  # write a whole checkpoint with the base's keys instead of an adapter
     base: str | None = None  # base model; null: the one that run or adapters name
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the inputs
@@ -118,6 +121,7 @@ class Source:
     step: Path | None = None
     config: RunConfig | None = None
     projector: dict[str, Tensor] = field(default_factory=dict)  # trained; empty: the base's own
+    beside: list[str] = field(default_factory=list)  # what the runs trained beside these experts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,6 +146,7 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
         raise ValueError("out: names no folder")
     check_out(settings.out)
     source = open_source(settings)
+    console.print(*source.beside, sep="\n", soft_wrap=True)
     plan = plan_merge(settings, source, approximate)
     if settings.merged or settings.verify:
         match_sites(all_shapes(source.experts), read_base(base_of(settings, source)))
@@ -215,7 +220,9 @@ def open_source(settings: MergeConfig) -> Source:
     if bool(settings.adapters) == bool(settings.run):
         raise ValueError("adapters, run: give one of the two")
     if settings.run is None:
-        return Source(experts=open_adapters(settings.adapters), **run_around(settings.adapters))
+        return open_folders(settings)
+    if settings.projector is not None:
+        raise ValueError("projector: a run brings its own; name its experts by adapters=")
     step = step_folder(settings.run)
     config = load_config(step / "config.yaml")
     projector = {}
@@ -230,13 +237,33 @@ def open_source(settings: MergeConfig) -> Source:
     return Source(experts=experts, step=step, config=config, projector=projector)
 
 
-def run_around(adapters: Sequence[str]) -> dict[str, Any]:
-    """Step folder and config of the run whose experts these are, if they all lie in one."""
-    steps = {Path(adapter).expanduser().resolve().parents[1] for adapter in adapters}
-    step = steps.pop() if len(steps) == 1 else None
-    if step is None or not (step / "config.yaml").is_file():
-        return {}
-    return {"step": step, "config": load_config(step / "config.yaml")}
+def open_folders(settings: MergeConfig) -> Source:
+    """The experts of `adapters`, and what the runs that they lie in trained beside them."""
+    if settings.projector is not None and not settings.merged:
+        raise ValueError("projector: no LoRA adapter can hold it; use merged=true")
+    steps = {Path(adapter).expanduser().resolve().parents[1] for adapter in settings.adapters}
+    steps = {step for step in steps if (step / "config.yaml").is_file()}
+    projector = load_tensors(Path(settings.projector)) if settings.projector else {}
+    source = Source(
+        experts=open_adapters(settings.adapters),
+        projector=projector,
+        beside=list(beside_lines(sorted(steps), settings.projector)),
+    )
+    if len(steps) != 1:
+        return source
+    step = steps.pop()
+    return replace(source, step=step, config=load_config(step / "config.yaml"))
+
+
+def beside_lines(steps: Sequence[Path], projector: str | None) -> Iterator[str]:
+    """One line for each part that a run trained: whether the merge has it."""
+    for step in steps:
+        for part in sort_parts(read_parts(step)):
+            if part == "projector" and projector:
+                fate = f"replaced by {projector}"
+            else:
+                fate = "not in the result; scripts/merge_parts.py merges it"
+            yield f"{part} of {step.parents[1].name}: {fate}"
 
 
 def plan_merge(settings: MergeConfig, source: Source, approximate: bool) -> Plan:
@@ -355,6 +382,7 @@ def export(
         "space": settings.space or METHODS[settings.method].spaces[0],
         "rank": settings.rank,
         "adapters": settings.adapters or settings.run,
+        "beside": source.beside,
         "kept": summary["total"],
     }
     files: dict[str, Any] = {"merge_report.json": {**about, **summary}}
