@@ -4,6 +4,7 @@
     python scripts/merge.py run=runs/demo weights=gates rank=16 out=OUT
     python scripts/merge.py --config configs/merge/uniform.yaml adapters=[A,B] out=OUT merged=true
     python scripts/merge.py method=ties models=[A,B] base=BASE out=OUT
+    python scripts/merge.py method=passthrough slices=[{model: A, layers: [0, 8]}, {model: B, layers: [4, 12]}] out=OUT
     python scripts/merge.py method=list
 
 `models` are whole checkpoints of one base, merged tensor by tensor: see manifest.json in OUT.
@@ -60,6 +61,7 @@ from moa.merging.inputs import (
 from moa.merging.merge import MergedSite, run_plan
 from moa.merging.methods import METHODS, check_options, find_method
 from moa.merging.parts import read_parts, sort_parts
+from moa.merging.passthrough import parse_slices, plan_stack, write_stack
 from moa.merging.plan import Plan, SiteRule, Weights, all_shapes, make_plan, sum_gates
 from moa.merging.probe import Outputs, probe_inputs, routed_outputs
 from moa.merging.report import method_lines, report_lines, summary_tables
@@ -86,6 +88,11 @@ class MergeConfig:
     rules: Rules = field(default_factory=Rules)  # for keys that not all models have alike
     # other settings for some sites, the first match counts: [{match: mlp, method: ties, rank: 8}]
     sites: list[SiteRule] = field(default_factory=list)
+    # method=passthrough: [{model: FOLDER, layers: [start, stop]}, ...], stacked into one checkpoint
+    slices: list[dict[str, Any]] = field(default_factory=list)
+    stack: str | None = (
+        None  # path of these layers (model.layers), where a model has several stacks
+    )
     # [1,1] as adapters, {NAME: 1}, gates, gates:TASK: the router's mean, or FILE.json of
     # scripts/learn_weights.py; null: the method's own
     weights: Any = None
@@ -138,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> None:
+    if settings.slices or settings.method == "passthrough":
+        return stack_models(settings, console)
     if settings.models:
         return merge_models(settings, console)
     find_method(settings.method, settings.space)
@@ -205,6 +214,23 @@ def merge_models(settings: MergeConfig, console: Console) -> None:
     for rule, count in Counter(line["rule"] for line in manifest.values()).items():
         console.print(f"{count} tensors: {rule}")
     console.print(f"checkpoint: {settings.out}", soft_wrap=True)
+
+
+def stack_models(settings: MergeConfig, console: Console) -> None:
+    """Layers of whole checkpoints, one slice on the other."""
+    if settings.method != "passthrough" or settings.adapters or settings.run or settings.models:
+        raise ValueError("slices: go with method=passthrough, without adapters, run or models")
+    if settings.out is None:
+        raise ValueError("out: names no folder")
+    slices = [
+        replace(part, model=str(local_base(part.model))) for part in parse_slices(settings.slices)
+    ]
+    stacked = plan_stack(slices, settings.stack)
+    with merging_progress(len(stacked.origins), console) as advance:
+        manifest = write_stack(
+            settings.out, stacked, max_shard_gb=settings.max_shard_gb, on_key=advance
+        )
+    console.print(f"{len(manifest)} tensors stacked; checkpoint: {settings.out}", soft_wrap=True)
 
 
 @contextmanager

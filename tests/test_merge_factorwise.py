@@ -102,6 +102,22 @@ def test_aligning_undoes_a_turned_rank_axis(pair, align):
     assert (plain - b @ a).norm() > 0.3 * (b @ a).norm()
 
 
+def test_balanced_alignment_undoes_any_rewriting_of_the_factors(pair):
+    """(B R, R^-1 A) with R neither orthogonal nor a permutation; turning alone does not undo it."""
+    a, b = pair[0][0], pair[1][0]
+    generator = torch.Generator().manual_seed(2)
+    mixes = [torch.eye(8) + 0.3 * torch.randn(8, 8, generator=generator) for _ in range(3)]
+    mixes[0] *= 4
+    all_a = torch.stack([torch.linalg.solve(mix, a) for mix in mixes])
+    all_b = torch.stack([b @ mix for mix in mixes])
+    third = torch.full((3,), 1 / 3)
+    found = factorwise.aligned_linear(*stacks(all_a, all_b), third, align="balanced")
+    torch.testing.assert_close(found[1] @ found[0], b @ a, rtol=1e-3, atol=1e-3)
+    turned = factorwise.aligned_linear(*stacks(all_a, all_b), third)
+    for a_mean, b_mean in (turned, (all_a.mean(0), all_b.mean(0))):
+        assert (b_mean @ a_mean - b @ a).norm() > 0.3 * (b @ a).norm()
+
+
 def test_lego_puts_equal_parts_together(pair):
     """Twice the same expert has as many clusters as ranks, each with its own part."""
     a, b = pair[0][:1].expand(2, -1, -1), pair[1][:1].expand(2, -1, -1)

@@ -79,10 +79,16 @@ def lorahub_factors(a: Stack, b: Stack, weights: Weights) -> Pair:
 def aligned_linear(
     a: Stack, b: Stack, weights: Weights, *, align: str = "procrustes", sweeps: int = 10
 ) -> Pair:
-    """Means of A and of B, after each expert's rank axis was turned (or permuted) to agree with the others' mean."""
-    check_choice("align", align, ("procrustes", "permutation"))
-    turn = _rotation if align == "procrustes" else _permutation
+    """Means of A and of B, after each expert's rank axis was turned (or permuted) to agree with the others' mean.
+
+    `balanced` first rewrites every expert with A and B of one spectrum, and then turns it: what an expert's factors
+    were, (B R, R^-1 A) with any R, no longer matters.
+    """
+    check_choice("align", align, ("procrustes", "permutation", "balanced"))
+    turn = _permutation if align == "permutation" else _rotation
     all_a, all_b = a.whole().clone(), b.whole().clone()
+    if align == "balanced":
+        all_a, all_b = _balanced(all_a, all_b)
     for _ in range(sweeps):
         for own in range(len(weights)):
             others = [i for i in range(len(weights)) if i != own]
@@ -94,6 +100,17 @@ def aligned_linear(
         torch.einsum("e,erc->rc", weights, all_a),
         torch.einsum("e,erc->rc", weights, all_b),
     )
+
+
+def _balanced(
+    all_a: Float[Tensor, "expert rank in"], all_b: Float[Tensor, "expert out rank"]
+) -> tuple[Float[Tensor, "expert rank in"], Float[Tensor, "expert out rank"]]:
+    """The same products, each singular value shared evenly by its row of A and its column of B."""
+    q_a, r_a = torch.linalg.qr(all_a.mT)
+    q_b, r_b = torch.linalg.qr(all_b)
+    u, s, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    root = s.sqrt()
+    return (q_a @ (v.mT * root[:, None])).mT, q_b @ (u * root[:, None])
 
 
 def _rotation(agreement: Float[Tensor, "rank rank"]) -> Float[Tensor, "rank rank"]:

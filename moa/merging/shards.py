@@ -5,7 +5,7 @@ The format: the header's length in 8 bytes, the header as JSON with every tensor
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,19 +24,22 @@ def write_shard(
     keys: Sequence[str],
     tensors: Iterable[tuple[str, Iterable[Tensor]]],
     cast: torch.dtype | None = None,
+    origin: Callable[[str], tuple[Path, str]] | None = None,
 ) -> int:
     """Write `tensors`, which come in the order of `keys`, each in blocks of its rows; returns their bytes.
 
-    `cast` is the dtype of floating tensors; None: each its own.
+    `cast` is the dtype of floating tensors; None: each its own. `origin` says in which file and under which key
+    a tensor like it lies; None: in the source's own.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key in keys:
-        with safe_open(source.folder / source.files[key], framework="pt") as handle:
-            entry = handle.get_slice(key)
+        file_of, own = origin(key) if origin else (source.folder / source.files[key], key)
+        with safe_open(file_of, framework="pt") as handle:
+            entry = handle.get_slice(own)
             name, shape = entry.get_dtype(), entry.get_shape()
             width = (
-                handle.get_tensor(key).element_size()
+                handle.get_tensor(own).element_size()
                 if name not in FLOATS
                 else FLOATS[name].itemsize
             )

@@ -1,0 +1,216 @@
+"""Networks trained apart, brought into one frame before they are averaged.
+
+A network's hidden units have no order: permuting them, with the rows that make them and the columns that read them,
+changes nothing. A *specification* says where a network has such freedom, as plain data: name -> Symmetry, the axes of
+state-dict tensors that one map moves together (`symmetries.py` has those of MLPs and of CLIP). A map of B's units to
+A's is a permutation, written as indices [units], or a matrix [units of A, units of B].
+
+`weight_matching` here, `transport.py` and `activations.py` find maps, `align` applies them. Models fine-tuned from one
+base are aligned already.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+Axis = tuple[str, int]  # key of a tensor, and which of its axes
+State = Mapping[str, Tensor]
+Indices = Int[Tensor, " units"]
+Matrix = Float[Tensor, "units_a units_b"]
+PROGRESS = 1e-5  # a map that gains less, as a share of its agreement, is left as it is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Units:
+    """The axes along which some tensors make units, and others read them."""
+
+    made: tuple[Axis, ...]
+    used: tuple[Axis, ...] = ()
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return self.made + self.used
+
+
+@dataclass(frozen=True, kw_only=True)
+class Symmetry:
+    """Units that may be moved: blocks of them against each other, and the units inside every block.
+
+    An MLP's hidden layer is one block. Attention heads are `blocks`, and two groups of units that go with them: those
+    that queries and keys share, and those that values hand to the output. `rotate` allows any rotation inside a
+    block, where nothing nonlinear stands between `made` and `used`.
+    """
+
+    units: tuple[Units, ...]
+    blocks: int = 1
+    rotate: bool = False
+
+
+Spec = Mapping[str, Symmetry]
+
+
+class UnitMap(NamedTuple):
+    """B's units in terms of A's. For permutations and rotations both are the same; soft maps of unequal widths
+    average what makes the units and sum what reads them."""
+
+    made: Tensor
+    used: Tensor
+
+
+Maps = dict[str, tuple[UnitMap, ...]]  # as the specification, one map for each group of units
+
+
+def align(state: State, spec: Spec, maps: Maps) -> dict[str, Tensor]:
+    """The network in the frame that the maps lead to; tensors that no axis of `maps` names are the given ones."""
+    return {key: _moved(state[key], moves) for key, moves in _moves(state, spec, maps).items()}
+
+
+def weight_matching(
+    a: State,
+    b: State,
+    spec: Spec,
+    *,
+    seed: int = 0,
+    max_sweeps: int = 100,
+    start: Maps | None = None,
+    on_sweep: Callable[[int, int], None] = lambda sweep, changed: None,
+) -> Maps:
+    """Maps of B's units to A's, one symmetry after the other in random order until none improves.
+
+    Coordinate ascent on the inner product of all weights: Git Re-Basin (Ainsworth et al. 2023), algorithm 1. The
+    result is a local optimum; `start` (none: B as it is) and the seed decide which. `on_sweep` is told after each
+    sweep how many maps it changed.
+    """
+    check_pair(a, b, spec)
+    rng = np.random.default_rng(seed)
+    maps = (
+        dict(start) if start else {name: identity(b, symmetry) for name, symmetry in spec.items()}
+    )
+    for sweep in range(max_sweeps):
+        changed = 0
+        for name in rng.permutation(list(spec)):
+            agreements = agreement(a, b, spec, maps, name)
+            before = sum(value_of(g, m.made) for g, m in zip(agreements, maps[name], strict=True))
+            found, after = best_maps(agreements, spec[name])
+            if after > before + PROGRESS * abs(before):
+                maps[name] = tuple(UnitMap(m, m) for m in found)
+                changed += 1
+        on_sweep(sweep, changed)
+        if not changed:
+            break
+    return maps
+
+
+def agreement(a: State, b: State, spec: Spec, maps: Maps, name: str) -> list[Matrix]:
+    """For each group of units the inner products of A's with B's, all other axes of B in A's frame."""
+    others = {other: map for other, map in maps.items() if other != name}
+    keys = {key for units in spec[name].units for key, _ in units.axes}
+    moved = align({key: b[key] for key in keys}, spec, others)
+    return [
+        sum(
+            (rows(a[key], axis) @ rows(moved[key], axis).T for key, axis in units.axes),
+            start=torch.zeros(()),
+        )
+        for units in spec[name].units
+    ]
+
+
+def best_maps(agreements: list[Matrix], symmetry: Symmetry) -> tuple[list[Tensor], float]:
+    """The maps of all groups with the greatest agreement, and that agreement.
+
+    Exact: every pair of blocks is scored by its own best inner maps, and blocks are then assigned.
+    """
+    count = symmetry.blocks
+    inner = [_best(cut(matrix, count), symmetry.rotate) for matrix in agreements]
+    scores = sum((values for _, values in inner), start=torch.zeros(count, count))
+    mine, theirs = linear_sum_assignment(scores.numpy(), maximize=True)
+    found = [assemble(maps[mine, theirs], theirs) for maps, _ in inner]
+    return found, float(scores[mine, theirs].sum())
+
+
+def _best(matrices: Float[Tensor, "i j a b"], rotate: bool) -> tuple[Tensor, Float[Tensor, "i j"]]:
+    """For every pair of blocks the permutation or rotation M of greatest <matrix, M>, and that value."""
+    if rotate:  # orthogonal Procrustes
+        u, s, v = torch.linalg.svd(matrices)
+        return u @ v, s.sum(-1)
+    flat = [linear_sum_assignment(m.numpy(), maximize=True)[1] for m in matrices.flatten(0, 1)]
+    indices = torch.from_numpy(np.stack(flat)).unflatten(0, matrices.shape[:2])
+    return indices, matrices.gather(3, indices[..., None])[..., 0].sum(-1)
+
+
+def assemble(inner: Tensor, theirs: np.ndarray) -> Tensor:
+    """One map of the whole from those of A's blocks in turn: block i is made of block theirs[i] of B."""
+    width = inner.shape[-1]
+    if inner.ndim == 2:  # permutations
+        return (inner + width * torch.from_numpy(theirs)[:, None]).flatten()
+    whole = torch.zeros(inner.shape[0], inner.shape[1], inner.shape[0], width)
+    for i, j in enumerate(theirs):
+        whole[i, :, j] = inner[i]
+    return whole.flatten(2).flatten(0, 1)
+
+
+def value_of(matrix: Matrix, map: Tensor) -> float:
+    """<matrix, M> of a permutation or a matrix."""
+    if map.ndim == 1:
+        return float(matrix[torch.arange(len(map)), map].double().sum())
+    return float((matrix * map).double().sum())
+
+
+def identity(state: State, symmetry: Symmetry) -> tuple[UnitMap, ...]:
+    sizes = (state[key].shape[axis] for key, axis in (units.made[0] for units in symmetry.units))
+    return tuple(UnitMap(torch.arange(size), torch.arange(size)) for size in sizes)
+
+
+def rows(tensor: Tensor, axis: int) -> Float[Tensor, "units rest"]:
+    """One row for each unit along an axis."""
+    return tensor.float().movedim(axis, 0).reshape(tensor.shape[axis], -1)
+
+
+def move(tensor: Tensor, axis: int, map: Tensor) -> Tensor:
+    """The tensor with the units along an axis mapped."""
+    if map.ndim == 1:
+        return tensor.index_select(axis, map)
+    moved = torch.tensordot(map, tensor.float(), dims=([1], [axis]))
+    return moved.movedim(0, axis).to(tensor.dtype)
+
+
+def check_pair(a: State, b: State, spec: Spec) -> None:
+    """ValueError unless both have all tensors of the specification, in one shape."""
+    for key in dict.fromkeys(key for s in spec.values() for u in s.units for key, _ in u.axes):
+        for name, state in (("A", a), ("B", b)):
+            if key not in state:
+                raise ValueError(f"{name}: {key} is missing, which the specification names")
+        if a[key].shape != b[key].shape:
+            raise ValueError(
+                f"{key}: is {list(a[key].shape)} in A and {list(b[key].shape)} in B; weight matching "
+                "needs equal widths, and transport does not"
+            )
+
+
+def _moves(state: State, spec: Spec, maps: Maps) -> dict[str, list[tuple[int, Tensor]]]:
+    """Key -> (axis, map) of every move that it takes part in."""
+    moves: dict[str, list[tuple[int, Tensor]]] = {key: [] for key in state}
+    for name, group in maps.items():
+        for units, map in zip(spec[name].units, group, strict=True):
+            for axes, chosen in ((units.made, map.made), (units.used, map.used)):
+                for key, axis in axes:
+                    if key in moves:
+                        moves[key].append((axis, chosen))
+    return moves
+
+
+def _moved(tensor: Tensor, moves: list[tuple[int, Tensor]]) -> Tensor:
+    for axis, map in moves:
+        tensor = move(tensor, axis, map)
+    return tensor
+
+
+def cut(matrix: Matrix, count: int) -> Float[Tensor, "i j a b"]:
+    """A matrix in count x count blocks."""
+    return matrix.unflatten(0, (count, -1)).unflatten(2, (count, -1)).transpose(1, 2)

@@ -1,0 +1,64 @@
+"""Give an average of two aligned CLIPs the activation statistics of the two: REPAIR (Jordan et al. 2023).
+
+    python scripts/repair.py model=M endpoints=[A,B_ALIGNED] data=captions.jsonl out=M_REPAIRED
+
+See scripts/align.py for where M and B_ALIGNED come from, and for the form of `data`. Every linear layer of both
+towers' blocks is reset; the projections, which have no bias, are not. OUT is a plain checkpoint.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from torch import nn
+
+from moa.atomic import atomic_folder, write_json
+from moa.merging.activations import repair
+from moa.merging.export import REPORT_FILE, check_out
+from scripts.align import caption_batches, load_clip, run_clip, run_script, write_clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairConfig:
+    model: str | None = None  # the merged checkpoint
+    endpoints: list[str] = field(default_factory=list)  # the aligned checkpoints it was merged from
+    weights: list[float] = field(default_factory=list)  # theirs in the merge; empty: 1/N each
+    data: str | None = None  # jsonl file of pictures and captions
+    num_samples: int = 512  # at most so many of it
+    out: str | None = None  # folder to write
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_script(RepairConfig, run_repair, __doc__, argv)
+
+
+def run_repair(settings: RepairConfig, console: Console) -> None:
+    if settings.model is None or settings.data is None or settings.out is None:
+        raise ValueError("model, data, out: each names a file or folder")
+    count = len(settings.endpoints)
+    weights = settings.weights or [1 / count for _ in settings.endpoints]
+    if count < 2 or len(weights) != count:
+        raise ValueError("endpoints: two or more checkpoints, with as many weights or none")
+    check_out(settings.out)
+    model = load_clip(settings.model)
+    dtype = model.dtype
+    endpoints = [load_clip(folder).float() for folder in settings.endpoints]
+    batches = caption_batches(settings.data, settings.model, settings.num_samples)
+    layers = [name for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) and module.bias is not None]  # fmt: skip
+    with console.status("measuring activations"):
+        repair(model.float(), endpoints, layers, batches, weights=weights, run=run_clip)
+    report = {"kind": "checkpoint", "method": "repair", "model": settings.model, "endpoints": settings.endpoints,
+              "weights": weights, "layers": len(layers), "batches": len(batches)}  # fmt: skip
+    with atomic_folder(settings.out) as temporary:
+        write_clip(temporary, model.to(dtype), settings.model)
+        write_json(temporary / REPORT_FILE, report)
+    console.print(f"{len(layers)} layers reset; checkpoint: {settings.out}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
