@@ -2,6 +2,7 @@
 
 import itertools
 
+import ot
 import pytest
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from moa.merging.alignment import (
     weight_matching,
 )
 from moa.merging.symmetries import clip_spec, mlp_spec
-from moa.merging.transport import transport
+from moa.merging.transport import plan, transport
 from tests.networks import (
     NAMES,
     average,
@@ -183,6 +184,12 @@ def test_a_wider_network_of_copies_is_fused_into_the_narrow_one():
     found = align(wide, MLP, transport(narrow, wide, MLP))
     for key, tensor in narrow.items():
         torch.testing.assert_close(found[key], tensor)
+
+
+def test_the_exact_plan_of_equal_widths_is_pot_s():
+    cost = torch.rand(40, 40, generator=torch.Generator().manual_seed(0)).double().numpy()
+    uniform = [1 / 40] * 40
+    assert plan(cost, 0.0) == pytest.approx(ot.emd(uniform, uniform, cost), abs=1e-12)
 
 
 def test_sinkhorn_maps_average_and_become_the_permutation_as_entropy_fades():

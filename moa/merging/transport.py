@@ -78,16 +78,21 @@ def _plan_blocks(
 
 
 def _plans(costs: Float[Tensor, "i j a b"], regularisation: float) -> Float[Tensor, "i j a b"]:
-    uniform = [np.full(size, 1 / size) for size in costs.shape[2:]]
     scaled = (costs / costs.max().clamp(min=1e-12)).flatten(0, 1).numpy()
-    if regularisation > 0:
-        plans = [
-            ot.sinkhorn(*uniform, cost, regularisation, numItermax=SINKHORN_STEPS)
-            for cost in scaled
-        ]
-    else:
-        plans = [ot.emd(*uniform, cost, numItermax=EXACT_STEPS) for cost in scaled]
+    plans = [plan(cost, regularisation) for cost in scaled]
     return torch.from_numpy(np.stack(plans)).unflatten(0, costs.shape[:2])
+
+
+def plan(cost: np.ndarray, regularisation: float) -> np.ndarray:
+    """The plan of least cost between uniform marginals; of equal widths a permutation over their number."""
+    mine, theirs = cost.shape
+    uniform = np.full(mine, 1 / mine), np.full(theirs, 1 / theirs)
+    if regularisation > 0:
+        return ot.sinkhorn(*uniform, cost, regularisation, numItermax=SINKHORN_STEPS)
+    if mine != theirs:
+        return ot.emd(*uniform, cost, numItermax=EXACT_STEPS)
+    # ot.emd has the same optimum, and takes minutes for a transformer's 3000 hidden units, where this takes a second.
+    return np.eye(mine)[linear_sum_assignment(cost)[1]] / mine
 
 
 def _unit_map(plans: Float[Tensor, "blocks a b"], theirs: np.ndarray) -> UnitMap:
