@@ -26,20 +26,16 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from data.sources import make_collator, open_ocr, open_sources
 from moa.analysis.fidelity_page import write_page
 from moa.backbones.llava import load_backbone
-from moa.checkpoint import load_model, load_tensors, step_folder
-from moa.config import RunConfig, load_config
+from moa.benchmarks.learning import LEARNERS
 from moa.merging.base_files import match_sites, read_base
-from moa.merging.core import Expert, parse_rank
+from moa.merging.core import parse_rank
 from moa.merging.export import (
     Verify,
     check_out,
@@ -53,29 +49,21 @@ from moa.merging.inputs import (
     GATES,
     is_weights_file,
     local_base,
-    open_adapters,
     parse_weights,
     read_gates,
     read_weights,
 )
 from moa.merging.merge import MergedSite, run_plan
 from moa.merging.methods import METHODS, check_options, find_method
-from moa.merging.parts import read_parts, sort_parts
 from moa.merging.passthrough import parse_slices, plan_stack, write_stack
 from moa.merging.plan import Plan, SiteRule, Weights, all_shapes, make_plan, sum_gates
-from moa.merging.probe import Outputs, probe_inputs, routed_outputs
+from moa.merging.probe import probe_of_noise, probe_of_run
 from moa.merging.report import method_lines, report_lines, summary_tables
+from moa.merging.source import Source, open_folders, open_run
 from moa.merging.spool import open_spool
 from moa.merging.summary import summarise
 from moa.merging.verify import make_verify
 from moa.settings import describe, load
-
-QUESTIONS = (
-    "What is this?",
-    "What is on the left?",
-    "Describe the picture.",
-    "How many are there?",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,24 +108,13 @@ class MergeConfig:
                 raise ValueError(f"{key}: must be {least} or more, got {getattr(self, key)}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """What is merged, and, where it comes from a run, that run's step folder and config."""
-
-    experts: list[Expert]
-    step: Path | None = None
-    config: RunConfig | None = None
-    projector: dict[str, Tensor] = field(default_factory=dict)  # trained; empty: the base's own
-    beside: list[str] = field(default_factory=list)  # what the runs trained beside these experts
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args, console = arguments(argv), Console()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         settings = load(MergeConfig, args.config, args.overrides)
         if settings.method == "list":
-            return console.print(*method_lines(), sep="\n", highlight=False, soft_wrap=True)
+            return console.print(*all_lines(), sep="\n", highlight=False, soft_wrap=True)
         run_merge(settings, args.approximate, console)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -147,6 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> None:
     if settings.slices or settings.method == "passthrough":
         return stack_models(settings, console)
+    if settings.method in LEARNERS:
+        raise ValueError(
+            f"method: {settings.method} learns from data: python scripts/learn_weights.py method={settings.method} "
+            "run=RUN out=OUT; an adapter, or weights for this script, come out"
+        )
     if settings.models:
         return merge_models(settings, console)
     find_method(settings.method, settings.space)
@@ -158,7 +140,7 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
     console.print(*source.beside, sep="\n", soft_wrap=True)
     plan = plan_merge(settings, source, approximate)
     if settings.merged or settings.verify:
-        match_sites(all_shapes(source.experts), read_base(base_of(settings, source)))
+        match_sites(all_shapes(source.experts), read_base(source.base(settings.base)))
     warn_of_factors(plan, console)
     kept = torch.float32 if settings.merged else stored_dtype(source.experts, settings.dtype)
     with open_spool(Path(settings.out).parent, kept) as spool:
@@ -172,6 +154,16 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
         )
         report = export(settings, source, merged, summary, verify)
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
+
+
+def all_lines() -> Iterator[str]:
+    """Every method: of this script, from data, and of layers."""
+    yield from method_lines()
+    yield "\nfrom a little data, by scripts/learn_weights.py:"
+    for name, learner in LEARNERS.items():
+        yield f"    {name}: {learner.paper}"
+    yield "\nlayers of whole checkpoints, one slice on the other:"
+    yield "    passthrough: slices=[{model: A, layers: [0, 8]}, ...]; mergekit's passthrough, depth up-scaling"
 
 
 def warn_of_factors(plan: Plan, console: Console) -> None:
@@ -246,50 +238,18 @@ def open_source(settings: MergeConfig) -> Source:
     if bool(settings.adapters) == bool(settings.run):
         raise ValueError("adapters, run: give one of the two")
     if settings.run is None:
-        return open_folders(settings)
+        if settings.projector is not None and not settings.merged:
+            raise ValueError("projector: no LoRA adapter can hold it; use merged=true")
+        return open_folders(settings.adapters, settings.projector)
     if settings.projector is not None:
         raise ValueError("projector: a run brings its own; name its experts by adapters=")
-    step = step_folder(settings.run)
-    config = load_config(step / "config.yaml")
-    projector = {}
-    if config.model.train_projector:
-        projector = load_tensors(step / "projector.safetensors")
-        if not settings.merged:
-            raise ValueError(
-                f"run: {settings.run} trained its projector, which no LoRA adapter can hold; use "
-                "merged=true, or name its experts by adapters="
-            )
-    experts = open_adapters([str(step / "experts" / name) for name in config.experts])
-    return Source(experts=experts, step=step, config=config, projector=projector)
-
-
-def open_folders(settings: MergeConfig) -> Source:
-    """The experts of `adapters`, and what the runs that they lie in trained beside them."""
-    if settings.projector is not None and not settings.merged:
-        raise ValueError("projector: no LoRA adapter can hold it; use merged=true")
-    steps = {Path(adapter).expanduser().resolve().parents[1] for adapter in settings.adapters}
-    steps = {step for step in steps if (step / "config.yaml").is_file()}
-    projector = load_tensors(Path(settings.projector)) if settings.projector else {}
-    source = Source(
-        experts=open_adapters(settings.adapters),
-        projector=projector,
-        beside=list(beside_lines(sorted(steps), settings.projector)),
-    )
-    if len(steps) != 1:
-        return source
-    step = steps.pop()
-    return replace(source, step=step, config=load_config(step / "config.yaml"))
-
-
-def beside_lines(steps: Sequence[Path], projector: str | None) -> Iterator[str]:
-    """One line for each part that a run trained: whether the merge has it."""
-    for step in steps:
-        for part in sort_parts(read_parts(step)):
-            if part == "projector" and projector:
-                fate = f"replaced by {projector}"
-            else:
-                fate = "not in the result; scripts/merge_parts.py merges it"
-            yield f"{part} of {step.parents[1].name}: {fate}"
+    source = open_run(settings.run)
+    if source.projector and not settings.merged:
+        raise ValueError(
+            f"run: {settings.run} trained its projector, which no LoRA adapter can hold; use "
+            "merged=true, or name its experts by adapters="
+        )
+    return source
 
 
 def plan_merge(settings: MergeConfig, source: Source, approximate: bool) -> Plan:
@@ -335,13 +295,15 @@ def prepare_verify(
     exact: bool,
 ) -> Verify:
     """The probe and the live models that the reloaded files are compared with."""
-    base = base_of(settings, source)
+    base = source.base(settings.base)
     backbone = load_backbone(str(base), torch.float32)
     routed, inputs = None, None
     if source.config is not None and source.step is not None:
-        inputs, routed = probe_of_run(settings, source.step, source.config)
+        inputs, routed = probe_of_run(
+            source.step, source.config, settings.num_probes, settings.new_tokens
+        )
     if inputs is None:
-        inputs = probe_of_noise(settings, backbone.processor)
+        inputs = probe_of_noise(backbone.processor, settings.num_probes)
     with torch.no_grad():
         for name, tensor in source.projector.items():
             backbone.model.get_parameter(name).copy_(tensor)
@@ -356,40 +318,6 @@ def prepare_verify(
         stream_of=backbone.stream_of,
         new_tokens=settings.new_tokens,
     )
-
-
-def base_of(settings: MergeConfig, source: Source) -> Path:
-    named = [expert.config.get("base_model_name_or_path") for expert in source.experts]
-    run = source.config.model.name if source.config is not None else None
-    name = settings.base or run or next(filter(None, named), None)
-    if name is None:
-        raise ValueError("base: the adapters name none; give base=, or verify=false for an adapter")
-    return local_base(name)
-
-
-def probe_of_run(
-    settings: MergeConfig, step: Path, config: RunConfig
-) -> tuple[dict[str, Tensor] | None, Outputs | None]:
-    """Prompts of the run's own data, one source after the other, and its routed answers."""
-    sources = config.eval.sources or config.data.validation or config.data.sources
-    data = list(open_sources(sources, config.data, open_ocr(config.data)).values())
-    if not data:
-        return None, None
-    model, processor, _ = load_model(step)
-    count = settings.num_probes
-    samples = [data[i % len(data)][i // len(data) % len(data[i % len(data)])] for i in range(count)]
-    collator = make_collator(config, processor, for_generation=True, allow_unknown_tasks=True)
-    batch = collator(samples)
-    names = ("input_ids", "attention_mask", "pixel_values")
-    inputs = {name: getattr(batch, name) for name in names}
-    return inputs, routed_outputs(model.float(), batch, settings.new_tokens)
-
-
-def probe_of_noise(settings: MergeConfig, processor: Any) -> dict[str, Tensor]:
-    """Prompts that any LLaVA accepts, where no data is at hand: noise, and plain questions."""
-    noise = np.random.default_rng(0).integers(0, 256, (settings.num_probes, 96, 128, 3), np.uint8)
-    questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(settings.num_probes)]
-    return probe_inputs(processor, [Image.fromarray(picture) for picture in noise], questions)
 
 
 def export(
@@ -430,7 +358,7 @@ def export(
         settings.out,
         merged,
         source.experts,
-        base=base_of(settings, source),
+        base=source.base(settings.base),
         max_shard_gb=settings.max_shard_gb,
         processor=source.step and source.step / "processor",
         replaced=source.projector,

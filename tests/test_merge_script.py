@@ -133,6 +133,15 @@ def test_a_config_with_rules_for_some_sites_is_merged_and_reported(world, tmp_pa
     assert message == "error: sites: 'nowhere' decides no site; rules before it, or none, match"
 
 
+def test_a_method_that_needs_data_says_where_it_is(world, capsys, tmp_path):
+    adapters = f"adapters=[{world}/adapters/one,{world}/adapters/two]"
+    message = refused(capsys, "method=regmean", adapters, f"out={tmp_path / 'out'}")
+    assert "regmean learns from data: python scripts/learn_weights.py method=regmean" in message
+    script.main(["method=list"])
+    listed = capsys.readouterr().out
+    assert all(f"{name}: " in listed for name in ("ties", "regmean", "lorahub", "passthrough"))
+
+
 def test_factor_space_warns_of_its_cross_terms_and_core_space_does_not(world, tmp_path, capsys):
     adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
     script.main([adapters, "space=factor", "verify=false", f"out={tmp_path / 'factor'}"])

@@ -6,18 +6,30 @@ the model that routes each sample, and the reloaded files.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL.Image import Image
+from PIL import Image
 from torch import Tensor, nn
 
 from data.batch import Batch
+from data.sources import make_collator, open_ocr, open_sources
+from moa.checkpoint import load_model
+from moa.config import RunConfig
 from moa.experts import ExpertBank
 from moa.merging.core import Expert
 from moa.model import MixtureModel
 from moa.peft_io import site_keys
+
+QUESTIONS = (
+    "What is this?",
+    "What is on the left?",
+    "Describe the picture.",
+    "How many are there?",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +41,7 @@ class Outputs:
 
 
 def probe_inputs(
-    processor: Any, images: Sequence[Image], questions: Sequence[str]
+    processor: Any, images: Sequence[Image.Image], questions: Sequence[str]
 ) -> dict[str, Tensor]:
     """Tensors of one batch of prompts, a picture in each, padded on the left for generation."""
     prompts = []
@@ -41,6 +53,30 @@ def probe_inputs(
         images=list(images), text=prompts, padding=True, padding_side="left", return_tensors="pt"
     )
     return {name: torch.as_tensor(batch[name]).contiguous() for name in batch}
+
+
+def probe_of_run(
+    step: Path, config: RunConfig, count: int, new_tokens: int
+) -> tuple[dict[str, Tensor] | None, Outputs | None]:
+    """Prompts of the run's own data, one source after the other, and its routed answers."""
+    sources = config.eval.sources or config.data.validation or config.data.sources
+    data = list(open_sources(sources, config.data, open_ocr(config.data)).values())
+    if not data:
+        return None, None
+    model, processor, _ = load_model(step)
+    samples = [data[i % len(data)][i // len(data) % len(data[i % len(data)])] for i in range(count)]
+    collator = make_collator(config, processor, for_generation=True, allow_unknown_tasks=True)
+    batch = collator(samples)
+    names = ("input_ids", "attention_mask", "pixel_values")
+    inputs = {name: getattr(batch, name) for name in names}
+    return inputs, routed_outputs(model.float(), batch, new_tokens)
+
+
+def probe_of_noise(processor: Any, count: int) -> dict[str, Tensor]:
+    """Prompts that any LLaVA accepts, where no data is at hand: noise, and plain questions."""
+    noise = np.random.default_rng(0).integers(0, 256, (count, 96, 128, 3), np.uint8)
+    questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(count)]
+    return probe_inputs(processor, [Image.fromarray(picture) for picture in noise], questions)
 
 
 @torch.no_grad()
