@@ -108,7 +108,7 @@ def test_a_run_is_merged_by_its_mean_gates_and_compared_with_the_router(
     world, tmp_path, same_process, capsys
 ):
     out = tmp_path / "out"
-    script.main([f"run={world}/sample", "weights=gates", "rank=3", f"out={out}"])
+    script.main(["fidelity=false", f"run={world}/sample", "weights=gates", "rank=3", f"out={out}"])
     report = json.loads((out / "export_report.json").read_text())
     weights = {name: row["weight"] for name, row in report["merge"]["kept"]["experts"].items()}
     assert weights == {"vqa": pytest.approx(0.75), "caption": pytest.approx(0.25)}
@@ -144,9 +144,11 @@ def test_a_method_that_needs_data_says_where_it_is(world, capsys, tmp_path):
 
 def test_factor_space_warns_of_its_cross_terms_and_core_space_does_not(world, tmp_path, capsys):
     adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
-    script.main([adapters, "space=factor", "verify=false", f"out={tmp_path / 'factor'}"])
+    script.main(
+        ["fidelity=false", adapters, "space=factor", "verify=false", f"out={tmp_path / 'factor'}"]
+    )
     assert "warning: A and B are merged apart" in capsys.readouterr().out
-    script.main([adapters, "verify=false", f"out={tmp_path / 'core'}"])
+    script.main(["fidelity=false", adapters, "verify=false", f"out={tmp_path / 'core'}"])
     assert "warning" not in capsys.readouterr().out
 
 
@@ -169,7 +171,9 @@ def test_a_run_with_fixed_gates_is_merged_without_loss(world, tmp_path, same_pro
     given = "weights={vqa: 0.8, caption: -0.3}"
     for merged in ("false", "true"):
         out = tmp_path / merged
-        script.main([f"run={tmp_path}/run", given, f"merged={merged}", f"out={out}"])
+        script.main(
+            ["fidelity=false", f"run={tmp_path}/run", given, f"merged={merged}", f"out={out}"]
+        )
         comparisons = json.loads((out / "export_report.json").read_text())["comparisons"]
         assert comparisons["routed_model"]["max_abs_logit_diff"] < 1e-5
         assert comparisons["routed_model"]["greedy_token_agreement"] == 1.0
@@ -178,7 +182,7 @@ def test_a_run_with_fixed_gates_is_merged_without_loss(world, tmp_path, same_pro
 def test_the_gates_of_one_task_may_be_taken(world, tmp_path):
     out = tmp_path / "out"
     adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
-    script.main([adapters, "weights=gates:vqa", "verify=false", f"out={out}"])
+    script.main(["fidelity=false", adapters, "weights=gates:vqa", "verify=false", f"out={out}"])
     report = json.loads((out / "export_report.json").read_text())
     weights = {name: row["weight"] for name, row in report["merge"]["kept"]["experts"].items()}
     assert weights == {"vqa": 0.9, "caption": 0.1} and not report["verified"]
@@ -190,14 +194,14 @@ def test_a_token_level_run_needs_to_be_told_that_it_is_approximate(
     arguments = [f"run={world}/token", "weights=gates", f"out={tmp_path / 'out'}"]
     message = refused(capsys, *arguments)
     assert "its router gates every token" in message and "--approximate" in message
-    script.main([*arguments, "--approximate"])
+    script.main(["fidelity=false", *arguments, "--approximate"])
     report = json.loads((tmp_path / "out" / "export_report.json").read_text())
     assert report["comparisons"]["routed_model"]["max_abs_logit_diff"] > 1e-4
 
 
 def test_a_checkpoint_takes_the_runs_processor_and_the_bases_keys(world, tmp_path, same_process):
     out = tmp_path / "out"
-    script.main([f"run={world}/sample", "merged=true", f"out={out}"])
+    script.main(["fidelity=false", f"run={world}/sample", "merged=true", f"out={out}"])
     ours, theirs = load_file(out / "model.safetensors"), load_file(world / "base/model.safetensors")
     assert set(ours) == set(theirs)
     assert (out / "processor_config.json").is_file()
@@ -381,7 +385,9 @@ def test_folders_of_one_name_become_different_experts(world, tmp_path):
     make_adapter(tmp_path / "one", 5, r=1)
     adapters = f"adapters=[{world}/adapters/one,{tmp_path}/one]"
     out = tmp_path / "out"
-    script.main([adapters, "weights={one: 1, one_2: 2}", "verify=false", f"out={out}"])
+    script.main(
+        ["fidelity=false", adapters, "weights={one: 1, one_2: 2}", "verify=false", f"out={out}"]
+    )
     report = json.loads((out / "export_report.json").read_text())
     assert set(report["merge"]["kept"]["experts"]) == {"one", "one_2"}
 
