@@ -11,8 +11,9 @@ from data.boxes import check_box
 from data.sample import Sample
 
 Rule = Literal[
-    "unreadable row", "missing image", "broken image", "empty question", "empty answer",
-    "unknown task", "unknown expert", "box outside picture", "image token in text", "too long",
+    "unreadable row", "missing image", "broken image", "picture outside folder", "picture too large",
+    "empty question", "empty answer", "unknown task", "unknown expert", "box outside picture",
+    "image token in text", "too long",
 ]  # fmt: skip
 
 
@@ -54,6 +55,6 @@ def check_sample(
         raise BadSampleError(where, "unknown expert", f"{sample.expert!r}; choices: {[*experts]}")
     for box in sample.boxes:
         try:
-            check_box(box, *sample.image.size)
+            check_box(box, *sample.size)
         except ValueError as error:
             raise BadSampleError(where, "box outside picture", str(error)) from None

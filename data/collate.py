@@ -15,6 +15,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.batch import Batch
@@ -29,7 +30,7 @@ def target_text(sample: Sample, codec: BoxCodec) -> str:
     """What the model learns to say: the most frequent answer (the first of equals), or the boxes."""
     if any(answer.strip() for answer in sample.answers):
         return Counter(a for a in sample.answers if a.strip()).most_common(1)[0][0]
-    return "; ".join(codec.encode(box, *sample.image.size) for box in sample.boxes)
+    return "; ".join(codec.encode(box, *sample.size) for box in sample.boxes)
 
 
 def chosen_words(sample: Sample, limit: int) -> list[OcrWord]:
@@ -60,6 +61,7 @@ class Collator:
     ocr_in_prompt: bool = True
     task_template: str = "[{task}] "
     ocr_template: str = "\nReference OCR token: {words}"
+    ocr_separator: str = " "
     max_length: int = 2048
     max_ocr_words: int = 64
     for_generation: bool = False
@@ -108,7 +110,8 @@ class Collator:
     def error_of(self, sample: Sample) -> BadSampleError | None:
         """The rule that the sample breaks before it is tokenised, if any."""
         image_token = getattr(self.processor, "image_token", None)
-        text = self.prompt(sample) + " ".join(sample.answers)
+        said = [word for turn in sample.turns for word in (turn.question, turn.answer)]
+        text = " ".join([sample.system, self.prompt(sample), *sample.answers, *said])
         if image_token and image_token in text:
             detail = f"{image_token!r} stands for a picture; rename it"
             return BadSampleError(name_of(sample), "image token in text", detail)
@@ -126,23 +129,26 @@ class Collator:
     def prompt(self, sample: Sample) -> str:
         """The text of the user's turn; every word that the language model reads but the answer."""
         task = self.task_template.format(task=sample.task)
-        words = " ".join(word.text for word in chosen_words(sample, self.max_ocr_words))
+        chosen = chosen_words(sample, self.max_ocr_words)
+        words = self.ocr_separator.join(word.text for word in chosen)
         return (
             ("" if self.withholds(sample) or not self.task_in_prompt else task)
             + sample.question
             + (self.ocr_template.format(words=words) if self.ocr_in_prompt and words else "")
+            + sample.instruction
         )
 
     def conversation(self, sample: Sample) -> list[dict[str, Any]]:
-        picture = {"type": "image", "image": sample.image}
-        user = {
-            "role": "user",
-            "content": [picture, {"type": "text", "text": self.prompt(sample)}],
-        }
+        """The whole conversation to learn from, or its first question to answer."""
+        picture = [] if sample.image is None else [{"type": "image", "image": sample.image}]
+        system = [message("system", sample.system)] if sample.system else []
+        opening = [*system, message("user", self.prompt(sample), picture)]
         if self.for_generation:
-            return [user]
-        answer = {"type": "text", "text": target_text(sample, self.codec)}
-        return [user, {"role": "assistant", "content": [answer]}]
+            return opening
+        answered = [*opening, message("assistant", target_text(sample, self.codec))]
+        for turn in sample.turns:
+            answered += [message("user", turn.question), message("assistant", turn.answer)]
+        return answered
 
     def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Token ids and assistant masks as lists of unequal length, and the pictures.
@@ -175,15 +181,17 @@ class Collator:
         if not self.for_generation:
             supervised, _ = pad(encoded["assistant_masks"], 0)
             labels = ids.masked_fill(supervised == 0, IGNORED)
-        questions = tokenizer([s.question for s in samples], add_special_tokens=False)["input_ids"]
+        asked = [s.question + s.instruction for s in samples]
+        questions = tokenizer(asked, add_special_tokens=False)["input_ids"]
+        pictured = [i for i, sample in enumerate(samples) if sample.image is not None]
         text_ids, text_mask = pad(questions, tokenizer.pad_token_id)
         return Batch(
             input_ids=ids,
             attention_mask=mask.long(),
             labels=labels,
-            pixel_values=stack_pictures(encoded["pixel_values"]),
-            image_index=torch.arange(len(samples)),
-            image_mask=torch.ones(len(samples), dtype=torch.bool),
+            pixel_values=self._pixels(encoded),
+            image_index=torch.tensor(pictured, dtype=torch.long),
+            image_mask=torch.tensor([s.image is not None for s in samples]),
             text_ids=text_ids,
             text_mask=text_mask,
             task_ids=torch.tensor([self._task_id(sample) for sample in samples]),
@@ -191,6 +199,13 @@ class Collator:
             samples=samples,
             **self._ocr(samples),
         )
+
+    def _pixels(self, encoded: dict[str, Any]) -> Tensor:
+        """The pictures; none of them, in the same shape, where every sample is text alone."""
+        if "pixel_values" in encoded:
+            return stack_pictures(encoded["pixel_values"])
+        blank = self.processor.image_processor(Image.new("RGB", (32, 32)))
+        return stack_pictures(blank["pixel_values"])[:0]
 
     def _task_id(self, sample: Sample) -> int:
         return -1 if self.withholds(sample) else position(self.tasks, sample.task)
@@ -220,7 +235,7 @@ class Collator:
         for row, (sample, found) in enumerate(zip(samples, words, strict=True)):
             count, stop = len(found), start + len(found)
             if found:
-                size = torch.tensor([sample.image.width, sample.image.height] * 2)
+                size = torch.tensor([*sample.size, *sample.size])
                 out["ocr_ids"][row, :count] = char_ids[start:stop]
                 out["ocr_char_mask"][row, :count] = char_mask[start:stop]
                 out["ocr_boxes"][row, :count] = torch.tensor([w.box for w in found]) / size
@@ -228,6 +243,10 @@ class Collator:
                 out["ocr_mask"][row, :count] = True
             start = stop
         return out
+
+
+def message(role: str, text: str, picture: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    return {"role": role, "content": [*picture, {"type": "text", "text": text}]}
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:

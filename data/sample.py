@@ -21,23 +21,44 @@ class OcrWord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One question about one picture.
+class Turn:
+    """A question and its answer that follow in the same conversation."""
 
-    `image_id` groups the questions of one picture: standard errors are clustered by it.
-    `answers` are the reference answers; a grounding sample has none, and `boxes` instead.
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One question about one picture, or a conversation that begins with it.
+
+    `id` is the data set's own question id, as text; `image_id` groups the questions of one picture:
+    standard errors are clustered by it. `image` is None for text alone.
+    `answers` are all reference answers; a grounding sample has none, and `boxes` instead.
+    `instruction` says how to answer; it stands behind the question and the OCR words.
     `ocr` is None where no engine was run and empty where it found nothing; both are "no evidence".
     `expert` names the expert that this sample trains, or None where nobody knows.
     """
 
     id: str
     image_id: str
-    image: Image
+    image: Image | None
     question: str
     answers: tuple[str, ...]
     task: str
     source: str
     expert: str | None = None
+    split: str | None = None
     boxes: tuple[Box, ...] = ()
     ocr: tuple[OcrWord, ...] | None = None
+    instruction: str = ""
+    system: str = ""
+    turns: tuple[Turn, ...] = ()
     tags: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture; ValueError for text alone."""
+        if self.image is None:
+            raise ValueError(f"sample {self.id} has no picture")
+        return self.image.size

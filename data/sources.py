@@ -1,21 +1,23 @@
-"""From the config's source entries to map-style data sets: add a reader to `READERS`."""
+"""From the config's source entries to map-style data sets."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from data.boxes import CODECS
 from data.collate import Collator
-from data.jsonl import JsonlDataset
 from data.mixture import Mixture, Source
 from data.ocr import OcrCache, OcrEngine
+from data.readers.table import open_records
 from data.scene_dataset import SceneDataset
 from moa.config import DataConfig, RunConfig, SourceConfig
 
 
-def open_scenes(source: SourceConfig, expert: str | None, ocr: Any) -> Source:
+def open_source(source: SourceConfig, expert: str | None, ocr: OcrCache | None) -> Source:
+    if source.format != "scenes":
+        return open_records(source, expert, ocr)
     assert source.num_samples is not None  # checked by SourceConfig
     return SceneDataset(
-        source.split,
+        source.split or "train",
         source.task,
         num_samples=source.num_samples,
         style=source.style,
@@ -26,29 +28,26 @@ def open_scenes(source: SourceConfig, expert: str | None, ocr: Any) -> Source:
     )
 
 
-def open_jsonl(source: SourceConfig, expert: str | None, ocr: Any) -> Source:
-    assert source.path is not None  # checked by SourceConfig
-    return JsonlDataset(
-        source.path, source=source.name, expert=expert, num_samples=source.num_samples, ocr=ocr
-    )
+def open_ocr(data: DataConfig, path: str | None = None) -> OcrCache | None:
+    """The function from a picture to its OCR words, or None where the run has no OCR evidence.
 
-
-READERS = {"scenes": open_scenes, "jsonl": open_jsonl}
-
-
-def open_ocr(data: DataConfig) -> OcrCache | None:
-    """The function from a picture to its OCR words, or None where the run has no OCR evidence."""
-    if data.ocr_cache is None:
+    `path` is a source's own cache; None is that of the run.
+    """
+    file = path or data.ocr_cache
+    if file is None:
         return None
     engine = OcrEngine(min_confidence=data.ocr_min_confidence) if data.ocr_engine else None
-    return OcrCache(data.ocr_cache, engine=engine)
+    return OcrCache(file, engine=engine)
 
 
 def open_sources(
     sources: Sequence[SourceConfig], data: DataConfig, ocr: OcrCache | None
 ) -> dict[str, Source]:
-    """One data set per entry, by name; `ocr` is shared, since it holds its words in memory."""
-    return {s.name: READERS[s.kind](s, data.expert or s.expert, ocr) for s in sources}
+    """One data set per entry, by name; caches are shared, since they hold their words in memory."""
+    caches: dict[str | None, OcrCache | None] = {None: ocr}
+    for path in {source.ocr_cache for source in sources if source.ocr_cache}:
+        caches[path] = open_ocr(data, path)
+    return {s.name: open_source(s, data.expert or s.expert, caches[s.ocr_cache]) for s in sources}
 
 
 def open_mixture(data: DataConfig, seed: int, ocr: OcrCache | None) -> Mixture:
@@ -70,6 +69,7 @@ def make_collator(config: RunConfig, processor: Any, **changes: Any) -> Collator
         "task_dropout": prompt.task_dropout,
         "task_template": prompt.task_template,
         "ocr_template": prompt.ocr_template,
+        "ocr_separator": prompt.ocr_separator,
         "max_length": prompt.max_length,
         "max_ocr_words": prompt.max_ocr_words,
     }

@@ -14,6 +14,14 @@ from typing import Any, Literal
 from moa.settings import load
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Format = Literal[  # how a data set's files are written; docs/data.md says which files each one takes
+    "scenes", "jsonl", "llava", "messages",
+    "vqav2", "okvqa", "aokvqa", "aokvqa_choice", "gqa", "vizwiz", "pope", "scienceqa",
+    "textvqa", "docvqa", "stvqa", "ocrvqa", "chartqa",
+    "coco_captions", "karpathy", "flickr30k",
+    "refcoco", "flickr30k_entities", "visual_genome",
+    "image_folder", "webdataset", "table",
+]  # fmt: skip
 TRAINED_KINDS = ("softmax", "top_k", "sigmoid")  # routers whose logits are learned by gradient
 
 
@@ -97,26 +105,34 @@ class LossConfig:
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     name: str  # stands in logs and tables
-    kind: Literal["scenes", "jsonl"] = "scenes"  # the reader
-    path: str | None = None  # file of kind jsonl
-    split: str = "train"  # of kind scenes
-    task: str | None = None  # of kind scenes; kind jsonl names it in each row
-    style: str | None = None  # of kind scenes: drawing style; null: the split's own
+    format: Format = "scenes"  # how its files are written
+    path: str | None = None  # file of the questions, captions or rows; or a folder
+    images: str | None = None  # folder that the pictures' names are relative to
+    annotations: str | None = None  # second file, where answers, boxes or splits lie apart
+    ocr: str | None = None  # the data set's own OCR words: file of textvqa, folder of docvqa
+    columns: dict[str, str] | None = None  # of format table: field of a sample -> column
+    split: str | None = None  # of scenes, or where one file holds several; a+b joins two
+    one_per: Literal["image", "caption"] = "image"  # of captions: to score by all, or to learn each
+    task: str | None = None  # null: the format's own, or each row's
+    prompt: str | None = None  # around {question}; null: the format's own
+    instruction: str | None = None  # behind question and OCR words; null: the format's own
+    style: str | None = None  # of scenes: drawing style; null: the split's own
     expert: str | None = None  # the expert that these samples train; null: the reader's own choice
-    num_samples: int | None = None  # of kind scenes: size; of kind jsonl: only the first ones
-    seed: int = 0  # of kind scenes
+    num_samples: int | None = None  # size of scenes; elsewhere only the first ones
+    seed: int = 0  # of scenes
     weight: float = 1.0  # share of the draws, relative to the other sources
+    ocr_cache: str | None = None  # Parquet file of OCR words; null: data.ocr_cache
 
     def __post_init__(self) -> None:
         key = f"data.sources.{self.name}"
         check(self.weight > 0, f"{key}.weight", f"must be above 0, got {self.weight}")
         count = self.num_samples
         check(count is None or count >= 1, f"{key}.num_samples", f"must be 1 or more, got {count}")
-        if self.kind == "scenes":
-            check(count is not None, f"{key}.num_samples", "kind scenes needs a number")
-            check(self.path is None, f"{key}.path", "has no effect with kind=scenes")
-        if self.kind == "jsonl":
-            check(self.path is not None, f"{key}.path", "kind jsonl needs a file")
+        if self.format == "scenes":
+            check(count is not None, f"{key}.num_samples", "format scenes needs a number")
+            check(self.path is None, f"{key}.path", "has no effect with format=scenes")
+        else:
+            check(self.path is not None, f"{key}.path", f"format {self.format} needs a file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +158,7 @@ class PromptConfig:
     ocr_template: str = "\nReference OCR token: {words}"  # stands after the question
     box_codec: Literal["location_tokens"] = "location_tokens"  # how boxes are written as text
     max_length: int = 2048  # tokens of prompt and answer; a longer sample is a bad sample
+    ocr_separator: str = " "  # between the words; LLaVA's own prompts have a comma and a blank
     max_ocr_words: int = 64  # the most confident ones are kept, for prompt and router
 
 
@@ -273,7 +290,7 @@ def check_stages(config: RunConfig) -> None:
         if stage.name == "router":
             check(kind in (*TRAINED_KINDS, "anchors"), key, f"router.kind={kind} learns nothing")
         if stage.name == "experts" and config.data.expert is None:
-            nobody = [s.name for s in sources if s.expert is None and s.kind != "scenes"]
+            nobody = [s.name for s in sources if s.expert is None and s.format != "scenes"]
             rule = f"{key} trains each expert on its own samples, and these name none"
             check(not nobody, f"data.sources.{', '.join(nobody)}.expert", rule)
         if isinstance(stage.init_from, dict):

@@ -6,12 +6,17 @@ from dataclasses import replace
 import pytest
 
 from data.checks import BadSampleError
-from data.jsonl import JsonlDataset
+from data.readers.table import open_records
+from moa.config import SourceConfig
 from tests.test_collate import COLLATE, sample
 from tests.tiny import random_image
 from tests.toy import write_rows
 
 GOOD = {"image": "a.png", "task": "vqa", "question": "what is it?", "answers": ["a cat"]}
+
+
+def jsonl(path):
+    return open_records(SourceConfig(name="mine", format="jsonl", path=str(path)), None)
 
 
 @pytest.fixture
@@ -21,7 +26,7 @@ def rows(tmp_path):
 
     def dataset(row):
         path = write_rows(tmp_path / "rows.jsonl", [GOOD, row, GOOD])
-        return JsonlDataset(path, source="mine")
+        return jsonl(path)
 
     return dataset
 
@@ -73,7 +78,7 @@ def test_a_box_outside_its_picture_is_named_with_its_row(rows, box):
     [
         ({"image": "a.png", "question": "?"}, "lacks task"),
         ({**GOOD, "anwsers": ["x"]}, "unknown key ['anwsers']"),
-        ({**GOOD, "boxes": [[1, 2, 3]]}, "ValueError"),
+        ({**GOOD, "boxes": [[1, 2, 3]]}, "a box is four numbers, got [1, 2, 3]"),
         ({**GOOD, "ocr": [{"text": "x"}]}, "box"),
         ([1, 2], "lacks image"),
     ],
@@ -88,15 +93,15 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD) + "\n{'image': 1}\n")
     with pytest.raises(BadSampleError, match=r"rows\.jsonl:2: unreadable row: not JSON"):
-        JsonlDataset(path, source="mine")[1]
+        jsonl(path)[1]
 
 
 def test_a_data_file_that_is_missing_or_empty_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no\.jsonl: no such data file \(source 'mine'\)"):
-        JsonlDataset(tmp_path / "no.jsonl", source="mine")
+    with pytest.raises(ValueError, match=r"data\.sources\.mine: .*no\.jsonl: no such data file"):
+        jsonl(tmp_path / "no.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no rows"):
-        JsonlDataset(tmp_path / "empty.jsonl", source="mine")
+        jsonl(tmp_path / "empty.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         ([SOURCE, "data.sources.s.expert=c"], ["data.sources.s.expert", "'c'", "['a', 'b']"]),
         ([SOURCE, "data.sources.s.task=cook"], ["data.sources.s.task", "'cook'", "caption"]),
         ([SOURCE, "data.sources.s.weight=0"], ["data.sources.s.weight", "above 0"]),
-        ([SOURCE, "data.sources.s.path=x"], ["data.sources.s.path", "kind=scenes"]),
+        ([SOURCE, "data.sources.s.path=x"], ["data.sources.s.path", "format=scenes"]),
         (["stages=[{name: router, steps: 2}]"], ["data.sources", "names none"]),
         ([SOURCE, "router.kind=one_hot", "stages=[{name: router, steps: 2}]"],
          ["stages.router", "one_hot learns nothing"]),

@@ -317,9 +317,10 @@ def with_bad_rows(world: Path, folder: Path, policy: str) -> RunConfig:
     source = Path(config.data.sources[0].path)
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     for i, row in enumerate(rows):
-        row["image"] = "nowhere.png" if i % 3 == 0 else str(source.parent / row["image"])
+        row["image"] = "nowhere.png" if i % 3 == 0 else row["image"]
     path = write_rows(folder / "vqa.jsonl", rows)
-    sources = [{"name": "vqa", "kind": "jsonl", "path": str(path), "expert": "vqa"}]
+    sources = [{"name": "vqa", "format": "jsonl", "path": str(path), "expert": "vqa",
+                "images": str(source.parent)}]  # fmt: skip
     return toy_config(
         world, out=str(folder / "run"), data__sources=sources, data__on_bad_sample=policy,
         data__validation=[{**sources[0], "num_samples": 4}],

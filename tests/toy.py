@@ -42,7 +42,7 @@ def toy_world(folder: Path, count: int = 24) -> dict:
     sources = []
     for task in ("vqa", "grounding"):
         path = write_rows(folder / f"{task}.jsonl", toy_rows(folder, task, count))
-        sources.append({"name": task, "kind": "jsonl", "path": str(path), "expert": task})
+        sources.append({"name": task, "format": "jsonl", "path": str(path), "expert": task})
     return {
         "out": str(folder / "run"),
         "model": {

@@ -67,7 +67,11 @@ def write_results(
 def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> list[Card]:
     """The first samples of each data set and task in turn, with what reached the vision tower."""
     columns = [
-        list(zip(found, scores.values[scores.primary], strict=True))
+        [
+            (prediction, score)
+            for prediction, score in zip(found, scores.values[scores.primary], strict=True)
+            if prediction.sample.image is not None
+        ]
         for result in results
         for found, scores in result.tasks.values()
     ]
@@ -85,7 +89,7 @@ def make_card(model: MixtureModel, prediction: Prediction, score: float) -> Card
     gates = prediction.gates
     return Card(
         image=seen_picture(pixels[0], processor.image_mean, processor.image_std),
-        size=sample.image.size,
+        size=sample.size,
         task=sample.task if sample.source == sample.task else f"{sample.source} ({sample.task})",
         question=sample.question,
         prediction=said,

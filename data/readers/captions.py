@@ -1,0 +1,149 @@
+"""Pictures with several captions: COCO, the Karpathy splits, Flickr30k.
+
+    COCO      {"images": [{id, file_name}], "annotations": [{id, image_id, caption}]}
+    Karpathy  {"images": [{filepath, filename, cocoid, split, sentences: [{raw, sentid}]}]}
+    Flickr    1000092795.jpg#0<TAB>caption, or Kaggle's image_name| comment_number| comment
+
+`one_per: image` makes one sample of a picture with all its captions (to score), `one_per: caption`
+one of every caption (to learn from).
+"""
+
+import re
+from collections import Counter
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
+
+from data.pictures import find_picture
+from data.readers.fields import field, name, text
+from data.readers.record import Record, Records
+from data.readers.rows import JsonRows, ListRows, Row, require_file
+from moa.config import SourceConfig
+
+TOKEN_LINE = re.compile(r"(?P<image>[^#\t]+)#(?P<number>\d+)\t(?P<caption>.*)")
+# one row of Kaggle's file lacks its second bar: `2199200615.jpg| 4   A dog runs across the grass .`
+CSV_LINE = re.compile(r"(?P<image>[^|]+?)\s*\|\s*(?P<number>\d+)(?:\s*\|\s*|\s+)(?P<caption>.*)")
+
+
+def read_coco(source: SourceConfig) -> Records:
+    assert source.path and source.images
+    pictures = JsonRows(source.path, at="images", key="id")
+    if source.one_per == "caption":
+        rows = JsonRows(source.path, at="annotations")
+        parse = partial(parse_coco_caption, pictures=pictures, images=source.images)
+        return Records(rows=rows, parse=parse)
+    captions = JsonRows(source.path, at="annotations", key="image_id")
+    parse = partial(parse_coco_image, captions=captions, images=source.images)
+    return Records(rows=pictures, parse=parse)
+
+
+def parse_coco_image(row: Row, captions: JsonRows, images: str) -> Record:
+    number = name(row.value, "id")
+    return Record(
+        id=number,
+        image_id=number,
+        picture=find_picture(images, text(row.value, "file_name")),
+        answers=tuple(text(caption.value, "caption") for caption in captions.all(number)),
+    )
+
+
+def parse_coco_caption(row: Row, pictures: JsonRows, images: str) -> Record:
+    image_id = name(row.value, "image_id")
+    return Record(
+        id=name(row.value, "id"),
+        image_id=image_id,
+        picture=find_picture(images, text(pictures.one(image_id), "file_name")),
+        answers=(text(row.value, "caption"),),
+    )
+
+
+def read_karpathy(source: SourceConfig) -> Records:
+    """`split` may name several: COCO's training set is train+restval."""
+    assert source.path and source.images and source.split
+    wanted = source.split.split("+")
+    single = source.one_per == "caption"
+    rows = JsonRows(
+        source.path,
+        at="images",
+        key="split",
+        count=partial(captions_of_image, splits=wanted, single=single),
+        about=f"karpathy {source.split} {source.one_per}",
+    )
+    check_splits(rows, wanted)
+    return Records(rows=rows, parse=partial(parse_karpathy, images=source.images, single=single))
+
+
+def check_splits(rows: JsonRows, wanted: list[str]) -> None:
+    """ValueError, with how many pictures each split has, for one that the file does not have."""
+    found = Counter(key.decode() for key in rows.keys)
+    for split in wanted:
+        if split not in found:
+            raise ValueError(f"{rows.path}: no split {split!r}; it has {dict(found)}")
+
+
+def captions_of_image(row: Any, splits: list[str], single: bool) -> int:
+    return (len(row["sentences"]) if single else 1) if row["split"] in splits else 0
+
+
+def parse_karpathy(row: Row, images: str, single: bool) -> Record:
+    value, file = row.value, text(row.value, "filename")
+    image_id = name(value, "cocoid") if "cocoid" in value else PurePosixPath(file).stem
+    sentences = field(value, "sentences", list)
+    folder = text(value, "filepath") if "filepath" in value else "."  # Flickr's file has none
+    chosen = sentences[row.part : row.part + 1] if single else sentences
+    return Record(
+        id=name(chosen[0], "sentid") if single else image_id,
+        image_id=image_id,
+        picture=find_picture(images, f"{folder}/{file}", file),
+        answers=tuple(text(sentence, "raw") for sentence in chosen),
+        split=text(value, "split"),
+    )
+
+
+def read_flickr30k(source: SourceConfig) -> Records:
+    """The token file or Kaggle's CSV, whole: 32 thousand pictures are 20 MB of text."""
+    assert source.path and source.images
+    found = [parse_flickr_line(line, where) for line, where in flickr_lines(source.path)]
+    by_image: dict[str, list[tuple[str, str, str]]] = {}
+    for image, number, caption, where in found:
+        by_image.setdefault(image, []).append((number, caption, where))
+    items: list[Any] = [(image, captions) for image, captions in by_image.items()]
+    if source.one_per == "caption":
+        items = [(image, [caption]) for image, captions in items for caption in captions]
+    rows = ListRows(items, flickr_row)
+    single = source.one_per == "caption"
+    return Records(rows=rows, parse=partial(parse_flickr, images=source.images, single=single))
+
+
+def flickr_lines(path: str) -> list[tuple[str, str]]:
+    lines = require_file(path).read_text(encoding="utf-8-sig").splitlines()
+    return [
+        (line, f"{path}:{number}")
+        for number, line in enumerate(lines, start=1)
+        if line.strip() and not line.startswith("image_name|")
+    ]
+
+
+def parse_flickr_line(line: str, where: str) -> tuple[str, str, str, str]:
+    found = TOKEN_LINE.fullmatch(line) or CSV_LINE.fullmatch(line)
+    if found is None:
+        raise ValueError(
+            f"{where}: neither IMAGE.jpg#NUMBER<TAB>CAPTION nor IMAGE.jpg| NUMBER| CAPTION:"
+            f" {line!r:.60}"
+        )
+    return found["image"].strip(), found["number"], found["caption"].strip(), where
+
+
+def flickr_row(item: Any) -> Row:
+    return Row(item, item[1][0][2])
+
+
+def parse_flickr(row: Row, images: str, single: bool) -> Record:
+    image, captions = row.value
+    stem = PurePosixPath(image).stem
+    return Record(
+        id=f"{stem}#{captions[0][0]}" if single else stem,
+        image_id=stem,
+        picture=find_picture(images, image),
+        answers=tuple(caption for _, caption, _ in captions),
+    )

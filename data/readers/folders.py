@@ -1,0 +1,143 @@
+"""Pictures for CLIP: a folder per class, and tar shards as webdataset writes them.
+
+    folder      <path>/<class>/<picture>
+    shards      000000.tar with 0001.jpg, 0001.txt (caption), 0001.cls (class) or 0001.json
+
+Shards are read through the standard library's tarfile: webdataset itself only streams, and here
+every sample has a number, so that the order is the same on any machine and a run can resume.
+"""
+
+import json
+import re
+import tarfile
+from functools import partial
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.checks import BadSampleError
+from data.readers.fields import text
+from data.readers.index import Arrays, cached
+from data.readers.record import Record, Records
+from data.readers.rows import ListRows, Row
+from moa.config import SourceConfig
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def read_image_folder(source: SourceConfig) -> Records:
+    """The answer to each picture is its class: the name of the folder it lies in."""
+    assert source.path
+    root = Path(source.path)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
+    files = sorted(f for f in root.glob("*/*") if f.suffix.lower().lstrip(".") in PICTURES)
+    if not files:
+        raise ValueError(f"{root}: holds no <class>/<picture> ({', '.join(PICTURES)})")
+    return Records(rows=ListRows(files, file_row), parse=partial(parse_file, root=root))
+
+
+def file_row(file: Path) -> Row:
+    return Row(file, str(file))
+
+
+def parse_file(row: Row, root: Path) -> Record:
+    number = row.value.relative_to(root).as_posix()
+    return Record(id=number, image_id=number, picture=row.value, answers=(row.value.parent.name,))
+
+
+class TarRows:
+    """The samples of several shards: files in a row that share their name up to its first dot."""
+
+    def __init__(self, shards: list[Path]):
+        self.shards = shards
+        self.indexes = [cached(shard, "tar", partial(scan_tar, shard)) for shard in shards]
+        self.last = np.cumsum([len(index["first"]) - 1 for index in self.indexes])
+
+    def __len__(self) -> int:
+        return int(self.last[-1])
+
+    def __getitem__(self, index: int) -> Row:
+        shard = int(np.searchsorted(self.last, index, side="right"))
+        number = index - int(self.last[shard - 1]) if shard else index
+        members = self.indexes[shard]
+        chosen = range(int(members["first"][number]), int(members["first"][number + 1]))
+        key = sample_key(members["names"][chosen[0]].decode()).lstrip("/")
+        files = read_members(self.shards[shard], members, chosen)
+        return Row(files, f"{self.shards[shard]}: {key}", key=key)
+
+
+def scan_tar(shard: Path) -> Arrays:
+    """`names`, `starts`, `sizes` of the files, and the `first` file of each sample."""
+    try:
+        with tarfile.open(shard, mode="r:") as archive:
+            members = [m for m in archive if m.isfile()]
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard}: not a tar file without compression: {error}") from None
+    if not members:
+        raise ValueError(f"{shard}: holds no files")
+    stems = [sample_key(m.name) for m in members]
+    first = [i for i in range(len(stems)) if i == 0 or stems[i] != stems[i - 1]]
+    return {
+        "names": np.array([m.name.encode() for m in members]),
+        "starts": np.array([m.offset_data for m in members]),
+        "sizes": np.array([m.size for m in members]),
+        "first": np.array([*first, len(members)]),
+    }
+
+
+def sample_key(member: str) -> str:
+    folder, _, file = member.rpartition("/")
+    return f"{folder}/{file.partition('.')[0]}"
+
+
+def read_members(shard: Path, index: Arrays, chosen: range) -> dict[str, bytes]:
+    """The files of one sample by what follows the first dot of their names."""
+    found = {}
+    with shard.open("rb") as file:
+        for i in chosen:
+            file.seek(int(index["starts"][i]))
+            name = index["names"][i].decode().rpartition("/")[2]
+            found[name.partition(".")[2].lower()] = file.read(int(index["sizes"][i]))
+    return found
+
+
+def read_webdataset(source: SourceConfig) -> Records:
+    assert source.path
+    return Records(rows=TarRows(shards_of(source.path)), parse=parse_member)
+
+
+def shards_of(pattern: str) -> list[Path]:
+    """The files of `shards/{00000..00010}.tar` or `shards/*.tar`; each that is named must exist."""
+    found = RANGE.search(pattern)
+    if found is None:
+        paths = [Path(path) for path in sorted(glob(pattern))]
+    else:
+        width, numbers = len(found[1]), range(int(found[1]), int(found[2]) + 1)
+        paths = [Path(RANGE.sub(f"{n:0{width}d}", pattern, count=1)) for n in numbers]
+    missing = [path for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise ValueError(f"{pattern}: no shard {missing[0] if missing else 'matches'}")
+    return paths
+
+
+def parse_member(row: Row) -> Record:
+    files: dict[str, bytes] = row.value
+    pictures = [files[suffix] for suffix in PICTURES if suffix in files]
+    if not pictures:
+        raise BadSampleError(row.where, "missing image", f"among {', '.join(files)}")
+    return Record(id=row.key, image_id=row.key, picture=pictures[0], answers=(words_of(files),))
+
+
+def words_of(files: dict[str, bytes]) -> str:
+    """The caption, or the class, of a sample."""
+    for suffix in ("txt", "cls"):
+        if suffix in files:
+            return files[suffix].decode().strip()
+    if "json" in files:
+        about: Any = json.loads(files["json"])
+        return text(about, "caption" if "caption" in about else "text")
+    raise ValueError(f"has neither txt, cls nor json among {', '.join(files)}")

@@ -1,0 +1,196 @@
+"""Phrases and where they are: RefCOCO, RefCOCO+, RefCOCOg, Flickr30k Entities, Visual Genome.
+
+RefCOCO    refs(unc).p, a pickled list of {ref_id, ann_id, image_id, split, sentences: [{sent_id,
+           sent}]}, and instances.json, COCO's {"images", "annotations": [{id, bbox: [x, y, w, h]}]}
+Entities   Sentences/1000092795.txt: [/EN#1/people Two young guys] with [/EN#2/bodyparts ...] ...
+           Annotations/1000092795.xml: size, and per object its names, and bndbox (from 1) or none
+Genome     region_descriptions.json: [{id, regions: [{region_id, image_id, x, y, width, height, phrase}]}]
+"""
+
+import re
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from rich.progress import track
+
+from data.pictures import find_picture
+from data.readers.fields import box_of, box_of_xywh, field, name, text
+from data.readers.pickles import load_plain
+from data.readers.record import Record, Records
+from data.readers.rows import JsonRows, ListRows, Row, require_file
+from data.sample import Box
+from moa.config import SourceConfig
+
+KEPT = ("ref_id", "ann_id", "image_id", "split")  # of a reference; the rest is large and unused
+ROUNDING = 1.0  # pixels by which these files' boxes may stick out of their pictures
+PHRASE = re.compile(r"\[/EN#(?P<id>\d+)(?:/[^\s\]]+)+ (?P<text>[^\]]*)\]")
+
+
+class Sentence(NamedTuple):
+    """A sentence about one box, with the reference that it belongs to."""
+
+    ref: dict[str, Any]
+    value: Any
+    where: str
+
+
+def read_refcoco(source: SourceConfig) -> Records:
+    assert source.path and source.annotations and source.images and source.split
+    refs = load_plain(require_file(source.path))
+    if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
+        raise ValueError(f"{source.path}: must be a list of references")
+    splits = Counter(ref.get("split") for ref in refs)
+    if source.split not in splits:
+        raise ValueError(f"{source.path}: no split {source.split!r}; it has {dict(splits)}")
+    items = [
+        sentence
+        for number, ref in enumerate(refs)
+        if ref["split"] == source.split
+        for sentence in sentences_of(ref, f"{source.path}: [{number}]")
+    ]
+    parse = partial(
+        parse_refcoco,
+        boxes=JsonRows(source.annotations, at="annotations", key="id"),
+        pictures=JsonRows(source.annotations, at="images", key="id"),
+        images=source.images,
+    )
+    return Records(rows=ListRows(items, sentence_row), parse=parse)
+
+
+def sentences_of(ref: dict[str, Any], where: str) -> list[Sentence]:
+    kept = {key: ref[key] for key in KEPT if key in ref}
+    values = ref.get("sentences")
+    if not isinstance(values, list):
+        return [Sentence(kept, None, where)]  # its reading says what is wrong
+    return [Sentence(kept, v, f"{where}.sentences[{i}]") for i, v in enumerate(values)]
+
+
+def sentence_row(sentence: Sentence) -> Row:
+    return Row(sentence, sentence.where)
+
+
+def parse_refcoco(row: Row, boxes: JsonRows, pictures: JsonRows, images: str) -> Record:
+    """The picture's name is that of instances.json: a reference's own carries the annotation."""
+    ref, value, _ = row.value
+    image_id = name(ref, "image_id")
+    picture = pictures.one(image_id)
+    return Record(
+        id=name(value, "sent_id"),
+        image_id=image_id,
+        picture=find_picture(images, text(picture, "file_name")),
+        question=text(value, "sent"),
+        boxes=(box_of_xywh(field(boxes.one(name(ref, "ann_id")), "bbox", list)),),
+        frame=(field(picture, "width", int), field(picture, "height", int)),
+        slack=ROUNDING,
+        split=text(ref, "split"),
+    )
+
+
+class Phrase(NamedTuple):
+    """A phrase of a sentence that has boxes."""
+
+    image: str
+    sentence: int
+    number: int
+    text: str
+    boxes: tuple[Box, ...]
+    size: tuple[int, int]
+    file: str
+
+
+def read_entities(source: SourceConfig) -> Records:
+    """The phrases that have a box, of the pictures that `annotations` lists (or of all)."""
+    assert source.path and source.images
+    root = Path(source.path)
+    listed = source.annotations and require_file(source.annotations).read_text().split()
+    stems = listed or sorted(file.stem for file in (root / "Sentences").glob("*.txt"))
+    if not stems:
+        raise ValueError(f"{root}: holds no Sentences/*.txt")
+    bar = track(stems, description=root.name, disable=len(stems) < 2000, transient=True)
+    items = [phrase for stem in bar for phrase in phrases_of(root, stem)]
+    rows = ListRows(items, phrase_row)
+    return Records(rows=rows, parse=partial(parse_phrase, images=source.images))
+
+
+def phrase_row(phrase: Phrase) -> Row:
+    return Row(phrase, f"{phrase.file}:{phrase.sentence + 1}")
+
+
+def phrases_of(root: Path, stem: str) -> list[Phrase]:
+    file = require_file(root / "Sentences" / f"{stem}.txt")
+    boxes, size = entity_boxes(require_file(root / "Annotations" / f"{stem}.xml"))
+    return [
+        Phrase(stem, line, number, found["text"], boxes[found["id"]], size, str(file))
+        for line, sentence in enumerate(file.read_text(encoding="utf-8").splitlines())
+        for number, found in enumerate(PHRASE.finditer(sentence))
+        if found["id"] in boxes
+    ]
+
+
+def entity_boxes(file: Path) -> tuple[dict[str, tuple[Box, ...]], tuple[int, int]]:
+    """Boxes by entity, and the picture's size; pixels count from 1 there and from 0 here."""
+    try:
+        content = file.read_bytes()
+        if b"<!DOCTYPE" in content:
+            raise ValueError("declares a document type")
+        root = ElementTree.fromstring(content)
+        size = int(number_in(root, "size/width")), int(number_in(root, "size/height"))
+        boxes: dict[str, tuple[Box, ...]] = {}
+        for thing in root.iterfind("object[bndbox]"):
+            x0, y0, x1, y1 = (
+                number_in(thing, f"bndbox/{edge}") - 1 for edge in ("xmin", "ymin", "xmax", "ymax")
+            )
+            for entity in thing.iterfind("name"):
+                key = entity.text or ""
+                boxes[key] = (*boxes.get(key, ()), (x0, y0, x1, y1))
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"{file}: not an annotation of Flickr30k Entities: {error}") from None
+    return boxes, size
+
+
+def number_in(element: ElementTree.Element, path: str) -> float:
+    found = element.findtext(path)
+    if found is None:
+        raise ValueError(f"lacks {path}")
+    return float(found)
+
+
+def parse_phrase(row: Row, images: str) -> Record:
+    phrase: Phrase = row.value
+    return Record(
+        id=f"{phrase.image}#{phrase.sentence}#{phrase.number}",
+        image_id=phrase.image,
+        picture=find_picture(images, f"{phrase.image}.jpg"),
+        question=phrase.text,
+        boxes=tuple(box_of(box) for box in phrase.boxes),
+        frame=phrase.size,
+        slack=ROUNDING,
+    )
+
+
+def read_visual_genome(source: SourceConfig) -> Records:
+    assert source.path and source.images
+    rows = JsonRows(source.path, count=regions_of_image, about="regions")
+    return Records(rows=rows, parse=partial(parse_region, images=source.images))
+
+
+def regions_of_image(row: Any) -> int:
+    return len(row["regions"])
+
+
+def parse_region(row: Row, images: str) -> Record:
+    region = field(row.value, "regions", list)[row.part]
+    image_id = name(region, "image_id")
+    x, y, width, height = (field(region, key, int) for key in ("x", "y", "width", "height"))
+    file = f"{image_id}.jpg"
+    return Record(
+        id=name(region, "region_id"),
+        image_id=image_id,
+        picture=find_picture(images, f"VG_100K/{file}", f"VG_100K_2/{file}", file),
+        question=text(region, "phrase"),
+        boxes=(box_of_xywh((x, y, width, height)),),
+        slack=ROUNDING,
+    )

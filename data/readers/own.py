@@ -1,0 +1,59 @@
+"""The simplest data set of one's own: a JSON-lines file, one question about one picture a line.
+
+    {"image": "pictures/1.jpg", "question": "what is this?", "answers": ["a cat"], "task": "vqa"}
+
+`image` is relative to the source's `images`, or to the file. Optional: `id`, `image_id`, `answers`,
+`boxes` ([[x0, y0, x1, y1], ...] in pixels), `ocr` ([{"text", "box", "confidence"}, ...]), `tags`. A key
+that is none of these is an error: it is a slip.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.pictures import find_picture
+from data.readers.fields import box_of, field, name, text, texts
+from data.readers.record import Record, Records
+from data.readers.rows import JsonLines, Row
+from data.sample import OcrWord
+from moa.config import SourceConfig
+
+REQUIRED = ("image", "question", "task")
+OPTIONAL = ("id", "image_id", "answers", "boxes", "ocr", "tags")
+
+
+def read_jsonl(source: SourceConfig) -> Records:
+    assert source.path
+    rows = JsonLines(source.path)
+    images = source.images or str(rows.path.parent)
+    return Records(rows=rows, parse=partial(parse_own, images=images))
+
+
+def parse_own(row: Row, images: str) -> Record:
+    value = row.value
+    missing = [key for key in REQUIRED if key not in value] if isinstance(value, dict) else REQUIRED
+    if missing:
+        raise ValueError(f"lacks {', '.join(missing)}")
+    unknown = [key for key in value if key not in (*REQUIRED, *OPTIONAL)]
+    if unknown:
+        raise ValueError(f"unknown key {unknown}; choices: {', '.join((*REQUIRED, *OPTIONAL))}")
+    image, file = text(value, "image"), Path(row.where).name
+    return Record(
+        id=name(value, "id") if "id" in value else file,
+        image_id=name(value, "image_id") if "image_id" in value else image,
+        picture=find_picture(images, image),
+        question=text(value, "question"),
+        answers=texts(value, "answers") if "answers" in value else (),
+        task=text(value, "task"),
+        boxes=tuple(box_of(box) for box in value.get("boxes", ())),
+        ocr=None if value.get("ocr") is None else tuple(map(word_of, field(value, "ocr", list))),
+        tags=texts(value, "tags") if "tags" in value else (),
+    )
+
+
+def word_of(word: Any) -> OcrWord:
+    return OcrWord(
+        text=text(word, "text"),
+        box=box_of(field(word, "box", list)),
+        confidence=float(field(word, "confidence", int, float)) if "confidence" in word else 1.0,
+    )

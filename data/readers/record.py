@@ -1,0 +1,151 @@
+"""What a file says of one sample, and the data set that turns records into samples.
+
+    rows (of a file)  --parse-->  Record (the picture is still a file)  --open-->  Sample
+
+A reader is a function from a source's config to `Records`. Whatever is wrong with a row ends in one
+BadSampleError that names the file and the row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from data.checks import BadSampleError, check_sample
+from data.ocr import OcrSource
+from data.pictures import Picture, open_picture
+from data.readers.rows import Row, Rows
+from data.sample import Box, OcrWord, Sample, Turn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A sample but for its picture; the fields are Sample's.
+
+    `frame` is the width and height that boxes and OCR boxes are given in, None for the picture's
+    own pixels: (1, 1) for shares of the picture, or the size that the annotators saw. A box may stick
+    out of the picture by `slack` pixels, where the file is known to round; it is cut there.
+    """
+
+    id: str
+    image_id: str
+    picture: Picture | None
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    ocr: tuple[OcrWord, ...] | None = None
+    frame: tuple[float, float] | None = None
+    slack: float = 0.0
+    task: str | None = None
+    split: str | None = None
+    system: str = ""
+    turns: tuple[Turn, ...] = ()
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """The records of a source: each row is parsed when it is asked for."""
+
+    rows: Rows
+    parse: Callable[[Row], Record]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> tuple[Record, str]:
+        """The record and where it stands."""
+        row = self.rows[index]
+        try:
+            return self.parse(row), row.where
+        except BadSampleError as error:  # of a part of the row, which does not know where it is
+            raise BadSampleError(row.where, error.rule, error.detail) from None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise BadSampleError(row.where, "unreadable row", reason(error)) from None
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"lacks {error}"
+    return str(error) if isinstance(error, ValueError) else repr(error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordDataset:
+    """Map-style: `len`, `[i] -> Sample`; `records.read(i)` is the same without the picture.
+
+    `task` and `split` stand for what a record does not name itself. `prompt` is a template around
+    `{question}`. `ocr` reads the words of samples whose file brings none.
+    """
+
+    records: Records
+    source: str
+    task: str
+    expert: str | None = None
+    split: str | None = None
+    prompt: str = "{question}"
+    instruction: str = ""
+    num_samples: int | None = None
+    ocr: OcrSource | None = None
+
+    def __len__(self) -> int:
+        whole = len(self.records)
+        return whole if self.num_samples is None else min(whole, self.num_samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        record, where = self.records.read(index)
+        sample = self._sample(record, where)
+        check_sample(sample, needs_answer=False, where=where)
+        return sample
+
+    def _sample(self, record: Record, where: str) -> Sample:
+        image = None if record.picture is None else open_picture(record.picture, where)
+        size = image.size if image is not None else (1, 1)
+        frame = record.frame or size
+        ocr = None if record.ocr is None else tuple(fitted(w, frame, size) for w in record.ocr)
+        if ocr is None and self.ocr is not None and image is not None:
+            ocr = self.ocr(image)
+        return Sample(
+            id=record.id,
+            image_id=record.image_id,
+            image=image,
+            question=self.prompt.format(question=record.question),
+            answers=record.answers,
+            task=record.task or self.task,
+            source=self.source,
+            expert=self.expert,
+            split=record.split or self.split,
+            boxes=tuple(nudged(scaled(b, frame, size), size, record.slack) for b in record.boxes),
+            ocr=ocr,
+            instruction=self.instruction,
+            system=record.system,
+            turns=record.turns,
+            tags=record.tags,
+        )
+
+
+def scaled(box: Box, frame: tuple[float, float], size: tuple[int, int]) -> Box:
+    """A box in pixels of a picture of `size`, from one in a frame of another size."""
+    if frame == size:
+        return box
+    x, y = size[0] / frame[0], size[1] / frame[1]
+    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+
+
+def nudged(box: Box, size: tuple[int, int], slack: float) -> Box:
+    """The box cut at the picture's edges, where it sticks out by no more than `slack` pixels."""
+    inside = clipped(box, size)
+    near = all(abs(a - b) <= slack for a, b in zip(box, inside, strict=True))  # False for NaN
+    return inside if near else box
+
+
+def clipped(box: Box, size: tuple[int, int]) -> Box:
+    (width, height), (x0, y0, x1, y1) = size, box
+    return (min(max(x0, 0.0), float(width)), min(max(y0, 0.0), float(height)),
+            min(max(x1, 0.0), float(width)), min(max(y1, 0.0), float(height)))  # fmt: skip
+
+
+def fitted(word: OcrWord, frame: tuple[float, float], size: tuple[int, int]) -> OcrWord:
+    """The word in the picture's pixels, its box cut at the edges: engines read past them."""
+    box = clipped(scaled(word.box, frame, size), size)
+    return OcrWord(text=word.text, box=box, confidence=word.confidence)

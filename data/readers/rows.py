@@ -1,0 +1,142 @@
+"""Rows of a file, one at a time and by number: JSON, JSON lines, tables, short lists.
+
+Every row knows where it stands, so that an error can say it. One row may hold several samples:
+`rows[i]` is the row of sample i and the sample's number in it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from data.checks import BadSampleError
+from data.readers.index import cached, key_bytes, scan_json, scan_lines
+from data.readers.scanner import Scanner
+
+
+class Row(NamedTuple):
+    """`part` is the sample's number in the row, `key` the row's key where its file is an object."""
+
+    value: Any
+    where: str
+    part: int = 0
+    key: str = ""
+
+
+class Rows(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+def require_file(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such data file")
+    return Path(path)
+
+
+def read_span(path: Path, start: int, end: int, where: str) -> Any:
+    """The JSON value between two bytes of a file."""
+    with path.open("rb") as file:
+        file.seek(start)
+        text = file.read(end - start)
+    try:
+        return json.loads(text)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise BadSampleError(where, "unreadable row", f"not JSON: {error}") from None
+
+
+class JsonRows:
+    """The rows of a JSON list or object: the file itself, or its member `at`.
+
+    `key` is the field that `one` and `all` look rows up by (an object's own keys where it is None).
+    `count` says how many samples a row holds (0: it is left out); `about` must name what `count`
+    depends on, since the index is kept.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        at: str | None = None,
+        key: str | None = None,
+        count: Callable[[Any], int] | None = None,
+        about: str = "",
+    ):
+        self.path, self.at, self.key = require_file(path), at, key
+        build = partial(scan_json, self.path, at=at, key=key, count=count)
+        index = cached(self.path, f"json {at} {key} {about}", build)
+        self.starts, self.ends, self.counts = index["starts"], index["ends"], index["counts"]
+        self.keys = index.get("keys", np.zeros(0, "S1"))
+        self.order = np.argsort(self.keys, kind="stable")
+        self.sorted_keys = self.keys[self.order]
+        self.last = np.cumsum(self.counts)  # number of the sample behind a row's last
+
+    def __len__(self) -> int:
+        return int(self.last[-1]) if len(self.last) else 0
+
+    def __getitem__(self, index: int) -> Row:
+        number = int(np.searchsorted(self.last, index, side="right"))
+        return self.row(number, index - int(self.last[number] - self.counts[number]))
+
+    def row(self, number: int, part: int = 0) -> Row:
+        """A row by its place in the file, whatever its count."""
+        named = self.key is None and len(self.keys) > 0
+        key = self.keys[number].decode() if named else ""
+        where = f"{self.path}: {self.at or ''}[{repr(key) if named else number}]"
+        value = read_span(self.path, int(self.starts[number]), int(self.ends[number]), where)
+        return Row(value, where, part, key)
+
+    def all(self, key: Any) -> list[Row]:
+        """Every row with this key, in the file's order."""
+        wanted = key_bytes(key)
+        first = int(np.searchsorted(self.sorted_keys, wanted, side="left"))
+        behind = int(np.searchsorted(self.sorted_keys, wanted, side="right"))
+        return [self.row(int(number)) for number in self.order[first:behind]]
+
+    def one(self, key: Any) -> Any:
+        """The value of the first row with this key; ValueError where there is none."""
+        found = self.all(key)
+        if not found:
+            name = f"{self.key} {key!r}" if self.key else repr(key)
+            raise ValueError(f"{self.path} has no {name}{f' in {self.at}' if self.at else ''}")
+        return found[0].value
+
+
+class JsonLines:
+    """One JSON value a line; blank lines do not count, and the first line is 1."""
+
+    def __init__(self, path: str | Path):
+        self.path = require_file(path)
+        index = cached(self.path, "lines", partial(scan_lines, self.path))
+        self.starts, self.ends, self.numbers = index["starts"], index["ends"], index["numbers"]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Row:
+        where = f"{self.path}:{self.numbers[index]}"
+        start, end = int(self.starts[index]), int(self.ends[index])
+        return Row(read_span(self.path, start, end, where), where)
+
+
+class ListRows:
+    """Rows that are in memory already: `make` turns an item into its row."""
+
+    def __init__(self, items: Sequence[Any], make: Callable[[Any], Row]):
+        self.items, self.make = items, make
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.make(self.items[index])
+
+
+def json_rows(path: str | Path) -> JsonRows | JsonLines:
+    """A JSON list of rows, or one row a line: whichever the file begins as."""
+    with require_file(path).open("rb") as file:
+        is_list = Scanner(file, Path(path)).peek() == "["
+    return JsonRows(path) if is_list else JsonLines(path)

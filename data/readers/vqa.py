@@ -1,0 +1,196 @@
+"""Questions about pictures: VQAv2, OK-VQA, A-OKVQA, GQA, VizWiz, POPE, ScienceQA.
+
+VQAv2, OK-VQA  {"data_subtype": "train2014", "questions": [{question_id, image_id, question}]}
+               {"annotations": [{question_id, answers: [{answer, ...}] x 10, ...}]}
+A-OKVQA        [{question_id, image_id, question, choices, correct_choice_idx, direct_answers}]
+GQA            {question id: {imageId, question, answer, ...}}
+VizWiz         [{image, question, answers: [{answer, answer_confidence}], answerable}]
+POPE           one JSON object a line, in spite of its name: {question_id, image, text, label}
+ScienceQA      problems.json {id: {question, choices, answer, hint, image}}, pid_splits.json
+"""
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from string import ascii_uppercase
+
+from data.pictures import find_picture
+from data.readers.fields import answers_of, field, name, tags_of, text, texts
+from data.readers.record import Record, Records
+from data.readers.rows import JsonLines, JsonRows, ListRows, Row, require_file
+from data.readers.scanner import member_of
+from moa.config import SourceConfig
+
+
+def read_vqa(source: SourceConfig) -> Records:
+    """Questions joined with their annotations; a test split has none."""
+    assert source.path and source.images  # checked by the table
+    questions = JsonRows(source.path, at="questions")
+    subset = member_of(questions.path, "data_subtype")
+    answers = source.annotations
+    found = JsonRows(answers, at="annotations", key="question_id") if answers else None
+    parse = partial(parse_vqa, annotations=found, images=source.images, subset=subset)
+    return Records(rows=questions, parse=parse)
+
+
+def parse_vqa(row: Row, annotations: JsonRows | None, images: str, subset: str) -> Record:
+    answers: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    number = name(row.value, "question_id")
+    if annotations is not None:
+        annotation = annotations.one(number)
+        chosen = annotation.get("multiple_choice_answer")
+        # the order of answers decides nothing but ties, and those go to the chosen answer
+        answers = tuple(sorted(answers_of(annotation, "answers"), key=lambda a: a != chosen))
+        tags = tags_of(annotation, "answer_type", "question_type")
+    return Record(
+        id=number,
+        image_id=name(row.value, "image_id"),
+        picture=coco_picture(images, name(row.value, "image_id"), subset),
+        question=text(row.value, "question"),
+        answers=answers,
+        split=subset,
+        tags=tags,
+    )
+
+
+def coco_picture(images: str, number: str, subset: str) -> Path:
+    """COCO's file of a picture, by its name of 2014 (the folder may hold the subsets) or of 2017."""
+    subset = subset.replace("test-dev", "test")
+    old, new = f"COCO_{subset}_{int(number):012d}.jpg", f"{int(number):012d}.jpg"
+    return find_picture(images, old, f"{subset}/{old}", new, f"{subset}/{new}")
+
+
+def read_aokvqa(source: SourceConfig, choose: bool) -> Records:
+    """`choose`: the options stand in the question, and the answer is a letter."""
+    assert source.path and source.images
+    parse = partial(parse_aokvqa, images=source.images, choose=choose)
+    return Records(rows=JsonRows(source.path), parse=parse)
+
+
+def parse_aokvqa(row: Row, images: str, choose: bool) -> Record:
+    value, split = row.value, text(row.value, "split")
+    question = text(value, "question")
+    answers: tuple[str, ...] = ()
+    if choose:
+        question = f"{question}\n{lettered(texts(value, 'choices'))}"
+        if "correct_choice_idx" in value:  # not in the test split
+            answers = (letter(value, "correct_choice_idx"),)
+    elif "direct_answers" in value:
+        answers = texts(value, "direct_answers")
+    number = name(value, "image_id")
+    return Record(
+        id=name(value, "question_id"),
+        image_id=number,
+        picture=coco_picture(images, number, f"{split}2017"),
+        question=question,
+        answers=answers,
+        split=split,
+    )
+
+
+def lettered(choices: tuple[str, ...]) -> str:
+    return "\n".join(f"{ascii_uppercase[i]}. {choice}" for i, choice in enumerate(choices))
+
+
+def letter(row: dict, key: str) -> str:
+    """The letter of the right one of `choices`, from its number."""
+    number, count = field(row, key, int), len(texts(row, "choices"))
+    if not 0 <= number < count:
+        raise ValueError(f"{key!r} must be in 0..{count - 1}, one of the choices, got {number}")
+    return ascii_uppercase[number]
+
+
+def read_gqa(source: SourceConfig) -> Records:
+    assert source.path and source.images
+    return Records(rows=JsonRows(source.path), parse=partial(parse_gqa, images=source.images))
+
+
+def parse_gqa(row: Row, images: str) -> Record:
+    value, image_id = row.value, name(row.value, "imageId")
+    answer = text(value, "answer") if "answer" in value else None  # test splits have none
+    return Record(
+        id=row.key,
+        image_id=image_id,
+        picture=find_picture(images, f"{image_id}.jpg"),
+        question=text(value, "question"),
+        answers=() if answer is None else (answer,),
+        tags=tags_of(value.get("types") or {}, "structural", "semantic"),
+    )
+
+
+def read_vizwiz(source: SourceConfig) -> Records:
+    assert source.path and source.images
+    return Records(rows=JsonRows(source.path), parse=partial(parse_vizwiz, images=source.images))
+
+
+def parse_vizwiz(row: Row, images: str) -> Record:
+    value, image = row.value, text(row.value, "image")
+    kind: tuple[str, ...] = ()
+    if "answerable" in value:  # not in the test split
+        kind = ("answerable" if field(value, "answerable", int) else "unanswerable",)
+    return Record(
+        id=image,
+        image_id=image,
+        picture=find_picture(images, image),
+        question=text(value, "question"),
+        answers=answers_of(value, "answers") if "answers" in value else (),
+        tags=(*kind, *tags_of(value, "answer_type")),
+    )
+
+
+def read_pope(source: SourceConfig) -> Records:
+    assert source.path and source.images
+    kind = Path(source.path).stem.removeprefix("coco_pope_")
+    parse = partial(parse_pope, images=source.images, kind=kind)
+    return Records(rows=JsonLines(source.path), parse=parse)
+
+
+def parse_pope(row: Row, images: str, kind: str) -> Record:
+    image = text(row.value, "image")
+    return Record(
+        id=name(row.value, "question_id"),
+        image_id=coco_number(image),
+        picture=find_picture(images, image),
+        question=text(row.value, "text"),
+        answers=(text(row.value, "label"),),
+        tags=(kind,),
+    )
+
+
+def coco_number(image: str) -> str:
+    """The picture's number in COCO, as other data sets name it, or the file's name."""
+    found = re.search(r"(?:^|[/_])(\d{12})\.jpg$", image)
+    return str(int(found[1])) if found else image
+
+
+def read_scienceqa(source: SourceConfig) -> Records:
+    """The problems of one split, in the order of pid_splits.json; some have no picture."""
+    assert source.path and source.annotations and source.images and source.split
+    problems = JsonRows(source.path)
+    splits = json.loads(require_file(source.annotations).read_text(encoding="utf-8"))
+    if source.split not in splits:
+        raise ValueError(f"{source.annotations}: no split {source.split!r}; it has {[*splits]}")
+    rows = ListRows([str(number) for number in splits[source.split]], partial(problem, problems))
+    return Records(rows=rows, parse=partial(parse_scienceqa, images=source.images))
+
+
+def problem(problems: JsonRows, key: str) -> Row:
+    return Row(problems.one(key), f"{problems.path}: [{key!r}]", key=key)
+
+
+def parse_scienceqa(row: Row, images: str) -> Record:
+    value, hint, split = row.value, text(row.value, "hint"), text(row.value, "split")
+    question = f"{text(value, 'question')}\n{lettered(texts(value, 'choices'))}"
+    image = field(value, "image", str, type(None))
+    names = image and (f"{split}/{row.key}/{image}", f"{row.key}/{image}")
+    return Record(
+        id=row.key,
+        image_id=row.key,
+        picture=find_picture(images, *names) if names else None,
+        question=f"Context: {hint}\n{question}" if hint else question,
+        answers=(letter(value, "answer"),),
+        split=split,
+        tags=("picture" if image else "text", *tags_of(value, "subject", "grade")),
+    )
