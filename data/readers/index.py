@@ -75,7 +75,7 @@ def counted(count: Callable[[Any], int] | None, row: Any) -> int:
 
 def key_bytes(value: Any) -> bytes:
     """The form in which keys are compared: 5 and "5" are one key."""
-    return utf8(value).encode() if isinstance(value, str) else str(value).encode()
+    return (utf8(value) if isinstance(value, str) else str(value)).encode(errors="surrogatepass")
 
 
 def scan_lines(path: Path) -> Arrays:

@@ -84,7 +84,7 @@ class JsonRows:
     def row(self, number: int, part: int = 0) -> Row:
         """A row by its place in the file, whatever its count."""
         named = self.key is None and len(self.keys) > 0
-        key = self.keys[number].decode() if named else ""
+        key = self.keys[number].decode(errors="surrogatepass") if named else ""
         where = f"{self.path}: {self.at or ''}[{repr(key) if named else number}]"
         value = read_span(self.path, int(self.starts[number]), int(self.ends[number]), where)
         return Row(value, where, part, key)

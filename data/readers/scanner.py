@@ -63,7 +63,7 @@ class Scanner:
                 if self.ended or not cut:
                     raise self.error(error.msg, error.pos) from None
             else:
-                if end < len(self.text) or self.ended:  # else a number may go on
+                if end + 3 <= len(self.text) or self.ended:  # else a number may go on: 1 of 1e+9
                     start, self.cursor = self.cursor, end
                     offset = self.offset
                     return Element(key=None, start=offset + start, end=offset + end, value=value)
