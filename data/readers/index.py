@@ -27,12 +27,12 @@ VERSION = 1  # of what the arrays hold
 Arrays = dict[str, np.ndarray]
 
 
-def utf8(text: str) -> str:
-    """The text behind a latin-1 reading of UTF-8 bytes; text that came from escapes stays."""
+def utf8(value: Any) -> Any:
+    """The text behind a latin-1 reading of UTF-8 bytes; numbers, and text from escapes, stay."""
     try:
-        return text.encode("latin-1").decode()
+        return value.encode("latin-1").decode() if isinstance(value, str) else value
     except UnicodeError:
-        return text
+        return value
 
 
 def scan_json(
@@ -56,9 +56,9 @@ def scan_json(
             spans.extend((element.start, element.end, counted(count, element.value)))
             if key is not None:
                 row = element.value
-                keys.append(key_bytes(row.get(key) if isinstance(row, dict) else None))
+                keys.append(key_bytes(utf8(row.get(key) if isinstance(row, dict) else None)))
             elif element.key is not None:
-                keys.append(key_bytes(element.key))
+                keys.append(key_bytes(utf8(element.key)))
     starts, ends, counts = np.array(spans, np.int64).reshape(-1, 3).T
     return {"starts": starts, "ends": ends, "counts": counts} | (
         {"keys": np.array(keys)} if keys else {}
@@ -75,7 +75,7 @@ def counted(count: Callable[[Any], int] | None, row: Any) -> int:
 
 def key_bytes(value: Any) -> bytes:
     """The form in which keys are compared: 5 and "5" are one key."""
-    return (utf8(value) if isinstance(value, str) else str(value)).encode(errors="surrogatepass")
+    return str(value).encode(errors="surrogatepass")
 
 
 def scan_lines(path: Path) -> Arrays:
