@@ -8,7 +8,7 @@ import torch
 from data.boxes import CODECS
 from data.checks import BadSampleError
 from data.collate import IGNORED, Collator, chosen_words, target_text
-from data.sample import OcrWord, Sample
+from data.sample import OcrWord, Sample, Turn
 from tests.tiny import random_image, tiny_processor
 
 CODEC = CODECS["location_tokens"]
@@ -171,3 +171,46 @@ def test_a_chat_template_without_generation_marks_is_refused():
     processor.chat_template = template.replace("{% endgeneration %}", "")
     with pytest.raises(ValueError, match="generation"):
         replace(COLLATE, processor=processor)([sample()])
+
+
+def test_an_instruction_stands_behind_the_ocr_words_as_llava_writes_it():
+    asked = sample(instruction="\nAnswer with one word.")
+    batch = replace(COLLATE, ocr_separator=", ", task_in_prompt=False)([asked])
+    expected = "what colour is the square?\nReference OCR token: STOP, now\nAnswer with one word."
+    assert expected in prompt_of(batch)
+    words = TOKENIZER.decode(batch.text_ids[0][batch.text_mask[0]])
+    assert words == "what colour is the square?\nAnswer with one word."
+
+
+def test_every_answer_of_a_conversation_is_supervised_and_nothing_else():
+    turns = (Turn(question="and the circle?", answer="blue"), Turn(question="sure?", answer="yes"))
+    batch = COLLATE([sample(turns=turns, system="be brief")])
+    learned = batch.labels[0][batch.labels[0] != IGNORED]
+    spoken = [text.strip() for text in TOKENIZER.decode(learned).split(TOKENIZER.eos_token)]
+    assert spoken == ["red", "blue", "yes", ""]
+    text = prompt_of(batch)
+    places = [text.index(part) for part in ("be brief", "[vqa] what", "and the circle?", "sure?")]
+    assert places == sorted(places)
+    assert torch.equal(batch.text_ids, COLLATE([sample()]).text_ids)  # gates: by the first question
+
+
+def test_generation_answers_the_first_question_of_a_conversation():
+    turns = (Turn(question="and the circle?", answer="blue"),)
+    collate = replace(COLLATE, for_generation=True)
+    assert torch.equal(collate([sample(turns=turns)]).input_ids, collate([sample()]).input_ids)
+
+
+def test_text_alone_has_no_picture_in_the_batch():
+    text = sample(image=None, ocr=None)
+    mixed = COLLATE([text, sample()])
+    assert mixed.image_index.tolist() == [1] and mixed.image_mask.tolist() == [False, True]
+    assert mixed.pixel_values.shape == (1, 3, 28, 28)
+    assert (mixed.input_ids == PROCESSOR.image_token_id).sum(1).tolist() == [0, 4]
+    alone = COLLATE([text])
+    assert alone.pixel_values.shape == (0, 3, 28, 28) and alone.image_index.shape == (0,)
+    assert torch.equal(alone.input_ids[0], mixed.input_ids[0][mixed.attention_mask[0].bool()])
+
+
+def test_the_image_token_is_refused_in_later_turns_too():
+    with pytest.raises(BadSampleError, match="image token in text"):
+        COLLATE([sample(turns=(Turn(question="is <image> one?", answer="yes"),))])

@@ -19,7 +19,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
-NAMES = st.text(st.characters(exclude_characters="\0"))
+NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 REUSED = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -321,3 +321,44 @@ def test_a_shard_that_is_missing_or_compressed_is_named(tmp_path):
         archive.add(folder / "00000.tar", "a.jpg")
     with pytest.raises(ValueError, match=r"00001\.tar: not a tar file without compression"):
         opened("webdataset", folder)
+
+
+def all_formats(folder: Path, toy: dict) -> dict:
+    """The toy world's config with every format as a training source and, where it can be scored, as a test."""
+    sources = []
+    for name, case in CASES.items():
+        written(name, folder / name)
+        paths = {
+            key: str(folder / name / value) for key, value in case.config.items() if key in PATHS
+        }
+        sources.append({**case.config, **paths, "name": name, "format": name, "expert": "vqa"})
+    toy["data"] = {
+        "sources": sources,
+        "tasks": ["vqa", "ocr_vqa", "caption", "grounding", "classification"],
+    }
+    toy["eval"] = {"sources": [s for s in sources if s["name"] != "image_folder"], "batch_size": 8}
+    toy["train"]["batch_size"] = 64
+    toy["stages"] = [{"name": "joint", "steps": 1}]
+    return toy
+
+
+@pytest.mark.slow
+def test_every_format_trains_a_step_and_is_scored(tmp_path):
+    import yaml
+
+    from moa.benchmarks.sources import EvalSettings, score_sources
+    from moa.config import load_config
+    from moa.training.loop import train
+    from moa.training.setup import make_accelerator, open_run
+    from tests.toy import toy_world
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(all_formats(tmp_path, toy_world(tmp_path))))
+    config = load_config(tmp_path / "run.yaml")
+    run, state = open_run(config, make_accelerator(config))
+    drawn = {run.mixture.locate(position)[0] for position in range(64)}
+    assert len(drawn) > 20
+    train(run, state)
+    assert run.step == 1
+    results = score_sources(run.model, config, EvalSettings(progress=False, max_new_tokens=4))
+    assert {result.name for result in results} == {*CASES} - {"image_folder"}
+    assert not any(result.skipped for result in results)
