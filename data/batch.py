@@ -18,10 +18,11 @@ class Batch:
     """What the backbone reads (first block) and what only the router sees (second block).
 
     `labels` are -100 where nothing is supervised, and None for generation. `image_index` names the
-    sample of each picture. `text_ids` is the question alone: no OCR words, no task prefix, no
-    answer. `ocr_boxes` are x0 y0 x1 y1 in 0..1 of the picture. `task_ids` is -1 where the task is
-    unknown or withheld, `expert_ids` -1 where nobody knows. Masks are True where there is
-    something; a sample without OCR evidence has an all-False `ocr_mask`.
+    sample of each picture. A batch of text alone has one blank picture all the same, whose sample has
+    a False `image_mask`: so every process runs the vision tower. `text_ids` is the question alone: no
+    OCR words, no task prefix, no answer. `ocr_boxes` are x0 y0 x1 y1 in 0..1 of the picture.
+    `task_ids` is -1 where the task is unknown or withheld, `expert_ids` -1 where nobody knows. Masks
+    are True where there is something; a sample without OCR evidence has an all-False `ocr_mask`.
     """
 
     input_ids: Tensor  # [batch, seq] int64

@@ -135,7 +135,7 @@ class Collator:
             ("" if self.withholds(sample) or not self.task_in_prompt else task)
             + sample.question
             + (self.ocr_template.format(words=words) if self.ocr_in_prompt and words else "")
-            + sample.instruction
+            + (f"\n{sample.instruction}" if sample.instruction else "")
         )
 
     def conversation(self, sample: Sample) -> list[dict[str, Any]]:
@@ -181,8 +181,7 @@ class Collator:
         if not self.for_generation:
             supervised, _ = pad(encoded["assistant_masks"], 0)
             labels = ids.masked_fill(supervised == 0, IGNORED)
-        asked = [s.question + s.instruction for s in samples]
-        questions = tokenizer(asked, add_special_tokens=False)["input_ids"]
+        questions = tokenizer([s.question for s in samples], add_special_tokens=False)["input_ids"]
         pictured = [i for i, sample in enumerate(samples) if sample.image is not None]
         text_ids, text_mask = pad(questions, tokenizer.pad_token_id)
         return Batch(
@@ -190,7 +189,7 @@ class Collator:
             attention_mask=mask.long(),
             labels=labels,
             pixel_values=self._pixels(encoded),
-            image_index=torch.tensor(pictured, dtype=torch.long),
+            image_index=torch.tensor(pictured or [0]),
             image_mask=torch.tensor([s.image is not None for s in samples]),
             text_ids=text_ids,
             text_mask=text_mask,
@@ -201,11 +200,11 @@ class Collator:
         )
 
     def _pixels(self, encoded: dict[str, Any]) -> Tensor:
-        """The pictures; none of them, in the same shape, where every sample is text alone."""
+        """The pictures; a blank one, which nobody looks at, where every sample is text alone."""
         if "pixel_values" in encoded:
             return stack_pictures(encoded["pixel_values"])
         blank = self.processor.image_processor(Image.new("RGB", (32, 32)))
-        return stack_pictures(blank["pixel_values"])[:0]
+        return stack_pictures(blank["pixel_values"])
 
     def _task_id(self, sample: Sample) -> int:
         return -1 if self.withholds(sample) else position(self.tasks, sample.task)

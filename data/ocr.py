@@ -8,23 +8,22 @@ readings are equal: the engine already rounds to what the Parquet file stores.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL.Image import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.sample import Box, OcrWord
+from data.ocr_engines import Engine, RapidOcr, Words, whole
+from data.sample import OcrWord
 
 
 class Pictures(Protocol):
@@ -34,7 +33,6 @@ class Pictures(Protocol):
     def __getitem__(self, index: int, /) -> Image: ...
 
 
-Words = tuple[OcrWord, ...]
 OcrSource = Callable[[Image], Words | None]  # a cache or a live engine; None = no OCR was run
 Table = dict[str, Words]
 
@@ -57,113 +55,6 @@ def content_hash(image: Image) -> str:
     return digest.hexdigest()
 
 
-def split_line(text: str, box: Box, confidence: float) -> list[OcrWord]:
-    """The words of one line that the engine read, each with its share of the line's box.
-
-    Widths are proportional to characters, blanks included: exact for fixed-pitch letters, and
-    within about a letter for others.
-    """
-    x0, y0, x1, y1 = box
-    step = (x1 - x0) / max(len(text), 1)
-    words, start = [], 0
-    for part in text.split(" "):
-        if part.strip():
-            end = start + len(part)
-            share = (x0 + start * step, y0, x0 + end * step, y1)
-            words.append(OcrWord(text=part, box=_whole(share), confidence=confidence))
-        start += len(part) + 1
-    return words
-
-
-def _whole(box: Sequence[float]) -> Box:
-    """Whole pixels, as the cache stores them."""
-    x0, y0, x1, y1 = (float(round(value)) for value in box)
-    return x0, y0, x1, y1
-
-
-def reading_order(boxes: Sequence[Box]) -> list[int]:
-    """Positions of the boxes from top to bottom, and from left to right within a row.
-
-    A box joins the row above it when its centre lies above that row's bottom edge.
-    """
-    rows: list[tuple[float, list[int]]] = []
-    for index in sorted(range(len(boxes)), key=lambda i: boxes[i][1] + boxes[i][3]):
-        x0, top, x1, bottom = boxes[index]
-        if rows and (top + bottom) / 2 < rows[-1][0]:
-            rows[-1][1].append(index)
-        else:
-            rows.append((bottom, [index]))
-    return [i for _, row in rows for i in sorted(row, key=lambda i: boxes[i][0])]
-
-
-class OcrEngine:
-    """RapidOCR on one thread. The session is made at the first reading, so an engine pickles.
-
-    The detector's settings are for small pictures: the package's own upsize the short side to 736,
-    which is five times slower and no more exact here. Lines under `min_confidence` are dropped.
-    """
-
-    def __init__(self, *, min_confidence: float = 0.5, limit_side_len: int = 320):
-        if not 0 <= min_confidence <= 1:
-            raise ValueError(f"min_confidence: must lie in [0, 1], got {min_confidence}")
-        self.min_confidence = min_confidence
-        self.limit_side_len = limit_side_len
-        self._session: Any = None
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a cache records: two caches with equal settings hold equal words."""
-        return {
-            "engine": "rapidocr",
-            "version": importlib.metadata.version("rapidocr"),
-            "min_confidence": self.min_confidence,
-            "limit_side_len": self.limit_side_len,
-        }
-
-    def read(self, image: Image) -> Words:
-        """The words of a picture in reading order; boxes in its pixels."""
-        pixels = np.asarray(image.convert("RGB"))[:, :, ::-1]  # the engine takes BGR
-        result = self._started()(np.ascontiguousarray(pixels))
-        if not result.txts:
-            return ()
-        lines = [
-            (text, _bounds(corners, image.size), round(float(score), 3))
-            for text, corners, score in zip(result.txts, result.boxes, result.scores, strict=True)
-            if score >= self.min_confidence
-        ]
-        order = reading_order([box for _, box, _ in lines])
-        return tuple(word for i in order for word in split_line(*lines[i]))
-
-    __call__ = read
-
-    def _started(self) -> Any:
-        if self._session is None:
-            from rapidocr import RapidOCR
-
-            threads = "EngineConfig.onnxruntime."
-            self._session = RapidOCR(
-                params={
-                    "Global.use_cls": False,
-                    "Global.log_level": "error",
-                    "Det.limit_side_len": self.limit_side_len,
-                    "Det.limit_type": "min",
-                    threads + "intra_op_num_threads": 1,
-                    threads + "inter_op_num_threads": 1,
-                }
-            )
-        return self._session
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None}
-
-
-def _bounds(corners: np.ndarray, size: tuple[int, int]) -> Box:
-    """The upright box around the engine's four corners, clipped to the picture."""
-    x0, y0 = np.clip(corners.min(axis=0), 0, size)
-    x1, y1 = np.clip(corners.max(axis=0), 0, size)
-    return float(x0), float(y0), float(x1), float(y1)
-
-
 class OcrCache:
     """Words by content hash, held in memory.
 
@@ -171,7 +62,7 @@ class OcrCache:
     where there is none, answered with None ("no OCR was run").
     """
 
-    def __init__(self, path: str | Path | None = None, *, engine: OcrEngine | None = None):
+    def __init__(self, path: str | Path | None = None, *, engine: Engine | None = None):
         self.path = Path(path) if path is not None else None
         self.engine = engine
         self.table: Table = {}
@@ -218,7 +109,7 @@ def read_table(path: Path) -> tuple[Table, dict[str, Any]]:
 
 def _words(row: dict[str, Any]) -> Words:
     return tuple(
-        OcrWord(text=text, box=_whole(box), confidence=confidence)
+        OcrWord(text=text, box=whole(box), confidence=confidence)
         for text, box, confidence in zip(
             row["words"], row["boxes"], row["confidences"], strict=True
         )
@@ -278,7 +169,7 @@ def build_cache(
     *,
     num_workers: int = 2,
     part_size: int = 200,
-    engine: OcrEngine | None = None,
+    engine: Engine | None = None,
     progress: bool = True,
 ) -> BuildReport:
     """Read every picture into the cache at `path`, `part_size` pictures at a time.
@@ -288,7 +179,7 @@ def build_cache(
     picture that cannot be opened or read is counted by reason, and the others go on.
     """
     pictures = images if hasattr(images, "__getitem__") else [*images]
-    path, engine, report = Path(path), engine or OcrEngine(), BuildReport()
+    path, engine, report = Path(path), engine or RapidOcr(), BuildReport()
     table = _resume(path, engine.settings)
     fresh: Table = {}
     for position, (key, words, reason) in enumerate(
@@ -328,7 +219,7 @@ def _resume(path: Path, settings: dict[str, Any]) -> Table:
     return table
 
 
-def _read_all(pictures: Any, engine: OcrEngine, known: frozenset, num_workers: int, progress: bool):
+def _read_all(pictures: Any, engine: Engine, known: frozenset, num_workers: int, progress: bool):
     """(hash, words or None if known, reason or None) of every picture, in order."""
     total = len(pictures)
     columns = (TextColumn("OCR"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -339,7 +230,7 @@ def _read_all(pictures: Any, engine: OcrEngine, known: frozenset, num_workers: i
             yield result
 
 
-def _results(pictures: Any, engine: OcrEngine, known: frozenset, num_workers: int, total: int):
+def _results(pictures: Any, engine: Engine, known: frozenset, num_workers: int, total: int):
     if num_workers <= 1:
         _start_worker(pictures, engine, known)
         yield from map(_read_one, range(total))
@@ -355,7 +246,7 @@ def _results(pictures: Any, engine: OcrEngine, known: frozenset, num_workers: in
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(pictures: Any, engine: OcrEngine, known: frozenset) -> None:
+def _start_worker(pictures: Any, engine: Engine, known: frozenset) -> None:
     _worker.update(pictures=pictures, engine=engine, known=known)
 
 

@@ -37,6 +37,8 @@ class Sample:
     `answers` are all reference answers; a grounding sample has none, and `boxes` instead.
     `instruction` says how to answer; it stands behind the question and the OCR words.
     `ocr` is None where no engine was run and empty where it found nothing; both are "no evidence".
+    `choices` are the names that a classification chooses from, empty for open answers; for CLIP
+    `question` is then the template that turns a name into a text ("a photo of a {}").
     `expert` names the expert that this sample trains, or None where nobody knows.
     """
 
@@ -55,6 +57,7 @@ class Sample:
     system: str = ""
     turns: tuple[Turn, ...] = ()
     tags: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:

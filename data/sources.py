@@ -6,7 +6,8 @@ from typing import Any
 from data.boxes import CODECS
 from data.collate import Collator
 from data.mixture import Mixture, Source
-from data.ocr import OcrCache, OcrEngine
+from data.ocr import OcrCache
+from data.ocr_engines import RapidOcr
 from data.readers.table import open_records
 from data.scene_dataset import SceneDataset
 from moa.config import DataConfig, RunConfig, SourceConfig
@@ -36,7 +37,7 @@ def open_ocr(data: DataConfig, path: str | None = None) -> OcrCache | None:
     file = path or data.ocr_cache
     if file is None:
         return None
-    engine = OcrEngine(min_confidence=data.ocr_min_confidence) if data.ocr_engine else None
+    engine = RapidOcr(min_confidence=data.ocr_min_confidence) if data.ocr_engine else None
     return OcrCache(file, engine=engine)
 
 

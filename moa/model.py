@@ -245,7 +245,8 @@ class MixtureModel(nn.Module):
         self._set(decided, batch, expand)
         if tokens is None:
             tokens = self.backbone.image_tokens(batch.pixel_values)
-        features = self.backbone.project(tokens)
+        seen = batch.image_mask[batch.image_index]  # a batch of text alone brings a blank picture
+        features = self.backbone.project(tokens)[seen]
         return decided, self.backbone.inputs_embeds(batch.input_ids, features)
 
     def _tower_is_plain(self) -> bool:

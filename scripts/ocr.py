@@ -2,20 +2,32 @@
 
     python scripts/ocr.py --out assets/ocr.parquet --scenes train:3000 train:500:line
     python scripts/ocr.py --out my.parquet --folder ~/pictures
+    python scripts/ocr.py --out vqa.parquet --config configs/mine.yaml --source vqav2 --workers 8
 
-A killed run goes on where it stopped; pictures already in the file are not read again.
+A picture is read once, however many questions ask about it. A killed run goes on where it stopped;
+pictures already in the file are not read again.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.ocr import BuildReport, OcrEngine, build_cache, read_table
+from data.checks import BadSampleError
+from data.ocr import BuildReport, build_cache, read_table
+from data.ocr_engines import ENGINES, Engine
+from data.pictures import open_picture
+from data.readers.record import RecordDataset
+from data.readers.table import open_records
+from moa.config import RunConfig, SourceConfig, load_config
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -24,7 +36,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 class ScenePictures:
     """The scenes of some splits as a lazy sequence: each worker renders what it reads."""
 
-    splits: tuple[tuple[str, int, str | None], ...]
+    splits: Sequence[tuple[str, int, str | None]]
     seed: int
 
     def __len__(self) -> int:
@@ -57,6 +69,55 @@ class FolderPictures:
             raise ValueError(f"{self.files[index]}: {error}") from error
 
 
+@dataclass(frozen=True)
+class SourcePictures:
+    """The pictures of a data set, each once; a worker opens the files for itself."""
+
+    source: SourceConfig
+    positions: tuple[int, ...]  # of the first sample of each picture
+
+    @cached_property
+    def dataset(self) -> RecordDataset:
+        return open_records(self.source, None)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        record, where = self.dataset.records.read(self.positions[index])
+        assert record.picture is not None  # first_samples has left those out
+        return open_picture(record.picture, where)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "positions": self.positions}
+
+
+def source_pictures(config: RunConfig, name: str | None) -> SourcePictures:
+    """The pictures of the source of that name, or of the only one that has files."""
+    every = [*config.data.sources, *config.data.validation, *config.eval.sources]
+    found = {s.name: s for s in every if s.format != "scenes" and name in (None, s.name)}
+    if len(found) != 1:
+        names = sorted({s.name for s in every if s.format != "scenes"})
+        raise ValueError(f"--source: name one of {', '.join(names) or 'none: all are scenes'}")
+    (source,) = found.values()
+    return SourcePictures(source, first_samples(open_records(source, None)))
+
+
+def first_samples(dataset: RecordDataset) -> tuple[int, ...]:
+    """The first sample of each picture; rows that cannot be read stay, to be counted as failed."""
+    first: dict[object, int] = {}
+    for index in track(range(len(dataset)), "pictures", transient=True):
+        try:
+            record, _ = dataset.records.read(index)
+        except BadSampleError:
+            first[index] = index
+            continue
+        if record.picture is not None:
+            key = record.picture if isinstance(record.picture, Path) else record.image_id
+            first.setdefault(key, index)
+    return tuple(first.values())
+
+
 def folder_pictures(folder: Path) -> FolderPictures:
     """The pictures under a folder, sorted by path; an empty or missing folder is an error."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
@@ -81,6 +142,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--scenes", type=scene_split, nargs="+", metavar="SPLIT:COUNT[:STYLE]")
     what.add_argument("--folder", type=Path, help="every picture file under this folder")
+    what.add_argument("--config", type=Path, help="a run's YAML: the pictures of its --source")
+    parser.add_argument("--source", help="name of a data source of the config")
+    parser.add_argument("--engine", choices=ENGINES, default="rapidocr")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
     parser.add_argument("--part", type=int, default=200, help="pictures a save (default: 200)")
@@ -88,7 +152,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--min-confidence", type=float, default=0.5, help="drop lines below it (default: 0.5)"
     )
     parser.add_argument(
-        "--side", type=int, default=320, help="shortest side that the detector sees (default: 320)"
+        "--side",
+        type=int,
+        default=320,
+        help="rapidocr: shortest side that the detector sees (default: 320)",
     )
     return parser.parse_args(argv)
 
@@ -106,17 +173,26 @@ def report_lines(report: BuildReport, out: Path) -> list[str]:
     return lines
 
 
+def pictures_of(args: argparse.Namespace) -> Any:
+    if args.config:
+        return source_pictures(load_config(args.config), args.source)
+    return folder_pictures(args.folder) if args.folder else ScenePictures(args.scenes, args.seed)
+
+
+def engine_of(args: argparse.Namespace) -> Engine:
+    sizes = {"limit_side_len": args.side} if args.engine == "rapidocr" else {}
+    return ENGINES[args.engine](min_confidence=args.min_confidence, **sizes)
+
+
 def main() -> None:
     args = arguments()
     try:
-        pictures = (
-            folder_pictures(args.folder)
-            if args.folder
-            else ScenePictures(tuple(args.scenes), args.seed)
-        )
-        engine = OcrEngine(min_confidence=args.min_confidence, limit_side_len=args.side)
         report = build_cache(
-            pictures, args.out, num_workers=args.workers, part_size=args.part, engine=engine
+            pictures_of(args),
+            args.out,
+            num_workers=args.workers,
+            part_size=args.part,
+            engine=engine_of(args),
         )
     except ValueError as error:
         sys.exit(f"error: {error}")

@@ -24,7 +24,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data.ocr import OcrCache, OcrEngine, build_cache
+from data.ocr import OcrCache, build_cache
+from data.ocr_engines import RapidOcr
 from data.scene_dataset import TRAINED_TASKS, SceneDataset
 from moa.analysis.plots import scoreboard_chart
 from moa.analysis.routing import leave_one_out
@@ -326,8 +327,8 @@ def markdown(board: dict[str, Any], columns: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def engine_of(config: RunConfig) -> OcrEngine:
-    return OcrEngine(min_confidence=config.data.ocr_min_confidence)
+def engine_of(config: RunConfig) -> RapidOcr:
+    return RapidOcr(min_confidence=config.data.ocr_min_confidence)
 
 
 def read_pictures(plan: Plan, num_workers: int) -> None:
@@ -341,7 +342,8 @@ def read_pictures(plan: Plan, num_workers: int) -> None:
         for dataset in column.datasets(plan.num_samples, None):
             for index in range(len(dataset)):
                 sample = dataset[index]
-                pictures[sample.image_id] = sample.image
+                if sample.image is not None:
+                    pictures[sample.image_id] = sample.image
     build_cache(
         list(pictures.values()), plan.ocr_file, engine=engine_of(config), num_workers=num_workers
     )

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.readers.table import CAPTION, LETTER, REGION, WHAT
+from data.readers.table import CAPTION, CLASS, LETTER, REGION
 from data.sample import OcrWord, Turn
 from tests.tiny import random_image
 
@@ -659,8 +659,8 @@ OTHERS = {
         write=write_classes,
         config={"path": "."},
         count=2,
-        first={"id": "cat/1.jpg", "image_id": "cat/1.jpg", "question": WHAT, "answers": ("cat",),
-               "task": "classification"},
+        first={"id": "cat/1.jpg", "image_id": "cat/1.jpg", "question": CLASS, "answers": ("cat",),
+               "task": "classification", "choices": ("cat", "dog")},
         broken=lambda folder: (folder / "dog/2.png").write_bytes(picture_bytes()[:80]),
         complaint=("dog/2.png: broken image",),
     ),

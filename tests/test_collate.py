@@ -174,12 +174,10 @@ def test_a_chat_template_without_generation_marks_is_refused():
 
 
 def test_an_instruction_stands_behind_the_ocr_words_as_llava_writes_it():
-    asked = sample(instruction="\nAnswer with one word.")
+    asked = sample(instruction="Answer with one word.")
     batch = replace(COLLATE, ocr_separator=", ", task_in_prompt=False)([asked])
     expected = "what colour is the square?\nReference OCR token: STOP, now\nAnswer with one word."
     assert expected in prompt_of(batch)
-    words = TOKENIZER.decode(batch.text_ids[0][batch.text_mask[0]])
-    assert words == "what colour is the square?\nAnswer with one word."
 
 
 def test_every_answer_of_a_conversation_is_supervised_and_nothing_else():
@@ -207,7 +205,8 @@ def test_text_alone_has_no_picture_in_the_batch():
     assert mixed.pixel_values.shape == (1, 3, 28, 28)
     assert (mixed.input_ids == PROCESSOR.image_token_id).sum(1).tolist() == [0, 4]
     alone = COLLATE([text])
-    assert alone.pixel_values.shape == (0, 3, 28, 28) and alone.image_index.shape == (0,)
+    assert alone.image_mask.tolist() == [False]
+    assert alone.pixel_values.shape == (1, 3, 28, 28)  # blank: every process runs its tower
     assert torch.equal(alone.input_ids[0], mixed.input_ids[0][mixed.attention_mask[0].bool()])
 
 

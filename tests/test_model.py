@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from data.batch import Batch
+from data.collate import Collator
 from moa.backbones.llava import Backbone
 from moa.experts import ExpertBank
 from moa.model import KINDS, MixtureModel
 from moa.router import AnchorRouter, Router
-from tests.tiny import QUESTIONS, tiny_batch, tiny_llava
+from tests.test_collate import CODEC
+from tests.test_collate import sample as toy_sample
+from tests.tiny import QUESTIONS, random_image, tiny_batch, tiny_llava
 
 LANGUAGE = r"model\.language_model\.layers\.\d+\..*_proj"
 PROJECTOR = r"model\.multi_modal_projector\.linear_\d"
@@ -595,3 +598,23 @@ def telling_batch(model: MixtureModel, kind: str, generator: torch.Generator) ->
     same = {"questions": ["what is this?"] * 24, "images": [0] * 24, "tasks": [0] * 24}
     options = {**same, "words": [()] * 24, "answers": None, "experts": ids}
     return batch_of(model, **{**options, **TELLING[kind](ids)})
+
+
+# Text alone ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [[LANGUAGE], EVERYWHERE], ids=["language", "everywhere"])
+def test_text_alone_has_the_same_gates_and_loss_with_and_without_pictures_beside_it(targets):
+    model = make_model(targets=targets)
+    collate = Collator(
+        processor=model.backbone.processor, tasks=["vqa"], experts=["vqa"], codec=CODEC
+    )
+    text = toy_sample(image=None, ocr=None, task="vqa", expert="vqa")
+    seen = dataclasses.replace(text, image=random_image(0))
+    alone, beside = (model(collate(samples)) for samples in ([text], [seen, text]))
+    close(alone.gates[0], beside.gates[1])
+    close(alone.loss_per_sample[0], beside.loss_per_sample[1])
+    ids = model.generate(
+        dataclasses.replace(collate, for_generation=True)([text]), max_new_tokens=3
+    )
+    assert ids.shape == (1, 3)

@@ -1,21 +1,24 @@
+import shutil
 import subprocess
 import sys
 
 import pytest
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from data import ocr
 from data.ocr import (
     OcrCache,
-    OcrEngine,
     build_cache,
     content_hash,
     read_table,
-    reading_order,
-    split_line,
     write_table,
 )
+from data.ocr_engines import RapidOcr, Tesseract, reading_order, split_line, tsv_words
+from data.readers.table import open_records
 from data.sample import OcrWord
+from moa.config import SourceConfig
+from tests.toy import write_rows
 
 
 def sign(text: str, size: tuple[int, int] = (192, 192)) -> Image.Image:
@@ -27,7 +30,7 @@ def sign(text: str, size: tuple[int, int] = (192, 192)) -> Image.Image:
     return image
 
 
-class FakeEngine(OcrEngine):
+class FakeEngine(RapidOcr):
     """Reads the colour of the first pixel; refuses pure red."""
 
     def read(self, image):
@@ -52,7 +55,7 @@ class Broken:
 
 
 def test_the_engine_reads_rendered_words_in_reading_order_with_boxes_around_them():
-    words = OcrEngine().read(sign("HELLO\ngood day"))
+    words = RapidOcr().read(sign("HELLO\ngood day"))
     assert [w.text for w in words] == ["HELLO", "good", "day"]
     hello, good, day = (w.box for w in words)
     assert 10 <= hello[0] <= 30 and hello[3] < good[1]
@@ -61,13 +64,13 @@ def test_the_engine_reads_rendered_words_in_reading_order_with_boxes_around_them
 
 
 def test_a_picture_without_words_gives_an_empty_tuple():
-    assert OcrEngine().read(Image.new("RGB", (192, 192), "white")) == ()
+    assert RapidOcr().read(Image.new("RGB", (192, 192), "white")) == ()
 
 
 def test_lines_below_the_confidence_are_dropped():
-    assert OcrEngine(min_confidence=1.0).read(sign("HELLO\ngood day")) == ()
+    assert RapidOcr(min_confidence=1.0).read(sign("HELLO\ngood day")) == ()
     with pytest.raises(ValueError, match=r"min_confidence: must lie in \[0, 1\], got 2"):
-        OcrEngine(min_confidence=2)
+        RapidOcr(min_confidence=2)
 
 
 def test_a_line_is_split_into_words_by_its_share_of_characters():
@@ -96,7 +99,7 @@ def test_cached_words_equal_the_live_reading(tmp_path):
     report = build_cache(pictures, path, num_workers=2, progress=False)
     cache = OcrCache(path)
     assert (report.read, report.known, report.failed) == (2, 0, 0)
-    assert [cache.get(p) for p in pictures] == [OcrEngine().read(p) for p in pictures]
+    assert [cache.get(p) for p in pictures] == [RapidOcr().read(p) for p in pictures]
     assert cache.get(sign("other")) is None
 
 
@@ -188,3 +191,54 @@ def test_the_command_says_what_is_wrong_with_an_empty_folder(tmp_path):
     command = [sys.executable, "scripts/ocr.py", "--out", "x.parquet", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "no picture files" in done.stderr
+
+
+TABLE = """level\tpage_num\tblock_num\tpar_num\tline_num\tword_num\tleft\ttop\twidth\theight\tconf\ttext
+1\t1\t0\t0\t0\t0\t0\t0\t192\t192\t-1\t
+4\t1\t1\t1\t1\t0\t20\t28\t90\t18\t-1\t
+5\t1\t1\t1\t1\t1\t20\t28\t90\t18\t95.843750\tHE"LO
+5\t1\t1\t1\t2\t1\t20\t98\t60\t18\t31.5\t 
+"""
+
+
+def test_tesseracts_table_becomes_words_with_boxes_and_confidences():
+    assert tsv_words(TABLE) == (
+        OcrWord(text='HE"LO', box=(20.0, 28.0, 110.0, 46.0), confidence=0.958),
+    )
+
+
+def test_a_missing_tesseract_says_how_to_get_it(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match="apt install tesseract-ocr"):
+        Tesseract()
+
+
+@pytest.mark.skipif(shutil.which("tesseract") is None, reason="tesseract is not installed")
+def test_tesseract_reads_rendered_words_in_reading_order():
+    engine = Tesseract()
+    words = engine.read(sign("HELLO\ngood day"))
+    assert [w.text for w in words] == ["HELLO", "good", "day"]
+    assert words[0].box[3] < words[1].box[1] and words[1].box[2] < words[2].box[0]
+    assert engine.settings["version"][0].isdigit()
+
+
+def test_the_pictures_of_a_data_set_are_read_once_each(tmp_path):
+    for name, text in (("a", "HELLO"), ("b", "EXIT")):
+        sign(text).save(tmp_path / f"{name}.png")
+    rows = [{"image": f"{name}.png", "question": f"{i}?", "task": "vqa", "answers": ["x"]}
+            for i, name in enumerate(("a", "b", "a", "nowhere"))]  # fmt: skip
+    write_rows(tmp_path / "rows.jsonl", rows)
+    config = {"experts": {"one": {}}, "data": {"sources": [
+        {"name": "signs", "format": "jsonl", "path": str(tmp_path / "rows.jsonl")},
+        {"name": "scenes", "task": "vqa", "num_samples": 3}]}}  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "signs.parquet"
+    command = [sys.executable, "scripts/ocr.py", "--out", str(out), "--workers", "2"]
+    done = subprocess.run(
+        [*command, "--config", str(tmp_path / "run.yaml")], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "read 2, known before 0, failed 1" in done.stdout, done.stderr
+    assert "rows.jsonl:4: missing image" in done.stdout
+    source = SourceConfig(name="signs", format="jsonl", path=str(tmp_path / "rows.jsonl"))
+    read = open_records(source, None, OcrCache(out))[2]
+    assert [word.text for word in read.ocr or ()] == ["HELLO"]

@@ -55,7 +55,7 @@ def test_a_published_file_becomes_samples(name, tmp_path):
     samples = [dataset[index] for index in range(len(dataset))]
     assert samples[0].image is not None and samples[0].image.size == SIZE
     empty = {"expert": "one", "source": "mine", "split": None, "boxes": (), "ocr": None,
-             "instruction": "", "system": "", "turns": (), "tags": ()}  # fmt: skip
+             "instruction": "", "system": "", "turns": (), "tags": (), "choices": ()}  # fmt: skip
     names = [field.name for field in fields(Sample) if field.name != "image"]
     assert {name: getattr(samples[0], name) for name in names} == empty | case.first
     assert len({sample.id for sample in samples}) == case.count
@@ -98,7 +98,7 @@ def test_a_key_that_a_format_lacks_or_does_not_use_is_named(tmp_path):
         opened("vqav2", folder, ocr="annotations.json")
     with pytest.raises(ValueError, match=r"mine\.images: no such folder"):
         opened("vqav2", folder, images="elsewhere")
-    with pytest.raises(ValueError, match=r"mine\.prompt: .* may hold {question} and no other"):
+    with pytest.raises(ValueError, match=r"mine\.prompt: {questoin} in .* is not {question}"):
         opened("vqav2", folder, prompt="{questoin}?")
 
 
@@ -121,7 +121,7 @@ def test_text_alone_is_a_sample_without_a_picture(tmp_path):
 
 def test_prompt_and_instruction_come_from_the_source_where_it_names_them(tmp_path):
     folder = written("textvqa", tmp_path / "data")
-    brief = "\nAnswer the question using a single word or phrase."
+    brief = "Answer the question using a single word or phrase."
     sample = opened("textvqa", folder, prompt="Look: {question}", instruction=brief)[0]
     assert sample.question.startswith("Look: what is the brand") and sample.instruction == brief
 

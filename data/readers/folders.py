@@ -37,16 +37,24 @@ def read_image_folder(source: SourceConfig) -> Records:
     files = sorted(f for f in root.glob("*/*") if f.suffix.lower().lstrip(".") in PICTURES)
     if not files:
         raise ValueError(f"{root}: holds no <class>/<picture> ({', '.join(PICTURES)})")
-    return Records(rows=ListRows(files, file_row), parse=partial(parse_file, root=root))
+    classes = tuple(sorted({file.parent.name for file in files}))
+    parse = partial(parse_file, root=root, classes=classes)
+    return Records(rows=ListRows(files, file_row), parse=parse)
 
 
 def file_row(file: Path) -> Row:
     return Row(file, str(file))
 
 
-def parse_file(row: Row, root: Path) -> Record:
+def parse_file(row: Row, root: Path, classes: tuple[str, ...]) -> Record:
     number = row.value.relative_to(root).as_posix()
-    return Record(id=number, image_id=number, picture=row.value, answers=(row.value.parent.name,))
+    return Record(
+        id=number,
+        image_id=number,
+        picture=row.value,
+        answers=(row.value.parent.name,),
+        choices=classes,
+    )
 
 
 class TarRows:

@@ -3,8 +3,8 @@
     {"image": "pictures/1.jpg", "question": "what is this?", "answers": ["a cat"], "task": "vqa"}
 
 `image` is relative to the source's `images`, or to the file. Optional: `id`, `image_id`, `answers`,
-`boxes` ([[x0, y0, x1, y1], ...] in pixels), `ocr` ([{"text", "box", "confidence"}, ...]), `tags`. A key
-that is none of these is an error: it is a slip.
+`boxes` ([[x0, y0, x1, y1], ...] in pixels), `ocr` ([{"text", "box", "confidence"}, ...]), `tags`,
+`choices` (for classification). A key that is none of these is an error: it is a slip.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from data.sample import OcrWord
 from moa.config import SourceConfig
 
 REQUIRED = ("image", "question", "task")
-OPTIONAL = ("id", "image_id", "answers", "boxes", "ocr", "tags")
+OPTIONAL = ("id", "image_id", "answers", "boxes", "ocr", "tags", "choices")
 
 
 def read_jsonl(source: SourceConfig) -> Records:
@@ -48,6 +48,7 @@ def parse_own(row: Row, images: str) -> Record:
         boxes=tuple(box_of(box) for box in value.get("boxes", ())),
         ocr=None if value.get("ocr") is None else tuple(map(word_of, field(value, "ocr", list))),
         tags=texts(value, "tags") if "tags" in value else (),
+        choices=texts(value, "choices") if "choices" in value else (),
     )
 
 

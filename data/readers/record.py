@@ -39,6 +39,7 @@ class Record:
     system: str = ""
     turns: tuple[Turn, ...] = ()
     tags: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,7 @@ class RecordDataset:
             id=record.id,
             image_id=record.image_id,
             image=image,
-            question=self.prompt.format(question=record.question),
+            question=self.prompt.replace("{question}", record.question),
             answers=record.answers,
             task=record.task or self.task,
             source=self.source,
@@ -121,6 +122,7 @@ class RecordDataset:
             system=record.system,
             turns=record.turns,
             tags=record.tags,
+            choices=record.choices,
         )
 
 

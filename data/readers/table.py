@@ -4,6 +4,7 @@ A reader is a function from a source's config to `Records`; the row says which k
 needs and may use, so that a forgotten file or a setting without effect is one clear error.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -18,8 +19,8 @@ CAPTION = "Provide a one-sentence caption for the provided image."
 REGION = (
     "Please provide the bounding box coordinate of the region this sentence describes: {question}"
 )
-WHAT = "What is the main thing in this picture?"
-LETTER = "\nAnswer with the option's letter from the given choices directly."
+CLASS = "a photo of a {}"
+LETTER = "Answer with the option's letter from the given choices directly."
 SOME_USE = ("path", "images", "annotations", "ocr", "columns", "one_per", "style", "seed")
 DEFAULTS = {field.name: field.default for field in fields(SourceConfig)}
 
@@ -66,7 +67,7 @@ FORMATS = {
     "flickr30k_entities": grounded(read=grounding.read_entities, may=("annotations",)),
     "visual_genome": grounded(read=grounding.read_visual_genome),
     "image_folder": Format(
-        read=folders.read_image_folder, needs=FILE, task="classification", prompt=WHAT
+        read=folders.read_image_folder, needs=FILE, task="classification", prompt=CLASS
     ),
 }
 
@@ -112,10 +113,9 @@ def check_keys(source: SourceConfig, chosen: Format) -> None:
 
 
 def check_prompt(name: str, prompt: str) -> None:
-    try:
-        prompt.format(question="")
-    except (LookupError, ValueError) as error:
+    """A `{}` is the class name's place in CLIP's templates, and left alone."""
+    unknown = [place for place in re.findall(r"\{\w+\}", prompt) if place != "{question}"]
+    if unknown:
         raise ValueError(
-            f"data.sources.{name}.prompt: {prompt!r} may hold {{question}} and no other braces"
-            f" ({error})"
-        ) from None
+            f"data.sources.{name}.prompt: {unknown[0]} in {prompt!r} is not {{question}}"
+        )

@@ -1,0 +1,197 @@
+"""OCR engines: from a picture to its words in reading order, with boxes in its pixels."""
+
+import importlib.metadata
+import io
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL.Image import Image
+
+from data.sample import Box, OcrWord
+
+Words = tuple[OcrWord, ...]
+ONE_THREAD = {"OMP_THREAD_LIMIT": "1"}  # several pictures at once are faster than several threads
+
+
+class Engine(Protocol):
+    """`settings` is what a cache records: two caches with equal settings hold equal words."""
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def read(self, image: Image) -> Words: ...
+
+
+def check_confidence(value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"min_confidence: must lie in [0, 1], got {value}")
+
+
+def split_line(text: str, box: Box, confidence: float) -> list[OcrWord]:
+    """The words of one line that the engine read, each with its share of the line's box.
+
+    Widths are proportional to characters, blanks included: exact for fixed-pitch letters, and
+    within about a letter for others.
+    """
+    x0, y0, x1, y1 = box
+    step = (x1 - x0) / max(len(text), 1)
+    words, start = [], 0
+    for part in text.split(" "):
+        if part.strip():
+            end = start + len(part)
+            share = (x0 + start * step, y0, x0 + end * step, y1)
+            words.append(OcrWord(text=part, box=whole(share), confidence=confidence))
+        start += len(part) + 1
+    return words
+
+
+def whole(box: Sequence[float]) -> Box:
+    """Whole pixels, as the cache stores them."""
+    x0, y0, x1, y1 = (float(round(value)) for value in box)
+    return x0, y0, x1, y1
+
+
+def reading_order(boxes: Sequence[Box]) -> list[int]:
+    """Positions of the boxes from top to bottom, and from left to right within a row.
+
+    A box joins the row above it when its centre lies above that row's bottom edge.
+    """
+    rows: list[tuple[float, list[int]]] = []
+    for index in sorted(range(len(boxes)), key=lambda i: boxes[i][1] + boxes[i][3]):
+        x0, top, x1, bottom = boxes[index]
+        if rows and (top + bottom) / 2 < rows[-1][0]:
+            rows[-1][1].append(index)
+        else:
+            rows.append((bottom, [index]))
+    return [i for _, row in rows for i in sorted(row, key=lambda i: boxes[i][0])]
+
+
+class RapidOcr:
+    """RapidOCR on one thread. The session is made at the first reading, so an engine pickles.
+
+    The detector's settings are for small pictures: the package's own upsize the short side to 736,
+    which is five times slower and no more exact here. Lines under `min_confidence` are dropped.
+    """
+
+    def __init__(self, *, min_confidence: float = 0.5, limit_side_len: int = 320):
+        check_confidence(min_confidence)
+        self.min_confidence = min_confidence
+        self.limit_side_len = limit_side_len
+        self._session: Any = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "engine": "rapidocr",
+            "version": importlib.metadata.version("rapidocr"),
+            "min_confidence": self.min_confidence,
+            "limit_side_len": self.limit_side_len,
+        }
+
+    def read(self, image: Image) -> Words:
+        """The words of a picture in reading order; boxes in its pixels."""
+        pixels = np.asarray(image.convert("RGB"))[:, :, ::-1]  # the engine takes BGR
+        result = self._started()(np.ascontiguousarray(pixels))
+        if not result.txts:
+            return ()
+        lines = [
+            (text, _bounds(corners, image.size), round(float(score), 3))
+            for text, corners, score in zip(result.txts, result.boxes, result.scores, strict=True)
+            if score >= self.min_confidence
+        ]
+        order = reading_order([box for _, box, _ in lines])
+        return tuple(word for i in order for word in split_line(*lines[i]))
+
+    __call__ = read
+
+    def _started(self) -> Any:
+        if self._session is None:
+            from rapidocr import RapidOCR
+
+            threads = "EngineConfig.onnxruntime."
+            self._session = RapidOCR(
+                params={
+                    "Global.use_cls": False,
+                    "Global.log_level": "error",
+                    "Det.limit_side_len": self.limit_side_len,
+                    "Det.limit_type": "min",
+                    threads + "intra_op_num_threads": 1,
+                    threads + "inter_op_num_threads": 1,
+                }
+            )
+        return self._session
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_session": None}
+
+
+def _bounds(corners: np.ndarray, size: tuple[int, int]) -> Box:
+    """The upright box around the engine's four corners, clipped to the picture."""
+    x0, y0 = np.clip(corners.min(axis=0), 0, size)
+    x1, y1 = np.clip(corners.max(axis=0), 0, size)
+    return float(x0), float(y0), float(x1), float(y1)
+
+
+class Tesseract:
+    """The `tesseract` program, one process a picture; words under `min_confidence` are dropped.
+
+    `layout` is its page segmentation mode: 11 finds sparse text in any order, as pictures have it.
+    Raises ValueError where the program is not installed.
+    """
+
+    def __init__(self, *, min_confidence: float = 0.5, layout: int = 11):
+        check_confidence(min_confidence)
+        if shutil.which("tesseract") is None:
+            raise ValueError(
+                "the program `tesseract` is not installed (Debian: apt install tesseract-ocr);"
+                " the engine rapidocr comes with requirements.txt"
+            )
+        self.min_confidence, self.layout = min_confidence, layout
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "engine": "tesseract",
+            "version": self._run("--version").decode().split()[1],
+            "min_confidence": self.min_confidence,
+            "layout": self.layout,
+        }
+
+    def read(self, image: Image) -> Words:
+        stream = io.BytesIO()
+        image.convert("RGB").save(stream, "PNG")
+        table = self._run("stdin", "stdout", "--psm", str(self.layout), "tsv", by=stream.getvalue())
+        words = [w for w in tsv_words(table.decode()) if w.confidence >= self.min_confidence]
+        return tuple(words[i] for i in reading_order([w.box for w in words]))
+
+    def _run(self, *arguments: str, by: bytes = b"") -> bytes:
+        """What the program prints; `by` is what it reads."""
+        environment = os.environ | ONE_THREAD
+        done = subprocess.run(
+            ["tesseract", *arguments], input=by, capture_output=True, env=environment
+        )
+        if done.returncode != 0:
+            raise ValueError(f"tesseract: {done.stderr.decode(errors='replace').strip()}")
+        return done.stdout
+
+
+def tsv_words(table: str) -> Words:
+    """The words of Tesseract's table; its other rows are blocks and lines, of confidence -1."""
+    header, *lines = table.splitlines()
+    names = header.split("\t")
+    found = []
+    for line in lines:
+        row = dict(zip(names, line.split("\t"), strict=False))  # quotes stand for themselves
+        text, confidence = row.get("text", "").strip(), float(row["conf"])
+        if text and confidence >= 0:
+            x, y, width, height = (float(row[key]) for key in ("left", "top", "width", "height"))
+            box = (x, y, x + width, y + height)
+            found.append(OcrWord(text=text, box=box, confidence=round(confidence / 100, 3)))
+    return tuple(found)
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"rapidocr": RapidOcr, "tesseract": Tesseract}
