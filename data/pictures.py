@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -24,6 +25,19 @@ def find_picture(folder: str | Path, *names: str) -> Path:
             raise BadSampleError(str(folder), "picture outside folder", repr(name))
         paths.append(Path(folder) / inside)
     return next((path for path in paths if path.is_file()), paths[0])
+
+
+def coco_number(image: str) -> str:
+    """A picture's number in COCO, which is its id in every data set made of it, or else its name."""
+    found = re.search(r"(?:^|[/_])(\d{12})\.jpg$", image)
+    return str(int(found[1])) if found else image
+
+
+def named_picture(name: str, folder: str | None) -> Path:
+    """A picture that a row names, in the folder that the config should name."""
+    if folder is None:
+        raise ValueError(f"names a picture, {name!r}; set the source's `images`, its folder")
+    return find_picture(folder, name)
 
 
 def open_picture(picture: Picture, where: str) -> Image.Image:

@@ -1,3 +1,4 @@
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from data.ocr import (
 from data.ocr_engines import RapidOcr, Tesseract, reading_order, split_line, tsv_words
 from data.readers.table import open_records
 from data.sample import OcrWord
-from moa.config import SourceConfig
+from data.sources import open_sources
+from moa.config import DataConfig, SourceConfig, load_config
+from scripts.ocr import source_pictures
 from tests.toy import write_rows
 
 
@@ -223,22 +226,36 @@ def test_tesseract_reads_rendered_words_in_reading_order():
 
 
 def test_the_pictures_of_a_data_set_are_read_once_each(tmp_path):
-    for name, text in (("a", "HELLO"), ("b", "EXIT")):
-        sign(text).save(tmp_path / f"{name}.png")
+    for red, name in ((7, "a"), (9, "b")):
+        plain(red).save(tmp_path / f"{name}.png")
     rows = [{"image": f"{name}.png", "question": f"{i}?", "task": "vqa", "answers": ["x"]}
             for i, name in enumerate(("a", "b", "a", "nowhere"))]  # fmt: skip
-    write_rows(tmp_path / "rows.jsonl", rows)
-    config = {"experts": {"one": {}}, "data": {"sources": [
-        {"name": "signs", "format": "jsonl", "path": str(tmp_path / "rows.jsonl")},
-        {"name": "scenes", "task": "vqa", "num_samples": 3}]}}  # fmt: skip
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    source = {"name": "mine", "format": "jsonl", "path": str(file)}
+    scenes = {"name": "scenes", "task": "vqa", "num_samples": 3}
+    config = {"experts": {"one": {}}, "data": {"sources": [source, scenes]}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    out = tmp_path / "signs.parquet"
-    command = [sys.executable, "scripts/ocr.py", "--out", str(out), "--workers", "2"]
-    done = subprocess.run(
-        [*command, "--config", str(tmp_path / "run.yaml")], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "read 2, known before 0, failed 1" in done.stdout, done.stderr
-    assert "rows.jsonl:4: missing image" in done.stdout
-    source = SourceConfig(name="signs", format="jsonl", path=str(tmp_path / "rows.jsonl"))
-    read = open_records(source, None, OcrCache(out))[2]
-    assert [word.text for word in read.ocr or ()] == ["HELLO"]
+    pictures = source_pictures(load_config(tmp_path / "run.yaml"), None)
+    assert len(pictures) == 3 and len(pickle.loads(pickle.dumps(pictures))) == 3
+    options = {"num_workers": 1, "engine": FakeEngine(), "progress": False}
+    report = build_cache(pictures, tmp_path / "words.parquet", **options)
+    assert (report.read, report.failed) == (2, 1)
+    assert "rows.jsonl:4: missing image" in next(iter(report.failures))
+    cached = OcrCache(tmp_path / "words.parquet")
+    dataset = open_records(SourceConfig(**source), None, cached)
+    assert [dataset[i].ocr[0].text for i in range(3)] == ["7", "9", "7"]
+    with pytest.raises(ValueError, match="--source: name one of mine"):
+        source_pictures(load_config(tmp_path / "run.yaml"), "your")
+
+
+def test_a_source_may_have_its_own_cache(tmp_path):
+    plain(7).save(tmp_path / "a.png")
+    build_cache([plain(7)], tmp_path / "words.parquet", num_workers=1, engine=FakeEngine())
+    row = {"image": "a.png", "question": "?", "task": "vqa", "answers": ["x"]}
+    path = str(write_rows(tmp_path / "rows.jsonl", [row]))
+    sources = [SourceConfig(name="own", format="jsonl", path=path,
+                            ocr_cache=str(tmp_path / "words.parquet")),
+               SourceConfig(name="none", format="jsonl", path=path)]  # fmt: skip
+    opened = open_sources(sources, DataConfig(sources=sources), None)
+    assert [word.text for word in opened["own"][0].ocr] == ["7"]
+    assert opened["none"][0].ocr is None

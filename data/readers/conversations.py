@@ -12,7 +12,7 @@ before the first question, wherever `<image>` stood in it; rows without a pictur
 from functools import partial
 from typing import Any
 
-from data.pictures import Picture, find_picture
+from data.pictures import Picture, coco_number, named_picture
 from data.readers.fields import field, name, text
 from data.readers.record import Record, Records
 from data.readers.rows import Row, Rows, json_rows
@@ -45,7 +45,7 @@ def parse_conversation(row: Row, images: str | None) -> Record:
     image = pictures[0] if pictures else None
     return Record(
         id=name(row.value, "id") if "id" in row.value else row.where.rpartition("/")[2],
-        image_id=image if isinstance(image, str) else row.where,
+        image_id=coco_number(image) if isinstance(image, str) else row.where,
         picture=None if image is None else to_picture(image, images),
         question=question,
         answers=() if answer is None else (answer,),
@@ -105,9 +105,7 @@ def pictures_of(row: dict[str, Any]) -> list[Any]:
 
 def to_picture(image: Any, images: str | None) -> Picture:
     if isinstance(image, str):
-        if images is None:
-            raise ValueError(f"names a picture, {image!r}; set the source's `images`, its folder")
-        return find_picture(images, image)
+        return named_picture(image, images)
     picture = picture_of(image)
     assert picture is not None  # the row names one
     return picture

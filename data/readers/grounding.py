@@ -48,7 +48,7 @@ def read_refcoco(source: SourceConfig) -> Records:
     items = [
         sentence
         for number, ref in enumerate(refs)
-        if ref["split"] == source.split
+        if ref.get("split") == source.split
         for sentence in sentences_of(ref, f"{source.path}: [{number}]")
     ]
     parse = partial(

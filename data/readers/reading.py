@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data.pictures import find_picture
+from data.pictures import coco_number, find_picture
 from data.readers.fields import field, name, tags_of, text, texts
 from data.readers.record import Record, Records
-from data.readers.rows import JsonRows, Row, read_span, require_file
+from data.readers.rows import JsonRows, Row, read_json
 from data.sample import Box, OcrWord
 from moa.config import SourceConfig
 
@@ -89,9 +89,7 @@ def parse_docvqa(row: Row, images: str, ocr: str | None) -> Record:
 
 def page_words(folder: Path, page: str) -> tuple[tuple[OcrWord, ...], tuple[float, float]]:
     """The words of a page in their lines' order, and the page's width and height there."""
-    file = require_file(find_picture(folder, f"{page}.json"))
-    results = read_span(file, 0, file.stat().st_size, str(file))
-    result = field(results, "recognitionResults", list)[0]
+    result = field(read_json(folder / f"{page}.json"), "recognitionResults", list)[0]
     size = tuple(float(field(result, key, int, float)) for key in ("width", "height"))
     words = [
         OcrWord(
@@ -123,7 +121,7 @@ def parse_stvqa(row: Row, images: str) -> Record:
     value, path = row.value, text(row.value, "file_path")
     return Record(
         id=name(value, "question_id"),
-        image_id=path,
+        image_id=coco_number(path),
         picture=find_picture(images, path),
         question=text(value, "question"),
         answers=texts(value, "answers") if "answers" in value else (),

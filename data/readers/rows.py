@@ -48,6 +48,12 @@ def read_span(path: Path, start: int, end: int, where: str) -> Any:
         raise BadSampleError(where, "unreadable row", f"not JSON: {error}") from None
 
 
+def read_json(path: str | Path) -> Any:
+    """The value of a small JSON file."""
+    file = require_file(path)
+    return read_span(file, 0, file.stat().st_size, str(file))
+
+
 class JsonRows:
     """The rows of a JSON list or object: the file itself, or its member `at`.
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.pictures import Picture, find_picture
+from data.pictures import Picture, named_picture
 from data.readers.fields import box_of
 from data.readers.record import Record, Records
 from data.readers.rows import Row, require_file
@@ -113,7 +113,7 @@ def parse_table(
     return Record(
         id=str(found.get("id", number)),
         image_id=str(found.get("image_id", image if isinstance(image, str) else number)),
-        picture=find_picture(images or ".", image) if isinstance(image, str) else picture_of(image),
+        picture=named_picture(image, images) if isinstance(image, str) else picture_of(image),
         question=str(found.get("question") or ""),
         answers=answers_of_cell(found.get("answers")),
         boxes=tuple(box_of(box) for box in found.get("boxes") or ()),

@@ -9,16 +9,14 @@ POPE           one JSON object a line, in spite of its name: {question_id, image
 ScienceQA      problems.json {id: {question, choices, answer, hint, image}}, pid_splits.json
 """
 
-import json
-import re
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 
-from data.pictures import find_picture
+from data.pictures import coco_number, find_picture
 from data.readers.fields import answers_of, field, name, tags_of, text, texts
 from data.readers.record import Record, Records
-from data.readers.rows import JsonLines, JsonRows, ListRows, Row, require_file
+from data.readers.rows import JsonLines, JsonRows, ListRows, Row, read_json
 from data.readers.scanner import member_of
 from moa.config import SourceConfig
 
@@ -159,20 +157,14 @@ def parse_pope(row: Row, images: str, kind: str) -> Record:
     )
 
 
-def coco_number(image: str) -> str:
-    """The picture's number in COCO, as other data sets name it, or the file's name."""
-    found = re.search(r"(?:^|[/_])(\d{12})\.jpg$", image)
-    return str(int(found[1])) if found else image
-
-
 def read_scienceqa(source: SourceConfig) -> Records:
     """The problems of one split, in the order of pid_splits.json; some have no picture."""
     assert source.path and source.annotations and source.images and source.split
     problems = JsonRows(source.path)
-    splits = json.loads(require_file(source.annotations).read_text(encoding="utf-8"))
-    if source.split not in splits:
+    splits = read_json(source.annotations)
+    if not isinstance(splits, dict) or source.split not in splits:
         raise ValueError(f"{source.annotations}: no split {source.split!r}; it has {[*splits]}")
-    rows = ListRows([str(number) for number in splits[source.split]], partial(problem, problems))
+    rows = ListRows(field(splits, source.split, list), partial(problem, problems))
     return Records(rows=rows, parse=partial(parse_scienceqa, images=source.images))
 
 
