@@ -2,9 +2,10 @@
 
     {"image": "pictures/1.jpg", "question": "what is this?", "answers": ["a cat"], "task": "vqa"}
 
-`image` is relative to the source's `images`, or to the file. Optional: `id`, `image_id`, `answers`,
-`boxes` ([[x0, y0, x1, y1], ...] in pixels), `ocr` ([{"text", "box", "confidence"}, ...]), `tags`,
-`choices` (for classification). A key that is none of these is an error: it is a slip.
+`image` lies below the source's `images`; where that is not set it is any path, from the file.
+Optional: `id`, `image_id`, `answers`, `boxes` ([[x0, y0, x1, y1], ...] in pixels), `ocr` ([{"text",
+"box", "confidence"}, ...]), `tags`, `choices` (for classification). A key that is none of these is an
+error: it is a slip.
 """
 
 from functools import partial
@@ -25,11 +26,11 @@ OPTIONAL = ("id", "image_id", "answers", "boxes", "ocr", "tags", "choices")
 def read_jsonl(source: SourceConfig) -> Records:
     assert source.path
     rows = JsonLines(source.path)
-    images = source.images or str(rows.path.parent)
-    return Records(rows=rows, parse=partial(parse_own, images=images))
+    parse = partial(parse_own, images=source.images, folder=rows.path.parent)
+    return Records(rows=rows, parse=parse)
 
 
-def parse_own(row: Row, images: str) -> Record:
+def parse_own(row: Row, images: str | None, folder: Path) -> Record:
     value = row.value
     missing = [key for key in REQUIRED if key not in value] if isinstance(value, dict) else REQUIRED
     if missing:
@@ -41,7 +42,7 @@ def parse_own(row: Row, images: str) -> Record:
     return Record(
         id=name(value, "id") if "id" in value else file,
         image_id=name(value, "image_id") if "image_id" in value else image,
-        picture=find_picture(images, image),
+        picture=find_picture(images, image) if images else folder / image,
         question=text(value, "question"),
         answers=texts(value, "answers") if "answers" in value else (),
         task=text(value, "task"),
