@@ -126,6 +126,11 @@ def test_prompt_and_instruction_come_from_the_source_where_it_names_them(tmp_pat
     assert sample.question.startswith("Look: what is the brand") and sample.instruction == brief
 
 
+def test_a_sources_task_overrides_the_rows_own(tmp_path):
+    assert opened("jsonl", written("jsonl", tmp_path / "own"), task="count")[0].task == "count"
+    assert opened("gqa", written("gqa", tmp_path / "gqa"), task="yes_no")[0].task == "yes_no"
+
+
 def test_captions_are_one_sample_a_picture_or_one_a_caption(tmp_path):
     folder = written("coco_captions", tmp_path / "coco")
     each = opened("coco_captions", folder, one_per="caption")

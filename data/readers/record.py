@@ -73,13 +73,14 @@ def reason(error: Exception) -> str:
 class RecordDataset:
     """Map-style: `len`, `[i] -> Sample`; `records.read(i)` is the same without the picture.
 
-    `task` and `split` stand for what a record does not name itself. `prompt` is a template around
-    `{question}`. `ocr` reads the words of samples whose file brings none.
+    `task` overrides what records say; `default_task` and `split` stand in where they say nothing.
+    `prompt` is a template around `{question}`. `ocr` reads the words of samples whose file has none.
     """
 
     records: Records
     source: str
-    task: str
+    default_task: str
+    task: str | None = None
     expert: str | None = None
     split: str | None = None
     prompt: str = "{question}"
@@ -112,7 +113,7 @@ class RecordDataset:
             image=image,
             question=self.prompt.replace("{question}", record.question),
             answers=record.answers,
-            task=record.task or self.task,
+            task=self.task or record.task or self.default_task,
             source=self.source,
             expert=self.expert,
             split=record.split or self.split,

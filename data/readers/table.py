@@ -89,7 +89,8 @@ def open_records(
     return RecordDataset(
         records=records,
         source=source.name,
-        task=source.task or chosen.task,
+        default_task=chosen.task,
+        task=source.task,
         expert=expert,
         split=source.split,
         prompt=prompt,
