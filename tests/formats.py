@@ -349,7 +349,7 @@ READING = {
                "question": "What name is on the phone?", "answers": ("vanessa",),
                "task": "ocr_vqa", "split": "train", "tags": ("coco-text",)},
         broken=edit("train_task_3.json", lambda v: v["data"][1].update(file_path="../x.jpg")),
-        complaint=("train_task_3.json: data[1]: picture outside folder: '../x.jpg'",),
+        complaint=("train_task_3.json: data[1]: picture outside folder", "images: '../x.jpg'"),
     ),
     "ocrvqa": Case(
         write=write_ocrvqa,

@@ -103,6 +103,8 @@ def test_a_list_and_lines_are_told_apart_and_a_byte_order_mark_is_passed_over(tm
         ("[1, 2", "byte 5"),
         ('{"b": [1]}', r"x.json: lacks 'data'; it has b"),
         ("[1]", "byte 0: expected one of {"),
+        ("[" * 100_000, "byte 1: maximum recursion depth"),
+        (f"[{'9' * 5000}]", "byte 1: Exceeds the limit"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_json_is_named_with_the_byte(tmp_path, text, place):

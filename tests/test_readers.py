@@ -317,6 +317,14 @@ def test_a_hub_name_says_so_where_there_is_no_network(monkeypatch):
         open_records(source, None)
 
 
+def test_a_broken_file_that_a_row_leads_to_is_named_beside_the_row(tmp_path):
+    folder = written("docvqa", tmp_path / "data")
+    (folder / "ocr_results/pybv0228_81.json").write_text('{"recognitionResults": [')
+    message = str(error_of(opened("docvqa", folder), 0))
+    assert "val_v1.0.json: data[0]: unreadable row" in message
+    assert "ocr_results/pybv0228_81.json: not JSON" in message
+
+
 def test_a_shard_that_is_missing_or_compressed_is_named(tmp_path):
     folder = written("webdataset", tmp_path / "data")
     with pytest.raises(ValueError, match=r"00002\.tar"):
@@ -325,6 +333,11 @@ def test_a_shard_that_is_missing_or_compressed_is_named(tmp_path):
     with tarfile.open(folder / "00001.tar", "w:gz") as archive:
         archive.add(folder / "00000.tar", "a.jpg")
     with pytest.raises(ValueError, match=r"00001\.tar: not a tar file without compression"):
+        opened("webdataset", folder)
+    with tarfile.open(folder / "00001.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+        archive.addfile(tarfile.TarInfo("a.jpg"))
+    with pytest.raises(ValueError, match=r"00001\.tar: holds a\.jpg twice"):
         opened("webdataset", folder)
 
 

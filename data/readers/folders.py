@@ -10,6 +10,7 @@ every sample has a number, so that the order is the same on any machine and a ru
 import json
 import re
 import tarfile
+from collections import Counter
 from functools import partial
 from glob import glob
 from pathlib import Path
@@ -87,6 +88,9 @@ def scan_tar(shard: Path) -> Arrays:
         raise ValueError(f"{shard}: not a tar file without compression: {error}") from None
     if not members:
         raise ValueError(f"{shard}: holds no files")
+    twice = [name for name, count in Counter(m.name for m in members).items() if count > 1]
+    if twice:
+        raise ValueError(f"{shard}: holds {twice[0]} twice")
     stems = [sample_key(m.name) for m in members]
     first = [i for i in range(len(stems)) if i == 0 or stems[i] != stems[i - 1]]
     return {

@@ -57,8 +57,10 @@ class Records:
         row = self.rows[index]
         try:
             return self.parse(row), row.where
-        except BadSampleError as error:  # of a part of the row, which does not know where it is
-            raise BadSampleError(row.where, error.rule, error.detail) from None
+        except BadSampleError as error:  # of another file, which the row leads to
+            if error.where == row.where:
+                raise
+            raise BadSampleError(row.where, error.rule, f"{error.where}: {error.detail}") from None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise BadSampleError(row.where, "unreadable row", reason(error)) from None
 

@@ -44,7 +44,7 @@ def read_span(path: Path, start: int, end: int, where: str) -> Any:
         text = file.read(end - start)
     try:
         return json.loads(text)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, endless brackets
         raise BadSampleError(where, "unreadable row", f"not JSON: {error}") from None
 
 

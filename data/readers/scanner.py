@@ -62,6 +62,8 @@ class Scanner:
                 cut = error.pos > len(self.text) - 16 or error.msg.startswith("Unterminated")
                 if self.ended or not cut:
                     raise self.error(error.msg, error.pos) from None
+            except (ValueError, RecursionError) as error:  # an endless number, endless brackets
+                raise self.error(str(error)) from None
             else:
                 if end + 3 <= len(self.text) or self.ended:  # else a number may go on: 1 of 1e+9
                     start, self.cursor = self.cursor, end
