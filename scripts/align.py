@@ -7,7 +7,7 @@
 
 A and B are local CLIPModel checkpoints of one architecture. OUT is B with its units in another order (and heads and
 joint space rotated): the same similarities, checked on a probe after reloading; `export_report.json` has the numbers.
-`data` is a jsonl file of pictures and captions (data/jsonl.py), of which the first answer is read:
+`data` is a jsonl file of pictures and captions (data/readers/own.py), of which the first answer is read:
 {"image": "1.jpg", "question": "what is this?", "answers": ["a cat"], "task": "caption"}.
 """
 
@@ -25,8 +25,9 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel
 
-from data.jsonl import JsonlDataset
+from data.readers.table import open_records
 from moa.atomic import atomic_folder, write_json
+from moa.config import SourceConfig
 from moa.merging.activations import activation_matching
 from moa.merging.alignment import Maps, Spec, align, check_pair, weight_matching
 from moa.merging.export import REPORT_FILE, check_out, copy_other_files
@@ -161,7 +162,8 @@ def run_clip(model: Any, batch: Mapping[str, Tensor]) -> object:
 
 def caption_batches(file: str, processor_of: str, num_samples: int) -> list[dict[str, Tensor]]:
     """Pictures with their first captions, through the processor of a checkpoint."""
-    rows = JsonlDataset(file, source="captions", num_samples=num_samples)
+    source = SourceConfig(name="captions", format="jsonl", path=file, num_samples=num_samples)
+    rows = open_records(source, None)
     folder = local_base(processor_of)
     processor = AutoProcessor.from_pretrained(folder)
     longest = AutoConfig.from_pretrained(folder).text_config.max_position_embeddings

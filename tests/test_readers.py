@@ -119,6 +119,14 @@ def test_text_alone_is_a_sample_without_a_picture(tmp_path):
     assert science.image is None and science.tags[0] == "text"
 
 
+def test_lengths_are_told_without_opening_a_picture(tmp_path):
+    folder = written("llava", tmp_path / "data")
+    (folder / "images/coco/train2017/000000033471.jpg").unlink()
+    dataset = opened("llava", folder)
+    assert dataset.lengths(0) == (1, len("What is it?A café.Where?In Paris."))
+    assert dataset.lengths(1) == (0, len("Where?In Paris."))
+
+
 def test_prompt_and_instruction_come_from_the_source_where_it_names_them(tmp_path):
     folder = written("textvqa", tmp_path / "data")
     brief = "Answer the question using a single word or phrase."

@@ -102,6 +102,13 @@ class RecordDataset:
         check_sample(sample, needs_answer=False, where=where)
         return sample
 
+    def lengths(self, index: int) -> tuple[int, int]:
+        """Pictures, and letters of questions and answers, without opening the picture."""
+        record, _ = self.records.read(index)
+        said = [record.system, record.question, max(record.answers, key=len, default="")]
+        said += [words for turn in record.turns for words in (turn.question, turn.answer)]
+        return int(record.picture is not None), sum(map(len, said))
+
     def _sample(self, record: Record, where: str) -> Sample:
         image = None if record.picture is None else open_picture(record.picture, where)
         size = image.size if image is not None else (1, 1)
