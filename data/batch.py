@@ -1,7 +1,8 @@
 """The batch that the collator hands to the model: tensors with masks, and their samples.
 
-Axis words: `batch` samples, `seq` tokens of the prompt and answer, `images` pictures, `text`
-question tokens, `words` OCR words, `chars` token ids of one OCR word.
+Axis words: `batch` samples, `rows` of tokens (a sample each, or several where they are packed), `seq`
+tokens of prompt and answer, `images` pictures, `text` question tokens, `words` OCR words, `chars`
+token ids of one OCR word.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -19,15 +20,18 @@ class Batch:
 
     `labels` are -100 where nothing is supervised, and None for generation. `image_index` names the
     sample of each picture. A batch of text alone has one blank picture all the same, whose sample has
-    a False `image_mask`: so every process runs the vision tower. `text_ids` is the question alone: no
-    OCR words, no task prefix, no answer. `ocr_boxes` are x0 y0 x1 y1 in 0..1 of the picture.
-    `task_ids` is -1 where the task is unknown or withheld, `expert_ids` -1 where nobody knows. Masks
-    are True where there is something; a sample without OCR evidence has an all-False `ocr_mask`.
+    a False `image_mask`: so every process runs the vision tower. `segments` names the sample of each
+    token where rows are packed (-1 at padding); then samples are numbered in the order in which they
+    stand. `text_ids` is the question alone: no OCR words, no task prefix, no answer. `ocr_boxes` are
+    x0 y0 x1 y1 in 0..1 of the picture. `task_ids` is -1 where the task is unknown or withheld,
+    `expert_ids` -1 where nobody knows. Masks are True where there is something; a sample without OCR
+    evidence has an all-False `ocr_mask`.
     """
 
-    input_ids: Tensor  # [batch, seq] int64
-    attention_mask: Tensor  # [batch, seq] int64
-    labels: Tensor | None = None  # [batch, seq] int64
+    input_ids: Tensor  # [rows, seq] int64
+    attention_mask: Tensor  # [rows, seq] int64
+    labels: Tensor | None = None  # [rows, seq] int64
+    segments: Tensor | None = None  # [rows, seq] int64
     pixel_values: Tensor  # [images, 3, height, width]
     image_index: Tensor  # [images] int64
 
@@ -45,7 +49,14 @@ class Batch:
     samples: list[Sample] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return self.input_ids.shape[0]
+        return self.text_ids.shape[0]
+
+    def token_samples(self) -> Tensor:
+        """[rows, seq]: the sample of each token, -1 at padding."""
+        if self.segments is not None:
+            return self.segments
+        samples = torch.arange(len(self), device=self.input_ids.device)[:, None]
+        return samples.expand_as(self.input_ids).masked_fill(self.attention_mask == 0, -1)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same batch with every tensor on `device`; the samples stay where they are."""

@@ -1,23 +1,20 @@
-"""Boxes as text: one codec per convention, chosen at collation.
+"""Boxes as text: a table of conventions, applied when a batch is made and when an answer is read.
 
-A codec works on boxes in pixels of the original picture, and must be used with the whole picture
-resized to the model's input (no crop, no padding), so that 0..1 of the one is 0..1 of the other.
+    box in original pixels --geometry--> frame --codec--> text, and back
+
+The text speaks of the frame that the model sees (data/geometry.py), whatever was padded, cropped or
+resized, so that an answer's place and the pixels' place are the same one.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data.geometry import Geometry, intersect
 from data.sample import Box
 
-
-@dataclass(frozen=True, kw_only=True)
-class BoxCodec:
-    """`encode(box, width, height) -> text` and back; `decode` gives None for no readable box."""
-
-    encode: Callable[[Box, int, int], str]
-    decode: Callable[[str, int, int], Box | None]
+NUMBER = r"(-?\d+(?:\.\d+)?)"
 
 
 def check_box(box: Box, width: int, height: int) -> None:
@@ -30,21 +27,71 @@ def check_box(box: Box, width: int, height: int) -> None:
         )
 
 
-def encode_locations(box: Box, width: int, height: int, num_bins: int = 32) -> str:
-    """Four tokens `<loc0000>`, in the order y0 x0 y1 x1 (PaliGemma, arXiv 2407.07726, 3.2.2).
+@dataclass(frozen=True, kw_only=True)
+class BoxCodec:
+    """One convention. A coordinate is written as a whole number of steps, the nearest one.
 
-    Bin k stands for k / (num_bins - 1) of the picture's side, so that both edges are exact and the
-    error is at most half a step; a box thinner than a step is written one step wide, so that every
-    target can be read back. Raises ValueError for a box outside its picture.
+    `units` are the numbers along a side of the frame, None for its pixels; with `decimals` the step
+    is a tenth, a hundredth ... of a unit. A box thinner than a step is written one step wide, so
+    that every target can be read back.
     """
-    check_box(box, width, height)
-    x0, y0, x1, y1 = box
-    left, right = _bins(x0 / width, x1 / width, num_bins - 1)
-    top, bottom = _bins(y0 / height, y1 / height, num_bins - 1)
-    return "".join(f"<loc{number:04d}>" for number in (top, left, bottom, right))
+
+    box: str  # one box; {} stands for a number
+    pattern: str  # the same as a regular expression; N stands for a number
+    units: int | None
+    decimals: int = 0
+    y_first: bool = False
+    joiner: str = ", "  # between boxes
+    around: str = "{}"  # around all of them
+    tokens: bool = False  # numbers are vocabulary entries: past the last one there is nothing
+
+    def steps(self, side: int) -> int:
+        """How many steps a side of the frame has."""
+        return (side if self.units is None else self.units) * 10**self.decimals
+
+    def encode(self, boxes: Sequence[Box], geometry: Geometry) -> str:
+        """Boxes of the original picture as text.
+
+        Raises ValueError for a box outside its picture, or of which the frame shows nothing.
+        """
+        texts = [self.box.format(*self._numbers(box, geometry)) for box in boxes]
+        return self.around.format(self.joiner.join(texts))
+
+    def decode(self, text: str, geometry: Geometry) -> Box | None:
+        """The first box in a text, in pixels of the original picture, cut at what the frame shows.
+
+        None where there is no box, where nothing of it is in the frame, or where it has no area.
+        """
+        found = re.search(self.pattern.replace("N", NUMBER), text)
+        if found is None:
+            return None
+        numbers = [float(number) for number in found.groups()]
+        y0, x0, y1, x1 = numbers if self.y_first else [numbers[i] for i in (1, 0, 3, 2)]
+        width, height = geometry.size
+        unit_x, unit_y = self.units or width, self.units or height
+        if (self.tokens and max(numbers) > unit_x) or x1 <= x0 or y1 <= y0:
+            return None
+        frame = x0 / unit_x * width, y0 / unit_y * height, x1 / unit_x * width, y1 / unit_y * height
+        x0, y0, x1, y1 = intersect(geometry.to_source(frame), geometry.seen)
+        return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
+
+    def _numbers(self, box: Box, geometry: Geometry) -> list[str]:
+        check_box(box, *geometry.source)
+        shown = intersect(box, geometry.seen)
+        if shown[0] == shown[2] or shown[1] == shown[3]:
+            raise ValueError(f"box {tuple(box)} lies outside {geometry.seen}, what the model sees")
+        x0, y0, x1, y1 = geometry.to_frame(shown)
+        width, height = geometry.size
+        left, right = whole_steps(x0 / width, x1 / width, self.steps(width))
+        top, bottom = whole_steps(y0 / height, y1 / height, self.steps(height))
+        ordered = (top, left, bottom, right) if self.y_first else (left, top, right, bottom)
+        if self.tokens:
+            return [f"{number:04d}" for number in ordered]
+        return [f"{number / 10**self.decimals:.{self.decimals}f}" for number in ordered]
 
 
-def _bins(low: float, high: float, last: int) -> tuple[int, int]:
+def whole_steps(low: float, high: float, last: int) -> tuple[int, int]:
+    """Two shares of a side as the nearest of `last` steps, at least one apart."""
     first, second = round(low * last), round(high * last)
     if first == second:
         first = min(math.floor(low * last), last - 1)
@@ -52,19 +99,40 @@ def _bins(low: float, high: float, last: int) -> tuple[int, int]:
     return first, second
 
 
-def decode_locations(text: str, width: int, height: int, num_bins: int = 32) -> Box | None:
-    """The first four location tokens in a row as a box; None where there are none in order.
+def location_tokens(num_bins: int) -> BoxCodec:
+    """Tokens `<loc0000>` in the order y0 x0 y1 x1 (PaliGemma, arXiv 2407.07726, 3.2.2).
 
-    None too where a number is past the last bin, or the box has no area (x1 <= x0 or y1 <= y0).
+    Bin k stands for k / (num_bins - 1) of the side, so that both edges are exact.
     """
-    found = re.search(r"\s*".join([r"<loc(\d{4})>"] * 4), text)
-    if found is None:
-        return None
-    bins = [int(number) for number in found.groups()]
-    y0, x0, y1, x1 = (number / (num_bins - 1) for number in bins)
-    if max(bins) >= num_bins or x1 <= x0 or y1 <= y0:
-        return None
-    return x0 * width, y0 * height, x1 * width, y1 * height
+    return BoxCodec(
+        box="<loc{}>" * 4,
+        pattern=r"\s*".join([r"<loc(\d{4})>"] * 4),
+        units=num_bins - 1,
+        y_first=True,
+        joiner="; ",
+        tokens=True,
+    )
 
 
-CODECS = {"location_tokens": BoxCodec(encode=encode_locations, decode=decode_locations)}
+LIST = r"\[\s*N\s*,\s*N\s*,\s*N\s*,\s*N"
+CORNERS = r"\(\s*N\s*,\s*N\s*\)\s*,\s*\(\s*N\s*,\s*N\s*\)"
+JSON_BOX = '{{"bbox_2d": [{}, {}, {}, {}]}}'
+CODECS = {
+    "location_tokens": location_tokens(32),  # of the embedded base
+    "paligemma": location_tokens(1024),
+    # LLaVA-1.5: its frame is the square-padded picture where the processor pads (do_pad)
+    "llava": BoxCodec(box="[{}, {}, {}, {}]", pattern=LIST, units=1, decimals=2, joiner="; "),
+    # arXiv 2306.15195, 3.1
+    "shikra": BoxCodec(
+        box="{},{},{},{}", pattern=LIST, units=1, decimals=3, joiner=";", around="[{}]"
+    ),
+    "qwen_vl": BoxCodec(box="<box>({},{}),({},{})</box>", pattern=CORNERS, units=1000, joiner=""),
+    "qwen2_vl": BoxCodec(
+        box="<|box_start|>({},{}),({},{})<|box_end|>", pattern=CORNERS, units=1000, joiner=""
+    ),
+    "qwen2_5_vl": BoxCodec(box=JSON_BOX, pattern=LIST, units=None, around="[{}]"),
+    "qwen3_vl": BoxCodec(box=JSON_BOX, pattern=LIST, units=1000, around="[{}]"),
+    "internvl": BoxCodec(
+        box="[{}, {}, {}, {}]", pattern=LIST, units=1000, around="<box>[{}]</box>"
+    ),
+}

@@ -7,9 +7,11 @@ Nothing is truncated: cutting a sequence may cut image tokens, which no model su
 longer than `max_length` is a bad sample like any other.
 """
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
@@ -21,16 +23,10 @@ from torch import Tensor
 from data.batch import Batch
 from data.boxes import BoxCodec
 from data.checks import BadSampleError, check_sample, name_of
+from data.geometry import Geometry, seen_by
 from data.sample import OcrWord, Sample
 
 IGNORED = -100  # label of a token that is not supervised
-
-
-def target_text(sample: Sample, codec: BoxCodec) -> str:
-    """What the model learns to say: the most frequent answer (the first of equals), or the boxes."""
-    if any(answer.strip() for answer in sample.answers):
-        return Counter(a for a in sample.answers if a.strip()).most_common(1)[0][0]
-    return "; ".join(codec.encode(box, *sample.size) for box in sample.boxes)
 
 
 def chosen_words(sample: Sample, limit: int) -> list[OcrWord]:
@@ -50,7 +46,9 @@ class Collator:
     held-out tasks: they get id -1, and their prefix in the prompt as any other.
     `task_dropout` is the share of training samples whose task is withheld all the same, so that
     prompt and router learn to do without; which ones is a function of the sample's id.
-    With `for_generation` there are no labels, and padding is on the left.
+    A box of which the processor's crop leaves less than the share `min_visible` is a bad sample.
+    With `pack_length` a row of tokens holds several samples, as many of them as fit, in their order.
+    With `for_generation` there are no labels, padding is on the left, and a row is a sample.
     """
 
     processor: Any
@@ -64,6 +62,8 @@ class Collator:
     ocr_separator: str = " "
     max_length: int = 2048
     max_ocr_words: int = 64
+    min_visible: float = 1.0
+    pack_length: int | None = None
     for_generation: bool = False
     withhold_task: bool = False
     task_dropout: float = 0.0
@@ -124,7 +124,23 @@ class Collator:
             )
         except BadSampleError as error:
             return error
-        return None
+        return self._hidden_box(sample)
+
+    def geometry(self, sample: Sample) -> Geometry:
+        """Where the sample's picture goes on its way to the model."""
+        return seen_by(self.processor.image_processor, *sample.size)
+
+    def _hidden_box(self, sample: Sample) -> BadSampleError | None:
+        if not sample.boxes:
+            return None
+        hidden = max(map(self.geometry(sample).hidden, sample.boxes))
+        if hidden < 1e-6 or hidden < 1 - self.min_visible:
+            return None
+        detail = (
+            f"{hidden:.0%} of a box; let the processor pad (do_pad) or resize, or accept it by "
+            f"prompt.min_visible={self.min_visible:g}"
+        )
+        return BadSampleError(name_of(sample), "box hidden by crop", detail)
 
     def prompt(self, sample: Sample) -> str:
         """The text of the user's turn; every word that the language model reads but the answer."""
@@ -138,6 +154,13 @@ class Collator:
             + (f"\n{sample.instruction}" if sample.instruction else "")
         )
 
+    def target(self, sample: Sample) -> str:
+        """What the model learns to say: the most frequent answer (the first of equals), or the boxes."""
+        answers = [answer for answer in sample.answers if answer.strip()]
+        if answers:
+            return Counter(answers).most_common(1)[0][0]
+        return self.codec.encode(sample.boxes, self.geometry(sample))
+
     def conversation(self, sample: Sample) -> list[dict[str, Any]]:
         """The whole conversation to learn from, or its first question to answer."""
         picture = [] if sample.image is None else [{"type": "image", "image": sample.image}]
@@ -145,10 +168,14 @@ class Collator:
         opening = [*system, message("user", self.prompt(sample), picture)]
         if self.for_generation:
             return opening
-        answered = [*opening, message("assistant", target_text(sample, self.codec))]
+        answered = [*opening, message("assistant", self.target(sample))]
         for turn in sample.turns:
             answered += [message("user", turn.question), message("assistant", turn.answer)]
         return answered
+
+    def num_tokens(self, sample: Sample) -> int:
+        """Of the whole sequence: template, picture, prompt and answer."""
+        return len(self._encode([sample])["input_ids"][0])
 
     def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Token ids and assistant masks as lists of unequal length, and the pictures.
@@ -176,11 +203,15 @@ class Collator:
     def _batch(self, samples: list[Sample], encoded: dict[str, Any]) -> Batch:
         tokenizer = self.processor.tokenizer
         left = self.for_generation
-        ids, mask = pad(encoded["input_ids"], tokenizer.pad_token_id, left=left)
-        labels = None
+        rows = self._rows(list(map(len, encoded["input_ids"])))
+        ids, mask = pad(joined(encoded["input_ids"], rows), tokenizer.pad_token_id, left=left)
+        labels = segments = None
         if not self.for_generation:
-            supervised, _ = pad(encoded["assistant_masks"], 0)
+            supervised, _ = pad(joined(encoded["assistant_masks"], rows), 0)
             labels = ids.masked_fill(supervised == 0, IGNORED)
+        if self.pack_length is not None and not self.for_generation:
+            owners = [[i] * len(tokens) for i, tokens in enumerate(encoded["input_ids"])]
+            segments, _ = pad(joined(owners, rows), -1)
         questions = tokenizer([s.question for s in samples], add_special_tokens=False)["input_ids"]
         pictured = [i for i, sample in enumerate(samples) if sample.image is not None]
         text_ids, text_mask = pad(questions, tokenizer.pad_token_id)
@@ -188,6 +219,7 @@ class Collator:
             input_ids=ids,
             attention_mask=mask.long(),
             labels=labels,
+            segments=segments,
             pixel_values=self._pixels(encoded),
             image_index=torch.tensor(pictured or [0]),
             image_mask=torch.tensor([s.image is not None for s in samples]),
@@ -198,6 +230,12 @@ class Collator:
             samples=samples,
             **self._ocr(samples),
         )
+
+    def _rows(self, lengths: list[int]) -> list[range]:
+        """The samples of each row."""
+        if self.pack_length is None or self.for_generation:
+            return [range(i, i + 1) for i in range(len(lengths))]
+        return fill_rows(lengths, self.pack_length)
 
     def _pixels(self, encoded: dict[str, Any]) -> Tensor:
         """The pictures; a blank one, which nobody looks at, where every sample is text alone."""
@@ -257,6 +295,34 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tup
         where = slice(longest - len(row), longest) if left else slice(len(row))
         padded[i, where], mask[i, where] = row, True
     return torch.from_numpy(padded), torch.from_numpy(mask)
+
+
+def fill_rows(lengths: Sequence[int], capacity: int) -> list[range]:
+    """Samples in their order in as few rows of `capacity` tokens as hold them, evenly filled.
+
+    Evenly, because all rows are padded to the longest one: the smallest capacity is taken that
+    needs no more rows.
+    """
+    few = len(fill_in_turn(lengths, capacity))
+    possible = range(max(lengths), capacity)
+    even = bisect_left(possible, True, key=lambda c: len(fill_in_turn(lengths, c)) <= few)
+    return fill_in_turn(lengths, even + max(lengths))
+
+
+def fill_in_turn(lengths: Sequence[int], capacity: int) -> list[range]:
+    """Each sample in the row of the one before it while they fit; none is cut."""
+    firsts, filled = [0], 0
+    for number, length in enumerate(lengths):
+        if filled and filled + length > capacity:
+            firsts.append(number)
+            filled = 0
+        filled += length
+    return [range(*pair) for pair in pairwise([*firsts, len(lengths)])]
+
+
+def joined(sequences: Sequence[Sequence[int]], rows: Sequence[range]) -> list[list[int]]:
+    """The sequences of each row, one behind the other."""
+    return [[token for number in row for token in sequences[number]] for row in rows]
 
 
 def position(names: Sequence[str], name: str | None) -> int:

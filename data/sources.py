@@ -5,7 +5,7 @@ from typing import Any
 
 from data.boxes import CODECS
 from data.collate import Collator
-from data.mixture import Mixture, Source
+from data.mixture import Grouping, Mixture, Source
 from data.ocr import OcrCache
 from data.ocr_engines import RapidOcr
 from data.readers.table import open_records
@@ -51,10 +51,23 @@ def open_sources(
     return {s.name: open_source(s, data.expert or s.expert, caches[s.ocr_cache]) for s in sources}
 
 
-def open_mixture(data: DataConfig, seed: int, ocr: OcrCache | None) -> Mixture:
+def open_mixture(config: RunConfig, ocr: OcrCache | None) -> Mixture:
     """The training mixture of a run."""
-    weights = {source.name: source.weight for source in data.sources}
-    return Mixture(open_sources(data.sources, data, ocr), weights, seed=seed)
+    data = config.data
+    sources = open_sources(data.sources, data, ocr)
+    grouping = None
+    if data.group_by_length:
+        grouping = Grouping(batch_size=config.train.batch_size, window=data.group_window)
+    if any(source.counts_draws for source in data.sources):
+        draws = {s.name: draws_of(s, len(sources[s.name])) for s in data.sources}
+        return Mixture(sources, draws=draws, seed=config.seed, grouping=grouping)
+    weights = {s.name: 1.0 if s.weight is None else s.weight for s in data.sources}
+    return Mixture(sources, weights, seed=config.seed, grouping=grouping)
+
+
+def draws_of(source: SourceConfig, size: int) -> int:
+    """Draws per epoch of a source with `count` or `epochs`."""
+    return source.count if source.count is not None else round((source.epochs or 0.0) * size)
 
 
 def make_collator(config: RunConfig, processor: Any, **changes: Any) -> Collator:
@@ -73,5 +86,6 @@ def make_collator(config: RunConfig, processor: Any, **changes: Any) -> Collator
         "ocr_separator": prompt.ocr_separator,
         "max_length": prompt.max_length,
         "max_ocr_words": prompt.max_ocr_words,
+        "min_visible": prompt.min_visible,
     }
     return Collator(**fields | changes)

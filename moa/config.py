@@ -120,12 +120,23 @@ class SourceConfig:
     expert: str | None = None  # the expert that these samples train; null: the reader's own choice
     num_samples: int | None = None  # size of scenes; elsewhere only the first ones
     seed: int = 0  # of scenes
-    weight: float = 1.0  # share of the draws, relative to the other sources
     ocr_cache: str | None = None  # Parquet file of OCR words; null: data.ocr_cache
+    # how much of the training mixture it is: at most one of the three; null everywhere: weight 1
+    weight: float | None = None  # share of the draws, relative to the other sources
+    count: int | None = None  # draws per epoch, whatever the source's size
+    epochs: float | None = None  # passes over the source per epoch
+
+    @property
+    def counts_draws(self) -> bool:
+        return self.count is not None or self.epochs is not None
 
     def __post_init__(self) -> None:
         key = f"data.sources.{self.name}"
-        check(self.weight > 0, f"{key}.weight", f"must be above 0, got {self.weight}")
+        shares = {"weight": self.weight, "count": self.count, "epochs": self.epochs}
+        given = {name: value for name, value in shares.items() if value is not None}
+        check(len(given) <= 1, key, f"has {' and '.join(given)}; choose one")
+        for name, value in given.items():
+            check(value > 0, f"{key}.{name}", f"must be above 0, got {value}")
         count = self.num_samples
         check(count is None or count >= 1, f"{key}.num_samples", f"must be 1 or more, got {count}")
         if self.format == "scenes":
@@ -146,6 +157,8 @@ class DataConfig:
     ocr_min_confidence: float = 0.5  # of the engine: lines that it is less sure of are dropped
     ocr_engine: bool = False  # pictures that the cache lacks are read by the engine, live
     on_bad_sample: Literal["error", "skip"] = "error"  # stop, or count, leave out and report
+    group_by_length: bool = False  # batches of samples of like length, text alone by itself
+    group_window: int = 50  # batches that are sorted together; more: less padding, less random
     num_workers: int = 0  # processes that load and collate; the order is the same for any number
 
 
@@ -156,10 +169,20 @@ class PromptConfig:
     task_dropout: float = 0.0  # share of training samples whose task is withheld from both
     task_template: str = "[{task}] "  # stands before the question
     ocr_template: str = "\nReference OCR token: {words}"  # stands after the question
-    box_codec: Literal["location_tokens"] = "location_tokens"  # how boxes are written as text
+    # how boxes are written as text; location_tokens is the embedded base's own
+    box_codec: Literal[
+        "location_tokens", "paligemma", "llava", "shikra", "qwen_vl", "qwen2_vl", "qwen2_5_vl",
+        "qwen3_vl", "internvl",
+    ] = "location_tokens"  # fmt: skip
+    # the least share of a box that the processor's crop must leave; a box with less is a bad sample
+    min_visible: float = 1.0
     max_length: int = 2048  # tokens of prompt and answer; a longer sample is a bad sample
     ocr_separator: str = " "  # between the words; LLaVA's own prompts have a comma and a blank
     max_ocr_words: int = 64  # the most confident ones are kept, for prompt and router
+
+    def __post_init__(self) -> None:
+        inside = 0 < self.min_visible <= 1
+        check(inside, "prompt.min_visible", f"must be in (0, 1], got {self.min_visible}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +216,8 @@ class StageConfig:
 class TrainConfig:
     batch_size: int = 32  # samples per optimiser step, over all processes and accumulation steps
     micro_batch_size: int | None = None  # samples per forward on one device; null: as many as fit
+    # tokens of a row that several samples share, instead of padding; null: a row per sample
+    pack_length: int | None = None
     precision: Precision = "fp32"  # of the computation; gates and losses stay in fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     clip_norm: float = 1.0  # largest norm of the whole gradient; 0: no clipping
@@ -247,6 +272,9 @@ class RunConfig:
         check_experts(self)
         check_sources(self)
         check_stages(self)
+        longest, pack = self.prompt.max_length, self.train.pack_length
+        rule = f"{pack} must be prompt.max_length={longest} or more: a row holds whole samples"
+        check(pack is None or pack >= longest, "train.pack_length", rule)
 
 
 def check_experts(config: RunConfig) -> None:
@@ -278,8 +306,17 @@ def check_sources(config: RunConfig) -> None:
             known = source.task is None or source.task in data.tasks
             choices = f"not in data.tasks; choices: {list(data.tasks)}"
             check(known, f"{key}.{source.name}.task", f"{source.task!r} is {choices}")
+    check_shares(data.sources)
     engine = not data.ocr_engine or data.ocr_cache is not None
     check(engine, "data.ocr_engine", "needs data.ocr_cache, the file that its words go to")
+
+
+def check_shares(sources: list[SourceConfig]) -> None:
+    """Draws say how long an epoch is, weights do not: a mixture has one or the other."""
+    counted = [s.name for s in sources if s.counts_draws]
+    rest = [s.name for s in sources if not s.counts_draws]
+    rule = f"count or epochs of {', '.join(counted)} need count or epochs here too"
+    check(not (counted and rest), f"data.sources.{', '.join(rest)}", rule)
 
 
 def check_stages(config: RunConfig) -> None:

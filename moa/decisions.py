@@ -46,27 +46,22 @@ def router_losses(
 def token_decisions(
     logits: Mapping[str, Float[Tensor, "_ _ expert"]],
     streams: Mapping[str, str],
-    attention_mask: Int[Tensor, "batch seq"],
+    token_samples: Int[Tensor, "rows seq"],
     image_index: Int[Tensor, " images"],
 ) -> Iterator[TokenDecisions]:
     """Stack the sites' logits where their tokens are the same ones.
 
-    A row of the text stream is a sample, with its padding; a row of the image stream is a picture.
+    `token_samples` names the sample of each token of the text stream, -1 at padding; a row of the
+    image stream is a picture.
     """
     stacks: dict[tuple[str, torch.Size], list[Tensor]] = {}
     for site, tensor in logits.items():
         stacks.setdefault((streams[site], tensor.shape), []).append(tensor)
-    for (stream, (rows, length, _)), stack in stacks.items():
-        if stream == "image":
-            owner = image_index
-            mask = attention_mask.new_ones(rows, length)
-        else:
-            owner = torch.arange(rows, device=attention_mask.device)
-            mask = attention_mask
+    for (stream, (_, length, _)), stack in stacks.items():
+        pictures = image_index.repeat_interleave(length)
+        owner = pictures if stream == "image" else token_samples.flatten()
         yield TokenDecisions(
-            logits=torch.stack(stack).flatten(1, 2),
-            owner=owner.repeat_interleave(length),
-            mask=mask.bool().flatten(),
+            logits=torch.stack(stack).flatten(1, 2), owner=owner.clamp(min=0), mask=owner >= 0
         )
 
 

@@ -21,7 +21,8 @@ from moa.mixing import add_mixture, concatenate, mix
 class GateState:
     """The gates of one forward: per site [batch, 1, total rank], the experts' scaling included.
 
-    `gates` is None where every token is routed at every site by the site's own token router.
+    Where rows of tokens hold several samples they are [rows, seq, total rank]. `gates` is None where
+    every token is routed at every site by the site's own token router.
     """
 
     gates: dict[str, Tensor] | None

@@ -47,9 +47,16 @@ class _Group:
     scaling: Tensor  # [total rank]
 
     def gates(
-        self, gates: Tensor, active: Tensor | None, dtype: torch.dtype | None
+        self,
+        gates: Tensor,
+        active: Tensor | None,
+        dtype: torch.dtype | None,
+        segments: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Site -> [row, 1, rank], from gates [row, site or 1, expert], of active experts alone."""
+        """Site -> [batch, 1, rank], from gates [batch, site or 1, expert], of active experts alone.
+
+        With `segments` [rows, seq] each token has the gates of its sample: [rows, seq, rank].
+        """
         index, scaling = self.expert_index, self.scaling
         if active is not None:
             kept = active[index]
@@ -59,9 +66,12 @@ class _Group:
         wide = gates.index_select(-1, index) * scaling
         if dtype is not None and not torch.is_grad_enabled():
             wide = wide.to(dtype)
-        if gates.shape[1] == 1:
-            return dict.fromkeys(self.names, wide)
-        return dict(zip(self.names, wide.unsqueeze(2).unbind(1), strict=True))
+        sites = wide.unsqueeze(2).unbind(1)  # a row for all of them, or one each
+        if segments is not None:
+            sites = tuple(site[:, 0][segments] for site in sites)
+        if len(sites) == 1:
+            return dict.fromkeys(self.names, sites[0])
+        return dict(zip(self.names, sites, strict=True))
 
 
 class ExpertBank:
@@ -226,6 +236,7 @@ class ExpertBank:
         self,
         gates: Float[Tensor, "batch site expert"],
         image_index: Int[Tensor, " images"] | None = None,
+        segments: Int[Tensor, "rows seq"] | None = None,
         *,
         expand: bool = False,
         dtype: torch.dtype | None = None,
@@ -233,8 +244,9 @@ class ExpertBank:
         """Gates of the coming forward, for every site or one row for all; experts as in `names`.
 
         A site of the image stream has pictures on its first axis: `image_index` names the sample
-        of each. `expand` lets generation repeat the samples. `dtype` casts once for all sites
-        where no gradient is asked for.
+        of each. `segments` names the sample of each token where rows of the text stream hold
+        several (-1, padding, gets those of sample 0). `expand` lets generation repeat the samples.
+        `dtype` casts once for all sites where no gradient is asked for.
         """
         if gates.shape[1] not in (1, len(self.sites)) or gates.shape[2] != len(self.names):
             raise ValueError(
@@ -251,7 +263,9 @@ class ExpertBank:
                         f"sites of the image stream need image_index: {group.names[0]}"
                     )
                 by_stream[group.stream] = gates[image_index]
-            table |= group.gates(by_stream[group.stream], active, dtype)
+            tokens = segments.clamp(min=0) if segments is not None else None
+            own = tokens if group.stream == "text" else None
+            table |= group.gates(by_stream[group.stream], active, dtype, own)
         names = None
         if active is not None:
             names = frozenset(

@@ -26,6 +26,7 @@ from moa.gating import (
     softmax_gates,
     top_k_gates,
 )
+from moa.packing import answer_positions, restart_positions
 from moa.router import AnchorRouter, Evidence, Router
 
 KINDS = ("softmax", "top_k", "sigmoid", "one_hot", "fixed", "anchors")
@@ -48,7 +49,7 @@ class Gates:
 class MixtureOutput:
     """One forward. With labels, `logits` [batch, answer, vocab] stand at the answers' tokens alone,
     in their order, and `labels` [batch, answer] beside them, -100 where a sample has fewer; without
-    labels `logits` are those of the whole sequence.
+    labels `logits` are those of the whole sequence, a row of the batch each.
 
     `loss_per_sample` is the mean cross-entropy over a sample's `num_tokens` answer tokens, 0 for
     none. `gates` are [batch, site or 1, expert]; with token routing each sample's mean over valid
@@ -57,7 +58,7 @@ class MixtureOutput:
 
     loss_per_sample: Float[Tensor, " batch"]
     num_tokens: Int[Tensor, " batch"]
-    logits: Float[Tensor, "batch answer vocab"]
+    logits: Float[Tensor, "_ answer vocab"]
     labels: Int[Tensor, "batch answer"] | None
     gates: Float[Tensor, "batch site expert"]
     router_logits: Float[Tensor, "batch site expert"] | None
@@ -115,12 +116,13 @@ class MixtureModel(nn.Module):
     ) -> MixtureOutput:
         """Loss per sample and what the router decided; see `compute_gates` for the arguments."""
         decided, embeds = self._prefill(batch, gates, withhold, available)
-        hidden = self.backbone.hidden_states(embeds, batch.attention_mask)
+        positions = None if batch.segments is None else restart_positions(batch.segments)
+        hidden = self.backbone.hidden_states(embeds, batch.attention_mask, positions)
         labels = None
         if batch.labels is not None:
-            hidden, labels = answer_positions(hidden, batch.labels)
+            hidden, labels = answer_positions(hidden, batch.labels, batch.segments, len(batch))
         logits = self.backbone.logits(hidden)
-        loss, num_tokens = answer_loss(logits, labels)
+        loss, num_tokens = answer_loss(logits, labels, len(batch))
         aux, used = self._decisions(batch, decided)
         return MixtureOutput(
             loss_per_sample=loss,
@@ -147,6 +149,8 @@ class MixtureModel(nn.Module):
         Gates are decided from the prompt and stay: beams and return sequences keep their sample's.
         `kwargs` go to transformers' generate.
         """
+        if batch.segments is not None:
+            raise ValueError("generation needs a row per sample: collate without pack_length")
         training = self.training
         self.eval()  # activation checkpointing, a training matter, would forbid the cache
         try:
@@ -263,7 +267,9 @@ class MixtureModel(nn.Module):
         device = batch.input_ids.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.backbone.dtype
-        self.bank.set_gates(decided.gates, batch.image_index, expand=expand, dtype=dtype)
+        self.bank.set_gates(
+            decided.gates, batch.image_index, batch.segments, expand=expand, dtype=dtype
+        )
 
     def _gates_of(self, logits: Tensor, available: Tensor | None) -> Gates:
         """Logits [batch, site, expert], divided by the temperature, as gates of this kind."""
@@ -294,7 +300,7 @@ class MixtureModel(nn.Module):
         """As `_decisions`, over every site's valid tokens; the gates are each sample's mean."""
         logits = self.bank.take_token_logits()
         groups = list(
-            token_decisions(logits, self.bank.streams, batch.attention_mask, batch.image_index)
+            token_decisions(logits, self.bank.streams, batch.token_samples(), batch.image_index)
         )
         aux = token_losses(groups, batch.expert_ids, batch.task_ids, top_k)
         return aux, mean_token_gates(groups, len(batch), top_k)
@@ -322,28 +328,14 @@ def check_kind(kind: str, granularity: str, router: nn.Module | None) -> None:
         )
 
 
-def answer_positions(
-    hidden: Float[Tensor, "batch seq width"], labels: Int[Tensor, "batch seq"]
-) -> tuple[Float[Tensor, "batch answer width"], Int[Tensor, "batch answer"]]:
-    """The hidden states that predict a supervised token, packed to the left, and those tokens.
-
-    The output layer is the widest of all: running it on the pictures' and the prompt's positions
-    would cost most of its time and memory for nothing.
-    """
-    labels = F.pad(labels[:, 1:], (0, 1), value=-100)  # the state at i predicts token i + 1
-    supervised = labels != -100
-    longest = max(int(supervised.sum(1).max()), 1)
-    order = supervised.long().argsort(dim=1, descending=True, stable=True)[:, :longest]
-    picked = hidden.gather(1, order[..., None].expand(-1, -1, hidden.shape[-1]))
-    return picked, labels.gather(1, order)
-
-
 def answer_loss(
-    logits: Float[Tensor, "batch answer vocab"], labels: Int[Tensor, "batch answer"] | None
+    logits: Float[Tensor, "_ answer vocab"],
+    labels: Int[Tensor, "batch answer"] | None,
+    num_samples: int,
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Each sample's mean cross-entropy over its answer tokens in float32, and their number."""
     if labels is None:
-        zeros = logits.new_zeros(logits.shape[0], dtype=torch.float32)
+        zeros = logits.new_zeros(num_samples, dtype=torch.float32)
         return zeros, zeros.long()
     loss = F.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"

@@ -42,8 +42,9 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.boxes import encode_locations
+from data.boxes import location_tokens
 from data.concepts import CATEGORY, GROUNDS, SPLITS
+from data.geometry import whole
 from data.ocr import OcrCache, content_hash
 from data.questions import TASKS, Question, questions
 from data.scenes import SIZE, Scene, render_scene
@@ -255,7 +256,8 @@ def ask(scene: Scene, words: str | None, rng: np.random.Generator) -> Asked | No
     question = of_kind[int(rng.integers(len(of_kind)))]
     wordings = question.wordings("all")
     wording = wordings[int(rng.integers(len(wordings)))]
-    boxes = [encode_locations(box, SIZE, SIZE, NUM_BINS) for box in question.boxes]
+    codec, frame = location_tokens(NUM_BINS), whole(SIZE, SIZE)
+    boxes = [codec.encode([box], frame) for box in question.boxes]
     answer = [*boxes, *question.answers][0]
     # "where is the cat?" has two answers: without the prefix both are right, and both are seen
     return Asked(

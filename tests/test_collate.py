@@ -7,7 +7,7 @@ import torch
 
 from data.boxes import CODECS
 from data.checks import BadSampleError
-from data.collate import IGNORED, Collator, chosen_words, target_text
+from data.collate import IGNORED, Collator, chosen_words
 from data.sample import OcrWord, Sample, Turn
 from tests.tiny import random_image, tiny_processor
 
@@ -120,13 +120,13 @@ def test_ids_name_tasks_and_experts_by_their_place_in_the_config():
 
 
 def test_the_target_is_the_most_frequent_answer_and_the_first_of_equals():
-    assert target_text(sample(answers=("a", "b", "b", "c")), CODEC) == "b"
-    assert target_text(sample(answers=("x", "y")), CODEC) == "x"
+    assert COLLATE.target(sample(answers=("a", "b", "b", "c"))) == "b"
+    assert COLLATE.target(sample(answers=("x", "y"))) == "x"
 
 
 def test_a_box_becomes_text_by_the_codec():
     boxed = sample(task="grounding", answers=(), boxes=((0, 0, 40, 30),))
-    assert target_text(boxed, CODEC) == "<loc0000><loc0000><loc0031><loc0031>"
+    assert COLLATE.target(boxed) == "<loc0000><loc0000><loc0031><loc0031>"
     learned = COLLATE([boxed]).labels[0]
     ids = learned[learned != IGNORED][:-1].tolist()
     assert ids == TOKENIZER.convert_tokens_to_ids(["<loc0000>"] * 2 + ["<loc0031>"] * 2)
@@ -171,6 +171,32 @@ def test_a_chat_template_without_generation_marks_is_refused():
     processor.chat_template = template.replace("{% endgeneration %}", "")
     with pytest.raises(ValueError, match="generation"):
         replace(COLLATE, processor=processor)([sample()])
+
+
+CROPPING = tiny_processor()
+CROPPING.image_processor.size = {"shortest_edge": 28}
+CROPPING.image_processor.crop_size = {"height": 28, "width": 28}
+CROPPING.image_processor.do_center_crop = True
+WIDE = random_image(1, 60, 30)
+
+
+def test_a_box_that_the_centre_crop_hides_is_a_bad_sample_and_counted():
+    collate = replace(COLLATE, processor=CROPPING)  # of 60 x 30 pixels it shows 30 in the middle
+    boxes = {"half": (0, 0, 30, 30), "most": (10, 0, 45, 30), "seen": (15, 0, 45, 30)}
+    rows = [sample(id=i, image=WIDE, answers=(), boxes=(b,)) for i, b in boxes.items()]
+    batch, rejected = collate.split(rows)
+    assert [s.id for s in batch.samples] == ["seen"]
+    assert [e.rule for e in rejected] == ["box hidden by crop"] * 2
+    assert "50% of a box" in str(rejected[0]) and "prompt.min_visible" in str(rejected[0])
+
+
+def test_a_cropped_box_is_learned_as_what_is_left_of_it_where_that_is_accepted():
+    collate = replace(COLLATE, processor=CROPPING, min_visible=0.8, codec=CODECS["llava"])
+    boxed = sample(image=WIDE, answers=(), boxes=((12, 0, 30, 30),))
+    learned = collate([boxed]).labels[0]
+    text = TOKENIZER.decode(learned[learned != IGNORED])
+    assert text.removesuffix(TOKENIZER.eos_token).strip() == "[0.00, 0.00, 0.50, 1.00]"
+    assert collate.codec.decode(text, collate.geometry(boxed)) == pytest.approx((15, 0, 30, 30))
 
 
 def test_an_instruction_stands_behind_the_ocr_words_as_llava_writes_it():

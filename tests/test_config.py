@@ -124,3 +124,15 @@ RUNS = [file for file in sorted(Path("configs").glob("*.yaml")) if "stages" in r
 @pytest.mark.parametrize("file", RUNS, ids=lambda f: f.name)
 def test_every_shipped_run_config_loads(file):
     assert load_config(file).stages
+
+
+def test_the_share_of_a_source_is_a_weight_or_a_number_of_draws():
+    entry = "{{name: {}, task: vqa, num_samples: 4, expert: a, {}}}"
+    both = entry.format("s", "weight: 2.0, count: 3")
+    assert "data.sources.s: has weight and count; choose one" in error_of(f"data.sources=[{both}]")
+    mixed = f"{entry.format('s', 'count: 3')}, {entry.format('t', 'weight: 2.0')}"
+    message = "data.sources.t: count or epochs of s need count or epochs here too"
+    assert message in error_of(f"data.sources=[{mixed}]")
+    assert "data.sources.s.epochs: must be above 0" in error_of(
+        f"data.sources=[{entry.format('s', 'epochs: 0')}]"
+    )

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Lowest first; a module may import from its own level and below. The longest prefix decides.
 LEVELS = (
     ("moa.settings", "moa.atomic", "moa.gating", "moa.metrics", "data.sample", "data.batch"),
-    ("moa.config", "moa.peft_io", "moa.mixing", "moa.losses", "moa.targets"),
+    ("moa.config", "moa.peft_io", "moa.mixing", "moa.losses", "moa.packing", "moa.targets"),
     ("moa.expert_linear", "moa.expert_state", "moa.experts", "moa.router", "moa.decisions", "data"),
     ("moa.backbones",),
     ("moa.model",),
@@ -32,7 +32,7 @@ ROOMS = {
 # Modules of tensors, strings and numbers alone.
 MATH = (
     *("moa.gating", "moa.losses", "moa.mixing", "moa.decisions", "moa.router", "moa.metrics"),
-    *("moa.expert_linear", "moa.expert_state", "moa.experts", "moa.targets"),
+    *("moa.packing", "moa.expert_linear", "moa.expert_state", "moa.experts", "moa.targets"),
     *("moa.merging.core", "moa.merging.linear"),
 )
 NOT_IN_MATH = ("moa.config", "moa.settings", "logging", "accelerate", "omegaconf")

@@ -71,6 +71,39 @@ def test_a_run_goes_through_its_stages_and_logs_every_step(unbroken):
     assert validated == [4, 5, 8, 9, 12]
 
 
+def test_the_log_has_each_sources_loss(world, unbroken):
+    for line in steps_of(unbroken):
+        tasks = {key[5:]: value for key, value in line.items() if key.startswith("loss/")}
+        sources = {k[12:]: v for k, v in line.items() if k.startswith("source_loss/")}
+        assert sources == pytest.approx(tasks)  # in the toy world a source is a task
+
+
+def test_packed_rows_give_the_same_losses_and_counts(world, unbroken, tmp_path):
+    packed = toy_config(
+        world,
+        out=str(tmp_path / "packed"),
+        train__pack_length=300,
+        prompt__max_length=300,
+    )
+    run_once(packed)
+    for line, other in zip(log_of(packed), log_of(unbroken), strict=True):
+        assert line.pop("stage") == other.pop("stage")
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
+
+
+def test_a_grouped_order_resumes_to_the_same_losses(world, tmp_path, monkeypatch):
+    changes = {"data__group_by_length": True, "data__group_window": 3, "data__num_workers": 1}
+    config = toy_config(world, out=str(tmp_path / "whole"), **changes)
+    run_once(config)
+    again = toy_config(world, out=str(tmp_path / "killed"), **changes)
+    kill_at(8, monkeypatch)
+    with pytest.raises(Killed):
+        run_once(again)
+    monkeypatch.undo()
+    run_once(again, resume=True)
+    assert log_of(again) == log_of(config)
+
+
 def test_the_stage_experts_uses_the_samples_own_expert(unbroken):
     for line in steps_of(unbroken)[:5]:
         assert line.get("gates/vqa/vqa", 1.0) == 1.0

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
 FAMILIES = ("llava",)
+PACKING = ("sdpa", "eager", "flex_attention")  # attention that heeds restarting positions
 VISION, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 
 
@@ -85,13 +86,25 @@ class Backbone:
         return embeds.masked_scatter(places[..., None], features.to(embeds.dtype))
 
     def hidden_states(
-        self, embeds: Float[Tensor, "batch seq width"], attention_mask: Int[Tensor, "batch seq"]
+        self,
+        embeds: Float[Tensor, "batch seq width"],
+        attention_mask: Int[Tensor, "batch seq"],
+        positions: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq width"]:
-        """The language model's last hidden states; positions count from the first real token."""
-        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        """The language model's last hidden states; positions count from the first real token.
+
+        Where `positions` are given, each restart begins a sample that attends to itself alone. Then
+        no mask goes along: transformers would take it for the whole truth, and samples would see
+        each other.
+        """
+        if positions is None:
+            positions, mask = (attention_mask.cumsum(1) - 1).clamp(min=0), attention_mask
+        else:
+            check_packing(self.model.config, len(positions))
+            mask = None
         output = self.model.model(
             inputs_embeds=embeds,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=positions,
             use_cache=False,
         )
@@ -133,6 +146,16 @@ class Backbone:
         )
         match = re.search(r"\blayers\.(\d+)\.", name)
         return int(match[1]) < last if match else "embeddings" in name
+
+
+def check_packing(config: Any, num_rows: int) -> None:
+    """ValueError where the attention in use would let samples of a packed row see each other."""
+    attention = config.text_config._attn_implementation
+    if attention not in PACKING and not ("flash" in attention and num_rows == 1):
+        raise ValueError(
+            f"train.pack_length: {attention} attention does not separate the samples of {num_rows} "
+            f"rows; choices: {', '.join(PACKING)}, flash attention with all samples in one row"
+        )
 
 
 def load_backbone(name_or_path: str, dtype: torch.dtype = torch.float32) -> Backbone:

@@ -171,7 +171,7 @@ def predictions_of(
     texts = collator.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     gates = [None] * len(samples) if decided.gates is None else decided.gates.float().cpu().tolist()
     for sample, text, row in zip(samples, texts, gates, strict=True):
-        box = collator.codec.decode(text, *sample.size) if sample.boxes else None
+        box = collator.codec.decode(text, collator.geometry(sample)) if sample.boxes else None
         yield Prediction(sample=sample, text=text.strip(), box=box, gates=row)
 
 

@@ -214,7 +214,9 @@ class Stage:
         counts = count_step(micro_batches, run.accelerator)
         run.skipped += counts.rejected
         batches = [batch for batch, _ in micro_batches if batch is not None]
-        figures = Figures(run.model.bank.names, run.config.data.tasks, run.accelerator.device)
+        figures = Figures(
+            run.model.bank.names, run.config.data.tasks, run.mixture.names, run.accelerator.device
+        )
         if self.optimizer is None:
             return self.anchor_step(batches, figures)
         rates = set_rates(self.optimizer, rate_factor(self.config, run.stage_step))

@@ -1,7 +1,7 @@
 """What a run says: console lines, a progress bar, log.jsonl, and Accelerate's trackers.
 
 A line of log.jsonl is flat: `step`, `stage`, and figures named `loss/<task>`, `gates/<task>/<expert>`,
-`aux/<loss>`, `lr/<group>`, `validation/<source>`. The main process alone writes.
+`source_loss/<source>`, `aux/<loss>`, `lr/<group>`, `validation/<source>`. The main process alone writes.
 """
 
 import json
@@ -114,13 +114,21 @@ def keep_lines(path: Path, step: int) -> None:
 def mixture_table(mixture: Mixture, draws: int) -> Table:
     """What an epoch holds of each source, and how often the whole run walks it."""
     shares = mixture.epoch()
-    epoch = sum(share.size for share in shares)
+    epoch = mixture.epoch_length
     table = Table(title=f"the mixture: an epoch is {epoch:,} samples, the run draws {draws:,}")
-    for column in ("source", "samples", "weight", "draws per epoch", "passes in the run"):
+    per_epoch = ("draws per epoch", "passes per epoch")
+    for column in ("source", "samples", "weight", *per_epoch, "passes in the run"):
         table.add_column(column, justify="left" if column == "source" else "right")
     for share in shares:
         passes = share.passes * draws / epoch
-        row = (f"{share.size:,}", f"{share.weight:g}", f"{share.draws:,}", f"{passes:.2f}")
+        weight = "-" if share.weight is None else f"{share.weight:g}"
+        row = (
+            f"{share.size:,}",
+            weight,
+            f"{share.draws:,}",
+            f"{share.passes:.2f}",
+            f"{passes:.2f}",
+        )
         table.add_row(share.name, *row)
     return table
 

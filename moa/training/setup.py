@@ -75,9 +75,11 @@ def open_run(
         config=config,
         accelerator=accelerator,
         model=model,
-        mixture=open_mixture(config.data, config.seed, ocr),
+        mixture=open_mixture(config, ocr),
         validation=open_sources(config.data.validation, config.data, ocr),
-        collator=make_collator(config, model.backbone.processor),
+        collator=make_collator(
+            config, model.backbone.processor, pack_length=config.train.pack_length
+        ),
         reporter=Reporter(config, accelerator),
         layout=make_layout(config.train, accelerator.num_processes),
     )

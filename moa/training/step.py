@@ -87,13 +87,20 @@ def objective(
 
 
 class Figures:
-    """Sums over samples by task, in tensors that one reduction adds up over processes."""
+    """Sums over samples by task and by source, in tensors that one reduction adds up over processes."""
 
     COLUMNS = ("samples", "loss", "tokens", "entropy")  # then a gate per expert
 
-    def __init__(self, experts: Sequence[str], tasks: Sequence[str], device: torch.device):
-        self.experts, self.tasks = experts, tasks
+    def __init__(
+        self,
+        experts: Sequence[str],
+        tasks: Sequence[str],
+        sources: Sequence[str],
+        device: torch.device,
+    ):
+        self.experts, self.tasks, self.sources = experts, tasks, sources
         self.table = torch.zeros(len(tasks), len(self.COLUMNS) + len(experts), device=device)
+        self.by_source = torch.zeros(len(sources), 2, device=device)  # samples, loss
         self.rest = torch.zeros(2 + len(AUX), device=device)  # tokens read, non-finite losses, aux
         self.aux: list[str] = []
         self.seen: list[tuple[list[Sample], Tensor]] = []
@@ -107,6 +114,8 @@ class Figures:
         # by the samples' own tasks: task_ids do not tell them where the task is withheld
         rows = torch.tensor([self.tasks.index(s.task) for s in batch.samples], device=loss.device)
         self.table.index_add_(0, rows, torch.cat([columns, gates], 1))
+        rows = torch.tensor([self.sources.index(s.source) for s in batch.samples])
+        self.by_source.index_add_(0, rows.to(loss.device), columns[:, :2])
         self.rest[0] += batch.attention_mask.sum()
         self.rest[1] += (~torch.isfinite(loss)).sum()
         self.aux = list(output.aux)
@@ -115,11 +124,12 @@ class Figures:
         self.seen.append((batch.samples, loss))
 
     def reduced(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means by task and over all samples of all processes; every process must call it."""
-        flat = torch.cat([self.table.flatten(), self.rest])
-        total = accelerator.reduce(flat, "sum").double().cpu()
-        table = total[: self.table.numel()].view_as(self.table)
-        read, broken, *aux = total[self.table.numel() :].tolist()
+        """Means by task, by source and over all samples of all processes; every process calls it."""
+        parts = [self.table.flatten(), self.by_source.flatten(), self.rest]
+        total = accelerator.reduce(torch.cat(parts), "sum").double().cpu()
+        flat, by_source, rest = total.split([part.numel() for part in parts])
+        table = flat.view_as(self.table)
+        read, broken, *aux = rest.tolist()
         count, loss, tokens, entropy = table.sum(0)[: len(self.COLUMNS)].tolist()
         figures = {"loss": loss / count, "entropy": entropy / count, "samples": count,
                    "tokens_read": read, "tokens_answer": tokens, "non_finite": broken}  # fmt: skip
@@ -128,6 +138,11 @@ class Figures:
                 figures[f"loss/{task}"] = row[1] / row[0]
                 gates = zip(self.experts, row[len(self.COLUMNS) :], strict=True)
                 figures |= {f"gates/{task}/{expert}": gate / row[0] for expert, gate in gates}
+        for source, (number, total_loss) in zip(
+            self.sources, by_source.view(-1, 2).tolist(), strict=True
+        ):
+            if number:
+                figures |= {f"source_loss/{source}": total_loss / number}
         names = [name for name in AUX if name in self.aux]
         return figures | {f"aux/{name}": aux[AUX.index(name)] / count for name in names}
 

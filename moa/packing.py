@@ -1,0 +1,49 @@
+"""Rows that hold several samples: positions that restart, and each sample's own answer.
+
+    input_ids  [rows, seq]   a a a a b b b . .      a row is filled with samples in their order
+    segments   [rows, seq]   0 0 0 0 1 1 1 -1 -1    which sample a token belongs to, -1 at padding
+    positions  [rows, seq]   0 1 2 3 0 1 2 0 1      where they restart, attention ends
+
+No attention mask: transformers makes a block mask of restarting positions, and only where none is
+given. A batch that is not packed has a sample a row, and takes the same path.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def restart_positions(segments: Int[Tensor, "rows seq"]) -> Int[Tensor, "rows seq"]:
+    """Each token's place in its own run of one segment; padding is a run like any other."""
+    places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return places - torch.where(begins, places, 0).cummax(1).values
+
+
+def answer_positions(
+    hidden: Float[Tensor, "rows seq width"],
+    labels: Int[Tensor, "rows seq"],
+    segments: Int[Tensor, "rows seq"] | None,
+    num_samples: int,
+) -> tuple[Float[Tensor, "batch answer width"], Int[Tensor, "batch answer"]]:
+    """The hidden states that predict a sample's supervised tokens, and those tokens.
+
+    They stand at the left of the sample's row, with zeros and -100 behind them. The output layer is
+    the widest of all: running it on the pictures' and the prompt's positions would cost most of its
+    time and memory for nothing. Samples stand in the order of their numbers; without `segments`
+    a row is a sample.
+    """
+    if segments is None:
+        segments = torch.arange(num_samples, device=labels.device)[:, None].expand_as(labels)
+    follows = segments[:, 1:] == segments[:, :-1]  # a segment's last state predicts nothing
+    labels = F.pad(labels[:, 1:].masked_fill(~follows, -100), (0, 1), value=-100)
+    supervised = labels != -100
+    owner = segments[supervised]
+    count = torch.bincount(owner, minlength=num_samples)
+    slot = torch.arange(len(owner), device=owner.device) - (count.cumsum(0) - count)[owner]
+    longest = max(int(count.max()), 1)
+    picked = hidden.new_zeros(num_samples, longest, hidden.shape[-1])
+    targets = labels.new_full((num_samples, longest), -100)
+    picked = picked.index_put((owner, slot), hidden[supervised])
+    return picked, targets.index_put((owner, slot), labels[supervised])
