@@ -97,10 +97,10 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("pack_length", [120, 1000])
-def test_packed_equals_unpacked(name, pack_length):
+@torch.no_grad()
+def test_packed_equals_unpacked(name):
     model = make_model(**KINDS[name])
-    ours, theirs = model(collated(model, pack_length)), model(collated(model))
+    ours, theirs = model(collated(model, 120)), model(collated(model))
     for field in ("loss_per_sample", "num_tokens", "logits", "labels", "gates"):
         close(getattr(ours, field), getattr(theirs, field))
     assert ours.aux.keys() == theirs.aux.keys()

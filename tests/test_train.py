@@ -92,7 +92,7 @@ def test_packed_rows_give_the_same_losses_and_counts(world, unbroken, tmp_path):
 
 
 def test_a_grouped_order_resumes_to_the_same_losses(world, tmp_path, monkeypatch):
-    changes = {"data__group_by_length": True, "data__group_window": 3, "data__num_workers": 1}
+    changes = {"data__group_by_length": True, "data__group_window": 3}
     config = toy_config(world, out=str(tmp_path / "whole"), **changes)
     run_once(config)
     again = toy_config(world, out=str(tmp_path / "killed"), **changes)

@@ -1,0 +1,198 @@
+"""Every sample of a data set before a run meets it: what is broken, repeated, or leaked.
+
+    rows --processes--> findings by rule, hashes of ids and pictures --> duplicates, leaks
+
+A single row is judged by the run's own reader and collator, so that what passes here passes there.
+What only shows between rows is kept as hashes: memory grows by 32 bytes a row.
+"""
+
+import hashlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from data.checks import BadSampleError, name_of
+from data.collate import Collator
+from data.mixture import Source, read_sample
+from data.sample import Sample
+
+CHUNK = 500  # rows that a process reports at once
+HASHES = ("ids", "image_ids", "contents")
+DUPLICATE = "duplicate id"
+LEAKS = {"image_ids": "picture of training, by image id", "contents": "picture of training"}
+
+
+@dataclass
+class Finding:
+    """How many rows break a rule, and the first of them in words."""
+
+    count: int
+    example: str
+
+
+@dataclass(kw_only=True)
+class Audit:
+    """What was found in the first `rows` rows of a source; unreadable rows have no hashes."""
+
+    name: str
+    rows: int = 0
+    found: dict[str, Finding] = field(default_factory=dict)  # by rule
+    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of readable rows
+    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    image_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    contents: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+
+    def note(self, rule: str, example: str, count: int = 1) -> None:
+        known = self.found.setdefault(rule, Finding(0, example))
+        known.count += count
+
+    @property
+    def num_errors(self) -> int:
+        return sum(finding.count for finding in self.found.values())
+
+
+class LengthCheck:
+    """Finds samples that are too long, with as little tokenising as possible.
+
+    No tokenizer makes more tokens of a text than it has bytes: where template, picture and bytes
+    fit, the sample fits. What a template and a picture take is found once for each picture size.
+    """
+
+    def __init__(self, collator: Collator):
+        self.collator = collator
+        self.fixed: dict[tuple[int, int] | None, int] = {}
+
+    def __call__(self, sample: Sample) -> BadSampleError | None:
+        collator = self.collator
+        if not sample.turns and self._bound(sample) <= collator.max_length:
+            return None  # further turns would bring their share of the template
+        count = collator.num_tokens(sample)
+        if count <= collator.max_length:
+            return None
+        detail = f"{count} tokens; max_length={collator.max_length} would cut the answer"
+        return BadSampleError(name_of(sample), "too long", detail)
+
+    def _bound(self, sample: Sample) -> int:
+        size = None if sample.image is None else sample.image.size
+        if size not in self.fixed:
+            bare = replace(sample, question="?", answers=("?",), ocr=None, instruction="")
+            self.fixed[size] = self.collator.num_tokens(bare)
+        text = sample.system + self.collator.prompt(sample) + self.collator.target(sample)
+        return self.fixed[size] + len(text.encode())
+
+
+def audit_rows(source: Source, name: str, collator: Collator, rows: range) -> Audit:
+    """The findings of some rows, each by itself."""
+    audit, too_long = Audit(name=name, rows=len(rows)), LengthCheck(collator)
+    readable: list[tuple[int, int, int, int]] = []
+    for index in rows:
+        item = read_sample(source, index, name)
+        if isinstance(item, BadSampleError):
+            audit.note(item.rule, str(item))
+            continue
+        error = collator.error_of(item) or too_long(item)
+        if error is not None:
+            audit.note(error.rule, str(error))
+        readable.append((index, *hashes_of(item)))
+    table = np.array(readable, dtype=np.uint64).reshape(-1, 4).T
+    audit.numbers = table[0].astype(np.int64)
+    audit.ids, audit.image_ids, audit.contents = table[1:]
+    return audit
+
+
+def hashes_of(sample: Sample) -> tuple[int, int, int]:
+    """Of the id, the picture's id and the picture's pixels; text alone has the picture of no other."""
+    if sample.image is None:
+        own = hash64(f"{sample.source}:{sample.id}".encode())
+        return hash64(sample.id.encode()), own, own
+    width, height = sample.image.size
+    pixels = f"{width}x{height}:".encode() + sample.image.tobytes()
+    return hash64(sample.id.encode()), hash64(sample.image_id.encode()), hash64(pixels)
+
+
+def hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def audit_source(
+    source: Source,
+    name: str,
+    collator: Collator,
+    *,
+    limit: int | None = None,
+    workers: int = 1,
+    advance: Callable[[int], Any] = lambda rows: None,
+) -> Audit:
+    """All rows, or the first `limit`, and the ids that come more than once among them.
+
+    `advance` is called with the number of rows that were read since its last call.
+    """
+    total = len(source) if limit is None else min(limit, len(source))
+    parts = [range(first, min(first + CHUNK, total)) for first in range(0, total, CHUNK)]
+    whole = Audit(name=name)
+    hashed: dict[str, list[np.ndarray]] = {key: [] for key in ("numbers", *HASHES)}
+    for part in run_parts(source, name, collator, parts, workers):
+        whole.rows += part.rows
+        for rule, finding in part.found.items():
+            whole.note(rule, finding.example, finding.count)
+        for key, pieces in hashed.items():
+            pieces.append(getattr(part, key))
+        advance(part.rows)
+    for key, pieces in hashed.items():
+        setattr(whole, key, np.concatenate(pieces) if pieces else getattr(whole, key))
+    find_duplicates(whole)
+    return whole
+
+
+def run_parts(
+    source: Source, name: str, collator: Collator, parts: Sequence[range], workers: int
+) -> Iterator[Audit]:
+    """In order, in processes of their own where there are several."""
+    if workers <= 1:
+        yield from (audit_rows(source, name, collator, rows) for rows in parts)
+        return
+    context = multiprocessing.get_context("fork")  # the source is inherited, not copied
+    setup = (source, name, collator)
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=setup) as pool:
+        yield from pool.map(_audit, parts)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start(source: Source, name: str, collator: Collator) -> None:
+    _worker.update(source=source, name=name, collator=collator)
+
+
+def _audit(rows: range) -> Audit:
+    return audit_rows(**_worker, rows=rows)
+
+
+def find_duplicates(audit: Audit) -> None:
+    """Note the rows whose id an earlier row has."""
+    order = np.argsort(audit.ids, kind="stable")
+    same = audit.ids[order][1:] == audit.ids[order][:-1]
+    if same.any():
+        place = int(np.argmax(same))
+        first, second = audit.numbers[order[place : place + 2]]
+        where = f"source {audit.name!r}, samples {first} and {second}"
+        audit.note(DUPLICATE, f"{where}: {DUPLICATE}", int(same.sum()))
+
+
+def find_leaks(training: Sequence[Audit], held_out: Audit) -> None:
+    """Note the rows of a data set that is scored whose picture is in one that is trained on."""
+    for key, rule in LEAKS.items():
+        for trained in training:
+            leaked = np.isin(getattr(held_out, key), getattr(trained, key))
+            if leaked.any():
+                first = int(np.argmax(leaked))
+                other = np.argmax(getattr(trained, key) == getattr(held_out, key)[first])
+                example = (
+                    f"source {held_out.name!r}, sample {held_out.numbers[first]}: {rule}: "
+                    f"sample {trained.numbers[other]} of {trained.name!r}"
+                )
+                held_out.note(rule, example, int(leaked.sum()))

@@ -1,0 +1,224 @@
+"""Look at data before training on it.
+
+    python scripts/data.py check configs/demo.yaml workers=2
+    python scripts/data.py check source.path=my/train.jsonl
+    python scripts/data.py check source.format=pope source.path=coco_pope_random.json source.images=val2014
+    python scripts/data.py preview configs/demo.yaml out=page.html num_samples=12
+
+`check` reads every row of every source as a run would, and prints what is wrong by source and
+reason; it exits with 1 where something is. `preview` writes a page of samples as the model sees
+them. Other keys than the ones below are the run's: data.tasks=[vqa] prompt.box_codec=llava
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from data.audit import Audit, audit_source, find_leaks
+from data.collate import Collator
+from data.mixture import Source, read_sample, shuffle
+from data.sources import make_collator, open_ocr, open_sources
+from moa.analysis.preview_page import preview_page
+from moa.config import RunConfig, SourceConfig, load_config
+from moa.settings import describe, load
+
+PARTS = ("data.sources", "data.validation", "eval.sources")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    source: SourceConfig | None = None  # one data set, instead of a run's config
+    only: list[str] | None = None  # names of the sources to look at; null: all
+    limit: int | None = None  # rows of each source; null: all
+    workers: int = 1  # of check: processes
+    ignore: list[str] = field(default_factory=list)  # of check: reasons that are no error
+    out: str = "preview.html"  # of preview: the page
+    num_samples: int = 12  # of preview: samples, drawn from all sources in turn
+    seed: int = 0  # of preview: another one shows other samples
+    progress: bool = True  # of check: progress bar
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="settings, with their defaults:\n\n" + describe(Settings),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=("check", "preview"))
+    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value")
+    return parser.parse_args()
+
+
+def read_settings(arguments: list[str]) -> tuple[Settings, RunConfig, bool]:
+    """Settings, the run's config, and whether it is a run's (its tasks and experts are known)."""
+    own = {item.name for item in fields(Settings)}
+    files = [text for text in arguments if "=" not in text]
+    mine = [text for text in arguments if "=" in text and first_key(text) in own]
+    rest = [text for text in arguments if "=" in text and first_key(text) not in own]
+    lone = any(first_key(text) == "source" for text in mine)
+    if len(files) + lone != 1:
+        raise ValueError("give either a run's config file or source.path=FILE")
+    if files:
+        return load(Settings, None, mine), load_config(files[0], rest), True
+    settings = load(Settings, None, ["source.name=source", "source.format=jsonl", *mine])
+    assert settings.source is not None  # it has a name at least
+    source = {k: v for k, v in asdict(settings.source).items() if v is not None}
+    entry = yaml.safe_dump([source], default_flow_style=True, width=10**6)
+    config = load_config(None, ["experts={any: {}}", f"data.sources={entry}", *rest])
+    return settings, config, False
+
+
+def first_key(override: str) -> str:
+    return override.partition("=")[0].partition(".")[0]
+
+
+def collator_of(config: RunConfig, known: bool) -> Collator:
+    """The run's own; a lone source may have tasks that no config names."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(config.model.name)
+    return make_collator(config, processor, allow_unknown_tasks=not known)
+
+
+def chosen(config: RunConfig, only: list[str] | None) -> dict[str, list[SourceConfig]]:
+    """Part of the config -> its sources; each data set once, however many parts it is in."""
+    parts = (config.data.sources, config.data.validation, config.eval.sources)
+    names = [source.name for part in parts for source in part]
+    for name in only or ():
+        if name not in names:
+            raise ValueError(
+                f"only: no source {name!r}; choices: {', '.join(dict.fromkeys(names))}"
+            )
+    found: dict[str, list[SourceConfig]] = {}
+    for key, part in zip(PARTS, parts, strict=True):
+        fresh = [s for s in part if s not in sum(found.values(), [])]
+        found[key] = [s for s in fresh if only is None or s.name in only]
+    return found
+
+
+def opened(config: RunConfig, settings: Settings) -> dict[str, dict[str, Source]]:
+    """Part -> name -> data set. OCR words come from the cache alone: nothing is read live."""
+    data = replace(config.data, ocr_engine=False)
+    has_words = data.ocr_cache is not None and Path(data.ocr_cache).is_file()
+    ocr = open_ocr(data) if has_words else None
+    parts = chosen(config, settings.only)
+    return {key: open_sources(part, data, ocr) for key, part in parts.items()}
+
+
+def check(settings: Settings, config: RunConfig, known: bool, console: Console) -> int:
+    """Print the table; the number of rows with an error that is not ignored."""
+    parts, collator = opened(config, settings), collator_of(config, known)
+    audits: dict[str, list[Audit]] = {}
+    began = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+               TextColumn("{task.fields[speed]} rows/s"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, disable=not settings.progress, transient=True) as bar:
+        for key, sources in parts.items():
+            needs_answer = key == PARTS[0]
+            judge = replace(collator, allow_unknown_tasks=not (known and needs_answer))
+            audits[key] = list(audit_all(sources, judge, settings, bar))
+    for held_out in audits[PARTS[1]] + audits[PARTS[2]]:
+        find_leaks(audits[PARTS[0]], held_out)
+    seconds = time.perf_counter() - began
+    console.print(table_of(audits, settings.ignore))
+    for line in examples(audits):
+        console.print(line, markup=False)
+    total = sum(audit.rows for part in audits.values() for audit in part)
+    errors = sum(
+        finding.count
+        for part in audits.values()
+        for audit in part
+        for rule, finding in audit.found.items()
+        if rule not in settings.ignore
+    )
+    console.print(
+        f"{total:,} rows in {seconds:.1f} s ({total / seconds:,.0f} rows/s, {settings.workers} "
+        f"processes), {errors:,} errors"
+    )
+    return errors
+
+
+def audit_all(
+    sources: Mapping[str, Source], collator: Collator, settings: Settings, bar: Progress
+) -> Iterator[Audit]:
+    for name, source in sources.items():
+        rows = len(source) if settings.limit is None else min(settings.limit, len(source))
+        task, began = bar.add_task(name, total=rows, speed="-"), time.perf_counter()
+
+        def advance(count: int, task: Any = task, began: float = began) -> None:
+            bar.advance(task, count)
+            speed = bar.tasks[task].completed / (time.perf_counter() - began)
+            bar.update(task, speed=f"{speed:,.0f}")
+
+        yield audit_source(
+            source, name, collator, limit=settings.limit, workers=settings.workers, advance=advance
+        )
+
+
+def table_of(audits: Mapping[str, list[Audit]], ignore: list[str]) -> Table:
+    table = Table(title="what is wrong, by source and reason")
+    for column in ("part", "source", "rows", "reason", "count"):
+        table.add_column(column, justify="right" if column in ("rows", "count") else "left")
+    for key, part in audits.items():
+        for audit in part:
+            head = (key, audit.name, f"{audit.rows:,}")
+            if not audit.found:
+                table.add_row(*head, "-", "0")
+            for rule, finding in audit.found.items():
+                reason = f"{rule} (ignored)" if rule in ignore else rule
+                table.add_row(*head, reason, f"{finding.count:,}")
+                head = ("", "", "")
+    return table
+
+
+def examples(audits: Mapping[str, list[Audit]]) -> Iterator[str]:
+    """The first row of each kind, as a run would name it."""
+    for part in audits.values():
+        for audit in part:
+            yield from (f"  {finding.example}" for finding in audit.found.values())
+
+
+def preview(settings: Settings, config: RunConfig, known: bool, console: Console) -> None:
+    """Write the page: samples of all sources in turn, picked at random by the seed."""
+    parts, collator = opened(config, settings), collator_of(config, known)
+    sources = [pair for part in parts.values() for pair in part.items()]
+    items = []
+    for number in range(settings.num_samples):
+        name, source = sources[number % len(sources)]
+        size = len(source) if settings.limit is None else min(settings.limit, len(source))
+        picks = shuffle(size, settings.seed)
+        items.append(read_sample(source, int(picks[number // len(sources) % size]), name))
+    judge = replace(collator, allow_unknown_tasks=True)
+    title = f"{len(items)} samples as {Path(config.model.name).name} sees them"
+    Path(settings.out).write_text(preview_page(items, judge, title), encoding="utf-8")
+    console.print(f"{settings.out}: {len(items)} samples of {len(sources)} sources")
+
+
+def main() -> None:
+    arguments, console = parse_arguments(), Console(highlight=False, soft_wrap=True)
+    try:
+        settings, config, known = read_settings(arguments.settings)
+        if arguments.command == "preview":
+            preview(settings, config, known, console)
+            return
+        errors = check(settings, config, known, console)
+    except ValueError as error:  # the user's: it names the key or file, and the rule
+        sys.exit(f"error: {error}")
+    sys.exit(1 if errors else 0)
+
+
+if __name__ == "__main__":
+    main()
