@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from moa.benchmarks.scores import Prediction, Scores, empty_answers
-from moa.metrics import caption_scores, exact_match
+from moa.metrics.captions import caption_scores
+from moa.metrics.text import exact_match
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:

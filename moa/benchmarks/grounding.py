@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moa.benchmarks.scores import Prediction, Scores
-from moa.metrics import grounding_scores
+from moa.metrics.boxes import grounding_scores
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moa.benchmarks.scores import Prediction, Scores, empty_answers
-from moa.metrics import anls, exact_match
+from moa.metrics.text import anls, exact_match
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:

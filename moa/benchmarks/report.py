@@ -15,7 +15,7 @@ from moa.atomic import write_json
 from moa.benchmarks.result import Result
 from moa.benchmarks.scores import Prediction
 from moa.config import RunConfig, SourceConfig
-from moa.metrics import best_iou
+from moa.metrics.boxes import best_iou
 from moa.model import MixtureModel
 
 

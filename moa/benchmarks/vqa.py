@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from moa.benchmarks.scores import Prediction, Scores, empty_answers
-from moa.metrics import exact_match, vqa_accuracy, vqa_rule
+from moa.metrics.text import exact_match
+from moa.metrics.vqa import vqa_accuracy, vqa_rule
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:
