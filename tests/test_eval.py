@@ -10,8 +10,9 @@ import yaml
 
 import eval as eval_script
 from data.sources import open_sources
+from moa.benchmarks.catalogue import BENCHMARKS
 from moa.benchmarks.report import routing_record
-from moa.benchmarks.run import BENCHMARKS, choose_gates, evaluate
+from moa.benchmarks.run import choose_gates, evaluate
 from moa.benchmarks.sources import EvalSettings, chosen_sources, prompt_collator, score_sources
 from moa.build import build_model
 from moa.checkpoint import TrainState, load_model, save_checkpoint, write_run_header

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from moa.benchmarks.benchmark import Benchmark
 from moa.benchmarks.scores import Prediction, Scores, empty_answers
 from moa.metrics.text import exact_match
 
@@ -12,3 +13,6 @@ def score(predictions: Sequence[Prediction]) -> Scores:
     return Scores(
         primary="exact_match", values={"exact_match": hits}, failures=empty_answers(predictions)
     )
+
+
+EXACT = Benchmark(score=score)

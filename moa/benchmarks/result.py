@@ -43,6 +43,8 @@ class Result:
             "name": self.name,
             "n": len(samples),
             "num_images": len({sample.image_id for sample in samples}),
+            "num_duplicate_ids": len(samples) - len({(s.task, s.id) for s in samples}),
+            "num_with_ocr_words": sum(bool(sample.ocr) for sample in samples),
             "score": self.score,
             "tasks": {task: task_record(*found) for task, found in self.tasks.items()},
             "by_tag": by_tag(self.predictions, self.sample_scores),

@@ -28,7 +28,7 @@ def clip_score(
 def ref_clip_score(
     image_features: Float[Tensor, "captions dim"],
     text_features: Float[Tensor, "captions dim"],
-    reference_features: Sequence[Float[Tensor, "references dim"]],
+    reference_features: Sequence[Float[Tensor, "_ dim"]],
 ) -> Float[Tensor, " captions"]:
     """RefCLIPScore of each caption; 0 where both sides are 0 (the published code has no number)."""
     alone = clip_score(image_features, text_features)

@@ -38,7 +38,7 @@ def retrieval_ranks(
     """
     count = len(image_features)
     used = image_of_text.unique()
-    if len(image_of_text) and not (0 <= int(used[0]) and int(used[-1]) < count):
+    if len(image_of_text) and (used.min() < 0 or used.max() >= count):
         raise ValueError(f"retrieval: captions name pictures outside 0..{count - 1}")
     if len(used) < count:
         raise ValueError(f"retrieval: {count - len(used)} of {count} pictures have no caption")

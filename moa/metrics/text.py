@@ -93,7 +93,7 @@ def gqa_match(prediction: str, answer: str) -> float:
 LETTERS = ("A", "B", "C", "D", "E")
 
 
-def option_letter(prediction: str, num_options: int) -> str | None:
+def option_letter(prediction: str, num_options: int = len(LETTERS)) -> str | None:
     """The option that an answer names, None if it names none or one that the question lacks.
 
     The rule of LLaVA's eval_science_qa.py: "B", "B. because ...", or one "The answer is B."; the

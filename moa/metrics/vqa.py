@@ -100,6 +100,11 @@ def vqa_evalai(prediction: str, answers: Sequence[str]) -> float:
     return _leave_one_out(normalize_evalai(prediction), [normalize_evalai(a) for a in answers])
 
 
+def aokvqa_direct(prediction: str, answers: Sequence[str]) -> float:
+    """A-OKVQA's direct answers (eval_predictions.py): min(1, matches / 3), and no normalisation."""
+    return min(1.0, sum(answer == prediction for answer in answers) / 3)
+
+
 def _check_ten(name: str, answers: Sequence[str]) -> None:
     if len(answers) < 10:
         raise ValueError(f"{name}: a question needs ten answers, got {len(answers)}")
