@@ -6,7 +6,7 @@ from torch.nn.functional import one_hot
 
 from moa.metrics.classification import mean_per_class_accuracy, per_class_accuracy
 from moa.metrics.clipscore import clip_score, ref_clip_score
-from moa.metrics.retrieval import best_rank, recall_at, retrieval_ranks
+from moa.metrics.retrieval import rank_candidates, rank_retrieval, recall_at
 
 
 def brute_force_ranks(images, texts, owner):
@@ -29,32 +29,33 @@ def test_ranks_are_those_of_sorting_every_row(monkeypatch):
     images = torch.nn.functional.normalize(torch.randn(7, 5), dim=-1)
     owner = torch.arange(7).repeat_interleave(3)[torch.randperm(21)]
     texts = torch.nn.functional.normalize(torch.randn(21, 5), dim=-1)
-    to_text, to_image = retrieval_ranks(images, texts * 4, owner)
+    to_text, to_image = rank_retrieval(images, texts * 4, owner)
     expected = brute_force_ranks(images, texts, owner.tolist())
-    assert (to_text.tolist(), to_image.tolist()) == expected
+    assert (to_text.rank.tolist(), to_image.rank.tolist()) == expected
+    assert to_text.nearest.tolist() == (images @ texts.T).argmax(1).tolist()
 
 
 def test_any_caption_of_a_picture_counts_and_every_caption_asks():
     images = one_hot(torch.tensor([0, 1, 2])).float()
     texts = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0], [0, 0.1, 1.0]])
-    to_text, to_image = retrieval_ranks(images, texts, torch.tensor([0, 0, 1, 2]))
+    to_text, to_image = rank_retrieval(images, texts, torch.tensor([0, 0, 1, 2]))
     # picture 0 has one caption that fits and one that fits picture 1, where it stands in a tie
-    assert to_text.tolist() == [1, 2, 1]
-    assert to_image.tolist() == [1, 3, 1, 1]
-    assert recall_at(to_image.tolist(), 1) == [1.0, 0.0, 1.0, 1.0]
+    assert to_text.rank.tolist() == [1, 2, 1]
+    assert to_image.rank.tolist() == [1, 3, 1, 1]
+    assert recall_at(to_image.rank.tolist(), 1) == [1.0, 0.0, 1.0, 1.0]
 
 
 def test_equal_or_broken_scores_do_not_count_as_found():
     wanted = torch.tensor([[True, False, False]])
-    assert best_rank(torch.ones(1, 3), wanted).tolist() == [3]
-    assert best_rank(torch.full((1, 3), torch.nan), wanted).tolist() == [3]
+    assert rank_candidates(torch.ones(1, 3), wanted).rank.tolist() == [3]
+    assert rank_candidates(torch.full((1, 3), torch.nan), wanted).rank.tolist() == [3]
 
 
 def test_pictures_without_captions_are_one_clear_error():
     with pytest.raises(ValueError, match="1 of 3 pictures have no caption"):
-        retrieval_ranks(torch.ones(3, 2), torch.ones(2, 2), torch.tensor([0, 2]))
+        rank_retrieval(torch.ones(3, 2), torch.ones(2, 2), torch.tensor([0, 2]))
     with pytest.raises(ValueError, match=r"outside 0\.\.2"):
-        retrieval_ranks(torch.ones(3, 2), torch.ones(2, 2), torch.tensor([0, 3]))
+        rank_retrieval(torch.ones(3, 2), torch.ones(2, 2), torch.tensor([0, 3]))
 
 
 def test_clip_score_is_two_and_a_half_cosines_and_never_negative():
