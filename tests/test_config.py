@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from moa.benchmarks.sources import EvalSettings
 from moa.config import RunConfig, load_config
-from moa.settings import describe, read_yaml, settings, to_yaml
+from moa.settings import describe, load, read_yaml, settings, to_yaml
 
 EXPERTS = "experts={a: {rank: 2}, b: {rank: 3}}"
 SOURCE = "data.sources=[{name: s, task: vqa, num_samples: 4, expert: a}]"
@@ -124,3 +125,8 @@ RUNS = [file for file in sorted(Path("configs").glob("*.yaml")) if "stages" in r
 @pytest.mark.parametrize("file", RUNS, ids=lambda f: f.name)
 def test_every_shipped_run_config_loads(file):
     assert load_config(file).stages
+
+
+def test_off_and_no_are_words_where_words_are_asked_for_and_false_where_booleans_are():
+    found = load(EvalSettings, None, ["gates=off", "progress=off"])
+    assert (found.gates, found.progress) == ("off", False)

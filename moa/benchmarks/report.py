@@ -24,7 +24,7 @@ from moa.model import MixtureModel
 def routing_record(
     model: MixtureModel, config: RunConfig, results: Sequence[Result]
 ) -> dict[str, Any] | None:
-    """Gates by task and what they tell; None where every token is routed by itself."""
+    """Gates by task and what they tell; None for token routing, and for a base without experts."""
     predictions = [p for result in results for p in result.predictions if p.gates is not None]
     if not predictions:
         return None

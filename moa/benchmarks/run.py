@@ -167,7 +167,7 @@ def choose_gates(model: MixtureModel, batch: Batch, spec: str) -> Gates:
     if spec == "oracle":
         return model.compute_gates(batch, override=one_hot_gates(batch.expert_ids, len(names)))
     weights = {
-        "uniform": [1.0 / len(names)] * len(names),
+        "uniform": [1.0 / len(names) for _ in names],
         "off": [0.0] * len(names),
     }.get(spec, [float(name == spec) for name in names])
     fixed = torch.tensor(weights, device=device).expand(len(batch), -1)
@@ -178,7 +178,8 @@ def predictions_of(
     samples: Sequence[Sample], ids: torch.Tensor, decided: Gates, collator: Collator
 ) -> Iterator[Prediction]:
     texts = collator.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    gates = [None] * len(samples) if decided.gates is None else decided.gates.float().cpu().tolist()
+    known = decided.gates is not None and decided.gates.shape[-1] > 0  # a base has no experts
+    gates = decided.gates.float().cpu().tolist() if known else [None] * len(samples)
     for sample, text, row in zip(samples, texts, gates, strict=True):
         box = collator.codec.decode(text, *sample.size) if sample.boxes else None
         yield Prediction(sample=sample, text=text.strip(), box=box, gates=row)
