@@ -96,7 +96,7 @@ def test_a_run_an_adapter_and_a_plain_checkpoint_are_scored_into_one_table(run, 
     base = run.parent / "base"
     models = [f"--checkpoint={path}" for path in (run, adapter, base)]
     eval_script.main([*models, *options])
-    shown = capsys.readouterr().out.split("Scores in per cent")[1]
+    shown = capsys.readouterr().out.split("Scores")[1]
     assert [row in shown for row in ("run", "grounding", "base")] == [True] * 3
     others = run / "others"
     eval_script.main([f"--checkpoint={run}", "gates=off", *options])

@@ -178,8 +178,11 @@ def predictions_of(
     samples: Sequence[Sample], ids: torch.Tensor, decided: Gates, collator: Collator
 ) -> Iterator[Prediction]:
     texts = collator.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    known = decided.gates is not None and decided.gates.shape[-1] > 0  # a base has no experts
-    gates = decided.gates.float().cpu().tolist() if known else [None] * len(samples)
+    found = decided.gates
+    if found is None or found.shape[-1] == 0:  # a base has no experts
+        gates = [None] * len(samples)
+    else:
+        gates = found.float().cpu().tolist()
     for sample, text, row in zip(samples, texts, gates, strict=True):
         box = collator.codec.decode(text, *sample.size) if sample.boxes else None
         yield Prediction(sample=sample, text=text.strip(), box=box, gates=row)
