@@ -178,13 +178,12 @@ def predictions_of(
     samples: Sequence[Sample], ids: torch.Tensor, decided: Gates, collator: Collator
 ) -> Iterator[Prediction]:
     texts = collator.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    found = decided.gates
-    if found is None or found.shape[-1] == 0:  # a base has no experts
-        gates = [None] * len(samples)
-    else:
-        gates = found.float().cpu().tolist()
-    for sample, text, row in zip(samples, texts, gates, strict=True):
-        box = collator.codec.decode(text, *sample.size) if sample.boxes else None
+    gates = decided.gates
+    if gates is not None and gates.shape[-1] == 0:  # a base has no experts
+        gates = None
+    rows = [None] * len(samples) if gates is None else gates.float().cpu().tolist()
+    for sample, text, row in zip(samples, texts, rows, strict=True):
+        box = collator.codec.decode(text, *sample.image.size) if sample.boxes else None
         yield Prediction(sample=sample, text=text.strip(), box=box, gates=row)
 
 
