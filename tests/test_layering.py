@@ -29,6 +29,7 @@ ROOMS = {
     "deepspeed": ("moa.training.zero",),
     "flwr": ("moa.federated",),
     "pycocoevalcap": ("moa.metrics.captions",),
+    "lmms_eval": ("moa.benchmarks.harness",),
 }
 # Modules and packages of tensors, strings and numbers alone.
 MATH = (
