@@ -173,6 +173,13 @@ def test_results_that_cannot_be_written_are_one_error_naming_the_folder(tmp_path
         eval_script.main(["--checkpoint", str(run), *options])
 
 
+def test_only_the_predictions_that_are_drawn_keep_their_pictures(loaded):
+    model, config = loaded
+    (result, *_) = score_sources(model, config, replace(SETTINGS, num_pictures=2))
+    kept = [prediction.sample.image is not None for prediction in result.predictions]
+    assert kept == [True, True] + [False] * (len(kept) - 2) and len(kept) > 2
+
+
 def test_batch_size_and_order_change_no_answer(loaded):
     model, config = loaded
     one = score_sources(model, config, replace(SETTINGS, batch_size=1))

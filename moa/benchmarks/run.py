@@ -42,12 +42,14 @@ def evaluate(
     max_new_tokens: int = 32,
     num_beams: int = 1,
     on_bad_sample: str = "error",
+    num_pictures: int = 64,
     progress: bool = True,
 ) -> Result:
     """Generate an answer to every sample of a map-style data set and score it.
 
     `collator` is one made with `for_generation`. `benchmark` scores every sample; None: each by the
-    benchmark of its task. Without `scored` the answers need no references.
+    benchmark of its task. Without `scored` the answers need no references. Only the first
+    `num_pictures` predictions of a task keep their picture: all of a benchmark fill no memory.
 
     `gates` says who decides: the model's own `router` (or whatever its kind is), the `oracle` (each
     sample's expert; uniform where nobody knows it), a `uniform` mixture, `off` (the base), the name
@@ -75,7 +77,8 @@ def evaluate(
         seconds += time.perf_counter() - begin
         num_tokens += int((ids != collator.processor.tokenizer.pad_token_id).sum())
         for prediction in predictions_of(batch.samples, ids, decided, collator):
-            by_task.setdefault(benchmark or prediction.sample.task, []).append(prediction)
+            found = by_task.setdefault(benchmark or prediction.sample.task, [])
+            found.append(prediction if len(found) < num_pictures else without_picture(prediction))
     if not by_task:
         raise ValueError(f"{name}: none of {len(dataset)} samples can be scored; {skipped[0]}")
     first = next(iter(by_task.values()))[0]
@@ -118,6 +121,10 @@ def prepared(
         expert=item.expert if item.expert in experts else None,
         instruction=item.instruction or chosen.instruction,
     )
+
+
+def without_picture(prediction: Prediction) -> Prediction:
+    return replace(prediction, sample=replace(prediction.sample, image=None))
 
 
 def scores_of(benchmark: str, predictions: Sequence[Prediction], scored: bool) -> Scores:
@@ -183,7 +190,7 @@ def predictions_of(
         gates = None
     rows = [None] * len(samples) if gates is None else gates.float().cpu().tolist()
     for sample, text, row in zip(samples, texts, rows, strict=True):
-        box = collator.codec.decode(text, *sample.image.size) if sample.boxes else None
+        box = collator.codec.decode(text, *sample.size) if sample.boxes else None
         yield Prediction(sample=sample, text=text.strip(), box=box, gates=row)
 
 

@@ -105,6 +105,7 @@ def score_sources(
             max_new_tokens=settings.max_new_tokens or config.eval.max_new_tokens,
             num_beams=settings.num_beams or config.eval.num_beams,
             on_bad_sample=settings.on_bad_sample or config.data.on_bad_sample,
+            num_pictures=settings.num_pictures,
             progress=settings.progress,
         )
         for source, dataset in zip(
