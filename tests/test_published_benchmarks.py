@@ -103,6 +103,7 @@ def test_what_a_sample_lacks_to_be_scored_is_said(name, answers, lacks):
         ("textvqa", {"question_id": 42, "answer": "A dog."}),
         ("vizwiz", {"image": "7", "answer": "A dog."}),
         ("docvqa", {"questionId": 42, "answer": "A dog."}),
+        ("stvqa", {"question_id": 42, "answer": "A dog."}),
         ("gqa", {"questionId": "42", "prediction": "a dog"}),
         ("coco_captions", {"image_id": 7, "caption": "A dog."}),
     ],

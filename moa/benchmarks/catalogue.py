@@ -8,7 +8,7 @@ from moa.benchmarks.aokvqa import AOKVQA
 from moa.benchmarks.benchmark import Benchmark
 from moa.benchmarks.captioning import CAPTION, COCO_CAPTIONS
 from moa.benchmarks.chartqa import CHARTQA
-from moa.benchmarks.docvqa import DOCVQA
+from moa.benchmarks.docvqa import DOCVQA, STVQA
 from moa.benchmarks.exact import EXACT
 from moa.benchmarks.gqa import GQA
 from moa.benchmarks.grounding import GROUNDING
@@ -33,7 +33,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "textvqa": TEXTVQA,
     "vizwiz": VIZWIZ,
     "docvqa": DOCVQA,
-    "stvqa": DOCVQA,
+    "stvqa": STVQA,
     "chartqa": CHARTQA,
     "gqa": GQA,
     "scienceqa": SCIENCEQA,

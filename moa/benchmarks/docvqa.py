@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from moa.benchmarks.benchmark import SHORT_ANSWER, Benchmark
 from moa.benchmarks.scores import Prediction, Scores, empty_answers
-from moa.benchmarks.submission import rrc_row
+from moa.benchmarks.submission import rrc_row, vqa_row
 from moa.metrics.text import anls, exact_match
 
 
@@ -22,3 +22,4 @@ def score(predictions: Sequence[Prediction]) -> Scores:
 
 
 DOCVQA = Benchmark(score=score, instruction=SHORT_ANSWER, submission=rrc_row)
+STVQA = Benchmark(score=score, instruction=SHORT_ANSWER, submission=vqa_row)

@@ -1,8 +1,8 @@
 """Answers as the benchmarks' own servers take them: one JSON list, one row a question.
 
-VQA v2, OK-VQA, TextVQA (EvalAI)   {"question_id": 42, "answer": "red"}
+VQA v2, OK-VQA, TextVQA, ST-VQA    {"question_id": 42, "answer": "red"}
 VizWiz                             {"image": "VizWiz_test_00000001.jpg", "answer": "red"}
-DocVQA, ST-VQA (RRC)               {"questionId": 42, "answer": "red"}
+DocVQA                             {"questionId": 42, "answer": "red"}
 GQA                                {"questionId": "07333408", "prediction": "red"}
 COCO captions                      {"image_id": 42, "caption": "a red car"}
 """
