@@ -91,6 +91,15 @@ def test_without_java_meteor_is_named_as_absent_and_the_rest_is_near(monkeypatch
     assert scores.corpus == pytest.approx(OFFICIAL, abs=1e-9)  # PTB's tokens, on these captions
 
 
+@pytest.mark.skipif(shutil.which("java") is None, reason="METEOR is a Java program")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its destructor
+def test_a_meteor_that_does_not_start_is_reported_and_costs_no_other_score(monkeypatch):
+    monkeypatch.setattr("pycocoevalcap.meteor.meteor.METEOR_JAR", "no-such.jar")
+    scores = caption_scores(PREDICTIONS, SEVERAL, meteor=True)
+    assert "gave no score" in scores.absent["METEOR"] and "METEOR" not in scores.corpus
+    assert scores.corpus == pytest.approx(OFFICIAL, abs=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("java") is None, reason="METEOR is a Java program")
 def test_meteor_is_that_of_its_own_program():

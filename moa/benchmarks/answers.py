@@ -106,8 +106,11 @@ def score_answers(
             skipped.append(item)
             continue
         key = item.image_id if answers.by_image else item.id
+        if key in answers.found:
+            used.add(key)
+        else:
+            unanswered.append(key)
         text, box = answers.found.get(key, ("", None))
-        (used.add if key in answers.found else unanswered.append)(key)
         prediction = without_picture(Prediction(sample=item, text=text.strip(), box=box))
         by_task.setdefault(benchmark or item.task, []).append(prediction)
     check_answers(name, by_task, skipped, unanswered, missing, on_bad_sample)

@@ -55,30 +55,34 @@ def caption_scores(
     corpus = {"CIDEr": float(cider), "ROUGE-L": float(rouge)}
     corpus |= {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, start=1)}
     absent = {}
-    if meteor and shutil.which("java") is None:
-        absent["METEOR"] = "no Java here"
-    elif meteor:
-        corpus["METEOR"] = meteor_score(hypotheses, truths)
+    if meteor:
+        try:
+            corpus["METEOR"] = meteor_score(hypotheses, truths)
+        except ValueError as error:  # the answers may have taken hours: the other scores stay
+            absent["METEOR"] = str(error)
     return CaptionScores(
         corpus=corpus, cider=[float(v) for v in each], tokenizer=tokenizer, absent=absent
     )
 
 
 def meteor_score(hypotheses: dict[int, list[str]], truths: dict[int, list[str]]) -> float:
-    """METEOR 1.5 of the whole set; ValueError where its Java program does not answer."""
+    """METEOR 1.5 of the whole set; ValueError without Java, or where its program does not answer."""
+    if shutil.which("java") is None:
+        raise ValueError("no Java here")
     from pycocoevalcap.meteor.meteor import Meteor
 
     safe = [  # its protocol separates sentences by three bars
         {i: [line.replace("|||", " ") for line in lines] for i, lines in captions.items()}
         for captions in (truths, hypotheses)
     ]
+    scorer = Meteor()
     try:
-        score, _ = Meteor().compute_score(*safe)
+        return float(scorer.compute_score(*safe)[0])
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"METEOR: its Java program gave no score ({error}); it needs 2 GB of memory"
-        ) from error
-    return float(score)
+        raise ValueError(f"its program gave no score ({error}); it needs 2 GB") from error
+    finally:
+        if scorer.lock.locked():  # after an error; its destructor would wait for the lock for ever
+            scorer.lock.release()
 
 
 def tokenize_captions(captions: Sequence[str]) -> tuple[list[str], str]:
