@@ -14,7 +14,6 @@ from typing import Any
 from rich.progress import track
 
 from data.checks import BadSampleError
-from data.jsonl import box_of
 from data.mixture import Source, read_sample
 from data.sample import Box
 from moa.benchmarks.result import Result
@@ -55,8 +54,11 @@ def read_answers(path: str | Path) -> Answers:
 
 def box_in(row: dict[str, Any], where: str) -> Box | None:
     box = row.get("predicted_box")
+    if box is None:
+        return None
     try:
-        return None if box is None else box_of(box)
+        x0, y0, x1, y1 = map(float, box)
+        return x0, y0, x1, y1
     except (TypeError, ValueError):
         raise ValueError(f"{where}: predicted_box must be four numbers, got {box!r}") from None
 
