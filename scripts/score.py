@@ -1,7 +1,7 @@
 """Score a file of answers, without a model: an old submission, a colleague's output, rows of eval.py.
 
     python scripts/score.py predictions=answers.json out=runs/scores \\
-        source="{name: val, kind: jsonl, path: textvqa/val.jsonl, benchmark: textvqa}"
+        source="{name: val, format: jsonl, path: textvqa/val.jsonl, benchmark: textvqa}"
 
 The file is a JSON list or JSON lines. Rows have question_id, questionId, id, image_id or image, and answer,
 prediction, caption or text; a box is predicted_box, in pixels. OUT gets the files that eval.py writes.
@@ -20,6 +20,7 @@ from rich.console import Console
 
 from data.sources import open_sources
 from moa.benchmarks.answers import read_answers, score_answers
+from moa.benchmarks.catalogue import benchmark_of
 from moa.benchmarks.report import write_results
 from moa.benchmarks.result import table
 from moa.benchmarks.sources import check_sources
@@ -53,7 +54,7 @@ def score(settings: ScoreSettings) -> None:
         source.name,
         dataset,
         answers,
-        source.benchmark,
+        benchmark_of(source),
         missing=settings.missing,
         on_bad_sample=settings.on_bad_sample,
         progress=settings.progress,

@@ -145,7 +145,7 @@ def run(tmp_path_factory):
 
 
 def evaluate(run: Path, *overrides: str) -> dict:
-    source = f"{{name: text, kind: jsonl, path: {run.parent / 'text.jsonl'}, benchmark: textvqa}}"
+    source = f"{{name: text, format: jsonl, path: {run.parent / 'text.jsonl'}, benchmark: textvqa}}"
     options = ["progress=false", "max_new_tokens=4", "num_pictures=0", "on_bad_sample=skip"]
     eval_script.main(["--checkpoint", str(run), f"sources=[{source}]", *options, *overrides])
     return json.loads((run / "eval" / "text.json").read_text())
@@ -182,6 +182,6 @@ def test_an_unknown_benchmark_is_named_with_the_choices(run):
 
 
 def test_two_data_sets_of_one_name_are_refused(run):
-    source = f"{{name: a, kind: jsonl, path: {run.parent / 'text.jsonl'}}}"
+    source = f"{{name: a, format: jsonl, path: {run.parent / 'text.jsonl'}}}"
     with pytest.raises(SystemExit, match="two data sets have the name a"):
         eval_script.main(["--checkpoint", str(run), f"sources=[{source}, {source}]"])

@@ -27,7 +27,7 @@ def run(world, answers, *overrides, benchmark="textvqa"):
     (world / "answers.json").write_text(
         answers if isinstance(answers, str) else json.dumps(answers)
     )
-    source = f"{{name: val, kind: jsonl, path: {world / 'val.jsonl'}, benchmark: {benchmark}}}"
+    source = f"{{name: val, format: jsonl, path: {world / 'val.jsonl'}, benchmark: {benchmark}}}"
     options = [f"predictions={world / 'answers.json'}", f"source={source}", f"out={world / 'out'}"]
     score.main([*options, "progress=false", *overrides])
     return json.loads((world / "out" / "val.json").read_text())

@@ -1,6 +1,6 @@
 """Every benchmark for models that generate, by the name that a config gives it.
 
-The first six are for data of one's own: a sample whose source names no benchmark is scored by the
+`TASKS` are for data of one's own: where neither source nor format says more, a sample is scored by the
 one of its task. The others are published ones.
 """
 
@@ -18,7 +18,9 @@ from moa.benchmarks.scienceqa import SCIENCEQA
 from moa.benchmarks.textvqa import TEXTVQA, VIZWIZ
 from moa.benchmarks.vqa import VQA
 from moa.benchmarks.vqav2 import VQAV2
+from moa.config import SourceConfig
 
+TASKS = ("vqa", "caption", "grounding", "ocr_vqa", "count", "yes_no")
 BENCHMARKS: dict[str, Benchmark] = {
     "vqa": VQA,
     "caption": CAPTION,
@@ -41,3 +43,17 @@ BENCHMARKS: dict[str, Benchmark] = {
     "refcoco": GROUNDING,
     "coco_captions": COCO_CAPTIONS,
 }
+
+# what scores a format by itself; the other formats hold tasks of any kind
+BY_FORMAT: dict[str, str] = {
+    **{name: name for name in BENCHMARKS if name not in TASKS},
+    "karpathy": "coco_captions",
+    "flickr30k": "coco_captions",
+    "flickr30k_entities": "refcoco",
+    "ocrvqa": "ocr_vqa",
+}
+
+
+def benchmark_of(source: SourceConfig) -> str | None:
+    """The benchmark that a source names, or its format's; None: each sample's task decides."""
+    return source.benchmark or BY_FORMAT.get(source.format)

@@ -59,7 +59,8 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     for result, source in zip(results, sources, strict=True):
         handed_in = {"submissions": write_submissions(folder, result)}
-        described = {"split": source.split, "source": asdict(source)}
+        splits = {p.sample.split for p in result.predictions if p.sample.split is not None}
+        described = {"split": "+".join(sorted(splits)) or source.split, "source": asdict(source)}
         write_json(folder / f"{result.name}.json", result.record() | handed_in | described | about)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows()]
         (folder / f"{result.name}.jsonl").write_text("".join(lines), encoding="utf-8")

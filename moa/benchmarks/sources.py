@@ -7,7 +7,7 @@ from typing import Literal
 from data.collate import Collator
 from data.ocr import OcrCache
 from data.sources import make_collator, open_ocr, open_sources
-from moa.benchmarks.catalogue import BENCHMARKS
+from moa.benchmarks.catalogue import BENCHMARKS, benchmark_of
 from moa.benchmarks.result import Result
 from moa.benchmarks.run import evaluate
 from moa.config import RunConfig, SourceConfig
@@ -98,7 +98,7 @@ def score_sources(
             dataset,
             collator,
             name=source.name,
-            benchmark=source.benchmark,
+            benchmark=benchmark_of(source),
             scored=settings.score,
             gates=settings.gates,
             batch_size=settings.batch_size or config.eval.batch_size,
