@@ -1,5 +1,6 @@
 """From a config to a model: load the base, wrap its layers, add experts and router."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -46,6 +47,17 @@ def build_model(config: RunConfig, experts: Path | None = None) -> MixtureModel:
         granularity=config.router.granularity,
         weights=[weights.get(name, 0.0) for name in config.experts] if weights else None,
     )
+
+
+def build_base(config: RunConfig) -> MixtureModel:
+    """The base of a config alone: no experts, no router, the answers that transformers would give."""
+    backbone = load_backbone(config.model.name, DTYPES[config.model.dtype])
+    idle = set(backbone.unused_sites())
+    layers = backbone.model.named_modules()
+    # a bank wants a site; one without experts is the layer that it wraps
+    site = next(n for n, m in layers if isinstance(m, nn.Linear) and n not in idle)
+    bank = ExpertBank.attach(backbone.model, [re.escape(site)], stream_of=backbone.stream_of)
+    return MixtureModel(backbone, bank, kind="fixed")
 
 
 def add_expert(

@@ -34,7 +34,7 @@ from moa.peft_io import write_expert
 from moa.settings import to_yaml
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pycocoevalcap")
 
 
 @dataclass(frozen=True, kw_only=True)

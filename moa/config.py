@@ -118,6 +118,8 @@ class SourceConfig:
     instruction: str | None = None  # behind question and OCR words; null: the format's own
     style: str | None = None  # of scenes: drawing style; null: the split's own
     expert: str | None = None  # the expert that these samples train; null: the reader's own choice
+    # what scores them: docs/evaluation.md; null: the format's own, or their task's
+    benchmark: str | None = None
     num_samples: int | None = None  # size of scenes; elsewhere only the first ones
     seed: int = 0  # of scenes
     ocr_cache: str | None = None  # Parquet file of OCR words; null: data.ocr_cache

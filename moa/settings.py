@@ -21,6 +21,19 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+BOOL = "tag:yaml.org,2002:bool"
+
+
+class Loader(yaml.SafeLoader):
+    """YAML with the booleans of its version 1.2: `gates=off` is a word, not false."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rules if tag != BOOL]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+Loader.add_implicit_resolver(BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
 
 
 def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
@@ -60,7 +73,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such config file")
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = yaml.load(Path(path).read_text(), Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     if raw is not None and not isinstance(raw, dict):
@@ -74,7 +87,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ValueError(f"{override!r}: an override is written key.sub=value")
     try:
-        value = yaml.safe_load(re.sub(r"([{,]\s*\w+):(?=\S)", r"\1: ", text))  # {a:1} is {a: 1}
+        value = yaml.load(re.sub(r"([{,]\s*\w+):(?=\S)", r"\1: ", text), Loader)  # {a:1}: {a: 1}
     except yaml.YAMLError as error:
         raise ValueError(f"{override!r}: the value is not valid YAML: {error}") from None
     *parents, last = key.split(".")

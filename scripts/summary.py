@@ -14,17 +14,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from data.sources import open_ocr
 from moa.atomic import write_json
-from moa.benchmarks.result import Result
+from moa.benchmarks.result import Result, comparison
 from moa.benchmarks.sources import EvalSettings, chosen_sources, score_sources
-from moa.build import build_model, only_adapter
-from moa.checkpoint import CONFIG, load_model, step_folder
-from moa.config import load_config
+from moa.benchmarks.subjects import open_subject, subject_of
+from moa.checkpoint import load_model
 
 
 def read_scores(run: Path, names: list[str]) -> dict[str, Any]:
@@ -51,32 +48,9 @@ def score_all(run: Path, merged: list[Path]) -> dict[str, dict[str, Any]]:
         "routed experts": read_scores(run, names),
     }
     for folder in merged:
-        config = load_config(step_folder(run) / CONFIG, only_adapter(folder))
-        one = build_model(config).eval()
+        one, config, _ = open_subject(subject_of(str(folder)), str(run), "cpu")
         rows[f"merged, {folder.name}"] = by_name(score_sources(one, config, settings, ocr))
     return rows
-
-
-def table(rows: dict[str, dict[str, Any]]) -> Table:
-    # as narrow as it can be: seven data sets fit a terminal of 80 columns
-    grid = Table(
-        title="Scores in per cent ± standard error (clustered by picture)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    grid.add_column("", no_wrap=True)
-    for name in rows["base"]:
-        grid.add_column(name, justify="right")
-    for row, scores in rows.items():
-        grid.add_row(row, *map(cell, scores.values()))
-    return grid
-
-
-def cell(score: dict[str, float | None]) -> str:
-    error = "" if score["se"] is None else f"±{100 * score['se']:.0f}"
-    return f"{100 * (score['value'] or 0):.0f}{error}"
 
 
 def main() -> None:
@@ -93,7 +67,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     write_json(args.run / "summary.json", rows)
-    console.print(table(rows))
+    console.print(comparison(rows))
     for picture in sorted((args.run / "pictures").glob("*.png")):
         console.print(f"picture: {picture}", soft_wrap=True)
 

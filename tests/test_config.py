@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from moa.benchmarks.sources import EvalSettings
 from moa.config import RunConfig, load_config
-from moa.settings import describe, read_yaml, settings, to_yaml
+from moa.settings import describe, load, read_yaml, settings, to_yaml
 
 EXPERTS = "experts={a: {rank: 2}, b: {rank: 3}}"
 SOURCE = "data.sources=[{name: s, task: vqa, num_samples: 4, expert: a}]"
@@ -136,3 +137,8 @@ def test_the_share_of_a_source_is_a_weight_or_a_number_of_draws():
     assert "data.sources.s.epochs: must be above 0" in error_of(
         f"data.sources=[{entry.format('s', 'epochs: 0')}]"
     )
+
+
+def test_off_and_no_are_words_where_words_are_asked_for_and_false_where_booleans_are():
+    found = load(EvalSettings, None, ["gates=off", "progress=off"])
+    assert (found.gates, found.progress) == ("off", False)

@@ -10,8 +10,9 @@ import yaml
 
 import eval as eval_script
 from data.sources import open_sources
+from moa.benchmarks.catalogue import BENCHMARKS
 from moa.benchmarks.report import routing_record
-from moa.benchmarks.run import BENCHMARKS, choose_gates, evaluate
+from moa.benchmarks.run import choose_gates, evaluate
 from moa.benchmarks.sources import EvalSettings, chosen_sources, prompt_collator, score_sources
 from moa.build import build_model
 from moa.checkpoint import TrainState, load_model, save_checkpoint, write_run_header
@@ -77,6 +78,66 @@ def test_eval_writes_scores_answers_routing_and_pictures_into_the_run_folder(run
     assert "Acc@0.5" in capsys.readouterr().out
 
 
+def answers_of(folder: Path) -> list[str]:
+    return [
+        json.loads(line)["prediction"] for line in (folder / "vqa.jsonl").read_text().splitlines()
+    ]
+
+
+def test_a_run_an_adapter_and_a_plain_checkpoint_are_scored_into_one_table(run, capsys):
+    options = [
+        "progress=false",
+        "max_new_tokens=6",
+        "num_pictures=0",
+        "num_samples=3",
+        "only=[vqa]",
+    ]
+    adapter = next((run / "checkpoints").glob("step-*/experts/grounding"))
+    base = run.parent / "base"
+    models = [f"--checkpoint={path}" for path in (run, adapter, base)]
+    eval_script.main([*models, *options])
+    shown = capsys.readouterr().out.split("Scores")[1]
+    assert [row in shown for row in ("run", "grounding", "base")] == [True] * 3
+    others = run / "others"
+    eval_script.main([f"--checkpoint={run}", "gates=off", *options])
+    assert answers_of(others / "base" / "eval") == answers_of(run / "eval" / "off")
+    eval_script.main([f"--checkpoint={run}", "gates=grounding", *options])
+    assert answers_of(others / "grounding" / "eval") == answers_of(run / "eval" / "grounding")
+    record = json.loads((others / "base" / "eval" / "vqa.json").read_text())
+    assert record["checkpoint"] == str(base) and "routing.json" not in {
+        file.name for file in (others / "base" / "eval").iterdir()
+    }
+
+
+def test_a_plain_checkpoint_is_drawn_without_gates(run):
+    options = ["progress=false", "max_new_tokens=3", "num_samples=1", "num_pictures=1"]
+    eval_script.main([f"--checkpoint={run.parent / 'base'}", f"--like={run}", *options])
+    assert (run / "others" / "base" / "pictures" / "samples.png").exists()
+
+
+def test_a_checkpoint_may_be_asked_as_a_yaml_file_says(run, tmp_path):
+    file = run.parent / "run.yaml"
+    options = ["progress=false", "max_new_tokens=3", "num_samples=1", "num_pictures=0"]
+    eval_script.main([f"--checkpoint={run.parent / 'base'}", f"--like={file}", *options])
+    assert (run.parent / "others" / "base" / "eval" / "vqa.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        (["{base}"], "add --like RUN or --like FILE.yaml"),
+        (["{base}", "{base}/."], "another model is called base too"),
+        (["{base}/tokenizer.json"], "choices too: an adapter with adapter_config.json"),
+        (["no/such/folder"], "neither a run with checkpoints/last"),
+    ],
+)
+def test_a_model_that_cannot_be_opened_is_one_error_that_says_what_can(run, models, message):
+    paths = [path.format(base=run.parent / "base") for path in models]
+    with pytest.raises(SystemExit, match="error: ") as error:
+        eval_script.main([f"--checkpoint={path}" for path in paths])
+    assert message in str(error.value)
+
+
 def test_every_setting_is_in_the_help(capsys):
     with pytest.raises(SystemExit):
         eval_script.main(["--help"])
@@ -110,6 +171,13 @@ def test_results_that_cannot_be_written_are_one_error_naming_the_folder(tmp_path
     options = ["progress=false", "num_samples=1", "max_new_tokens=1"]
     with pytest.raises(SystemExit, match="error: .*eval"):
         eval_script.main(["--checkpoint", str(run), *options])
+
+
+def test_only_the_predictions_that_are_drawn_keep_their_pictures(loaded):
+    model, config = loaded
+    (result, *_) = score_sources(model, config, replace(SETTINGS, num_pictures=2))
+    kept = [prediction.sample.image is not None for prediction in result.predictions]
+    assert kept == [True, True] + [False] * (len(kept) - 2) and len(kept) > 2
 
 
 def test_batch_size_and_order_change_no_answer(loaded):

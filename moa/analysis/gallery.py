@@ -110,7 +110,8 @@ def plain(text: str) -> str:
 def draw_gates(axes: Axes, gates: Sequence[float] | None, experts: Sequence[str]) -> None:
     if gates is None:
         axes.axis("off")
-        axes.text(0, 1, "gates differ by token", color=MUTED, va="top", transform=axes.transAxes)
+        why = "gates differ by token" if experts else "no experts"
+        axes.text(0, 1, why, color=MUTED, va="top", transform=axes.transAxes)
         return
     places = range(len(experts))
     axes.barh(places, gates, color=[color(i) for i in places], height=0.68)

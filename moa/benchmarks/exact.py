@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from moa.benchmarks.benchmark import Benchmark
 from moa.benchmarks.scores import Prediction, Scores, empty_answers
-from moa.metrics import exact_match
+from moa.metrics.text import exact_match
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:
@@ -12,3 +13,6 @@ def score(predictions: Sequence[Prediction]) -> Scores:
     return Scores(
         primary="exact_match", values={"exact_match": hits}, failures=empty_answers(predictions)
     )
+
+
+EXACT = Benchmark(score=score)

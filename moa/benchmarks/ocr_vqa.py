@@ -1,9 +1,10 @@
-"""Questions about words in the picture (OCR-VQA, ST-VQA, DocVQA): exact match and ANLS."""
+"""Questions about words in the picture (OCR-VQA and its like): exact match and ANLS."""
 
 from collections.abc import Sequence
 
+from moa.benchmarks.benchmark import Benchmark
 from moa.benchmarks.scores import Prediction, Scores, empty_answers
-from moa.metrics import anls, exact_match
+from moa.metrics.text import anls, exact_match
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:
@@ -17,3 +18,6 @@ def score(predictions: Sequence[Prediction]) -> Scores:
         },
         failures=empty_answers(predictions),
     )
+
+
+OCR_VQA = Benchmark(score=score)

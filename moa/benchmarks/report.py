@@ -12,17 +12,19 @@ from moa.analysis.gallery import Card, gallery, seen_picture
 from moa.analysis.plots import gate_heat_map, layer_heat_map, loss_curves, read_log
 from moa.analysis.routing import delta_cosines, summary
 from moa.atomic import write_json
+from moa.benchmarks.catalogue import BENCHMARKS
 from moa.benchmarks.result import Result
 from moa.benchmarks.scores import Prediction
+from moa.benchmarks.submission import submission_rows
 from moa.config import RunConfig, SourceConfig
-from moa.metrics import best_iou
+from moa.metrics.boxes import best_iou
 from moa.model import MixtureModel
 
 
 def routing_record(
     model: MixtureModel, config: RunConfig, results: Sequence[Result]
 ) -> dict[str, Any] | None:
-    """Gates by task and what they tell; None where every token is routed by itself."""
+    """Gates by task and what they tell; None for token routing, and for a base without experts."""
     predictions = [p for result in results for p in result.predictions if p.gates is not None]
     if not predictions:
         return None
@@ -56,12 +58,32 @@ def write_results(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for result, source in zip(results, sources, strict=True):
-        record = {**result.record(), "split": source.split, "source": asdict(source), **about}
-        write_json(folder / f"{result.name}.json", record)
+        handed_in = {"submissions": write_submissions(folder, result)}
+        splits = {p.sample.split for p in result.predictions if p.sample.split is not None}
+        described = {"split": "+".join(sorted(splits)) or source.split, "source": asdict(source)}
+        write_json(folder / f"{result.name}.json", result.record() | handed_in | described | about)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows()]
         (folder / f"{result.name}.jsonl").write_text("".join(lines), encoding="utf-8")
     if routing is not None:
         write_json(folder / "routing.json", {**routing, **about})
+
+
+def write_submissions(folder: Path, result: Result) -> dict[str, str]:
+    """By benchmark with a server of its own, the file of answers for it, or why there is none."""
+    made: dict[str, str] = {}
+    for name, (predictions, _) in result.tasks.items():
+        row = BENCHMARKS[name].submission if name in BENCHMARKS else None
+        if row is None:
+            continue
+        file = folder / f"{result.name}.{name}.submission.json"
+        try:
+            rows = submission_rows(row, predictions)
+        except ValueError as error:
+            made[name] = f"not written: {error}"
+            continue
+        file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        made[name] = file.name
+    return made
 
 
 def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> list[Card]:

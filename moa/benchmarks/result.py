@@ -1,10 +1,11 @@
 """The scores of one data set, as objects, as plain data for JSON files, and as a table."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from data.checks import BadSampleError
@@ -43,6 +44,8 @@ class Result:
             "name": self.name,
             "n": len(samples),
             "num_images": len({sample.image_id for sample in samples}),
+            "num_duplicate_ids": len(samples) - len({(s.task, s.id) for s in samples}),
+            "num_with_ocr_words": sum(bool(sample.ocr) for sample in samples),
             "score": self.score,
             "tasks": {task: task_record(*found) for task, found in self.tasks.items()},
             "by_tag": by_tag(self.predictions, self.sample_scores),
@@ -119,3 +122,29 @@ def table(results: Sequence[Result]) -> Table:
             grid.add_row(result.name, task, scores.primary, f"{primary['value']:.3f}", error,
                          str(len(predictions)), str(failed), str(skipped))  # fmt: skip
     return grid
+
+
+def comparison(rows: Mapping[str, Mapping[str, dict[str, float | None]]]) -> Table:
+    """One row per model, one column per data set; a dash where a model was not scored on it."""
+    # as narrow as it can be: seven data sets fit a terminal of 80 columns
+    grid = Table(
+        title="Scores in per cent ± standard error (clustered by picture)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    grid.add_column("", no_wrap=True)
+    names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    for name in names:
+        grid.add_column(name, justify="right")
+    for row, scores in rows.items():
+        grid.add_row(row, *(cell(scores.get(name)) for name in names))
+    return grid
+
+
+def cell(score: dict[str, float | None] | None) -> str:
+    if score is None:
+        return "-"
+    error = "" if score["se"] is None else f"±{100 * score['se']:.0f}"
+    return f"{100 * (score['value'] or 0):.0f}{error}"

@@ -1,13 +1,13 @@
 """Score a model on a data set: batched generation, gates fixed at prefill, each task by its benchmark.
 
-    data set -> collator (left padding) -> gates -> generate -> Prediction -> BENCHMARKS[task] -> Result
+    data set -> instruction -> collator (left padding) -> gates -> generate -> Prediction -> Result
 
 A sample that cannot be read, or has nothing to be scored against, stops the evaluation or is counted
 by rule, as `on_bad_sample` says. An answer that cannot count scores 0 and is counted as a failure.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,20 +19,12 @@ from data.checks import BadSampleError, name_of
 from data.collate import Collator
 from data.mixture import read_sample
 from data.sample import Sample
-from moa.benchmarks import captioning, exact, grounding, ocr_vqa, vqa
+from moa.benchmarks.catalogue import BENCHMARKS
 from moa.benchmarks.result import Result
-from moa.benchmarks.scores import Prediction, Scores
+from moa.benchmarks.scores import Prediction, Scores, unscored
 from moa.gating import one_hot_gates
 from moa.model import Gates, MixtureModel
 
-BENCHMARKS: dict[str, Callable[[Sequence[Prediction]], Scores]] = {
-    "vqa": vqa.score,
-    "caption": captioning.score,
-    "grounding": grounding.score,
-    "ocr_vqa": ocr_vqa.score,
-    "count": exact.score,
-    "yes_no": exact.score,
-}
 GATES = ("router", "oracle", "uniform", "off")
 
 
@@ -43,18 +35,25 @@ def evaluate(
     collator: Collator,
     *,
     name: str,
+    benchmark: str | None = None,
+    scored: bool = True,
     gates: str = "router",
     batch_size: int = 32,
     max_new_tokens: int = 32,
     num_beams: int = 1,
     on_bad_sample: str = "error",
+    num_pictures: int = 64,
     progress: bool = True,
 ) -> Result:
     """Generate an answer to every sample of a map-style data set and score it.
 
-    `collator` is one made with `for_generation`. `gates` says who decides: the model's own `router`
-    (or whatever its kind is), the `oracle` (each sample's expert; uniform where nobody knows it), a
-    `uniform` mixture, `off` (the base), the name of one expert, or `without:NAME`.
+    `collator` is one made with `for_generation`. `benchmark` scores every sample; None: each by the
+    benchmark of its task. Without `scored` the answers need no references. Only the first
+    `num_pictures` predictions of a task keep their picture: all of a benchmark fill no memory.
+
+    `gates` says who decides: the model's own `router` (or whatever its kind is), the `oracle` (each
+    sample's expert; uniform where nobody knows it), a `uniform` mixture, `off` (the base), the name
+    of one expert, or `without:NAME`.
     """
     check_gates(gates, model)
     device = next(model.parameters()).device
@@ -64,7 +63,7 @@ def evaluate(
     starts = range(0, len(dataset), batch_size)
     for start in track(starts, description=name, disable=not progress, transient=True):
         items = [
-            checked(read_sample(dataset, index, name), model.bank.names)
+            prepared(read_sample(dataset, index, name), model.bank.names, benchmark, scored)
             for index in range(start, min(start + batch_size, len(dataset)))
         ]
         batch, rejected = collator.split(items)
@@ -78,12 +77,14 @@ def evaluate(
         seconds += time.perf_counter() - begin
         num_tokens += int((ids != collator.processor.tokenizer.pad_token_id).sum())
         for prediction in predictions_of(batch.samples, ids, decided, collator):
-            by_task.setdefault(prediction.sample.task, []).append(prediction)
+            found = by_task.setdefault(benchmark or prediction.sample.task, [])
+            found.append(prediction if len(found) < num_pictures else without_picture(prediction))
     if not by_task:
         raise ValueError(f"{name}: none of {len(dataset)} samples can be scored; {skipped[0]}")
+    first = next(iter(by_task.values()))[0]
     return Result(
         name=name,
-        tasks={task: (found, BENCHMARKS[task](found)) for task, found in by_task.items()},
+        tasks={task: (found, scores_of(task, found, scored)) for task, found in by_task.items()},
         skipped=skipped,
         seconds=seconds,
         num_tokens=num_tokens,
@@ -93,26 +94,41 @@ def evaluate(
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
             "on_bad_sample": on_bad_sample,
-            "prompt": prompt_settings(collator),
+            "prompt": prompt_settings(collator) | {"example": collator.prompt(first.sample)},
         },
     )
 
 
-def checked(item: Sample | BadSampleError, experts: Sequence[str]) -> Sample | BadSampleError:
-    """The sample if its task has a benchmark that it can be scored by, or why it cannot.
+def prepared(
+    item: Sample | BadSampleError, experts: Sequence[str], benchmark: str | None, scored: bool
+) -> Sample | BadSampleError:
+    """The sample as its benchmark asks it, or why it cannot be scored.
 
     An expert that this model does not have is as good as none: the data may be another model's.
     """
     if isinstance(item, BadSampleError):
         return item
-    if item.task not in BENCHMARKS:
-        detail = f"{item.task!r} has no benchmark; choices: {', '.join(BENCHMARKS)}"
+    name = benchmark or item.task
+    if name not in BENCHMARKS:
+        detail = f"{name!r} has no benchmark; choices: {', '.join(BENCHMARKS)}"
         return BadSampleError(name_of(item), "unknown task", detail)
-    missing = not item.boxes if item.task == "grounding" else not any(map(str.strip, item.answers))
-    if missing:
-        wanted = "a true box" if item.task == "grounding" else "a reference answer"
-        return BadSampleError(name_of(item), "empty answer", f"{item.task} needs {wanted}")
-    return item if item.expert in experts else replace(item, expert=None)
+    chosen = BENCHMARKS[name]
+    lacks = chosen.needs(item) if scored else None
+    if lacks is not None:
+        return BadSampleError(name_of(item), "empty answer", f"{name} needs {lacks}")
+    return replace(
+        item,
+        expert=item.expert if item.expert in experts else None,
+        instruction=item.instruction or chosen.instruction,
+    )
+
+
+def without_picture(prediction: Prediction) -> Prediction:
+    return replace(prediction, sample=replace(prediction.sample, image=None))
+
+
+def scores_of(benchmark: str, predictions: Sequence[Prediction], scored: bool) -> Scores:
+    return BENCHMARKS[benchmark].score(predictions) if scored else unscored(predictions)
 
 
 def answer(
@@ -158,7 +174,7 @@ def choose_gates(model: MixtureModel, batch: Batch, spec: str) -> Gates:
     if spec == "oracle":
         return model.compute_gates(batch, override=one_hot_gates(batch.expert_ids, len(names)))
     weights = {
-        "uniform": [1.0 / len(names)] * len(names),
+        "uniform": [1.0 / len(names) for _ in names],
         "off": [0.0] * len(names),
     }.get(spec, [float(name == spec) for name in names])
     fixed = torch.tensor(weights, device=device).expand(len(batch), -1)
@@ -169,8 +185,11 @@ def predictions_of(
     samples: Sequence[Sample], ids: torch.Tensor, decided: Gates, collator: Collator
 ) -> Iterator[Prediction]:
     texts = collator.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    gates = [None] * len(samples) if decided.gates is None else decided.gates.float().cpu().tolist()
-    for sample, text, row in zip(samples, texts, gates, strict=True):
+    gates = decided.gates
+    if gates is not None and gates.shape[-1] == 0:  # a base has no experts
+        gates = None
+    rows = [None] * len(samples) if gates is None else gates.float().cpu().tolist()
+    for sample, text, row in zip(samples, texts, rows, strict=True):
         box = collator.codec.decode(text, collator.geometry(sample)) if sample.boxes else None
         yield Prediction(sample=sample, text=text.strip(), box=box, gates=row)
 

@@ -4,19 +4,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from data.sample import Box, Sample
-from moa.metrics import clustered_standard_error
+from moa.metrics.standard_error import clustered_standard_error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One generated answer: its text, the box that the codec found in it, the gates it was made with.
+    """One answer: its text, the box that the codec found in it, the gates it was made with.
 
+    `rank` (from 1) is where the truth stands among all candidates, of a model that orders them.
     `gates` are `[site or 1][expert]`, None where gates are decided per token.
     """
 
     sample: Sample
     text: str
     box: Box | None = None
+    rank: int | None = None
     gates: list[list[float]] | None = None
 
 
@@ -56,3 +58,21 @@ def empty_answers(predictions: Sequence[Prediction]) -> dict[str, list[int]]:
     """The positions of answers without a character, as a failure by reason; nothing if there are none."""
     empty = [i for i, prediction in enumerate(predictions) if not prediction.text.strip()]
     return {"empty answer": empty} if empty else {}
+
+
+def unscored(predictions: Sequence[Prediction]) -> Scores:
+    """For splits whose references are secret: the share of answers that say something at all."""
+    said = [float(bool(prediction.text.strip())) for prediction in predictions]
+    return Scores(
+        primary="answered",
+        values={"answered": said},
+        failures=empty_answers(predictions),
+        notes={"rule": "not scored: hand the submission file in"},
+    )
+
+
+def ranks_of(predictions: Sequence[Prediction]) -> list[int]:
+    """The rank of every prediction, of a model that orders candidates instead of generating."""
+    ranks = [prediction.rank for prediction in predictions if prediction.rank is not None]
+    assert len(ranks) == len(predictions), "made by moa.benchmarks.embedding"
+    return ranks

@@ -1,11 +1,13 @@
 """From a run's config to scores: which data sets, with which prompt, by whose gates."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from data.collate import Collator
 from data.ocr import OcrCache
 from data.sources import make_collator, open_ocr, open_sources
+from moa.benchmarks.catalogue import BENCHMARKS, benchmark_of
 from moa.benchmarks.result import Result
 from moa.benchmarks.run import evaluate
 from moa.config import RunConfig, SourceConfig
@@ -18,6 +20,7 @@ class EvalSettings:
     sources: list[SourceConfig] | None = None
     only: list[str] | None = None  # names of the data sets to score; null: all
     num_samples: int | None = None  # at most so many of each data set; null: all
+    score: bool = True  # false: only write the answers, for splits whose references are secret
     # who decides: router, oracle, uniform, off (the base), the name of one expert, or without:NAME
     gates: str = "router"
     withhold_task: bool = False  # neither the prompt nor the router is told the task
@@ -39,17 +42,29 @@ class EvalSettings:
 def chosen_sources(config: RunConfig, settings: EvalSettings) -> list[SourceConfig]:
     """The data sets to score, cut to `num_samples`; ValueError where that leaves none."""
     sources = settings.sources or config.eval.sources or config.data.validation
-    names = [source.name for source in sources]
     if not sources:
         raise ValueError("sources: names none, and the run has neither eval.sources nor validation")
-    for name in settings.only or ():
-        if name not in names:
-            raise ValueError(f"only: no data set {name!r}; choices: {', '.join(names)}")
+    check_sources(sources, settings.only or ())
     return [
         replace(source, num_samples=fewest(source.num_samples, settings.num_samples))
         for source in sources
         if settings.only is None or source.name in settings.only
     ]
+
+
+def check_sources(sources: Sequence[SourceConfig], only: Sequence[str]) -> None:
+    """ValueError for a name that stands twice or not at all, and for an unknown benchmark."""
+    names = [source.name for source in sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"sources: two data sets have the name {', '.join(twice)}")
+    for source in sources:
+        if source.benchmark is not None and source.benchmark not in BENCHMARKS:
+            choices = f"no benchmark {source.benchmark!r}; choices: {', '.join(BENCHMARKS)}"
+            raise ValueError(f"sources.{source.name}.benchmark: {choices}")
+    for name in only:
+        if name not in names:
+            raise ValueError(f"only: no data set {name!r}; choices: {', '.join(names)}")
 
 
 def fewest(*counts: int | None) -> int | None:
@@ -82,13 +97,18 @@ def score_sources(
             model,
             dataset,
             collator,
-            name=name,
+            name=source.name,
+            benchmark=benchmark_of(source),
+            scored=settings.score,
             gates=settings.gates,
             batch_size=settings.batch_size or config.eval.batch_size,
             max_new_tokens=settings.max_new_tokens or config.eval.max_new_tokens,
             num_beams=settings.num_beams or config.eval.num_beams,
             on_bad_sample=settings.on_bad_sample or config.data.on_bad_sample,
+            num_pictures=settings.num_pictures,
             progress=settings.progress,
         )
-        for name, dataset in open_sources(sources, config.data, ocr).items()
+        for source, dataset in zip(
+            sources, open_sources(sources, config.data, ocr).values(), strict=True
+        )
     ]

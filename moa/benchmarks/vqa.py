@@ -1,10 +1,12 @@
-"""Visual questions with human answers (VQA v2, TextVQA and their like): soft accuracy."""
+"""Visual questions of one's own, with few or many human answers: soft accuracy."""
 
 from collections import Counter
 from collections.abc import Sequence
 
+from moa.benchmarks.benchmark import Benchmark
 from moa.benchmarks.scores import Prediction, Scores, empty_answers
-from moa.metrics import exact_match, vqa_accuracy, vqa_rule
+from moa.metrics.text import exact_match
+from moa.metrics.vqa import vqa_accuracy, vqa_rule
 
 
 def score(predictions: Sequence[Prediction]) -> Scores:
@@ -20,3 +22,6 @@ def score(predictions: Sequence[Prediction]) -> Scores:
         failures=empty_answers(predictions),
         notes={"rule": ", ".join(f"{rule}: {count}" for rule, count in sorted(rules.items()))},
     )
+
+
+VQA = Benchmark(score=score)

@@ -1,0 +1,59 @@
+"""Every benchmark for models that generate, by the name that a config gives it.
+
+`TASKS` are for data of one's own: where neither source nor format says more, a sample is scored by the
+one of its task. The others are published ones.
+"""
+
+from moa.benchmarks.aokvqa import AOKVQA
+from moa.benchmarks.benchmark import Benchmark
+from moa.benchmarks.captioning import CAPTION, COCO_CAPTIONS
+from moa.benchmarks.chartqa import CHARTQA
+from moa.benchmarks.docvqa import DOCVQA, STVQA
+from moa.benchmarks.exact import EXACT
+from moa.benchmarks.gqa import GQA
+from moa.benchmarks.grounding import GROUNDING
+from moa.benchmarks.ocr_vqa import OCR_VQA
+from moa.benchmarks.pope import POPE
+from moa.benchmarks.scienceqa import SCIENCEQA
+from moa.benchmarks.textvqa import TEXTVQA, VIZWIZ
+from moa.benchmarks.vqa import VQA
+from moa.benchmarks.vqav2 import VQAV2
+from moa.config import SourceConfig
+
+TASKS = ("vqa", "caption", "grounding", "ocr_vqa", "count", "yes_no")
+BENCHMARKS: dict[str, Benchmark] = {
+    "vqa": VQA,
+    "caption": CAPTION,
+    "grounding": GROUNDING,
+    "ocr_vqa": OCR_VQA,
+    "count": EXACT,
+    "yes_no": EXACT,
+    "vqav2": VQAV2,
+    "okvqa": VQAV2,
+    "aokvqa": AOKVQA,
+    "aokvqa_choice": SCIENCEQA,
+    "textvqa": TEXTVQA,
+    "vizwiz": VIZWIZ,
+    "docvqa": DOCVQA,
+    "stvqa": STVQA,
+    "chartqa": CHARTQA,
+    "gqa": GQA,
+    "scienceqa": SCIENCEQA,
+    "pope": POPE,
+    "refcoco": GROUNDING,
+    "coco_captions": COCO_CAPTIONS,
+}
+
+# what scores a format by itself; the other formats hold tasks of any kind
+BY_FORMAT: dict[str, str] = {
+    **{name: name for name in BENCHMARKS if name not in TASKS},
+    "karpathy": "coco_captions",
+    "flickr30k": "coco_captions",
+    "flickr30k_entities": "refcoco",
+    "ocrvqa": "ocr_vqa",
+}
+
+
+def benchmark_of(source: SourceConfig) -> str | None:
+    """The benchmark that a source names, or its format's; None: each sample's task decides."""
+    return source.benchmark or BY_FORMAT.get(source.format)

@@ -1,0 +1,73 @@
+"""Image-text retrieval where a picture has several captions: ranks, and from them R@1, R@5, R@10.
+
+similarity = image_features @ text_features.T        [images, texts]
+image to text: the rank of the best of a picture's captions;  text to image: of its picture
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+BLOCK = 1024  # queries compared at a time: five thousand times 25,000 need no gigabytes
+
+
+class Ranking(NamedTuple):
+    """Per query: the rank (from 1) of its best wanted candidate, and the candidate that is nearest."""
+
+    rank: Int[Tensor, " query"]
+    nearest: Int[Tensor, " query"]
+
+
+def rank_candidates(
+    scores: Float[Tensor, "query candidate"], wanted: Bool[Tensor, "query candidate"]
+) -> Ranking:
+    """The ranking of every row.
+
+    A candidate that is not wanted and scores the same stands before the wanted ones: features that
+    are all equal must not score 1. Scores that are not numbers rank last.
+    """
+    scores = scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+    best = scores.masked_fill(~wanted, -torch.inf).amax(1, keepdim=True)
+    return Ranking(1 + ((scores >= best) & ~wanted).sum(1), scores.argmax(1))
+
+
+def rank_retrieval(
+    image_features: Float[Tensor, "images dim"],
+    text_features: Float[Tensor, "texts dim"],
+    image_of_text: Int[Tensor, " texts"],
+) -> tuple[Ranking, Ranking]:
+    """Image to text, a query a picture, and text to image, a query a caption.
+
+    `image_of_text` is the row of each caption's picture. Features need not be normalised. Raises
+    ValueError where a caption names no picture, or a picture has no caption.
+    """
+    count = len(image_features)
+    used = image_of_text.unique()
+    if len(used) and (used.min() < 0 or used.max() >= count):
+        raise ValueError(f"retrieval: captions name pictures outside 0..{count - 1}")
+    if len(used) < count:
+        raise ValueError(f"retrieval: {count - len(used)} of {count} pictures have no caption")
+    images, texts = normalize(image_features, dim=-1), normalize(text_features, dim=-1)
+    rows = torch.arange(count, device=image_of_text.device)
+    to_text = [
+        rank_candidates(images[block] @ texts.T, image_of_text == block[:, None])
+        for block in rows.split(BLOCK)
+    ]
+    to_image = [
+        rank_candidates(part @ images.T, owner[:, None] == rows)
+        for part, owner in zip(texts.split(BLOCK), image_of_text.split(BLOCK), strict=True)
+    ]
+    return _joined(to_text), _joined(to_image)
+
+
+def _joined(blocks: Sequence[Ranking]) -> Ranking:
+    return Ranking(*(torch.cat(part) for part in zip(*blocks, strict=True)))
+
+
+def recall_at(ranks: Sequence[int], k: int) -> list[float]:
+    """Per query, 1 if the rank is at most k; the mean is R@k."""
+    return [float(rank <= k) for rank in ranks]

@@ -1,0 +1,84 @@
+"""Score a file of answers, without a model: an old submission, a colleague's output, rows of eval.py.
+
+    python scripts/score.py predictions=answers.json out=runs/scores \\
+        source="{name: val, format: jsonl, path: textvqa/val.jsonl, benchmark: textvqa}"
+
+The file is a JSON list or JSON lines. Rows have question_id, questionId, id, image_id or image, and answer,
+prediction, caption or text; a box is predicted_box, in pixels. OUT gets the files that eval.py writes.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+from data.sources import open_sources
+from moa.benchmarks.answers import read_answers, score_answers
+from moa.benchmarks.catalogue import benchmark_of
+from moa.benchmarks.report import write_results
+from moa.benchmarks.result import table
+from moa.benchmarks.sources import check_sources
+from moa.checkpoint import versions
+from moa.config import DataConfig, SourceConfig
+from moa.settings import describe, load
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    predictions: str = ""  # file of answers
+    source: SourceConfig | None = None  # data set with the references
+    out: str = "runs/scores"  # folder of the results
+    missing: Literal["error", "empty"] = (
+        "error"  # questions without an answer: stop, or count as ""
+    )
+    on_bad_sample: Literal["error", "skip"] = (
+        "error"  # questions without references: stop, or count
+    )
+    progress: bool = True  # progress bar
+
+
+def score(settings: ScoreSettings) -> None:
+    if settings.source is None or not settings.predictions:
+        raise ValueError("predictions and source are needed; see --help")
+    source = settings.source
+    check_sources([source], ())
+    answers = read_answers(settings.predictions)
+    dataset = open_sources([source], DataConfig(), None)[source.name]
+    result = score_answers(
+        source.name,
+        dataset,
+        answers,
+        benchmark_of(source),
+        missing=settings.missing,
+        on_bad_sample=settings.on_bad_sample,
+        progress=settings.progress,
+    )
+    about = {"predictions": settings.predictions, "versions": versions()}
+    write_results(Path(settings.out), [result], None, [source], about)
+    Console().print(table([result]))
+    Console().print(f"scores: {settings.out}/{source.name}.json", soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"settings:\n{describe(ScoreSettings)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file of the settings below")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        score(load(ScoreSettings, args.config, args.overrides))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
