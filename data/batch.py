@@ -18,21 +18,24 @@ from data.sample import Sample
 class Batch:
     """What the backbone reads (first block) and what only the router sees (second block).
 
-    `labels` are -100 where nothing is supervised, and None for generation. `image_index` names the
-    sample of each picture. A batch of text alone has one blank picture all the same, whose sample has
-    a False `image_mask`: so every process runs the vision tower. `segments` names the sample of each
-    token where rows are packed (-1 at padding); then samples are numbered in the order in which they
-    stand. `text_ids` is the question alone: no OCR words, no task prefix, no answer. `ocr_boxes` are
-    x0 y0 x1 y1 in 0..1 of the picture. `task_ids` is -1 where the task is unknown or withheld,
-    `expert_ids` -1 where nobody knows. Masks are True where there is something; a sample without OCR
-    evidence has an all-False `ocr_mask`.
+    `labels` are -100 where nothing is supervised, and None for generation. `pixel_values` are as the
+    processor gives them, [images, 3, height, width] for LLaVA-1.5, and `picture_inputs` what it gives
+    beside them (image_sizes, image_grid_thw ...). `image_index` names the sample of each picture; it
+    is empty where the only picture is a blank one that no prompt speaks of, which keeps the tower
+    at work on every rank. `segments` names the sample of each token where rows are packed (-1 at
+    padding); then samples are numbered in the order in which they stand. `text_ids` is the question
+    alone: no OCR words, no task prefix, no answer. `ocr_boxes` are x0 y0 x1 y1 in 0..1 of the
+    picture. `task_ids` is -1 where the task is unknown or withheld, `expert_ids` -1 where nobody
+    knows. Masks are True where there is something; a sample without OCR evidence has an all-False
+    `ocr_mask`.
     """
 
     input_ids: Tensor  # [rows, seq] int64
     attention_mask: Tensor  # [rows, seq] int64
     labels: Tensor | None = None  # [rows, seq] int64
     segments: Tensor | None = None  # [rows, seq] int64
-    pixel_values: Tensor  # [images, 3, height, width]
+    pixel_values: Tensor
+    picture_inputs: dict[str, Tensor] = field(default_factory=dict)
     image_index: Tensor  # [images] int64
 
     text_ids: Tensor  # [batch, text] int64
@@ -58,6 +61,11 @@ class Batch:
         samples = torch.arange(len(self), device=self.input_ids.device)[:, None]
         return samples.expand_as(self.input_ids).masked_fill(self.attention_mask == 0, -1)
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether no prompt speaks of the picture in `pixel_values`."""
+        return len(self.image_index) == 0
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same batch with every tensor on `device`; the samples stay where they are."""
         tensors: dict[str, Any] = {
@@ -65,4 +73,8 @@ class Batch:
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
-        return replace(self, **tensors)
+        inputs = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in self.picture_inputs.items()
+        }
+        return replace(self, **tensors, picture_inputs=inputs)

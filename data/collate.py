@@ -7,6 +7,7 @@ Nothing is truncated: cutting a sequence may cut image tokens, which no model su
 longer than `max_length` is a bad sample like any other.
 """
 
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL.Image import new as new_image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data.batch import Batch
 from data.boxes import BoxCodec
@@ -27,6 +29,12 @@ from data.geometry import Geometry, seen_by
 from data.sample import OcrWord, Sample
 
 IGNORED = -100  # label of a token that is not supervised
+GENERATION_MARK = re.compile(r"\{%-?\s*generation")
+# What a processor gives of the text; everything else is of the pictures.
+TEXT_INPUTS = {
+    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "assistant_masks", "labels",
+}  # fmt: skip
+Chat = list[dict[str, Any]]
 
 
 def chosen_words(sample: Sample, limit: int) -> list[OcrWord]:
@@ -40,8 +48,11 @@ def chosen_words(sample: Sample, limit: int) -> list[OcrWord]:
 class Collator:
     """Makes batches; the same object for any number of worker processes.
 
-    `processor` is a Hugging Face processor with a chat template that marks the answer by
-    `{% generation %}`. `tasks` and `experts` are the names behind `task_ids` and `expert_ids`.
+    `processor` is a Hugging Face processor. Where its chat template marks the answer by
+    `{% generation %}` the mark holds; without marks the answer is what the template puts behind the
+    prompt; without a template (PaliGemma) the prompt is the pictures, the text, and the answer.
+    An answer always ends with a token that ends generation.
+    `tasks` and `experts` are the names behind `task_ids` and `expert_ids`.
     With `withhold_task` neither prompt nor router learns the task. `allow_unknown_tasks` is for
     held-out tasks: they get id -1, and their prefix in the prompt as any other.
     `task_dropout` is the share of training samples whose task is withheld all the same, so that
@@ -183,22 +194,97 @@ class Collator:
         Lists, because the processor walks over them token by token to make the mask, and walking
         over tensors costs more than everything else together.
         """
-        labelled = not self.for_generation
+        chats = [self.conversation(sample) for sample in samples]
+        template = self.processor.chat_template
+        if self.for_generation:
+            return self._encode_prompts(samples, chats)
+        if template is not None and GENERATION_MARK.search(str(template)):
+            encoded = self._encode_marked(chats)
+        else:
+            encoded = self._encode_prompts(samples, chats)
+            replies = [self._replies(chat) for chat in chats]
+            pairs = list(zip(encoded["input_ids"], replies, strict=True))
+            encoded["assistant_masks"] = [[0] * len(p) + mask for p, (_, mask) in pairs]
+            encoded["input_ids"] = [[*p, *ids] for p, (ids, _) in pairs]
+        if not all(map(any, encoded["assistant_masks"])):
+            raise ValueError(
+                "the processor's chat template leaves nothing to learn from: no answer"
+            )
+        return encoded
+
+    def _encode_marked(self, chats: list[Chat]) -> dict[str, Any]:
         encoded = self.processor.apply_chat_template(
-            [self.conversation(sample) for sample in samples],
+            chats,
             tokenize=True,
             return_dict=True,
             return_tensors=None,
-            return_assistant_tokens_mask=labelled,
-            add_generation_prompt=self.for_generation,
+            return_assistant_tokens_mask=True,
             processor_kwargs={"padding": False},
         )
-        if labelled and not all(map(any, encoded["assistant_masks"])):
-            raise ValueError(
-                "the processor's chat template marks no answer: it needs {% generation %} around"
-                " the assistant's text, or there is nothing to learn from"
-            )
+        tokenizer = self.processor.tokenizer
+        for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
+            last = max((i for i, marked in enumerate(mask) if marked), default=None)
+            if last is not None and ids[last] not in tokenizer.all_special_ids:
+                ids[last + 1 :], mask[last + 1 :] = [tokenizer.eos_token_id], [1]
         return encoded
+
+    def _encode_prompts(self, samples: Sequence[Sample], chats: list[Chat]) -> dict[str, Any]:
+        """The prompts' ids, exactly as generation will see them, and the pictures."""
+        pictures = [[sample.image] if sample.image else [] for sample in samples]
+        encoded = self.processor(
+            text=[self._prompt_text(opening_of(chat)) for chat in chats],
+            images=pictures if any(pictures) else None,
+            padding=True,  # PaliGemma's processor cannot do without
+        )
+        rows = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+        ids = [[token for token, real in zip(*row, strict=True) if real] for row in rows]
+        return {**encoded, "input_ids": ids}
+
+    def _prompt_text(self, chat: Chat) -> str:
+        """What stands before an answer: all of the chat, and the start of the assistant's turn."""
+        if self.processor.chat_template is not None:
+            return self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        parts = [part for message in chat for part in message["content"]]
+        texts = (self.processor.image_token if p["type"] == "image" else p["text"] for p in parts)
+        return "".join(texts)
+
+    def _replies(self, chat: Chat) -> tuple[list[int], list[int]]:
+        """Ids of everything behind the opening prompt, and 1 where an answer or its end stands.
+
+        Raises ValueError for a template that writes what is past another way once there is more.
+        """
+        tokenizer, ids, mask = self.processor.tokenizer, [], []
+        done = self._prompt_text(opening_of(chat))
+        for place, message in enumerate(chat):
+            if message["role"] != "assistant":
+                continue
+            answer = message["content"][0]["text"].strip()
+            prompt, before, after = self._prompt_text(chat[:place]), "", ""
+            if self.processor.chat_template is not None:
+                whole = self.processor.apply_chat_template(chat[: place + 1])
+                before, _, after = whole.removeprefix(prompt).rpartition(answer)
+                if not whole.startswith(prompt + before + answer) or not prompt.startswith(done):
+                    raise ValueError(
+                        "the processor's chat template rewrites the prompt once there is an answer:"
+                        " put {% generation %} around the assistant's text in it"
+                    )
+            asked = tokenizer(prompt.removeprefix(done), add_special_tokens=False)["input_ids"]
+            said = tokenizer(before + answer, add_special_tokens=False)["input_ids"]
+            end, rest = self._end_of(after)
+            ids += [*asked, *said, end]
+            mask += [0] * len(asked) + [1] * (len(said) + 1)
+            done = prompt + before + answer + rest
+        return ids, mask
+
+    def _end_of(self, after: str) -> tuple[int, str]:
+        """The token that ends an answer, and its text if the template has one behind the answer."""
+        tokenizer = self.processor.tokenizer
+        found = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
+        for token in found:
+            if token in tokenizer.all_special_ids:
+                text = tokenizer.convert_ids_to_tokens(token)
+                return token, after[: after.index(text) + len(text)]
+        return tokenizer.eos_token_id, ""
 
     def _batch(self, samples: list[Sample], encoded: dict[str, Any]) -> Batch:
         tokenizer = self.processor.tokenizer
@@ -213,16 +299,13 @@ class Collator:
             owners = [[i] * len(tokens) for i, tokens in enumerate(encoded["input_ids"])]
             segments, _ = pad(joined(owners, rows), -1)
         questions = tokenizer([s.question for s in samples], add_special_tokens=False)["input_ids"]
-        pictured = [i for i, sample in enumerate(samples) if sample.image is not None]
         text_ids, text_mask = pad(questions, tokenizer.pad_token_id)
         return Batch(
             input_ids=ids,
             attention_mask=mask.long(),
             labels=labels,
             segments=segments,
-            pixel_values=self._pixels(encoded),
-            image_index=torch.tensor(pictured or [0]),
-            image_mask=torch.tensor([s.image is not None for s in samples]),
+            **self._pictures(samples, encoded),
             text_ids=text_ids,
             text_mask=text_mask,
             task_ids=torch.tensor([self._task_id(sample) for sample in samples]),
@@ -237,12 +320,27 @@ class Collator:
             return [range(i, i + 1) for i in range(len(lengths))]
         return fill_rows(lengths, self.pack_length)
 
-    def _pixels(self, encoded: dict[str, Any]) -> Tensor:
-        """The pictures; a blank one, which nobody looks at, where every sample is text alone."""
-        if "pixel_values" in encoded:
-            return stack_pictures(encoded["pixel_values"])
-        blank = self.processor.image_processor(Image.new("RGB", (32, 32)))
-        return stack_pictures(blank["pixel_values"])
+    def _pictures(self, samples: list[Sample], encoded: dict[str, Any]) -> dict[str, Any]:
+        """What the processor made of the pictures, and whose they are.
+
+        A batch without any gets a blank one that no prompt speaks of: vision layers that learn must
+        take part on every rank.
+        """
+        seen = torch.tensor([sample.image is not None for sample in samples])
+        if not seen.any():
+            blank = new_image("RGB", (64, 64), "gray")
+            encoded = self.processor(text=[self.processor.image_token], images=[[blank]])
+        inputs = {
+            name: stack_pictures(value)
+            for name, value in encoded.items()
+            if name not in TEXT_INPUTS and value is not None
+        }
+        return {
+            "pixel_values": inputs.pop("pixel_values"),
+            "picture_inputs": inputs,
+            "image_index": seen.nonzero()[:, 0],
+            "image_mask": seen,
+        }
 
     def _task_id(self, sample: Sample) -> int:
         return -1 if self.withholds(sample) else position(self.tasks, sample.task)
@@ -253,7 +351,7 @@ class Collator:
             return self.withhold_task
         return crc32(sample.id.encode()) % 1000 < 1000 * self.task_dropout
 
-    def _ocr(self, samples: list[Sample]) -> dict[str, Tensor]:
+    def _ocr(self, samples: list[Sample]) -> dict[str, Any]:
         """The router's OCR evidence; one masked word of one masked token where there is none."""
         words = [chosen_words(sample, self.max_ocr_words) for sample in samples]
         flat = [word.text for row in words for word in row]
@@ -297,6 +395,12 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tup
     return torch.from_numpy(padded), torch.from_numpy(mask)
 
 
+def opening_of(chat: Chat) -> Chat:
+    """The messages before the first answer."""
+    roles = [message["role"] for message in chat]
+    return chat[: roles.index("assistant")] if "assistant" in roles else chat
+
+
 def fill_rows(lengths: Sequence[int], capacity: int) -> list[range]:
     """Samples in their order in as few rows of `capacity` tokens as hold them, evenly filled.
 
@@ -330,7 +434,13 @@ def position(names: Sequence[str], name: str | None) -> int:
 
 
 def stack_pictures(pictures: Any) -> Tensor:
-    """`[images, 3, height, width]`, from what an image processor gives without `return_tensors`."""
+    """`[images, 3, height, width]`, from what an image processor gives without `return_tensors`.
+
+    Pictures of unequally many tiles are filled up with zeros, as processors do for tensors.
+    """
     if isinstance(pictures, Tensor):
         return pictures
-    return torch.stack([torch.as_tensor(np.asarray(picture)) for picture in pictures])
+    tensors = [torch.as_tensor(np.asarray(picture)) for picture in pictures]
+    if any(tensor.shape != tensors[0].shape for tensor in tensors):
+        return pad_sequence(tensors, batch_first=True)
+    return torch.stack(tensors)

@@ -165,11 +165,60 @@ def test_a_held_out_task_is_allowed_where_asked_for():
     assert batch.task_ids.tolist() == [-1] and "[count]" in prompt_of(batch)
 
 
-def test_a_chat_template_without_generation_marks_is_refused():
-    processor = tiny_processor()
+def unmarked(processor):
     template = processor.chat_template.replace("{% generation %}", "")
     processor.chat_template = template.replace("{% endgeneration %}", "")
-    with pytest.raises(ValueError, match="generation"):
+    return processor
+
+
+def test_without_generation_marks_the_answer_is_what_follows_the_prompt():
+    samples = [sample(), sample(answers=("a longer answer",), question="why?")]
+    found = replace(COLLATE, processor=unmarked(tiny_processor()))(samples)
+    marked = COLLATE(samples)
+    assert found.input_ids.equal(marked.input_ids)
+    for row, other in zip(found.labels, marked.labels, strict=True):
+        texts = [TOKENIZER.decode(labels[labels != IGNORED]) for labels in (row, other)]
+        assert texts[0].lstrip() == texts[1].lstrip()
+    prompts = replace(COLLATE, for_generation=True)(samples)
+    for row, labels, prompt, mask in zip(
+        found.input_ids, found.labels, prompts.input_ids, prompts.attention_mask, strict=True
+    ):  # what is not supervised is the prompt that generation sees, and padding
+        start = int((labels != IGNORED).nonzero()[0])
+        assert row[:start].equal(prompt[mask.bool()])
+
+
+def test_without_marks_every_answer_of_a_conversation_is_supervised_and_no_question():
+    def said(role, text, *picture):
+        return {"role": role, "content": [*picture, {"type": "text", "text": text}]}
+
+    collate = replace(COLLATE, processor=unmarked(tiny_processor()))
+    picture = {"type": "image", "image": random_image(0)}
+    chat = [said("user", "what?", picture), said("assistant", "red"),
+            said("user", "sure?"), said("assistant", "yes")]  # fmt: skip
+    ids, mask = collate._replies(chat)
+    texts = [
+        TOKENIZER.decode([t for t, m in zip(ids, mask, strict=True) if m == on]) for on in (0, 1)
+    ]
+    assert "sure?" in texts[0] and "red" not in texts[0] and "yes" not in texts[0]
+    assert texts[1] == " red</s> yes</s>"
+    prompt = collate.processor.apply_chat_template(chat[:1], add_generation_prompt=True)
+    assert prompt + TOKENIZER.decode(ids) == collate.processor.apply_chat_template(chat)
+
+
+@pytest.mark.parametrize("marks", [True, False])
+def test_an_answer_ends_with_the_end_token_also_where_the_template_forgets_it(marks):
+    processor = tiny_processor()
+    processor.chat_template = processor.chat_template.replace("+ eos_token ", "+ ' ' ")
+    batch = replace(COLLATE, processor=processor if marks else unmarked(processor))([sample()])
+    learned = batch.labels[0][batch.labels[0] != IGNORED]
+    assert learned[-1] == TOKENIZER.eos_token_id == batch.input_ids[0, -1]
+    assert TOKENIZER.decode(learned[:-1]).strip() == "red"
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused():
+    processor = unmarked(tiny_processor())
+    processor.chat_template = "{{ messages | length }}" + processor.chat_template
+    with pytest.raises(ValueError, match="rewrites the prompt"):
         replace(COLLATE, processor=processor)([sample()])
 
 
