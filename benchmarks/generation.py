@@ -47,9 +47,7 @@ def merge(model: MixtureModel, backbone: Backbone, gates: Tensor) -> None:
 @torch.no_grad()
 def decode(backbone: Backbone, batch: Batch, **options) -> Tensor:
     """Greedy tokens of a plain model, from the same pieces as the routed one."""
-    features = backbone.project(backbone.image_tokens(batch.pixel_values))
-    embeds = backbone.inputs_embeds(batch.input_ids, features)
-    return backbone.generate(embeds, batch.attention_mask, **options)
+    return backbone.generate(batch, backbone.features(batch), **options)
 
 
 def contenders(

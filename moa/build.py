@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moa.backbones.llava import PROJECTOR, load_backbone
+from moa.backbones.llava import load_backbone
 from moa.config import ExpertConfig, RunConfig
 from moa.experts import ExpertBank
 from moa.model import MixtureModel
@@ -22,7 +22,9 @@ def build_model(config: RunConfig, experts: Path | None = None) -> MixtureModel:
     `experts` is the folder of a checkpoint whose experts take the place of fresh ones. Raises
     ValueError for targets that match nothing, and for adapters of another base.
     """
-    backbone = load_backbone(config.model.name, DTYPES[config.model.dtype])
+    backbone = load_backbone(
+        config.model.name, DTYPES[config.model.dtype], config.model.quantization
+    )
     bank = ExpertBank.attach(
         backbone.model,
         config.model.targets,
@@ -116,10 +118,11 @@ def build_router(
 def projector_parameters(model: MixtureModel) -> dict[str, nn.Parameter]:
     """The projector's own parameters, under the names that they have in the base."""
     experts = {id(p) for p in (*model.bank.parameters(), *model.bank.token_routers().values())}
+    starts = tuple(f"{path}." for path in model.backbone.family.projectors)
     return {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in model.model.named_parameters()
-        if name.startswith(PROJECTOR) and id(parameter) not in experts
+        if name.startswith(starts) and id(parameter) not in experts
     }
 
 

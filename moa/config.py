@@ -35,6 +35,8 @@ def check(rule: bool, key: str, message: str) -> None:
 class ModelConfig:
     name: str = "assets/demo_base"  # hub name or local folder of the base model
     dtype: Precision = "fp32"  # stored precision of the frozen base weights
+    # bits of the frozen base's weights, by bitsandbytes on a CUDA device; null: as `dtype` says
+    quantization: Literal["4bit", "8bit"] | None = None
     # linear layers that get experts: full module paths or regular expressions over the whole path
     targets: list[str] = field(
         default_factory=lambda: [r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"]

@@ -44,22 +44,23 @@ def router_losses(
 
 
 def token_decisions(
-    logits: Mapping[str, Float[Tensor, "_ _ expert"]],
+    logits: Mapping[str, Float[Tensor, "*_ expert"]],
     streams: Mapping[str, str],
     token_samples: Int[Tensor, "rows seq"],
-    image_index: Int[Tensor, " images"],
+    owners: Mapping[str, Int[Tensor, " _"]],
 ) -> Iterator[TokenDecisions]:
     """Stack the sites' logits where their tokens are the same ones.
 
-    `token_samples` names the sample of each token of the text stream, -1 at padding; a row of the
-    image stream is a picture.
+    `token_samples` names the sample of each token of the text stream, -1 at padding; `owners` that
+    of each row of the other streams, -1 for nobody. Rows may have one token each, and then no axis for it.
     """
     stacks: dict[tuple[str, torch.Size], list[Tensor]] = {}
     for site, tensor in logits.items():
+        tensor = tensor if tensor.dim() == 3 else tensor[:, None]
         stacks.setdefault((streams[site], tensor.shape), []).append(tensor)
     for (stream, (_, length, _)), stack in stacks.items():
-        pictures = image_index.repeat_interleave(length)
-        owner = pictures if stream == "image" else token_samples.flatten()
+        text = stream == "text"
+        owner = token_samples.flatten() if text else owners[stream].repeat_interleave(length)
         yield TokenDecisions(
             logits=torch.stack(stack).flatten(1, 2), owner=owner.clamp(min=0), mask=owner >= 0
         )

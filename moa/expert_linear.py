@@ -197,7 +197,14 @@ class ExpertLinear(nn.Module):
     def _gates(self, x: Tensor, state: GateState) -> Tensor:
         if state.gates is None:
             return self._token_gates(x, state)
-        gates = state.gates[self.name]
+        gates = state.gates.get(self.name)
+        if gates is None:
+            raise ValueError(
+                f"{self.name}: its gates are unknown: set_gates was told the owners of no row of its "
+                "stream"
+            )
+        if x.dim() == 2 and gates.shape[0] == x.shape[0]:
+            return gates[:, 0]  # a row is a token: the patches of all pictures, one after the other
         if x.dim() == 3 and gates.shape[0] in (1, x.shape[0]):
             return gates
         if x.dim() != 3 and gates.shape[0] == 1:

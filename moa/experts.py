@@ -79,7 +79,7 @@ class ExpertBank:
 
     def __init__(self, sites: dict[str, ExpertLinear], streams: dict[str, str]) -> None:
         self.sites = sites
-        self.streams = streams  # site -> "text" or "image": whose gates it uses
+        self.streams = streams  # site -> "text", "image" ...: what its first axis counts
         self.experts: dict[str, ExpertSpec] = {}
         self.context = next(iter(sites.values())).context
         self._groups: list[_Group] | None = None
@@ -97,8 +97,8 @@ class ExpertBank:
         """Wrap the linear layers that the targets name.
 
         A target is a full module path or a regular expression for the whole path. `unused` are
-        layers whose output the model never reads, `stream_of` says whether a site's first axis
-        counts samples ("text") or pictures ("image").
+        layers whose output the model never reads, `stream_of` says what a site's first axis
+        counts: samples ("text"), or the rows of another stream, such as pictures ("image").
         Raises ValueError for a target or an exclusion that matches nothing, and for unused layers.
         """
         if any(isinstance(module, ExpertLinear) for module in model.modules()):
@@ -235,7 +235,7 @@ class ExpertBank:
     def set_gates(
         self,
         gates: Float[Tensor, "batch site expert"],
-        image_index: Int[Tensor, " images"] | None = None,
+        owners: Int[Tensor, " images"] | Mapping[str, Int[Tensor, " _"]] | None = None,
         segments: Int[Tensor, "rows seq"] | None = None,
         *,
         expand: bool = False,
@@ -243,10 +243,11 @@ class ExpertBank:
     ) -> None:
         """Gates of the coming forward, for every site or one row for all; experts as in `names`.
 
-        A site of the image stream has pictures on its first axis: `image_index` names the sample
-        of each. `segments` names the sample of each token where rows of the text stream hold
-        several (-1, padding, gets those of sample 0). `expand` lets generation repeat the samples.
-        `dtype` casts once for all sites where no gradient is asked for.
+        A site of another stream than "text" has something else on its first axis, such as pictures:
+        `owners` names the sample of each row, by stream, or of the stream "image" alone. A stream
+        without owners must not run. `segments` names the sample of each token where rows of the text
+        stream hold several (-1, padding, gets those of sample 0). `expand` lets generation repeat the
+        samples. `dtype` casts once for all sites where no gradient is asked for.
         """
         if gates.shape[1] not in (1, len(self.sites)) or gates.shape[2] != len(self.names):
             raise ValueError(
@@ -256,16 +257,14 @@ class ExpertBank:
         active = None if torch.is_grad_enabled() else self._active(gates)
         table: dict[str, Tensor] = {}
         by_stream = {"text": gates}
+        rows = {"image": owners} if isinstance(owners, Tensor) else owners or {}
+        tokens = segments.clamp(min=0) if segments is not None else None
         for group in self._grouped(gates.device):
-            if group.stream not in by_stream:
-                if image_index is None:
-                    raise ValueError(
-                        f"sites of the image stream need image_index: {group.names[0]}"
-                    )
-                by_stream[group.stream] = gates[image_index]
-            tokens = segments.clamp(min=0) if segments is not None else None
-            own = tokens if group.stream == "text" else None
-            table |= group.gates(by_stream[group.stream], active, dtype, own)
+            if group.stream not in by_stream and group.stream in rows:
+                by_stream[group.stream] = gates[rows[group.stream]]
+            if group.stream in by_stream:
+                own = tokens if group.stream == "text" else None
+                table |= group.gates(by_stream[group.stream], active, dtype, own)
         names = None
         if active is not None:
             names = frozenset(
@@ -289,7 +288,7 @@ class ExpertBank:
             gates=None, top_k=top_k, temperature=temperature, recording=recording
         )
 
-    def take_token_logits(self) -> dict[str, Float[Tensor, "_ _ expert"]]:
+    def take_token_logits(self) -> dict[str, Float[Tensor, "*_ expert"]]:
         """Site -> the logits of the last forward's tokens, over the temperature; kept no longer."""
         state = self.context.state
         taken = dict(state.token_logits) if state is not None else {}

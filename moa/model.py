@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from data.batch import Batch
-from moa.backbones.llava import VISION, Backbone
+from moa.backbones.llava import Backbone, Look
 from moa.decisions import mean_token_gates, router_losses, token_decisions, token_losses
 from moa.experts import ExpertBank
 from moa.gating import (
@@ -26,7 +26,7 @@ from moa.gating import (
     softmax_gates,
     top_k_gates,
 )
-from moa.packing import answer_positions, restart_positions
+from moa.packing import answer_positions
 from moa.router import AnchorRouter, Evidence, Router
 
 KINDS = ("softmax", "top_k", "sigmoid", "one_hot", "fixed", "anchors")
@@ -115,9 +115,8 @@ class MixtureModel(nn.Module):
         available: Tensor | None = None,
     ) -> MixtureOutput:
         """Loss per sample and what the router decided; see `compute_gates` for the arguments."""
-        decided, embeds = self._prefill(batch, gates, withhold, available)
-        positions = None if batch.segments is None else restart_positions(batch.segments)
-        hidden = self.backbone.hidden_states(embeds, batch.attention_mask, positions)
+        decided, features = self._prefill(batch, gates, withhold, available)
+        hidden = self.backbone.hidden_states(batch, features)
         labels = None
         if batch.labels is not None:
             hidden, labels = answer_positions(hidden, batch.labels, batch.segments, len(batch))
@@ -154,8 +153,8 @@ class MixtureModel(nn.Module):
         training = self.training
         self.eval()  # activation checkpointing, a training matter, would forbid the cache
         try:
-            _, embeds = self._prefill(batch, gates, withhold, available, expand=True)
-            return self.backbone.generate(embeds, batch.attention_mask, **kwargs)
+            _, features = self._prefill(batch, gates, withhold, available, expand=True)
+            return self.backbone.generate(batch, features, **kwargs)
         finally:
             self.train(training)
 
@@ -166,13 +165,13 @@ class MixtureModel(nn.Module):
         override: Tensor | None = None,
         withhold: Collection[str] = (),
         available: Tensor | None = None,
-        image_tokens: Tensor | None = None,
+        look: Look | None = None,
     ) -> Gates:
         """The gates of a batch, each sample by itself, from the prompt side alone.
 
         override: gates [batch, expert] or [batch, site or 1, expert] to use instead.
         withhold: kinds of evidence treated as missing. available: [expert] or [batch, expert] bool,
-        False where an expert may not be used. image_tokens: the tower's, if they are at hand.
+        False where an expert may not be used. look: at the pictures, if it is at hand.
         """
         if override is not None:
             gates = override if override.dim() == 3 else override[:, None]
@@ -189,19 +188,18 @@ class MixtureModel(nn.Module):
             return Gates(gates=_available(gates, available))
         if self.router is None:  # check_kind has seen to it
             raise AssertionError(self.kind)
-        evidence = self.evidence(batch, image_tokens)
+        evidence = self.evidence(batch, look)
         logits = self.router(evidence, withhold) / self.temperature
         return self._gates_of(logits, available)
 
-    def evidence(self, batch: Batch, image_tokens: Tensor | None = None) -> Evidence:
+    def evidence(self, batch: Batch, look: Look | None = None) -> Evidence:
         """What the router may look at, from the backbone without experts, and without gradient."""
         kinds = self.router.evidence if self.router is not None else ()
         found: dict[str, Tensor] = {}
         with torch.no_grad(), self.bank.context.disabled():
             if "image" in kinds:
-                if image_tokens is None:
-                    image_tokens = self.backbone.image_tokens(batch.pixel_values)
-                tokens, mask = per_sample(image_tokens, batch.image_index, batch.image_mask)
+                look = look or self.backbone.look(batch)
+                tokens, mask = per_sample(look.tokens, look.owner, batch.image_mask)
                 found |= {"image_tokens": tokens, "image_mask": mask}
             if "text" in kinds:
                 tokens = self.backbone.embed(batch.text_ids)
@@ -237,27 +235,37 @@ class MixtureModel(nn.Module):
         withhold: Collection[str],
         available: Tensor | None,
         expand: bool = False,
-    ) -> tuple[Gates, Tensor]:
-        """Decide and set the gates, then embed pictures and prompt with them."""
-        tokens = None
-        if self._tower_is_plain():
-            with torch.no_grad():
-                tokens = self.backbone.image_tokens(batch.pixel_values)
+    ) -> tuple[Gates, Any]:
+        """Decide and set the gates, then compute the pictures' features with them."""
+        look = None
+        if override is None and self._router_sees("image"):
+            with torch.no_grad(), self.bank.context.disabled():
+                look = self.backbone.look(batch)
         decided = self.compute_gates(
-            batch, override=override, withhold=withhold, available=available, image_tokens=tokens
+            batch, override=override, withhold=withhold, available=available, look=look
         )
         self._set(decided, batch, expand)
-        if tokens is None:
-            tokens = self.backbone.image_tokens(batch.pixel_values)
-        seen = batch.image_mask[batch.image_index]  # a batch of text alone brings a blank picture
-        features = self.backbone.project(tokens)[seen]
-        return decided, self.backbone.inputs_embeds(batch.input_ids, features)
+        return decided, self._features(batch, look)
 
-    def _tower_is_plain(self) -> bool:
-        """Without experts or training in the tower its tokens serve router and language model."""
-        if any(name.startswith(VISION) for name in self.bank.sites):
-            return False
-        return not any(p.requires_grad for p in self.model.model.vision_tower.parameters())
+    def _router_sees(self, kind: str) -> bool:
+        learned = self.kind not in ("one_hot", "fixed") and self.granularity == "sample"
+        return learned and self.router is not None and kind in self.router.evidence
+
+    def _features(self, batch: Batch, look: Look | None) -> Any:
+        """What the router looked at serves the language model too, as far as it has no experts."""
+        family = self.backbone.family
+        if look is None or not self._is_plain(family.tower):
+            return self.backbone.features(batch)
+        if all(map(self._is_plain, family.projectors)):
+            return look.features
+        return self.backbone.features(batch, look.tower)
+
+    def _is_plain(self, part: str) -> bool:
+        """Whether a part of the model has neither experts nor training."""
+        parameters = self.model.get_submodule(part).parameters()
+        return not any(parameter.requires_grad for parameter in parameters) and not any(
+            site.startswith(f"{part}.") for site in self.bank.sites
+        )
 
     def _set(self, decided: Gates, batch: Batch, expand: bool) -> None:
         if decided.gates is None:
@@ -267,9 +275,8 @@ class MixtureModel(nn.Module):
         device = batch.input_ids.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else self.backbone.dtype
-        self.bank.set_gates(
-            decided.gates, batch.image_index, batch.segments, expand=expand, dtype=dtype
-        )
+        owners = self.backbone.owners(batch)
+        self.bank.set_gates(decided.gates, owners, batch.segments, expand=expand, dtype=dtype)
 
     def _gates_of(self, logits: Tensor, available: Tensor | None) -> Gates:
         """Logits [batch, site, expert], divided by the temperature, as gates of this kind."""
@@ -299,9 +306,10 @@ class MixtureModel(nn.Module):
     def _token_decisions(self, batch: Batch, top_k: int | None) -> tuple[dict[str, Tensor], Tensor]:
         """As `_decisions`, over every site's valid tokens; the gates are each sample's mean."""
         logits = self.bank.take_token_logits()
-        groups = list(
-            token_decisions(logits, self.bank.streams, batch.token_samples(), batch.image_index)
-        )
+        owners = self.backbone.owners(batch)
+        if batch.is_blank:  # nobody's tokens
+            owners = {stream: torch.full_like(rows, -1) for stream, rows in owners.items()}
+        groups = list(token_decisions(logits, self.bank.streams, batch.token_samples(), owners))
         aux = token_losses(groups, batch.expert_ids, batch.task_ids, top_k)
         return aux, mean_token_gates(groups, len(batch), top_k)
 
@@ -345,19 +353,19 @@ def answer_loss(
 
 
 def per_sample(
-    tokens: Float[Tensor, "images patch image"],
-    image_index: Int[Tensor, " images"],
+    tokens: Float[Tensor, "rows patch image"],
+    owner: Int[Tensor, " rows"],
     image_mask: Bool[Tensor, " batch"],
 ) -> tuple[Float[Tensor, "batch tokens image"], Bool[Tensor, "batch tokens"]]:
     """The tokens of each sample's pictures in a row, and where there are any."""
-    batch, (images, patches, _) = image_mask.shape[0], tokens.shape
-    here = F.one_hot(image_index, batch)  # [image, batch]
-    slot = (here.cumsum(0) * here).sum(1) - 1  # which of its sample's pictures each one is
-    most = int(slot.max()) + 1 if images else 1
+    batch, (rows, patches, _) = image_mask.shape[0], tokens.shape
+    here = F.one_hot(owner, batch)  # [row, batch]
+    slot = (here.cumsum(0) * here).sum(1) - 1  # which of its sample's rows each one is
+    most = int(slot.max()) + 1 if rows else 1
     grid = tokens.new_zeros(batch, most, *tokens.shape[1:])
-    grid[image_index, slot] = tokens
+    grid[owner, slot] = tokens
     mask = torch.zeros(batch, most, dtype=torch.bool, device=tokens.device)
-    mask[image_index, slot] = True
+    mask[owner, slot] = True
     mask = (mask & image_mask[:, None])[..., None].expand(-1, -1, patches)
     return grid.flatten(1, 2), mask.flatten(1, 2)
 

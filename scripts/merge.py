@@ -316,6 +316,7 @@ def prepare_verify(
         exact=exact,
         routed=routed,
         stream_of=backbone.stream_of,
+        owners=backbone.owners_of(inputs),
         new_tokens=settings.new_tokens,
     )
 

@@ -124,11 +124,7 @@ def test_with_the_gates_of_another_sample_the_logits_would_differ():
     right = model(packed)
     first = right.gates[:1].detach().expand(len(packed), -1, -1)
     model.bank.set_gates(first, packed.image_index, packed.segments)
-    embeds = model.backbone.inputs_embeds(
-        packed.input_ids, model.backbone.project(model.backbone.image_tokens(packed.pixel_values))
-    )
-    positions = restart_positions(packed.segments)
-    hidden = model.backbone.hidden_states(embeds, packed.attention_mask, positions)
+    hidden = model.backbone.hidden_states(packed, model.backbone.features(packed))
     wrong = model.backbone.logits(
         answer_positions(hidden, packed.labels, packed.segments, len(packed))[0]
     )

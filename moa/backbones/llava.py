@@ -1,11 +1,19 @@
 """The LLaVA family of transformers behind the few operations that the mixture needs.
 
-Vision tower, projector and language model are run one after the other, so that the router can look
-at the tower's tokens before any expert runs, and nothing is computed twice.
+    look      tower and projector without experts: what the router sees
+    features  the pictures as the language model reads them, with the gates that are set
+    hidden_states, logits, generate   the model's own code, with those features handed to it
+
+What differs between architectures is a row of families.py. The model stays as it is: inside a
+`with`, a method of one of its modules gives back what was computed before.
 """
 
+import functools
+import inspect
 import re
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,115 +24,143 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-FAMILIES = ("llava",)
+from data.batch import Batch
+from moa.backbones.families import FAMILIES, Family
+from moa.backbones.quantization import quantization_config
+from moa.backbones.rows import picture_rows
+from moa.packing import restart_positions
+
+VISION_LAYER = re.compile(r"\.(?:layers?|blocks)\.(\d+)\.")
 PACKING = ("sdpa", "eager", "flex_attention")  # attention that heeds restarting positions
-VISION, PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """The pictures of a batch as the backbone without experts sees them."""
+
+    tokens: Float[Tensor, "rows patch image"]  # what the projector reads
+    owner: Int[Tensor, " rows"]  # the sample of each row
+    tower: Any  # the tower's output
+    features: Any  # the output of get_image_features
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A Hugging Face LLaVA and its processor; the model itself stays unmodified."""
+    """A vision-language model of Hugging Face and its processor; the model itself stays unmodified."""
 
-    model: Any  # LlavaForConditionalGeneration
+    model: Any  # a ...ForConditionalGeneration
     processor: Any
     name: str = ""
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.model.config.model_type]
+
+    @property
     def dims(self) -> dict[str, int]:
         """Widths of the image tokens and of the language model's embeddings."""
-        layers = self.model.config.vision_feature_layer
-        num_layers = 1 if isinstance(layers, int) else len(layers)
-        width = self.model.config.vision_config.hidden_size * num_layers
-        return {"image": width, "text": self.model.config.text_config.hidden_size}
+        config = self.model.config
+        return {"image": self.family.image_width(config), "text": config.text_config.hidden_size}
 
     @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
 
-    def image_tokens(
-        self, pixel_values: Float[Tensor, "images 3 height width"]
-    ) -> Float[Tensor, "images patch image"]:
-        """The vision tower's tokens that the projector reads."""
-        config = self.model.config
-        tower = self.model.model.vision_tower
-        pixels = pixel_values.to(next(tower.parameters()).dtype)
-        states = tower(pixels, output_hidden_states=True, return_dict=True).hidden_states
-        layers = config.vision_feature_layer
-        chosen = [states[i] for i in ([layers] if isinstance(layers, int) else layers)]
-        if config.vision_feature_select_strategy == "default":
-            chosen = [state[:, 1:] for state in chosen]  # the class token has no place
-        return torch.cat(chosen, dim=-1)
+    def owners(self, batch: Batch) -> dict[str, Int[Tensor, " _"]]:
+        """By stream of sites, the sample of each row on their first axis.
 
-    def project(
-        self, tokens: Float[Tensor, "images patch image"]
-    ) -> Float[Tensor, "images patch width"]:
-        """Image tokens as the language model reads them."""
-        return self.model.model.multi_modal_projector(tokens)
+        Raises ValueError where prompts and pictures do not fit: a prompt was cut, or pictures miss.
+        """
+        counts, pictures = self._tokens_per_sample(batch), self._pictures(batch)
+        config, family = self.model.config, self.family
+        return picture_rows(counts, pictures, batch.image_index, config, family)
+
+    def owners_of(self, inputs: Mapping[str, Tensor]) -> dict[str, Int[Tensor, " _"]]:
+        """The same from the model's own inputs, where a prompt has at most one picture."""
+        counts = self._image_tokens(inputs["input_ids"]).sum(1)
+        pictured = counts.nonzero()[:, 0]
+        return picture_rows(counts, inputs, pictured, self.model.config, self.family)
+
+    def inputs_of(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model's own forward and generate take for a batch."""
+        return {**self._prompt(batch), **({} if batch.is_blank else self._pictures(batch))}
+
+    def look(self, batch: Batch) -> Look:
+        """What the pictures are without experts; call it inside `context.disabled()`."""
+        seen: dict[str, Any] = {}
+        tower = self.model.get_submodule(self.family.tower)
+        projector = self.model.get_submodule(self.family.projectors[0])
+        hooks = [
+            tower.register_forward_hook(lambda *call: seen.update(tower=call[-1])),
+            projector.register_forward_pre_hook(lambda _, args: seen.update(tokens=args[0])),
+        ]
+        try:
+            features = self.features(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        owner, tokens = self.owners(batch)["image"], seen["tokens"]
+        tokens = tokens if tokens.dim() == 3 else tokens[:, None]
+        return Look(tokens=tokens, owner=owner, tower=seen["tower"], features=features)
+
+    def features(self, batch: Batch, tower: Any = None) -> Any:
+        """The output of get_image_features; `tower` is the tower's output, if it is at hand."""
+        inputs = self._pictures(batch)
+        if tower is None:
+            return self.model.model.get_image_features(**inputs, return_dict=True)
+        with answering(
+            self.model.get_submodule(self.family.tower), "forward", lambda *_, **__: tower
+        ):
+            return self.model.model.get_image_features(**inputs, return_dict=True)
 
     def embed(self, ids: Int[Tensor, "*lead"]) -> Float[Tensor, "*lead width"]:
         """The language model's input embeddings."""
         return self.model.get_input_embeddings()(ids)
 
-    def inputs_embeds(
-        self,
-        input_ids: Int[Tensor, "batch seq"],
-        image_features: Float[Tensor, "images patch width"],
-    ) -> Float[Tensor, "batch seq width"]:
-        """The prompt's embeddings, with the pictures' features at the image tokens, in order.
-
-        Raises ValueError where the prompt has another number of image tokens than there are
-        features: a prompt was cut, or pictures are missing.
-        """
-        embeds = self.embed(input_ids)
-        places = input_ids == self.model.config.image_token_index
-        features = image_features.flatten(0, 1)
-        if int(places.sum()) != features.shape[0]:
-            raise ValueError(
-                f"input_ids have {int(places.sum())} image tokens for {features.shape[0]} image "
-                "features; was a prompt truncated, or a picture left out?"
-            )
-        return embeds.masked_scatter(places[..., None], features.to(embeds.dtype))
-
-    def hidden_states(
-        self,
-        embeds: Float[Tensor, "batch seq width"],
-        attention_mask: Int[Tensor, "batch seq"],
-        positions: Int[Tensor, "batch seq"] | None = None,
-    ) -> Float[Tensor, "batch seq width"]:
+    def hidden_states(self, batch: Batch, features: Any) -> Float[Tensor, "rows seq width"]:
         """The language model's last hidden states; positions count from the first real token.
 
-        Where `positions` are given, each restart begins a sample that attends to itself alone. Then
+        In packed rows each sample's count from its own, and where they restart attention ends. Then
         no mask goes along: transformers would take it for the whole truth, and samples would see
         each other.
         """
-        if positions is None:
-            positions, mask = (attention_mask.cumsum(1) - 1).clamp(min=0), attention_mask
-        else:
-            check_packing(self.model.config, len(positions))
-            mask = None
-        output = self.model.model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
-        )
+        inputs = self._prompt(batch)
+        first = self.family.first_position
+        if batch.segments is not None:
+            check_packing(self.model.config, len(batch.segments))
+            inputs["position_ids"] = restart_positions(batch.segments)
+            del inputs["attention_mask"]
+        elif first is not None:
+            counted = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
+            inputs["position_ids"] = counted + first
+        if batch.is_blank:
+            # The picture is in no prompt, but its layers take part on every rank (DDP, ZeRO-3).
+            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+            further = getattr(features, "deepstack_features", None) or ()  # Qwen3-VL
+            return hidden + 0.0 * _total([features.pooler_output, further])
+        with self._handing(features, batch):
+            output = self.model.model(**inputs, **self._pictures(batch), use_cache=False)
         return output.last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead vocab"]:
-        return self.model.lm_head(hidden)
+        logits = self.model.lm_head(hidden)
+        cap = getattr(self.model.config.text_config, "final_logit_softcapping", None)
+        if self.family.softcap and cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
 
-    def generate(
-        self,
-        embeds: Float[Tensor, "batch seq width"],
-        attention_mask: Int[Tensor, "batch seq"],
-        **kwargs: Any,
-    ) -> Int[Tensor, "rows new"]:
+    def generate(self, batch: Batch, features: Any, **kwargs: Any) -> Int[Tensor, "rows new"]:
         """New token ids alone; a row per sample and return sequence."""
-        return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        with self._handing(features, batch):
+            ids = self.model.generate(**self.inputs_of(batch), **kwargs)
+        return ids[:, batch.input_ids.shape[1] :]
 
     def stream_of(self, site: str) -> str:
-        """Whether a layer's first axis counts pictures ("image") or samples ("text")."""
-        return "image" if site.startswith((VISION, PROJECTOR)) else "text"
+        """What the first axis of a layer counts: samples ("text"), rows of the tower ("image"), or
+        where a row is a patch, the merged patches that the projector reads ("merged")."""
+        if _inside(site, *self.family.projectors):
+            return "merged" if self.family.rows == "patches" else "image"
+        return "image" if _inside(site, self.family.tower) else "text"
 
     def unused_sites(self) -> list[str]:
         """Linear layers of the vision tower whose output never reaches the language model."""
@@ -132,24 +168,74 @@ class Backbone:
             name
             for name, module in self.model.named_modules()
             if isinstance(module, nn.Linear)
-            and name.startswith(VISION)
-            and not self._is_read(name.removeprefix(VISION))
+            and _inside(name, self.family.tower)
+            and not self._is_read(name)
         ]
 
     def _is_read(self, name: str) -> bool:
-        layers = self.model.config.vision_feature_layer
+        if _inside(name, *self.family.projectors):
+            return True
+        match = VISION_LAYER.search(name)
+        if match is None:
+            return "embeddings" in name
+        layers = self.family.feature_layers(self.model.config)
+        if layers is None:
+            return True
         count = self.model.config.vision_config.num_hidden_layers
         # hidden_states has the embeddings first: entry i is read from layers 0 .. i - 1.
-        last = max(
-            i if i >= 0 else count + 1 + i
-            for i in ([layers] if isinstance(layers, int) else layers)
-        )
-        match = re.search(r"\blayers\.(\d+)\.", name)
-        return int(match[1]) < last if match else "embeddings" in name
+        read = [layers] if isinstance(layers, int) else layers
+        return int(match[1]) < max(i if i >= 0 else count + 1 + i for i in read)
+
+    def _image_tokens(self, input_ids: Tensor) -> Tensor:
+        return input_ids == self.model.config.image_token_id
+
+    def _tokens_per_sample(self, batch: Batch) -> Int[Tensor, " batch"]:
+        places = self._image_tokens(batch.input_ids)
+        if batch.segments is None:
+            return places.sum(1)
+        return torch.bincount(batch.segments[places], minlength=len(batch))
+
+    def _prompt(self, batch: Batch) -> dict[str, Tensor]:
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if self.family.token_types is not None:
+            name, marked = self.family.token_types
+            if marked == "image":
+                types = self._image_tokens(batch.input_ids)
+            elif batch.labels is not None:
+                types = batch.labels != -100
+            else:
+                types = torch.zeros_like(batch.input_ids)
+            inputs[name] = types.long()
+        return inputs
+
+    def _pictures(self, batch: Batch) -> dict[str, Tensor]:
+        known = inspect.signature(self.model.model.get_image_features).parameters
+        further = {name: value for name, value in batch.picture_inputs.items() if name in known}
+        return {"pixel_values": batch.pixel_values.to(self.dtype), **further}
+
+    @contextmanager
+    def _handing(self, features: Any, batch: Batch) -> Iterator[None]:
+        """Inside, the model takes these features for the batch's pictures."""
+        rows, counts = batch.pixel_values.shape[0], self._tokens_per_sample(batch)
+        own = self.model.model.get_image_features
+
+        @functools.wraps(own)  # generate reads the signature
+        def hand(pixel_values: Tensor, *_: Any, **__: Any) -> Any:
+            times = pixel_values.shape[0] // rows
+            return features if times == 1 else repeated(features, times, counts)
+
+        with answering(self.model.model, "get_image_features", hand):
+            yield
 
 
 def check_packing(config: Any, num_rows: int) -> None:
     """ValueError where the attention in use would let samples of a packed row see each other."""
+    if FAMILIES[config.model_type].token_types is not None:
+        simple = [name for name, family in FAMILIES.items() if family.token_types is None]
+        raise ValueError(
+            f"train.pack_length: {config.model_type} has positions or masks of its own; "
+            f"choices: {', '.join(simple)}"
+        )
     attention = config.text_config._attn_implementation
     if attention not in PACKING and not ("flash" in attention and num_rows == 1):
         raise ValueError(
@@ -158,10 +244,61 @@ def check_packing(config: Any, num_rows: int) -> None:
         )
 
 
-def load_backbone(name_or_path: str, dtype: torch.dtype = torch.float32) -> Backbone:
-    """A frozen LLaVA from a local folder or by its hub name, in eval mode.
+@contextmanager
+def answering(module: nn.Module, method: str, answer: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a method of this one module is another function."""
+    before = module.__dict__.get(method)
+    object.__setattr__(module, method, answer)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, method)
+        if before is not None:
+            object.__setattr__(module, method, before)
 
-    Raises ValueError for what is neither, and for other families.
+
+def repeated(features: Any, times: int, counts: Int[Tensor, " batch"]) -> Any:
+    """Features for prompts that generation has repeated `times` each, as transformers before 5.23
+    does ahead of the pictures; later ones repeat the features themselves.
+
+    `counts` are the image tokens of each sample: a sample's entries (pictures, or tiles) are repeated
+    as a whole. Raises ValueError for features of several layers (Qwen3-VL).
+    """
+    if getattr(features, "deepstack_features", None) is not None:
+        raise ValueError("num_beams, num_return_sequences: above 1 this needs transformers >= 5.23")
+    entries = features.pooler_output
+    starts, place = [], 0
+    for entry in entries:
+        starts.append(place)
+        place += len(entry)
+    owner = torch.searchsorted(counts.cumsum(0).cpu(), torch.tensor(starts), right=True)
+    samples = [(owner == sample).nonzero()[:, 0].tolist() for sample in range(len(counts))]
+    order = [i for own in samples for _ in range(times) for i in own]
+    copy = type(features)(**features)
+    copy.pooler_output = (
+        entries[order] if isinstance(entries, Tensor) else [entries[i] for i in order]
+    )
+    return copy
+
+
+def _total(parts: Any) -> Any:
+    """The sum of all numbers in tensors, nested in sequences."""
+    return parts.sum() if isinstance(parts, Tensor) else sum(map(_total, parts))
+
+
+def _inside(name: str, *prefixes: str) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def load_backbone(
+    name_or_path: str,
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
+) -> Backbone:
+    """A frozen model of the family from a local folder or by its hub name, in eval mode.
+
+    Raises ValueError for what is neither, for other architectures, and for a quantization
+    ("4bit", "8bit") that this machine cannot run.
     """
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
         raise ValueError(f"model: {name_or_path} is no folder")
@@ -178,7 +315,8 @@ def load_backbone(name_or_path: str, dtype: torch.dtype = torch.float32) -> Back
         )
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights: in a log it is noise
-    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype)
+    options = quantization_config(quantization, dtype)
+    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, **options)
     processor = AutoProcessor.from_pretrained(name_or_path)
     return Backbone(
         model=model.eval().requires_grad_(False), processor=processor, name=name_or_path

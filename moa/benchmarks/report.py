@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from moa.analysis.gallery import Card, gallery, seen_picture
 from moa.analysis.plots import gate_heat_map, layer_heat_map, loss_curves, read_log
@@ -104,13 +105,13 @@ def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> li
 
 def make_card(model: MixtureModel, prediction: Prediction, score: float) -> Card:
     sample, processor = prediction.sample, model.backbone.processor.image_processor
-    pixels = torch.as_tensor(processor(images=[sample.image], return_tensors="pt")["pixel_values"])
+    assert sample.image is not None  # make_cards has left those out
     said = prediction.text
     if prediction.box is not None:
         said = f"a box, IoU {best_iou(prediction.box, sample.boxes):.2f}"
     gates = prediction.gates
     return Card(
-        image=seen_picture(pixels[0], processor.image_mean, processor.image_std),
+        image=picture_of(sample.image, processor),
         size=sample.size,
         task=sample.task if sample.source == sample.task else f"{sample.source} ({sample.task})",
         question=sample.question,
@@ -122,6 +123,14 @@ def make_card(model: MixtureModel, prediction: Prediction, score: float) -> Card
         ocr=sample.ocr,
         gates=None if gates is None else torch.tensor(gates).mean(0).tolist(),
     )
+
+
+def picture_of(image: Image, processor: Any) -> Image:
+    """What reached the vision tower; the picture itself where that is cut into patches or tiles."""
+    pixels = torch.as_tensor(processor(images=[image], return_tensors="pt")["pixel_values"])
+    if pixels.dim() != 4 or len(pixels) != 1:
+        return image
+    return seen_picture(pixels[0], processor.image_mean, processor.image_std)
 
 
 def draw_pictures(

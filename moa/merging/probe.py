@@ -48,10 +48,19 @@ def probe_inputs(
     for question in questions:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         message = [{"role": "user", "content": content}]
-        prompts.append(processor.apply_chat_template(message, add_generation_prompt=True))
+        if processor.chat_template is None:
+            prompts.append(processor.image_token + question)
+        else:
+            prompts.append(processor.apply_chat_template(message, add_generation_prompt=True))
     batch = processor(
-        images=list(images), text=prompts, padding=True, padding_side="left", return_tensors="pt"
+        images=[[image] for image in images],
+        text=prompts,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
     )
+    for name in ("labels", "num_crops"):  # given unasked; a model takes them for an answer, or not
+        batch.pop(name, None)
     return {name: torch.as_tensor(batch[name]).contiguous() for name in batch}
 
 
@@ -67,9 +76,8 @@ def probe_of_run(
     samples = [data[i % len(data)][i // len(data) % len(data[i % len(data)])] for i in range(count)]
     collator = make_collator(config, processor, for_generation=True, allow_unknown_tasks=True)
     batch = collator(samples)
-    names = ("input_ids", "attention_mask", "pixel_values")
-    inputs = {name: getattr(batch, name) for name in names}
-    return inputs, routed_outputs(model.float(), batch, new_tokens)
+    routed = routed_outputs(model.float(), batch, new_tokens)
+    return model.backbone.inputs_of(batch), routed
 
 
 def probe_of_noise(processor: Any, count: int) -> dict[str, Tensor]:
@@ -95,9 +103,11 @@ def live_outputs(
     inputs: Mapping[str, Tensor],
     new_tokens: int,
     stream_of: Callable[[str], str] = lambda site: "text",
+    owners: Mapping[str, Tensor] | None = None,
 ) -> Outputs:
     """The mixture of the experts in a bank around the model, with these gates at each site.
 
+    `owners` are those of `Backbone.owners` for the inputs; by default a picture for each prompt.
     The model is left as it was.
     """
     bank = ExpertBank.attach(model, list(gates), stream_of=stream_of)
@@ -107,7 +117,8 @@ def live_outputs(
             bank.import_expert(expert.name, _tensors(expert), config)
         batch = inputs["input_ids"].shape[0]
         table = torch.stack([gates[site] for site in bank.sites]).float()
-        bank.set_gates(table.expand(batch, -1, -1), torch.arange(batch), expand=True)
+        owners = {"image": torch.arange(batch)} if owners is None else owners
+        bank.set_gates(table.expand(batch, -1, -1), owners, expand=True)
         return outputs_of(model, inputs, new_tokens)
     finally:
         bank.detach(model)

@@ -78,6 +78,7 @@ def make_verify(
     exact: bool = False,
     routed: Outputs | None = None,
     stream_of: Callable[[str], str] = lambda site: "text",
+    owners: Mapping[str, Tensor] | None = None,
     new_tokens: int = 8,
 ) -> Verify:
     """The check that an export runs on what it wrote; `model` is the base, and is used up.
@@ -92,7 +93,7 @@ def make_verify(
         adapter = folder if written.is_adapter else None
         plain = live = outputs_of(model, inputs, new_tokens)
         if gates is not None:
-            live = live_outputs(model, experts, gates, inputs, new_tokens, stream_of)
+            live = live_outputs(model, experts, gates, inputs, new_tokens, stream_of, owners)
         add_written(model, written, bool(experts[0].config.get("fan_in_fan_out")))
         expected = outputs_of(model, inputs, new_tokens)
         found, info = fresh_outputs(

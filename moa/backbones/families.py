@@ -1,0 +1,96 @@
+"""The LLaVA family as one table: what differs between architectures, a row each.
+
+A row says where the parts are, which arguments the text side wants, what a row of the vision tower
+is, and how wide the tower's tokens are. All else is the same code (llava.py), and transformers' own.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# The first axis of the tower's layers: pictures or equal tiles of them ("pictures"), LLaVA-NeXT's
+# tiles after padding is dropped ("tiles"), Idefics' slots [batch, slot] without the empty ones
+# ("slots"), or the patches of all pictures in one long row ("patches", each `merge` of which are
+# one row of the projector).
+Rows = Literal["pictures", "tiles", "slots", "patches"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture. Paths are of modules in the conditional-generation model."""
+
+    tower: str = "model.vision_tower"
+    projectors: tuple[str, ...] = ("model.multi_modal_projector",)  # the first is what tokens enter
+    language: str = "model.language_model"
+    rows: Rows = "pictures"
+    image_width: Callable[[Any], int]  # of the tokens that enter the projector, from the config
+    # hidden states of the tower that are read; None: the last, after all layers
+    feature_layers: Callable[[Any], int | Sequence[int] | None] = lambda config: None
+    # argument that marks tokens by 1, and what it marks; the rest has 0
+    token_types: tuple[str, Literal["image", "answer"]] | None = None
+    first_position: int | None = 0  # of a prompt's tokens; None: the model counts in three axes
+    softcap: bool = False  # final_logit_softcapping of the language model's config holds
+    text_only: bool = True  # a prompt may come without a picture
+    box_codec: str | None = None  # the convention of data/boxes.py that it was trained with
+
+
+def hidden_size(config: Any) -> int:
+    """Of the tower, once for each hidden state that is read."""
+    layers = getattr(config, "vision_feature_layer", -1)
+    count = 1 if isinstance(layers, int) else len(layers)
+    return config.vision_config.hidden_size * count
+
+
+def shuffled_size(config: Any) -> int:
+    """InternVL puts neighbouring tokens side by side before it projects them."""
+    return config.vision_config.hidden_size * int(1 / config.downsample_ratio) ** 2
+
+
+def feature_layer(config: Any) -> int | Sequence[int]:
+    return config.vision_feature_layer
+
+
+LLAVA: dict[str, Any] = {"image_width": hidden_size, "feature_layers": feature_layer}
+IDEFICS: dict[str, Any] = {
+    "tower": "model.vision_model",
+    "projectors": ("model.connector",),
+    "language": "model.text_model",
+    "rows": "slots",
+    "image_width": hidden_size,
+}
+QWEN: dict[str, Any] = {
+    "tower": "model.visual",
+    "projectors": ("model.visual.merger",),
+    "rows": "patches",
+    "image_width": hidden_size,
+    "token_types": ("mm_token_type_ids", "image"),
+    "first_position": None,
+}
+FAMILIES: dict[str, Family] = {  # by model_type of config.json
+    "llava": Family(**LLAVA, box_codec="llava"),
+    "llava_next": Family(**LLAVA, rows="tiles", box_codec="llava"),
+    "llava_onevision": Family(**LLAVA, rows="tiles"),
+    "qwen2_vl": Family(
+        **QWEN | {"image_width": lambda config: config.vision_config.embed_dim},
+        box_codec="qwen2_vl",
+    ),
+    "qwen2_5_vl": Family(**QWEN, box_codec="qwen2_5_vl"),
+    "qwen3_vl": Family(
+        **QWEN | {"projectors": ("model.visual.merger", "model.visual.deepstack_merger_list")},
+        box_codec="qwen3_vl",
+    ),
+    "idefics3": Family(**IDEFICS),
+    "smolvlm": Family(**IDEFICS),
+    "paligemma": Family(
+        image_width=hidden_size,
+        token_types=("token_type_ids", "answer"),
+        first_position=1,
+        softcap=True,
+        text_only=False,
+        box_codec="paligemma",
+    ),
+    "internvl": Family(
+        image_width=shuffled_size, feature_layers=feature_layer, box_codec="internvl"
+    ),
+    "gemma3": Family(image_width=hidden_size, token_types=("token_type_ids", "image")),
+}
