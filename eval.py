@@ -12,22 +12,27 @@ model -> data sets -> answers -> scores, routing and pictures:
     <run>/pictures/*.png               samples, gates by task and layer, losses
 
 With other gates, or without the task, all but the last go to <run>/eval/<variant>/. What is no run is written to
-<like>/others/<name>/ in the same way. Several models end in one table.
+<like>/others/<name>/ in the same way. Several models, and a run's `compare`d gates, end in one table.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from moa.benchmarks.report import draw_pictures, routing_record, write_results
-from moa.benchmarks.result import comparison, table
+from moa.benchmarks.result import Result, comparison, table
+from moa.benchmarks.run import check_gates
 from moa.benchmarks.sources import EvalSettings, chosen_sources, score_sources
 from moa.benchmarks.subjects import Subject, open_subject, subjects_of
 from moa.checkpoint import versions
+from moa.config import RunConfig
+from moa.model import MixtureModel
 from moa.settings import describe, load
 
 
@@ -52,22 +57,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = load(EvalSettings, args.config, args.overrides)
         subjects = subjects_of(args.checkpoint)
         like = args.like or next((s.path for s in subjects if s.kind == "run"), None)
-        rows = {s.label: run_evaluation(s, like, settings) for s in subjects}
+        rows = {k: v for s in subjects for k, v in run_evaluation(s, like, settings).items()}
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if len(rows) > 1:
         Console().print(comparison(rows))
 
 
-def run_evaluation(subject: Subject, like: str | None, settings: EvalSettings) -> dict[str, Any]:
-    """Score, write, draw; ValueError or OSError for what a user can put right."""
-    console = Console()
+def run_evaluation(
+    subject: Subject, like: str | None, settings: EvalSettings
+) -> dict[str, dict[str, Any]]:
+    """Score, write, draw: the scores by label; ValueError or OSError for what a user can put right."""
     model, config, weights = open_subject(subject, like, pick_device(settings.device))
-    results = score_sources(model, config, settings)
+    others = config.eval.compare if settings.compare is None else settings.compare
+    ways = [settings.gates, *(others if subject.kind == "run" else ())]
+    for gates in ways:
+        check_gates(gates, model)
+    scores = {}
+    for gates in dict.fromkeys(ways):
+        chosen = replace(
+            settings, gates=gates, num_pictures=settings.num_pictures * (gates == ways[0])
+        )
+        results = score_sources(model, config, chosen)
+        show(subject.folder(like), model, config, chosen, results, weights)
+        label = f"{subject.label}: {gates}" if len(ways) > 1 else subject.label
+        scores[label] = {result.name: result.score for result in results}
+    return scores
+
+
+def show(
+    run: Path,
+    model: MixtureModel,
+    config: RunConfig,
+    settings: EvalSettings,
+    results: Sequence[Result],
+    weights: str,
+) -> None:
+    """Files, table and pictures of one model with one kind of gates."""
+    console, folder = Console(), run / "eval" / settings.variant
     routing = routing_record(model, config, results)
     about = {"checkpoint": weights, "versions": versions()}
-    run = subject.folder(like)
-    folder = run / "eval" / settings.variant
     write_results(folder, results, routing, chosen_sources(config, settings), about)
     console.print(table(results))
     console.print(f"scores: {folder}/*.json", soft_wrap=True)
@@ -76,7 +105,6 @@ def run_evaluation(subject: Subject, like: str | None, settings: EvalSettings) -
             run, settings.variant, model, results, routing, settings.num_pictures
         )
         console.print("pictures: " + " ".join(map(str, pictures)), soft_wrap=True)
-    return {result.name: result.score for result in results}
 
 
 def pick_device(name: str) -> str:

@@ -12,8 +12,8 @@ from data.sample import Sample
 
 Rule = Literal[
     "unreadable row", "missing image", "broken image", "picture outside folder", "picture too large",
-    "empty question", "empty answer", "unknown task", "unknown expert", "box outside picture",
-    "box hidden by crop",
+    "empty question", "empty answer", "unknown task", "unknown expert", "unknown class",
+    "box outside picture", "box hidden by crop",
     "image token in text", "too long",
 ]  # fmt: skip
 

@@ -5,18 +5,31 @@ from typing import Any
 
 from data.boxes import CODECS
 from data.collate import Collator
+from data.drawings import DrawingDataset
 from data.mixture import Grouping, Mixture, Source
 from data.ocr import OcrCache
 from data.ocr_engines import RapidOcr
+from data.pairs import PairCollator
 from data.readers.table import open_records
 from data.scene_dataset import SceneDataset
-from moa.config import DataConfig, RunConfig, SourceConfig
+from moa.config import MADE, DataConfig, RunConfig, SourceConfig
 
 
 def open_source(source: SourceConfig, expert: str | None, ocr: OcrCache | None) -> Source:
-    if source.format != "scenes":
+    if source.format not in MADE:
         return open_records(source, expert, ocr)
     assert source.num_samples is not None  # checked by SourceConfig
+    if source.format == "drawings":
+        return DrawingDataset(
+            source.split or "train",
+            source.task or "names",
+            num_samples=source.num_samples,
+            style=source.style,
+            template=source.prompt,
+            expert=expert,
+            source=source.name,
+            seed=source.seed,
+        )
     return SceneDataset(
         source.split or "train",
         source.task,
@@ -71,7 +84,7 @@ def draws_of(source: SourceConfig, size: int) -> int:
 
 
 def make_collator(config: RunConfig, processor: Any, **changes: Any) -> Collator:
-    """The run's collator; `changes` are its fields, for evaluation."""
+    """The run's collator, one of pairs for the processor of a CLIP; `changes` are its fields."""
     prompt = config.prompt
     fields: dict[str, Any] = {
         "processor": processor,
@@ -88,4 +101,7 @@ def make_collator(config: RunConfig, processor: Any, **changes: Any) -> Collator
         "max_ocr_words": prompt.max_ocr_words,
         "min_visible": prompt.min_visible,
     }
-    return Collator(**fields | changes)
+    context = getattr(processor, "context_length", None)  # that of a ClipProcessor alone
+    if context is None:
+        return Collator(**fields | changes)
+    return PairCollator(**fields | {"max_length": min(context, prompt.max_length)} | changes)

@@ -2,11 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moa.backbones.llava import load_backbone
+from moa.backbones.clip import ClipBackbone, is_clip, load_clip
+from moa.backbones.llava import Backbone, load_backbone
+from moa.backbones.open_clip import is_open_clip, load_open_clip
+from moa.clip_model import ClipMixture
 from moa.config import ExpertConfig, RunConfig
 from moa.experts import ExpertBank
 from moa.model import MixtureModel
@@ -22,7 +26,7 @@ def build_model(config: RunConfig, experts: Path | None = None) -> MixtureModel:
     `experts` is the folder of a checkpoint whose experts take the place of fresh ones. Raises
     ValueError for targets that match nothing, and for adapters of another base.
     """
-    backbone = load_backbone(
+    backbone = open_backbone(
         config.model.name, DTYPES[config.model.dtype], config.model.quantization
     )
     bank = ExpertBank.attach(
@@ -39,27 +43,54 @@ def build_model(config: RunConfig, experts: Path | None = None) -> MixtureModel:
     if config.router.granularity == "token":
         bank.add_token_routers(seed=config.seed)
     weights = config.router.weights
-    return MixtureModel(
-        backbone,
-        bank,
-        router,
-        kind=config.router.kind,
-        top_k=config.router.top_k,
-        temperature=config.router.temperature,
-        granularity=config.router.granularity,
-        weights=[weights.get(name, 0.0) for name in config.experts] if weights else None,
+    routing: dict[str, Any] = {
+        "kind": config.router.kind,
+        "top_k": config.router.top_k,
+        "temperature": config.router.temperature,
+        "granularity": config.router.granularity,
+        "weights": [weights.get(name, 0.0) for name in config.experts] if weights else None,
+    }
+    if not isinstance(backbone, ClipBackbone):
+        return MixtureModel(backbone, bank, router, **routing)
+    check_for_clip(config)
+    losses = config.losses
+    return ClipMixture(
+        backbone, bank, router, objective=losses.pairs, negatives=losses.negatives, **routing
     )
 
 
 def build_base(config: RunConfig) -> MixtureModel:
     """The base of a config alone: no experts, no router, the answers that transformers would give."""
-    backbone = load_backbone(config.model.name, DTYPES[config.model.dtype])
+    backbone = open_backbone(config.model.name, DTYPES[config.model.dtype])
     idle = set(backbone.unused_sites())
     layers = backbone.model.named_modules()
     # a bank wants a site; one without experts is the layer that it wraps
     site = next(n for n, m in layers if isinstance(m, nn.Linear) and n not in idle)
     bank = ExpertBank.attach(backbone.model, [re.escape(site)], stream_of=backbone.stream_of)
+    if isinstance(backbone, ClipBackbone):
+        return ClipMixture(backbone, bank, kind="fixed")
     return MixtureModel(backbone, bank, kind="fixed")
+
+
+def open_backbone(
+    name: str, dtype: torch.dtype = torch.float32, quantization: str | None = None
+) -> Backbone | ClipBackbone:
+    """The base model that a name means: open_clip's, a dual encoder of transformers, or a LLaVA."""
+    if not is_open_clip(name) and not is_clip(name):
+        return load_backbone(name, dtype, quantization)
+    if quantization is not None:
+        raise ValueError(
+            f"model.quantization: {quantization} is for language models; a CLIP is small"
+        )
+    return load_open_clip(name, dtype) if is_open_clip(name) else load_clip(name, dtype)
+
+
+def check_for_clip(config: RunConfig) -> None:
+    """ValueError for settings that mean nothing where there is no language model."""
+    if config.model.train_projector:
+        raise ValueError("model.train_projector: a CLIP has no projector")
+    if config.losses.reduction == "token":
+        raise ValueError("losses.reduction=token: a CLIP answers with no tokens; choices: sample")
 
 
 def add_expert(

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moa.atomic import atomic_folder, write_json
+from moa.backbones.clip import ClipBackbone
 from moa.build import build_model, projector_state, router_state
 from moa.config import RunConfig, load_config
 from moa.model import MixtureModel
@@ -88,8 +89,10 @@ def write_model(folder: Path, model: MixtureModel, config: RunConfig) -> None:
 
 
 def peft_config(model: MixtureModel, name: str) -> dict[str, Any]:
-    base = model.backbone.name
-    return {**model.bank.peft_config(name), "base_model_name_or_path": base}
+    described = {**model.bank.peft_config(name), "base_model_name_or_path": model.backbone.name}
+    if isinstance(model.backbone, ClipBackbone):
+        described["task_type"] = None  # PEFT would look for a language model's methods
+    return described
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -15,13 +15,14 @@ from moa.settings import load
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Format = Literal[  # how a data set's files are written; docs/data.md says which files each one takes
-    "scenes", "jsonl", "llava", "messages",
+    "scenes", "drawings", "jsonl", "llava", "messages",
     "vqav2", "okvqa", "aokvqa", "aokvqa_choice", "gqa", "vizwiz", "pope", "scienceqa",
     "textvqa", "docvqa", "stvqa", "ocrvqa", "chartqa",
     "coco_captions", "karpathy", "flickr30k",
     "refcoco", "flickr30k_entities", "visual_genome",
     "image_folder", "webdataset", "table",
 ]  # fmt: skip
+MADE = ("scenes", "drawings")  # formats without files, of as many samples as one asks for
 TRAINED_KINDS = ("softmax", "top_k", "sigmoid")  # routers whose logits are learned by gradient
 
 
@@ -96,6 +97,9 @@ class RouterConfig:
 class LossConfig:
     # what the language loss is a mean over: samples count alike, or answer tokens do
     reduction: Literal["sample", "token"] = "sample"
+    # of a CLIP: pictures against all texts, or against the frozen texts of the sample's choices
+    pairs: Literal["contrastive", "classification"] = "contrastive"
+    negatives: Literal["all", "source"] = "all"  # contrastive: of the batch, or of one data set
     guidance: float = 1.0  # cross-entropy of the router with the sample's expert, at the first step
     guidance_end: float = 0.1  # its weight at the last step of the stage; linear between
     load_balancing: float = 0.0  # equal use of the experts over the batch
@@ -113,17 +117,21 @@ class SourceConfig:
     annotations: str | None = None  # second file, where answers, boxes or splits lie apart
     ocr: str | None = None  # the data set's own OCR words: file of textvqa, folder of docvqa
     columns: dict[str, str] | None = None  # of format table: field of a sample -> column
-    split: str | None = None  # of scenes, or where one file holds several; a+b joins two
+    split: str | None = (
+        None  # of scenes and drawings, or where one file holds several; a+b joins two
+    )
     one_per: Literal["image", "caption"] = "image"  # of captions: to score by all, or to learn each
     task: str | None = None  # null: the format's own, or each row's
-    prompt: str | None = None  # around {question}; null: the format's own
+    # around {question}; of pictures to classify: "a photo of a {}"; null: the format's own
+    prompt: str | None = None
     instruction: str | None = None  # behind question and OCR words; null: the format's own
-    style: str | None = None  # of scenes: drawing style; null: the split's own
+    style: str | None = None  # of scenes and drawings: drawing style; null: the split's own
     expert: str | None = None  # the expert that these samples train; null: the reader's own choice
     # what scores them: docs/evaluation.md; null: the format's own, or their task's
     benchmark: str | None = None
-    num_samples: int | None = None  # size of scenes; elsewhere only the first ones
-    seed: int = 0  # of scenes
+    # size of scenes and drawings; elsewhere only the first ones
+    num_samples: int | None = None
+    seed: int = 0  # of scenes and drawings
     ocr_cache: str | None = None  # Parquet file of OCR words; null: data.ocr_cache
     # how much of the training mixture it is: at most one of the three; null everywhere: weight 1
     weight: float | None = None  # share of the draws, relative to the other sources
@@ -143,9 +151,9 @@ class SourceConfig:
             check(value > 0, f"{key}.{name}", f"must be above 0, got {value}")
         count = self.num_samples
         check(count is None or count >= 1, f"{key}.num_samples", f"must be 1 or more, got {count}")
-        if self.format == "scenes":
-            check(count is not None, f"{key}.num_samples", "format scenes needs a number")
-            check(self.path is None, f"{key}.path", "has no effect with format=scenes")
+        if self.format in MADE:
+            check(count is not None, f"{key}.num_samples", f"format {self.format} needs a number")
+            check(self.path is None, f"{key}.path", f"has no effect with format={self.format}")
         else:
             check(self.path is not None, f"{key}.path", f"format {self.format} needs a file")
 
@@ -247,6 +255,8 @@ class EvalConfig:
     sources: list[SourceConfig] = field(default_factory=list)  # what eval.py scores
     max_new_tokens: int = 32  # of a generated answer
     num_beams: int = 1  # 1: greedy
+    # eval.py shows beside the router: other gates (off, oracle, uniform, an expert)
+    compare: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from data.batch import Batch
+from moa.backbones.clip import ClipBackbone
 from moa.backbones.llava import Backbone, Look
 from moa.decisions import mean_token_gates, router_losses, token_decisions, token_losses
 from moa.experts import ExpertBank
@@ -75,7 +76,7 @@ class MixtureModel(nn.Module):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | ClipBackbone,
         bank: ExpertBank,
         router: Router | AnchorRouter | None = None,
         *,
@@ -88,7 +89,7 @@ class MixtureModel(nn.Module):
         super().__init__()
         check_kind(kind, granularity, router)
         self.model = backbone.model
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.bank = bank
         self.router = router
         self.kind = kind

@@ -18,7 +18,7 @@ import argparse
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,8 +32,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from moa.analysis.fidelity_page import write_page
-from moa.backbones.llava import load_backbone
+from moa.backbones.open_clip import export_open_clip, is_open_clip, load_open_clip
 from moa.benchmarks.learning import LEARNERS
+from moa.build import open_backbone
 from moa.merging.base_files import match_sites, read_base
 from moa.merging.core import parse_rank
 from moa.merging.export import (
@@ -139,7 +140,10 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
     source = open_source(settings)
     console.print(*source.beside, sep="\n", soft_wrap=True)
     plan = plan_merge(settings, source, approximate)
-    if settings.merged or settings.verify:
+    to_open_clip = is_open_clip(source.base_name(settings.base) or "")
+    if to_open_clip:
+        check_for_open_clip(settings)
+    elif settings.merged or settings.verify:
         match_sites(all_shapes(source.experts), read_base(source.base(settings.base)))
     warn_of_factors(plan, console)
     kept = torch.float32 if settings.merged else stored_dtype(source.experts, settings.dtype)
@@ -148,6 +152,8 @@ def run_merge(settings: MergeConfig, approximate: bool, console: Console) -> Non
             merged = run_plan(plan, keep=spool.keep, on_site=advance)
         summary = summarise(source.experts, merged)
         console.print(*summary_tables(summary), sep="\n")
+        if to_open_clip and settings.merged:
+            return merge_into_open_clip(settings, source, merged, summary, console)
         exact = summary["total"]["energy_kept"] > 1 - 1e-12
         verify = (
             prepare_verify(settings, source, sum_gates(plan), exact) if settings.verify else None
@@ -288,6 +294,35 @@ def choose_weights(settings: MergeConfig, source: Source, approximate: bool) -> 
     return read_gates(settings.routing or str(default), source.experts, task)
 
 
+def check_for_open_clip(settings: MergeConfig) -> None:
+    """open_clip's packed attention has no place for an adapter in a plain environment."""
+    if not settings.merged and settings.verify:
+        raise ValueError(
+            "verify: plain PEFT cannot put an adapter into open_clip's packed attention; use "
+            "merged=true for a checkpoint that open_clip loads, or verify=false for an adapter that "
+            "this project loads"
+        )
+    if settings.dtype not in ("auto", "float32"):
+        raise ValueError(
+            f"dtype: an open_clip checkpoint is written in float32, not {settings.dtype}"
+        )
+
+
+def merge_into_open_clip(
+    settings: MergeConfig,
+    source: Source,
+    merged: Mapping[str, MergedSite],
+    summary: dict[str, Any],
+    console: Console,
+) -> None:
+    """The folder that plain open_clip loads, checked against the base with the update added."""
+    backbone = load_open_clip(str(source.base_name(settings.base)))
+    deltas = {site: result.lora_b @ result.lora_a for site, result in merged.items()}
+    found = export_open_clip(str(settings.out), backbone, deltas, {"merge": summary["total"]})
+    console.print(f"checkpoint: {settings.out}, for open_clip local-dir:{settings.out}; reloaded "
+                  f"features differ by {found['max_abs_difference']:.1e}", soft_wrap=True)  # fmt: skip
+
+
 def prepare_verify(
     settings: MergeConfig,
     source: Source,
@@ -296,14 +331,14 @@ def prepare_verify(
 ) -> Verify:
     """The probe and the live models that the reloaded files are compared with."""
     base = source.base(settings.base)
-    backbone = load_backbone(str(base), torch.float32)
+    backbone = open_backbone(str(base))
     routed, inputs = None, None
     if source.config is not None and source.step is not None:
         inputs, routed = probe_of_run(
             source.step, source.config, settings.num_probes, settings.new_tokens
         )
     if inputs is None:
-        inputs = probe_of_noise(backbone.processor, settings.num_probes)
+        inputs = probe_of_noise(backbone, settings.num_probes)
     with torch.no_grad():
         for name, tensor in source.projector.items():
             backbone.model.get_parameter(name).copy_(tensor)

@@ -12,10 +12,19 @@ ROOT = Path(__file__).parent.parent
 # Lowest first; a module may import from its own level and below. The longest prefix decides.
 LEVELS = (
     ("moa.settings", "moa.atomic", "moa.gating", "moa.metrics", "data.sample", "data.batch"),
-    ("moa.config", "moa.peft_io", "moa.mixing", "moa.losses", "moa.packing", "moa.targets"),
+    (
+        "moa.config",
+        "moa.peft_io",
+        "moa.mixing",
+        "moa.losses",
+        "moa.contrastive",
+        "moa.packing",
+        "moa.targets",
+    ),
     ("moa.expert_linear", "moa.expert_state", "moa.experts", "moa.router", "moa.decisions", "data"),
     ("moa.backbones",),
     ("moa.model",),
+    ("moa.clip_model",),
     ("moa.build", "moa.checkpoint", "moa.merging", "moa.analysis"),
     ("moa.training", "moa.benchmarks", "moa.federated"),
     ("train", "eval", "scripts", "benchmarks"),
@@ -33,8 +42,9 @@ ROOMS = {
 }
 # Modules and packages of tensors, strings and numbers alone.
 MATH = (
-    *("moa.gating", "moa.losses", "moa.mixing", "moa.decisions", "moa.router", "moa.metrics"),
-    *("moa.packing", "moa.expert_linear", "moa.expert_state", "moa.experts", "moa.targets"),
+    *("moa.gating", "moa.losses", "moa.contrastive", "moa.mixing", "moa.decisions", "moa.router"),
+    *("moa.metrics", "moa.packing", "moa.expert_linear", "moa.expert_state", "moa.experts"),
+    *("moa.targets",),
     *("moa.merging.core", "moa.merging.linear"),
 )
 NOT_IN_MATH = ("moa.config", "moa.settings", "logging", "accelerate", "omegaconf")

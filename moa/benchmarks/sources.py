@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from data.collate import Collator
+from data.mixture import Source
 from data.ocr import OcrCache
+from data.pairs import PairCollator
 from data.sources import make_collator, open_ocr, open_sources
 from moa.benchmarks.catalogue import BENCHMARKS, benchmark_of
 from moa.benchmarks.result import Result
 from moa.benchmarks.run import evaluate
+from moa.benchmarks.two_towers import evaluate_pairs
+from moa.clip_model import ClipMixture
 from moa.config import RunConfig, SourceConfig
 from moa.model import MixtureModel
 
@@ -23,6 +27,8 @@ class EvalSettings:
     score: bool = True  # false: only write the answers, for splits whose references are secret
     # who decides: router, oracle, uniform, off (the base), the name of one expert, or without:NAME
     gates: str = "router"
+    # further gates to score beside these, in one table; null: as the run's eval
+    compare: list[str] | None = None
     withhold_task: bool = False  # neither the prompt nor the router is told the task
     batch_size: int | None = None  # samples per forward; null: as the run's eval
     max_new_tokens: int | None = None  # of a generated answer; null: as the run's eval
@@ -92,23 +98,39 @@ def score_sources(
     sources = chosen_sources(config, settings)
     collator = prompt_collator(model, config, withhold_task=settings.withhold_task)
     ocr = ocr if ocr is not None else open_ocr(config.data)
+    opened = open_sources(sources, config.data, ocr).values()
     return [
-        evaluate(
-            model,
-            dataset,
-            collator,
-            name=source.name,
-            benchmark=benchmark_of(source),
-            scored=settings.score,
-            gates=settings.gates,
-            batch_size=settings.batch_size or config.eval.batch_size,
-            max_new_tokens=settings.max_new_tokens or config.eval.max_new_tokens,
-            num_beams=settings.num_beams or config.eval.num_beams,
-            on_bad_sample=settings.on_bad_sample or config.data.on_bad_sample,
-            num_pictures=settings.num_pictures,
-            progress=settings.progress,
-        )
-        for source, dataset in zip(
-            sources, open_sources(sources, config.data, ocr).values(), strict=True
-        )
+        score_source(model, config, settings, source, dataset, collator)
+        for source, dataset in zip(sources, opened, strict=True)
     ]
+
+
+def score_source(
+    model: MixtureModel,
+    config: RunConfig,
+    settings: EvalSettings,
+    source: SourceConfig,
+    dataset: Source,
+    collator: Collator,
+) -> Result:
+    """One data set: a CLIP compares, the others generate."""
+    shared: dict[str, Any] = {
+        "name": source.name,
+        "gates": settings.gates,
+        "batch_size": settings.batch_size or config.eval.batch_size,
+        "on_bad_sample": settings.on_bad_sample or config.data.on_bad_sample,
+        "progress": settings.progress,
+    }
+    if isinstance(model, ClipMixture) and isinstance(collator, PairCollator):
+        return evaluate_pairs(model, dataset, collator, **shared)
+    return evaluate(
+        model,
+        dataset,
+        collator,
+        benchmark=benchmark_of(source),
+        scored=settings.score,
+        max_new_tokens=settings.max_new_tokens or config.eval.max_new_tokens,
+        num_beams=settings.num_beams or config.eval.num_beams,
+        num_pictures=settings.num_pictures,
+        **shared,
+    )

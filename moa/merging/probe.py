@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from data.sources import make_collator, open_ocr, open_sources
+from moa.backbones.clip import ClipBackbone
 from moa.checkpoint import load_model
+from moa.clip_model import ClipMixture
 from moa.config import RunConfig
 from moa.experts import ExpertBank
 from moa.merging.core import Expert
@@ -34,7 +36,11 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What a model says about the probe."""
+    """What a model says about the probe.
+
+    A CLIP says no words: its `logits` are the features of each picture and its text, one after the
+    other, and its `tokens` the text that each picture is nearest to.
+    """
 
     logits: Float[Tensor, "batch seq vocab"]
     tokens: Int[Tensor, "batch new"]  # greedy
@@ -80,20 +86,41 @@ def probe_of_run(
     return model.backbone.inputs_of(batch), routed
 
 
-def probe_of_noise(processor: Any, count: int) -> dict[str, Tensor]:
-    """Prompts that any LLaVA accepts, where no data is at hand: noise, and plain questions."""
+def probe_of_noise(backbone: Any, count: int) -> dict[str, Tensor]:
+    """Inputs that any model accepts, where no data is at hand: noise, and plain questions."""
     noise = np.random.default_rng(0).integers(0, 256, (count, 96, 128, 3), np.uint8)
     questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(count)]
-    return probe_inputs(processor, [Image.fromarray(picture) for picture in noise], questions)
+    pictures = [Image.fromarray(picture) for picture in noise]
+    if isinstance(backbone, ClipBackbone):
+        return clip_probe(backbone, pictures, questions)
+    return probe_inputs(backbone.processor, pictures, questions)
+
+
+def clip_probe(
+    backbone: ClipBackbone, images: Sequence[Image.Image], texts: Sequence[str]
+) -> dict[str, Tensor]:
+    """Tensors of as many pictures as texts."""
+    ids, mask = backbone.processor.texts(texts)
+    found = {"pixel_values": backbone.processor.pictures(images), "input_ids": ids}
+    return found if backbone.is_sigmoid else {**found, "attention_mask": mask}
 
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor], new_tokens: int) -> Outputs:
     """What a plain transformers or PEFT model says."""
     model.eval()
+    if not hasattr(model, "generate"):
+        found = model(**inputs)
+        return compared(found.image_embeds, found.text_embeds)
     logits = model(**inputs).logits.float()
     tokens = model.generate(**inputs, **greedy(new_tokens))  # type: ignore[operator]
     return Outputs(logits=logits, tokens=tokens[:, -new_tokens:])
+
+
+def compared(images: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"]) -> Outputs:
+    """Normalised features of pictures and texts as a model's outputs."""
+    nearest = (images @ texts.T).argmax(1)
+    return Outputs(logits=torch.stack([images, texts], 1).float(), tokens=nearest[:, None])
 
 
 def live_outputs(
@@ -128,6 +155,8 @@ def live_outputs(
 def routed_outputs(model: MixtureModel, batch: Batch, new_tokens: int) -> Outputs:
     """The same from the model that routes each sample by itself; left padding in the batch."""
     model.eval()
+    if isinstance(model, ClipMixture):
+        return compared(*model.routed_features(batch))
     logits = model(batch).logits.float()
     tokens = model.generate(batch, **greedy(new_tokens))
     return Outputs(logits=logits, tokens=tokens)

@@ -23,11 +23,15 @@ class Source:
     projector: dict[str, Tensor] = field(default_factory=dict)  # trained; empty: the base's own
     beside: list[str] = field(default_factory=list)  # a line for each part that is not merged
 
-    def base(self, name: str | None) -> Path:
-        """The base's folder: the named one, or what run or adapters name; ValueError where nothing does."""
+    def base_name(self, name: str | None) -> str | None:
+        """The named base, or what run or adapters name."""
         named = [expert.config.get("base_model_name_or_path") for expert in self.experts]
         run = self.config.model.name if self.config is not None else None
-        found = name or run or next(filter(None, named), None)
+        return name or run or next(filter(None, named), None)
+
+    def base(self, name: str | None) -> Path:
+        """The base's folder; ValueError where nothing names one."""
+        found = self.base_name(name)
         if found is None:
             raise ValueError(
                 "base: the adapters name none; give base=, or verify=false for an adapter"

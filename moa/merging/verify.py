@@ -42,8 +42,10 @@ from safetensors.torch import load_file, save_file
 import transformers
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    load = transformers.AutoModelForImageTextToText.from_pretrained
-    model, info = load(job["model"], dtype=torch.float32, output_loading_info=True)
+    kind = transformers.AutoConfig.from_pretrained(job["model"]).model_type
+    compares = kind in ("clip", "siglip")
+    auto = transformers.AutoModel if compares else transformers.AutoModelForImageTextToText
+    model, info = auto.from_pretrained(job["model"], dtype=torch.float32, output_loading_info=True)
     consumed = None
     if job["adapter"]:
         from peft import PeftModel, get_peft_model_state_dict
@@ -59,9 +61,14 @@ model = model.eval()
 inputs = load_file(job["probe"])
 new = job["new_tokens"]
 with torch.no_grad():
-    logits = model(**inputs).logits.float()
-    tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=new,
-                            min_new_tokens=new)[:, -new:]
+    found = model(**inputs)
+    if compares:
+        logits = torch.stack([found.image_embeds, found.text_embeds], 1).float()
+        tokens = (found.image_embeds @ found.text_embeds.T).argmax(1)[:, None]
+    else:
+        logits = found.logits.float()
+        tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=new,
+                                min_new_tokens=new)[:, -new:]
 save_file({"logits": logits.contiguous(), "tokens": tokens.contiguous()}, job["result"])
 assert "moa" not in sys.modules
 print("RESULT " + json.dumps({"problems": problems, "consumed": consumed}))
@@ -89,9 +96,11 @@ def make_verify(
     """
 
     def verify(folder: Path, written: Written) -> dict[str, Any]:
-        mask = inputs["attention_mask"]
         adapter = folder if written.is_adapter else None
         plain = live = outputs_of(model, inputs, new_tokens)
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.shape != plain.logits.shape[:2]:  # features, not tokens
+            mask = torch.ones(plain.logits.shape[:2], dtype=torch.long)
         if gates is not None:
             live = live_outputs(model, experts, gates, inputs, new_tokens, stream_of, owners)
         add_written(model, written, bool(experts[0].config.get("fan_in_fan_out")))

@@ -1,0 +1,138 @@
+"""Samples -> PairBatch: pictures with their texts, for models of two towers such as CLIP.
+
+    question "a photo of a {}" + answer "cat"      -> "a photo of a cat"
+    question "describe the picture" + a caption    -> the caption
+
+A question of several lines is several templates. Gates must be decided for each tower by itself: if the
+text could reach a picture's gates, the loss would be won by comparing gates. `only_pictures` and
+`only_texts` are the two halves of a batch, each without what the other one knows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from data.checks import BadSampleError, name_of
+from data.collate import Collator, position
+from data.sample import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch(Batch):
+    """A batch whose row i is a picture and its text. Equal keys mean equal texts, pictures, sources."""
+
+    text_keys: Tensor  # [batch] int64
+    image_keys: Tensor  # [batch] int64
+    source_keys: Tensor  # [batch] int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairCollator(Collator):
+    """The collator of a model of two towers; `processor` is a `ClipProcessor`."""
+
+    def error_of(self, sample: Sample) -> BadSampleError | None:
+        if error := super().error_of(sample):
+            return error
+        if sample.image is None:
+            return BadSampleError(name_of(sample), "missing image", "a pair needs a picture")
+        answer = sample.answers[0] if sample.answers else ""
+        if not answer.strip():
+            return BadSampleError(name_of(sample), "empty answer", "a pair needs a text")
+        if sample.choices and answer not in sample.choices:
+            detail = f"{answer!r} is not among the {len(sample.choices)} names of its data set"
+            return BadSampleError(name_of(sample), "unknown class", detail)
+        return None
+
+    def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        texts = [self.text(sample) for sample in samples]
+        return {"input_ids": self.processor.tokens(texts), "texts": texts}
+
+    def _batch(self, samples: list[Sample], encoded: dict[str, Any]) -> PairBatch:
+        ids, mask = self.processor.padded(encoded["input_ids"])
+        return PairBatch(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=self.processor.pictures([sample.image for sample in samples]),
+            image_index=torch.arange(len(samples)),
+            image_mask=torch.ones(len(samples), dtype=torch.bool),
+            text_ids=ids,
+            text_mask=mask.bool(),
+            task_ids=torch.tensor([self._task_id(sample) for sample in samples]),
+            expert_ids=torch.tensor([position(self.experts, s.expert) for s in samples]),
+            text_keys=keys(encoded["texts"]),
+            image_keys=keys([sample.image_id for sample in samples]),
+            source_keys=keys([sample.source for sample in samples]),
+            samples=samples,
+            **self._ocr(samples),
+        )
+
+    def text(self, sample: Sample) -> str:
+        """What the sample's picture is taught to match; which of its templates follows from its id."""
+        found = templates(sample.question)
+        template = found[crc32(sample.id.encode()) % len(found)]
+        return fill(template, sample.answers[0])
+
+    def text_batch(self, texts: Sequence[str], like: Sample) -> Batch:
+        """Texts alone, of the task and the expert of a sample, for evaluation."""
+        ids, mask = self.processor.texts(texts)
+        rows = len(texts)
+        return Batch(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=torch.zeros(0, 3, 1, 1),
+            image_index=torch.zeros(0, dtype=torch.long),
+            image_mask=torch.zeros(rows, dtype=torch.bool),
+            text_ids=ids,
+            text_mask=mask.bool(),
+            task_ids=torch.full((rows,), self._task_id(like)),
+            expert_ids=torch.full((rows,), position(self.experts, like.expert)),
+            **no_words(rows),
+        )
+
+
+def templates(question: str) -> list[str]:
+    return [line.strip() for line in question.splitlines() if line.strip()]
+
+
+def fill(template: str, name: str) -> str:
+    """The template with the name in it; the name alone where the template has no place for one."""
+    return template.replace("{}", name) if "{}" in template else name
+
+
+def keys(values: Sequence[str]) -> Tensor:
+    """[values] int64, equal for equal strings on every machine."""
+    digests = (blake2b(value.encode(), digest_size=8).digest() for value in values)
+    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
+
+
+def no_words(rows: int) -> dict[str, Any]:
+    """The OCR fields of a batch without OCR words."""
+    return {
+        "ocr_ids": torch.zeros(rows, 1, 1, dtype=torch.long),
+        "ocr_char_mask": torch.zeros(rows, 1, 1, dtype=torch.bool),
+        "ocr_boxes": torch.zeros(rows, 1, 4),
+        "ocr_confidence": torch.zeros(rows, 1),
+        "ocr_mask": torch.zeros(rows, 1, dtype=torch.bool),
+    }
+
+
+def only_pictures(batch: Batch) -> Batch:
+    """The pictures with the OCR words that are on them and the task; no text."""
+    return replace(batch, text_mask=torch.zeros_like(batch.text_mask))
+
+
+def only_texts(batch: Batch) -> Batch:
+    """The texts and the task; no picture, nor anything read from one."""
+    return replace(
+        batch,
+        pixel_values=batch.pixel_values[:0],
+        image_index=batch.image_index[:0],
+        image_mask=torch.zeros_like(batch.image_mask),
+        ocr_mask=torch.zeros_like(batch.ocr_mask),
+    )

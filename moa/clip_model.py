@@ -1,0 +1,202 @@
+"""Two towers + experts + router: pictures and texts, each gated by itself, compared once.
+
+    pictures -> vision tower, frozen -> router -> gates -> vision tower with experts -> features
+    texts    -> token embeddings     -> router -> gates -> text tower with experts   -> features
+
+A picture's gates are decided without any text and a text's without any picture, so that features can be
+computed once and compared with anything; what the other side would tell the router is "missing" there.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from data.batch import Batch
+from data.pairs import PairBatch, fill, only_pictures, only_texts, templates
+from moa.backbones.clip import ClipBackbone
+from moa.backbones.open_clip import OpenClipBackbone
+from moa.contrastive import (
+    batch_sizes,
+    gather_rows,
+    not_negatives,
+    sigmoid_loss,
+    softmax_loss,
+)
+from moa.decisions import router_losses
+from moa.experts import ExpertBank
+from moa.model import Gates, MixtureModel, MixtureOutput
+from moa.router import AnchorRouter, Router
+
+CHUNK = 256  # texts encoded at a time
+
+
+class ClipMixture(MixtureModel):
+    """A dual encoder with its bank of experts and the router.
+
+    objective: `contrastive`, every text of the batch on all processes a negative of every picture (or,
+    with `negatives` "source", those of the same data set); `classification`, against the frozen
+    texts of the sample's choices, computed once without experts.
+    """
+
+    backbone: ClipBackbone
+
+    def __init__(
+        self,
+        backbone: ClipBackbone,
+        bank: ExpertBank,
+        router: Router | AnchorRouter | None = None,
+        *,
+        objective: str = "contrastive",
+        negatives: str = "all",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(backbone, bank, router, **kwargs)
+        self.objective, self.negatives = objective, negatives
+        self._heads: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+        if self.granularity == "token":
+            raise ValueError("router.granularity: a CLIP is routed by sample; choices: sample")
+        texts = [name for name, stream in bank.streams.items() if stream == "text"]
+        if objective == "classification" and texts:
+            raise ValueError(
+                f"losses.pairs=classification has a frozen text head: {len(texts)} of model.targets lie "
+                f"in the text tower and would never learn, first {texts[0]}"
+            )
+
+    def forward(  # type: ignore[override]  # pairs alone
+        self,
+        batch: PairBatch,
+        gates: Tensor | None = None,
+        *,
+        withhold: Collection[str] = (),
+        available: Tensor | None = None,
+    ) -> MixtureOutput:
+        """Loss per sample and what the router decided; see `compute_gates` for the arguments."""
+        sides = [only_pictures(batch)]
+        if self.objective == "contrastive":
+            sides.append(only_texts(batch))
+        decided = [
+            self.compute_gates(side, override=gates, withhold=withhold, available=available)
+            for side in sides
+        ]
+        gates_of = [side.gates for side in decided if side.gates is not None]
+        images = self.image_features(batch, gates_of[0])
+        if self.objective == "contrastive":
+            texts = self.text_features(batch, gates_of[1])
+            logits, loss = self._contrast(batch, images, texts)
+        else:
+            logits, loss = self._classify(batch, images)
+        return MixtureOutput(
+            loss_per_sample=loss,
+            num_tokens=torch.ones_like(loss, dtype=torch.long),
+            logits=logits[:, None],
+            labels=None,
+            gates=torch.stack(gates_of).mean(0),
+            router_logits=decided[0].logits,
+            aux=self._side_losses(batch, decided),
+        )
+
+    def routed_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Features of a batch's pictures and of its texts, each with its own gates."""
+        pictures, texts = (self.compute_gates(side(batch)) for side in (only_pictures, only_texts))
+        assert pictures.gates is not None and texts.gates is not None  # routed by sample
+        images = self.image_features(batch, pictures.gates)
+        return images, self.text_features(batch, texts.gates)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("a CLIP generates no text")
+
+    def image_features(
+        self, batch: Batch, gates: Float[Tensor, "batch site expert"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Normalised features of the pictures with these gates."""
+        self._set(Gates(gates=gates), batch, False)
+        return self.backbone.image_features(batch.pixel_values)
+
+    def text_features(
+        self, batch: Batch, gates: Float[Tensor, "batch site expert"]
+    ) -> Float[Tensor, "batch dim"]:
+        """Normalised features of the texts with these gates."""
+        self._set(Gates(gates=gates), batch, False)
+        return self.backbone.text_features(batch.input_ids, batch.attention_mask)
+
+    @torch.no_grad()
+    def frozen_head(self, question: str, choices: Sequence[str]) -> Float[Tensor, "class dim"]:
+        """The choices' texts as the base reads them, over the templates of `question`; kept."""
+        key = question, tuple(choices)
+        device = self.backbone.model.logit_scale.device
+        if key not in self._heads or self._heads[key].device != device:
+            with self.bank.context.disabled():
+                rows = [self._plain_texts(t, choices, device) for t in templates(question)]
+            self._heads[key] = F.normalize(torch.stack(rows).mean(0), dim=-1)
+        return self._heads[key]
+
+    def enable_gradient_checkpointing(self) -> None:
+        if isinstance(self.backbone, OpenClipBackbone):
+            raise ValueError(
+                "train.gradient_checkpointing: open_clip recomputes without a place for the gates"
+            )
+        super().enable_gradient_checkpointing()
+
+    def _contrast(self, batch: PairBatch, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [batch, all] and the loss; in training over the samples of all processes."""
+        count = len(batch)
+        sizes = batch_sizes(count, images.device) if self.training else [count]
+        start = sum(sizes[: dist.get_rank()]) if len(sizes) > 1 else 0
+        own = torch.arange(start, start + count, device=images.device)
+        text_keys, image_keys, sources, all_texts = (
+            gather_rows(rows, sizes)
+            for rows in (batch.text_keys, batch.image_keys, batch.source_keys, texts)
+        )
+        ignored = not_negatives(text_keys, image_keys, own)
+        if self.negatives == "source":
+            ignored = ignored | (sources[own, None] != sources)
+        logits = self.backbone.logits(images, all_texts)
+        if self.backbone.is_sigmoid:
+            return logits, sigmoid_loss(logits, own, ignored)
+        text_logits = self.backbone.logits(texts, gather_rows(images, sizes))
+        return logits, softmax_loss(logits, text_logits, own, ignored)
+
+    def _classify(self, batch: PairBatch, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [batch, class], -inf past a sample's own choices, and the cross-entropy."""
+        for sample in batch.samples:
+            if not sample.choices:
+                where = f"source {sample.source!r}, sample {sample.id}"
+                raise ValueError(f"losses.pairs=classification: {where} has no choices")
+        most = max(len(sample.choices) for sample in batch.samples)
+        rows = []
+        for image, sample in zip(images, batch.samples, strict=True):
+            row = self.backbone.logits(
+                image[None], self.frozen_head(sample.question, sample.choices)
+            )
+            rows.append(F.pad(row[0], (0, most - row.shape[1]), value=-torch.inf))
+        logits = torch.stack(rows)
+        wanted = [sample.choices.index(sample.answers[0]) for sample in batch.samples]
+        target = torch.tensor(wanted, device=images.device)
+        return logits, F.cross_entropy(logits, target, reduction="none")
+
+    def _plain_texts(self, template: str, names: Sequence[str], device: torch.device) -> Tensor:
+        parts = []
+        for start in range(0, len(names), CHUNK):
+            texts = [fill(template, name) for name in names[start : start + CHUNK]]
+            ids, mask = self.backbone.processor.texts(texts)
+            parts.append(self.backbone.text_features(ids.to(device), mask.to(device)))
+        return torch.cat(parts)
+
+    def _side_losses(self, batch: PairBatch, sides: Sequence[Gates]) -> dict[str, Tensor]:
+        """Losses on the decisions of both sides, each row a decision."""
+        if self.kind == "anchors" or any(s.logits is None or s.probs is None for s in sides):
+            return {}
+        logits = torch.cat([side.logits for side in sides if side.logits is not None])
+        probs = torch.cat([side.probs for side in sides if side.probs is not None])
+        return router_losses(
+            logits.transpose(0, 1),
+            probs.transpose(0, 1),
+            batch.expert_ids.repeat(len(sides)),
+            batch.task_ids.repeat(len(sides)),
+            top_k=self.top_k if self.kind == "top_k" else None,
+        )
