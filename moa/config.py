@@ -117,9 +117,8 @@ class SourceConfig:
     annotations: str | None = None  # second file, where answers, boxes or splits lie apart
     ocr: str | None = None  # the data set's own OCR words: file of textvqa, folder of docvqa
     columns: dict[str, str] | None = None  # of format table: field of a sample -> column
-    split: str | None = (
-        None  # of scenes and drawings, or where one file holds several; a+b joins two
-    )
+    # of scenes and drawings, or where one file holds several; a+b joins two
+    split: str | None = None
     one_per: Literal["image", "caption"] = "image"  # of captions: to score by all, or to learn each
     task: str | None = None  # null: the format's own, or each row's
     # around {question}; of pictures to classify: "a photo of a {}"; null: the format's own
