@@ -5,8 +5,8 @@
 
 Each row is ONE plain adapter at the method's defaults, as scripts/merge.py would write it, or with the options of
 `OPTIONS` where the defaults mean nothing here. The learned ones see some samples of the run's validation sets, and
-are scored on the test sets like all others; their seconds are those of learning. `adapter_fusion` is no merge but the
-upper bound of what the same samples teach an attention over the experts' outputs. Writes compare_merges.json and
+are scored on the test sets like all others; their seconds are those of learning. `adapter_fusion` is no merge: an
+attention over the experts' outputs, learned from the same samples. Writes compare_merges.json and
 compare_merges.md: scores in per cent by data set, their mean over the tasks that the experts were trained on and
 over the others, rank, and seconds.
 """
@@ -96,7 +96,7 @@ def score_adapter(
 def score_learned(
     session: Session, name: str, experts: list[Expert], step: Path, args: argparse.Namespace
 ) -> Row:
-    """One learner of `LEARNERS` at its defaults, or the adapter fusion that no merge can reach."""
+    """One learner of `LEARNERS` at its defaults, or the adapter fusion, which is no merge."""
     changes = {} if args.steps is None else {"steps": args.steps}
     began = time.perf_counter()
     if name == FUSION:
@@ -104,13 +104,13 @@ def score_learned(
         row: Row = {"seconds": time.perf_counter() - began, "rank": None}
         with fusion.attached():
             row["scores"] = scores_of(session.model, session.config, args, "off")
-        return {"method": FUSION, "options": {"learned": "upper bound, no merge"}, **row}
+        return {"method": FUSION, "options": {"samples": args.num_learn, "merge": False}, **row}
     learner = LEARNERS[name]
     options = learner.options | {k: v for k, v in changes.items() if k in learner.options}
     found = learner.function(session, **options)
     seconds = time.perf_counter() - began
     row = score_adapter(found.merged, experts, step, args)
-    return {"method": name, "options": {"learned": True}, "seconds": seconds, **row}
+    return {"method": name, "options": {"samples": args.num_learn}, "seconds": seconds, **row}
 
 
 def open_session(args: argparse.Namespace) -> Session:

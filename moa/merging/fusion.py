@@ -1,4 +1,4 @@
-"""AdapterFusion: attention over the experts' outputs, for every token at every site: an upper bound, no merge.
+"""AdapterFusion: attention over the experts' outputs, for every token at every site: no merge, a yardstick.
 
     q = W_q x,  k_i = W_k o_i,  v_i = W_v o_i,  o_i = scaling_i B_i A_i x
     y = W x + sum_i softmax_i(q . k_i) v_i                                         (Pfeiffer et al. 2021, equation 2)
