@@ -100,7 +100,9 @@ def peft_svd(factors: list[tuple[Tensor, Tensor]], rank: int) -> tuple[float, Te
 
 def our_svd(factors: list[tuple[Tensor, Tensor]], rank: int) -> tuple[float, Tensor]:
     def run() -> tuple[Tensor, Tensor]:
-        updates = to_core(factors, canonical=False)  # as the engine does for a sum
+        # in double precision and without canonical axes, as scripts/merge.py merges a sum
+        doubles = [(a.double(), b.double()) for a, b in factors]
+        updates = to_core(doubles, canonical=False)
         low = compress(updates, updates.cores.mean(0), rank, rank * len(factors))
         return low.lora_a, low.lora_b
 
