@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxpro
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check bench setup scoreboard clean
+.PHONY: demo test lint check bench setup scoreboard clean
 
 setup: $(VENV)/.installed
 
@@ -32,16 +32,19 @@ demo: setup  ## train, evaluate, merge and export the embedded default; ends wit
 test: setup  ## the whole suite
 	$(PYTEST)
 
-check: setup  ## format, lint, types, fast tests
+lint: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy moa data train.py eval.py scripts benchmarks
+
+check: lint  ## and the fast tests
 	$(PYTEST) -m "not slow"
 
 bench: setup  ## the speed and memory tables
 	$(BIN)/python benchmarks/mixture.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/merging.py
+	$(BIN)/python benchmarks/data.py
 
 scoreboard: setup  ## results/scoreboard.json: about an hour on two cores
 	$(BIN)/python scripts/scoreboard.py --out runs/scoreboard --jobs 2 --num-samples 64

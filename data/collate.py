@@ -7,12 +7,9 @@ Nothing is truncated: cutting a sequence may cut image tokens, which no model su
 longer than `max_length` is a bad sample like any other.
 """
 
-import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
@@ -24,17 +21,17 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.batch import Batch
 from data.boxes import BoxCodec
+from data.chat import ChatEncoder, message
 from data.checks import BadSampleError, check_sample, name_of
 from data.geometry import Geometry, seen_by
+from data.rows import fill_rows, joined, pad
 from data.sample import OcrWord, Sample
 
 IGNORED = -100  # label of a token that is not supervised
-GENERATION_MARK = re.compile(r"\{%-?\s*generation")
 # What a processor gives of the text; everything else is of the pictures.
 TEXT_INPUTS = {
     "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "assistant_masks", "labels",
 }  # fmt: skip
-Chat = list[dict[str, Any]]
 
 
 def chosen_words(sample: Sample, limit: int) -> list[OcrWord]:
@@ -48,10 +45,7 @@ def chosen_words(sample: Sample, limit: int) -> list[OcrWord]:
 class Collator:
     """Makes batches; the same object for any number of worker processes.
 
-    `processor` is a Hugging Face processor. Where its chat template marks the answer by
-    `{% generation %}` the mark holds; without marks the answer is what the template puts behind the
-    prompt; without a template (PaliGemma) the prompt is the pictures, the text, and the answer.
-    An answer always ends with a token that ends generation.
+    `processor` is a Hugging Face processor; data/chat.py says how answers are found in its tokens.
     `tasks` and `experts` are the names behind `task_ids` and `expert_ids`.
     With `withhold_task` neither prompt nor router learns the task. `allow_unknown_tasks` is for
     held-out tasks: they get id -1, and their prefix in the prompt as any other.
@@ -189,102 +183,10 @@ class Collator:
         return len(self._encode([sample])["input_ids"][0])
 
     def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Token ids and assistant masks as lists of unequal length, and the pictures.
-
-        Lists, because the processor walks over them token by token to make the mask, and walking
-        over tensors costs more than everything else together.
-        """
+        """Token ids and assistant masks as lists of unequal length, and the pictures."""
         chats = [self.conversation(sample) for sample in samples]
-        template = self.processor.chat_template
-        if self.for_generation:
-            return self._encode_prompts(samples, chats)
-        if template is not None and GENERATION_MARK.search(str(template)):
-            encoded = self._encode_marked(chats)
-        else:
-            encoded = self._encode_prompts(samples, chats)
-            replies = [self._replies(chat) for chat in chats]
-            pairs = list(zip(encoded["input_ids"], replies, strict=True))
-            encoded["assistant_masks"] = [[0] * len(p) + mask for p, (_, mask) in pairs]
-            encoded["input_ids"] = [[*p, *ids] for p, (ids, _) in pairs]
-        if not all(map(any, encoded["assistant_masks"])):
-            raise ValueError(
-                "the processor's chat template leaves nothing to learn from: no answer"
-            )
-        return encoded
-
-    def _encode_marked(self, chats: list[Chat]) -> dict[str, Any]:
-        encoded = self.processor.apply_chat_template(
-            chats,
-            tokenize=True,
-            return_dict=True,
-            return_tensors=None,
-            return_assistant_tokens_mask=True,
-            processor_kwargs={"padding": False},
-        )
-        tokenizer = self.processor.tokenizer
-        for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
-            last = max((i for i, marked in enumerate(mask) if marked), default=None)
-            if last is not None and ids[last] not in tokenizer.all_special_ids:
-                ids[last + 1 :], mask[last + 1 :] = [tokenizer.eos_token_id], [1]
-        return encoded
-
-    def _encode_prompts(self, samples: Sequence[Sample], chats: list[Chat]) -> dict[str, Any]:
-        """The prompts' ids, exactly as generation will see them, and the pictures."""
         pictures = [[sample.image] if sample.image else [] for sample in samples]
-        encoded = self.processor(
-            text=[self._prompt_text(opening_of(chat)) for chat in chats],
-            images=pictures if any(pictures) else None,
-            padding=True,  # PaliGemma's processor cannot do without
-        )
-        rows = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
-        ids = [[token for token, real in zip(*row, strict=True) if real] for row in rows]
-        return {**encoded, "input_ids": ids}
-
-    def _prompt_text(self, chat: Chat) -> str:
-        """What stands before an answer: all of the chat, and the start of the assistant's turn."""
-        if self.processor.chat_template is not None:
-            return self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        parts = [part for message in chat for part in message["content"]]
-        texts = (self.processor.image_token if p["type"] == "image" else p["text"] for p in parts)
-        return "".join(texts)
-
-    def _replies(self, chat: Chat) -> tuple[list[int], list[int]]:
-        """Ids of everything behind the opening prompt, and 1 where an answer or its end stands.
-
-        Raises ValueError for a template that writes what is past another way once there is more.
-        """
-        tokenizer, ids, mask = self.processor.tokenizer, [], []
-        done = self._prompt_text(opening_of(chat))
-        for place, message in enumerate(chat):
-            if message["role"] != "assistant":
-                continue
-            answer = message["content"][0]["text"].strip()
-            prompt, before, after = self._prompt_text(chat[:place]), "", ""
-            if self.processor.chat_template is not None:
-                whole = self.processor.apply_chat_template(chat[: place + 1])
-                before, _, after = whole.removeprefix(prompt).rpartition(answer)
-                if not whole.startswith(prompt + before + answer) or not prompt.startswith(done):
-                    raise ValueError(
-                        "the processor's chat template rewrites the prompt once there is an answer:"
-                        " put {% generation %} around the assistant's text in it"
-                    )
-            asked = tokenizer(prompt.removeprefix(done), add_special_tokens=False)["input_ids"]
-            said = tokenizer(before + answer, add_special_tokens=False)["input_ids"]
-            end, rest = self._end_of(after)
-            ids += [*asked, *said, end]
-            mask += [0] * len(asked) + [1] * (len(said) + 1)
-            done = prompt + before + answer + rest
-        return ids, mask
-
-    def _end_of(self, after: str) -> tuple[int, str]:
-        """The token that ends an answer, and its text if the template has one behind the answer."""
-        tokenizer = self.processor.tokenizer
-        found = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
-        for token in found:
-            if token in tokenizer.all_special_ids:
-                text = tokenizer.convert_ids_to_tokens(token)
-                return token, after[: after.index(text) + len(text)]
-        return tokenizer.eos_token_id, ""
+        return ChatEncoder(self.processor).encode(chats, pictures, prompts=self.for_generation)
 
     def _batch(self, samples: list[Sample], encoded: dict[str, Any]) -> Batch:
         tokenizer = self.processor.tokenizer
@@ -378,55 +280,6 @@ class Collator:
                 out["ocr_mask"][row, :count] = True
             start = stop
         return out
-
-
-def message(role: str, text: str, picture: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    return {"role": role, "content": [*picture, {"type": "text", "text": text}]}
-
-
-def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """`[rows, longest]` int64 and its bool mask; at least one column, so that no axis is empty."""
-    longest = max(1, *map(len, rows))
-    padded = np.full((len(rows), longest), value, dtype=np.int64)
-    mask = np.zeros((len(rows), longest), dtype=bool)
-    for i, row in enumerate(rows):
-        where = slice(longest - len(row), longest) if left else slice(len(row))
-        padded[i, where], mask[i, where] = row, True
-    return torch.from_numpy(padded), torch.from_numpy(mask)
-
-
-def opening_of(chat: Chat) -> Chat:
-    """The messages before the first answer."""
-    roles = [message["role"] for message in chat]
-    return chat[: roles.index("assistant")] if "assistant" in roles else chat
-
-
-def fill_rows(lengths: Sequence[int], capacity: int) -> list[range]:
-    """Samples in their order in as few rows of `capacity` tokens as hold them, evenly filled.
-
-    Evenly, because all rows are padded to the longest one: the smallest capacity is taken that
-    needs no more rows.
-    """
-    few = len(fill_in_turn(lengths, capacity))
-    possible = range(max(lengths), capacity)
-    even = bisect_left(possible, True, key=lambda c: len(fill_in_turn(lengths, c)) <= few)
-    return fill_in_turn(lengths, even + max(lengths))
-
-
-def fill_in_turn(lengths: Sequence[int], capacity: int) -> list[range]:
-    """Each sample in the row of the one before it while they fit; none is cut."""
-    firsts, filled = [0], 0
-    for number, length in enumerate(lengths):
-        if filled and filled + length > capacity:
-            firsts.append(number)
-            filled = 0
-        filled += length
-    return [range(*pair) for pair in pairwise([*firsts, len(lengths)])]
-
-
-def joined(sequences: Sequence[Sequence[int]], rows: Sequence[range]) -> list[list[int]]:
-    """The sequences of each row, one behind the other."""
-    return [[token for number in row for token in sequences[number]] for row in rows]
 
 
 def position(names: Sequence[str], name: str | None) -> int:

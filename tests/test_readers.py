@@ -13,7 +13,7 @@ from data.checks import BadSampleError
 from data.readers.record import RecordDataset
 from data.readers.table import FORMATS, open_records
 from data.sample import Sample
-from moa.config import Format, SourceConfig
+from moa.config import MADE, Format, SourceConfig
 from tests.formats import CASES, SIZE, dump, dump_lines, edit, picture
 
 PATHS = ("path", "images", "annotations", "ocr")
@@ -45,7 +45,7 @@ def error_of(dataset: RecordDataset, index: int) -> BadSampleError:
 
 
 def test_every_format_of_the_config_has_a_reader_and_a_case():
-    assert {*get_args(Format)} == {"scenes", *FORMATS} == {"scenes", *CASES}
+    assert {*get_args(Format)} == {*MADE, *FORMATS} == {*MADE, *CASES}
 
 
 @pytest.mark.parametrize("name", CASES)
