@@ -34,7 +34,7 @@ class ChatEncoder:
             encoded = self._encode_marked(chats)
         else:
             encoded = self._encode_prompts(chats, pictures)
-            replies = [self._replies(chat) for chat in chats]
+            replies = [self.replies(chat) for chat in chats]
             pairs = list(zip(encoded["input_ids"], replies, strict=True))
             encoded["assistant_masks"] = [[0] * len(p) + mask for p, (_, mask) in pairs]
             encoded["input_ids"] = [[*p, *ids] for p, (ids, _) in pairs]
@@ -81,7 +81,7 @@ class ChatEncoder:
         texts = (self.processor.image_token if p["type"] == "image" else p["text"] for p in parts)
         return "".join(texts)
 
-    def _replies(self, chat: Chat) -> tuple[list[int], list[int]]:
+    def replies(self, chat: Chat) -> tuple[list[int], list[int]]:
         """Ids of everything behind the opening prompt, and 1 where an answer or its end stands.
 
         Raises ValueError for a template that writes what is past another way once there is more.

@@ -24,6 +24,7 @@ from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone, load_backbone
 from moa.benchmarks.report import picture_of
 from moa.benchmarks.sources import EvalSettings
+from moa.benchmarks.subjects import subject_of
 from moa.build import projector_state
 from moa.checkpoint import load_model
 from moa.experts import ExpertBank
@@ -418,7 +419,7 @@ def test_a_run_trains_projector_too_is_saved_reloaded_and_evaluated(name, tmp_pa
     moved = projector_state(trained)
     assert moved
     assert not any(t.equal(backbone.model.get_parameter(n)) for n, t in moved.items())
-    run_evaluation(config.out, EvalSettings(num_pictures=2, max_new_tokens=4))
+    run_evaluation(subject_of(config.out), None, EvalSettings(num_pictures=2, max_new_tokens=4))
     assert (tmp_path / "run/pictures").is_dir()
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from data.boxes import CODECS
+from data.chat import ChatEncoder
 from data.checks import BadSampleError
 from data.collate import IGNORED, Collator, chosen_words
 from data.sample import OcrWord, Sample, Turn
@@ -195,7 +196,7 @@ def test_without_marks_every_answer_of_a_conversation_is_supervised_and_no_quest
     picture = {"type": "image", "image": random_image(0)}
     chat = [said("user", "what?", picture), said("assistant", "red"),
             said("user", "sure?"), said("assistant", "yes")]  # fmt: skip
-    ids, mask = collate._replies(chat)
+    ids, mask = ChatEncoder(collate.processor).replies(chat)
     texts = [
         TOKENIZER.decode([t for t, m in zip(ids, mask, strict=True) if m == on]) for on in (0, 1)
     ]
