@@ -61,7 +61,9 @@ def build_model(config: RunConfig, experts: Path | None = None) -> MixtureModel:
 
 def build_base(config: RunConfig) -> MixtureModel:
     """The base of a config alone: no experts, no router, the answers that transformers would give."""
-    backbone = open_backbone(config.model.name, DTYPES[config.model.dtype])
+    backbone = open_backbone(
+        config.model.name, DTYPES[config.model.dtype], config.model.quantization
+    )
     idle = set(backbone.unused_sites())
     layers = backbone.model.named_modules()
     # a bank wants a site; one without experts is the layer that it wraps

@@ -119,17 +119,18 @@ def full_key(raw: Any, tail: str) -> str:
     """The whole path of a key that OmegaConf names from within a list entry only."""
     first = re.split(r"[.\[]", tail)[0]
 
-    def search(node: Any, path: str) -> str | None:
+    def search(node: Any, path: str, in_entry: bool) -> str | None:
         pairs = node.items() if isinstance(node, dict) else enumerate(node)
         for key, value in pairs:
             here = f"{path}.{key}" if path else str(key)
-            if str(key) == first:
+            if in_entry and str(key) == first:
                 return here + tail[len(first) :]
-            if isinstance(value, dict | list) and (found := search(value, here)):
+            inside = in_entry or isinstance(node, list)
+            if isinstance(value, dict | list) and (found := search(value, here, inside)):
                 return found
         return None
 
-    return search(raw, "") or tail
+    return tail if first in raw else search(raw, "", False) or tail
 
 
 def to_yaml(config: Any) -> str:

@@ -142,3 +142,9 @@ def test_the_share_of_a_source_is_a_weight_or_a_number_of_draws():
 def test_off_and_no_are_words_where_words_are_asked_for_and_false_where_booleans_are():
     found = load(EvalSettings, None, ["gates=off", "progress=off"])
     assert (found.gates, found.progress) == ("off", False)
+
+
+def test_an_unknown_key_of_a_list_entry_is_named_there_and_not_where_its_name_stands_elsewhere():
+    entry = "data.sources=[{name: s, task: vqa, num_samples: 4, kind: scenes}]"
+    with pytest.raises(ValueError, match=r"data\.sources\.0\.kind: Key 'kind' not in"):
+        load(RunConfig, None, ["router.kind=softmax", entry])

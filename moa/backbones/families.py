@@ -21,7 +21,6 @@ class Family:
 
     tower: str = "model.vision_tower"
     projectors: tuple[str, ...] = ("model.multi_modal_projector",)  # the first is what tokens enter
-    language: str = "model.language_model"
     rows: Rows = "pictures"
     image_width: Callable[[Any], int]  # of the tokens that enter the projector, from the config
     # hidden states of the tower that are read; None: the last, after all layers
@@ -54,7 +53,6 @@ LLAVA: dict[str, Any] = {"image_width": hidden_size, "feature_layers": feature_l
 IDEFICS: dict[str, Any] = {
     "tower": "model.vision_model",
     "projectors": ("model.connector",),
-    "language": "model.text_model",
     "rows": "slots",
     "image_width": hidden_size,
 }
