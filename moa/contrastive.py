@@ -60,7 +60,7 @@ def batch_sizes(count: int, device: torch.device) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def gather_rows(rows: Shaped[Tensor, "_ *dims"], sizes: list[int]) -> Shaped[Tensor, "_ *dims"]:
+def gather_rows(rows: Shaped[Tensor, "_ ..."], sizes: list[int]) -> Shaped[Tensor, "_ ..."]:
     """The rows of all processes in their order; the gradient of a row is what all processes ask of it.
 
     `sizes` are the numbers of rows of each process, as `batch_sizes` tells them.

@@ -11,9 +11,8 @@ joint space rotated): the same similarities, checked on a probe after reloading;
 {"image": "1.jpg", "question": "what is this?", "answers": ["a cat"], "task": "caption"}.
 """
 
-import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from transformers import AutoConfig, AutoProcessor, CLIPModel
 
 from data.readers.table import open_records
 from moa.atomic import atomic_folder, write_json
+from moa.command import run_command
 from moa.config import SourceConfig
 from moa.merging.activations import activation_matching
 from moa.merging.alignment import Maps, Spec, align, check_pair, weight_matching
@@ -34,7 +34,6 @@ from moa.merging.export import REPORT_FILE, check_out, copy_other_files
 from moa.merging.inputs import local_base
 from moa.merging.symmetries import clip_spec
 from moa.merging.transport import transport
-from moa.settings import describe, load
 
 SUPPORTED = {"clip": CLIPModel}  # model_type of a config -> class
 # Largest difference of a similarity, as a share of the largest: what rounding to a dtype does to rotated weights.
@@ -55,26 +54,7 @@ class AlignConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_script(AlignConfig, run_align, __doc__, argv)
-
-
-def run_script(
-    cls: type, run: Callable[[Any, Console], None], about: str | None, argv: Sequence[str] | None
-) -> None:
-    """A thin command line: `key=value` settings, and a user's mistake as one message."""
-    parser = argparse.ArgumentParser(
-        description=about,
-        epilog=f"settings:\n{describe(cls)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of the settings below")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        run(load(cls, args.config, args.overrides), Console())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(AlignConfig, run_align, __doc__, argv)
 
 
 def run_align(settings: AlignConfig, console: Console) -> None:

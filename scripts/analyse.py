@@ -14,7 +14,6 @@ page with what a merge kept and lost.
     idle ranks         whose row of A or column of B is zero
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,11 +26,11 @@ from rich.progress import Progress
 
 from moa.analysis.fidelity_page import details, summary, write_page
 from moa.atomic import write_json
+from moa.command import run_command
 from moa.merging.fidelity import measure
 from moa.merging.inputs import open_adapters
 from moa.merging.plan import all_sites, check_experts
 from moa.merging.report import interference_tables
-from moa.settings import describe, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +40,12 @@ class AnalyseConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(argv)
-    try:
-        analyse(load(AnalyseConfig, args.config, args.overrides))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(AnalyseConfig, analyse, __doc__, argv)
 
 
-def analyse(settings: AnalyseConfig) -> None:
+def analyse(settings: AnalyseConfig, console: Console) -> None:
     experts = open_adapters(settings.adapters)
     check_experts(experts)
-    console = Console()
     with Progress(console=console) as progress:
         bar = progress.add_task("measuring", total=len(all_sites(experts)))
         record = measure(experts, on_site=lambda site: progress.advance(bar))
@@ -64,17 +57,6 @@ def analyse(settings: AnalyseConfig) -> None:
         write_json(out / "fidelity.json", {"adapters": settings.adapters, **record})
         write_page(out / "fidelity.html", record, {"adapters": ", ".join(settings.adapters)})
         console.print(f"page: {out / 'fidelity.html'}", soft_wrap=True)
-
-
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"settings:\n{describe(AnalyseConfig)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of the settings below")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
-    return parser.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":

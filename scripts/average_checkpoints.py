@@ -8,7 +8,6 @@ Experts, router and projector are averaged; OUT loads like any step folder. A ru
 `train.keep_last`.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
+from moa.command import run_command
 from moa.merging.averaging import average_steps, choose_steps
-from moa.settings import describe, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +31,7 @@ class AverageConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"settings:\n{describe(AverageConfig)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of the settings below")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        average(load(AverageConfig, args.config, args.overrides), Console())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(AverageConfig, average, __doc__, argv)
 
 
 def average(settings: AverageConfig, console: Console) -> None:

@@ -10,7 +10,6 @@ site where they learn it so, for `python scripts/merge.py run=runs/demo weights=
 yield other experts, and write the merged adapter. Both say how a merge scores before (at its own weights) and after.
 """
 
-import argparse
 import logging
 import sys
 import time
@@ -29,10 +28,10 @@ from data.sources import open_ocr
 from moa.atomic import write_json
 from moa.benchmarks.few_shot import load_unrouted, read_few_shot
 from moa.benchmarks.learning import LEARNERS, Learned, Learner, Session, Tick, num_ticks
+from moa.command import run_command
 from moa.merging.core import parse_rank
 from moa.merging.export import check_out, export_adapter
 from moa.merging.methods import check_options, find_method
-from moa.settings import describe, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +76,15 @@ OPTIONS = sorted({key for learner in LEARNERS.values() for key in learner.option
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, console = arguments(argv), Console()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        settings = load(LearnConfig, args.config, args.overrides)
-        if settings.method == "list":
-            return console.print(*learner_lines(), sep="\n", highlight=False, soft_wrap=True)
+    run_command(LearnConfig, learn, __doc__, argv)
+
+
+def learn(settings: LearnConfig, console: Console) -> None:
+    if settings.method == "list":
+        console.print(*learner_lines(), sep="\n", highlight=False, soft_wrap=True)
+    else:
         run_learner(settings, console)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run_learner(settings: LearnConfig, console: Console) -> None:
@@ -196,17 +194,6 @@ def learner_lines() -> Iterator[str]:
     for name, learner in LEARNERS.items():
         options = ", ".join(f"{key}={value}" for key, value in learner.options.items())
         yield f"{name}: {learner.paper}" + (f"\n    {options}" if options else "")
-
-
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"settings:\n{describe(LearnConfig)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of the settings below")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
-    return parser.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":

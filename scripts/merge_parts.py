@@ -8,7 +8,6 @@ The rules are mean, regmean (linear layers, by each run's own inputs on its vali
 part that some run has and no rule covers is an error. Writes PART.safetensors for each, and manifest.json.
 """
 
-import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -25,10 +25,10 @@ from moa.atomic import atomic_folder, write_json
 from moa.benchmarks.few_shot import read_few_shot
 from moa.build import projector_parameters
 from moa.checkpoint import load_model, save_tensors
+from moa.command import run_command
 from moa.merging.export import REPORT_FILE, check_out
 from moa.merging.parts import merge_parts, read_parts
 from moa.merging.regmean import input_grams
-from moa.settings import describe, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +42,11 @@ class PartsConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(argv)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        run_merge(load(PartsConfig, args.config, args.overrides))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_command(PartsConfig, run_merge, __doc__, argv)
 
 
-def run_merge(settings: PartsConfig) -> None:
+def run_merge(settings: PartsConfig, console: Console) -> None:
     if settings.out is None:
         raise ValueError("out: names no folder")
     check_out(settings.out)
@@ -72,7 +67,8 @@ def run_merge(settings: PartsConfig) -> None:
             save_tensors(folder / f"{part}.safetensors", tensors)
         write_json(folder / "manifest.json", {part: sorted(t) for part, t in merged.items()})
         write_json(folder / REPORT_FILE, {"kind": "parts", "runs": folders, "parts": record})
-    print(*(report.line() for report in reports), f"written: {settings.out}", sep="\n")
+    lines = (report.line() for report in reports)
+    console.print(*lines, f"written: {settings.out}", sep="\n", highlight=False, soft_wrap=True)
 
 
 def projector_grams(run: str, settings: PartsConfig) -> dict[str, Tensor]:
@@ -89,17 +85,6 @@ def projector_grams(run: str, settings: PartsConfig) -> dict[str, Tensor]:
     layers = {name.removesuffix(".weight") for name in matrices}
     modules = {name: model.model.get_submodule(name) for name in layers}
     return input_grams(model, modules, few.batches(settings.batch_size))
-
-
-def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"settings:\n{describe(PartsConfig)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of the settings below")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
-    return parser.parse_intermixed_args(argv)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from rich.console import Console
 from torch import nn
 
 from moa.atomic import atomic_folder, write_json
+from moa.command import run_command
 from moa.merging.activations import repair
 from moa.merging.export import REPORT_FILE, check_out
-from scripts.align import caption_batches, load_clip, run_clip, run_script, write_clip
+from scripts.align import caption_batches, load_clip, run_clip, write_clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class RepairConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    run_script(RepairConfig, run_repair, __doc__, argv)
+    run_command(RepairConfig, run_repair, __doc__, argv)
 
 
 def run_repair(settings: RepairConfig, console: Console) -> None:

@@ -7,7 +7,6 @@ The file is a JSON list or JSON lines. Rows have question_id, questionId, id, im
 prediction, caption or text; a box is predicted_box, in pixels. OUT gets the files that eval.py writes.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ from moa.benchmarks.report import write_results
 from moa.benchmarks.result import table
 from moa.benchmarks.sources import check_sources
 from moa.checkpoint import versions
+from moa.command import run_command
 from moa.config import DataConfig, SourceConfig
-from moa.settings import describe, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class ScoreSettings:
     progress: bool = True  # progress bar
 
 
-def score(settings: ScoreSettings) -> None:
+def score(settings: ScoreSettings, console: Console) -> None:
     if settings.source is None or not settings.predictions:
         raise ValueError("predictions and source are needed; see --help")
     source = settings.source
@@ -61,23 +60,12 @@ def score(settings: ScoreSettings) -> None:
     )
     about = {"predictions": settings.predictions, "versions": versions()}
     write_results(Path(settings.out), [result], None, [source], about)
-    Console().print(table([result]))
-    Console().print(f"scores: {settings.out}/{source.name}.json", soft_wrap=True)
+    console.print(table([result]))
+    console.print(f"scores: {settings.out}/{source.name}.json", soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"settings:\n{describe(ScoreSettings)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--config", help="YAML file of the settings below")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        score(load(ScoreSettings, args.config, args.overrides))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(ScoreSettings, score, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,15 @@ ROOT = Path(__file__).parent.parent
 
 # Lowest first; a module may import from its own level and below. The longest prefix decides.
 LEVELS = (
-    ("moa.settings", "moa.atomic", "moa.gating", "moa.metrics", "data.sample", "data.batch"),
+    (
+        "moa.settings",
+        "moa.command",
+        "moa.atomic",
+        "moa.gating",
+        "moa.metrics",
+        "data.sample",
+        "data.batch",
+    ),
     (
         "moa.config",
         "moa.peft_io",

@@ -1,0 +1,250 @@
+"""Merge LoRA experts, of folders or of a run, into one adapter or a whole checkpoint of their base.
+
+source -> plan -> merged factors of each site, on the disk -> summary -> files, verified in a fresh process
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from moa.analysis.fidelity_page import write_page
+from moa.backbones.open_clip import export_open_clip, is_open_clip, load_open_clip
+from moa.build import open_backbone
+from moa.command import progress_bar
+from moa.merging.base_files import match_sites, read_base
+from moa.merging.export import (
+    Verify,
+    check_out,
+    export_adapter,
+    export_checkpoint,
+    stored_dtype,
+)
+from moa.merging.fidelity import mean_cross_terms, measure
+from moa.merging.inputs import GATES, is_weights_file, parse_weights, read_gates, read_weights
+from moa.merging.merge import MergedSite, run_plan
+from moa.merging.methods import METHODS, check_options, find_method
+from moa.merging.plan import Plan, Weights, all_shapes, make_plan, sum_gates
+from moa.merging.probe import probe_of_noise, probe_of_run
+from moa.merging.report import report_lines, summary_tables
+from moa.merging.settings import MergeConfig
+from moa.merging.source import Source, open_folders, open_run
+from moa.merging.spool import open_spool
+from moa.merging.summary import summarise
+from moa.merging.verify import make_verify
+
+
+def merge_adapters(settings: MergeConfig, approximate: bool, console: Console) -> None:
+    """Merge as the settings say, and write the result with its reports.
+
+    `approximate` allows a run whose router gates every token. Raises ValueError for settings that do not
+    fit each other, the experts or the base.
+    """
+    find_method(settings.method, settings.space)
+    check_options(settings.method, settings.options)
+    if settings.out is None:
+        raise ValueError("out: names no folder")
+    check_out(settings.out)
+    source = open_source(settings)
+    console.print(*source.beside, sep="\n", soft_wrap=True)
+    plan = plan_merge(settings, source, approximate)
+    to_open_clip = is_open_clip(source.base_name(settings.base) or "")
+    if to_open_clip:
+        check_for_open_clip(settings)
+    elif settings.merged or settings.verify:
+        match_sites(all_shapes(source.experts), read_base(source.base(settings.base)))
+    warn_of_factors(plan, console)
+    kept = torch.float32 if settings.merged else stored_dtype(source.experts, settings.dtype)
+    with open_spool(Path(settings.out).parent, kept) as spool:
+        with progress_bar("merging", len(plan.sites), console) as advance:
+            merged = run_plan(plan, keep=spool.keep, on_site=advance)
+        summary = summarise(source.experts, merged)
+        console.print(*summary_tables(summary), sep="\n")
+        if to_open_clip and settings.merged:
+            return merge_into_open_clip(settings, source, merged, summary, console)
+        exact = summary["total"]["energy_kept"] > 1 - 1e-12
+        verify = (
+            prepare_verify(settings, source, sum_gates(plan), exact) if settings.verify else None
+        )
+        report = export(settings, source, merged, summary, verify)
+    console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
+
+
+def open_source(settings: MergeConfig) -> Source:
+    """The experts of `adapters`, or of `run` with what else it trained."""
+    if bool(settings.adapters) == bool(settings.run):
+        raise ValueError("adapters, run: give one of the two")
+    if settings.run is None:
+        if settings.projector is not None and not settings.merged:
+            raise ValueError("projector: no LoRA adapter can hold it; use merged=true")
+        return open_folders(settings.adapters, settings.projector)
+    if settings.projector is not None:
+        raise ValueError("projector: a run brings its own; name its experts by adapters=")
+    source = open_run(settings.run)
+    if source.projector and not settings.merged:
+        raise ValueError(
+            f"run: {settings.run} trained its projector, which no LoRA adapter can hold; use "
+            "merged=true, or name its experts by adapters="
+        )
+    return source
+
+
+def plan_merge(settings: MergeConfig, source: Source, approximate: bool) -> Plan:
+    names = [expert.name for expert in source.experts]
+    return make_plan(
+        source.experts,
+        method=settings.method,
+        options=settings.options,
+        weights=choose_weights(settings, source, approximate),
+        rank=settings.rank,
+        space=settings.space,
+        rules=[
+            replace(rule, weights=parse_weights(rule.weights, names)) for rule in settings.sites
+        ],
+    )
+
+
+def choose_weights(settings: MergeConfig, source: Source, approximate: bool) -> Weights | None:
+    """The weights asked for; a token-level mixture has none, so it needs --approximate."""
+    raw = settings.weights
+    by_gates = isinstance(raw, str) and raw.partition(":")[0] == GATES
+    token_level = source.config is not None and source.config.router.granularity == "token"
+    if token_level and (by_gates or settings.run) and not approximate:
+        raise ValueError(
+            "run: its router gates every token by itself, and no single adapter equals that; "
+            "--approximate merges with the mean gates and reports the error"
+        )
+    if is_weights_file(raw):
+        return read_weights(raw, source.experts)
+    if not by_gates:
+        return parse_weights(raw, [expert.name for expert in source.experts])
+    if settings.routing is None and source.step is None:
+        raise ValueError("weights: gates need run=, or routing= with a report of eval.py")
+    default = source.step and source.step.parents[1] / "eval" / "routing.json"
+    task = raw.partition(":")[2] or None
+    return read_gates(settings.routing or str(default), source.experts, task)
+
+
+def warn_of_factors(plan: Plan, console: Console) -> None:
+    """What merging A and B apart does by definition, and how large it is here."""
+    jobs = [job for job in plan.jobs if job.space == "factor"]
+    if not jobs:
+        return
+    line = "A and B are merged apart, so the result depends on how each expert is factored"
+    sums = {site: row for job in jobs if not job.method.joint for site, row in job.weights.items()}
+    if sums:
+        ratio = mean_cross_terms(jobs[0].experts, sums)
+        line += f", and holds {ratio:.1f} times the wanted update in products of one expert's B with another's A"
+    console.print(f"warning: {line}; space=core, where a method has it, does not", soft_wrap=True)
+
+
+def check_for_open_clip(settings: MergeConfig) -> None:
+    """open_clip's packed attention has no place for an adapter in a plain environment."""
+    if not settings.merged and settings.verify:
+        raise ValueError(
+            "verify: plain PEFT cannot put an adapter into open_clip's packed attention; use "
+            "merged=true for a checkpoint that open_clip loads, or verify=false for an adapter that "
+            "this project loads"
+        )
+    if settings.dtype not in ("auto", "float32"):
+        raise ValueError(
+            f"dtype: an open_clip checkpoint is written in float32, not {settings.dtype}"
+        )
+
+
+def merge_into_open_clip(
+    settings: MergeConfig,
+    source: Source,
+    merged: Mapping[str, MergedSite],
+    summary: dict[str, Any],
+    console: Console,
+) -> None:
+    """The folder that plain open_clip loads, checked against the base with the update added."""
+    backbone = load_open_clip(str(source.base_name(settings.base)))
+    deltas = {site: result.lora_b @ result.lora_a for site, result in merged.items()}
+    found = export_open_clip(str(settings.out), backbone, deltas, {"merge": summary["total"]})
+    console.print(f"checkpoint: {settings.out}, for open_clip local-dir:{settings.out}; reloaded "
+                  f"features differ by {found['max_abs_difference']:.1e}", soft_wrap=True)  # fmt: skip
+
+
+def prepare_verify(
+    settings: MergeConfig,
+    source: Source,
+    gates: dict[str, Tensor] | None,
+    exact: bool,
+) -> Verify:
+    """The probe and the live models that the reloaded files are compared with."""
+    base = source.base(settings.base)
+    backbone = open_backbone(str(base))
+    routed, inputs = None, None
+    if source.config is not None and source.step is not None:
+        inputs, routed = probe_of_run(
+            source.step, source.config, settings.num_probes, settings.new_tokens
+        )
+    if inputs is None:
+        inputs = probe_of_noise(backbone, settings.num_probes)
+    with torch.no_grad():
+        for name, tensor in source.projector.items():
+            backbone.model.get_parameter(name).copy_(tensor)
+    return make_verify(
+        backbone.model,
+        inputs,
+        experts=source.experts,
+        base=base,
+        gates=gates,
+        exact=exact,
+        routed=routed,
+        stream_of=backbone.stream_of,
+        owners=backbone.owners_of(inputs),
+        new_tokens=settings.new_tokens,
+    )
+
+
+def export(
+    settings: MergeConfig,
+    source: Source,
+    merged: dict[str, MergedSite],
+    summary: dict[str, Any],
+    verify: Verify | None,
+) -> dict[str, Any]:
+    if settings.out is None:  # checked before the merge
+        raise AssertionError
+    about = {
+        "method": settings.method,
+        "options": check_options(settings.method, settings.options),
+        "sites": [asdict(rule) for rule in settings.sites],
+        "space": settings.space or METHODS[settings.method].spaces[0],
+        "rank": settings.rank,
+        "adapters": settings.adapters or settings.run,
+        "beside": source.beside,
+        "kept": summary["total"],
+    }
+    files: dict[str, Any] = {"merge_report.json": {**about, **summary}}
+    if settings.fidelity:
+        record = measure(source.experts, merged)
+        shown = {key: value for key, value in about.items() if key != "kept"}
+        files["fidelity.json"] = {**shown, **record}
+        files["fidelity.html"] = lambda path: write_page(path, record, shown)
+    shared: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "report": {"merge": about},
+        "files": files,
+        "verify": verify,
+    }
+    if not settings.merged:
+        base = settings.base or (source.config.model.name if source.config else None)
+        return export_adapter(settings.out, merged, source.experts, base=base, **shared)
+    return export_checkpoint(
+        settings.out,
+        merged,
+        source.experts,
+        base=source.base(settings.base),
+        max_shard_gb=settings.max_shard_gb,
+        processor=source.step and source.step / "processor",
+        replaced=source.projector,
+        **shared,
+    )
