@@ -1,0 +1,156 @@
+"""Score the rows of one seed on every column, and merge what is to be scored merged."""
+
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from data.ocr import OcrCache, build_cache
+from data.ocr_engines import RapidOcr
+from data.scene_dataset import TRAINED_TASKS
+from moa.analysis.routing import leave_one_out
+from moa.atomic import write_json
+from moa.benchmarks.report import routing_record
+from moa.benchmarks.result import Result
+from moa.benchmarks.run import evaluate
+from moa.benchmarks.sources import prompt_collator
+from moa.build import build_model, only_adapter
+from moa.checkpoint import load_model, pointed
+from moa.config import RunConfig
+from moa.model import MixtureModel
+from scripts.board.plan import EVIDENCE, MERGES, ROOT, ROWS, Plan
+
+
+def score_rows(plan: Plan) -> None:
+    ocr = OcrCache(plan.ocr_file, engine=engine_of(plan.config()))
+    for row in ROWS:
+        file = plan.folder / "scores" / f"{row}.json"
+        if file.is_file():
+            continue
+        print(f"seed {plan.seed}: scoring {row}", flush=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, score_row(plan, row, ocr))
+
+
+def score_row(plan: Plan, row: str, ocr: OcrCache) -> dict[str, Any]:
+    model, config, gates = open_row(plan, row)
+    withheld = row == "router_no_prefix"
+    by_column = {
+        name: [
+            evaluate(
+                model,
+                dataset,
+                prompt_collator(model, config, withhold_task=withheld or column.withhold_task),
+                name=name,
+                gates=gates,
+                batch_size=64,
+                max_new_tokens=config.eval.max_new_tokens,
+                progress=False,
+            )
+            for dataset in column.datasets(plan.num_samples, ocr)
+        ]
+        for name, column in plan.columns.items()
+    }
+    scores = {
+        name: mean(r.score["value"] or 0.0 for r in found) for name, found in by_column.items()
+    }
+    record: dict[str, Any] = {
+        "columns": {"trained_mean": mean(scores[task] for task in TRAINED_TASKS), **scores},
+        "adapter_parameters": sum(p.numel() for p in adapter_parameters(model, gates)),
+        "tokens_per_second": tokens_per_second(by_column),
+    }
+    if row in EVIDENCE or row == "router_no_prefix":
+        trained = [r for task in (*TRAINED_TASKS, "line") for r in by_column[task]]
+        record["routing"] = routing_record(model, config, trained)
+    if row == "router_all":
+        (plan.folder / row / "eval").mkdir(exist_ok=True)
+        write_json(plan.folder / row / "eval" / "routing.json", record["routing"])  # for the merges
+        record["lost_without"] = worth_of_experts(plan, model, config, ocr)
+    return record
+
+
+def open_row(plan: Plan, row: str) -> tuple[MixtureModel, RunConfig, str]:
+    """The model of a row, its config, and who decides its gates."""
+    if row in MERGES:
+        config = plan.config(*only_adapter(merge(plan, row)))
+        return build_model(config).eval(), config, "router"
+    run = {"base": "experts", "oracle": "experts", "router_no_prefix": "router_all"}.get(row, row)
+    model, _, config = load_model(plan.folder / run, "cpu")
+    return model, config, {"base": "off", "oracle": "oracle"}.get(row, "router")
+
+
+def adapter_parameters(model: MixtureModel, gates: str) -> list[torch.nn.Parameter]:
+    if gates == "off":
+        return []
+    router = (
+        list(model.router.parameters()) if model.router is not None and gates == "router" else []
+    )
+    return [*model.bank.parameters(), *model.bank.token_routers().values(), *router]
+
+
+def tokens_per_second(by_column: dict[str, list[Result]]) -> float:
+    results = [result for found in by_column.values() for result in found]
+    return sum(r.num_tokens for r in results) / sum(r.seconds for r in results)
+
+
+def worth_of_experts(
+    plan: Plan, model: MixtureModel, config: RunConfig, ocr: OcrCache
+) -> dict[str, dict[str, float]]:
+    """Expert -> task -> what the task's score loses when that expert is taken away."""
+    collator = prompt_collator(model, config, withhold_task=False)
+
+    def score(expert: str | None) -> dict[str, float]:
+        gates, found = "router" if expert is None else f"without:{expert}", {}
+        for task in (*TRAINED_TASKS, "line"):
+            dataset = plan.columns[task].datasets(plan.num_samples // 2, ocr)[0]
+            result = evaluate(
+                model, dataset, collator, name=task, gates=gates, batch_size=64,
+                max_new_tokens=config.eval.max_new_tokens, progress=False,
+            )  # fmt: skip
+            found[task] = float(result.score["value"] or 0.0)
+        return found
+
+    return leave_one_out(score, model.bank.names)
+
+
+def merge(plan: Plan, row: str) -> Path:
+    """A merged adapter of router_all's experts by scripts/merge.py, verified by itself."""
+    weights, rank = MERGES[row]
+    out, run = plan.folder / "merged" / row, plan.folder / "router_all"
+    if out.is_dir():
+        return out
+    experts = run / "checkpoints" / str(pointed(run, "last")) / "experts"
+    names = list(plan.config().experts)
+    count = next(iter(plan.config().experts.values())).rank if rank == "r" else rank
+    source = [f"run={run}", "weights=gates"]
+    if weights == "uniform":
+        source = [f"adapters={[str(experts / n) for n in names]}"]  # linear's own default: 1/N each
+    command = [sys.executable, "scripts/merge.py", *source, f"rank={count}", f"out={out}",
+               "verify=false"]  # scored below on every question, which says more  # fmt: skip
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return out
+
+
+def engine_of(config: RunConfig) -> RapidOcr:
+    return RapidOcr(min_confidence=config.data.ocr_min_confidence)
+
+
+def read_pictures(plan: Plan, num_workers: int) -> None:
+    """Read every picture of every column once, before the seeds share the cache."""
+    config = plan.config()
+    if not plan.ocr_file.is_file() and config.data.ocr_cache:
+        plan.out.mkdir(parents=True, exist_ok=True)
+        plan.ocr_file.write_bytes((ROOT / config.data.ocr_cache).read_bytes())
+    pictures = {}
+    for column in plan.columns.values():
+        for dataset in column.datasets(plan.num_samples, None):
+            for index in range(len(dataset)):
+                sample = dataset[index]
+                if sample.image is not None:
+                    pictures[sample.image_id] = sample.image
+    build_cache(
+        list(pictures.values()), plan.ocr_file, engine=engine_of(config), num_workers=num_workers
+    )
