@@ -11,6 +11,7 @@ model -> data sets -> answers -> scores, routing and pictures:
     <run>/eval/routing.json            gates by task, mutual information, dead and duplicate experts
     <run>/pictures/*.png               samples, gates by task and layer, losses
 
+`torchrun --nproc_per_node N eval.py ...` shares the batches among N processes: the same results, sooner.
 With other gates, or without the task, all but the last go to <run>/eval/<variant>/. What is no run is written to
 <like>/others/<name>/ in the same way. Several models, and a run's `compare`d gates, end in one table.
 """
@@ -33,6 +34,7 @@ from moa.benchmarks.subjects import Subject, open_subject, subjects_of
 from moa.checkpoint import versions
 from moa.config import RunConfig
 from moa.model import MixtureModel
+from moa.processes import ALONE, PeerError, Processes, join_processes
 from moa.settings import describe, load
 
 
@@ -53,22 +55,31 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
+    processes, rows = join_processes(), dict[str, dict[str, Any]]()
     try:
-        settings = load(EvalSettings, args.config, args.overrides)
-        subjects = subjects_of(args.checkpoint)
-        like = args.like or next((s.path for s in subjects if s.kind == "run"), None)
-        rows = {k: v for s in subjects for k, v in run_evaluation(s, like, settings).items()}
-    except (ValueError, OSError) as error:
+        with processes:
+            settings = load(EvalSettings, args.config, args.overrides)
+            subjects = subjects_of(args.checkpoint)
+            like = args.like or next((s.path for s in subjects if s.kind == "run"), None)
+            for subject in subjects:
+                rows |= run_evaluation(subject, like, settings, processes)
+    except PeerError as error:
         sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:  # that of the first sample, or of the main process
+        sys.exit(f"error: {error}" if processes.is_main else 0)
     if len(rows) > 1:
         Console().print(comparison(rows))
 
 
 def run_evaluation(
-    subject: Subject, like: str | None, settings: EvalSettings
+    subject: Subject, like: str | None, settings: EvalSettings, processes: Processes = ALONE
 ) -> dict[str, dict[str, Any]]:
-    """Score, write, draw: the scores by label; ValueError or OSError for what a user can put right."""
-    model, config, weights = open_subject(subject, like, pick_device(settings.device))
+    """Score, write, draw: the scores by label, on the main process.
+
+    ValueError or OSError for what a user can put right.
+    """
+    device = pick_device(settings.device, processes.local_rank)
+    model, config, weights = open_subject(subject, like, device)
     others = config.eval.compare if settings.compare is None else settings.compare
     ways = [settings.gates, *(others if subject.kind == "run" else ())]
     for gates in ways:
@@ -78,7 +89,9 @@ def run_evaluation(
         chosen = replace(
             settings, gates=gates, num_pictures=settings.num_pictures * (gates == ways[0])
         )
-        results = score_sources(model, config, chosen)
+        results = score_sources(model, config, chosen, processes=processes)
+        if not processes.is_main:
+            continue
         show(subject.folder(like), model, config, chosen, results, weights)
         label = f"{subject.label}: {gates}" if len(ways) > 1 else subject.label
         scores[label] = {result.name: result.score for result in results}
@@ -107,10 +120,12 @@ def show(
         console.print("pictures: " + " ".join(map(str, pictures)), soft_wrap=True)
 
 
-def pick_device(name: str) -> str:
+def pick_device(name: str, local_rank: int) -> str:
+    """By default each process of a machine takes a GPU of its own, while there are some."""
     if name != "auto":
         return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    num_gpus = torch.cuda.device_count()
+    return f"cuda:{local_rank % num_gpus}" if num_gpus else "cpu"
 
 
 if __name__ == "__main__":

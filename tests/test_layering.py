@@ -15,6 +15,7 @@ LEVELS = (
         "moa.settings",
         "moa.command",
         "moa.atomic",
+        "moa.processes",
         "moa.gating",
         "moa.metrics",
         "data.sample",

@@ -113,7 +113,7 @@ def score_answers(
         else:
             unanswered.append(key)
         text, box = answers.found.get(key, ("", None))
-        prediction = without_picture(Prediction(sample=item, text=text.strip(), box=box))
+        prediction = Prediction(sample=without_picture(item), text=text.strip(), box=box)
         by_task.setdefault(benchmark or item.task, []).append(prediction)
     check_answers(name, by_task, skipped, unanswered, missing, on_bad_sample)
     return Result(

@@ -19,8 +19,11 @@ class Result:
     name: str
     tasks: dict[str, tuple[list[Prediction], Scores]]
     skipped: list[BadSampleError] = field(default_factory=list)
-    seconds: float = 0.0
-    num_tokens: int = 0
+    seconds: float = (
+        0.0  # of generating, by the process that took longest; of all the work for CLIP
+    )
+    num_tokens: int = 0  # of all processes
+    num_processes: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,6 +57,7 @@ class Result:
             "skipped_samples": [str(error) for error in self.skipped],
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.num_tokens / max(self.seconds, 1e-9), 1),
+            "num_processes": self.num_processes,
             "settings": self.settings,
         }
 

@@ -2,17 +2,19 @@
 
     data set -> instruction -> collator (left padding) -> gates -> generate -> Prediction -> Result
 
+Several processes share the batches: the same batches as of one process, and so the same answers.
+
 A sample that cannot be read, or has nothing to be scored against, stops the evaluation or is counted
 by rule, as `on_bad_sample` says. An answer that cannot count scores 0 and is counted as a failure.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rich.progress import track
 
 from data.batch import Batch
 from data.checks import BadSampleError, name_of
@@ -24,8 +26,19 @@ from moa.benchmarks.result import Result
 from moa.benchmarks.scores import Prediction, Scores, unscored
 from moa.gating import one_hot_gates
 from moa.model import Gates, MixtureModel
+from moa.processes import ALONE, Processes
 
 GATES = ("router", "oracle", "uniform", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What became of the samples of one batch."""
+
+    predictions: list[Prediction] = field(default_factory=list)
+    rejected: list[BadSampleError] = field(default_factory=list)
+    seconds: float = 0.0  # of generating
+    num_tokens: int = 0
 
 
 @torch.no_grad()
@@ -44,6 +57,7 @@ def evaluate(
     on_bad_sample: str = "error",
     num_pictures: int = 64,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Result:
     """Generate an answer to every sample of a map-style data set and score it.
 
@@ -54,47 +68,63 @@ def evaluate(
     `gates` says who decides: the model's own `router` (or whatever its kind is), the `oracle` (each
     sample's expert; uniform where nobody knows it), a `uniform` mixture, `off` (the base), the name
     of one expert, or `without:NAME`.
+
+    Of several `processes` all must call it; the main one has the result, the others one without tasks.
     """
     check_gates(gates, model)
     device = next(model.parameters()).device
-    by_task: dict[str, list[Prediction]] = {}
-    skipped: list[BadSampleError] = []
-    seconds, num_tokens = 0.0, 0
-    starts = range(0, len(dataset), batch_size)
-    for start in track(starts, description=name, disable=not progress, transient=True):
+    thinned = first_pictures(num_pictures, benchmark)  # no more than a process needs for itself
+
+    def ask(rows: range) -> Answers:
         items = [
             prepared(read_sample(dataset, index, name), model.bank.names, benchmark, scored)
-            for index in range(start, min(start + batch_size, len(dataset)))
+            for index in rows
         ]
         batch, rejected = collator.split(items)
         if rejected and on_bad_sample == "error":
             raise rejected[0]
-        skipped += rejected
         if batch is None:
-            continue
+            return Answers(rejected=rejected)
         begin = time.perf_counter()
         ids, decided = answer(model, batch.to(device), gates, collator, max_new_tokens, num_beams)
-        seconds += time.perf_counter() - begin
-        num_tokens += int((ids != collator.processor.tokenizer.pad_token_id).sum())
-        for prediction in predictions_of(batch.samples, ids, decided, collator):
-            found = by_task.setdefault(benchmark or prediction.sample.task, [])
-            found.append(prediction if len(found) < num_pictures else without_picture(prediction))
-    if not by_task:
+        seconds = time.perf_counter() - begin
+        return Answers(
+            predictions=[
+                replace(prediction, sample=thinned(prediction.sample))
+                for prediction in predictions_of(batch.samples, ids, decided, collator)
+            ],
+            rejected=rejected,
+            seconds=seconds,
+            num_tokens=int((ids != collator.processor.tokenizer.pad_token_id).sum()),
+        )
+
+    rows = rows_of_batches(len(dataset), batch_size)
+    answers = processes.map(ask, rows, bar=name if progress else None)
+    if not processes.is_main:
+        return Result(name=name, tasks={})
+    skipped = [error for part in answers for error in part.rejected]
+    predictions = [prediction for part in answers for prediction in part.predictions]
+    if not predictions:
         raise ValueError(f"{name}: none of {len(dataset)} samples can be scored; {skipped[0]}")
-    first = next(iter(by_task.values()))[0]
+    thinned, by_task = first_pictures(num_pictures, benchmark), dict[str, list[Prediction]]()
+    for prediction in predictions:
+        kept = replace(prediction, sample=thinned(prediction.sample))
+        by_task.setdefault(benchmark or kept.sample.task, []).append(kept)
     return Result(
         name=name,
         tasks={task: (found, scores_of(task, found, scored)) for task, found in by_task.items()},
         skipped=skipped,
-        seconds=seconds,
-        num_tokens=num_tokens,
+        seconds=max(map(sum, processes.dealt([part.seconds for part in answers]))),
+        num_tokens=sum(part.num_tokens for part in answers),
+        num_processes=processes.size,
         settings={
             "gates": gates,
             "batch_size": batch_size,
             "max_new_tokens": max_new_tokens,
             "num_beams": num_beams,
             "on_bad_sample": on_bad_sample,
-            "prompt": prompt_settings(collator) | {"example": collator.prompt(first.sample)},
+            "prompt": prompt_settings(collator)
+            | {"example": collator.prompt(predictions[0].sample)},
         },
     )
 
@@ -123,8 +153,26 @@ def prepared(
     )
 
 
-def without_picture(prediction: Prediction) -> Prediction:
-    return replace(prediction, sample=replace(prediction.sample, image=None))
+def rows_of_batches(num_rows: int, batch_size: int) -> list[range]:
+    return [
+        range(start, min(start + batch_size, num_rows)) for start in range(0, num_rows, batch_size)
+    ]
+
+
+def first_pictures(count: int, benchmark: str | None = None) -> Callable[[Sample], Sample]:
+    """Takes the picture off every sample but the first `count` of a task that it is called with."""
+    seen: Counter[str] = Counter()
+
+    def thinned(sample: Sample) -> Sample:
+        task = benchmark or sample.task
+        seen[task] += 1
+        return sample if seen[task] <= count else without_picture(sample)
+
+    return thinned
+
+
+def without_picture(sample: Sample) -> Sample:
+    return replace(sample, image=None)
 
 
 def scores_of(benchmark: str, predictions: Sequence[Prediction], scored: bool) -> Scores:

@@ -16,6 +16,7 @@ from moa.benchmarks.two_towers import evaluate_pairs
 from moa.clip_model import ClipMixture
 from moa.config import RunConfig, SourceConfig
 from moa.model import MixtureModel
+from moa.processes import ALONE, Processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +94,21 @@ def score_sources(
     config: RunConfig,
     settings: EvalSettings,
     ocr: OcrCache | None = None,
+    processes: Processes = ALONE,
 ) -> list[Result]:
-    """The result of every chosen data set. Give the same `ocr` to read each picture only once."""
+    """The result of every chosen data set, on the main process; the others help, and have none.
+
+    Give the same `ocr` to read each picture only once.
+    """
     sources = chosen_sources(config, settings)
     collator = prompt_collator(model, config, withhold_task=settings.withhold_task)
     ocr = ocr if ocr is not None else open_ocr(config.data)
     opened = open_sources(sources, config.data, ocr).values()
-    return [
-        score_source(model, config, settings, source, dataset, collator)
+    results = [
+        score_source(model, config, settings, source, dataset, collator, processes)
         for source, dataset in zip(sources, opened, strict=True)
     ]
+    return results if processes.is_main else []
 
 
 def score_source(
@@ -112,6 +118,7 @@ def score_source(
     source: SourceConfig,
     dataset: Source,
     collator: Collator,
+    processes: Processes,
 ) -> Result:
     """One data set: a CLIP compares, the others generate."""
     shared: dict[str, Any] = {
@@ -119,7 +126,9 @@ def score_source(
         "gates": settings.gates,
         "batch_size": settings.batch_size or config.eval.batch_size,
         "on_bad_sample": settings.on_bad_sample or config.data.on_bad_sample,
+        "num_pictures": settings.num_pictures,
         "progress": settings.progress,
+        "processes": processes,
     }
     if isinstance(model, ClipMixture) and isinstance(collator, PairCollator):
         return evaluate_pairs(model, dataset, collator, **shared)
@@ -131,6 +140,5 @@ def score_source(
         scored=settings.score,
         max_new_tokens=settings.max_new_tokens or config.eval.max_new_tokens,
         num_beams=settings.num_beams or config.eval.num_beams,
-        num_pictures=settings.num_pictures,
         **shared,
     )

@@ -4,16 +4,16 @@
     samples with captions     pictures x all captions         -> recall, both ways
 
 A class's text is gated as a text of the data set is: by its words and the task, never by a picture.
+Several processes share the batches of pictures and of texts; the main one compares.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -23,11 +23,28 @@ from data.pairs import PairCollator, fill, only_pictures, only_texts, templates
 from data.sample import Sample
 from moa.benchmarks.embedding import classify, retrieve
 from moa.benchmarks.result import Result
-from moa.benchmarks.run import check_gates, choose_gates
+from moa.benchmarks.run import (
+    check_gates,
+    choose_gates,
+    first_pictures,
+    rows_of_batches,
+    without_picture,
+)
 from moa.benchmarks.scores import Prediction
 from moa.clip_model import CHUNK, ClipMixture
+from moa.processes import ALONE, Processes
 
-Read = tuple[list[Sample], Tensor, list[list[list[float]]]]  # samples, features, gates
+Group = tuple[str, tuple[str, ...]]  # the question and the choices of samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """What became of the samples of one batch."""
+
+    rejected: list[BadSampleError]
+    samples: list[Sample] = field(default_factory=list)
+    features: Float[Tensor, "samples dim"] | None = None
+    gates: list[list[list[float]]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -40,36 +57,53 @@ def evaluate_pairs(
     gates: str = "router",
     batch_size: int = 32,
     on_bad_sample: str = "error",
+    num_pictures: int = 64,
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Result:
-    """Classify the pictures of a data set, or retrieve with them; `gates` as for `evaluate`."""
+    """Classify the pictures of a data set, or retrieve with them; the options are those of `evaluate`."""
     check_gates(gates, model)
     model.eval()
-    began, skipped = time.perf_counter(), list[BadSampleError]()
-    samples, features, decided = [], list[Tensor](), []
-    starts = range(0, len(dataset), batch_size)
-    for start in track(starts, description=name, disable=not progress, transient=True):
-        rows = range(start, min(start + batch_size, len(dataset)))
+    began, device = time.perf_counter(), model.backbone.model.logit_scale.device
+    thinned = first_pictures(num_pictures)
+
+    def look(rows: range) -> Pictures:
         batch, rejected = collator.split(
             [known(read_sample(dataset, row, name), model.bank.names) for row in rows]
         )
         if rejected and on_bad_sample == "error":
             raise rejected[0]
-        skipped += rejected
-        if batch is not None:
-            batch = only_pictures(batch.to(model.backbone.model.logit_scale.device))
-            chosen = choose_gates(model, batch, gates).gates
-            assert chosen is not None  # a CLIP is routed by sample
-            samples += batch.samples
-            features.append(model.image_features(batch, chosen))
-            decided += chosen.float().cpu().tolist()
-    if not samples:
+        if batch is None:
+            return Pictures(rejected=rejected)
+        batch = only_pictures(batch.to(device))
+        chosen = choose_gates(model, batch, gates).gates
+        assert chosen is not None  # a CLIP is routed by sample
+        return Pictures(
+            rejected=rejected,
+            samples=[*map(thinned, batch.samples)],
+            features=model.image_features(batch, chosen).cpu(),
+            gates=chosen.float().cpu().tolist(),
+        )
+
+    rows = rows_of_batches(len(dataset), batch_size)
+    seen = processes.map(look, rows, bar=name if progress else None)
+    samples = [sample for part in seen for sample in part.samples]
+    skipped = [error for part in seen for error in part.rejected]
+    if processes.is_main and not samples:
         raise ValueError(f"{name}: none of {len(dataset)} samples can be scored; {skipped[0]}")
+    texts, like = processes.from_main(
+        lambda: (texts_of(name, samples), without_picture(samples[0]))
+    )
+    encoded = text_features(model, collator, texts, like, gates, processes)
+    if not processes.is_main:
+        return Result(name=name, tasks={})
+    features = torch.cat([part.features for part in seen if part.features is not None]).to(device)
     settings = {"gates": gates, "batch_size": batch_size, "on_bad_sample": on_bad_sample,
                 "templates": sorted({t for s in samples for t in templates(s.question)})}  # fmt: skip
-    result = score(model, collator, name, samples, torch.cat(features), gates, settings)
+    result = score(name, samples, features, encoded, settings)
+    result = with_gates(result, samples, [rows for part in seen for rows in part.gates])
     seconds = time.perf_counter() - began
-    return replace(with_gates(result, samples, decided), skipped=skipped, seconds=seconds)
+    return replace(result, skipped=skipped, seconds=seconds, num_processes=processes.size)
 
 
 def known(item: Sample | BadSampleError, experts: Sequence[str]) -> Sample | BadSampleError:
@@ -79,56 +113,66 @@ def known(item: Sample | BadSampleError, experts: Sequence[str]) -> Sample | Bad
     return replace(item, expert=None)
 
 
-def score(
-    model: ClipMixture,
-    collator: PairCollator,
-    name: str,
-    samples: list[Sample],
-    features: Float[Tensor, "samples dim"],
-    gates: str,
-    settings: dict[str, Any],
-) -> Result:
-    """By classification where every sample has choices, by retrieval where none has."""
+def groups_of(samples: Sequence[Sample]) -> list[Group]:
+    return list(dict.fromkeys((sample.question, sample.choices) for sample in samples))
+
+
+def texts_of(name: str, samples: Sequence[Sample]) -> list[list[str]]:
+    """The names of the classes in each template of each group; or, without choices, all captions."""
     with_choices = sum(bool(sample.choices) for sample in samples)
     if with_choices == len(samples):
-        return classify(
-            name, samples, features, class_features(model, collator, samples[0], gates), **settings
-        )
+        return [
+            [fill(template, choice) for choice in choices]
+            for question, choices in groups_of(samples)
+            for template in templates(question)
+        ]
     if with_choices:
         found = f"{with_choices} of {len(samples)} samples have choices"
         raise ValueError(f"{name}: {found}; a data set is for classification or for retrieval")
-    captions = [fill(templates(s.question)[0], a) for s in samples for a in s.answers]
-    texts = text_features(model, collator, captions, samples[0], gates)
-    return retrieve(name, samples, features, texts, **settings)
+    return [[fill(templates(s.question)[0], a) for s in samples for a in s.answers]]
 
 
-def class_features(
-    model: ClipMixture, collator: PairCollator, like: Sample, gates: str
-) -> Callable[[str, tuple[str, ...]], Float[Tensor, "classes dim"]]:
-    """The classes' texts over the templates of a question, with gates of the data set of `like`."""
-
-    def features(question: str, choices: tuple[str, ...]) -> Float[Tensor, "classes dim"]:
-        rows = [
-            text_features(model, collator, [fill(t, name) for name in choices], like, gates)
-            for t in templates(question)
-        ]
-        return normalize(torch.stack(rows).mean(0), dim=-1)
-
-    return features
+def score(
+    name: str,
+    samples: list[Sample],
+    features: Float[Tensor, "samples dim"],
+    encoded: Sequence[Tensor],
+    settings: dict[str, Any],
+) -> Result:
+    """By classification where the samples have choices, else by retrieval; `encoded` are `texts_of` them."""
+    if not samples[0].choices:
+        return retrieve(name, samples, features, encoded[0], **settings)
+    rest, classes = iter(encoded), dict[Group, Tensor]()
+    for question, choices in groups_of(samples):
+        each = torch.stack([next(rest) for _ in templates(question)])  # [template, class, dim]
+        classes[question, choices] = normalize(each.mean(0), dim=-1)
+    return classify(name, samples, features, lambda *group: classes[group], **settings)
 
 
 def text_features(
-    model: ClipMixture, collator: PairCollator, texts: Sequence[str], like: Sample, gates: str
-) -> Float[Tensor, "texts dim"]:
-    """Features of texts of the task and the expert that the sample `like` has."""
-    found = []
-    for start in range(0, len(texts), CHUNK):
-        batch = collator.text_batch(texts[start : start + CHUNK], like)
-        batch = only_texts(batch.to(model.backbone.model.logit_scale.device))
+    model: ClipMixture,
+    collator: PairCollator,
+    lists: Sequence[Sequence[str]],
+    like: Sample,
+    gates: str,
+    processes: Processes,
+) -> list[Float[Tensor, "_ dim"]]:
+    """Features of each list of texts, of the task and the expert that the sample `like` has."""
+    device = model.backbone.model.logit_scale.device
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        batch = only_texts(collator.text_batch(texts, like).to(device))
         chosen = choose_gates(model, batch, gates).gates
         assert chosen is not None  # a CLIP is routed by sample
-        found.append(model.text_features(batch, chosen))
-    return torch.cat(found)
+        return model.text_features(batch, chosen).cpu()
+
+    starts = [range(0, len(texts), CHUNK) for texts in lists]
+    chunks = [t[s : s + CHUNK] for t, own in zip(lists, starts, strict=True) for s in own]
+    found = processes.map(encode, chunks)
+    if not processes.is_main:
+        return []
+    rest = iter(found)
+    return [torch.cat([next(rest) for _ in own]).to(device) for own in starts]
 
 
 def with_gates(
