@@ -96,6 +96,9 @@ def peft_config(model: MixtureModel, name: str) -> dict[str, Any]:
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError for an empty tensor: what ZeRO-3 has in the place of one that was not gathered."""
+    if empty := sorted(key for key, tensor in tensors.items() if not tensor.numel()):
+        raise ValueError(f"{file}: {empty[0]} is empty, and {len(empty) - 1} others; not written")
     ready = {key: t.detach().cpu().contiguous().clone() for key, t in sorted(tensors.items())}
     save_file(ready, file)
 

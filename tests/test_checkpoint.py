@@ -19,6 +19,7 @@ from moa.checkpoint import (
     pointed,
     prune,
     save_checkpoint,
+    save_tensors,
     step_folder,
     verify,
 )
@@ -172,3 +173,17 @@ def test_the_projector_is_saved_where_it_is_trained(tmp_path, config):
     loaded, _, read = load_model(tmp_path)
     assert read == load_config(step_folder(tmp_path) / "config.yaml") == config
     assert torch.equal(loaded.model.model.multi_modal_projector.linear_1.weight, weight)
+
+
+def test_an_empty_tensor_is_never_written(tmp_path, model, config):
+    """ZeRO-3 leaves empty tensors where it keeps the real ones in pieces."""
+    file = tmp_path / "router.safetensors"
+    with pytest.raises(ValueError, match=r"router\.safetensors: b is empty, and 1 others"):
+        save_tensors(file, {"a": torch.ones(2), "c": torch.ones(2, 0), "b": torch.ones(0)})
+    assert not file.exists()
+    parameter = next(model.router.parameters())
+    whole, parameter.data = parameter.data, torch.empty(0)
+    with pytest.raises(ValueError, match=r"router\.safetensors: .* is empty"):
+        save_checkpoint(tmp_path / "run", 3, model, config, STATE)
+    parameter.data = whole
+    assert not [*(tmp_path / "run" / "checkpoints").iterdir()]
