@@ -5,6 +5,7 @@ answers for another picture, and pictures that several tasks share are read once
 readings are equal: the engine already rounds to what the Parquet file stores.
 
     pictures -> build_cache (several processes, resumable) -> one Parquet -> OcrCache.get(picture)
+             -> build_cache(shard=(i, n)), on n machines -> merge_shards ->
 """
 
 import hashlib
@@ -170,6 +171,7 @@ def build_cache(
     num_workers: int = 2,
     part_size: int = 200,
     engine: Engine | None = None,
+    shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> BuildReport:
     """Read every picture into the cache at `path`, `part_size` pictures at a time.
@@ -177,14 +179,19 @@ def build_cache(
     `images` is indexed inside the worker processes, so a lazy sequence renders or decodes there; it
     must pickle. A killed build goes on from its last part; pictures already in the file are kept. A
     picture that cannot be opened or read is counted by reason, and the others go on.
+
+    `shard` (i, n) reads only the pictures i, i + n, ..., into `shard_file(path, i, n)`; those that are
+    in `path` already are known. `merge_shards` then writes what one build would have written.
     """
-    pictures = images if hasattr(images, "__getitem__") else [*images]
+    pictures: Any = images if hasattr(images, "__getitem__") else [*images]
     path, engine, report = Path(path), engine or RapidOcr(), BuildReport()
-    table = _resume(path, engine.settings)
-    fresh: Table = {}
-    for position, (key, words, reason) in enumerate(
-        _read_all(pictures, engine, frozenset(table), num_workers, progress)
-    ):
+    before = _resume([path], engine.settings) if shard[1] > 1 else {}
+    path = shard_file(path, *shard)
+    table = _resume([path, *_parts(path)], engine.settings)
+    known, fresh = frozenset(before | table), Table()
+    positions = range(shard[0], len(pictures), shard[1])
+    results = _read_all(pictures, positions, engine, known, num_workers, progress)
+    for position, (key, words, reason) in zip(positions, results, strict=True):
         if reason is not None:
             report.failures.setdefault(reason, []).append(position)
         elif words is None or key in table:
@@ -201,6 +208,34 @@ def build_cache(
     return report
 
 
+def shard_file(path: Path, index: int, count: int) -> Path:
+    """ocr.parquet -> ocr.2-of-8.parquet; the path itself where there is only one."""
+    return path if count == 1 else path.with_name(f"{path.stem}.{index}-of-{count}{path.suffix}")
+
+
+def merge_shards(path: str | Path, count: int) -> None:
+    """Write the `count` shard files beside `path`, and what it holds already, into it.
+
+    The file is, byte by byte, that of one build. ValueError for a shard that is missing, was read
+    with other settings, or has other words for a picture.
+    """
+    path, table, settings = Path(path), Table(), None
+    files = [shard_file(path, index, count) for index in range(count)]
+    for index, file in enumerate(files):
+        if not file.exists():
+            raise ValueError(f"{file}: missing; --shard {index}/{count} makes it")
+    for file in [*files, *([path] if path.exists() else [])]:
+        rows, found = read_table(file)
+        settings = settings or found
+        check_settings(file, found, settings)
+        for key, words in rows.items():
+            if table.setdefault(key, words) != words:
+                raise ValueError(
+                    f"{file}: has other words than a shard before it for picture {key}"
+                )
+    write_table(path, table, settings or {})
+
+
 def _part(path: Path, rows: int) -> Path:
     return path.with_name(f"{path.name}.part-{rows:08d}")
 
@@ -209,9 +244,9 @@ def _parts(path: Path) -> list[Path]:
     return sorted(p for p in path.parent.glob(f"{path.name}.part-*") if p.suffix != ".tmp")
 
 
-def _resume(path: Path, settings: dict[str, Any]) -> Table:
+def _resume(files: Iterable[Path], settings: dict[str, Any]) -> Table:
     table: Table = {}
-    for file in [path, *_parts(path)]:
+    for file in files:
         if file.exists():
             rows, found = read_table(file)
             check_settings(file, found, settings)
@@ -219,28 +254,34 @@ def _resume(path: Path, settings: dict[str, Any]) -> Table:
     return table
 
 
-def _read_all(pictures: Any, engine: Engine, known: frozenset, num_workers: int, progress: bool):
-    """(hash, words or None if known, reason or None) of every picture, in order."""
-    total = len(pictures)
+def _read_all(
+    pictures: Any,
+    positions: range,
+    engine: Engine,
+    known: frozenset,
+    num_workers: int,
+    progress: bool,
+):
+    """(hash, words or None if known, reason or None) of the picture at each position, in order."""
     columns = (TextColumn("OCR"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task("OCR", total=total)
-        for result in _results(pictures, engine, known, num_workers, total):
+        task = bar.add_task("OCR", total=len(positions))
+        for result in _results(pictures, positions, engine, known, num_workers):
             bar.advance(task)
             yield result
 
 
-def _results(pictures: Any, engine: Engine, known: frozenset, num_workers: int, total: int):
+def _results(pictures: Any, positions: range, engine: Engine, known: frozenset, num_workers: int):
     if num_workers <= 1:
         _start_worker(pictures, engine, known)
-        yield from map(_read_one, range(total))
+        yield from map(_read_one, positions)
         return
     # spawn: a forked onnxruntime session may hang on locks that its parent held
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         num_workers, context, initializer=_start_worker, initargs=(pictures, engine, known)
     ) as pool:
-        yield from pool.map(_read_one, range(total), chunksize=4)
+        yield from pool.map(_read_one, positions, chunksize=4)
 
 
 _worker: dict[str, Any] = {}

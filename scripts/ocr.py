@@ -5,7 +5,10 @@
     python scripts/ocr.py --out vqa.parquet --config configs/mine.yaml --source vqav2 --workers 8
 
 A picture is read once, however many questions ask about it. A killed run goes on where it stopped;
-pictures already in the file are not read again.
+pictures already in the file are not read again. Several machines each read a shard, and one merges:
+
+    python scripts/ocr.py --out vqa.parquet --config configs/mine.yaml --source vqav2 --shard 0/4
+    python scripts/ocr.py --out vqa.parquet --merge 4     # once vqa.0-of-4.parquet, ... lie beside it
 """
 
 import argparse
@@ -22,7 +25,7 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.checks import BadSampleError
-from data.ocr import BuildReport, build_cache, read_table
+from data.ocr import BuildReport, build_cache, merge_shards, read_table, shard_file
 from data.ocr_engines import ENGINES, Engine
 from data.pictures import open_picture
 from data.readers.record import RecordDataset
@@ -134,6 +137,14 @@ def scene_split(text: str) -> tuple[str, int, str | None]:
     return name, int(count), style or None
 
 
+def shard(text: str) -> tuple[int, int]:
+    """`2/8` -> (2, 8): the third of eight shards."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write I/N with 0 <= I < N, as in 0/4")
+    return int(index), int(count)
+
+
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,6 +154,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--scenes", type=scene_split, nargs="+", metavar="SPLIT:COUNT[:STYLE]")
     what.add_argument("--folder", type=Path, help="every picture file under this folder")
     what.add_argument("--config", type=Path, help="a run's YAML: the pictures of its --source")
+    what.add_argument("--merge", type=int, metavar="N", help="make --out of its N shards")
+    parser.add_argument(
+        "--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th picture from I on"
+    )
     parser.add_argument("--source", help="name of a data source of the config")
     parser.add_argument("--engine", choices=ENGINES, default="rapidocr")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
@@ -157,7 +172,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=320,
         help="rapidocr: shortest side that the detector sees (default: 320)",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.merge is not None and (args.merge < 1 or args.shard != (0, 1)):
+        parser.error("--merge N: takes N >= 1 shards, and no --shard")
+    return args
 
 
 def report_lines(report: BuildReport, out: Path) -> list[str]:
@@ -184,19 +202,23 @@ def engine_of(args: argparse.Namespace) -> Engine:
     return ENGINES[args.engine](min_confidence=args.min_confidence, **sizes)
 
 
-def main() -> None:
-    args = arguments()
+def main(argv: list[str] | None = None) -> None:
+    args, report = arguments(argv), BuildReport()
     try:
-        report = build_cache(
-            pictures_of(args),
-            args.out,
-            num_workers=args.workers,
-            part_size=args.part,
-            engine=engine_of(args),
-        )
+        if args.merge:
+            merge_shards(args.out, args.merge)
+        else:
+            report = build_cache(
+                pictures_of(args),
+                args.out,
+                num_workers=args.workers,
+                part_size=args.part,
+                engine=engine_of(args),
+                shard=args.shard,
+            )
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print("\n".join(report_lines(report, args.out)))
+    print("\n".join(report_lines(report, shard_file(args.out, *args.shard))))
     sys.exit(1 if report.failed else 0)
 
 

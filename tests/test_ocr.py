@@ -12,7 +12,9 @@ from data.ocr import (
     OcrCache,
     build_cache,
     content_hash,
+    merge_shards,
     read_table,
+    shard_file,
     write_table,
 )
 from data.ocr_engines import RapidOcr, Tesseract, reading_order, split_line, tsv_words
@@ -20,6 +22,7 @@ from data.readers.table import open_records
 from data.sample import OcrWord
 from data.sources import open_sources
 from moa.config import DataConfig, SourceConfig, load_config
+from scripts import ocr as script
 from scripts.ocr import source_pictures
 from tests.toy import write_rows
 
@@ -136,6 +139,77 @@ def test_a_killed_build_goes_on_from_its_parts_to_the_same_file(tmp_path, monkey
     assert (report.read, report.known) == (3, 4)
     assert killed.read_bytes() == whole.read_bytes()
     assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
+
+
+FAKE = {"num_workers": 1, "part_size": 2, "engine": FakeEngine(), "progress": False}
+REDS = [3, 9, 3, 255, 7, 1, 9, 4, 5, 6]  # twice 3, twice 9, and one that cannot be read
+
+
+def test_shards_of_several_machines_merge_to_the_file_of_one_even_after_a_kill(
+    tmp_path, monkeypatch
+):
+    pictures = [plain(red) for red in REDS]
+    whole, path = tmp_path / "whole.parquet", tmp_path / "ocr.parquet"
+    for file in (whole, path):
+        build_cache([plain(6)], file, **FAKE)  # a file that is extended
+    build_cache(pictures, whole, **FAKE)
+    for index in (0, 1):
+        build_cache(pictures, path, shard=(index, 3), **FAKE)
+
+    read_one = ocr._read_one
+
+    def dies(position):
+        if position == 8:
+            raise KeyboardInterrupt
+        return read_one(position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocr, "_read_one", dies)
+        with pytest.raises(KeyboardInterrupt):
+            build_cache(pictures, path, shard=(2, 3), **FAKE)
+    with pytest.raises(ValueError, match=r"ocr.2-of-3.parquet: missing; --shard 2/3 makes it"):
+        merge_shards(path, 3)
+    assert build_cache(pictures, path, shard=(2, 3), **FAKE).known == 2  # from its saved part
+    merge_shards(path, 3)
+    assert path.read_bytes() == whole.read_bytes()
+    report = build_cache(pictures, path, shard=(0, 2), **FAKE)
+    assert (report.read, report.known) == (0, 5)
+    report = build_cache(pictures, path, shard=(1, 2), **FAKE)
+    assert report.failures == {"RuntimeError: engine failed": [3]}  # its place among all pictures
+
+
+def test_shards_that_do_not_belong_together_are_refused(tmp_path):
+    path, word = tmp_path / "ocr.parquet", OcrWord(text="x", box=(0.0, 0.0, 1.0, 1.0), confidence=1)
+    write_table(shard_file(path, 0, 2), {"a": ()}, {"engine": "one"})
+    write_table(shard_file(path, 1, 2), {"a": (word,)}, {"engine": "one"})
+    with pytest.raises(ValueError, match=r"1-of-2.parquet: has other words .* for picture a"):
+        merge_shards(path, 2)
+    write_table(shard_file(path, 1, 2), {"a": ()}, {"engine": "two"})
+    with pytest.raises(
+        ValueError, match=r"1-of-2.parquet: engine is 'two' in this cache and 'one'"
+    ):
+        merge_shards(path, 2)
+    assert not path.exists()
+
+
+def test_the_command_reads_shards_and_merges_them(tmp_path, monkeypatch, capsys):
+    for number in range(5):
+        plain(number).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr(script, "ENGINES", {"rapidocr": FakeEngine})
+    out, folder = f"--out={tmp_path / 'ocr.parquet'}", f"--folder={tmp_path}"
+    said = []
+    for what in ([folder, "--shard=0/2"], [folder, "--shard=1/2"], ["--merge=2"]):
+        with pytest.raises(SystemExit, match="0"):
+            script.main([out, "--workers=1", *what])
+        said.append(capsys.readouterr().out)
+    assert "ocr.0-of-2.parquet: 3 pictures" in said[0] and "read 2, known" in said[1]
+    assert "ocr.parquet: 5 pictures" in said[2] and len(OcrCache(tmp_path / "ocr.parquet")) == 5
+    with pytest.raises(SystemExit):
+        script.main([out, folder, "--shard=2/2"])
+    assert "write I/N with 0 <= I < N" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script.main([out, "--merge=2", "--shard=0/2"])
+    assert "--merge N: takes N >= 1 shards, and no --shard" in capsys.readouterr().err
 
 
 def test_failures_are_counted_by_reason_and_the_other_pictures_are_read(tmp_path):
