@@ -163,7 +163,7 @@ def join_processes() -> Processes:
     """The processes that a launcher started, as its environment variables say; else this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    store, rank, size = next(rendezvous("env://"))
     group = dist.PrefixStore("group", store)
     dist.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=PATIENCE)
     return Processes(

@@ -6,16 +6,24 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+
+class Died(Exception):
+    """A process ended without a word."""
+
+
 SECONDS = 120  # a group that takes longer hangs
 
 
-def run_ranks(work: Callable[..., Any], *arguments: Any, size: int = 2) -> list[Any]:
+def run_ranks(
+    work: Callable[..., Any], *arguments: Any, size: int = 2, preload: str = "moa.processes"
+) -> list[Any]:
     """What `work(*arguments)` returns in each process, or the exception that it raised.
 
-    None for a process that died; AssertionError where one hangs.
+    AssertionError where one hangs, and Died for one that did not even do that. The server imports
+    `preload`, unless it runs already.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "moa.processes"])
+    context.set_forkserver_preload([preload])
     port, pipes, ranks = free_port(), [], []
     for rank in range(size):
         mine, theirs = context.Pipe(duplex=False)
@@ -57,4 +65,4 @@ def _result(pipe: Any) -> Any:
     try:
         return pipe.recv()
     except EOFError:
-        return None
+        return Died()

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from moa.processes import PeerError, Processes, join_processes
-from tests.launch import run_ranks
+from tests.launch import Died, run_ranks
 
 
 def test_alone_map_is_a_loop_and_the_main_value_ones_own():
@@ -92,5 +92,5 @@ def dying():
 
 def test_a_process_that_dies_without_a_word_ends_the_others():
     main, other = run_ranks(dying)
-    assert other is None and isinstance(main, PeerError)
+    assert isinstance(other, Died) and isinstance(main, PeerError)
     assert str(main).startswith("process 0 lost the others")

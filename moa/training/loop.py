@@ -92,6 +92,7 @@ class Run:
             "position": self.step * self.layout.batch_size,
             "skipped": dict(self.skipped),
             "num_processes": self.layout.num_processes,
+            "distributed": self.accelerator.distributed_type.value.lower(),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def open_run(
         state = load_train_state(step)
         run.restore(state.progress)
         run.reporter.say(f"goes on from {step}")
-        if state.progress["num_processes"] != accelerator.num_processes:
-            run.reporter.say("another number of processes: dropout draws differ from here on")
+        if line := changed_launch(state.progress, run.progress()):
+            run.reporter.say(line)
     run.reporter.say(
         f"{accelerator.num_processes} x {accelerator.device.type}, "
         f"{accelerator.distributed_type.value.lower()}, {config.train.precision}: "
@@ -102,6 +103,21 @@ def open_run(
     if config.logging.trackers:
         start_trackers(accelerator, config)
     return run, state
+
+
+def changed_launch(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a run keeps that goes on with other processes, or shares its model in another way."""
+    launches = [(saved["num_processes"], saved["distributed"]) for saved in (before, now)]
+    if launches[0] == launches[1]:
+        return ""
+    was, became = (f"{number} x {kind}" for number, kind in launches)
+    random = "random states too"
+    if before["num_processes"] != now["num_processes"]:
+        random = "random states do not, so dropout draws differ from here on"
+    return (
+        f"saved by {was}, goes on with {became}: experts, router, data position, learning rates and "
+        f"the optimiser's moments and step counts carry over; {random}"
+    )
 
 
 def draws(config: RunConfig) -> int:

@@ -79,7 +79,10 @@ def optimizer_tensors(engine: Any, names: Mapping[nn.Parameter, str]) -> dict[st
 def restore_optimizer(
     engine: Any, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
 ) -> None:
-    """Put back what `optimizer_tensors` gave, by name: torch makes moments at the first step only."""
+    """Put back what `optimizer_tensors` gave, by name: torch makes moments at the first step only.
+
+    What was saved without DeepSpeed has no masters: they are the fp32 weights already.
+    """
     optimizer = engine.optimizer
     stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
     flat = "fp32_partitioned_groups_flat" if stage_3 else "single_partition_of_fp32_groups"
@@ -90,6 +93,8 @@ def restore_optimizer(
     link_moments(optimizer)
     for parameter, name in names.items():
         for kind, key in (*((kind, kind) for kind in MOMENTS), ("master", None)):
+            if kind not in tensors[name]:
+                continue
             value = tensors[name][kind].to(engine.device)
             if stage_3:
                 optimizer.set_local_hp_param(shard_of(parameter, value), parameter, key)
