@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.batch import Batch
-from data.boxes import BoxCodec
+from data.boxes import CODECS, BoxCodec
 from data.chat import ChatEncoder, message
 from data.checks import BadSampleError, check_sample, name_of
 from data.geometry import Geometry, seen_by
@@ -42,10 +42,21 @@ def chosen_words(sample: Sample, limit: int) -> list[OcrWord]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Intake:
+    """What data must know of a base: its processor, how it writes boxes (a name in CODECS, None
+    where nobody knows), and whether it takes text alone."""
+
+    processor: Any
+    box_codec: str | None = None
+    text_only: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Collator:
     """Makes batches; the same object for any number of worker processes.
 
     `processor` is a Hugging Face processor; data/chat.py says how answers are found in its tokens.
+    `codec` writes boxes; None is for data without any. Without `text_only` a sample needs a picture.
     `tasks` and `experts` are the names behind `task_ids` and `expert_ids`.
     With `withhold_task` neither prompt nor router learns the task. `allow_unknown_tasks` is for
     held-out tasks: they get id -1, and their prefix in the prompt as any other.
@@ -59,7 +70,8 @@ class Collator:
     processor: Any
     tasks: Sequence[str]
     experts: Sequence[str]
-    codec: BoxCodec
+    codec: BoxCodec | None
+    text_only: bool = True
     task_in_prompt: bool = True
     ocr_in_prompt: bool = True
     task_template: str = "[{task}] "
@@ -129,7 +141,20 @@ class Collator:
             )
         except BadSampleError as error:
             return error
+        if sample.image is None and not self.text_only:
+            detail = "this base reads no text without a picture"
+            return BadSampleError(name_of(sample), "missing image", detail)
         return self._hidden_box(sample)
+
+    @property
+    def box_codec(self) -> BoxCodec:
+        """The convention for boxes; ValueError where there is none."""
+        if self.codec is None:
+            raise ValueError(
+                "prompt.box_codec: auto, and nobody knows how this base was taught to write boxes; "
+                f"choices: {', '.join(CODECS)}"
+            )
+        return self.codec
 
     def geometry(self, sample: Sample) -> Geometry:
         """Where the sample's picture goes on its way to the model."""
@@ -164,7 +189,7 @@ class Collator:
         answers = [answer for answer in sample.answers if answer.strip()]
         if answers:
             return Counter(answers).most_common(1)[0][0]
-        return self.codec.encode(sample.boxes, self.geometry(sample))
+        return self.box_codec.encode(sample.boxes, self.geometry(sample))
 
     def conversation(self, sample: Sample) -> list[dict[str, Any]]:
         """The whole conversation to learn from, or its first question to answer."""

@@ -126,6 +126,12 @@ def seen_by(image_processor: Any, width: int, height: int) -> Geometry:
         step = image_processor.patch_size * image_processor.merge_size
         return start.resize(*pixel_budget(width, height, step, **size))
     if is_set(image_processor, "do_pad"):
+        if not hasattr(image_processor, "pad_to_square"):
+            kind = type(image_processor).__name__
+            raise ValueError(
+                f"do_pad of {kind} fills batches up, so boxes have no frame; choices: false, or an"
+                " image processor that pads to a square, such as LlavaImageProcessor"
+            )
         start = pad_to_square(start)
     if image_processor.do_resize:
         start = start.resize(*resized(start.size, size))

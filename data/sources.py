@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data.boxes import CODECS
-from data.collate import Collator
+from data.collate import Collator, Intake
 from data.drawings import DrawingDataset
 from data.mixture import Grouping, Mixture, Source
 from data.ocr import OcrCache
@@ -83,14 +83,16 @@ def draws_of(source: SourceConfig, size: int) -> int:
     return source.count if source.count is not None else round((source.epochs or 0.0) * size)
 
 
-def make_collator(config: RunConfig, processor: Any, **changes: Any) -> Collator:
+def make_collator(config: RunConfig, intake: Intake, **changes: Any) -> Collator:
     """The run's collator, one of pairs for the processor of a CLIP; `changes` are its fields."""
-    prompt = config.prompt
+    prompt, processor = config.prompt, intake.processor
+    codec = intake.box_codec if prompt.box_codec == "auto" else prompt.box_codec
     fields: dict[str, Any] = {
         "processor": processor,
         "tasks": list(config.data.tasks),
         "experts": list(config.experts),
-        "codec": CODECS[prompt.box_codec],
+        "codec": None if codec is None else CODECS[codec],
+        "text_only": intake.text_only,
         "task_in_prompt": prompt.task_in_prompt,
         "ocr_in_prompt": prompt.ocr_in_prompt,
         "task_dropout": prompt.task_dropout,

@@ -1,17 +1,19 @@
 """From a config to a model: load the base, wrap its layers, add experts and router."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from data.collate import Intake
 from moa.backbones.clip import ClipBackbone, is_clip, load_clip
-from moa.backbones.llava import Backbone, load_backbone
+from moa.backbones.llava import Backbone, load_backbone, open_intake
 from moa.backbones.open_clip import is_open_clip, load_open_clip
 from moa.clip_model import ClipMixture
-from moa.config import ExpertConfig, RunConfig
+from moa.config import ExpertConfig, ModelConfig, RunConfig
 from moa.experts import ExpertBank
 from moa.model import MixtureModel
 from moa.peft_io import read_expert
@@ -26,9 +28,7 @@ def build_model(config: RunConfig, experts: Path | None = None) -> MixtureModel:
     `experts` is the folder of a checkpoint whose experts take the place of fresh ones. Raises
     ValueError for targets that match nothing, and for adapters of another base.
     """
-    backbone = open_backbone(
-        config.model.name, DTYPES[config.model.dtype], config.model.quantization
-    )
+    backbone = open_base(config.model)
     bank = ExpertBank.attach(
         backbone.model,
         config.model.targets,
@@ -61,9 +61,7 @@ def build_model(config: RunConfig, experts: Path | None = None) -> MixtureModel:
 
 def build_base(config: RunConfig) -> MixtureModel:
     """The base of a config alone: no experts, no router, the answers that transformers would give."""
-    backbone = open_backbone(
-        config.model.name, DTYPES[config.model.dtype], config.model.quantization
-    )
+    backbone = open_base(config.model)
     idle = set(backbone.unused_sites())
     layers = backbone.model.named_modules()
     # a bank wants a site; one without experts is the layer that it wraps
@@ -74,12 +72,31 @@ def build_base(config: RunConfig) -> MixtureModel:
     return MixtureModel(backbone, bank, kind="fixed")
 
 
+def open_base(model: ModelConfig) -> Backbone | ClipBackbone:
+    dtype = DTYPES[model.dtype]
+    return open_backbone(model.name, dtype, model.quantization, model.image_processor)
+
+
+def intake_of(model: ModelConfig) -> Intake:
+    """What data must know of a base; a CLIP is small, and loaded for it."""
+    if is_open_clip(model.name) or is_clip(model.name):
+        return open_base(model).intake
+    return open_intake(model.name, model.image_processor)
+
+
 def open_backbone(
-    name: str, dtype: torch.dtype = torch.float32, quantization: str | None = None
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
+    image_processor: Mapping[str, Any] | None = None,
 ) -> Backbone | ClipBackbone:
     """The base model that a name means: open_clip's, a dual encoder of transformers, or a LLaVA."""
     if not is_open_clip(name) and not is_clip(name):
-        return load_backbone(name, dtype, quantization)
+        return load_backbone(name, dtype, quantization, image_processor)
+    if image_processor is not None:
+        raise ValueError(
+            "model.image_processor: has no effect on a CLIP, which crops as it learned"
+        )
     if quantization is not None:
         raise ValueError(
             f"model.quantization: {quantization} is for language models; a CLIP is small"

@@ -43,6 +43,8 @@ class ModelConfig:
         default_factory=lambda: [r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"]
     )
     exclude: list[str] = field(default_factory=list)  # of the targets: paths or expressions to omit
+    # other settings of the base's image processor, such as {do_pad: true} of LLaVA-1.5
+    image_processor: dict[str, Any] | None = None
     train_projector: bool = False  # also train the projector between vision tower and language
 
 
@@ -180,11 +182,11 @@ class PromptConfig:
     task_dropout: float = 0.0  # share of training samples whose task is withheld from both
     task_template: str = "[{task}] "  # stands before the question
     ocr_template: str = "\nReference OCR token: {words}"  # stands after the question
-    # how boxes are written as text; location_tokens is the embedded base's own
+    # how boxes are written as text; auto: as the base was taught, by its vocabulary and family
     box_codec: Literal[
-        "location_tokens", "paligemma", "llava", "shikra", "qwen_vl", "qwen2_vl", "qwen2_5_vl",
+        "auto", "location_tokens", "paligemma", "llava", "shikra", "qwen_vl", "qwen2_vl", "qwen2_5_vl",
         "qwen3_vl", "internvl",
-    ] = "location_tokens"  # fmt: skip
+    ] = "auto"  # fmt: skip
     # the least share of a box that the processor's crop must leave; a box with less is a bad sample
     min_visible: float = 1.0
     max_length: int = 2048  # tokens of prompt and answer; a longer sample is a bad sample

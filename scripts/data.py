@@ -32,6 +32,7 @@ from data.collate import Collator
 from data.mixture import Source, read_sample, shuffle
 from data.sources import make_collator, open_ocr, open_sources
 from moa.analysis.preview_page import preview_page
+from moa.build import intake_of
 from moa.config import RunConfig, SourceConfig, load_config
 from moa.settings import describe, load
 
@@ -87,10 +88,7 @@ def first_key(override: str) -> str:
 
 def collator_of(config: RunConfig, known: bool) -> Collator:
     """The run's own; a lone source may have tasks that no config names."""
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(config.model.name)
-    return make_collator(config, processor, allow_unknown_tasks=not known)
+    return make_collator(config, intake_of(config.model), allow_unknown_tasks=not known)
 
 
 def chosen(config: RunConfig, only: list[str] | None) -> dict[str, list[SourceConfig]]:

@@ -100,7 +100,7 @@ def drawn(frame: Image.Image, sample: Sample, collator: Collator) -> Image.Image
     zoom = max(1, -(-SHORTEST // min(frame.size)))
     picture = frame.resize((frame.width * zoom, frame.height * zoom), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(picture)
-    said = collator.codec.decode(collator.target(sample), geometry) if sample.boxes else None
+    said = collator.box_codec.decode(collator.target(sample), geometry) if sample.boxes else None
     outlines = [(box, TRUE, 4) for box in sample.boxes]
     outlines += [(said, SAID, 2)] if said is not None else []
     outlines += [(w.box, READ, 1) for w in chosen_words(sample, collator.max_ocr_words)]
@@ -121,7 +121,8 @@ def tokens_html(batch: Batch, collator: Collator) -> str:
 
 def runs(batch: Batch, collator: Collator) -> Iterator[Run]:
     """The first row's tokens: prompts in one piece, image tokens counted, answers one by one."""
-    tokenizer, image_id = collator.processor.tokenizer, collator.processor.image_token_id
+    tokenizer = collator.processor.tokenizer
+    image_id = getattr(collator.processor, "image_token_id", None)  # a CLIP has none
     ids = batch.input_ids[0].tolist()
     labels = batch.labels[0].tolist() if batch.labels is not None else [IGNORED] * len(ids)
     kinds = [

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from data.batch import Batch
+from data.collate import Intake
 from moa.backbones.clip_processor import ClipProcessor, of_transformers
 from moa.backbones.llava import Look
 
@@ -26,6 +27,10 @@ class ClipBackbone:
     processor: ClipProcessor
     dims: dict[str, int]  # widths of the towers' tokens: image, text
     name: str = ""
+
+    @property
+    def intake(self) -> Intake:
+        return Intake(processor=self.processor)
 
     @property
     def embedding(self) -> Any:

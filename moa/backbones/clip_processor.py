@@ -88,19 +88,27 @@ class OpenClipTokenizer:
 
 
 class OpenClipPictures:
-    """open_clip's transform of one picture, called as image processors of transformers are."""
+    """open_clip's transform of one picture, called and described as those of transformers are."""
+
+    do_resize = True
 
     def __init__(self, transform: Any, visual: Any) -> None:
         self.transform = transform
         self.image_mean, self.image_std = list(visual.image_mean), list(visual.image_std)
         size = visual.image_size
-        self.size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
+        self.sides: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
+        height, width = self.sides
+        mode = visual.preprocess_cfg.get("resize_mode") or "shortest"
+        self.do_center_crop = mode == "shortest"
+        self.crop_size = {"height": height, "width": width}
+        edge = {f"{mode}_edge": max(self.sides)}  # open_clip fits both edges of what is not square
+        self.size = self.crop_size if mode == "squash" else edge
 
     def __call__(self, images: Sequence[Image], return_tensors: str = "pt") -> dict[str, Tensor]:
         return {"pixel_values": torch.stack([self.transform(image) for image in images])}
 
     def described(self) -> dict[str, Any]:
-        return {"size": list(self.size), "mean": self.image_mean, "std": self.image_std}
+        return {"size": list(self.sides), "mean": self.image_mean, "std": self.image_std}
 
 
 def of_transformers(processor: Any, config: Any) -> ClipProcessor:

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
 from data.batch import Batch
+from data.collate import Intake
 from moa.backbones.families import FAMILIES, Family
+from moa.backbones.processors import box_convention, open_processor
 from moa.backbones.quantization import quantization_config
 from moa.backbones.rows import picture_rows
 from moa.packing import restart_positions
@@ -55,6 +57,10 @@ class Backbone:
     @property
     def family(self) -> Family:
         return FAMILIES[self.model.config.model_type]
+
+    @property
+    def intake(self) -> Intake:
+        return intake_of(self.processor, self.family)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -290,16 +296,45 @@ def _inside(name: str, *prefixes: str) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
+def intake_of(processor: Any, family: Family) -> Intake:
+    return Intake(
+        processor=processor,
+        box_codec=box_convention(family, processor.tokenizer),
+        text_only=family.text_only,
+    )
+
+
+def open_intake(name_or_path: str, image_processor: Mapping[str, Any] | None = None) -> Intake:
+    """What data must know of a base, without its weights."""
+    config = read_config(name_or_path)
+    return intake_of(open_processor(name_or_path, image_processor), FAMILIES[config.model_type])
+
+
 def load_backbone(
     name_or_path: str,
     dtype: torch.dtype = torch.float32,
     quantization: str | None = None,
+    image_processor: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """A frozen model of the family from a local folder or by its hub name, in eval mode.
 
-    Raises ValueError for what is neither, for other architectures, and for a quantization
-    ("4bit", "8bit") that this machine cannot run.
+    `image_processor` are settings that its image processor is to have. Raises ValueError for what is
+    neither, for other architectures, and for a quantization ("4bit", "8bit") that this machine
+    cannot run.
     """
+    read_config(name_or_path)
+    options = quantization_config(quantization, dtype)
+    processor = open_processor(name_or_path, image_processor)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of loading weights: in a log it is noise
+    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, **options)
+    return Backbone(
+        model=model.eval().requires_grad_(False), processor=processor, name=name_or_path
+    )
+
+
+def read_config(name_or_path: str) -> Any:
+    """The config of a base of the family; ValueError for what is none."""
     if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
         raise ValueError(f"model: {name_or_path} is no folder")
     try:
@@ -313,11 +348,4 @@ def load_backbone(
         raise ValueError(
             f"model: {name_or_path} is a {config.model_type}; choices: {', '.join(FAMILIES)}"
         )
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # of loading weights: in a log it is noise
-    options = quantization_config(quantization, dtype)
-    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, **options)
-    processor = AutoProcessor.from_pretrained(name_or_path)
-    return Backbone(
-        model=model.eval().requires_grad_(False), processor=processor, name=name_or_path
-    )
+    return config

@@ -90,7 +90,7 @@ def load_open_clip(name: str, dtype: torch.dtype = torch.float32) -> OpenClipBac
     model = model.eval().requires_grad_(False)
     processor = of_open_clip(tokenizer, transform, model)
     with torch.no_grad():
-        tokens = image_tokens(model, torch.zeros(1, 3, *processor.image_processor.size))
+        tokens = image_tokens(model, torch.zeros(1, 3, *processor.image_processor.sides))
     widths = {"image": tokens.shape[-1], "text": text_tower(model).token_embedding.weight.shape[1]}
     backbone = OpenClipBackbone(
         model=model.to(dtype), processor=processor, dims=widths, name=name, config=config
@@ -157,7 +157,7 @@ def export_open_clip(
 @torch.no_grad()
 def probe_features(model: Any, backbone: OpenClipBackbone) -> Tensor:
     """Normalised features of two pictures of noise and two texts."""
-    size = backbone.processor.image_processor.size
+    size = backbone.processor.image_processor.sides
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     ids, _ = backbone.processor.texts(["a cat", "two dogs"])
     found = model.encode_image(pixels, normalize=True), model.encode_text(ids, normalize=True)

@@ -72,8 +72,8 @@ def read_few_shot(
     """`num_samples` of each validation set, chosen by `seed`. Raises ValueError where the run has none."""
     if not config.data.validation:
         raise ValueError("run: has no data.validation to learn from")
-    processor = model.backbone.processor
-    collator = make_collator(config, processor, task_dropout=0.0, allow_unknown_tasks=True)
+    intake = model.backbone.intake
+    collator = make_collator(config, intake, task_dropout=0.0, allow_unknown_tasks=True)
     samples, skipped = {}, 0
     for name, source in open_sources(config.data.validation, config.data, ocr).items():
         generator = torch.Generator().manual_seed(seed)

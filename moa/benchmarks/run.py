@@ -238,7 +238,7 @@ def predictions_of(
         gates = None
     rows = [None] * len(samples) if gates is None else gates.float().cpu().tolist()
     for sample, text, row in zip(samples, texts, rows, strict=True):
-        box = collator.codec.decode(text, collator.geometry(sample)) if sample.boxes else None
+        box = collator.box_codec.decode(text, collator.geometry(sample)) if sample.boxes else None
         yield Prediction(sample=sample, text=text.strip(), box=box, gates=row)
 
 

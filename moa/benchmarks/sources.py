@@ -82,7 +82,7 @@ def prompt_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bo
     """The run's own prompts, for generation; held-out tasks are welcome."""
     return make_collator(
         config,
-        model.backbone.processor,
+        model.backbone.intake,
         for_generation=True,
         withhold_task=withhold_task,
         allow_unknown_tasks=True,

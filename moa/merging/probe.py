@@ -78,9 +78,11 @@ def probe_of_run(
     data = list(open_sources(sources, config.data, open_ocr(config.data)).values())
     if not data:
         return None, None
-    model, processor, _ = load_model(step)
+    model, _, _ = load_model(step)
     samples = [data[i % len(data)][i // len(data) % len(data[i % len(data)])] for i in range(count)]
-    collator = make_collator(config, processor, for_generation=True, allow_unknown_tasks=True)
+    collator = make_collator(
+        config, model.backbone.intake, for_generation=True, allow_unknown_tasks=True
+    )
     batch = collator(samples)
     routed = routed_outputs(model.float(), batch, new_tokens)
     return model.backbone.inputs_of(batch), routed

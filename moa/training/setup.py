@@ -78,9 +78,7 @@ def open_run(
         model=model,
         mixture=open_mixture(config, ocr),
         validation=open_sources(config.data.validation, config.data, ocr),
-        collator=make_collator(
-            config, model.backbone.processor, pack_length=config.train.pack_length
-        ),
+        collator=make_collator(config, model.backbone.intake, pack_length=config.train.pack_length),
         reporter=Reporter(config, accelerator),
         layout=make_layout(config.train, accelerator.num_processes),
     )
