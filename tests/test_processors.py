@@ -44,8 +44,8 @@ def test_do_pad_brings_back_the_square_that_llava_was_trained_with(tmp_path):
     own = transformers.LlavaImageProcessor(do_pad=True, **SIZES)
     found = [p(images=[wide], return_tensors="pt")["pixel_values"] for p in (padded, own)]
     assert found[0].equal(found[1])
-    band = found[0][0, :, :6]  # above the picture: the mean colour, which is zero but for rounding
-    assert band.abs().max() < 0.02 < found[0][0, :, 7:21].abs().mean()
+    band = found[0][0, :, :5]  # above the picture: the mean colour, zero but for rounding
+    assert band.abs().max() < 0.05 < found[0][0, :, 7:21].abs().mean()
 
 
 def test_the_twin_without_torchvision_pads_too():

@@ -318,6 +318,18 @@ def test_class_labels_of_a_saved_table_become_their_names(tmp_path):
         opened("table", tmp_path, path="saved", split="val", columns=columns)
 
 
+def test_a_clone_of_a_hub_data_set_is_read_by_its_splits(tmp_path):
+    folder = written("table", tmp_path / "clone/data")
+    (folder / "rows.parquet").rename(folder / "train-00000-of-00001.parquet")
+    dataset = opened("table", tmp_path, **CASES["table"].config | {"path": "clone"}, split="train")
+    assert [dataset[0].question, dataset[1].answers] == ["what?", ("c",)]
+    with pytest.raises(ValueError, match="clone: no split 'val'; it has train"):
+        opened("table", tmp_path, path="clone", split="val")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"data\.sources\.mine: .*empty: no data set"):
+        opened("table", tmp_path, path="empty", split="train")
+
+
 def test_a_hub_name_says_so_where_there_is_no_network(monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     source = SourceConfig(name="mine", format="table", path="nobody/nothing", split="train")

@@ -16,6 +16,7 @@ from data.readers.rows import Row, require_file
 from moa.config import SourceConfig
 
 FIELDS = ("id", "image_id", "image", "question", "answers", "boxes", "task", "split")
+SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
 LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 
 
@@ -39,7 +40,10 @@ class TableRows:
 
 
 def open_table(path: str, split: str | None = None) -> Any:
-    """A `datasets` table: a file, a folder of `save_to_disk`, or a hub name (`org/name:subset`)."""
+    """A `datasets` table: a file, a folder of `save_to_disk`, or a data set as the hub has them.
+
+    That is a folder with its files (a clone), or a hub name, each with `:subset` where it has some.
+    """
     import datasets
 
     place = Path(path)
@@ -47,12 +51,14 @@ def open_table(path: str, split: str | None = None) -> Any:
         options = {"delimiter": "\t"} if place.suffix == ".tsv" else {}
         files = {"data_files": str(require_file(place)), "split": "train"}  # all there is
         return datasets.load_dataset(LOADERS[place.suffix], **files, **options)
-    if place.is_dir():
+    if any((place / name).is_file() for name in SAVED):
         return chosen_split(datasets.load_from_disk(path), path, split)
     name, _, subset = path.partition(":")
     try:
         return chosen_split(datasets.load_dataset(name, subset or None), path, split)
-    except (ConnectionError, FileNotFoundError, OSError) as error:
+    except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
+        if Path(name).is_dir():
+            raise ValueError(f"{path}: no data set: {str(error).splitlines()[0]}") from None
         raise ValueError(
             f"{path}: neither a file or folder here, nor a data set that can be had from the hub"
             f" ({type(error).__name__}: {str(error).splitlines()[0]})"

@@ -162,9 +162,11 @@ def read_scienceqa(source: SourceConfig) -> Records:
     assert source.path and source.annotations and source.images and source.split
     problems = JsonRows(source.path)
     splits = read_json(source.annotations)
-    if not isinstance(splits, dict) or source.split not in splits:
+    if not isinstance(splits, dict) or not all(isinstance(ids, list) for ids in splits.values()):
+        raise ValueError(f"{source.annotations}: must be an object of lists of ids by split")
+    if source.split not in splits:
         raise ValueError(f"{source.annotations}: no split {source.split!r}; it has {[*splits]}")
-    rows = ListRows(field(splits, source.split, list), partial(problem, problems))
+    rows = ListRows(splits[source.split], partial(problem, problems))
     return Records(rows=rows, parse=partial(parse_scienceqa, images=source.images))
 
 

@@ -4,6 +4,7 @@ LLaVA-1.5 was trained on pictures padded to a square, and its files on the hub a
 {do_pad: true} brings the padding back. Boxes follow, since data/geometry.py reads the same settings.
 """
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -15,6 +16,7 @@ from data.boxes import CODECS
 from moa.backbones.families import Family
 
 KEY = "model.image_processor"
+LOCATION = re.compile(r"<loc\d{4}>")
 NOT_SETTINGS = ("data_format", "input_data_format", "device", "return_tensors", "disable_grouping")
 
 
@@ -55,9 +57,7 @@ def box_convention(family: Family, tokenizer: Any) -> str | None:
     """The name in CODECS of how a base writes boxes: by location tokens where its vocabulary has
     just as many, else as its family was trained; None where nothing is known."""
     vocabulary = tokenizer.get_vocab()
-    for name, codec in CODECS.items():
-        last = codec.units if codec.tokens else None
-        if last is not None and f"<loc{last:04d}>" in vocabulary:
-            if f"<loc{last + 1:04d}>" not in vocabulary:
-                return name
-    return family.box_codec
+    numbers = (int(token[4:8]) for token in vocabulary if LOCATION.fullmatch(token))
+    last = max(numbers, default=None)
+    named = (name for name, codec in CODECS.items() if codec.tokens and codec.units == last)
+    return next(named, family.box_codec)
