@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa.gating import softmax_gates, top_k_gates
-from moa.mixing import add_mixture, concatenate, mix
+from moa.mixing import add_mixture, concatenate, mix, mix_linear
 
 
 @dataclass(kw_only=True)
@@ -120,22 +120,26 @@ class ExpertLinear(nn.Module):
         return {expert: a.shape[0] for expert, a in self.lora_A.items()}
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.base_layer(x)
         if not self.scalings or not self.context.enabled:
-            return out
+            return self.base_layer(x)
         state = self._state()
         if state.active is not None and not state.active & self.scalings.keys():
-            return out
+            return self.base_layer(x)
         if torch.is_grad_enabled():
             state.prepared.pop(self.name, None)  # what follows may change the factors
-            # A plain linear layer's output is new each time, and not needed for its own gradient.
-            fresh = type(self.base_layer) is nn.Linear
-            return mix(x, out, self._gates(x, state), *self._factors(state), in_place=fresh)
+            return self._mix(x, state)
+        out = self.base_layer(x)
         ready = state.prepared.get(self.name)
         if ready is None or ready.shape != (x.shape[0], x.ndim) or ready.a.dtype != out.dtype:
             ready = self._prepare(x, state, out.dtype)
         gates = ready.gates if state.gates is not None else self._token_gates(x, state)
         return add_mixture(x, out, gates, ready.a, ready.b)
+
+    def _mix(self, x: Tensor, state: GateState) -> Tensor:
+        base, gates, factors = self.base_layer, self._gates(x, state), self._factors(state)
+        if is_bare(base):
+            return mix_linear(x, base.weight, base.bias, gates, *factors)
+        return mix(x, base(x), gates, *factors)
 
     def add(self, expert: str, a: nn.Parameter, b: nn.Parameter, scaling: float) -> None:
         """Take an expert's factors, [rank, in] and [out, rank], as the last one's successors."""
@@ -230,3 +234,15 @@ class ExpertLinear(nn.Module):
             self._spread = self.spread({expert: i for i, expert in enumerate(self.scalings)})
         index, scaling = self._spread
         return gates.index_select(-1, index) * scaling
+
+
+def is_bare(layer: nn.Linear) -> bool:
+    """Whether a layer is its weight and bias and nothing more, so that it need not be called.
+
+    Quantised layers are of another type, ZeRO-3 gathers a layer's weight in hooks, accelerate's
+    offloading puts another forward in front, and a trained weight needs its own gradient.
+    """
+    hooks = layer._forward_pre_hooks or layer._forward_hooks
+    hooks = hooks or layer._backward_hooks or layer._backward_pre_hooks
+    frozen = not any(p.requires_grad for p in layer._parameters.values() if p is not None)
+    return type(layer) is nn.Linear and frozen and not hooks and "forward" not in vars(layer)

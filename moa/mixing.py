@@ -21,19 +21,32 @@ def mix(
     gates: Float[Tensor, "#batch *#seq rank"],
     factors_a: Sequence[Float[Tensor, "_ in"]],
     factors_b: Sequence[Float[Tensor, "out _"]],
-    *,
-    in_place: bool = False,
 ) -> Float[Tensor, "batch *seq out"]:
     """The base's output plus the gated experts, differentiable in all tensors, in base's dtype.
 
     Saves x, x A^T and the gates for the backward pass, as one LoRA of the total rank would: the
     gated product is recomputed, and the factors are concatenated anew rather than kept.
-    `in_place` writes into `base`, which nothing else may hold: the copy it saves is as large as all
-    the experts' other traffic.
     """
-    # A view (DeepSpeed's hooks return one) cannot be written to from within a custom function.
-    in_place = in_place and not base._is_view()
-    return _Mix.apply(in_place, x.to(base.dtype), base, gates, *factors_a, *factors_b)
+    return _Mix.apply(x.to(base.dtype), base, None, None, gates, *factors_a, *factors_b)
+
+
+def mix_linear(
+    x: Float[Tensor, "batch *seq in"],
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None,
+    gates: Float[Tensor, "#batch *#seq rank"],
+    factors_a: Sequence[Float[Tensor, "_ in"]],
+    factors_b: Sequence[Float[Tensor, "out _"]],
+) -> Float[Tensor, "batch *seq out"]:
+    """`mix` around a frozen linear layer: no gradient for `weight` and `bias`.
+
+    In one operation the experts add to the layer's output, and in the backward pass to its gradient
+    of x, where they lie: both are as large as all the experts' other traffic.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return _Mix.apply(x, None, weight, bias, gates, *factors_a, *factors_b)
 
 
 def concatenate(
@@ -58,31 +71,41 @@ def add_mixture(x: Tensor, base: Tensor, gates: Tensor, a: Tensor, b_t: Tensor) 
 
 
 class _Mix(torch.autograd.Function):
-    """apply(in_place, x, base, gates, *A factors, *B factors), x in base's dtype."""
+    """apply(x, base, weight, bias, gates, *A factors, *B factors): base, or weight and bias, or None.
+
+    x is in the dtype to compute in.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, in_place: bool, x: Tensor, base: Tensor, gates: Tensor, *factors: Tensor
+        ctx: Any,
+        x: Tensor,
+        base: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gates: Tensor,
+        *factors: Tensor,
     ) -> Tensor:
         count = len(factors) // 2
-        a, b = concatenate(factors[:count], factors[count:], base.dtype)
+        a, b = concatenate(factors[:count], factors[count:], x.dtype)
         hidden = F.linear(x, a)
-        ctx.save_for_backward(x, hidden, gates, *factors)
+        ctx.save_for_backward(x, hidden, weight, gates, *factors)
         gated = (hidden * gates.to(hidden.dtype)).flatten(0, -2)
-        if in_place:
-            ctx.mark_dirty(base)
-            base.view(-1, base.shape[-1]).addmm_(gated, b.t())
-            return base
-        out = torch.addmm(base.reshape(-1, base.shape[-1]), gated, b.t())
-        return out.view(base.shape)
+        if base is not None:
+            out = torch.addmm(base.reshape(-1, base.shape[-1]), gated, b.t())
+            return out.view(base.shape)
+        assert weight is not None
+        out = F.linear(x, weight, bias)
+        out.view(-1, out.shape[-1]).addmm_(gated, b.t())
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, gates, *factors = ctx.saved_tensors
+        x, hidden, weight, gates, *factors = ctx.saved_tensors
         half = len(factors) // 2
         factors_a, factors_b = factors[:half], factors[half:]
-        _, needs_x, needs_base, needs_gates, *needs = ctx.needs_input_grad
+        needs_x, needs_base, _, _, needs_gates, *needs = ctx.needs_input_grad
         a, b = concatenate(factors_a, factors_b, grad.dtype)
         weights, flat = gates.to(grad.dtype), grad.reshape(-1, grad.shape[-1])
 
@@ -93,14 +116,17 @@ class _Mix(torch.autograd.Function):
         grad_hidden = grad_gated.mul_(weights).flatten(0, -2)
         grads_a: Sequence[Tensor | None] = [None] * half
         grads_b: Sequence[Tensor | None] = [None] * half
-        if needs_x:
+        if needs_x and weight is None:
             grad_x = (grad_hidden @ a).view(x.shape)
+        elif needs_x:
+            grad_x = (flat @ weight.to(grad.dtype)).addmm_(grad_hidden, a).view(x.shape)
         if any(needs[:half]):
             grads_a = _per_expert(grad_hidden.t() @ x.flatten(0, -2), factors_a)
         if any(needs[half:]):
             gated = (hidden * weights).flatten(0, -2)
             grads_b = _per_expert_transposed(gated.t() @ flat, factors_b)
-        return None, grad_x, grad if needs_base else None, grad_gates, *grads_a, *grads_b
+        base_grad = grad if needs_base else None
+        return grad_x, base_grad, None, None, grad_gates, *grads_a, *grads_b
 
 
 def _per_expert(grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,13 +1,16 @@
 """What a wrapped layer computes: against a plain loop, kept factors, precision, checkpointing, tokens."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from moa.experts import ExpertBank
-from moa.mixing import mix
+from moa.mixing import mix, mix_linear
 from tests.banks import LANGUAGE, PROJECTOR, SITE, VISION, fill, inputs, make_bank, some_gates
 from tests.tiny import tiny_batch, tiny_llava
 
@@ -23,20 +26,22 @@ def plain_loop(x, base, gates, scalings, factors_a, factors_b):
 
 @pytest.mark.parametrize("ranks", [(3, 1, 4), (5, 5, 5), (2,)])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_the_mixture_and_its_gradients_equal_a_plain_loop_over_experts(per_token, ranks):
+@pytest.mark.parametrize("form", [mix, mix_linear])
+def test_the_mixture_and_its_gradients_equal_a_plain_loop_over_experts(form, per_token, ranks):
     torch.manual_seed(0)
     count, scalings = len(ranks), (2.0, 0.5, 1.0)[: len(ranks)]
     factors_a = [torch.randn(r, 6, dtype=torch.double, requires_grad=True) for r in ranks]
     factors_b = [torch.randn(5, r, dtype=torch.double, requires_grad=True) for r in ranks]
     x = torch.randn(2, 7, 6, dtype=torch.double, requires_grad=True)
-    base = torch.randn(2, 7, 5, dtype=torch.double, requires_grad=True)
+    layer = nn.Linear(6, 5, dtype=torch.double).requires_grad_(False)
     gates = torch.rand(2, 7 if per_token else 1, count, dtype=torch.double, requires_grad=True)
-    leaves = [x, base, gates, *factors_a, *factors_b]
+    leaves = [x, gates, *factors_a, *factors_b]
 
     spread = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)])
     wide = gates[..., spread] * torch.tensor(scalings, dtype=torch.double)[spread]
-    ours = mix(x, base, wide, factors_a, factors_b)
-    loop = plain_loop(x, base, gates, scalings, factors_a, factors_b)
+    base = (layer(x),) if form is mix else (layer.weight, layer.bias)
+    ours = form(x, *base, wide, factors_a, factors_b)
+    loop = plain_loop(x, layer(x), gates, scalings, factors_a, factors_b)
     torch.testing.assert_close(ours, loop)
     weights = torch.randn_like(loop)
     for a, b in zip(
@@ -45,6 +50,44 @@ def test_the_mixture_and_its_gradients_equal_a_plain_loop_over_experts(per_token
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+def hook(layer):
+    layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def another_forward(layer):
+    layer.forward = lambda x: F.linear(x * 2, layer.weight, layer.bias)
+
+
+def another_type(layer):
+    layer.__class__ = type(
+        "Doubled",
+        (nn.Linear,),
+        {"forward": lambda self, x: F.linear(x * 2, self.weight, self.bias)},
+    )
+
+
+@pytest.mark.parametrize("change", [hook, another_forward, another_type])
+def test_a_layer_that_is_more_than_its_weight_is_called(change):
+    bank = make_bank(tiny_llava()[0], targets=(SITE,))
+    fill(bank)
+    site, x = bank.sites[SITE], torch.randn(2, 3, 32)
+    bank.set_gates(some_gates(bank, batch=2))
+    own = site(x) - site.base_layer(x)
+    change(site.base_layer)
+    torch.testing.assert_close(site(x), site.base_layer(x) + own, atol=1e-5, rtol=1e-4)
+
+
+def test_a_base_layer_that_is_trained_gets_its_gradient():
+    bank = make_bank(tiny_llava()[0], targets=(SITE,))
+    fill(bank)
+    site, x = bank.sites[SITE], torch.randn(2, 3, 32)
+    site.base_layer.requires_grad_(True)
+    bank.set_gates(some_gates(bank, batch=2))
+    site(x).sum().backward()
+    expected = x.sum((0, 1)).expand_as(site.base_layer.weight)
+    torch.testing.assert_close(site.base_layer.weight.grad, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_with_gated_experts_equals_the_model_with_their_sum_in_its_weights():
@@ -315,6 +358,17 @@ def test_a_mixture_keeps_no_more_activations_than_one_lora_of_the_total_rank(num
     b = torch.randn(width, rank * num_experts, requires_grad=True)
     lora = saved_bytes(lambda: layer(x) + (x @ a.T) @ b.T * 0.5, (a, b, layer.weight))
     assert ours <= 1.05 * lora
+
+
+# Compiled -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_compiled_the_expert_path_is_one_graph_with_the_same_output_and_gradients():
+    # in a process of its own: dynamo cannot trace pytest's checks of shapes and types
+    command = [sys.executable, "-m", "tests.compiled"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 # Token routing ------------------------------------------------------------------------------------
