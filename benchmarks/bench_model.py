@@ -1,13 +1,19 @@
 """What the speed benchmarks share: a random LLaVA of a chosen size, a batch for it, and clocks."""
 
 import argparse
+import json
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from data.batch import Batch
@@ -16,6 +22,7 @@ from moa.experts import ExpertBank
 from moa.model import MixtureModel
 from moa.router import Router
 
+ROOT = Path(__file__).parent.parent
 TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 IMAGE, PAD = 1, 0
 
@@ -25,30 +32,35 @@ class Size:
     """How large the model and its batch are."""
 
     width: int
+    mlp: int
     layers: int
     heads: int
     vocab: int
-    image_tokens: int
+    vision_width: int
+    vision_layers: int = 2
+    vision_heads: int
+    image_tokens: int  # a square number
     prompt: int
     answer: int
     batch: int
 
 
 SIZES = {
-    "small": Size(
-        width=512, layers=4, heads=8, vocab=4096, image_tokens=64, prompt=48, answer=16, batch=8
-    ),
-    "large": Size(
-        width=2048,
-        layers=16,
-        heads=16,
-        vocab=32000,
-        image_tokens=256,
-        prompt=96,
-        answer=32,
-        batch=16,
-    ),
-}
+    "tiny": Size(width=128, mlp=352, layers=2, heads=4, vocab=512, vision_width=64, vision_heads=4,
+                 image_tokens=16, prompt=32, answer=16, batch=4),
+    "small": Size(width=512, mlp=1360, layers=4, heads=8, vocab=4096, vision_width=256,
+                  vision_heads=8, image_tokens=64, prompt=48, answer=16, batch=8),
+    "large": Size(width=2048, mlp=5456, layers=16, heads=16, vocab=32000, vision_width=1024,
+                  vision_heads=16, image_tokens=256, prompt=96, answer=32, batch=16),
+    # One decoder layer of LLaVA-1.5-7B, next to no vocabulary and tower, few tokens: what grows with
+    # parameters rather than with tokens weighs more here than in a real batch.
+    "slice7b": Size(width=4096, mlp=11008, layers=1, heads=32, vocab=512, vision_width=64,
+                    vision_heads=4, image_tokens=64, prompt=24, answer=8, batch=2),
+    # LLaVA-1.5-7B, and a share of its fine-tuning batch (128 on 8 devices) at a usual length.
+    "llava7b": Size(width=4096, mlp=11008, layers=32, heads=32, vocab=32064, vision_width=1024,
+                    vision_layers=24, vision_heads=16, image_tokens=576, prompt=96, answer=96,
+                    batch=16),
+}  # fmt: skip
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -66,28 +78,60 @@ def make_parser(doc: str | None, experts: list[int], rounds: int) -> argparse.Ar
     return parser
 
 
-def where(arguments: argparse.Namespace) -> dict[str, str]:
+def where(arguments: argparse.Namespace) -> dict[str, str | int]:
     """What a line of figures says of how it was made."""
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-    return {"device": device, "size": arguments.size, "dtype": arguments.dtype}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+    )
+    return {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+        "date": date.today().isoformat(),
+        "size": arguments.size,
+        "dtype": arguments.dtype,
+        "rank": arguments.rank,
+    }
+
+
+def write_results(name: str, figures: Mapping[str, object]) -> Path:
+    """Put figures into results/bench_<name>.json, from where README and charts take them."""
+    path = ROOT / "results" / f"bench_{name}.json"
+    path.write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures))
+    return path
 
 
 def make_backbone(size: Size, device: str, dtype: torch.dtype) -> Backbone:
-    """A random frozen LLaVA; the same weights every time."""
+    """A random frozen LLaVA; the same weights every time, and in memory once."""
+    model = _make_model(size, device, dtype)
+    # Strict: every weight is replaced by the shared one, and the model's own are freed.
+    model.load_state_dict(_weights(size, device, dtype), assign=True)
+    return Backbone(model=model.requires_grad_(False).eval(), processor=None)
+
+
+@lru_cache(maxsize=1)
+def _weights(size: Size, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
     torch.manual_seed(0)
+    return _make_model(size, device, dtype).state_dict()
+
+
+def _make_model(size: Size, device: str, dtype: torch.dtype) -> nn.Module:
     side = int(size.image_tokens**0.5)
     vision = CLIPVisionConfig(
-        hidden_size=size.width // 2,
-        intermediate_size=2 * size.width,
-        num_hidden_layers=2,
-        num_attention_heads=size.heads,
+        hidden_size=size.vision_width,
+        intermediate_size=4 * size.vision_width,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_heads,
         image_size=14 * side,
         patch_size=14,
     )
     text = LlamaConfig(
         vocab_size=size.vocab,
         hidden_size=size.width,
-        intermediate_size=size.width * 8 // 3 // 16 * 16,
+        intermediate_size=size.mlp,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.heads,
@@ -102,9 +146,9 @@ def make_backbone(size: Size, device: str, dtype: torch.dtype) -> Backbone:
         image_seq_length=side**2,
         vision_feature_layer=-1,
     )
-    model: nn.Module = LlavaForConditionalGeneration(config).eval()
-    model = model.to(device, dtype)
-    return Backbone(model=model.requires_grad_(False), processor=None)
+    with torch.device(device):
+        model: nn.Module = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+    return model
 
 
 def make_batch(size: Size, device: str, *, generate: bool = False) -> Batch:
@@ -139,9 +183,11 @@ def make_batch(size: Size, device: str, *, generate: bool = False) -> Batch:
     ).to(device)
 
 
-def make_mixture(backbone: Backbone, num_experts: int, rank: int, device: str) -> MixtureModel:
+def make_mixture(
+    backbone: Backbone, num_experts: int, rank: int, device: str, targets: str = TARGETS
+) -> MixtureModel:
     """Experts with values in B, as after training, and the whole router before them."""
-    bank = ExpertBank.attach(backbone.model, [TARGETS], stream_of=backbone.stream_of)
+    bank = ExpertBank.attach(backbone.model, [targets], stream_of=backbone.stream_of)
     for i in range(num_experts):
         bank.add(f"expert{i}", rank=rank, alpha=rank)
     for site in bank.sites.values():
@@ -200,3 +246,25 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     size = sum(nbytes for nbytes, _ in kept.values())
     del out
     return size
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most memory that a step holds on a GPU, all models on it included."""
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated()
+
+
+def flops_of(step: Callable[[], object]) -> int:
+    """Floating point operations of a step, attention and products alone."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating point operations per second of one large matrix product."""
+    width = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    seconds = race({"product": lambda: a @ b}, 5, device)
+    return 2 * width**3 / min(seconds["product"])

@@ -1,25 +1,23 @@
 """Training speed and activation memory of the mixture, against what else one could run.
 
-    python benchmarks/mixture.py [--size small|large] [--device cpu|cuda] [--dtype fp32|bf16]
+    python benchmarks/mixture.py [--size tiny|small|slice7b|large|llava7b] [--rank 8]
+        [--device cpu|cuda] [--dtype fp32|bf16] [--checkpointing]
 
-One expert layer, and one whole training step (router, forward, backward, AdamW), beside the frozen
-model, PEFT LoRA of the same total rank, a loop over experts (as LoRAMoE, HydraLoRA and CoIN
-compute it) and PEFT X-LoRA. The last line is JSON; ratios are ours over theirs, the worst over all
-numbers of experts.
+One expert layer, and one whole training step (router, forward, backward, AdamW), each beside its
+contenders (benchmarks/contenders.py). Ratios are ours over theirs, the median over rounds in which
+they took turns. `of peak` is the frozen model's arithmetic per second over that of one large matrix
+product. Writes results/bench_mixture_<size>[_<dtype>][_checkpointed].json.
 """
 
-import json
+import argparse
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, XLoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -27,39 +25,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.bench_model import (
     DTYPES,
     SIZES,
-    TARGETS,
     Size,
-    make_backbone,
-    make_batch,
-    make_mixture,
+    flops_of,
     make_parser,
+    peak_bytes,
+    product_rate,
     race,
     ratio,
     saved_bytes,
     where,
+    write_results,
 )
-from moa.backbones.llava import Backbone
+from benchmarks.contenders import CONTENDERS, LoopLinear, Setting
 from moa.experts import ExpertBank
-from moa.model import MixtureModel
 
-
-class LoopLinear(nn.Module):
-    """The mixture as most of the field computes it: one expert after the other, gated at the end."""
-
-    def __init__(
-        self, base: nn.Module, num_experts: int, rank: int, width: tuple[int, int]
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.a = nn.ParameterList([torch.randn(rank, width[0]) * 0.02 for _ in range(num_experts)])
-        self.b = nn.ParameterList([torch.randn(width[1], rank) * 0.02 for _ in range(num_experts)])
-        self.gates = torch.empty(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.base(x)
-        for i, (a, b) in enumerate(zip(self.a, self.b, strict=True)):
-            out = out + self.gates[:, :, i : i + 1] * F.linear(F.linear(x, a), b)
-        return out
+SLOW = ("loop", "xlora", "per-sample")  # their time grows with the number of experts
+NOT_CHECKPOINTED = ("xlora", "per-sample")  # hooks that are gone when layers are recomputed
 
 
 def peft_layer(base: nn.Linear, rank: int) -> nn.Module:
@@ -71,8 +52,8 @@ def peft_layer(base: nn.Linear, rank: int) -> nn.Module:
 
 def layer_figures(
     num_experts: int, rank: int, size: Size, device: str, rounds: int
-) -> dict[str, dict[str, float]]:
-    """Milliseconds and saved MiB of one linear layer, forward and backward."""
+) -> tuple[dict[str, dict[str, float]], float]:
+    """Milliseconds and saved MiB of one linear layer, forward and backward; its ratio to LoRA."""
     torch.manual_seed(0)
     width = size.width
     base = nn.Linear(width, width).requires_grad_(False).to(device)
@@ -81,7 +62,7 @@ def layer_figures(
     for i in range(num_experts):
         bank.add(f"expert{i}", rank=rank, alpha=rank)
     lora = peft_layer(nn.Linear(width, width).requires_grad_(False), rank * num_experts)
-    loop = LoopLinear(base, num_experts, rank, (width, width))
+    loop = LoopLinear(base, num_experts, rank)
     layers = {
         "frozen": base,
         "lora": lora.to(device),
@@ -104,183 +85,90 @@ def layer_figures(
     seconds = race({name: step(name) for name in layers}, rounds, device)
     owned = [p for layer in layers.values() for p in layer.parameters()]
     memory = {name: saved_bytes(partial(run, name), owned) for name in layers}
-    return {n: {"ms": min(seconds[n]) * 1e3, "MiB": memory[n] / 2**20} for n in layers}
+    figures = {n: {"ms": min(seconds[n]) * 1e3, "MiB": memory[n] / 2**20} for n in layers}
+    return figures, ratio(seconds, "ours", "lora")
 
 
-def training_step(
-    loss: Callable[[], Tensor], model: nn.Module, dtype: torch.dtype, device: str
-) -> tuple[Callable[[], None], Callable[[], Tensor]]:
-    """(one optimiser step, its forward pass) of a model on its loss."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True) if trained else None
-
-    def forward() -> Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return loss()
-
-    def step() -> None:
-        forward().backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step, forward
-
-
-def plain_loss(model: MixtureModel, size: Size, device: str) -> Callable[[], Tensor]:
-    """The same forward and loss without experts of ours: for the frozen model, LoRA and the loop."""
-    batch = make_batch(size, device)
-    return lambda: model(batch).loss_per_sample.mean()
+def step_figures(
+    names: list[str], setting: Setting, rounds: int, peak: float
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Milliseconds and MiB of each contender's step, and the ratios of ours to the others'."""
+    runs = {name: CONTENDERS[name](setting) for name in names}
+    steps = {name: run.stepper() for name, run in runs.items()}
+    seconds = race(steps, rounds, setting.device)
+    work = flops_of(steps["frozen"])
+    figures = {}
+    for name, run in runs.items():
+        best = min(seconds[name])
+        figures[name] = {"ms": best * 1e3, "of peak": work / best / peak}
+        if setting.device == "cuda":
+            figures[name]["peak MiB"] = peak_bytes(steps[name]) / 2**20
+        else:
+            figures[name]["MiB"] = saved_bytes(run.forward, run.model.parameters()) / 2**20
+    return figures, {name: ratio(seconds, "ours", name) for name in names if name != "ours"}
 
 
-def without_bank(backbone: Backbone) -> MixtureModel:
-    """A MixtureModel whose bank has no experts: our forward and loss, and none of our layers."""
-    bank = ExpertBank.attach(backbone.model, [r"model\.multi_modal_projector\.linear_1"])
-    return MixtureModel(backbone, bank, kind="fixed")
+def print_rows(label: str, figures: Mapping[str, Mapping[str, float]]) -> None:
+    for name, values in figures.items():
+        row = "".join(f"{unit} {value:9.2f}   " for unit, value in values.items())
+        print(f"{label + ', ' + name:34s}{row}", flush=True)
 
 
-def step_runs(
-    num_experts: int, rank: int, size: Size, device: str, dtype: torch.dtype
-) -> dict[str, tuple[Callable[[], None], Callable[[], Tensor]]]:
-    """Each contender's step and forward pass, on the same batch and with the same loss."""
-    batch = make_batch(size, device)
-    runs = {}
-
-    frozen = without_bank(make_backbone(size, device, dtype))
-    probe = nn.Parameter(torch.zeros((), device=device))  # asks for the gradient of the embeddings
-    embed = frozen.model.get_input_embeddings()
-    embed.register_forward_hook(lambda m, args, out: out + probe.to(out.dtype))
-    frozen.register_parameter("probe", probe)
-    runs["frozen"] = training_step(plain_loss(frozen, size, device), frozen, dtype, device)
-
-    backbone = make_backbone(size, device, dtype)
-    config = LoraConfig(r=rank * num_experts, target_modules=TARGETS)
-    lora = without_bank(
-        replace(backbone, model=get_peft_model(backbone.model, config).base_model.model)
-    )
-    for name, parameter in lora.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.02)
-    lora.train()
-    runs["lora"] = training_step(plain_loss(lora, size, device), lora, dtype, device)
-
-    ours = make_mixture(make_backbone(size, device, dtype), num_experts, rank, device).train()
-    runs["ours"] = training_step(lambda: ours(batch).loss_per_sample.mean(), ours, dtype, device)
-    return runs
-
-
-def loop_run(
-    num_experts: int, rank: int, size: Size, device: str, dtype: torch.dtype
-) -> tuple[Callable[[], None], Callable[[], Tensor]]:
-    """Our router and gates, with the loop in place of our layers."""
-    model = make_mixture(make_backbone(size, device, dtype), num_experts, rank, device)
-    loops = []
-    for name, site in model.bank.sites.items():
-        base = site.base_layer
-        width = base.in_features, base.out_features
-        loops.append(LoopLinear(base, num_experts, rank, width).to(device))
-        model.model.set_submodule(name, loops[-1])
-    batch = make_batch(size, device)
-
-    def loss() -> Tensor:
-        gates = model.compute_gates(batch).gates
-        assert gates is not None  # they are decided per sample
-        for loop in loops:
-            loop.gates = gates
-        return model(batch, gates).loss_per_sample.mean()
-
-    return training_step(loss, model.train(), dtype, device)
-
-
-def xlora_run(
-    num_experts: int, rank: int, size: Size, device: str, dtype: torch.dtype
-) -> tuple[Callable[[], None], Callable[[], Tensor]]:
-    """PEFT X-LoRA with trainable adapters, on the language model, called as PEFT wants it."""
-    batch = make_batch(size, device)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = {}
-        for i in range(num_experts):
-            config = LoraConfig(r=rank, target_modules=TARGETS, init_lora_weights=False)
-            adapter = get_peft_model(make_backbone(size, device, dtype).model, config)
-            adapter.save_pretrained(f"{folder}/{i}")
-            paths[str(i)] = f"{folder}/{i}"
-        base = make_backbone(size, device, dtype).model
-        base.config.use_cache = False
-        xlora = XLoraConfig(
-            task_type="CAUSAL_LM",
-            hidden_size=size.width,
-            xlora_depth=1,
-            adapters=paths,
-            use_trainable_adapters=True,
-        )
-        model = get_peft_model(base, xlora).to(device).train()
-
-    def loss() -> Tensor:
-        return model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            pixel_values=batch.pixel_values.to(dtype),
-            labels=batch.labels,
-        ).loss
-
-    return training_step(loss, model, dtype, device)
-
-
-def print_row(label: str, values: dict[str, float]) -> None:
-    print(f"{label:34s}" + "".join(f"{name} {value:9.2f}   " for name, value in values.items()))
+def chosen(arguments: argparse.Namespace, num_experts: int) -> list[str]:
+    """The contenders that run: slow ones for few experts, some not with recomputed layers."""
+    left_out = set(NOT_CHECKPOINTED) if arguments.checkpointing else set()
+    left_out |= set(SLOW) if num_experts > arguments.slow_experts else set()
+    return [name for name in arguments.contenders if name not in left_out]
 
 
 def main() -> None:
     warnings.simplefilter("ignore")  # PEFT and transformers disagree on names
     parser = make_parser(__doc__, experts=[2, 4, 8, 16, 32, 64], rounds=8)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument(
         "--slow-experts",
         type=int,
         default=4,
-        help="the loop and X-LoRA run for numbers of experts up to this",
+        help=f"{', '.join(SLOW)} run for up to so many experts",
     )
+    parser.add_argument("--checkpointing", action="store_true", help="recompute each layer")
     arguments = parser.parse_args()
+    arguments.contenders += [n for n in ("frozen", "ours") if n not in arguments.contenders]
     size, device, dtype = SIZES[arguments.size], arguments.device, DTYPES[arguments.dtype]
     print(f"{size}, {device}, {arguments.dtype}, {torch.get_num_threads()} threads")
 
-    activations, to_lora, memory = [], [], []
-    to_loop: dict[int, float] = {}
-    to_xlora: dict[int, float] = {}
+    peak = product_rate(device, dtype)
+    layer, step = {}, {}
+    layer_ratio, step_ratio = {}, {}
     for count in arguments.experts:
-        layer = layer_figures(count, arguments.rank, size, device, arguments.rounds)
-        for name, values in layer.items():
-            print_row(f"layer, {count} experts, {name}", values)
-        activations.append(layer["ours"]["MiB"] / layer["lora"]["MiB"])
-
-        runs = step_runs(count, arguments.rank, size, device, dtype)
-        if count <= arguments.slow_experts:
-            runs["loop"] = loop_run(count, arguments.rank, size, device, dtype)
-            runs["xlora"] = xlora_run(count, arguments.rank, size, device, dtype)
-        seconds = race({name: step for name, (step, _) in runs.items()}, arguments.rounds, device)
-        saved = {n: saved_bytes(forward, ()) / 2**20 for n, (_, forward) in runs.items()}
-        for name in runs:
-            print_row(
-                f"step, {count} experts, {name}",
-                {"ms": min(seconds[name]) * 1e3, "MiB": saved[name]},
-            )
-        to_lora.append(ratio(seconds, "ours", "lora"))
-        memory.append(saved["ours"] / saved["lora"])
-        if "loop" in seconds:
-            to_loop[count] = ratio(seconds, "ours", "loop")
-        if "xlora" in seconds:
-            to_xlora[count] = ratio(seconds, "ours", "xlora")
-        print_row(f"{count} experts, ours over", {"lora": to_lora[-1]})
-    figures = {
-        "step_vs_lora": max(to_lora),
-        "step_vs_xlora": max(to_xlora.values(), default=None),
-        "step_vs_loop": max(to_loop.values(), default=None),
-        "activations_vs_lora": max(activations),
-        "step_activations_vs_lora": max(memory),
-        "step_vs_lora_by_experts": dict(zip(arguments.experts, to_lora, strict=True)),
-        "step_vs_xlora_by_experts": to_xlora,
-        **where(arguments),
-    }
-    print(json.dumps(figures))
+        layer[count], layer_ratio[count] = layer_figures(
+            count, arguments.rank, size, device, arguments.rounds
+        )
+        print_rows(f"layer, {count} experts", layer[count])
+        setting = Setting(
+            size=size,
+            num_experts=count,
+            rank=arguments.rank,
+            device=device,
+            dtype=dtype,
+            checkpointing=arguments.checkpointing,
+        )
+        names = chosen(arguments, count)
+        step[count], step_ratio[count] = step_figures(names, setting, arguments.rounds, peak)
+        print_rows(f"step, {count} experts", step[count])
+        print_rows(f"{count} experts, ours over", {"theirs": step_ratio[count]})
+    parts = [arguments.size, *([arguments.dtype] if arguments.dtype != "fp32" else [])]
+    parts += ["checkpointed"] if arguments.checkpointing else []
+    write_results(
+        "_".join(["mixture", *parts]),
+        {
+            "where": where(arguments),
+            "layer_ours_over_lora": layer_ratio,
+            "step_ours_over": step_ratio,
+            "layer": layer,
+            "step": step,
+        },
+    )
 
 
 if __name__ == "__main__":
