@@ -104,11 +104,15 @@ def write_results(name: str, figures: Mapping[str, object]) -> Path:
     return path
 
 
-def make_backbone(size: Size, device: str, dtype: torch.dtype) -> Backbone:
-    """A random frozen LLaVA; the same weights every time, and in memory once."""
+def make_backbone(size: Size, device: str, dtype: torch.dtype, *, shared: bool = False) -> Backbone:
+    """A random frozen LLaVA, the same weights every time.
+
+    `shared`: in memory once, for models that nobody writes to.
+    """
+    torch.manual_seed(0)
     model = _make_model(size, device, dtype)
-    # Strict: every weight is replaced by the shared one, and the model's own are freed.
-    model.load_state_dict(_weights(size, device, dtype), assign=True)
+    if shared:  # strict: every weight is replaced, and the model's own are freed
+        model.load_state_dict(_weights(size, device, dtype), assign=True)
     return Backbone(model=model.requires_grad_(False).eval(), processor=None)
 
 

@@ -37,7 +37,7 @@ class Setting:
     checkpointing: bool = False  # recompute each layer in the backward pass
 
     def backbone(self) -> Backbone:
-        return make_backbone(self.size, self.device, self.dtype)
+        return make_backbone(self.size, self.device, self.dtype, shared=True)
 
 
 @dataclass(frozen=True, kw_only=True)
