@@ -11,9 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +21,16 @@ from accelerate import Accelerator
 from data.batch import Batch
 from data.collate import Collator
 from data.mixture import Mixture, Source
-from moa.build import DTYPES
 from moa.checkpoint import TrainState, point, prune, save_checkpoint
 from moa.config import RunConfig
 from moa.model import MixtureModel
-from moa.training import zero
 from moa.training.batches import Collated, Layout, training_loader
 from moa.training.optimizer import (
     by_name,
     make_optimizer,
     names_of,
-    optimizer_tensors,
     parameter_table,
     rate_factor,
-    restore_optimizer,
     set_rates,
 )
 from moa.training.random_state import restore_rng, rng_tensors, seed_stage
@@ -54,6 +48,7 @@ from moa.training.step import (
     stop_if_not_finite,
     update_anchors,
 )
+from moa.training.strategy import Strategy, make_strategy, place, whole
 from moa.training.validation import validation_losses
 
 MAX_OVERFLOWS = 50  # fp16: in a row; the loss scale halves at each, and would be gone
@@ -124,24 +119,19 @@ class Stage:
         in_the_middle = state is not None and run.stage_step > 0
         if not in_the_middle:
             run.best = None
-            for line in start_weights(run.model, run.config, self.config):
+            with whole(run.model, run.config, write=True):
+                lines = start_weights(run.model, run.config, self.config)
+            for line in lines:
                 run.reporter.say(f"starts with {line}")
+        place(run.accelerator, run.model)
         self.groups = set_trainable(run.model, parameter_groups(run.model, run.config), self.config)
         self.show()
-        self.optimizer = None
-        self.wrapped: Any = run.model.to(run.accelerator.device)
-        self.prepared: Any = None
+        self.strategy: Strategy | None = None
         if self.groups:  # anchors learn without gradients
-            self.optimizer = make_optimizer(
-                run.model, self.groups, self.config.lr, run.config.train
+            optimizer = make_optimizer(run.model, self.groups, self.config.lr, run.config.train)
+            self.strategy = make_strategy(
+                run.accelerator, run.model, optimizer, run.layout, run.config
             )
-            dtype = DTYPES[run.config.train.precision]
-            clip_norm = run.config.train.clip_norm
-            zero.configure(
-                run.accelerator, run.layout, clip_norm, str(dtype).removeprefix("torch.")
-            )
-            self.wrapped, self.prepared = run.accelerator.prepare(run.model, self.optimizer)
-        self.engine = zero.engine_of(run.accelerator) if self.groups else None
         seed_stage(run.config.seed, run.stage, run.accelerator)
         if state is not None and in_the_middle:
             self.restore(state)
@@ -155,22 +145,11 @@ class Stage:
 
     def restore(self, state: TrainState) -> None:
         run, names = self.run, names_of(self.groups)
-        if self.optimizer is not None:
-            tensors = by_name(state.optimizer, names)
-            if self.engine is not None:
-                zero.restore_optimizer(self.engine, names, tensors)
-            else:
-                restore_optimizer(self.optimizer, names, tensors)
+        if self.strategy is not None:
+            self.strategy.restore_optimizer(names, by_name(state.optimizer, names))
         restore_rng(state.rng, run.accelerator)
         if run.accelerator.scaler is not None and state.progress["scaler"]:
             run.accelerator.scaler.load_state_dict(state.progress["scaler"])
-
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """Every process takes part: moments may be sharded."""
-        names = names_of(self.groups)
-        if self.engine is not None:
-            return zero.optimizer_tensors(self.engine, names)
-        return optimizer_tensors(self.optimizer, names) if self.optimizer is not None else {}
 
     def run_steps(self) -> None:
         run, stage = self.run, self.config
@@ -198,15 +177,8 @@ class Stage:
             if last or improved or run.step % run.config.train.save_every == 0:
                 self.save(improved)
             began = time.perf_counter()
-        self.close()
-
-    def close(self) -> None:
-        """Take off the wrapping: the next stage trains other parameters."""
-        accelerator = self.run.accelerator
-        accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        if self.engine is not None:
-            self.engine.destroy()
-        accelerator.free_memory()
+        if self.strategy is not None:
+            self.strategy.close()
 
     def step(self, micro_batches: list[Collated]) -> dict[str, Any]:
         """Read, learn, check before anything is changed, update; returns the step's figures."""
@@ -218,58 +190,47 @@ class Stage:
         figures = Figures(
             run.model.bank.names, run.config.data.tasks, run.mixture.names, run.accelerator.device
         )
-        if self.optimizer is None:
+        if self.strategy is None:
             return self.anchor_step(batches, figures)
-        rates = set_rates(self.optimizer, rate_factor(self.config, run.stage_step))
-        self.forward_backward(batches, counts, figures)
+        rates = set_rates(self.strategy.optimizer, rate_factor(self.config, run.stage_step))
+        self.forward_backward(self.strategy, batches, counts, figures)
         values = figures.reduced(run.accelerator)
-        grad_norm = self.check_and_update(figures, values)
+        grad_norm = self.check_and_update(self.strategy, figures, values)
         del values["non_finite"]
         named = {f"lr/{name}": rate for name, rate in rates.items()}
         return values | {"grad_norm": grad_norm} | named
 
-    def forward_backward(self, batches: list[Batch], counts: Counts, figures: Figures) -> None:
+    def forward_backward(
+        self, strategy: Strategy, batches: list[Batch], counts: Counts, figures: Figures
+    ) -> None:
         run = self.run
         progress = (run.stage_step - 1) / max(self.config.steps - 1, 1)
         weights = aux_weights(run.config.losses, progress)
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)  # gradients are exchanged once, with the last
             batch = batch.to(run.accelerator.device)
-            with nullcontext() if last else run.accelerator.no_sync(self.wrapped):
-                output = self.wrapped(batch, stage_gates(run.model, batch, self.config.name))
+            with strategy.accumulating(last):
+                output = strategy.forward(batch, stage_gates(run.model, batch, self.config.name))
                 loss = objective(output, counts, weights, run.config.losses.reduction)
                 # gradients are averaged over processes; the shares are to be added up
-                loss = loss * run.layout.num_processes
-                if self.engine is not None:
-                    zero.backward(self.engine, loss, last)
-                else:
-                    run.accelerator.backward(loss)
+                strategy.backward(loss * run.layout.num_processes, last)
             figures.add(batch, output)
 
-    def check_and_update(self, figures: Figures, values: Mapping[str, float]) -> float:
+    def check_and_update(
+        self, strategy: Strategy, figures: Figures, values: Mapping[str, float]
+    ) -> float:
         """Clip and step, unless something is not finite; the gradient's norm before clipping."""
         run = self.run
         scaled = run.config.train.precision == "fp16"  # overflows are its scaler's business
         stop_if_not_finite(figures, values, 0.0, run.accelerator, run.step)
         if run.stage_step == 1:
-            of = zero.gradient if self.engine is not None else attrgetter("grad")
-            check_gradients(self.groups, of, finite=not scaled)
-        if self.engine is not None:  # clips by itself, and knows the norm only afterwards
-            self.engine.step()
-            grad_norm = float(self.engine.get_global_grad_norm())
-        else:
-            grad_norm = self.clip()
-        stop_if_not_finite(figures, values, 0.0 if scaled else grad_norm, run.accelerator, run.step)
-        if self.engine is None:
-            self.prepared.step()
-            self.prepared.zero_grad()
-            self.watch_overflows()
-        return grad_norm if math.isfinite(grad_norm) else -1.0
-
-    def clip(self) -> float:
+            check_gradients(self.groups, strategy.gradient, finite=not scaled)
         trained = [p for parameters in self.groups.values() for p in parameters.values()]
-        clip = self.run.config.train.clip_norm or math.inf
-        return float(self.run.accelerator.clip_grad_norm_(trained, clip))
+        grad_norm = strategy.clip(trained, run.config.train.clip_norm)
+        stop_if_not_finite(figures, values, 0.0 if scaled else grad_norm, run.accelerator, run.step)
+        strategy.update()
+        self.watch_overflows()
+        return grad_norm if math.isfinite(grad_norm) else -1.0
 
     def watch_overflows(self) -> None:
         skipped = self.run.accelerator.optimizer_step_was_skipped
@@ -316,8 +277,10 @@ class Stage:
     def save(self, improved: bool) -> None:
         """Every process takes part; the first one writes."""
         run = self.run
-        rng, optimizer = rng_tensors(run.accelerator), self.optimizer_tensors()
-        with zero.whole(self.engine, run.model.parameters()):
+        rng, optimizer = rng_tensors(run.accelerator), {}
+        if self.strategy is not None:
+            optimizer = self.strategy.optimizer_tensors(names_of(self.groups))
+        with whole(run.model, run.config):
             if run.accelerator.is_main_process:
                 state = TrainState(progress=run.progress(), optimizer=optimizer, rng=rng)
                 folder = save_checkpoint(run.folder, run.step, run.model, run.config, state)

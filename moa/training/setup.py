@@ -28,11 +28,12 @@ from moa.checkpoint import (
     verify,
     write_run_header,
 )
-from moa.config import RunConfig, load_config
+from moa.config import RunConfig, TrainConfig, load_config
 from moa.settings import to_yaml
 from moa.training.batches import make_layout
 from moa.training.loop import Run
 from moa.training.report import LOG, Reporter, flatten, mixture_table, start_trackers
+from moa.training.strategy import asked_for, check_model
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # Settings that may differ on --resume: none of them changes what is learned.
@@ -41,23 +42,50 @@ FREE_ON_RESUME = ("out", "logging", "eval", "data.num_workers", "data.validation
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Accelerate as the environment asks for it; processes without a GPU talk over gloo."""
+    """Accelerate as the launch file asks for it; processes without a GPU talk over gloo.
+
+    Raises ValueError where the launch file contradicts the run's settings.
+    """
+    check_launch(config.train)
     # every trained parameter takes part in every forward, and buffers are the same everywhere
     handlers: list[Any] = [
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     ]
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1  # alone, a backend would be a mistake
-    if launched and not torch.cuda.is_available():
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # autocasts by itself
-    if deepspeed and config.train.precision == "fp16":
-        raise ValueError("train.precision: fp16 does not run under DeepSpeed; choices: bf16, fp32")
+    deepspeed, on_cpu = asked_for("ACCELERATE_USE_DEEPSPEED"), not torch.cuda.is_available()
+    if on_cpu and deepspeed:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # alone, a backend would be a mistake
+            handlers.append(InitProcessGroupKwargs(backend="gloo"))
     return Accelerator(
+        # told of a CPU, Accelerate forgets DeepSpeed; not told, it forgets to join the gradients
+        cpu=on_cpu and not deepspeed,
+        # DeepSpeed autocasts by itself
         mixed_precision="no" if deepspeed else MIXED[config.train.precision],
         log_with=list(config.logging.trackers) or None,
         project_config=ProjectConfiguration(project_dir=config.out, logging_dir=config.out),
         kwargs_handlers=handlers,
     )
+
+
+def check_launch(train: TrainConfig) -> None:
+    """ValueError for settings of the launch file that this run has by other names, or not at all."""
+    mixed = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed not in ("no", MIXED[train.precision]):
+        raise ValueError(
+            f"mixed_precision: {mixed} in the launch file, train.precision={train.precision} in the "
+            'run; the run decides: leave it "no" in the file'
+        )
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation not in ("1", "auto"):
+        raise ValueError(
+            f"gradient_accumulation_steps: {accumulation} in the launch file; leave it out: it "
+            f"follows from train.batch_size={train.batch_size} and train.micro_batch_size"
+        )
+    for name, variable in (("DeepSpeed", "DEEPSPEED"), ("FSDP2", "FSDP")):
+        if train.precision == "fp16" and asked_for(f"ACCELERATE_USE_{variable}"):
+            raise ValueError(
+                f"train.precision: fp16 does not run under {name}; choices: bf16, fp32"
+            )
 
 
 def open_run(
@@ -71,6 +99,7 @@ def open_run(
     step = open_folder(config, accelerator, resume=resume, overwrite=overwrite)
     torch.manual_seed(config.seed)
     model = build_model(config, experts=step / "experts" if step else None)
+    check_model(accelerator, config, model)
     ocr = open_ocr(config.data)
     run = Run(
         config=config,

@@ -4,7 +4,7 @@ Gradients, parameters and moments are sharded over processes there; each functio
 whole tensors, and every process must call it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,52 +13,84 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from moa.build import DTYPES
+from moa.config import TrainConfig
 from moa.training.batches import Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def configure(accelerator: Accelerator, layout: Layout, clip_norm: float, dtype: str) -> None:
-    """Fill in what DeepSpeed wants to know before it wraps a model; nothing without DeepSpeed.
+class Zero:
+    """See `moa.training.strategy.Strategy`."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        layout: Layout,
+        train: TrainConfig,
+    ) -> None:
+        configure(accelerator, layout, train)
+        self.accelerator, self.optimizer = accelerator, optimizer
+        accelerator.prepare(model, optimizer)
+        self.engine: Any = accelerator.deepspeed_engine_wrapped.engine
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.engine(*inputs)
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
+        """DeepSpeed clips and updates at once, and knows the norm afterwards."""
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def update(self) -> None:
+        pass
+
+    def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+        return optimizer_tensors(self.engine, names)
+
+    def restore_optimizer(
+        self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
+    ) -> None:
+        restore_optimizer(self.engine, names, tensors)
+
+    def close(self) -> None:
+        self.engine.destroy()
+        self.accelerator.free_memory()
+
+
+def configure(accelerator: Accelerator, layout: Layout, train: TrainConfig) -> None:
+    """Fill in what DeepSpeed wants to know before it wraps a model.
 
     Half precision is autocast, as without DeepSpeed: its own `bf16` would cast the parameters.
     """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:
-        plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": layout.micro_batch_size,
-            "gradient_accumulation_steps": layout.accumulation,
-            "gradient_clipping": clip_norm,
-            "torch_autocast": {"enabled": dtype != "float32", "dtype": dtype},
-        }
+    dtype = str(DTYPES[train.precision]).removeprefix("torch.")
+    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.accumulation,
+        "gradient_clipping": train.clip_norm,
+        "torch_autocast": {"enabled": dtype != "float32", "dtype": dtype},
+    }
 
 
-def engine_of(accelerator: Accelerator) -> Any:
-    """DeepSpeed's engine of the model prepared last, or None without DeepSpeed."""
-    wrapper = getattr(accelerator, "deepspeed_engine_wrapped", None)
-    return wrapper.engine if wrapper is not None else None
-
-
-def backward(engine: Any, loss: Tensor, last: bool) -> None:
-    """Accumulate gradients; the `last` micro-batch of a step exchanges them."""
-    engine.set_gradient_accumulation_boundary(is_boundary=last)
-    engine.backward(loss, scale_wrt_gas=False)
-
-
-def gradient(parameter: nn.Parameter) -> Tensor | None:
-    from deepspeed.utils import safe_get_full_grad
-
-    return safe_get_full_grad(parameter)
-
-
-def whole(engine: Any, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-    """Inside, sharded parameters (ZeRO-3) are whole on every process; to be read, not written."""
-    sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    if engine is None or not sharded:
-        return nullcontext()
+def whole(parameters: Sequence[nn.Parameter], write: bool) -> AbstractContextManager[Any]:
+    """See `moa.training.strategy.whole`."""
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(sharded)
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
 
 
 def optimizer_tensors(engine: Any, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
