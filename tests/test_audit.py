@@ -157,3 +157,17 @@ def test_check_exits_with_one_where_something_is_wrong_and_preview_writes_a_page
     out = tmp_path / "page.html"
     assert run("preview", source, f"out={out}", "num_samples=2").returncode == 0
     assert out.read_text().count("<section>") == 2
+
+
+def test_the_data_of_a_clip_is_checked_and_shown_too(tmp_path):
+    spec = importlib.util.spec_from_file_location("data_script", ROOT / "scripts" / "data.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["data_script"] = script
+    spec.loader.exec_module(script)
+    page = tmp_path / "page.html"
+    arguments = ["configs/clip_demo.yaml", "only=[line]", "limit=3", "num_samples=2", f"out={page}"]
+    settings, config, known = script.read_settings([*arguments, "progress=false"])
+    console = script.Console(file=io.StringIO())
+    assert script.check(settings, config, known, console) == 0
+    script.preview(settings, config, known, console)
+    assert "a line drawing of " in page.read_text() and page.read_text().count("<img") == 2
