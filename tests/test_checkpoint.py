@@ -59,8 +59,8 @@ def run(tmp_path, model, config) -> Path:
 def test_a_checkpoint_loads_back_bit_for_bit(run, model):
     from data.sources import make_collator
 
-    loaded, processor, config = load_model(run)
-    collate = make_collator(config, processor)
+    loaded, _, config = load_model(run)
+    collate = make_collator(config, loaded.backbone.intake)
     batch = collate([sample(expert="vqa"), sample(task="grounding", expert="vqa", ocr=None)])
     with torch.no_grad():
         own, other = model(batch), loaded(batch)
