@@ -28,7 +28,13 @@ def build_model(config: RunConfig, experts: Path | None = None) -> MixtureModel:
     `experts` is the folder of a checkpoint whose experts take the place of fresh ones. Raises
     ValueError for targets that match nothing, and for adapters of another base.
     """
-    backbone = open_base(config.model)
+    return build_mixture(config, open_base(config.model), experts)
+
+
+def build_mixture(
+    config: RunConfig, backbone: Backbone | ClipBackbone, experts: Path | None = None
+) -> MixtureModel:
+    """The experts and the router of a config around a base that is at hand."""
     bank = ExpertBank.attach(
         backbone.model,
         config.model.targets,

@@ -36,6 +36,7 @@ LEVELS = (
     ("moa.clip_model",),
     ("moa.build", "moa.checkpoint", "moa.merging", "moa.analysis"),
     ("moa.training", "moa.benchmarks", "moa.federated"),
+    ("moa.planning",),
     ("train", "eval", "scripts", "benchmarks"),
 )
 # Library -> the only modules that may import it; whatever else must work without it.

@@ -1,0 +1,99 @@
+"""A batch of the shape that a run will meet: ids and masks are real, pixels are left to the caller."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from moa.backbones.llava import Backbone
+from moa.config import RunConfig
+
+OCR_CHARS = 8  # tokens of an OCR word
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """What a sample is taken to be: a picture, a question, an answer, in tokens together."""
+
+    tokens: int  # of prompt, picture and answer
+    answer: int  # of them supervised
+    image: int  # of them the picture's
+    pack: int | None = None  # tokens of a row that several samples share
+
+    def __post_init__(self) -> None:
+        rest = self.tokens - self.image - self.answer
+        if self.answer < 1 or rest < 1:
+            raise ValueError(
+                f"length: {self.tokens} tokens leave {rest} for the question, after {self.image} of "
+                f"the picture and {self.answer} of the answer"
+            )
+        if self.pack is not None and self.pack < self.tokens:
+            raise ValueError(f"length: {self.tokens} must fit train.pack_length={self.pack}")
+
+
+@torch.no_grad()
+def image_tokens(backbone: Backbone) -> int:
+    """Tokens that one picture becomes, asked of a backbone without experts."""
+    pixels = blank_pictures(backbone.model.config, 1).to(backbone.dtype)
+    found = backbone.model.model.get_image_features(pixel_values=pixels, return_dict=True)
+    return sum(len(entry.flatten(0, -2)) for entry in found.pooler_output)
+
+
+def blank_pictures(config: Any, count: int) -> Tensor:
+    side = config.vision_config.image_size
+    height, width = (side, side) if isinstance(side, int) else side
+    return torch.zeros(count, 3, height, width)
+
+
+def example_batch(config: RunConfig, base: Any, lengths: Lengths, num_samples: int) -> Batch:
+    """Samples of equal length, a picture each, in rows; the last row is one token short.
+
+    Rows of a real batch differ in length, and a single padded token is what makes attention keep a
+    mask. `base` is the backbone's config.
+    """
+    image, count, words = base.image_token_id, num_samples, config.prompt.max_ocr_words
+    sample = torch.full((lengths.tokens,), 2 if image != 2 else 3)
+    sample[: lengths.image] = image
+    labels = torch.full_like(sample, -100)
+    labels[-lengths.answer :] = sample[-1]
+    question = lengths.tokens - lengths.image - lengths.answer
+    ids, targets, segments = in_rows(sample, labels, count, lengths.pack)
+    mask = (segments >= 0).long()
+    if lengths.pack is None and count > 1:
+        mask[-1, -1], targets[-1, -1] = 0, -100
+    return Batch(
+        input_ids=ids,
+        attention_mask=mask,
+        labels=targets,
+        segments=segments if lengths.pack is not None else None,
+        pixel_values=blank_pictures(base, count),
+        image_index=torch.arange(count),
+        text_ids=torch.full((count, question), int(sample[-1])),
+        text_mask=torch.ones(count, question, dtype=torch.bool),
+        ocr_ids=torch.full((count, words, OCR_CHARS), int(sample[-1])),
+        ocr_char_mask=torch.ones(count, words, OCR_CHARS, dtype=torch.bool),
+        ocr_boxes=torch.zeros(count, words, 4),
+        ocr_confidence=torch.ones(count, words),
+        ocr_mask=torch.ones(count, words, dtype=torch.bool),
+        task_ids=torch.arange(count) % len(config.data.tasks),
+        expert_ids=torch.arange(count) % len(config.experts),
+        image_mask=torch.ones(count, dtype=torch.bool),
+    )
+
+
+def in_rows(
+    sample: Tensor, labels: Tensor, count: int, pack: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, labels and segments [rows, seq] of `count` copies; a row each without `pack`."""
+    length = len(sample)
+    per_row = 1 if pack is None else pack // length
+    rows, width = -(-count // per_row), pack or length
+    ids = torch.zeros(rows, width, dtype=torch.long)
+    targets, segments = torch.full_like(ids, -100), torch.full_like(ids, -1)
+    for number in range(count):
+        row, place = divmod(number, per_row)
+        here = slice(place * length, (place + 1) * length)
+        ids[row, here], targets[row, here], segments[row, here] = sample, labels, number
+    return ids, targets, segments

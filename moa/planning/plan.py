@@ -1,0 +1,228 @@
+"""A run's plan: from a config and a machine to memory and traffic, on shapes alone.
+
+    config + backbone -> fake model (the project's own build) -> one fake step -> each configuration
+
+What a step needs is affine in the micro-batch: two steps tell of all, and which micro-batch fits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moa.backbones.shapes import find_shape, random_backbone
+from moa.build import DTYPES, build_mixture
+from moa.config import RunConfig, StageConfig
+from moa.planning.batch import Lengths, example_batch, image_tokens
+from moa.planning.shape import ModelShape, shape_of
+from moa.planning.step import StepCosts, measure_step
+from moa.planning.strategies import Memory, Traffic, memory, offered, traffic
+from moa.planning.tensors import fake_mode
+from moa.training.batches import Layout, make_layout
+from moa.training.stages import parameter_groups, set_trainable
+
+GIB, GB = 2**30, 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The devices of a run, all alike."""
+
+    num_devices: int = 1
+    memory: float = 80.0  # GiB of each
+    reserve: float = 2.0  # GiB of it for the CUDA context, libraries and gaps between tensors
+    bandwidth: float = 50.0  # GB/s that each can send to the others
+    host_bandwidth: float = 25.0  # GB/s to and from its host
+
+    def __post_init__(self) -> None:
+        for name in ("num_devices", "memory", "bandwidth", "host_bandwidth"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.reserve < self.memory:
+            raise ValueError(f"reserve: must be in [0, {self.memory:g} GiB), got {self.reserve}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """What two steps of a run have shown, the second one of twice as many samples."""
+
+    backbone: str
+    lengths: Lengths
+    shape: ModelShape
+    samples: int
+    low: StepCosts
+    high: StepCosts
+
+    def costs(self, samples: int) -> StepCosts:
+        """Of a micro-batch of so many."""
+        steps = (samples - self.samples) / self.samples
+        grown = {
+            name: round(getattr(self.low, name) + steps * self.growth(name))
+            for name in ("kept", "peak", "flops")
+        }
+        return replace(self.low, **grown)
+
+    def growth(self, name: str) -> int:
+        return getattr(self.high, name) - getattr(self.low, name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One configuration: what it holds and sends, and how far it goes."""
+
+    name: str
+    memory: Memory
+    traffic: Traffic
+    fits: bool
+    largest_micro_batch: int  # of samples that would fit; 0: none
+    seconds: float  # of communication in an optimiser step, none of it hidden behind computation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run of a config with a backbone needs on a machine."""
+
+    backbone: str
+    machine: Machine
+    layout: Layout
+    lengths: Lengths
+    shape: ModelShape
+    costs: StepCosts
+    choices: list[Choice]
+
+    @property
+    def recommended(self) -> Choice | None:
+        """The first that has room for a sample: they stand in the order of what they send, and
+        micro-batches of any size add up to the same step."""
+        return next((choice for choice in self.choices if choice.largest_micro_batch), None)
+
+    @property
+    def micro_batch(self) -> int:
+        """Of the recommended configuration, the largest that divides what each device gets; or 0."""
+        most = self.recommended.largest_micro_batch if self.recommended is not None else 0
+        own = self.layout.batch_size // self.layout.num_processes
+        return max((n for n in range(1, own + 1) if own % n == 0 and n <= most), default=0)
+
+    @property
+    def flops(self) -> float:
+        """Of one device in an optimiser step."""
+        return float(self.costs.flops * self.layout.accumulation)
+
+
+class FakeRun:
+    """A model of a config on fake tensors, set up as for the stage that trains most."""
+
+    def __init__(self, config: RunConfig, backbone: str) -> None:
+        self.config, self.mode = config, fake_mode()
+        with self.mode:
+            base = random_backbone(find_shape(backbone), DTYPES[config.model.dtype])
+            self.image_tokens = image_tokens(base)
+            self.model = build_mixture(config, base)
+        self.stage = stage_of(config)
+        groups = parameter_groups(self.model, config)
+        self.groups = set_trainable(self.model, groups, self.stage)
+        if not self.groups:
+            raise ValueError(f"router.kind={config.router.kind}: no stage trains anything")
+        if config.train.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.model.train()
+        self.shape = shape_of(self.model, config.model.quantization)
+
+    def measure(self, lengths: Lengths, num_samples: int) -> StepCosts:
+        base = self.model.model.config
+        batch = example_batch(self.config, base, lengths, num_samples)
+        return measure_step(self.model, self.groups, self.stage, self.config.train, batch)
+
+
+def stage_of(config: RunConfig) -> StageConfig:
+    """The config's own stage that trains most; joint where it names none."""
+    by_name = {stage.name: stage for stage in config.stages}
+    found = [by_name[name] for name in ("joint", "experts", "router") if name in by_name]
+    return found[0] if found else StageConfig(name="joint", steps=1)
+
+
+def trace(
+    config: RunConfig,
+    backbone: str,
+    samples: int,
+    *,
+    tokens: int | None = None,
+    answer: int = 256,
+    say: Callable[[str], Any] = lambda line: None,
+) -> Traced:
+    """Run the steps of a config with a backbone, around a micro-batch of `samples`.
+
+    A sample is taken to have `tokens` tokens, the picture's and the answer's included:
+    prompt.max_length, unless told otherwise. Raises ValueError for what does not fit together.
+    """
+    say(f"{backbone}: building")
+    run = FakeRun(config, backbone)
+    lengths = Lengths(
+        tokens=tokens or config.prompt.max_length,
+        answer=answer,
+        image=run.image_tokens,
+        pack=config.train.pack_length,
+    )
+    samples = max(samples, 2)  # one alone has no padding, and so no mask
+    steps = []
+    for count in (samples, 2 * samples):
+        say(f"{backbone}: a step of {count} samples")
+        steps.append(run.measure(lengths, count))
+    return Traced(backbone=backbone, lengths=lengths, shape=run.shape, samples=samples,
+                  low=steps[0], high=steps[1])  # fmt: skip
+
+
+def make_plan(traced: Traced, layout: Layout, machine: Machine, quantized: bool) -> Plan:
+    """What was traced, on a machine, in every configuration for so many devices."""
+    choices = [
+        choose(name, traced, layout, machine) for name in offered(machine.num_devices, quantized)
+    ]
+    return Plan(
+        backbone=traced.backbone,
+        machine=machine,
+        layout=layout,
+        lengths=traced.lengths,
+        shape=traced.shape,
+        costs=traced.costs(layout.micro_batch_size),
+        choices=choices,
+    )
+
+
+def choose(name: str, traced: Traced, layout: Layout, machine: Machine) -> Choice:
+    """One configuration on a machine."""
+    costs, devices = traced.costs(layout.micro_batch_size), machine.num_devices
+    held = memory(name, traced.shape, costs, devices)
+    sent = traffic(name, traced.shape, costs, devices, layout.accumulation)
+    limit = (machine.memory - machine.reserve) * GIB
+    per_sample = traced.growth("peak") / traced.samples
+    room = layout.micro_batch_size + (limit - held.total) / per_sample
+    across = (sent.gradients + sent.parameters) / (machine.bandwidth * GB)
+    return Choice(
+        name=name,
+        memory=held,
+        traffic=sent,
+        fits=held.total <= limit,
+        largest_micro_batch=max(int(room), 0),
+        seconds=across + sent.host / (machine.host_bandwidth * GB),
+    )
+
+
+def plan_run(
+    config: RunConfig,
+    backbones: Sequence[str],
+    machines: Sequence[Machine],
+    *,
+    tokens: int | None = None,
+    answer: int = 256,
+    say: Callable[[str], Any] = lambda line: None,
+) -> list[Plan]:
+    """A plan for each backbone on each machine; the backbone "config" is the config's own."""
+    layouts = [make_layout(config.train, machine.num_devices) for machine in machines]
+    samples = min(layout.micro_batch_size for layout in layouts)
+    plans = []
+    for name in backbones:
+        own = config.model.name if name == "config" else name
+        traced = trace(config, own, samples, tokens=tokens, answer=answer, say=say)
+        quantized = config.model.quantization is not None
+        pairs = zip(machines, layouts, strict=True)
+        plans += [make_plan(traced, layout, machine, quantized) for machine, layout in pairs]
+    return plans

@@ -1,0 +1,118 @@
+"""What one training step needs, by running it: on fake tensors for a plan, on real ones to check it.
+
+    parameters + gradients + optimiser      there all the time
+    kept                                    activations that wait for the backward pass
+    peak                                    the most that a step adds to what is there all the time
+
+The step is the loop's: autocast, the model's own forward and backward, make_optimizer.
+"""
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from moa.build import DTYPES
+from moa.config import StageConfig, TrainConfig
+from moa.model import MixtureModel
+from moa.planning.tensors import Flops, LiveBytes, RealMasks
+from moa.training.optimizer import make_optimizer
+from moa.training.stages import Parameters, stage_gates
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCosts:
+    """Bytes of one micro-batch on one device, and its floating-point operations."""
+
+    frozen: int
+    trained: dict[str, int]  # by group
+    gradients: int
+    optimizer: int
+    kept: int
+    peak: int
+    flops: int
+    backward: int  # parameters whose layers the backward pass goes through, in bytes
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of the storages behind tensors, each once: tied weights share one."""
+    storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
+def measure_step(
+    model: MixtureModel,
+    groups: Mapping[str, Parameters],
+    stage: StageConfig,
+    train: TrainConfig,
+    batch: Batch,
+) -> StepCosts:
+    """Run a micro-batch that is not the first of its step, so that gradients are there, and update.
+
+    The model is as a stage has set it up (`set_trainable`, checkpointing, training mode).
+    """
+    trained = [p for parameters in groups.values() for p in parameters.values()]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = bytes_of(p.grad for p in trained if p.grad is not None)
+    there = [
+        *model.parameters(),
+        *model.buffers(),
+        *(p.grad for p in trained if p.grad is not None),
+    ]
+    live, flops = LiveBytes(there), Flops()
+    static, visited = live.now, Visited(model)
+    with RealMasks(), flops, live, visited:
+        with autocast(batch.input_ids.device.type, train):
+            output = model(batch, stage_gates(model, batch, stage.name))
+            loss = output.loss_per_sample.sum() + sum(output.aux.values())
+        kept = live.now - static
+        loss.backward()
+    optimizer = make_optimizer(model, groups, stage.lr, train)
+    with RealMasks():
+        optimizer.step()
+    states = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    return StepCosts(
+        frozen=bytes_of(p for p in model.parameters() if not p.requires_grad),
+        trained={name: bytes_of(parameters.values()) for name, parameters in groups.items()},
+        gradients=gradients,
+        optimizer=bytes_of(states),
+        kept=kept,
+        peak=live.peak - static,
+        flops=flops.total,
+        backward=bytes_of(visited.parameters),
+    )
+
+
+def autocast(device: str, train: TrainConfig) -> AbstractContextManager[Any]:
+    """As Accelerate does it for train.precision."""
+    if train.precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device, DTYPES[train.precision])
+
+
+class Visited:
+    """Inside, collects the parameters of layers whose output has a gradient."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.parameters = model, list[Tensor]()
+
+    def __enter__(self) -> "Visited":
+        self.hooks = [
+            module.register_forward_hook(self._note)
+            for module in self.model.modules()
+            if any(True for _ in module.parameters(recurse=False))
+        ]
+        return self
+
+    def _note(self, module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            self.parameters += module.parameters(recurse=False)
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
