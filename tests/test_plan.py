@@ -208,9 +208,8 @@ def test_configurations_are_those_of_configs_accelerate_and_fit_the_machine():
     assert offered(1, False) == ["single", "zero3_offload"]
     assert offered(8, False) == ["ddp", "zero2", "fsdp2", "zero3", "zero3_offload"]
     assert offered(8, True) == ["ddp", "zero2"]  # bitsandbytes' weights stay whole
-    folder = Path("configs/accelerate")
-    if folder.is_dir():
-        assert {*STRATEGIES, "multi_node"} == {file.stem for file in folder.glob("*.yaml")}
+    files = {file.stem for file in Path("configs/accelerate").glob("*.yaml")}
+    assert files <= {*STRATEGIES, "multi_node"}
 
 
 def test_the_recommended_configuration_sends_least_and_has_room():
