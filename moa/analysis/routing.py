@@ -171,5 +171,6 @@ def summary(
         record["per_site"] = {task: values.tolist() for task, values in sites.items()}
     if cosines is not None:
         record["duplicates"] = duplicates(cosines, experts)
-        record["cosines"] = cosines.tolist()
+        # the last digits depend on where in memory the factors lie, and would differ between runs
+        record["cosines"] = cosines.round(decimals=12).tolist()
     return record

@@ -73,7 +73,7 @@ def evaluate(
     """
     check_gates(gates, model)
     device = next(model.parameters()).device
-    thinned = first_pictures(num_pictures, benchmark)  # no more than a process needs for itself
+    thinned = thinner(num_pictures, benchmark)  # no more pictures than this process might need
 
     def ask(rows: range) -> Answers:
         items = [
@@ -89,10 +89,7 @@ def evaluate(
         ids, decided = answer(model, batch.to(device), gates, collator, max_new_tokens, num_beams)
         seconds = time.perf_counter() - begin
         return Answers(
-            predictions=[
-                replace(prediction, sample=thinned(prediction.sample))
-                for prediction in predictions_of(batch.samples, ids, decided, collator)
-            ],
+            predictions=[*map(thinned, predictions_of(batch.samples, ids, decided, collator))],
             rejected=rejected,
             seconds=seconds,
             num_tokens=int((ids != collator.processor.tokenizer.pad_token_id).sum()),
@@ -106,13 +103,10 @@ def evaluate(
     predictions = [prediction for part in answers for prediction in part.predictions]
     if not predictions:
         raise ValueError(f"{name}: none of {len(dataset)} samples can be scored; {skipped[0]}")
-    thinned, by_task = first_pictures(num_pictures, benchmark), dict[str, list[Prediction]]()
-    for prediction in predictions:
-        kept = replace(prediction, sample=thinned(prediction.sample))
-        by_task.setdefault(benchmark or kept.sample.task, []).append(kept)
+    tasks = by_task([*map(thinner(num_pictures, benchmark), predictions)], benchmark)
     return Result(
         name=name,
-        tasks={task: (found, scores_of(task, found, scored)) for task, found in by_task.items()},
+        tasks={task: (found, scores_of(task, found, scored)) for task, found in tasks.items()},
         skipped=skipped,
         seconds=max(map(sum, processes.dealt([part.seconds for part in answers]))),
         num_tokens=sum(part.num_tokens for part in answers),
@@ -169,6 +163,22 @@ def first_pictures(count: int, benchmark: str | None = None) -> Callable[[Sample
         return sample if seen[task] <= count else without_picture(sample)
 
     return thinned
+
+
+def thinner(num_pictures: int, benchmark: str | None) -> Callable[[Prediction], Prediction]:
+    """`first_pictures` for predictions."""
+    thinned = first_pictures(num_pictures, benchmark)
+    return lambda prediction: replace(prediction, sample=thinned(prediction.sample))
+
+
+def by_task(
+    predictions: Sequence[Prediction], benchmark: str | None
+) -> dict[str, list[Prediction]]:
+    """The predictions that each benchmark scores."""
+    found: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        found.setdefault(benchmark or prediction.sample.task, []).append(prediction)
+    return found
 
 
 def without_picture(sample: Sample) -> Sample:
