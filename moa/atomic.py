@@ -1,7 +1,12 @@
-"""Folders that appear on the disk whole or not at all."""
+"""Files and folders that appear on the disk whole or not at all, also after a loss of power.
 
+What they hold is on the disk before their name is, and the name before the function returns.
+"""
+
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,12 +21,28 @@ def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def write_file(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(file)
+    _sync(file.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that must not be seen half deleted: its name goes first."""
+    hidden = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, or vanishes.
-
-    Files are on the disk before the rename, so a name never stands for a folder half written.
-    """
+    """A temporary folder beside `path` that takes its place when the block ends well, or vanishes."""
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target}: a file of this name is in the way of the folder")
@@ -37,11 +58,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _sync(file)
         _replace(temporary, target)
         _sync(target.parent)
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own error
-        number = error.errno if isinstance(error, OSError) else None
-        raise OSError(number, f"{target}: not written, nothing was changed: {error}") from error
+    except (OSError, SafetensorError) as error:
+        number, reason = error_of(error)
+        raise OSError(number, f"{target}: not written, nothing was changed: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def error_of(error: OSError | SafetensorError) -> tuple[int, str]:
+    """Number and text; safetensors writes the number of a full disk into a text of its own."""
+    if isinstance(error, OSError):
+        return error.errno or errno.EIO, error.strerror or str(error)
+    number = re.search(r"os error (\d+)", str(error))
+    return int(number[1]) if number else errno.EIO, str(error)
 
 
 def _replace(temporary: Path, target: Path) -> None:
@@ -52,7 +81,7 @@ def _replace(temporary: Path, target: Path) -> None:
     target.rename(old)  # a folder that is not empty cannot be renamed over
     try:
         temporary.rename(target)
-    except OSError:
+    except BaseException:  # a signal's handler may raise anything here
         old.rename(target)
         raise
     shutil.rmtree(old)

@@ -11,11 +11,10 @@
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moa.atomic import atomic_folder, write_json
+from moa.atomic import atomic_folder, remove_folder, write_file, write_json
 from moa.backbones.clip import ClipBackbone
 from moa.build import build_model, projector_state, router_state
 from moa.config import RunConfig, load_config
@@ -57,7 +56,7 @@ def save_checkpoint(
 
     Raises OSError, saying that the checkpoint before is whole, where the disk is full.
     """
-    target = run / "checkpoints" / f"step-{step:06d}"
+    target = run / "checkpoints" / step_name(step)
     try:
         with atomic_folder(target) as folder:
             write_model(folder, model, config)
@@ -70,7 +69,7 @@ def save_checkpoint(
         before = pointed(run, "last")
         kept = f"the checkpoint before, {before}, is whole" if before else "there is none before"
         raise OSError(
-            error.errno, f"checkpoint step-{step:06d} not written; {kept}: {error}"
+            error.errno, f"checkpoint {target.name} not written; {kept}: {error.strerror}"
         ) from error
     return target
 
@@ -115,19 +114,13 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def point(run: Path, name: str, step_name: str) -> None:
+def step_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def point(run: Path, name: str, folder_name: str) -> None:
     """Let `checkpoints/<name>` name a step folder."""
-    write_file(run / "checkpoints" / name, step_name + "\n")
-
-
-def write_file(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("w") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(file)
+    write_file(run / "checkpoints" / name, folder_name + "\n")
 
 
 def pointed(run: Path, name: str) -> str | None:
@@ -135,13 +128,15 @@ def pointed(run: Path, name: str) -> str | None:
     return file.read_text().strip() if file.is_file() else None
 
 
-def prune(run: Path, keep_last: int) -> None:
-    """Delete all but the newest checkpoints and the best, and what killed runs left half written."""
+def prune(run: Path, keep_last: int, best: Collection[int] = ()) -> None:
+    """Delete all but the newest checkpoints, those of the steps `best`, and those that have a name;
+    and what killed runs left half written.
+    """
     root = run / "checkpoints"
     steps = sorted(p.name for p in root.glob("step-*"))
-    kept = {*steps[-keep_last:], pointed(run, "best"), pointed(run, "last")}
+    kept = {*steps[-keep_last:], *map(step_name, best), pointed(run, "best"), pointed(run, "last")}
     for name in set(steps) - kept:
-        shutil.rmtree(root / name)
+        remove_folder(root / name)
     for remnant in (*root.glob(".step-*"), *root.glob(".*.tmp")):
         shutil.rmtree(remnant) if remnant.is_dir() else remnant.unlink()
 

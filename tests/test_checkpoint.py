@@ -44,7 +44,7 @@ def model(config):
 
 
 STATE = TrainState(
-    progress={"step": 3, "best": None},
+    progress={"step": 3, "best": []},
     optimizer={"experts/a:exp_avg": torch.arange(3.0)},
     rng={"cpu": torch.get_rng_state()[None]},
 )
@@ -150,6 +150,15 @@ def test_old_checkpoints_go_and_the_best_and_the_newest_stay(run, model, config)
     prune(run, keep_last=2)
     left = sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir())
     assert left == ["step-000003", "step-000009", "step-000012"]
+
+
+def test_the_best_steps_stay_beside_the_newest_and_those_with_a_name(run, model, config):
+    for step in (6, 9, 12, 15):
+        save_checkpoint(run, step, model, config, STATE)
+    point(run, "best", "step-000009")
+    prune(run, keep_last=1, best=[9, 3])
+    left = sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir())
+    assert left == ["step-000003", "step-000009", "step-000015"]
 
 
 def test_an_expert_with_a_nan_is_not_written(run, model, config):
