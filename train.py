@@ -9,10 +9,13 @@ import sys
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
 
+from data.checks import BadSampleError
 from moa.config import RunConfig, load_config
 from moa.settings import describe
 from moa.training.loop import train
 from moa.training.setup import make_accelerator, open_run
+from moa.training.signals import EXIT_STATUS
+from moa.training.step import TrainingError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -38,9 +41,16 @@ def main() -> None:
         )
     except ValueError as error:  # the user's: it names the key or file, and the rule
         sys.exit(f"error: {error}")
-    train(run, state)
-    run.reporter.say(f"\ndone: {run.step} steps in {run.folder}")
+    try:
+        with run.stop.on_signals():
+            train(run, state)
+    except (TrainingError, BadSampleError, OSError) as error:
+        sys.exit(f"error: {error}\n{run.how_to_go_on()}")
     accelerator.end_training()
+    if not run.done:
+        run.reporter.say(f"\nstopped by {run.stop} after step {run.step}: {run.how_to_go_on()}")
+        sys.exit(EXIT_STATUS)
+    run.reporter.say(f"\ndone: {run.step} steps in {run.folder}")
 
 
 if __name__ == "__main__":

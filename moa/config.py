@@ -238,9 +238,13 @@ class TrainConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # AdamW
     save_every: int = 100  # steps between checkpoints; the end of a stage is always saved
     keep_last: int = 2  # newest checkpoints kept, besides the best
+    keep_best: int = 1  # checkpoints kept of the stage's lowest validation losses
+    # a loss or gradient that is not finite: stop the run, or update nothing at that step, and count
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    max_non_finite_steps: int = 10  # such steps in a whole run, with skip; one more stops it
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "save_every", "keep_last"):
+        for name in ("batch_size", "save_every", "keep_last", "keep_best", "max_non_finite_steps"):
             value = getattr(self, name)
             check(value >= 1, f"train.{name}", f"must be 1 or more, got {value}")
         micro = self.micro_batch_size

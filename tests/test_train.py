@@ -3,15 +3,14 @@
 import json
 import multiprocessing
 import os
-import random
-import signal
-import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data.checks import BadSampleError
@@ -26,10 +25,10 @@ from moa.training.optimizer import rate_factor
 from moa.training.report import keep_lines
 from moa.training.setup import make_accelerator, open_run
 from moa.training.step import TrainingError
-from tests.toy import toy_config, write_rows
+from tests.tiny import random_image
+from tests.toy import read_log, toy_config, toy_rows, write_rows
 
 SLOW = pytest.mark.slow
-CLOCKS = ("samples_per_s", "tokens_per_s", "memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +44,7 @@ def run_once(config: RunConfig, *, resume: bool = False, overwrite: bool = False
 
 
 def log_of(config: RunConfig) -> list[dict]:
-    """The log without what a clock says."""
-    lines = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
+    return read_log(config.out)
 
 
 def steps_of(config: RunConfig) -> list[dict]:
@@ -156,6 +153,36 @@ def test_a_killed_run_goes_on_to_the_losses_of_the_unbroken_one(
         assert pointed(Path(config.out), name) == pointed(Path(unbroken.out), name)
 
 
+def test_two_runs_of_one_seed_are_bit_identical_and_of_another_seed_are_not(world, tmp_path):
+    changes = {"stages": [{"name": "joint", "steps": 2}], "data__validation": []}
+    one, two, other = (
+        toy_config(world, out=str(tmp_path / name), seed=seed, **changes)
+        for name, seed in (("one", 1), ("two", 1), ("other", 2))
+    )
+    for config in (one, two, other):
+        run_once(config)
+    assert log_of(one) == log_of(two)
+    assert_same_weights(one, two)
+    assert log_of(one) != log_of(other)
+
+
+def test_the_best_checkpoints_of_a_stage_are_kept_and_best_names_the_first(
+    world, tmp_path, monkeypatch
+):
+    losses = iter([3.0, float("nan"), 1.0, 2.0, 1.0])
+    monkeypatch.setattr(loop, "validation_losses", lambda *a, **k: {"validation": next(losses)})
+    config = toy_config(
+        world, out=str(tmp_path / "run"), eval__every=1, train__keep_best=2, train__keep_last=1,
+        train__save_every=100, stages=[{"name": "joint", "steps": 5}],
+    )  # fmt: skip
+    run_once(config)
+    folders = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert [folder.name for folder in folders] == ["step-000003", "step-000005"]
+    assert pointed(tmp_path / "run", "best") == "step-000003"  # of equals the first
+    scores = [{"step": 3, "validation": 1.0}, {"step": 5, "validation": 1.0}]
+    assert json.loads((folders[1] / "state.json").read_text())["best"] == scores
+
+
 def assert_same_weights(config: RunConfig, other: RunConfig) -> None:
     (one, *_), (two, *_) = load_model(config.out), load_model(other.out)
     for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
@@ -169,8 +196,11 @@ def test_a_run_that_is_done_resumes_to_nothing(unbroken):
 
 
 @pytest.mark.slow
-def test_worker_processes_change_nothing_even_across_a_resume(unbroken, monkeypatch, tmp_path):
-    data = replace(unbroken.data, num_workers=2)
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_worker_processes_change_nothing_even_across_a_resume(
+    unbroken, monkeypatch, tmp_path, num_workers
+):
+    data = replace(unbroken.data, num_workers=num_workers)
     config = replace(unbroken, out=str(tmp_path / "workers"), data=data)
     with monkeypatch.context() as patch:
         kill_at(7, patch)
@@ -178,6 +208,7 @@ def test_worker_processes_change_nothing_even_across_a_resume(unbroken, monkeypa
             run_once(config)
     run_once(replace(config, data=unbroken.data), resume=True)
     assert log_of(config) == log_of(unbroken)
+    assert_same_weights(config, unbroken)
 
 
 @pytest.mark.slow
@@ -378,6 +409,45 @@ def test_bad_rows_are_left_out_counted_and_reported_where_the_config_says_so(
     assert "left out: 8 x missing image" in capsys.readouterr().out
 
 
+def poison(folder: Path) -> dict[str, str]:
+    """Four pictures that cannot be used -> the rule that each is counted by."""
+    random_image(1, 200, 200).save(folder / "whole.png")
+    whole = (folder / "whole.png").read_bytes()
+    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.png").touch()
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")  # 400 million pixels in 50 kB
+    return {"truncated.png": "broken image", "empty.png": "broken image",
+            "bomb.png": "picture too large", "nowhere.png": "missing image"}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_source_with_one_percent_of_broken_pictures_trains_to_the_end_with_exact_counts(
+    world, tmp_path, num_workers
+):
+    config, rules = toy_config(world), poison(tmp_path)
+    rows = toy_rows(tmp_path, "vqa", 400)
+    planted = dict(zip((31, 144, 260, 399), rules, strict=True))
+    for row, picture in planted.items():
+        rows[row]["image"] = picture
+    path = write_rows(tmp_path / "vqa.jsonl", rows)
+    config = toy_config(
+        world, out=str(tmp_path / "run"), data__on_bad_sample="skip", data__num_workers=num_workers,
+        data__sources=[{"name": "vqa", "format": "jsonl", "path": str(path), "expert": "vqa"}],
+        data__validation=[], train__batch_size=20, stages=[{"name": "experts", "steps": 36}],
+    )  # fmt: skip
+    run = run_once(config)
+    drawn = Counter(run.mixture.locate(position)[1] for position in range(36 * 20))
+    assert {drawn[row] for row in planted} == {1, 2}  # 1.8 passes: counts are of draws, not of rows
+    expected: Counter[str] = Counter()
+    for row, picture in planted.items():
+        expected[rules[picture]] += drawn[row]
+    assert run.step == 36 and run.skipped == expected
+    lines = steps_of(config)
+    assert sum(line["samples"] for line in lines) == 720 - expected.total()
+    assert lines[-1]["skipped"] == expected.total()
+
+
 def adapter(folder: Path, site: str, value: float) -> str:
     factors = {f"base_model.model.{site}.lora_{f}.weight": torch.full(shape, value)
                for f, shape in (("A", (2, 32)), ("B", (64, 2)))}  # fmt: skip
@@ -466,7 +536,6 @@ def child(out: str, config_file: str, overrides: list[str], resume: bool) -> Non
     torch.set_num_threads(1)
     config = load_config(config_file, [*overrides, f"out={out}"])
     run, state = open_run(config, make_accelerator(config), resume=resume)
-    (Path(out).parent / "begun").touch()
     train(run, state)
 
 
@@ -476,50 +545,6 @@ def processes():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.test_train"])
     return context
-
-
-@pytest.mark.slow
-def test_sigkill_at_random_moments_and_resume_give_the_unbroken_losses(
-    world, unbroken, processes, tmp_path
-):
-    rng, killed = random.Random(time.time_ns()), 0
-    out, whole = tmp_path / "run", tmp_path / "unbroken" / "run"
-    overrides = ["train.save_every=2"]
-    # in a process like the killed ones: another number of threads sums in another order
-    whole.parent.mkdir()
-    process = processes.Process(
-        target=child, args=(str(whole), str(world / "run.yaml"), overrides, False)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    for attempt in range(40):
-        process = processes.Process(
-            target=child, args=(str(out), str(world / "run.yaml"), overrides, attempt > 0)
-        )
-        process.start()
-        wait_for(tmp_path / "begun", process)
-        process.join(rng.uniform(0, 0.5) if killed < 5 else None)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            killed += 1
-            process.join()
-        elif process.exitcode == 0:
-            break
-        else:
-            pytest.fail(f"the run ended with exit code {process.exitcode}")
-    assert killed
-    losses = [
-        [s["loss"] for s in steps_of(replace(unbroken, out=str(path)))] for path in (out, whole)
-    ]
-    assert losses[0] == losses[1]
-
-
-def wait_for(file: Path, process) -> None:
-    """Until the process has begun to train, so that kills fall into steps, logs and saves."""
-    while process.is_alive() and not file.exists():
-        time.sleep(0.005)
-    file.unlink(missing_ok=True)
 
 
 def distributed_child(rank: int, size: int, port: int, *arguments) -> None:

@@ -24,7 +24,9 @@ pytestmark = [
 STAGES = [{"name": "experts", "steps": 2}, {"name": "joint", "steps": 3}]
 
 
-def sharded(folder: Path, config: RunConfig, stage: int, *flags: str) -> None:
+def sharded(
+    folder: Path, config: RunConfig, stage: int, *flags: str, script: str = "train.py"
+) -> None:
     """Train on two processes; every parameter is sharded in stage 3, however small."""
     settings = folder / "zero.json"
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
@@ -34,9 +36,14 @@ def sharded(folder: Path, config: RunConfig, stage: int, *flags: str) -> None:
         sys.executable, "-m", "accelerate.commands.launch", "--use_deepspeed",
         "--deepspeed_config_file", str(settings), "--zero3_init_flag", "false",
         "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no",
-        "train.py", "--config", str(folder / "run.json"), *flags,
+        script, "--config", str(folder / "run.json"), *flags,
     ]  # fmt: skip
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": paths,
+    }
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 

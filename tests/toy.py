@@ -8,6 +8,7 @@ import yaml
 from moa.config import RunConfig, load_config
 from tests.tiny import random_image, tiny_llava
 
+CLOCKS = ("samples_per_s", "tokens_per_s", "memory_gib")
 COLORS = ("red", "green", "blue")
 
 
@@ -71,3 +72,9 @@ def toy_config(folder: Path, **changes) -> RunConfig:
     file.write_text(yaml.safe_dump(toy_world(folder), sort_keys=False))
     pairs = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in changes.items()]
     return load_config(file, pairs)
+
+
+def read_log(out: str | Path) -> list[dict]:
+    """A run's log without what a clock says; a last line cut short by a kill is left out."""
+    lines = (Path(out) / "log.jsonl").read_text().split("\n")[:-1]
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCKS} for line in lines]

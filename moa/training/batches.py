@@ -5,6 +5,7 @@ positions, cut into micro-batches, dealt to the processes in turn: the samples o
 gradient, are the same for any number of processes, workers and micro-batches.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from data.collate import Collator
 from data.mixture import Mixture, Source, read_sample
 from data.sample import Sample
 from moa.config import TrainConfig
+from moa.training.signals import leave_to_parent
 
 Collated = tuple[Batch | None, list[BadSampleError]]
 
@@ -107,8 +109,23 @@ def make_loader(dataset: Any, collator: Collator, sampler: Any, num_workers: int
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=Collate(collator),
+        worker_init_fn=leave_to_parent,
         # a loader draws a seed for its workers: not from the stream that dropout draws from
         generator=torch.Generator(),
+    )
+
+
+def dead_worker(error: RuntimeError) -> str | None:
+    """What to tell of a data worker that died, if that is what a loader's `error` says."""
+    found = re.search(
+        r"DataLoader worker \(pid.*?(exited unexpectedly|is killed by signal: \w+)", str(error)
+    )
+    if found is None:
+        return None
+    return (
+        f"a process that loads data died ({found[0].removeprefix('DataLoader ')}): often for want of "
+        "memory, which fewer data.num_workers need less of; data.num_workers=0 loads in the training "
+        "process, and shows an error of its own"
     )
 
 

@@ -51,6 +51,9 @@ class Fsdp:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
+
     def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         return {key: full(value) for key, value in optimizer_tensors(self.optimizer, names).items()}
 

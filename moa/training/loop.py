@@ -1,7 +1,7 @@
 """The one loop: stages of steps, with validation, checkpoints and logs where they fall due.
 
     for each stage: weights -> trainable groups -> optimiser -> steps
-    each step:      read -> forward, backward -> checks -> update -> log -> validate? -> save?
+    each step:      read -> forward, backward -> checks -> update -> log -> validate? -> save? -> stop?
 
 A run is a function of its config: data by position, dropout by restored random states, rates by
 step. So a killed run that goes on from its last checkpoint repeats the unbroken run's losses.
@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from accelerate import Accelerator
 from data.batch import Batch
 from data.collate import Collator
 from data.mixture import Mixture, Source
-from moa.checkpoint import TrainState, point, prune, save_checkpoint
+from moa.checkpoint import TrainState, point, pointed, prune, save_checkpoint, step_name
 from moa.config import RunConfig
 from moa.model import MixtureModel
-from moa.training.batches import Collated, Layout, training_loader
+from moa.training.batches import Collated, Layout, dead_worker, training_loader
 from moa.training.optimizer import (
     by_name,
     make_optimizer,
@@ -35,6 +36,7 @@ from moa.training.optimizer import (
 )
 from moa.training.random_state import restore_rng, rng_tensors, seed_stage
 from moa.training.report import Reporter, count_rules, memory_gib
+from moa.training.signals import StopRequest
 from moa.training.stages import parameter_groups, set_trainable, stage_gates, start_weights
 from moa.training.step import (
     Counts,
@@ -43,9 +45,10 @@ from moa.training.step import (
     aux_weights,
     check_gradients,
     count_step,
+    non_finite,
     objective,
     refuse_bad_samples,
-    stop_if_not_finite,
+    restore_anchors,
     update_anchors,
 )
 from moa.training.strategy import Strategy, make_strategy, place, whole
@@ -69,12 +72,20 @@ class Run:
     step: int = 0  # optimiser steps done, over all stages
     stage: int = 0  # index of the stage under way, or that comes next
     stage_step: int = 0
-    best: dict[str, Any] | None = None  # step and validation loss, of the stage under way
+    # steps with the lowest validation losses of the stage under way, the best first
+    best: list[dict[str, Any]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    non_finite_steps: int = 0  # at which nothing was updated
+    stop: StopRequest = field(default_factory=StopRequest)
+    stopping: bool = False  # all processes agree: the step under way is the last
 
     @property
     def folder(self) -> Path:
         return Path(self.config.out)
+
+    @property
+    def done(self) -> bool:
+        return self.stage == len(self.config.stages)
 
     def progress(self) -> dict[str, Any]:
         """The counters as JSON."""
@@ -86,6 +97,7 @@ class Run:
             "best": self.best,
             "position": self.step * self.layout.batch_size,
             "skipped": dict(self.skipped),
+            "non_finite_steps": self.non_finite_steps,
             "num_processes": self.layout.num_processes,
             "distributed": self.accelerator.distributed_type.value.lower(),
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -95,19 +107,37 @@ class Run:
         self.step, self.stage = progress["step"], progress["stage"]
         self.stage_step, self.best = progress["stage_step"], progress["best"]
         self.skipped = Counter(progress["skipped"])
+        self.non_finite_steps = progress["non_finite_steps"]
+
+    def how_to_go_on(self) -> str:
+        last = pointed(self.folder, "last")
+        start = self.folder / "checkpoints" / last if last else "the start: nothing was saved yet"
+        return f"the same command with --resume goes on from {start}"
 
 
 def train(run: Run, state: TrainState | None) -> None:
-    """Run all stages, or what a checkpoint's `state` leaves of them."""
+    """Run all stages, or what a checkpoint's `state` leaves of them, until they are done or `run.stop`
+    asks for an end.
+
+    Raises TrainingError, BadSampleError or OSError where it cannot go on; the last checkpoint is whole.
+    """
     run.reporter.start(run.step, sum(stage.steps for stage in run.config.stages))
     try:
-        while run.stage < len(run.config.stages):
+        while not run.done and not run.stopping:
             Stage(run, state).run_steps()
             state = None
+    except RuntimeError as error:
+        if died := dead_worker(error):
+            raise TrainingError(f"step {run.step}: {died}") from error
+        raise
     finally:
         run.reporter.close()
     if run.skipped:
         run.reporter.say(f"left out: {count_rules(run.skipped)}")
+    if run.non_finite_steps:
+        run.reporter.say(
+            f"not updated at {run.non_finite_steps} steps: loss or gradient not finite"
+        )
 
 
 class Stage:
@@ -118,7 +148,7 @@ class Stage:
         self.run, self.config = run, run.config.stages[run.stage]
         in_the_middle = state is not None and run.stage_step > 0
         if not in_the_middle:
-            run.best = None
+            run.best = []
             with whole(run.model, run.config, write=True):
                 lines = start_weights(run.model, run.config, self.config)
             for line in lines:
@@ -145,7 +175,7 @@ class Stage:
 
     def restore(self, state: TrainState) -> None:
         run, names = self.run, names_of(self.groups)
-        if self.strategy is not None:
+        if self.strategy is not None and state.optimizer:  # none before the first update
             self.strategy.restore_optimizer(names, by_name(state.optimizer, names))
         restore_rng(state.rng, run.accelerator)
         if run.accelerator.scaler is not None and state.progress["scaler"]:
@@ -167,21 +197,27 @@ class Stage:
         for micro_batches in steps:
             run.step, run.stage_step = run.step + 1, run.stage_step + 1
             line = self.step(micro_batches)
-            now = time.perf_counter()
-            run.reporter.step(self.header() | line | self.speed(line, now - began))
+            if line is not None:
+                seconds = time.perf_counter() - began
+                run.reporter.step(self.header() | line | self.speed(line, seconds))
             last = run.stage_step == stage.steps
             every = run.config.eval.every
             improved = (last or bool(every and run.step % every == 0)) and self.validate()
             if last:
                 run.stage, run.stage_step = run.stage + 1, 0
-            if last or improved or run.step % run.config.train.save_every == 0:
+            if last or improved or run.stopping or run.step % run.config.train.save_every == 0:
                 self.save(improved)
+            if run.stopping:
+                break
             began = time.perf_counter()
         if self.strategy is not None:
             self.strategy.close()
 
-    def step(self, micro_batches: list[Collated]) -> dict[str, Any]:
-        """Read, learn, check before anything is changed, update; returns the step's figures."""
+    def step(self, micro_batches: list[Collated]) -> dict[str, Any] | None:
+        """Read, learn, check before anything is changed, update; returns the step's figures.
+
+        None where they are not finite and the config lets the run go on: nothing was updated.
+        """
         run = self.run
         refuse_bad_samples(micro_batches, run.config.data.on_bad_sample, run.step)
         counts = count_step(micro_batches, run.accelerator)
@@ -194,9 +230,10 @@ class Stage:
             return self.anchor_step(batches, figures)
         rates = set_rates(self.strategy.optimizer, rate_factor(self.config, run.stage_step))
         self.forward_backward(self.strategy, batches, counts, figures)
-        values = figures.reduced(run.accelerator)
-        grad_norm = self.check_and_update(self.strategy, figures, values)
-        del values["non_finite"]
+        values = self.reduced(figures)
+        grad_norm = self.check_and_update(self.strategy, figures)
+        if grad_norm is None:
+            return None
         named = {f"lr/{name}": rate for name, rate in rates.items()}
         return values | {"grad_norm": grad_norm} | named
 
@@ -216,21 +253,50 @@ class Stage:
                 strategy.backward(loss * run.layout.num_processes, last)
             figures.add(batch, output)
 
-    def check_and_update(
-        self, strategy: Strategy, figures: Figures, values: Mapping[str, float]
-    ) -> float:
-        """Clip and step, unless something is not finite; the gradient's norm before clipping."""
-        run = self.run
-        scaled = run.config.train.precision == "fp16"  # overflows are its scaler's business
-        stop_if_not_finite(figures, values, 0.0, run.accelerator, run.step)
-        if run.stage_step == 1:
-            check_gradients(self.groups, strategy.gradient, finite=not scaled)
+    def reduced(self, figures: Figures) -> dict[str, float]:
+        """The step's figures over all processes; and whether one of these was asked to stop."""
+        asked = self.run.stop.signal is not None
+        values = figures.reduced(self.run.accelerator, stop=asked)
+        self.run.stopping = figures.num_stopping > 0
+        return values
+
+    def check_and_update(self, strategy: Strategy, figures: Figures) -> float | None:
+        """Clip and step; the gradient's norm before clipping.
+
+        None, and nothing is updated, where loss or gradient is not finite.
+        """
+        train = self.run.config.train
+        scaled = train.precision == "fp16"  # overflows are its scaler's business
+        if not self.accepted(figures):
+            strategy.discard()
+            return None
+        if self.run.stage_step == 1:
+            stop_at_nan = train.on_non_finite == "stop" and not scaled
+            check_gradients(self.groups, strategy.gradient, finite=stop_at_nan)
         trained = [p for parameters in self.groups.values() for p in parameters.values()]
-        grad_norm = strategy.clip(trained, run.config.train.clip_norm)
-        stop_if_not_finite(figures, values, 0.0 if scaled else grad_norm, run.accelerator, run.step)
+        grad_norm = strategy.clip(trained, train.clip_norm)
+        if not self.accepted(figures, 0.0 if scaled else grad_norm):
+            strategy.discard()
+            return None
         strategy.update()
         self.watch_overflows()
         return grad_norm if math.isfinite(grad_norm) else -1.0
+
+    def accepted(self, figures: Figures, grad_norm: float = 0.0) -> bool:
+        """Whether all is finite; if not, the run stops, or counts a step without an update."""
+        run, train = self.run, self.run.config.train
+        problem = non_finite(figures, grad_norm, run.accelerator)
+        if problem is None:
+            return True
+        if train.on_non_finite == "stop":
+            hint = "train.on_non_finite=skip leaves such a step out, and counts it"
+            raise TrainingError(f"step {run.step}: {problem} ({hint})")
+        run.non_finite_steps += 1
+        if run.non_finite_steps > train.max_non_finite_steps:
+            limit = f"train.max_non_finite_steps={train.max_non_finite_steps} were before"
+            raise TrainingError(f"step {run.step}: {problem} ({limit})")
+        run.reporter.left_out(self.header(), problem, run.non_finite_steps)
+        return False
 
     def watch_overflows(self) -> None:
         skipped = self.run.accelerator.optimizer_step_was_skipped
@@ -241,20 +307,22 @@ class Stage:
                 "row; choose train.precision=bf16 or fp32, or a lower learning rate"
             )
 
-    def anchor_step(self, batches: list[Batch], figures: Figures) -> dict[str, Any]:
+    def anchor_step(self, batches: list[Batch], figures: Figures) -> dict[str, Any] | None:
         """Training-free: add the samples to the anchors, then look at what the gates now are."""
         run = self.run
-        update_anchors(run.model, batches, run.accelerator)
+        before = update_anchors(run.model, batches, run.accelerator)
         with torch.no_grad():
             for batch in batches:
                 batch = batch.to(run.accelerator.device)
                 figures.add(batch, run.model(batch))
-        values = figures.reduced(run.accelerator)
-        stop_if_not_finite(figures, values, 0.0, run.accelerator, run.step)
+        values = self.reduced(figures)
+        if not self.accepted(figures):
+            restore_anchors(run.model, before)
+            return None
         return values | {"grad_norm": 0.0}
 
     def validate(self) -> bool:
-        """Log the losses of the validation sources; whether their mean is the stage's best yet."""
+        """Log the losses of the validation sources; whether their mean is among the stage's best."""
         run = self.run
         if not run.validation:
             return False
@@ -269,10 +337,14 @@ class Stage:
             gates=lambda batch: stage_gates(run.model, batch, self.config.name),
         )
         run.reporter.validation(self.header() | losses)
-        improved = run.best is None or losses["validation"] < run.best["validation"]
-        if improved:
-            run.best = {"step": run.step, "validation": losses["validation"]}
-        return improved
+        score = {"step": run.step, "validation": losses["validation"]}
+        if not math.isfinite(score["validation"]):
+            return False
+        ranked = sorted(
+            [*run.best, score], key=itemgetter("validation")
+        )  # of equals the first stays
+        run.best = ranked[: run.config.train.keep_best]
+        return score in run.best
 
     def save(self, improved: bool) -> None:
         """Every process takes part; the first one writes."""
@@ -283,10 +355,10 @@ class Stage:
         with whole(run.model, run.config):
             if run.accelerator.is_main_process:
                 state = TrainState(progress=run.progress(), optimizer=optimizer, rng=rng)
-                folder = save_checkpoint(run.folder, run.step, run.model, run.config, state)
+                save_checkpoint(run.folder, run.step, run.model, run.config, state)
                 if improved:
-                    point(run.folder, "best", folder.name)
-                prune(run.folder, run.config.train.keep_last)
+                    point(run.folder, "best", step_name(run.best[0]["step"]))
+                prune(run.folder, run.config.train.keep_last, [s["step"] for s in run.best])
         run.accelerator.wait_for_everyone()
 
     def header(self) -> dict[str, Any]:
@@ -299,4 +371,5 @@ class Stage:
             "tokens_per_s": values["tokens_read"] / seconds,
             "memory_gib": memory_gib(self.run.accelerator.device),
             "skipped": sum(self.run.skipped.values()),
+            "non_finite_steps": self.run.non_finite_steps,
         }

@@ -40,6 +40,9 @@ class Plain:
         self.prepared.step()
         self.prepared.zero_grad()
 
+    def discard(self) -> None:
+        self.prepared.zero_grad()
+
     def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         return states.optimizer_tensors(self.optimizer, names)
 

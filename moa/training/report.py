@@ -40,7 +40,7 @@ class Reporter:
         if not self.main:
             return
         keep_lines(self.path, step)
-        self.file = self.path.open("a", buffering=1)
+        self.file = self.path.open("ab", buffering=0)  # a line is there, or was not written
         if self.config.logging.progress and self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                        TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))  # fmt: skip
@@ -61,10 +61,23 @@ class Reporter:
         """One line to log.jsonl and its figures to the trackers."""
         if not self.main:
             return
-        self.file.write(json.dumps(line) + "\n")
+        self.append(json.dumps(line) + "\n")
         if self.config.logging.trackers:
             figures = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log(figures, step=line["step"])
+
+    def append(self, text: str) -> None:
+        data = text.encode()
+        try:
+            while data:  # a disk that gets full takes a part
+                data = data[self.file.write(data) :]
+        except OSError as error:
+            raise OSError(error.errno, f"{self.path}: not written: {error.strerror}") from error
+
+    def left_out(self, header: dict[str, Any], problem: str, count: int) -> None:
+        """A step that updated nothing: a line without a loss."""
+        self.record(header | {"not_finite": problem, "non_finite_steps": count})
+        self.say(f"{header['stage']} {header['step']}  {problem}")
 
     def step(self, line: dict[str, Any]) -> None:
         self.record(line)

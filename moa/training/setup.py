@@ -25,6 +25,7 @@ from moa.checkpoint import (
     pointed,
     prune,
     restore_model,
+    step_name,
     verify,
     write_run_header,
 )
@@ -36,9 +37,10 @@ from moa.training.report import LOG, Reporter, flatten, mixture_table, start_tra
 from moa.training.strategy import asked_for, check_model
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-# Settings that may differ on --resume: none of them changes what is learned.
+# Settings that may differ on --resume: none of them changes what was learned until then.
 FREE_ON_RESUME = ("out", "logging", "eval", "data.num_workers", "data.validation",
-                  "train.save_every", "train.keep_last")  # fmt: skip
+                  "train.save_every", "train.keep_last", "train.keep_best",
+                  "train.on_non_finite", "train.max_non_finite_steps")  # fmt: skip
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -174,10 +176,10 @@ def open_folder(
     step = run / "checkpoints" / last
     verify(step)
     if accelerator.is_main_process:  # a run killed between its checkpoint and what follows it
-        best = load_train_state(step).progress["best"]
-        if best is not None:
-            point(run, "best", f"step-{best['step']:06d}")
-        prune(run, config.train.keep_last)
+        best = [score["step"] for score in load_train_state(step).progress["best"]]
+        if best:
+            point(run, "best", step_name(best[0]))
+        prune(run, config.train.keep_last, best)
     return step
 
 

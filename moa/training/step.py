@@ -101,7 +101,8 @@ class Figures:
         self.experts, self.tasks, self.sources = experts, tasks, sources
         self.table = torch.zeros(len(tasks), len(self.COLUMNS) + len(experts), device=device)
         self.by_source = torch.zeros(len(sources), 2, device=device)  # samples, loss
-        self.rest = torch.zeros(2 + len(AUX), device=device)  # tokens read, non-finite losses, aux
+        self.rest = torch.zeros(3 + len(AUX), device=device)  # tokens, non-finite, stop, aux
+        self.num_broken = self.num_stopping = 0.0  # losses that are not finite; processes
         self.aux: list[str] = []
         self.seen: list[tuple[list[Sample], Tensor]] = []
 
@@ -120,19 +121,23 @@ class Figures:
         self.rest[1] += (~torch.isfinite(loss)).sum()
         self.aux = list(output.aux)
         for name, value in output.aux.items():
-            self.rest[2 + AUX.index(name)] += value * len(batch)
+            self.rest[3 + AUX.index(name)] += value * len(batch)
         self.seen.append((batch.samples, loss))
 
-    def reduced(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means by task, by source and over all samples of all processes; every process calls it."""
+    def reduced(self, accelerator: Accelerator, stop: bool) -> dict[str, float]:
+        """Means by task, by source and over all samples of all processes; every process calls it.
+
+        Whether this one was asked to `stop` travels with the figures.
+        """
+        self.rest[2] = float(stop)
         parts = [self.table.flatten(), self.by_source.flatten(), self.rest]
         total = accelerator.reduce(torch.cat(parts), "sum").double().cpu()
         flat, by_source, rest = total.split([part.numel() for part in parts])
         table = flat.view_as(self.table)
-        read, broken, *aux = rest.tolist()
+        read, self.num_broken, self.num_stopping, *aux = rest.tolist()
         count, loss, tokens, entropy = table.sum(0)[: len(self.COLUMNS)].tolist()
         figures = {"loss": loss / count, "entropy": entropy / count, "samples": count,
-                   "tokens_read": read, "tokens_answer": tokens, "non_finite": broken}  # fmt: skip
+                   "tokens_read": read, "tokens_answer": tokens}  # fmt: skip
         for task, row in zip(self.tasks, table.tolist(), strict=True):
             if row[0]:
                 figures[f"loss/{task}"] = row[1] / row[0]
@@ -156,21 +161,15 @@ class Figures:
         ]
 
 
-def stop_if_not_finite(
-    figures: Figures,
-    values: Mapping[str, float],
-    grad_norm: float,
-    accelerator: Accelerator,
-    step: int,
-) -> None:
-    """TrainingError naming the step, the ranks and their samples."""
-    bad_loss = values["non_finite"] > 0
+def non_finite(figures: Figures, grad_norm: float, accelerator: Accelerator) -> str | None:
+    """What is not finite, with the ranks and their samples; every process must call it."""
+    bad_loss = figures.num_broken > 0
     if not bad_loss and math.isfinite(grad_norm):
-        return
+        return None
     found = gather_object([(accelerator.process_index, figures.suspects(not bad_loss))])
     ranks = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in found if names)
     what = "the loss is" if bad_loss else f"the norm of the gradient is {grad_norm},"
-    raise TrainingError(f"step {step}: {what} not finite; nothing was updated. Samples: {ranks}")
+    return f"{what} not finite; nothing was updated. Samples: {ranks}"
 
 
 def check_gradients(
@@ -197,8 +196,13 @@ def check_gradients(
 
 
 @torch.no_grad()
-def update_anchors(model: MixtureModel, batches: Sequence[Batch], accelerator: Accelerator) -> None:
-    """Add the step's samples to the anchors; every process ends with those of all."""
+def update_anchors(
+    model: MixtureModel, batches: Sequence[Batch], accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Add the step's samples to the anchors; every process ends with those of all.
+
+    Returns the anchors as they were before.
+    """
     assert model.router is not None  # kind anchors
     buffers = dict(model.router.named_buffers())
     before = {name: buffer.clone() for name, buffer in buffers.items()}
@@ -208,3 +212,11 @@ def update_anchors(model: MixtureModel, batches: Sequence[Batch], accelerator: A
         for name, buffer in buffers.items():
             added = accelerator.reduce(buffer - before[name], "sum")
             buffer.copy_(before[name] + added)
+    return before
+
+
+@torch.no_grad()
+def restore_anchors(model: MixtureModel, before: Mapping[str, Tensor]) -> None:
+    assert model.router is not None  # kind anchors
+    for name, buffer in model.router.named_buffers():
+        buffer.copy_(before[name])

@@ -49,6 +49,9 @@ class Strategy(Protocol):
     def update(self) -> None:
         """Step and forget the gradients; DeepSpeed has done both with `clip`."""
 
+    def discard(self) -> None:
+        """Forget the gradients, before or after `clip` found them not finite, and update nothing."""
+
     def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         """The optimiser's state by `name:kind`."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moa.build import DTYPES
 from moa.config import TrainConfig
 from moa.training.batches import Layout
+from moa.training.step import TrainingError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -35,6 +36,7 @@ class Zero:
         self.accelerator, self.optimizer = accelerator, optimizer
         accelerator.prepare(model, optimizer)
         self.engine: Any = accelerator.deepspeed_engine_wrapped.engine
+        self.holds_gradient = False
 
     def forward(self, *inputs: Any) -> Any:
         return self.engine(*inputs)
@@ -45,6 +47,7 @@ class Zero:
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         self.engine.backward(loss, scale_wrt_gas=False)
+        self.holds_gradient = True
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         from deepspeed.utils import safe_get_full_grad
@@ -52,12 +55,23 @@ class Zero:
         return safe_get_full_grad(parameter)
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """DeepSpeed clips and updates at once, and knows the norm afterwards."""
+        """DeepSpeed clips and updates at once, and knows the norm afterwards; where this is not finite
+        it has updated nothing, and let the gradient go.
+        """
         self.engine.step()
+        self.holds_gradient = False
         return float(self.engine.get_global_grad_norm())
 
     def update(self) -> None:
         pass
+
+    def discard(self) -> None:
+        if self.holds_gradient:  # of a loss that is not finite: its norm is neither
+            self.clip([], 0.0)
+            if self.engine.was_step_applied():
+                raise TrainingError(
+                    "DeepSpeed updated by the gradient of a loss that is not finite"
+                )
 
     def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         return optimizer_tensors(self.engine, names)
@@ -97,8 +111,11 @@ def optimizer_tensors(engine: Any, names: Mapping[nn.Parameter, str]) -> dict[st
     """Moments, step counts and fp32 masters, by name and kind."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    states = [state for state in engine.optimizer.optimizer.state.values() if "step" in state]
+    if not states:
+        return {}  # before the first update
     link_moments(engine.optimizer)
-    step = next(iter(engine.optimizer.optimizer.state.values()))["step"]
+    step = states[0]["step"]
     tensors = {}
     for parameter, name in names.items():
         for kind in MOMENTS:
