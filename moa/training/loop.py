@@ -340,9 +340,7 @@ class Stage:
         score = {"step": run.step, "validation": losses["validation"]}
         if not math.isfinite(score["validation"]):
             return False
-        ranked = sorted(
-            [*run.best, score], key=itemgetter("validation")
-        )  # of equals the first stays
+        ranked = sorted([*run.best, score], key=itemgetter("validation"))  # of equals, the first
         run.best = ranked[: run.config.train.keep_best]
         return score in run.best
 
