@@ -240,10 +240,11 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        held = tensor.detach()  # with its history it would hold the graph that holds this function
+        storage = held.untyped_storage()
         if storage.data_ptr() not in skip:
-            kept[storage.data_ptr()] = storage.nbytes(), tensor
-        return tensor
+            kept[storage.data_ptr()] = storage.nbytes(), held
+        return held
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = run()

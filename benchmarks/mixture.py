@@ -51,17 +51,18 @@ def peft_layer(base: nn.Linear, rank: int) -> nn.Module:
 
 
 def layer_figures(
-    num_experts: int, rank: int, size: Size, device: str, rounds: int
+    num_experts: int, rank: int, size: Size, device: str, dtype: torch.dtype, rounds: int
 ) -> tuple[dict[str, dict[str, float]], float]:
     """Milliseconds and saved MiB of one linear layer, forward and backward; its ratio to LoRA."""
     torch.manual_seed(0)
     width = size.width
-    base = nn.Linear(width, width).requires_grad_(False).to(device)
+    base = nn.Linear(width, width).requires_grad_(False).to(device, dtype)
     holder = nn.ModuleDict({"site": base})
     bank = ExpertBank.attach(holder, ["site"])
     for i in range(num_experts):
         bank.add(f"expert{i}", rank=rank, alpha=rank)
-    lora = peft_layer(nn.Linear(width, width).requires_grad_(False), rank * num_experts)
+    plain = nn.Linear(width, width).requires_grad_(False).to(dtype)
+    lora = peft_layer(plain, rank * num_experts)
     loop = LoopLinear(base, num_experts, rank)
     layers = {
         "frozen": base,
@@ -70,14 +71,15 @@ def layer_figures(
         "loop": loop.to(device),
     }
     tokens = size.image_tokens + size.prompt + size.answer
-    x = torch.randn(size.batch, tokens, width, device=device, requires_grad=True)
+    x = torch.randn(size.batch, tokens, width, device=device, dtype=dtype, requires_grad=True)
     gates = torch.rand(size.batch, 1, num_experts, device=device, requires_grad=True)
     loop.gates = gates
-    grad = torch.randn(size.batch, tokens, width, device=device)
+    grad = torch.randn(size.batch, tokens, width, device=device, dtype=dtype)
 
     def run(name: str) -> Tensor:
         bank.set_gates(gates)
-        return layers[name](x)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return layers[name](x).to(dtype)
 
     def step(name: str) -> Callable[[], None]:
         return lambda: run(name).backward(grad)
@@ -142,7 +144,7 @@ def main() -> None:
     layer_ratio, step_ratio = {}, {}
     for count in arguments.experts:
         layer[count], layer_ratio[count] = layer_figures(
-            count, arguments.rank, size, device, arguments.rounds
+            count, arguments.rank, size, device, dtype, arguments.rounds
         )
         print_rows(f"layer, {count} experts", layer[count])
         setting = Setting(
