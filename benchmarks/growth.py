@@ -120,7 +120,7 @@ def main() -> None:
         path.with_suffix(".png"),
         panels(found),
         title="What a training step costs as it grows",
-        subtitle=f"{base.num_experts} experts of rank {base.rank}, 128 tokens, 28 layers of width "
+        subtitle=f"{base.num_experts} experts of rank {base.rank}, 128 tokens, 28 linear layers of width "
         f"{SIZE.width} where not said otherwise; ours and the loop with the router",
     )
 
