@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel
@@ -243,6 +244,7 @@ def runs(folders, tmp_path_factory):
         folder = tmp_path_factory.mktemp(kind)
         (folder / "run.yaml").write_text(yaml.safe_dump(clip_world(folder, base, kind)))
         config = load_config(folder / "run.yaml")
+        AcceleratorState._reset_state(reset_partial_state=True)  # of a test before, in bf16
         run, state = open_run(config, make_accelerator(config))
         train(run, state)
         made[kind] = folder / "run"

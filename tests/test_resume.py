@@ -52,7 +52,7 @@ def test_a_run_goes_on_from_one_process_to_zero_3_to_ddp_to_one(tmp_path, capsys
                "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(settings),
                "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}  # fmt: skip
     plain = {"ACCELERATE_USE_CPU": "true"}
-    for step, kind, environment in ((3, "deepspeed", sharded), (4, "multi_cpu", plain)):
+    for step, kind, environment in ((3, "zero3", sharded), (4, "multi_cpu", plain)):
         resume_at(moving, step)
         arguments = (moving.out, str(tmp_path / "run.yaml"), overrides, environment)
         assert run_ranks(go_on, *arguments, preload="tests.test_train") == [None, None]

@@ -51,7 +51,7 @@ from moa.training.step import (
     restore_anchors,
     update_anchors,
 )
-from moa.training.strategy import Strategy, make_strategy, place, whole
+from moa.training.strategy import Strategy, kind_of, make_strategy, place, whole
 from moa.training.validation import validation_losses
 
 MAX_OVERFLOWS = 50  # fp16: in a row; the loss scale halves at each, and would be gone
@@ -99,7 +99,7 @@ class Run:
             "skipped": dict(self.skipped),
             "non_finite_steps": self.non_finite_steps,
             "num_processes": self.layout.num_processes,
-            "distributed": self.accelerator.distributed_type.value.lower(),
+            "distributed": kind_of(self.accelerator),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
 

@@ -34,7 +34,7 @@ from moa.settings import to_yaml
 from moa.training.batches import make_layout
 from moa.training.loop import Run
 from moa.training.report import LOG, Reporter, flatten, mixture_table, start_trackers
-from moa.training.strategy import asked_for, check_model
+from moa.training.strategy import asked_for, check_model, kind_of
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # Settings that may differ on --resume: none of them changes what was learned until then.
@@ -125,7 +125,7 @@ def open_run(
             run.reporter.say(line)
     run.reporter.say(
         f"{accelerator.num_processes} x {accelerator.device.type}, "
-        f"{accelerator.distributed_type.value.lower()}, {config.train.precision}: "
+        f"{kind_of(accelerator)}, {config.train.precision}: "
         f"steps of {run.layout.accumulation} x {run.layout.micro_batch_size} samples each"
     )
     run.reporter.say(mixture_table(run.mixture, draws(config)))

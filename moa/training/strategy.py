@@ -72,6 +72,13 @@ def is_fsdp() -> bool:
     return asked_for("ACCELERATE_USE_FSDP")
 
 
+def kind_of(accelerator: Accelerator) -> str:
+    """How the processes share the model, in a word: no, multi_gpu, zero2, zero3, fsdp2, ..."""
+    if is_zero(accelerator):
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "fsdp2" if is_fsdp() else accelerator.distributed_type.value.lower()
+
+
 def asked_for(variable: str) -> bool:
     """Whether the launcher has set a switch."""
     return os.environ.get(variable, "").lower() in ("true", "1")
