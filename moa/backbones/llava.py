@@ -140,10 +140,12 @@ class Backbone:
             counted = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
             inputs["position_ids"] = counted + first
         if batch.is_blank:
-            # The picture is in no prompt, but its layers take part on every rank (DDP, ZeRO-3).
-            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+            # The picture is in no prompt, but its layers take part on every rank (DDP, ZeRO-3), and
+            # through the prompt, so that gradients come in the same order on all (FSDP2).
             further = getattr(features, "deepstack_features", None) or ()  # Qwen3-VL
-            return hidden + 0.0 * _total([features.pooler_output, further])
+            nothing = 0.0 * _total([features.pooler_output, further])
+            with _adding(self.model.get_input_embeddings(), nothing):
+                return self.model.model(**inputs, use_cache=False).last_hidden_state
         with self._handing(features, batch):
             output = self.model.model(**inputs, **self._pictures(batch), use_cache=False)
         return output.last_hidden_state
@@ -290,6 +292,16 @@ def repeated(features: Any, times: int, counts: Int[Tensor, " batch"]) -> Any:
 def _total(parts: Any) -> Any:
     """The sum of all numbers in tensors, nested in sequences."""
     return parts.sum() if isinstance(parts, Tensor) else sum(map(_total, parts))
+
+
+@contextmanager
+def _adding(module: nn.Module, number: Tensor) -> Iterator[None]:
+    """Inside, a module's output has a number added."""
+    hook = module.register_forward_hook(lambda _module, _inputs, output: output + number)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _inside(name: str, *prefixes: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moa.training.optimizer import optimizer_tensors, restore_optimizer
@@ -86,9 +86,10 @@ def shard(model: nn.Module, backbone: nn.Module) -> None:
         return
     plugin = settings()
     names = plugin.transformer_cls_names_to_wrap or getattr(backbone, "_no_split_modules", None)
-    options: dict[str, Any] = {"offload_policy": plugin.cpu_offload or OffloadPolicy()}
-    for module in [*backbone.modules()]:
-        if type(module).__name__ in (names or ()):
+    options: dict[str, Any] = {"offload_policy": plugin.cpu_offload}
+    for path, module in [*backbone.named_modules()]:
+        # a layer of a stack: nobody calls a part of it, as the router calls the embeddings
+        if path.rpartition(".")[2].isdigit() and type(module).__name__ in (names or ()):
             fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **options)
     fully_shard(model, **options)
 

@@ -34,7 +34,7 @@ from moa.settings import to_yaml
 from moa.training.batches import make_layout
 from moa.training.loop import Run
 from moa.training.report import LOG, Reporter, flatten, mixture_table, start_trackers
-from moa.training.strategy import asked_for, check_model, kind_of
+from moa.training.strategy import asked_for, check_sharding, kind_of
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # Settings that may differ on --resume: none of them changes what was learned until then.
@@ -98,10 +98,10 @@ def open_run(
     Raises ValueError for a folder that holds a run already, unless told to `resume` or to
     `overwrite`; for a checkpoint with a missing file; for a resume with another config.
     """
+    check_sharding(accelerator, config)
     step = open_folder(config, accelerator, resume=resume, overwrite=overwrite)
     torch.manual_seed(config.seed)
     model = build_model(config, experts=step / "experts" if step else None)
-    check_model(accelerator, config, model)
     ocr = open_ocr(config.data)
     run = Run(
         config=config,

@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from moa.backbones.clip import is_clip
+from moa.backbones.open_clip import is_open_clip
 from moa.build import projector_parameters
-from moa.clip_model import ClipMixture
 from moa.config import RunConfig
 from moa.model import MixtureModel
 from moa.training import fsdp, zero
@@ -84,21 +85,21 @@ def asked_for(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("true", "1")
 
 
-def check_model(accelerator: Accelerator, config: RunConfig, model: MixtureModel) -> None:
-    """ValueError for what cannot run with sharded parameters."""
-    sharded = is_fsdp() or (
-        is_zero(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
-    )
-    if not sharded:
+def check_sharding(accelerator: Accelerator, config: RunConfig) -> None:
+    """ValueError for what cannot run with sharded parameters, and for settings of FSDP that cannot."""
+    if is_fsdp():
+        fsdp.settings()
+    elif not (is_zero(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3):
         return
-    elsewhere = "choices: single, ddp, zero2 of configs/accelerate/"
-    if config.losses.pairs == "classification" and isinstance(model, ClipMixture):
-        # each process reads the texts of the choices it meets first, and would wait for the others
+    name, elsewhere = config.model.name, "choices: single, ddp, zero2 of configs/accelerate/"
+    # DeepSpeed cannot shard a CLIP's scale, a scalar; with losses.pairs=classification each process
+    # would read the texts of the choices that it meets first, and wait for the others
+    if is_clip(name) or is_open_clip(name):
         raise ValueError(
-            f"losses.pairs=classification does not run with sharded parameters; {elsewhere}"
+            f"model.name: {name} is a CLIP: its parameters are not sharded; {elsewhere}"
         )
-    if config.router.kind == "anchors":
-        raise ValueError(f"router.kind=anchors does not run with sharded parameters; {elsewhere}")
+    if config.router.kind == "anchors":  # whose stage has no optimiser, and so nobody to gather
+        raise ValueError(f"router.kind=anchors: parameters are not sharded; {elsewhere}")
 
 
 def place(accelerator: Accelerator, model: MixtureModel) -> None:

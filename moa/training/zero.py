@@ -93,6 +93,7 @@ def configure(accelerator: Accelerator, layout: Layout, train: TrainConfig) -> N
     """
     dtype = str(DTYPES[train.precision]).removeprefix("torch.")
     accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        "train_batch_size": layout.batch_size,
         "train_micro_batch_size_per_gpu": layout.micro_batch_size,
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": train.clip_norm,
