@@ -135,12 +135,12 @@ class ClipMixture(MixtureModel):
             self._heads[key] = F.normalize(torch.stack(rows).mean(0), dim=-1)
         return self._heads[key]
 
-    def enable_gradient_checkpointing(self) -> None:
+    def enable_gradient_checkpointing(self, *, compare: bool = True) -> None:
         if isinstance(self.backbone, OpenClipBackbone):
             raise ValueError(
                 "train.gradient_checkpointing: open_clip recomputes without a place for the gates"
             )
-        super().enable_gradient_checkpointing()
+        super().enable_gradient_checkpointing(compare=compare)
 
     def _contrast(self, batch: PairBatch, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [batch, all] and the loss; in training over the samples of all processes."""

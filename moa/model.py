@@ -220,12 +220,16 @@ class MixtureModel(nn.Module):
             raise ValueError(f"router.kind={self.kind} has no anchors; choices: anchors")
         self.router.update(self.evidence(batch), batch.expert_ids)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, each layer with the gates it first had."""
+    def enable_gradient_checkpointing(self, *, compare: bool = True) -> None:
+        """Recompute activations in the backward pass, each layer with the gates it first had.
+
+        `compare` the shapes of what was kept and what is recomputed: not of weights that come and go.
+        """
         self.model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={
                 "use_reentrant": False,
                 "context_fn": self.bank.context.checkpoint_contexts,
+                "determinism_check": "default" if compare else "none",
             }
         )
 

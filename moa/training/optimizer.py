@@ -21,7 +21,7 @@ def make_optimizer(
     for name, parameters in groups.items():
         rate = getattr(rates, name)
         for decayed in (True, False):
-            chosen = [p for p in parameters.values() if (p.dim() > 1) == decayed]
+            chosen = [p for p in parameters.values() if is_matrix(p) == decayed]
             if chosen:
                 decay = train.weight_decay if decayed else 0.0
                 options.append(
@@ -34,6 +34,11 @@ def make_optimizer(
                     }
                 )
     return torch.optim.AdamW(options, betas=(train.betas[0], train.betas[1]), fused=True)
+
+
+def is_matrix(parameter: nn.Parameter) -> bool:
+    # DeepSpeed keeps the shape of a tensor that lies elsewhere
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
 
 
 def check_partition(model: nn.Module, groups: Mapping[str, Parameters]) -> None:

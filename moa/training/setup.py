@@ -34,7 +34,7 @@ from moa.settings import to_yaml
 from moa.training.batches import make_layout
 from moa.training.loop import Run
 from moa.training.report import LOG, Reporter, flatten, mixture_table, start_trackers
-from moa.training.strategy import asked_for, check_sharding, kind_of
+from moa.training.strategy import asked_for, check_sharding, is_zero_3, kind_of, whole
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # Settings that may differ on --resume: none of them changes what was learned until then.
@@ -114,10 +114,11 @@ def open_run(
         layout=make_layout(config.train, accelerator.num_processes),
     )
     if config.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(compare=not is_zero_3(accelerator))
     state = None
     if step is not None:
-        restore_model(model, step, config)
+        with whole(model, config, write=True):  # ZeRO-3 may have sharded it while it was loaded
+            restore_model(model, step, config)
         state = load_train_state(step)
         run.restore(state.progress)
         run.reporter.say(f"goes on from {step}")

@@ -85,21 +85,24 @@ def asked_for(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("true", "1")
 
 
+def is_zero_3(accelerator: Accelerator) -> bool:
+    return is_zero(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
 def check_sharding(accelerator: Accelerator, config: RunConfig) -> None:
-    """ValueError for what cannot run with sharded parameters, and for settings of FSDP that cannot."""
+    """ValueError for what cannot run under DeepSpeed or FSDP2, and for settings of FSDP that cannot."""
     if is_fsdp():
         fsdp.settings()
-    elif not (is_zero(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3):
-        return
-    name, elsewhere = config.model.name, "choices: single, ddp, zero2 of configs/accelerate/"
-    # DeepSpeed cannot shard a CLIP's scale, a scalar; with losses.pairs=classification each process
-    # would read the texts of the choices that it meets first, and wait for the others
-    if is_clip(name) or is_open_clip(name):
+    name, where = config.model.name, "of configs/accelerate/"
+    # Neither takes a CLIP's scale, a scalar; and with losses.pairs=classification each process would
+    # read the texts of the choices that it meets first, and wait for the others.
+    if (is_fsdp() or is_zero(accelerator)) and (is_clip(name) or is_open_clip(name)):
+        raise ValueError(f"model.name: {name} is a CLIP, not to be sharded; choices {where}: ddp")
+    # A stage of anchors has no optimiser, and so nobody who gathers for it.
+    if (is_fsdp() or is_zero_3(accelerator)) and config.router.kind == "anchors":
         raise ValueError(
-            f"model.name: {name} is a CLIP: its parameters are not sharded; {elsewhere}"
+            f"router.kind=anchors: parameters are not sharded; choices {where}: ddp, zero2"
         )
-    if config.router.kind == "anchors":  # whose stage has no optimiser, and so nobody to gather
-        raise ValueError(f"router.kind=anchors: parameters are not sharded; {elsewhere}")
 
 
 def place(accelerator: Accelerator, model: MixtureModel) -> None:
