@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -210,6 +211,22 @@ def test_two_processes_are_one_and_resume_exactly(references, tmp_path, name):
     assert log_of(again) == log_of(configs[-1])
     last, resumed = (tensors_of(step_folder(c.out, "last")) for c in (configs[-1], again))
     assert all(torch.equal(last[key], resumed[key]) for key in last)
+
+
+@pytest.mark.slow
+def test_two_machines_of_one_process_each_are_one(references, tmp_path):
+    config = replace(references[0], out=str(tmp_path / "run"))
+    file = str(Path(read(asdict(config)).out).with_suffix(".json"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    options = ["--num_machines", "2", "--num_processes", "2", "--main_process_port", port]
+    machines = [
+        launch_command("multi_node", *options, "--machine_rank", rank, "train.py", "--config", file)
+        for rank in ("0", "1")
+    ]
+    launch(*machines)
+    assert_same_run(config, references[0])
 
 
 def assert_same_run(config: RunConfig, reference: RunConfig) -> None:

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from moa.processes import PeerError, Processes, join_processes
-from tests.launch import Died, run_ranks
+from tests.ranks import Died, run_ranks
 
 
 def test_alone_map_is_a_loop_and_the_main_value_ones_own():

@@ -13,7 +13,7 @@ from moa.checkpoint import load_model
 from moa.config import RunConfig, load_config
 from moa.training.loop import train
 from moa.training.setup import changed_launch, make_accelerator, open_run
-from tests.launch import run_ranks
+from tests.ranks import run_ranks
 from tests.test_train import run_once, steps_of
 from tests.toy import toy_config
 

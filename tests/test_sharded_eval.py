@@ -14,7 +14,7 @@ import eval as eval_script
 from moa.build import build_model
 from moa.checkpoint import TrainState, save_checkpoint, write_run_header
 from moa.config import load_config
-from tests.launch import free_port
+from tests.ranks import free_port
 from tests.test_clip_training import clip_world
 from tests.test_eval import make_run
 from tests.tiny_clip import save_tiny

@@ -1,8 +1,6 @@
 """Training end to end on the toy world: stages, kill and resume, checks, and what a run leaves."""
 
 import json
-import multiprocessing
-import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from data.checks import BadSampleError
 from moa.build import build_model
 from moa.checkpoint import load_model, pointed
-from moa.config import RunConfig, StageConfig, load_config
+from moa.config import RunConfig, StageConfig
 from moa.peft_io import save_expert
 from moa.training import loop
 from moa.training.batches import Layout, make_layout
@@ -526,58 +524,6 @@ def test_a_step_has_the_same_samples_however_they_are_dealt(world, processes, mi
     dealt = [p for r in range(processes) for part in layout.positions(16, r) for p in part]
     assert sorted(dealt) == list(range(16, 24))
     assert isinstance(layout, Layout) and layout.accumulation * layout.micro_batch_size <= 8
-
-
-# In processes of their own ----------------------------------------------------------------------
-
-
-def child(out: str, config_file: str, overrides: list[str], resume: bool) -> None:
-    """A training process as train.py starts one."""
-    torch.set_num_threads(1)
-    config = load_config(config_file, [*overrides, f"out={out}"])
-    run, state = open_run(config, make_accelerator(config), resume=resume)
-    train(run, state)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Children are forked from a server that has the libraries imported, and has run nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_train"])
-    return context
-
-
-def distributed_child(rank: int, size: int, port: int, *arguments) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    child(*arguments)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(world, processes, tmp_path):
-    alike = ["router.modality_dropout=0", "losses.load_balancing=0"]
-    file = str(world / "run.yaml")
-    one = toy_config(world, out=str(tmp_path / "one"), router__modality_dropout=0,
-                     losses__load_balancing=0)  # fmt: skip
-    run_once(one)
-    port = 29_500 + os.getpid() % 500
-    pair = [
-        processes.Process(
-            target=distributed_child,
-            args=(rank, 2, port, str(tmp_path / "two"), file, alike, False),
-        )
-        for rank in range(2)
-    ]
-    for process in pair:
-        process.start()
-    for process in pair:
-        process.join(120)
-        assert process.exitcode == 0
-    two = replace(one, out=str(tmp_path / "two"))
-    assert_close(log_of(one), log_of(two))
 
 
 @pytest.mark.slow
