@@ -33,12 +33,13 @@ CATEGORIES = {  # ranges of code points
     "tool": ((0x1F4BB, 0x1F4FF), (0x1F526, 0x1F52E), (0x1F9EA, 0x1F9FF), (0x1FA91, 0x1FAAF)),
 }  # fmt: skip
 SIGNS = {"face", "sign", "symbol", "input", "no", "mobile", "hand", "with", "mark", "japanese"}
-DRAWN = (*STYLES, "negative")  # negative: the colours turned round
+DRAWN = (*STYLES, "negative", "turned")  # the colours turned round; upside down
 TASKS = ("names", "kinds", "pairs")
 TEMPLATES = {"kinds": "a kind of {}", "pairs": "{}"}
 STYLE_TEMPLATES = {  # of task names
     "color": "a drawing of {}", "line": "a line drawing of {}",
     "flat": "a flat drawing of {}", "negative": "a negative drawing of {}",
+    "turned": "an upside-down drawing of {}",
 }  # fmt: skip
 
 
@@ -132,14 +133,20 @@ def draw(name: str, style: str, rng: np.random.Generator) -> Image.Image:
     """One drawing, 42 to 58 pixels wide, turned by up to 20 degrees."""
     canvas = _ground(rng)
     _paste(canvas, name, style, rng, (42, 58), (0, 0, SIZE, SIZE))
-    return ImageOps.invert(canvas) if style == "negative" else canvas
+    return _whole(canvas, style)
 
 
 def draw_pair(left: str, right: str, style: str, rng: np.random.Generator) -> Image.Image:
     canvas = _ground(rng)
     for name, x in ((left, 0), (right, SIZE // 2)):
         _paste(canvas, name, style, rng, (28, 30), (x, 0, x + SIZE // 2, SIZE))
-    return ImageOps.invert(canvas) if style == "negative" else canvas
+    return _whole(canvas, style)
+
+
+def _whole(canvas: Image.Image, style: str) -> Image.Image:
+    """What a style does to the whole picture."""
+    change = {"negative": ImageOps.invert, "turned": lambda image: image.rotate(180)}.get(style)
+    return change(canvas) if change else canvas
 
 
 def _ground(rng: np.random.Generator) -> Image.Image:

@@ -90,7 +90,7 @@ def make_collator(config: RunConfig, intake: Intake, **changes: Any) -> Collator
     fields: dict[str, Any] = {
         "processor": processor,
         "tasks": list(config.data.tasks),
-        "experts": list(config.experts),
+        "experts": config.routes,
         "codec": None if codec is None else CODECS[codec],
         "text_only": intake.text_only,
         "task_in_prompt": prompt.task_in_prompt,

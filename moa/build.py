@@ -52,6 +52,7 @@ def build_mixture(
     routing: dict[str, Any] = {
         "kind": config.router.kind,
         "top_k": config.router.top_k,
+        "null_expert": config.router.null_expert,
         "temperature": config.router.temperature,
         "granularity": config.router.granularity,
         "weights": [weights.get(name, 0.0) for name in config.experts] if weights else None,

@@ -24,6 +24,7 @@ Format = Literal[  # how a data set's files are written; docs/data.md says which
 ]  # fmt: skip
 MADE = ("scenes", "drawings")  # formats without files, of as many samples as one asks for
 TRAINED_KINDS = ("softmax", "top_k", "sigmoid")  # routers whose logits are learned by gradient
+NONE = "none"  # where a sample names its expert: the base alone, with router.null_expert
 
 
 def check(rule: bool, key: str, message: str) -> None:
@@ -72,6 +73,8 @@ class RouterConfig:
         default_factory=lambda: ["image", "text", "ocr", "task"]
     )
     top_k: int = 2  # experts kept per decision by kind top_k
+    # of softmax and top_k: one choice more, no expert at all, for samples of `expert: none`
+    null_expert: bool = False
     temperature: float = 1.0  # divides the logits
     hidden: int = 64  # width inside the router
     pooling: Literal["attention", "mean"] = "attention"  # over the tokens of one kind of evidence
@@ -91,6 +94,9 @@ class RouterConfig:
         check(unique, "router.evidence", f"names one kind twice: {list(self.evidence)}")
         possible = self.granularity == "sample" or self.kind in ("softmax", "top_k")
         check(possible, "router.granularity", f"token needs kind softmax or top_k, got {self.kind}")
+        possible = self.kind in ("softmax", "top_k") and self.granularity == "sample"
+        rule = f"needs kind softmax or top_k and granularity sample, got {self.kind}, {self.granularity}"
+        check(possible or not self.null_expert, "router.null_expert", rule)
         fits = self.weights is None or self.kind == "fixed"
         check(fits, "router.weights", f"have no effect with router.kind={self.kind}")
 
@@ -127,7 +133,8 @@ class SourceConfig:
     prompt: str | None = None
     instruction: str | None = None  # behind question and OCR words; null: the format's own
     style: str | None = None  # of scenes and drawings: drawing style; null: the split's own
-    expert: str | None = None  # the expert that these samples train; null: the reader's own choice
+    # the expert that these samples train; null: the reader's own choice; none: to be left to the base
+    expert: str | None = None
     # what scores them: docs/evaluation.md; null: the format's own, or their task's
     benchmark: str | None = None
     # size of scenes and drawings; elsewhere only the first ones
@@ -287,6 +294,11 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     stages: list[StageConfig] = field(default_factory=list)  # of the training, in order
 
+    @property
+    def routes(self) -> list[str]:
+        """What a sample may be meant for: an expert, or none of them with a null expert."""
+        return [*self.experts, *([NONE] if self.router.null_expert else [])]
+
     def __post_init__(self) -> None:
         check_experts(self)
         check_sources(self)
@@ -301,6 +313,7 @@ def check_experts(config: RunConfig) -> None:
     check(bool(names), "experts", "names none; write experts: {vqa: {rank: 8}}")
     for name in names:
         check(re.fullmatch(r"\w[\w-]*", name) is not None, f"experts.{name}", "is no folder name")
+        check(name != NONE, f"experts.{name}", "means no expert (router.null_expert)")
     possible = router.kind != "top_k" or router.top_k <= len(names)
     check(possible, "router.top_k", f"is {router.top_k}, but there are {len(names)} experts")
     for name in router.weights or {}:
@@ -308,15 +321,15 @@ def check_experts(config: RunConfig) -> None:
 
 
 def check_sources(config: RunConfig) -> None:
-    data, names = config.data, list(config.experts)
+    data, names = config.data, config.routes
     used = [(f"data.sources.{s.name}.expert", s.expert) for s in data.sources]
     used += [(f"data.validation.{s.name}.expert", s.expert) for s in data.validation]
     used += [(f"eval.sources.{s.name}.expert", s.expert) for s in config.eval.sources]
     used = [("data.expert", data.expert)] if data.expert else used
     for key, expert in used:
-        check(
-            expert is None or expert in names, key, f"no such expert {expert!r}; choices: {names}"
-        )
+        hint = " (none: with router.null_expert=true)" if expert == NONE else ""
+        rule = f"no such expert {expert!r}; choices: {names}{hint}"
+        check(expert is None or expert in names, key, rule)
     for key, sources in (("data.sources", data.sources), ("data.validation", data.validation)):
         labels = [s.name for s in sources]
         twice = sorted({label for label in labels if labels.count(label) > 1})

@@ -51,9 +51,10 @@ def top_k_gates(
 def one_hot_gates(
     expert_ids: Int[Tensor, " batch"], num_experts: int
 ) -> Float[Tensor, "batch expert"]:
-    """The oracle's gates: one expert each; rows of id -1 (nobody knows) get the uniform mixture."""
+    """The oracle's gates: one expert each; id -1 (nobody knows) gets the uniform mixture, and
+    id `num_experts` (the null expert) zeros."""
     known = expert_ids >= 0
-    gates = F.one_hot(expert_ids.clamp(min=0), num_experts).float()
+    gates = F.one_hot(expert_ids.clamp(min=0), num_experts + 1)[:, :num_experts].float()
     return torch.where(known[:, None], gates, torch.full_like(gates, 1.0 / num_experts))
 
 

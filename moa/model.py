@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from moa.backbones.clip import ClipBackbone
 from moa.backbones.llava import Backbone, Look
+from moa.config import NONE
 from moa.decisions import mean_token_gates, router_losses, token_decisions, token_losses
 from moa.experts import ExpertBank
 from moa.gating import (
@@ -38,12 +39,13 @@ class Gates:
     """Gates [batch, site or 1, expert], and what a learned router decided them from.
 
     `logits` are divided by the temperature already; `probs` are the gates before top-k, summing to
-    one. All three are None where tokens are routed one by one, inside the model.
+    one. The choices are the experts, and last the null expert where there is one. All three are
+    None where tokens are routed one by one, inside the model.
     """
 
     gates: Float[Tensor, "batch site expert"] | None = None
-    logits: Float[Tensor, "batch site expert"] | None = None
-    probs: Float[Tensor, "batch site expert"] | None = None
+    logits: Float[Tensor, "batch site choice"] | None = None
+    probs: Float[Tensor, "batch site choice"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ class MixtureOutput:
     logits: Float[Tensor, "_ answer vocab"]
     labels: Int[Tensor, "batch answer"] | None
     gates: Float[Tensor, "batch site expert"]
-    router_logits: Float[Tensor, "batch site expert"] | None
+    router_logits: Float[Tensor, "batch site choice"] | None
     aux: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
 
 
@@ -72,6 +74,8 @@ class MixtureModel(nn.Module):
     kind: softmax | top_k | sigmoid (learned Router), anchors (AnchorRouter), one_hot (the sample's
     own expert, uniform where nobody knows), fixed (`weights`, uniform by default).
     With granularity "token" each site routes each token by itself, by softmax or top_k.
+    null_expert: softmax and top_k have one choice more, which adds nothing to the backbone, so that
+    a sample's gates may sum to less than one.
     """
 
     def __init__(
@@ -82,18 +86,24 @@ class MixtureModel(nn.Module):
         *,
         kind: str = "softmax",
         top_k: int = 2,
+        null_expert: bool = False,
         temperature: float | int = 1.0,
         granularity: str = "sample",
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         check_kind(kind, granularity, router)
+        if null_expert and (kind not in ("softmax", "top_k") or granularity != "sample"):
+            raise ValueError(
+                f"router.null_expert needs kind softmax or top_k by sample, got {kind}"
+            )
         self.model = backbone.model
         self.backbone: Any = backbone
         self.bank = bank
         self.router = router
         self.kind = kind
         self.top_k = top_k
+        self.null_expert = null_expert
         self.temperature = temperature
         self.granularity = granularity
         count = len(bank.names)
@@ -106,6 +116,11 @@ class MixtureModel(nn.Module):
             raise ValueError(f"weights have no effect with router.kind {kind}; choices: fixed")
         if kind == "top_k" and not 1 <= top_k <= count:
             raise ValueError(f"router.top_k must be in 1..{count} (experts), got {top_k}")
+
+    @property
+    def routes(self) -> list[str]:
+        """What a sample may be meant for: an expert, or none of them with a null expert."""
+        return [*self.bank.names, *([NONE] if self.null_expert else [])]
 
     def forward(
         self,
@@ -286,6 +301,9 @@ class MixtureModel(nn.Module):
     def _gates_of(self, logits: Tensor, available: Tensor | None) -> Gates:
         """Logits [batch, site, expert], divided by the temperature, as gates of this kind."""
         mask = None if available is None else _rows(available, logits).expand_as(logits)
+        if self.null_expert:  # of logit 0, without a parameter: softmax knows differences alone
+            logits = F.pad(logits, (0, 1))
+            mask = None if mask is None else F.pad(mask, (0, 1), value=True)
         if self.kind == "sigmoid":
             gates = sigmoid_gates(logits)
             probs = gates / gates.sum(-1, keepdim=True)
@@ -295,6 +313,7 @@ class MixtureModel(nn.Module):
             top = self.top_k if self.kind == "top_k" else logits.shape[-1]
             whole = self.kind != "top_k" and mask is None
             gates = probs if whole else top_k_gates(logits, top, mask)
+            gates = gates[..., :-1] if self.null_expert else gates
         return Gates(gates=gates, logits=logits, probs=probs)
 
     def _decisions(self, batch: Batch, decided: Gates) -> tuple[dict[str, Tensor], Tensor]:

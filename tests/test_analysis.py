@@ -122,3 +122,10 @@ def test_a_task_with_two_experts_has_a_row_for_each():
     assert record["per_kind"]["vqa · vqa"] == pytest.approx([0.85, 0.15])
     assert record["per_task"]["vqa"] == pytest.approx([1.9 / 3, 1.1 / 3])
     assert record["mean_gates"] == record["per_task"]["vqa"] and record["held_out"] == ["count"]
+
+
+def test_samples_that_no_expert_should_touch_count_where_the_rest_of_their_weight_is_largest():
+    gates = torch.tensor([[0.9, 0.0], [0.1, 0.2], [0.5, 0.4]])[:, None]
+    record = summary(gates, ["a", "b", "b"], ["vqa", "none", "none"], ["vqa", "ocr"])
+    assert record["routing_accuracy"] == pytest.approx(2 / 3)  # the rest: 0.1, 0.7, 0.1
+    assert record["mean_gates"] == pytest.approx([0.6, 0.15])

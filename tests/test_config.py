@@ -91,6 +91,9 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         ([SOURCE, "stages=[{name: joint, steps: 2, warmup_steps: 3}]"], ["warmup_steps", "0..2"]),
         ([SOURCE, "data.ocr_engine=true"], ["data.ocr_engine", "data.ocr_cache"]),
         (["experts={}"], ["experts", "names none"]),
+        (["router.null_expert=true", "router.kind=sigmoid"], ["router.null_expert", "sigmoid"]),
+        ([SOURCE, "data.sources.s.expert=none"], ["s.expert", "with router.null_expert=true"]),
+        (["experts={none: {}}"], ["experts.none", "no expert"]),
     ],
 )  # fmt: skip
 def test_an_impossible_pair_is_refused_with_its_rule(overrides, expected):

@@ -51,3 +51,13 @@ def test_wrong_settings_name_the_choices():
         DrawingDataset("test", "what", num_samples=1)
     with pytest.raises(ValueError, match="style 'oil' is unknown; choices: color, line, flat"):
         DrawingDataset("test", "names", num_samples=1, style="oil")
+
+
+def test_a_turned_drawing_is_its_drawing_upside_down():
+    plain, turned = (
+        DrawingDataset("test", "names", num_samples=3, style=style)[2]
+        for style in ("color", "turned")
+    )
+    pixels = np.asarray(plain.image)[::-1, ::-1]
+    assert np.array_equal(np.asarray(turned.image), pixels)
+    assert turned.question == "an upside-down drawing of {}"

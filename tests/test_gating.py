@@ -131,3 +131,8 @@ def test_anchors_say_nothing_about_missing_evidence_or_unseen_experts():
     similarity = anchor_similarity(sums, counts, logits(2, 4), torch.tensor([True, False]))
     assert similarity[:, 1].tolist() == [0, 0]
     assert similarity[1].tolist() == [0, 0]
+
+
+def test_one_hot_gates_are_zero_where_no_expert_is_wanted():
+    gates = one_hot_gates(torch.tensor([1, 2, -1]), 2)
+    assert gates.tolist() == [[0.0, 1.0], [0.0, 0.0], [0.5, 0.5]]

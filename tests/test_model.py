@@ -236,6 +236,36 @@ def test_top_k_gates_are_sparse_and_sum_to_one():
     close(gates.sum(-1), torch.ones(4, 1))
 
 
+def test_a_null_expert_leaves_its_share_of_the_weight_to_the_base():
+    """Its logit is 0: a share of 1 / (1 + sum of exp(logits)), after every expert's."""
+    model, plain = (make_model("softmax", null_expert=null) for null in (True, False))
+    batch = batch_of(model)
+    found, logits = model.compute_gates(batch), plain.compute_gates(batch).logits
+    whole = 1 + logits.exp().sum(-1, keepdim=True)
+    close(found.gates, logits.exp() / whole)
+    close(found.probs[..., -1:], 1 / whole)
+    torch.nn.init.constant_(model.router.head[-1].bias, -1e4)  # none of them
+    off = model(batch, torch.zeros(4, 3))
+    close(model(batch).loss_per_sample, off.loss_per_sample)
+
+
+def test_with_a_null_expert_one_place_of_top_k_goes_to_an_expert_or_to_the_base():
+    model = make_model("top_k", top_k=1, null_expert=True)
+    gates = model(batch_of(model)).gates
+    logits = model.compute_gates(batch_of(model)).logits
+    assert gates.sum(-1).tolist() == (logits.argmax(-1) < 3).float().tolist()
+    banned = torch.tensor([False, False, False])
+    assert model(batch_of(model), available=banned).gates.abs().max() == 0
+
+
+def test_guidance_towards_none_lowers_the_gates_of_all_experts():
+    model = make_model("softmax", null_expert=True)
+    batch = dataclasses.replace(batch_of(model), expert_ids=torch.full((4,), 3))
+    out = model(batch)
+    rest = 1 - out.gates.sum(-1)[:, 0]
+    close(out.aux["guidance"], -rest.log().mean())
+
+
 def test_an_override_takes_the_same_path_as_any_other_gates():
     model = make_model()
     batch = batch_of(model)
@@ -535,6 +565,7 @@ def test_autocast_leaves_gates_in_float32():
         ({"kind": "softmax", "granularity": "layer"}, "choices: sample, token"),
         ({"kind": "sigmoid", "granularity": "token"}, "needs kind softmax or top_k"),
         ({"kind": "softmax"}, "needs Router"),
+        ({"kind": "fixed", "null_expert": True}, "null_expert needs kind softmax or top_k"),
         ({"kind": "anchors"}, "needs AnchorRouter"),
         ({"kind": "fixed", "weights": [1.0]}, "1 values for 3 experts"),
         ({"kind": "one_hot", "weights": [1.0, 0.0, 0.0]}, "no effect with router.kind one_hot"),

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moa.config import NONE
 from moa.gating import apply_availability
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # site -> lora_A [rank, in] with scale, lora_B
@@ -68,6 +69,11 @@ def routing_accuracy(
         return None
     truth = torch.tensor([list(experts).index(str(wanted[i])) for i in known])
     return float((gates[known].argmax(-1).cpu() == truth).float().mean())
+
+
+def with_rest(gates: Float[Tensor, "sample expert"]) -> Float[Tensor, "sample choice"]:
+    """One column more: what is left to one, the weight of a null expert."""
+    return torch.cat([gates, 1 - gates.sum(-1, keepdim=True)], dim=-1).clamp(min=0)
 
 
 def dead_experts(
@@ -146,9 +152,12 @@ def summary(
 
     `mean_gates` weighs the tasks alike (the trained ones, where any is among the samples), however
     many samples each has: it is what a merged adapter stands in for. `per_kind` has a row for each
-    task, or for each expert of a task that has several (one for another kind of picture).
+    task, or for each expert of a task that has several (one for another kind of picture). Where
+    samples are meant for none, none is a choice beside the experts in the three figures.
     """
     mean = gates.float().mean(1)
+    has_null = NONE in wanted
+    choices, decided = ([*experts, NONE], with_rest(mean)) if has_null else (experts, mean)
     per_task = gates_per_task(mean, tasks)
     chosen = [task for task in per_task if task in trained_tasks] or list(per_task)
     kinds = sample_kinds(tasks, wanted)
@@ -160,9 +169,9 @@ def summary(
         "per_kind": {k: values.tolist() for k, values in gates_per_task(mean, kinds).items()},
         "held_out": sorted(held_out),
         "per_task": {task: values.tolist() for task, values in per_task.items()},
-        "mutual_information": mutual_information(mean, list(tasks)),
-        "entropy": float(entropy(shares(mean)).mean()),
-        "routing_accuracy": routing_accuracy(mean, wanted, experts),
+        "mutual_information": mutual_information(decided, list(tasks)),
+        "entropy": float(entropy(shares(decided)).mean()),
+        "routing_accuracy": routing_accuracy(decided, wanted, choices),
         "dead": dead_experts(per_task, experts),
         "num_samples": len(tasks),
     }

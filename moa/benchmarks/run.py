@@ -77,7 +77,7 @@ def evaluate(
 
     def ask(rows: range) -> Answers:
         items = [
-            prepared(read_sample(dataset, index, name), model.bank.names, benchmark, scored)
+            prepared(read_sample(dataset, index, name), model.routes, benchmark, scored)
             for index in rows
         ]
         batch, rejected = collator.split(items)

@@ -69,7 +69,7 @@ def evaluate_pairs(
 
     def look(rows: range) -> Pictures:
         batch, rejected = collator.split(
-            [known(read_sample(dataset, row, name), model.bank.names) for row in rows]
+            [known(read_sample(dataset, row, name), model.routes) for row in rows]
         )
         if rejected and on_bad_sample == "error":
             raise rejected[0]
