@@ -157,7 +157,6 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    began = time.time()
     tokenizer = build_tokenizer()
     model, processor = build_model(tokenizer), build_processor(tokenizer)
     processor.save_pretrained(args.out)
@@ -165,7 +164,8 @@ def main() -> None:
     model.save_pretrained(args.out)
     recipe = {name: value for name, value in vars(args).items() if name != "out"}
     recipe |= {"parameters": sum(p.numel() for p in model.parameters()), "names": len(names())}
-    recipe |= {"threads": torch.get_num_threads(), "minutes": round((time.time() - began) / 60, 1)}
+    minutes = round(time.process_time() / 60, 1)
+    recipe |= {"threads": torch.get_num_threads(), "cpu_minutes": minutes}
     (args.out / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
