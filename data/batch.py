@@ -5,6 +5,7 @@ tokens of prompt and answer, `images` pictures, `text` question tokens, `words` 
 token ids of one OCR word.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -68,13 +69,17 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         """The same batch with every tensor on `device`; the samples stay where they are."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """The same batch in page-locked memory; a loader calls this by its name."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         tensors: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
+            f.name: change(value)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
-        inputs = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name, value in self.picture_inputs.items()
-        }
+        inputs = {name: change(value) for name, value in self.picture_inputs.items()}
         return replace(self, **tensors, picture_inputs=inputs)

@@ -8,7 +8,7 @@ import yaml
 from moa.config import RunConfig, load_config
 from tests.tiny import random_image, tiny_llava
 
-CLOCKS = ("samples_per_s", "tokens_per_s", "memory_gib")
+CLOCKS = ("step_s", "data_wait_s", "samples_per_s", "tokens_per_s", "memory_gib")
 COLORS = ("red", "green", "blue")
 
 

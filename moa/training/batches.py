@@ -5,9 +5,10 @@ positions, cut into micro-batches, dealt to the processes in turn: the samples o
 gradient, are the same for any number of processes, workers and micro-batches.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,7 +66,12 @@ class Collate:
         self.collator = collator
 
     def __call__(self, items: list[Sample | BadSampleError]) -> Collated:
-        return self.collator.split(items)
+        """The samples leave their pictures behind: nobody looks at them any more, and to send them
+        through a worker's pipe, while the step waits, takes longer than all else."""
+        batch, rejected = self.collator.split(items)
+        if batch is not None:
+            batch = replace(batch, samples=[replace(s, image=None) for s in batch.samples])
+        return batch, rejected
 
 
 def training_loader(
@@ -80,8 +86,15 @@ def training_loader(
 ) -> Iterator[list[Collated]]:
     """The micro-batches of each step in turn, from position `start` on."""
     starts = range(start, start + num_steps * layout.batch_size, layout.batch_size)
+    # a step takes all its micro-batches at once: while it runs, the next step's are made
     micro_batches = iter(
-        make_loader(mixture, collator, Positions(layout, starts, process), num_workers)
+        make_loader(
+            mixture,
+            collator,
+            Positions(layout, starts, process),
+            num_workers,
+            ahead=layout.accumulation,
+        )
     )
     for _ in starts:
         yield [next(micro_batches) for _ in range(layout.accumulation)]
@@ -103,7 +116,10 @@ class Positions:
         return len(self.starts) * self.layout.accumulation
 
 
-def make_loader(dataset: Any, collator: Collator, sampler: Any, num_workers: int) -> DataLoader:
+def make_loader(
+    dataset: Any, collator: Collator, sampler: Any, num_workers: int, ahead: int = 1
+) -> DataLoader:
+    """`ahead` batches, and one for each worker, are ready before they are asked for."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -112,6 +128,8 @@ def make_loader(dataset: Any, collator: Collator, sampler: Any, num_workers: int
         worker_init_fn=leave_to_parent,
         # a loader draws a seed for its workers: not from the stream that dropout draws from
         generator=torch.Generator(),
+        prefetch_factor=1 + math.ceil(ahead / num_workers) if num_workers else None,
+        pin_memory=torch.cuda.is_available(),  # so that copies to the GPU need not be waited for
     )
 
 

@@ -132,6 +132,7 @@ def train(run: Run, state: TrainState | None) -> None:
         raise
     finally:
         run.reporter.close()
+    run.reporter.say(run.reporter.waiting())
     if run.skipped:
         run.reporter.say(f"left out: {count_rules(run.skipped)}")
     if run.non_finite_steps:
@@ -195,11 +196,12 @@ class Stage:
         run.model.train()
         began = time.perf_counter()
         for micro_batches in steps:
+            waited = time.perf_counter() - began
             run.step, run.stage_step = run.step + 1, run.stage_step + 1
             line = self.step(micro_batches)
             if line is not None:
                 seconds = time.perf_counter() - began
-                run.reporter.step(self.header() | line | self.speed(line, seconds))
+                run.reporter.step(self.header() | line | self.speed(line, seconds, waited))
             last = run.stage_step == stage.steps
             every = run.config.eval.every
             improved = (last or bool(every and run.step % every == 0)) and self.validate()
@@ -245,7 +247,7 @@ class Stage:
         weights = aux_weights(run.config.losses, progress)
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)  # gradients are exchanged once, with the last
-            batch = batch.to(run.accelerator.device)
+            batch = batch.to(run.accelerator.device, non_blocking=True)
             with strategy.accumulating(last):
                 output = strategy.forward(batch, stage_gates(run.model, batch, self.config.name))
                 loss = objective(output, counts, weights, run.config.losses.reduction)
@@ -363,8 +365,10 @@ class Stage:
         run = self.run
         return {"step": run.step, "stage": self.config.name, "stage_step": run.stage_step}
 
-    def speed(self, values: Mapping[str, float], seconds: float) -> dict[str, Any]:
+    def speed(self, values: Mapping[str, float], seconds: float, waited: float) -> dict[str, Any]:
         return {
+            "step_s": seconds,
+            "data_wait_s": waited,
             "samples_per_s": values["samples"] / seconds,
             "tokens_per_s": values["tokens_read"] / seconds,
             "memory_gib": memory_gib(self.run.accelerator.device),

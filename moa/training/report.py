@@ -34,6 +34,7 @@ class Reporter:
         self.path = Path(config.out) / LOG
         self.bar: Progress | None = None
         self.file: Any = None
+        self.seconds = self.waited = 0.0  # of this process's steps, validation and saving aside
 
     def start(self, step: int, total: int) -> None:
         """Open the log after its line of `step`; later lines came from a run that was cut off."""
@@ -81,11 +82,17 @@ class Reporter:
 
     def step(self, line: dict[str, Any]) -> None:
         self.record(line)
+        self.seconds += line["step_s"]
+        self.waited += line["data_wait_s"]
         if self.bar is not None:
             text = f"loss {line['loss']:.3f}"
             self.bar.update(self.task, completed=line["step"], description=line["stage"], loss=text)
         if line["step"] % self.config.logging.every == 0:
             self.say(step_text(line))
+
+    def waiting(self) -> str:
+        share = self.waited / max(self.seconds, 1e-9)
+        return f"waited for data: {self.waited:.1f} s of {self.seconds:.1f} s in steps ({share:.1%})"
 
     def validation(self, line: dict[str, Any]) -> None:
         self.record(line)
