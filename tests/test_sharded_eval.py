@@ -21,7 +21,7 @@ from tests.tiny_clip import save_tiny
 from tests.toy import toy_world, write_rows
 
 pytestmark = pytest.mark.slow
-CLOCKS = ("step_s", "data_wait_s", "seconds", "tokens_per_second", "num_processes")
+CLOCKS = ("seconds", "tokens_per_second", "num_processes")
 
 
 def llava_run(folder: Path) -> Path:

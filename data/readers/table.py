@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
+from data.features import FeatureStore
 from data.ocr import OcrSource
 from data.readers import captions, conversations, folders, grounding, own, reading, tables, vqa
 from data.readers.record import RecordDataset, Records
@@ -73,7 +74,10 @@ FORMATS = {
 
 
 def open_records(
-    source: SourceConfig, expert: str | None, ocr: OcrSource | None = None
+    source: SourceConfig,
+    expert: str | None,
+    ocr: OcrSource | None = None,
+    features: FeatureStore | None = None,
 ) -> RecordDataset:
     """The data set of a source; ValueError, naming its key, for files that are missing or not as said."""
     chosen = FORMATS[source.format]
@@ -97,6 +101,7 @@ def open_records(
         instruction=chosen.instruction if source.instruction is None else source.instruction,
         num_samples=source.num_samples,
         ocr=ocr,
+        features=features,
     )
 
 

@@ -92,7 +92,9 @@ class Reporter:
 
     def waiting(self) -> str:
         share = self.waited / max(self.seconds, 1e-9)
-        return f"waited for data: {self.waited:.1f} s of {self.seconds:.1f} s in steps ({share:.1%})"
+        return (
+            f"waited for data: {self.waited:.1f} s of {self.seconds:.1f} s in steps ({share:.1%})"
+        )
 
     def validation(self, line: dict[str, Any]) -> None:
         self.record(line)
