@@ -12,6 +12,7 @@ picture's file, or of its pixels where it was drawn.
 import copy
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Sequence
 from io import BytesIO
@@ -30,7 +31,7 @@ from data.pictures import Picture, open_picture
 from data.sample import Sample
 
 SUFFIX, TORN = ".safetensors", ".torn"
-SHARD_BYTES = 64 * 2**20
+SHARD_BYTES, SHARD_SECONDS = 64 * 2**20, 30.0  # a file is written at the first of both
 BLANK = Image.new("RGB", (8, 8), "gray")  # shown to chat templates in the place of a known picture
 
 
@@ -51,6 +52,7 @@ class FeatureStore:
         self._seen: set[Path] = set()
         self._changed = -1
         self._open: dict[Path, Any] = {}
+        self._written = time.monotonic()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.refresh()
 
@@ -99,11 +101,13 @@ class FeatureStore:
                 # a copy: a view would keep, and write, the whole batch
                 self._pending[key] = row.to("cpu", self.dtype or row.dtype, copy=True).contiguous()
                 self._pixels[key] = content
-        if sum(row.nbytes for row in self._pending.values()) >= SHARD_BYTES:
+        late = time.monotonic() - self._written > SHARD_SECONDS
+        if late or sum(row.nbytes for row in self._pending.values()) >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
         """Write what was added, as one file."""
+        self._written = time.monotonic()
         if not self._pending:
             return
         name = uuid.uuid4().hex

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa.gating import softmax_gates, top_k_gates
-from moa.mixing import add_mixture, concatenate, mix, mix_linear
+from moa.mixing import add_mixture, concatenate, gated, mix, mix_linear
 
 
 @dataclass(kw_only=True)
@@ -37,6 +38,12 @@ class GateState:
     # What inference computes once for all decoding steps, by site. It lives no longer than the
     # gates: an optimiser may write to parameters through flat buffers, which leaves no trace.
     prepared: dict[str, "Prepared"] = field(default_factory=dict)
+    latest: "SameInput | None" = None  # of the site that was prepared last
+
+    def forget(self) -> None:
+        """Drop what was computed from the factors: they may change."""
+        self.prepared.clear()
+        self.latest = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,45 @@ class Prepared:
     gates: Tensor
     a: Tensor
     b: Tensor
+    same_input: "SameInput | None" = None  # None: tokens are routed one by one
+
+
+class SameInput:
+    """Sites that were given one and the same tensor, such as q, k and v: A x once for all of them.
+
+    Which ones shows in the first forward of a generation; the steps after it project once.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.members: list[tuple[str, Tensor, Tensor]] = []  # site, a, gates
+        self._input = ref(x)  # weak: the prompt's tensors are large
+        self._a: Tensor | None = None
+        self._gates: Tensor | None = None
+        self._hidden: dict[str, Tensor] = {}
+
+    def takes(self, x: Tensor, a: Tensor, gates: Tensor) -> bool:
+        """Whether a site with this input, [rank, in] and gates is one of them."""
+        if self._a is not None or self._input() is not x:
+            return False
+        _, other, its_gates = self.members[0]
+        return a.dtype == other.dtype and gates.shape[:-1] == its_gates.shape[:-1]
+
+    def hidden(self, x: Tensor, site: str) -> Tensor:
+        """The site's gated A x."""
+        if self._input() is not x or site not in self._hidden:
+            if self._a is None:
+                self._concatenate()
+            self._input = ref(x)
+            parts = gated(x, self._a, self._gates).split([len(a) for _, a, _ in self.members], -1)
+            names = (name for name, _, _ in self.members)
+            self._hidden = dict(zip(names, parts, strict=True))
+        return self._hidden.pop(site)
+
+    def _concatenate(self) -> None:
+        self._a = torch.cat([a for _, a, _ in self.members])
+        self._gates = torch.cat([gates for _, _, gates in self.members], -1)
+        if self._gates.numel() == len(self._a):  # one sample, or one gate for all: once in A
+            self._a, self._gates = self._a * self._gates.view(-1, 1), None
 
 
 class GateContext:
@@ -126,14 +172,17 @@ class ExpertLinear(nn.Module):
         if state.active is not None and not state.active & self.scalings.keys():
             return self.base_layer(x)
         if torch.is_grad_enabled():
-            state.prepared.pop(self.name, None)  # what follows may change the factors
+            state.forget()
             return self._mix(x, state)
         out = self.base_layer(x)
         ready = state.prepared.get(self.name)
         if ready is None or ready.shape != (x.shape[0], x.ndim) or ready.a.dtype != out.dtype:
             ready = self._prepare(x, state, out.dtype)
-        gates = ready.gates if state.gates is not None else self._token_gates(x, state)
-        return add_mixture(x, out, gates, ready.a, ready.b)
+            if ready.same_input is not None:
+                return add_mixture(out, gated(x, ready.a, ready.gates), ready.b)
+        if ready.same_input is not None:
+            return add_mixture(out, ready.same_input.hidden(x, self.name), ready.b)
+        return add_mixture(out, gated(x, ready.a, self._token_gates(x, state)), ready.b)
 
     def _mix(self, x: Tensor, state: GateState) -> Tensor:
         base, gates, factors = self.base_layer, self._gates(x, state), self._factors(state)
@@ -172,7 +221,7 @@ class ExpertLinear(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ExpertLinear":
         self._spread = None  # the device may change
         if self.context.state is not None:
-            self.context.state.prepared.clear()
+            self.context.state.forget()
         return super()._apply(fn, recurse)
 
     def _factors(self, state: GateState) -> tuple[list[Tensor], list[Tensor]]:
@@ -185,7 +234,13 @@ class ExpertLinear(nn.Module):
     def _prepare(self, x: Tensor, state: GateState, dtype: torch.dtype) -> Prepared:
         a, b = concatenate(*self._factors(state), dtype)
         gates = a.new_empty(0) if state.gates is None else self._gates(x, state).to(dtype)
-        ready = Prepared(shape=(x.shape[0], x.ndim), gates=gates, a=a, b=b.t())
+        same = None
+        if state.gates is not None:
+            if state.latest is None or not state.latest.takes(x, a, gates):
+                state.latest = SameInput(x)
+            same = state.latest
+            same.members.append((self.name, a, gates))
+        ready = Prepared(shape=(x.shape[0], x.ndim), gates=gates, a=a, b=b.t(), same_input=same)
         state.prepared[self.name] = ready
         return ready
 

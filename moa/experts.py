@@ -225,7 +225,7 @@ class ExpertBank:
         """Overwrite an expert with a state of the same sites and ranks; ValueError otherwise."""
         overwrite(self.state(name), tensors, name)
         if self.context.state is not None:
-            self.context.state.prepared.clear()
+            self.context.state.forget()
 
     def peft_config(self, name: str) -> dict[str, Any]:
         """adapter_config.json of an expert: full paths, and patterns only where sites differ."""

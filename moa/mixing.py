@@ -58,15 +58,20 @@ def concatenate(
     return torch.cat(tuple(factors_a)).to(dtype), torch.cat(tuple(factors_b), dim=1).to(dtype)
 
 
-def add_mixture(x: Tensor, base: Tensor, gates: Tensor, a: Tensor, b_t: Tensor) -> Tensor:
-    """Add the gated experts, B given as [rank, out], into `base` itself; for inference alone.
+def gated(x: Tensor, a: Tensor, gates: Tensor | None) -> Tensor:
+    """(x A^T) * gates in A's dtype; no gates: they are in A already. For inference alone."""
+    hidden = F.linear(x if x.dtype == a.dtype else x.to(a.dtype), a)
+    if gates is not None:
+        hidden *= gates
+    return hidden
+
+
+def add_mixture(base: Tensor, hidden: Tensor, b_t: Tensor) -> Tensor:
+    """Add gated A x, times B given as [rank, out], into `base` itself; for inference alone.
 
     `base` must be fresh: nothing else may hold it.
     """
-    dtype = base.dtype
-    hidden = F.linear(x if x.dtype == dtype else x.to(dtype), a)
-    hidden *= gates
-    base.view(-1, base.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), b_t)
+    base.view(-1, base.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), b_t)
     return base
 
 
