@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from moa.backbones.llava import Backbone
 from moa.model import MixtureModel
 
 Run = Callable[[Batch], Tensor]
-STATIC = {"cache_implementation": "static", "disable_compile": True}
+STATIC: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True}
 
 
 @torch.no_grad()
@@ -102,8 +103,8 @@ def contenders(
 
 
 def measure(runs: dict[str, Run], batch: Batch, rounds: int, device: str) -> dict[str, float]:
-    """Tokens/s of each over those of the merged model, and of the merged model itself."""
-    seconds = race({n: lambda run=run: run(batch) for n, run in runs.items()}, rounds, device)
+    """Tokens/s of each over those of the merged model."""
+    seconds = race({n: partial(run, batch) for n, run in runs.items()}, rounds, device)
     return {name: ratio(seconds, "merged", name) for name in runs}
 
 

@@ -66,13 +66,12 @@ class SameInput:
     def __init__(self, x: Tensor) -> None:
         self.members: list[tuple[str, Tensor, Tensor]] = []  # site, a, gates
         self._input = ref(x)  # weak: the prompt's tensors are large
-        self._a: Tensor | None = None
-        self._gates: Tensor | None = None
+        self._joined: tuple[Tensor, Tensor | None] | None = None  # A and gates of all members
         self._hidden: dict[str, Tensor] = {}
 
     def takes(self, x: Tensor, a: Tensor, gates: Tensor) -> bool:
         """Whether a site with this input, [rank, in] and gates is one of them."""
-        if self._a is not None or self._input() is not x:
+        if self._joined is not None or self._input() is not x:
             return False
         _, other, its_gates = self.members[0]
         return a.dtype == other.dtype and gates.shape[:-1] == its_gates.shape[:-1]
@@ -80,19 +79,19 @@ class SameInput:
     def hidden(self, x: Tensor, site: str) -> Tensor:
         """The site's gated A x."""
         if self._input() is not x or site not in self._hidden:
-            if self._a is None:
-                self._concatenate()
+            self._joined = self._joined or self._join()
             self._input = ref(x)
-            parts = gated(x, self._a, self._gates).split([len(a) for _, a, _ in self.members], -1)
+            parts = gated(x, *self._joined).split([len(a) for _, a, _ in self.members], -1)
             names = (name for name, _, _ in self.members)
             self._hidden = dict(zip(names, parts, strict=True))
         return self._hidden.pop(site)
 
-    def _concatenate(self) -> None:
-        self._a = torch.cat([a for _, a, _ in self.members])
-        self._gates = torch.cat([gates for _, _, gates in self.members], -1)
-        if self._gates.numel() == len(self._a):  # one sample, or one gate for all: once in A
-            self._a, self._gates = self._a * self._gates.view(-1, 1), None
+    def _join(self) -> tuple[Tensor, Tensor | None]:
+        a = torch.cat([a for _, a, _ in self.members])
+        gates = torch.cat([gates for _, _, gates in self.members], -1)
+        if gates.numel() == len(a):  # one sample, or one gate for all: once in A
+            return a * gates.view(-1, 1), None
+        return a, gates
 
 
 class GateContext:
