@@ -149,7 +149,6 @@ class MixtureModel(nn.Module):
             aux=aux,
         )
 
-    @torch.no_grad()
     def generate(
         self,
         batch: Batch,
@@ -164,13 +163,29 @@ class MixtureModel(nn.Module):
         Gates are decided from the prompt and stay: beams and return sequences keep their sample's.
         `kwargs` go to transformers' generate.
         """
+        ids, _ = self.generate_routed(
+            batch, gates, withhold=withhold, available=available, **kwargs
+        )
+        return ids
+
+    @torch.no_grad()
+    def generate_routed(
+        self,
+        batch: Batch,
+        gates: Tensor | None = None,
+        *,
+        withhold: Collection[str] = (),
+        available: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Int[Tensor, "rows new"], Gates]:
+        """As `generate`, with the gates that the ids were generated with."""
         if batch.segments is not None:
             raise ValueError("generation needs a row per sample: collate without pack_length")
         training = self.training
         self.eval()  # activation checkpointing, a training matter, would forbid the cache
         try:
-            _, features = self._prefill(batch, gates, withhold, available, expand=True)
-            return self.backbone.generate(batch, features, **kwargs)
+            decided, features = self._prefill(batch, gates, withhold, available, expand=True)
+            return self.backbone.generate(batch, features, **kwargs), decided
         finally:
             self.train(training)
 

@@ -198,16 +198,14 @@ def answer(
     num_beams: int,
 ) -> tuple[torch.Tensor, Gates]:
     """New token ids, and the gates that they were generated with."""
-    decided = choose_gates(model, batch, gates)
-    ids = model.generate(
+    return model.generate_routed(
         batch,
-        gates=decided.gates,
+        **gate_rule(model, batch, gates),
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
         pad_token_id=collator.processor.tokenizer.pad_token_id,
     )
-    return ids, decided
 
 
 def check_gates(spec: str, model: MixtureModel) -> None:
@@ -223,20 +221,25 @@ def check_gates(spec: str, model: MixtureModel) -> None:
 
 def choose_gates(model: MixtureModel, batch: Batch, spec: str) -> Gates:
     """The gates of a batch by the rule `spec` (see `evaluate`)."""
+    rule = gate_rule(model, batch, spec)
+    return model.compute_gates(batch, override=rule.get("gates"), available=rule.get("available"))
+
+
+def gate_rule(model: MixtureModel, batch: Batch, spec: str) -> dict[str, torch.Tensor]:
+    """The `gates` to use, or the experts `available` to the router, as a model takes them; or neither."""
     names, device = model.bank.names, batch.input_ids.device
     if spec == "router":
-        return model.compute_gates(batch)
+        return {}
     if spec.startswith("without:"):
         left = torch.tensor([name != spec.removeprefix("without:") for name in names])
-        return model.compute_gates(batch, available=left.to(device))
+        return {"available": left.to(device)}
     if spec == "oracle":
-        return model.compute_gates(batch, override=one_hot_gates(batch.expert_ids, len(names)))
+        return {"gates": one_hot_gates(batch.expert_ids, len(names))}
     weights = {
         "uniform": [1.0 / len(names) for _ in names],
         "off": [0.0] * len(names),
     }.get(spec, [float(name == spec) for name in names])
-    fixed = torch.tensor(weights, device=device).expand(len(batch), -1)
-    return model.compute_gates(batch, override=fixed)
+    return {"gates": torch.tensor(weights, device=device).expand(len(batch), -1)}
 
 
 def predictions_of(
