@@ -34,6 +34,7 @@ from moa.peft_io import write_expert
 from moa.settings import to_yaml
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
+STATE_FORMAT = 2  # of state.json: to be raised when a run counts other things
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pycocoevalcap")
 
 
@@ -60,7 +61,7 @@ def save_checkpoint(
     try:
         with atomic_folder(target) as folder:
             write_model(folder, model, config)
-            write_json(folder / STATE, state.progress)
+            write_json(folder / STATE, {"format": STATE_FORMAT, **state.progress})
             save_tensors(folder / "optimizer.safetensors", state.optimizer)
             save_tensors(folder / "rng.safetensors", state.rng)
             write_json(folder / MANIFEST, manifest_of(folder))
@@ -261,8 +262,15 @@ def load_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def load_train_state(folder: Path) -> TrainState:
+    """ValueError for a missing or unreadable file, and for the state of another version's run."""
+    progress = read_json(folder / STATE)
+    if progress.pop("format", 1) != STATE_FORMAT:
+        raise ValueError(
+            f"{folder / STATE}: another version wrote it, which counted otherwise. To start from its "
+            "weights, use stages.*.init_from and another out="
+        )
     return TrainState(
-        progress=read_json(folder / STATE),
+        progress=progress,
         optimizer=load_tensors(folder / "optimizer.safetensors"),
         rng=load_tensors(folder / "rng.safetensors"),
     )

@@ -1,6 +1,7 @@
 """Training end to end on the toy world: stages, kill and resume, checks, and what a run leaves."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data.checks import BadSampleError
+from moa.atomic import write_json
 from moa.build import build_model
-from moa.checkpoint import load_model, pointed
+from moa.checkpoint import load_model, manifest_of, pointed
 from moa.config import RunConfig, StageConfig
 from moa.peft_io import save_expert
 from moa.training import loop
@@ -482,14 +484,22 @@ def test_a_resume_with_another_config_names_the_settings(unbroken):
 
 
 def test_a_resume_from_a_checkpoint_with_a_missing_file_names_it(unbroken, tmp_path):
-    import shutil
-
     shutil.copytree(unbroken.out, tmp_path / "run")
     config = replace(unbroken, out=str(tmp_path / "run"))
     last = tmp_path / "run" / "checkpoints" / pointed(tmp_path / "run", "last")
     (last / "optimizer.safetensors").unlink()
     with pytest.raises(ValueError, match=r"optimizer\.safetensors: missing"):
         run_once(config, resume=True)
+
+
+def test_a_resume_from_an_older_versions_state_says_what_to_do(unbroken, tmp_path):
+    shutil.copytree(unbroken.out, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / pointed(tmp_path / "run", "last")
+    state = json.loads((last / "state.json").read_text())
+    write_json(last / "state.json", {key: state[key] for key in state if key != "format"})
+    write_json(last / "manifest.json", manifest_of(last))
+    with pytest.raises(ValueError, match=r"state\.json: another version wrote it.*init_from"):
+        run_once(replace(unbroken, out=str(tmp_path / "run")), resume=True)
 
 
 def test_bf16_trains_and_keeps_what_it_trains_in_fp32(world, tmp_path):
