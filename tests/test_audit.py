@@ -165,9 +165,15 @@ def test_the_data_of_a_clip_is_checked_and_shown_too(tmp_path):
     sys.modules["data_script"] = script
     spec.loader.exec_module(script)
     page = tmp_path / "page.html"
-    arguments = ["configs/clip_demo.yaml", "only=[line]", "limit=3", "num_samples=2", f"out={page}"]
+    arguments = [
+        "configs/clip_demo.yaml",
+        "only=[kinds]",
+        "limit=3",
+        "num_samples=2",
+        f"out={page}",
+    ]
     settings, config, known = script.read_settings([*arguments, "progress=false"])
     console = script.Console(file=io.StringIO())
     assert script.check(settings, config, known, console) == 0
     script.preview(settings, config, known, console)
-    assert "a line drawing of " in page.read_text() and page.read_text().count("<img") == 2
+    assert "a kind of " in page.read_text() and page.read_text().count("<img") == 2
