@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 # one thread a worker: two threads for small tensors cost more than they bring
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+BENCH := OMP_NUM_THREADS=1 $(BIN)/python benchmarks
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
@@ -40,11 +41,17 @@ lint: setup  ## format, lint, types
 check: lint  ## and the fast tests
 	$(PYTEST) -m "not slow"
 
-bench: setup  ## the speed and memory tables
-	$(BIN)/python benchmarks/mixture.py
-	$(BIN)/python benchmarks/generation.py
+bench: setup  ## every speed and memory figure, its tables and charts: results/benchmarks.md; half an hour on one core
+	$(BENCH)/mixture.py
+	$(BENCH)/mixture.py --size slice7b --rank 8 --rounds 3
+	$(BENCH)/precision.py
+	$(BENCH)/growth.py
+	$(BENCH)/generation.py --experts 4 8 16
+	$(BENCH)/features.py
+	$(BENCH)/data.py
+	$(BENCH)/planning.py
 	$(BIN)/python benchmarks/merging.py
-	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/report.py
 
 scoreboard: setup  ## results/scoreboard.json: about an hour on two cores
 	$(BIN)/python scripts/scoreboard.py --out runs/scoreboard --jobs 2 --num-samples 64

@@ -1,14 +1,10 @@
 """What the speed benchmarks share: a random LLaVA of a chosen size, a batch for it, and clocks."""
 
 import argparse
-import json
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import date
 from functools import lru_cache
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -16,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks.record import machine
 from data.batch import Batch
 from moa.backbones.llava import Backbone
 from moa.experts import ExpertBank
 from moa.model import MixtureModel
 from moa.router import Router
 
-ROOT = Path(__file__).parent.parent
 TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 IMAGE, PAD = 1, 0
 
@@ -79,29 +75,9 @@ def make_parser(doc: str | None, experts: list[int], rounds: int) -> argparse.Ar
 
 
 def where(arguments: argparse.Namespace) -> dict[str, str | int]:
-    """What a line of figures says of how it was made."""
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
-    )
-    return {
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
-        "date": date.today().isoformat(),
-        "size": arguments.size,
-        "dtype": arguments.dtype,
-        "rank": arguments.rank,
-    }
-
-
-def write_results(name: str, figures: Mapping[str, object]) -> Path:
-    """Put figures into results/bench_<name>.json, from where README and charts take them."""
-    path = ROOT / "results" / f"bench_{name}.json"
-    path.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures))
-    return path
+    """What figures of the mixture say of how they were made."""
+    settings = {"size": arguments.size, "dtype": arguments.dtype, "rank": arguments.rank}
+    return machine(arguments.device) | settings
 
 
 def make_backbone(size: Size, device: str, dtype: torch.dtype, *, shared: bool = False) -> Backbone:

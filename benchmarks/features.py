@@ -1,6 +1,6 @@
 """Training steps with and without the pictures' features kept on the disk, and where a step's time goes.
 
-    python benchmarks/features.py [--rounds 5] [--out results/features.json]
+    python benchmarks/features.py [--rounds 5]
 
 demo   configs/demo.yaml, stage joint: drawn pictures, tower and language model of four layers each
 heavy  photographs (JPEG, 640 x 480) at 336 pixels, tower and language model in the proportion of CLIP-L to a language
@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +31,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.bench_model import clock, ratio
+from benchmarks.record import machine, write_results
 from data.collate import Collator
 from data.mixture import Mixture
 from data.scene_dataset import _render
@@ -189,10 +189,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="JSON file of the figures")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    figures: dict[str, Any] = {"date": time.strftime("%Y-%m-%d")}
+    figures: dict[str, Any] = {"where": machine()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         demo = load_config(
@@ -205,8 +204,7 @@ def main() -> None:
         for name, shape in MODELS.items()
     }
     show(figures)
-    if args.out is not None:
-        args.out.write_text(json.dumps(figures, indent=2) + "\n")
+    write_results("features", figures)
 
 
 def show(figures: dict[str, Any]) -> None:

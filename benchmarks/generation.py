@@ -1,7 +1,7 @@
 """Decoding speed of the routed mixture over batch sizes, against the same mixture merged, and PEFT with many adapters.
 
     python benchmarks/generation.py [--size small|large] [--device cpu|cuda] [--dtype fp32|bf16]
-        [--batches 1 2 4 8 16 32] [--experts 4 8] [--new-tokens 32] [--out results/generation.json]
+        [--batches 1 2 4 8 16 32] [--experts 4 8] [--new-tokens 32]
 
 merged    one gate for all samples, in the weights: what the same model costs without a mixture
 routed    each sample has its own gates of all experts, decided once from its prompt
@@ -9,12 +9,10 @@ peft      `generate(adapter_names=...)`: as many adapters of the same rank, one 
 static    the first two with `cache_implementation="static"`, which is not compiled here
 
 Greedy decoding of prompts with a picture each, in turns; the routed model also looks at its evidence and decides.
-Figures are tokens/s over the merged model's, medians over the rounds. The last line is JSON.
+Figures are tokens/s over the merged model's, medians over the rounds. Writes results/bench_generation.json.
 """
 
-import json
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,6 +39,7 @@ from benchmarks.bench_model import (
     ratio,
     where,
 )
+from benchmarks.record import write_results
 from data.batch import Batch
 from moa.backbones.llava import Backbone
 from moa.model import MixtureModel
@@ -113,7 +112,6 @@ def main() -> None:
     parser = make_parser(__doc__, experts=[4, 8], rounds=5)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--out", type=Path, help="JSON file of the figures")
     arguments = parser.parse_args()
     size, device, dtype = SIZES[arguments.size], arguments.device, DTYPES[arguments.dtype]
     print(f"{size}, {device}, {arguments.dtype}, {torch.get_num_threads()} threads")
@@ -134,12 +132,9 @@ def main() -> None:
         "tokens_over_merged": over_merged,  # experts -> batch -> contender
         "new_tokens": arguments.new_tokens,
         "rank": arguments.rank,
-        "date": time.strftime("%Y-%m-%d"),
-        **where(arguments),
+        "where": where(arguments),
     }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures))
+    write_results("generation", figures)
 
 
 if __name__ == "__main__":

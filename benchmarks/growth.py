@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from rich.progress import track
 
-from benchmarks.bench_model import DTYPES, Size, race, saved_bytes, where, write_results
+from benchmarks.bench_model import DTYPES, Size, race, saved_bytes, where
 from benchmarks.charts import Panel, line_panels
 from benchmarks.contenders import CONTENDERS, Setting
+from benchmarks.record import write_results
 
 SIZE = Size(width=256, mlp=688, layers=4, heads=4, vocab=512, vision_width=64, vision_heads=4,
             image_tokens=16, prompt=96, answer=16, batch=4)  # fmt: skip

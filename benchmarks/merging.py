@@ -5,9 +5,9 @@
 One 4096 x 4096 site with four experts is merged by PEFT and by us; then a set of adapters as large as those of a
 7B LLaVA (224 sites, rank 16, random factors written to a temporary folder) by `linear`, at a fixed rank, and by TIES
 in core space, each in a process of its own, beside reading the same inputs and writing the same output and nothing
-else. Then two sharded checkpoints of a base, with tensors of a 7B model's shapes. The last line is JSON: ratios are
+else. Then two sharded checkpoints of a base, with tensors of a 7B model's shapes. Ratios are
 theirs over ours, seconds are wall time, `*_vs_io` are ours over reading and writing alone, and peaks are the whole
-process's, those of `checkpoint_extra_gb` above what it held before it began.
+process's, those of `checkpoint_extra_gb` above what it held before it began. Writes results/bench_merging.json.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.record import machine, write_results
 from moa.merging import sparse
 from moa.merging.core import compress, expert_from_folder, to_core
 from moa.merging.export import export_adapter, stored_dtype
@@ -344,7 +345,7 @@ def main() -> None:
     checkpoints(figures, args.layers)
     if not args.skip_peft:
         against_peft(figures)
-    print(json.dumps(figures))
+    write_results("merging", {"where": machine(), **figures})
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ from benchmarks.bench_model import (
     ratio,
     saved_bytes,
     where,
-    write_results,
 )
 from benchmarks.contenders import CONTENDERS, LoopLinear, Setting
+from benchmarks.record import write_results
 from moa.experts import ExpertBank
 
 SLOW = ("loop", "xlora", "per-sample")  # their time grows with the number of experts

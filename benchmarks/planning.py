@@ -4,12 +4,11 @@
 
 A random LLaVA with its experts and router takes a training step, with and without gradient
 checkpointing. The plan comes from a copy of the model without data; what is measured is the peak of
-torch's allocator: the profiler's on a CPU, max_memory_allocated on a GPU. The last line is JSON;
-ratios are planned over measured.
+torch's allocator: the profiler's on a CPU, max_memory_allocated on a GPU. Ratios are planned over
+measured. Writes results/bench_planning.json.
 """
 
 import copy
-import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -31,6 +30,7 @@ from benchmarks.bench_model import (
     make_parser,
     where,
 )
+from benchmarks.record import write_results
 from data.batch import Batch
 from moa.config import StageConfig, TrainConfig
 from moa.model import MixtureModel
@@ -120,7 +120,7 @@ def main() -> None:
                 f"AdamW {plan.optimizer / 2**20:.2f} and {states / 2**20:.2f} MiB"
             )
             figures[label] = {"peak": plan.peak / peak, "optimizer": plan.optimizer / states}
-    print(json.dumps({"planned_over_measured": figures, **where(arguments)}))
+    write_results("planning", {"where": where(arguments), "planned_over_measured": figures})
 
 
 if __name__ == "__main__":

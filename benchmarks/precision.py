@@ -26,9 +26,9 @@ from benchmarks.bench_model import (
     ratio,
     saved_bytes,
     where,
-    write_results,
 )
 from benchmarks.contenders import CONTENDERS, Setting, ours
+from benchmarks.record import write_results
 from moa.model import MixtureModel
 
 
