@@ -14,7 +14,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Settings:
     progress: bool = True  # of check: progress bar
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="settings, with their defaults:\n\n" + describe(Settings),
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("command", choices=("check", "preview"))
     parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read_settings(arguments: list[str]) -> tuple[Settings, RunConfig, bool]:
@@ -205,8 +205,8 @@ def preview(settings: Settings, config: RunConfig, known: bool, console: Console
     console.print(f"{settings.out}: {len(items)} samples of {len(sources)} sources")
 
 
-def main() -> None:
-    arguments, console = parse_arguments(), Console(highlight=False, soft_wrap=True)
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments, console = parse_arguments(argv), Console(highlight=False, soft_wrap=True)
     try:
         settings, config, known = read_settings(arguments.settings)
         if arguments.command == "preview":

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,7 +43,7 @@ def numbers(kind: Callable[[str], T]) -> Callable[[str], list[T]]:
     return parse
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--host-bandwidth", type=float, default=machine.host_bandwidth,
                         help="GB/s to and from its host (%(default)s)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the record instead of tables")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(argv)
 
 
 def machines(arguments: argparse.Namespace) -> list[Machine]:
@@ -96,9 +96,9 @@ def show(plans: list[Plan], console: Console) -> None:
         console.print()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")  # of libraries, about models that will not run
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     with mistakes_in_one_line(), Console(stderr=True).status("") as status:
         plans = plan_run(
             load_config(arguments.config, arguments.overrides),

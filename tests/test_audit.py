@@ -6,7 +6,6 @@ import importlib.util
 import io
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -140,30 +139,26 @@ def test_settings_of_the_script_and_of_the_run_are_told_apart(tmp_path):
 
 
 @pytest.mark.slow
-def test_check_exits_with_one_where_something_is_wrong_and_preview_writes_a_page(tmp_path):
+def test_check_exits_with_one_where_something_is_wrong_and_preview_writes_a_page(tmp_path, capsys):
     data_set(tmp_path, [*map(row, range(3)), row(2)])
 
-    def run(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "scripts" / "data.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    def run(*arguments: str) -> tuple[object, str]:
+        with pytest.raises(SystemExit) as end:
+            script().main(arguments)
+        return end.value.code, capsys.readouterr().out
 
     source = f"source.path={tmp_path}/mine.jsonl"
-    found = run("check", source)
-    assert found.returncode == 1 and "duplicate id" in found.stdout and "1 errors" in found.stdout
-    assert run("check", source, "ignore=[duplicate id]").returncode == 0
-    assert run("check", source, "limit=3").returncode == 0
-    wrong = run("check", f"source.path={tmp_path}/none.jsonl")
-    assert wrong.returncode == 1 and "no such data file" in wrong.stderr
+    code, said = run("check", source)
+    assert code == 1 and "duplicate id" in said and "1 errors" in said
+    assert run("check", source, "ignore=[duplicate id]")[0] == 0
+    assert run("check", source, "limit=3")[0] == 0
+    assert "no such data file" in str(run("check", f"source.path={tmp_path}/none.jsonl")[0])
     out = tmp_path / "page.html"
-    assert run("preview", source, f"out={out}", "num_samples=2").returncode == 0
+    script().main(["preview", source, f"out={out}", "num_samples=2"])
     assert out.read_text().count("<section>") == 2
 
 
 def test_the_data_of_a_clip_is_checked_and_shown_too(tmp_path):
-    spec = importlib.util.spec_from_file_location("data_script", ROOT / "scripts" / "data.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["data_script"] = script
-    spec.loader.exec_module(script)
     page = tmp_path / "page.html"
     arguments = [
         "configs/clip_demo.yaml",
@@ -172,8 +167,8 @@ def test_the_data_of_a_clip_is_checked_and_shown_too(tmp_path):
         "num_samples=2",
         f"out={page}",
     ]
-    settings, config, known = script.read_settings([*arguments, "progress=false"])
-    console = script.Console(file=io.StringIO())
-    assert script.check(settings, config, known, console) == 0
-    script.preview(settings, config, known, console)
+    settings, config, known = script().read_settings([*arguments, "progress=false"])
+    console = script().Console(file=io.StringIO())
+    assert script().check(settings, config, known, console) == 0
+    script().preview(settings, config, known, console)
     assert "a kind of " in page.read_text() and page.read_text().count("<img") == 2
