@@ -184,6 +184,10 @@ def fill_disk(process: BaseProcess, disk: Path, rng: random.Random) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
+def has_victim(kind: str, process: BaseProcess) -> bool:
+    return kind != "worker" or bool(workers_of(process))
+
+
 def strike(kind: str, process: BaseProcess, disk: Path, rng: random.Random) -> bool:
     """Whether there was something to strike: a process or its workers may just have ended."""
     try:
@@ -218,11 +222,12 @@ def trial(
 ) -> Outcome | None:
     """Strike a run, judge, resume, compare; None where it had ended before it felt the strike."""
     out, output = disk / "run", course.folder / f"{kind}.txt"
-    process = run(course.folder, out, output, f"data.num_workers={2 * (kind == 'worker')}")
+    process = run(course.folder, out, output, f"data.num_workers={int(kind == 'worker')}")
     wait_until((out / "log.jsonl").exists, process)
     process.join(rng.uniform(0, 0.9 * course.seconds))
     if while_writing:
-        wait_until(lambda: being_written(out), process)
+        # workers end before the stage does: they read ahead
+        wait_until(lambda: being_written(out) and has_victim(kind, process), process)
         process.join(rng.uniform(0, 0.02))
     writing = being_written(out)
     struck = strike(kind, process, disk, rng)
@@ -287,6 +292,7 @@ def main() -> None:
             made = trials(kind, arguments.trials, course, arguments.seed)
             outcomes = list(bar.track(made, total=arguments.trials, description=kind))
             table.add_row(*row(kind, outcomes))
+            bar.console.print(" ".join(row(kind, outcomes)))  # a cut-off run keeps these
             faults += [f for o in outcomes for f in (o.torn, o.unequal, o.wrong_end) if f]
     Console().print(table)
     print(*faults, sep="\n")
