@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 
 def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -58,19 +56,24 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _sync(file)
         _replace(temporary, target)
         _sync(target.parent)
-    except (OSError, SafetensorError) as error:
-        number, reason = error_of(error)
+    except Exception as error:
+        if (found := system_error(error)) is None:
+            raise
+        number, reason = found
         raise OSError(number, f"{target}: not written, nothing was changed: {reason}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def error_of(error: OSError | SafetensorError) -> tuple[int, str]:
-    """Number and text; safetensors writes the number of a full disk into a text of its own."""
+def system_error(error: Exception) -> tuple[int, str] | None:
+    """Number and text of what the system refused; None for another error.
+
+    Safetensors and tokenizers write it into the text of an error of their own, or of a bare Exception.
+    """
     if isinstance(error, OSError):
         return error.errno or errno.EIO, error.strerror or str(error)
-    number = re.search(r"os error (\d+)", str(error))
-    return int(number[1]) if number else errno.EIO, str(error)
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return (int(number[1]), str(error)) if number else None
 
 
 def _replace(temporary: Path, target: Path) -> None:

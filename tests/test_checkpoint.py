@@ -124,7 +124,11 @@ def test_tensors_of_another_config_are_refused_by_name():
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(28, "No space left on device"), SafetensorError("No space left on device (28)")],
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        Exception("No space left on device (os error 28)"),  # of a tokenizer
+    ],
 )
 def test_a_full_disk_leaves_the_checkpoint_before_whole(run, model, config, monkeypatch, error):
     def full(file, tensors):
@@ -134,8 +138,11 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(run, model, config, monk
         checkpoint.save_file(dict(tensors), file)
 
     monkeypatch.setattr(checkpoint, "save_tensors", full)
-    with pytest.raises(OSError, match="step-000006 not written.*step-000003, is whole.*No space"):
+    with pytest.raises(
+        OSError, match="step-000006 not written.*step-000003, is whole.*No space"
+    ) as e:
         save_checkpoint(run, 6, model, config, STATE)
+    assert e.value.errno == 28
     assert pointed(run, "last") == "step-000003"
     verify(run / "checkpoints" / "step-000003")
     assert [p.name for p in (run / "checkpoints").iterdir() if p.is_dir()] == ["step-000003"]
