@@ -69,6 +69,11 @@ def test_a_wrong_answer_is_shown_beside_the_true_one_and_missing_ocr_is_said(tmp
     assert "gates differ by token" in shown
 
 
+def test_a_model_that_reads_no_words_does_not_miss_them(tmp_path, pages):
+    cards.gallery(tmp_path / "samples.png", [card(ocr=None, reads=False)], ["a", "b"], "Samples")
+    assert "no OCR was run" not in words(pages[0])
+
+
 def test_the_picture_is_the_one_that_reached_the_tower():
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
     mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
@@ -81,6 +86,12 @@ def test_the_heat_map_prints_every_gate_and_marks_held_out_tasks(tmp_path, pages
     shown = words(pages[0])
     assert {"0.90", "0.10", "0.50", "vqa", "count (held out)"} <= set(shown)
     assert any("0.40 bits" in text and "75%" in text for text in shown)
+
+
+def test_the_heat_map_shows_what_is_left_to_the_null_expert(tmp_path, pages):
+    routing = ROUTING | {"experts": ["a", "b"], "per_kind": {"vqa": [0.5, 0.125]}}
+    plots.gate_heat_map(tmp_path / "gates.png", routing, null_expert=True)
+    assert {"none", "0.38"} <= set(words(pages[0]))
 
 
 def test_sites_are_grouped_by_tower_and_layer():

@@ -33,6 +33,7 @@ class Card:
     boxes: Sequence[Box] = ()
     predicted_box: Box | None = None
     ocr: Sequence[OcrWord] | None = None
+    reads: bool = True  # whether the model takes OCR words: only then is their absence said
     gates: Sequence[float] | None = None
 
 
@@ -90,7 +91,7 @@ def draw_words(axes: Axes, card: Card) -> None:
         lines.append((f"true: {card.truth}", MUTED, "normal", 2))
     if card.ocr:
         lines.append((f"read: {' '.join(word.text for word in card.ocr)}", READ, "normal", 1))
-    elif card.ocr is None:
+    elif card.ocr is None and card.reads:
         lines.append(("no OCR was run", MUTED, "normal", 1))
     top = 1.0
     for text, ink, weight, most in lines:

@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from moa.config import NONE
+
 matplotlib.use("Agg")
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D31", "#5A5A5A")
@@ -68,10 +70,16 @@ def color(index: int) -> str:
 # -- Gates ----------------------------------------------------------------------------------------
 
 
-def gate_heat_map(path: str | Path, routing: Mapping[str, Any]) -> None:
-    """Task (split where it has several experts) x expert, from `moa.analysis.routing.summary`."""
+def gate_heat_map(path: str | Path, routing: Mapping[str, Any], null_expert: bool = False) -> None:
+    """Task (split where it has several experts) x expert, from `moa.analysis.routing.summary`.
+
+    With a null expert the last column is its weight: what the experts leave of one.
+    """
     experts, per_task = routing["experts"], routing["per_kind"]
     values = np.array(list(per_task.values()))
+    if null_expert:
+        experts = [*experts, NONE]
+        values = np.column_stack([values, (1 - values.sum(1)).clip(min=0)])
     size = 2.6 + 0.85 * len(experts), 1.75 + 0.48 * len(per_task)
     parts = [f"I(task; expert) = {routing['mutual_information']:.2f} bits"]
     if routing.get("routing_accuracy") is not None:

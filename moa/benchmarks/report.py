@@ -96,7 +96,8 @@ def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> li
             if prediction.sample.image is not None
         ]
         for result in results
-        for found, scores in result.tasks.values()
+        for task, (found, scores) in result.tasks.items()
+        if task != "text_to_image"  # its answers are pictures, which a card cannot say
     ]
     longest = max(map(len, columns), default=0)
     turns = [column[row] for row in range(longest) for column in columns if row < len(column)]
@@ -121,6 +122,7 @@ def make_card(model: MixtureModel, prediction: Prediction, score: float) -> Card
         boxes=sample.boxes,
         predicted_box=prediction.box,
         ocr=sample.ocr,
+        reads=model.router is not None and "ocr" in model.router.evidence,
         gates=None if gates is None else torch.tensor(gates).mean(0).tolist(),
     )
 
@@ -147,7 +149,7 @@ def draw_pictures(
     gallery(made[0], make_cards(model, results, count), names, "What the model saw, and said")
     if routing is not None:
         made.append(folder / "gates.png")
-        gate_heat_map(made[-1], routing)
+        gate_heat_map(made[-1], routing, model.null_expert)
     if routing is not None and "per_site" in routing:
         made.append(folder / "gates_by_layer.png")
         layer_heat_map(made[-1], routing, list(model.bank.sites))
