@@ -18,7 +18,7 @@ from benchmarks.charts import Panel, line_panels
 from benchmarks.record import ROOT
 
 RESULTS = ROOT / "results"
-SIZES = {"small": "4 layers of width 512", "slice7b": "one layer of LLaVA-7B, width 4096"}
+SIZES = {"small": "4 layers of width 512", "slice7b": "a layer of LLaVA-7B"}
 Figures = dict[str, Any]
 
 
