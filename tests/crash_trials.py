@@ -60,6 +60,8 @@ def child(arguments: list[str], output: str, environment: dict[str, str]) -> Non
         os.dup2(handle, stream)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    # as in train.py by itself: else its workers would be children of yet another server
+    multiprocessing.set_start_method("fork", force=True)
     sys.argv = ["train.py", *arguments]
     train.main()
 

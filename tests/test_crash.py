@@ -1,11 +1,14 @@
 """What ends a run early: signals, kills, a full disk, dead data workers; and that nothing is lost."""
 
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -19,7 +22,7 @@ from moa.checkpoint import pointed, verify
 from moa.config import RunConfig
 from moa.training import loop
 from moa.training.batches import dead_worker
-from moa.training.signals import EXIT_STATUS, STOPPING, StopRequest
+from moa.training.signals import EXIT_STATUS, STOPPING, StopRequest, leave_to_parent
 from tests import crash_trials
 from tests.test_train import assert_same_weights, log_of, run_once
 from tests.toy import read_log, toy_config
@@ -52,6 +55,27 @@ def test_a_second_interrupt_ends_at_once_and_a_second_sigterm_does_not():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def working(ready) -> None:
+    leave_to_parent(0)
+    ready.set()
+    time.sleep(60)
+
+
+def test_a_data_worker_outlives_signals_to_the_group_but_not_its_parents():
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    worker = fork.Process(target=working, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(20)
+    for number in STOPPING:  # sent by a process that is not its parent
+        subprocess.run(["kill", f"-{number.value}", str(worker.pid)], check=True)
+    worker.join(0.3)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 def signal_in_forward(monkeypatch, step: int) -> None:
@@ -159,6 +183,7 @@ def test_only_the_death_of_a_data_worker_is_told_as_one():
     by_exit = RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")
     assert "died (worker (pid 7) is killed by signal: Killed)" in str(dead_worker(by_signal))
     assert "died (worker (pid(s) 7, 8) exited unexpectedly)" in str(dead_worker(by_exit))
+    assert dead_worker(ConnectionResetError("of a tracker")) is None
     assert dead_worker(RuntimeError("Caught KeyError in DataLoader worker process 0.")) is None
 
 

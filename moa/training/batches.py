@@ -7,8 +7,10 @@ gradient, are the same for any number of processes, workers and micro-batches.
 
 import math
 import re
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -133,17 +135,27 @@ def make_loader(
     )
 
 
-def dead_worker(error: RuntimeError) -> str | None:
-    """What to tell of a data worker that died, if that is what a loader's `error` says."""
-    found = re.search(
-        r"DataLoader worker \(pid.*?(exited unexpectedly|is killed by signal: \w+)", str(error)
-    )
-    if found is None:
+def dead_worker(error: Exception) -> str | None:
+    """What to tell of a data worker that died, if that is what `error` comes from.
+
+    Torch raises a RuntimeError wherever the main thread is when it hears of the death. The loss of the
+    connection may be noticed before, where the loader takes a batch from its workers.
+    """
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    receiving = any(frame.f_code.co_name == "_try_get_data" for frame in frames)
+    if receiving and isinstance(error, OSError | EOFError):
+        try:
+            time.sleep(5)
+        except RuntimeError as heard:  # here it harms nothing, and knows more
+            error = heard
+    found = re.search(r"DataLoader (worker \(pid.*)", str(error))
+    if found is None and not (receiving and isinstance(error, OSError | EOFError)):
         return None
+    what = found[1].strip(" .") if found else error
     return (
-        f"a process that loads data died ({found[0].removeprefix('DataLoader ')}): often for want of "
-        "memory, which fewer data.num_workers need less of; data.num_workers=0 loads in the training "
-        "process, and shows an error of its own"
+        f"a process that loads data died ({what}): often for want of memory, which fewer "
+        "data.num_workers need less of; data.num_workers=0 loads in the training process, "
+        "and shows an error of its own"
     )
 
 

@@ -129,7 +129,7 @@ def train(run: Run, state: TrainState | None) -> None:
         while not run.done and not run.stopping:
             Stage(run, state).run_steps()
             state = None
-    except RuntimeError as error:
+    except Exception as error:
         if died := dead_worker(error):
             raise TrainingError(f"step {run.step}: {died}") from error
         raise
