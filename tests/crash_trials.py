@@ -212,7 +212,9 @@ def wrong_end(kind: str, exitcode: int | None, out: Path, said: str) -> str:
         "worker": (1, "a process that loads data died"),
     }
     status, message = promised[kind]
-    clear = "Traceback" not in said and said.count("\nerror: ") == (kind in ("disk", "worker"))
+    # Python tells of what torch's handler of SIGCHLD raised in a callback, and goes on
+    ended_by = said.count("Traceback") - said.count("Exception ignored in")
+    clear = ended_by == 0 and said.count("\nerror: ") == (kind in ("disk", "worker"))
     hint = kind == "kill" or "the same command with --resume goes on from" in said
     saved = kind != "term" or pointed(out, "last") == f"step-{read_log(out)[-1]['step']:06d}"
     right = exitcode == status and message in said and clear and hint and saved
