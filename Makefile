@@ -47,7 +47,6 @@ bench: setup  ## every speed and memory figure, its tables and charts: results/b
 	$(BENCH)/precision.py
 	$(BENCH)/growth.py
 	$(BENCH)/generation.py --experts 4 8 16
-	$(BENCH)/features.py
 	$(BENCH)/data.py
 	$(BENCH)/planning.py
 	$(BIN)/python benchmarks/merging.py

@@ -148,7 +148,6 @@ def main() -> None:
         lines += mixture(name)
     lines += generation()
     lines += listed("precision_small", "bf16, recomputation, kept factors")
-    lines += listed("features", "Features of a frozen tower kept on the disk")
     lines += listed("data", "Reading data")
     lines += listed("merging", "Merging")
     lines += listed("planning", "The planner against the allocator")

@@ -29,9 +29,6 @@ class Batch:
     picture. `task_ids` is -1 where the task is unknown or withheld, `expert_ids` -1 where nobody
     knows. Masks are True where there is something; a sample without OCR evidence has an all-False
     `ocr_mask`.
-    Where `tower_states` are known, pictures are not processed, and `pixel_values` has one pixel each.
-    `unknown_pictures` are for who keeps such states: all pictures of the batch, in order, where not all
-    are known.
     """
 
     input_ids: Tensor  # [rows, seq] int64
@@ -41,7 +38,6 @@ class Batch:
     pixel_values: Tensor
     picture_inputs: dict[str, Tensor] = field(default_factory=dict)
     image_index: Tensor  # [images] int64
-    tower_states: Tensor | None = None  # [images, tokens, width]
 
     text_ids: Tensor  # [batch, text] int64
     text_mask: Tensor  # [batch, text] bool
@@ -55,7 +51,6 @@ class Batch:
     image_mask: Tensor  # [batch] bool
 
     samples: list[Sample] = field(default_factory=list)
-    unknown_pictures: list[tuple[str, str]] = field(default_factory=list)  # key, hash of its pixels
 
     def __len__(self) -> int:
         return self.text_ids.shape[0]

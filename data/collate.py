@@ -10,13 +10,11 @@ longer than `max_length` is a bad sample like any other.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from PIL.Image import new as new_image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -25,9 +23,7 @@ from data.batch import Batch
 from data.boxes import CODECS, BoxCodec
 from data.chat import ChatEncoder, message
 from data.checks import BadSampleError, check_sample, name_of
-from data.features import BLANK, FeatureStore, picture_keys, without_pictures
 from data.geometry import Geometry, seen_by
-from data.ocr import content_hash
 from data.rows import fill_rows, joined, pad
 from data.sample import OcrWord, Sample
 
@@ -69,7 +65,6 @@ class Collator:
     A box of which the processor's crop leaves less than the share `min_visible` is a bad sample.
     With `pack_length` a row of tokens holds several samples, as many of them as fit, in their order.
     With `for_generation` there are no labels, padding is on the left, and a row is a sample.
-    A batch of pictures that `features` know has the tower's states of them instead of their pixels.
     """
 
     processor: Any
@@ -90,7 +85,6 @@ class Collator:
     withhold_task: bool = False
     task_dropout: float = 0.0
     allow_unknown_tasks: bool = False
-    features: FeatureStore | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """The batch of all samples; BadSampleError for the first bad one."""
@@ -197,11 +191,9 @@ class Collator:
             return Counter(answers).most_common(1)[0][0]
         return self.box_codec.encode(sample.boxes, self.geometry(sample))
 
-    def conversation(self, sample: Sample, shown: Image | None = None) -> list[dict[str, Any]]:
-        """The whole conversation to learn from, or its first question to answer; `shown` stands for
-        the sample's picture, if it has one."""
-        image = sample.image if sample.image is None or shown is None else shown
-        picture = [] if image is None else [{"type": "image", "image": image}]
+    def conversation(self, sample: Sample) -> list[dict[str, Any]]:
+        """The whole conversation to learn from, or its first question to answer."""
+        picture = [] if sample.image is None else [{"type": "image", "image": sample.image}]
         system = [message("system", sample.system)] if sample.system else []
         opening = [*system, message("user", self.prompt(sample), picture)]
         if self.for_generation:
@@ -217,18 +209,9 @@ class Collator:
 
     def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Token ids and assistant masks as lists of unequal length, and the pictures."""
-        states = None if self.features is None else self.features.find(picture_keys(samples))
-        processor, shown = self.processor, None
-        if states is not None:
-            processor, shown = self._without_pictures, BLANK
-        chats = [self.conversation(sample, shown) for sample in samples]
-        pictures = [[shown or s.image] if s.image is not None else [] for s in samples]
-        encoded = ChatEncoder(processor).encode(chats, pictures, prompts=self.for_generation)
-        return encoded if states is None else {**encoded, "tower_states": states}
-
-    @cached_property
-    def _without_pictures(self) -> Any:
-        return without_pictures(self.processor)
+        chats = [self.conversation(sample) for sample in samples]
+        pictures = [[s.image] if s.image is not None else [] for s in samples]
+        return ChatEncoder(self.processor).encode(chats, pictures, prompts=self.for_generation)
 
     def _batch(self, samples: list[Sample], encoded: dict[str, Any]) -> Batch:
         tokenizer = self.processor.tokenizer
@@ -272,9 +255,6 @@ class Collator:
         """
         seen = torch.tensor([sample.image is not None for sample in samples])
         about = {"image_index": seen.nonzero()[:, 0], "image_mask": seen}
-        if (states := encoded.get("tower_states")) is not None:
-            pixels = torch.zeros(len(states), 3, 1, 1)
-            return {"pixel_values": pixels, "tower_states": states, **about}
         if not seen.any():
             blank = new_image("RGB", (64, 64), "gray")
             encoded = self.processor(text=[self.processor.image_token], images=[[blank]])
@@ -286,15 +266,8 @@ class Collator:
         return {
             "pixel_values": inputs.pop("pixel_values"),
             "picture_inputs": inputs,
-            "unknown_pictures": self._unknown(samples),
             **about,
         }
-
-    def _unknown(self, samples: list[Sample]) -> list[tuple[str, str]]:
-        if self.features is None:
-            return []
-        images = [sample.image for sample in samples if sample.image is not None]
-        return list(zip(picture_keys(samples), map(content_hash, images), strict=True))
 
     def _task_id(self, sample: Sample) -> int:
         return -1 if self.withholds(sample) else position(self.tasks, sample.task)

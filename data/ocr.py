@@ -34,8 +34,8 @@ class Pictures(Protocol):
     def __getitem__(self, index: int, /) -> Image: ...
 
 
-# A cache or a live engine, from a picture, and its hash where it is known; None = no OCR was run.
-OcrSource = Callable[..., Words | None]
+# A cache or a live engine, from a picture; None = no OCR was run.
+OcrSource = Callable[[Image], Words | None]
 Table = dict[str, Words]
 
 METADATA_KEY = b"moa.ocr"
@@ -78,9 +78,9 @@ class OcrCache:
     def __len__(self) -> int:
         return len(self.table)
 
-    def get(self, image: Image, known_hash: str | None = None) -> Words | None:
+    def get(self, image: Image) -> Words | None:
         """The words of the picture, or None where nobody has read it."""
-        key = known_hash or content_hash(image)
+        key = content_hash(image)
         if key not in self.table and self.engine is not None:
             self.table[key] = self.engine.read(image)
         return self.table.get(key)

@@ -40,7 +40,6 @@ class Sample:
     `choices` are the names that a classification chooses from, empty for open answers; for CLIP
     `question` is then the template that turns a name into a text ("a photo of a {}").
     `expert` names the expert that this sample trains, or None where nobody knows.
-    `picture_key` is the sha256 of the picture's file, where something goes by it (data/features.py).
     """
 
     id: str
@@ -59,7 +58,6 @@ class Sample:
     turns: tuple[Turn, ...] = ()
     tags: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
-    picture_key: str | None = None
 
     @property
     def size(self) -> tuple[int, int]:

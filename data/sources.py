@@ -6,7 +6,6 @@ from typing import Any
 from data.boxes import CODECS
 from data.collate import Collator, Intake
 from data.drawings import DrawingDataset
-from data.features import FeatureStore
 from data.mixture import Grouping, Mixture, Source
 from data.ocr import OcrCache
 from data.ocr_engines import RapidOcr
@@ -20,10 +19,9 @@ def open_source(
     source: SourceConfig,
     expert: str | None,
     ocr: OcrCache | None,
-    features: FeatureStore | None = None,
 ) -> Source:
     if source.format not in MADE:
-        return open_records(source, expert, ocr, features)
+        return open_records(source, expert, ocr)
     assert source.num_samples is not None  # checked by SourceConfig
     if source.format == "drawings":
         return DrawingDataset(
@@ -64,24 +62,18 @@ def open_sources(
     sources: Sequence[SourceConfig],
     data: DataConfig,
     ocr: OcrCache | None,
-    features: FeatureStore | None = None,
 ) -> dict[str, Source]:
     """One data set per entry, by name; caches are shared, since they hold their words in memory."""
     caches: dict[str | None, OcrCache | None] = {None: ocr}
     for path in {source.ocr_cache for source in sources if source.ocr_cache}:
         caches[path] = open_ocr(data, path)
-    return {
-        s.name: open_source(s, data.expert or s.expert, caches[s.ocr_cache], features)
-        for s in sources
-    }
+    return {s.name: open_source(s, data.expert or s.expert, caches[s.ocr_cache]) for s in sources}
 
 
-def open_mixture(
-    config: RunConfig, ocr: OcrCache | None, features: FeatureStore | None = None
-) -> Mixture:
+def open_mixture(config: RunConfig, ocr: OcrCache | None) -> Mixture:
     """The training mixture of a run."""
     data = config.data
-    sources = open_sources(data.sources, data, ocr, features)
+    sources = open_sources(data.sources, data, ocr)
     grouping = None
     if data.group_by_length:
         grouping = Grouping(batch_size=config.train.batch_size, window=data.group_window)

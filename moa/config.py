@@ -176,9 +176,6 @@ class DataConfig:
     ocr_cache: str | None = None  # Parquet file of OCR words; null: no OCR evidence
     ocr_min_confidence: float = 0.5  # of the engine: lines that it is less sure of are dropped
     ocr_engine: bool = False  # pictures that the cache lacks are read by the engine, live
-    # folder of what the frozen vision tower makes of each picture; null: the tower runs every time
-    feature_cache: str | None = None
-    feature_dtype: Precision | None = None  # that it is stored in; null: as computed, bit for bit
     on_bad_sample: Literal["error", "skip"] = "error"  # stop, or count, leave out and report
     group_by_length: bool = False  # batches of samples of like length, text alone by itself
     group_window: int = 50  # batches that are sorted together; more: less padding, less random
@@ -342,8 +339,6 @@ def check_sources(config: RunConfig) -> None:
             choices = f"not in data.tasks; choices: {list(data.tasks)}"
             check(known, f"{key}.{source.name}.task", f"{source.task!r} is {choices}")
     check_shares(data.sources)
-    fits = data.feature_dtype is None or data.feature_cache is not None
-    check(fits, "data.feature_dtype", "has no effect without data.feature_cache")
     engine = not data.ocr_engine or data.ocr_cache is not None
     check(engine, "data.ocr_engine", "needs data.ocr_cache, the file that its words go to")
 

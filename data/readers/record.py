@@ -9,10 +9,7 @@ BadSampleError that names the file and the row.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL.Image import Image
-
 from data.checks import BadSampleError, check_sample
-from data.features import FeatureStore, open_known
 from data.ocr import OcrSource
 from data.pictures import Picture, open_picture
 from data.readers.rows import Row, Rows
@@ -92,7 +89,6 @@ class RecordDataset:
     instruction: str = ""
     num_samples: int | None = None
     ocr: OcrSource | None = None
-    features: FeatureStore | None = None  # pictures that it knows are not decoded
 
     def __len__(self) -> int:
         whole = len(self.records)
@@ -114,12 +110,12 @@ class RecordDataset:
         return int(record.picture is not None), sum(map(len, said))
 
     def _sample(self, record: Record, where: str) -> Sample:
-        image, key, pixels = self._open(record.picture, where)
+        image = None if record.picture is None else open_picture(record.picture, where)
         size = image.size if image is not None else (1, 1)
         frame = record.frame or size
         ocr = None if record.ocr is None else tuple(fitted(w, frame, size) for w in record.ocr)
         if ocr is None and self.ocr is not None and image is not None:
-            ocr = self.ocr(image) if pixels is None else self.ocr(image, pixels)
+            ocr = self.ocr(image)
         return Sample(
             id=record.id,
             image_id=record.image_id,
@@ -137,18 +133,7 @@ class RecordDataset:
             turns=record.turns,
             tags=record.tags,
             choices=record.choices,
-            picture_key=key,
         )
-
-    def _open(
-        self, picture: Picture | None, where: str
-    ) -> tuple[Image | None, str | None, str | None]:
-        """The picture, its key and the hash of its pixels, as far as they are known."""
-        if picture is None:
-            return None, None, None
-        if self.features is None:
-            return open_picture(picture, where), None, None
-        return open_known(picture, where, self.features)
 
 
 def scaled(box: Box, frame: tuple[float, float], size: tuple[int, int]) -> Box:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from data.features import FeatureStore
 from data.ocr import OcrSource
 from data.readers import captions, conversations, folders, grounding, own, reading, tables, vqa
 from data.readers.record import RecordDataset, Records
@@ -77,7 +76,6 @@ def open_records(
     source: SourceConfig,
     expert: str | None,
     ocr: OcrSource | None = None,
-    features: FeatureStore | None = None,
 ) -> RecordDataset:
     """The data set of a source; ValueError, naming its key, for files that are missing or not as said."""
     chosen = FORMATS[source.format]
@@ -101,7 +99,6 @@ def open_records(
         instruction=chosen.instruction if source.instruction is None else source.instruction,
         num_samples=source.num_samples,
         ocr=ocr,
-        features=features,
     )
 
 

@@ -30,7 +30,6 @@ from moa.backbones.families import FAMILIES, Family
 from moa.backbones.processors import box_convention, open_processor
 from moa.backbones.quantization import quantization_config
 from moa.backbones.rows import picture_rows
-from moa.backbones.tower import tower_output
 from moa.packing import restart_positions
 
 VISION_LAYER = re.compile(r"\.(?:layers?|blocks)\.(\d+)\.")
@@ -113,9 +112,6 @@ class Backbone:
     def features(self, batch: Batch, tower: Any = None) -> Any:
         """The output of get_image_features; `tower` is the tower's output, if it is at hand."""
         inputs = self._pictures(batch)
-        if tower is None and batch.tower_states is not None:
-            layers = self.family.feature_layers(self.model.config)
-            tower = tower_output(batch.tower_states.to(self.dtype), layers)
         if tower is None:
             return self.model.model.get_image_features(**inputs, return_dict=True)
         with answering(

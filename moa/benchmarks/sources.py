@@ -15,7 +15,6 @@ from moa.benchmarks.run import evaluate
 from moa.benchmarks.two_towers import evaluate_pairs
 from moa.clip_model import ClipMixture
 from moa.config import RunConfig, SourceConfig
-from moa.features import open_features
 from moa.model import MixtureModel
 from moa.processes import ALONE, Processes
 
@@ -102,12 +101,9 @@ def score_sources(
     Give the same `ocr` to read each picture only once.
     """
     sources = chosen_sources(config, settings)
-    features = open_features(config, model, "fp32")
-    collator = replace(
-        prompt_collator(model, config, withhold_task=settings.withhold_task), features=features
-    )
+    collator = prompt_collator(model, config, withhold_task=settings.withhold_task)
     ocr = ocr if ocr is not None else open_ocr(config.data)
-    opened = open_sources(sources, config.data, ocr, features).values()
+    opened = open_sources(sources, config.data, ocr).values()
     results = [
         score_source(model, config, settings, source, dataset, collator, processes)
         for source, dataset in zip(sources, opened, strict=True)

@@ -21,11 +21,9 @@ from accelerate import Accelerator
 
 from data.batch import Batch
 from data.collate import Collator
-from data.features import FeatureStore
 from data.mixture import Mixture, Source
 from moa.checkpoint import TrainState, point, pointed, prune, save_checkpoint, step_name
 from moa.config import RunConfig
-from moa.features import keeping
 from moa.model import MixtureModel
 from moa.training.batches import Collated, Layout, dead_worker, training_loader
 from moa.training.optimizer import (
@@ -71,7 +69,6 @@ class Run:
     collator: Collator
     reporter: Reporter
     layout: Layout
-    features: FeatureStore | None = None
     step: int = 0  # optimiser steps done, over all stages
     stage: int = 0  # index of the stage under way, or that comes next
     stage_step: int = 0
@@ -135,8 +132,6 @@ def train(run: Run, state: TrainState | None) -> None:
         raise
     finally:
         run.reporter.close()
-        if run.features is not None:
-            run.features.flush()
     run.reporter.say(run.reporter.waiting())
     if run.skipped:
         run.reporter.say(f"left out: {count_rules(run.skipped)}")
@@ -254,10 +249,7 @@ class Stage:
             last = number == len(batches)  # gradients are exchanged once, with the last
             batch = batch.to(run.accelerator.device, non_blocking=True)
             with strategy.accumulating(last):
-                with keeping(run.features, run.model, batch):
-                    output = strategy.forward(
-                        batch, stage_gates(run.model, batch, self.config.name)
-                    )
+                output = strategy.forward(batch, stage_gates(run.model, batch, self.config.name))
                 loss = objective(output, counts, weights, run.config.losses.reduction)
                 # gradients are averaged over processes; the shares are to be added up
                 strategy.backward(loss * run.layout.num_processes, last)

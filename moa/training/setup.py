@@ -30,7 +30,6 @@ from moa.checkpoint import (
     write_run_header,
 )
 from moa.config import RunConfig, TrainConfig, load_config
-from moa.features import describe, open_features
 from moa.settings import to_yaml
 from moa.training.batches import make_layout
 from moa.training.loop import Run
@@ -40,7 +39,6 @@ from moa.training.strategy import asked_for, check_sharding, is_zero_3, kind_of,
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # Settings that may differ on --resume: none of them changes what was learned until then.
 FREE_ON_RESUME = ("out", "logging", "eval", "data.num_workers", "data.validation",
-                  "data.feature_cache",
                   "train.save_every", "train.keep_last", "train.keep_best",
                   "train.on_non_finite", "train.max_non_finite_steps")  # fmt: skip
 
@@ -105,25 +103,20 @@ def open_run(
     torch.manual_seed(config.seed)
     model = build_model(config, experts=step / "experts" if step else None)
     ocr = open_ocr(config.data)
-    store = open_features(config, model)
     run = Run(
         config=config,
         accelerator=accelerator,
         model=model,
-        mixture=open_mixture(config, ocr, store),
-        validation=open_sources(config.data.validation, config.data, ocr, store),
+        mixture=open_mixture(config, ocr),
+        validation=open_sources(config.data.validation, config.data, ocr),
         collator=make_collator(
             config,
             model.backbone.intake,
             pack_length=config.train.pack_length,
-            features=store,
         ),
-        features=store,
         reporter=Reporter(config, accelerator),
         layout=make_layout(config.train, accelerator.num_processes),
     )
-    if store is not None:
-        run.reporter.say(describe(store))
     if config.train.gradient_checkpointing:
         model.enable_gradient_checkpointing(compare=not is_zero_3(accelerator))
     state = None
