@@ -34,7 +34,7 @@ LEVELS = (
     ("moa.backbones",),
     ("moa.model",),
     ("moa.clip_model",),
-    ("moa.build", "moa.checkpoint", "moa.merging", "moa.analysis"),
+    ("moa.build", "moa.fingerprint", "moa.checkpoint", "moa.merging", "moa.analysis"),
     ("moa.training", "moa.benchmarks", "moa.federated"),
     ("moa.planning",),
     ("train", "eval", "scripts", "benchmarks"),

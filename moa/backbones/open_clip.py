@@ -122,6 +122,32 @@ def parse_name(name: str) -> tuple[str, str | None]:
     return architecture, pretrained
 
 
+def files_of_open_clip(name: str) -> tuple[list[Path], dict[str, Any]]:
+    """The weight file that `load_open_clip` reads, and the architecture's config."""
+    import open_clip
+    from open_clip.factory import _find_checkpoint_in_dir
+    from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
+
+    architecture, pretrained = parse_name(name)
+    try:
+        config = open_clip.get_model_config(architecture)
+        if architecture.startswith("local-dir:"):
+            file = _find_checkpoint_in_dir(Path(architecture.removeprefix("local-dir:")))
+        elif pretrained is None:
+            file = download_pretrained_from_hf(architecture.removeprefix("hf-hub:"))
+        elif Path(pretrained).is_file():
+            file = pretrained
+        else:
+            file = download_pretrained(open_clip.get_pretrained_cfg(architecture, pretrained))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"model: {name}: open_clip says: {str(error).splitlines()[0]}") from error
+    if not file or config is None:
+        raise ValueError(
+            f"model: {name} has no weights, or open_clip does not know its architecture"
+        )
+    return [Path(file)], dict(config)
+
+
 def export_open_clip(
     out: str | Path,
     backbone: OpenClipBackbone,

@@ -1,6 +1,7 @@
 """The weight files of a local checkpoint, and which of their keys a module's path means."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -31,7 +32,7 @@ def read_base(folder: str | Path) -> BaseFiles:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ValueError(f"base: {folder} has no config.json; it must be a local checkpoint folder")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = read_json_object(config_file)
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "some method")
@@ -41,7 +42,7 @@ def read_base(folder: str | Path) -> BaseFiles:
             "with verify=false"
         )
     files, shapes, dtypes = {}, {}, {}
-    for name in _weight_files(folder):
+    for name in weight_files(folder):
         try:
             with safe_open(folder / name, framework="pt") as handle:
                 for key in list(handle.keys()):
@@ -51,6 +52,24 @@ def read_base(folder: str | Path) -> BaseFiles:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"base: {folder / name} is not readable ({error})") from None
     return BaseFiles(folder=folder, files=files, shapes=shapes, dtypes=dtypes, config=config)
+
+
+def local_base(name: str) -> Path:
+    """The folder of a base: itself, or what the hub's cache (or the hub) has under this name."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"base: {name} has no config.json; it must be a model's folder")
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"base: {name} is no folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise ValueError(f"base: {name} is no folder, and not on the hub ({error})") from None
 
 
 def match_sites(sites: Mapping[str, tuple[int, int]], base: BaseFiles) -> dict[str, str]:
@@ -119,10 +138,34 @@ def _common_words(one: Sequence[str], two: Sequence[str]) -> int:
     return row[-1]
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """The safetensors files that transformers reads: one file, else those of the index."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return [WEIGHTS_FILE]
     index = folder / INDEX_FILE
-    if index.is_file():
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    raise ValueError(f"base: {folder} has neither model.safetensors nor {INDEX_FILE}")
+    if not index.is_file():
+        found = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
+        pickled = f"; {found[0]} is a pickle, and is not opened: save it as safetensors" * bool(
+            found
+        )
+        raise ValueError(f"base: {folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{pickled}")
+    where = read_json_object(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"base: {index}: weight_map must map keys to file names")
+    for key, name in where.items():
+        if not isinstance(name, str) or Path(name).name != name or not name:
+            raise ValueError(
+                f"base: {index}: weight_map.{key} must name a file beside it, got {name!r}"
+            )
+    return sorted(set(where.values()))
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; ValueError naming the file for any other."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: must hold a JSON object, got {type(found).__name__}")
+    return found

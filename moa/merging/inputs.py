@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moa.experts import ExpertBank
+from moa.merging.base_files import local_base as local_base
 from moa.merging.core import Expert, expert_from_folder, expert_from_tensors
 from moa.merging.plan import Weights, all_sites, weight_row
 from moa.peft_io import CONFIG_FILE
@@ -147,21 +148,3 @@ def read_gates(file: str | Path, experts: Sequence[Expert], task: str | None = N
 
 def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-
-
-def local_base(name: str) -> Path:
-    """The folder of a base: itself, or what the hub's cache (or the hub) has under this name."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"base: {name} has no config.json; it must be a model's folder")
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"base: {name} is no folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(f"base: {name} is no folder, and not on the hub ({error})") from None

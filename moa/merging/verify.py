@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moa.merging.base_files import read_base
+from moa.fingerprint import base_fingerprint
 from moa.merging.core import Expert
 from moa.merging.export import Verify, Written
 from moa.merging.probe import Outputs, live_outputs, outputs_of
@@ -127,7 +126,7 @@ def make_verify(
             "probe": {**probe, "compute_dtype": "float32"},
             "keys_consumed": written.num_keys,
             "base": str(base),
-            "base_sha256": base_hash(base),
+            "base_fingerprint": base_fingerprint(base),
             "versions": versions(),
         }
 
@@ -218,13 +217,3 @@ def check_same(result: Mapping[str, float], what: str) -> None:
 def versions() -> dict[str, str]:
     names = ("torch", "transformers", "peft", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def base_hash(folder: str | Path) -> str:
-    """SHA-256 over the base's weight files, in the order of their names."""
-    digest = sha256()
-    for name in sorted(set(read_base(folder).files.values())):
-        with open(Path(folder) / name, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
