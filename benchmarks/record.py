@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from moa.atomic import write_file
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -28,6 +30,6 @@ def machine(device: str = "cpu") -> dict[str, str | int]:
 def write_results(name: str, figures: Mapping[str, object]) -> Path:
     """Put figures into results/bench_<name>.json, from where README and charts take them."""
     path = ROOT / "results" / f"bench_{name}.json"
-    path.write_text(json.dumps(figures, indent=2) + "\n")
+    write_file(path, json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures))
     return path

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.charts import Panel, line_panels
 from benchmarks.record import ROOT
+from moa.atomic import write_file
 
 RESULTS = ROOT / "results"
 SIZES = {"small": "4 layers of width 512", "slice7b": "a layer of LLaVA-7B"}
@@ -151,7 +152,7 @@ def main() -> None:
     lines += listed("data", "Reading data")
     lines += listed("merging", "Merging")
     lines += listed("planning", "The planner against the allocator")
-    (RESULTS / "benchmarks.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_file(RESULTS / "benchmarks.md", "\n".join(lines) + "\n")
     draw_charts()
     print(f"written: {RESULTS.name}/benchmarks.md and charts beside it")
 

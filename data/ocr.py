@@ -11,7 +11,6 @@ readings are equal: the engine already rounds to what the Parquet file stores.
 import hashlib
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data.ocr_engines import Engine, RapidOcr, Words, whole
 from data.sample import OcrWord
+from moa.atomic import atomic_file
 
 
 class Pictures(Protocol):
@@ -128,18 +128,9 @@ def write_table(path: Path, table: Table, settings: dict[str, Any]) -> None:
     ]
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(settings, sort_keys=True)})
     arrays = [pa.array(column, f.type) for column, f in zip(columns, SCHEMA, strict=True)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        pq.write_table(
-            pa.Table.from_arrays(arrays, schema=schema),
-            file,
-            compression="zstd",
-            compression_level=19,
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    written = pa.Table.from_arrays(arrays, schema=schema)
+    with atomic_file(path) as temporary:
+        pq.write_table(written, temporary, compression="zstd", compression_level=19)
 
 
 def check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

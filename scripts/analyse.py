@@ -53,7 +53,6 @@ def analyse(settings: AnalyseConfig, console: Console) -> None:
     console.print(*summary(record, {}), *details(record), sep="\n", soft_wrap=True)
     if settings.out is not None:
         out = Path(settings.out)
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "fidelity.json", {"adapters": settings.adapters, **record})
         write_page(out / "fidelity.html", record, {"adapters": ", ".join(settings.adapters)})
         console.print(f"page: {out / 'fidelity.html'}", soft_wrap=True)

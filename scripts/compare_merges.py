@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data.sources import open_ocr
-from moa.atomic import write_json
+from moa.atomic import write_file, write_json
 from moa.benchmarks.few_shot import load_unrouted, read_few_shot
 from moa.benchmarks.learning import LEARNERS, Session
 from moa.benchmarks.sources import EvalSettings, score_sources
@@ -192,12 +192,11 @@ def main() -> None:
     session = open_session(args)
     for name in track(learned, description="learning and scoring"):
         rows.append(score_learned(session, name, experts, step, args))
-    args.out.mkdir(parents=True, exist_ok=True)
     table = markdown(rows, trained & set(rows[0]["scores"]))
     write_json(
         args.out / "compare_merges.json", {"run": str(args.run), "rank": args.rank, "rows": rows}
     )
-    (args.out / "compare_merges.md").write_text(table, encoding="utf-8")
+    write_file(args.out / "compare_merges.md", table)
     console.print(table, soft_wrap=True)
 
 

@@ -32,6 +32,7 @@ from data.collate import Collator
 from data.mixture import Source, read_sample, shuffle
 from data.sources import make_collator, open_ocr, open_sources
 from moa.analysis.preview_page import preview_page
+from moa.atomic import write_file
 from moa.build import intake_of
 from moa.config import RunConfig, SourceConfig, load_config
 from moa.settings import describe, load
@@ -201,7 +202,7 @@ def preview(settings: Settings, config: RunConfig, known: bool, console: Console
         items.append(read_sample(source, int(picks[number // len(sources) % size]), name))
     judge = replace(collator, allow_unknown_tasks=True)
     title = f"{len(items)} samples as {Path(config.model.name).name} sees them"
-    Path(settings.out).write_text(preview_page(items, judge, title), encoding="utf-8")
+    write_file(settings.out, preview_page(items, judge, title))
     console.print(f"{settings.out}: {len(items)} samples of {len(sources)} sources")
 
 

@@ -169,7 +169,6 @@ def check_settings(settings: LearnConfig) -> tuple[Learner, dict[str, Any]]:
 def write(settings: LearnConfig, found: Learned, record: dict[str, Any]) -> None:
     out = Path(str(settings.out))
     if found.weights is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, {**record, "weights": found.weights})
         return
     base = found.experts[0].config.get("base_model_name_or_path")

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from moa.atomic import atomic_folder, write_file
 from scripts.demo_base.language import answer_questions
 from scripts.demo_base.model import build_model, build_processor, build_tokenizer
 from scripts.demo_base.questions import MIXTURE, Packer, corpus
@@ -89,14 +90,15 @@ def main() -> None:
     words = read_words(world, args.ocr)
     print(f"{len(words)} scenes, {sum(w is not None for w in words)} read", flush=True)
     answer_questions(model, Packer(tokenizer), world, words, features, args)
-    model.save_pretrained(args.out)
-    processor.save_pretrained(args.out)
     card |= {
         name: getattr(args, name) for name in ("tower_steps", "steps", "questions", "align", "point", "read_share")
     }  # fmt: skip
     card |= {"start": str(args.start) if args.start else None, "mixture": MIXTURE, "bf16": args.bf16,
              "minutes": round((time.time() - began) / 60, 1)}  # fmt: skip
-    (args.out / "recipe.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    with atomic_folder(args.out) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        write_file(folder / "recipe.json", json.dumps(card, indent=2) + "\n")
     print(json.dumps(card))
 
 

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.drawings import CATEGORIES, SIZE, TEMPLATES, draw, drawing_rng, names
+from moa.atomic import atomic_folder, write_file
 from moa.contrastive import not_negatives, softmax_loss
 
 PATCH, WIDTH, CONTEXT = 12, 160, 32
@@ -110,13 +111,12 @@ def read_batch(processor: Any, step: int, size: int, seed: int) -> tuple[Any, Te
     return batch, torch.from_numpy(chosen)
 
 
-def train(model: CLIPModel, processor: Any, args: argparse.Namespace) -> None:
+def train(model: CLIPModel, processor: Any, args: argparse.Namespace, log: IO[str]) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.08)
     began, mean = time.time(), {"loss": np.nan, "right": np.nan}
-    log = (args.out / "pretraining_log.jsonl").open("w", buffering=1)
     for step in track(range(args.stop or args.steps), "pretrain", disable=not sys.stderr.isatty()):
         batch, chosen = read_batch(processor, step, args.batch, args.seed)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
@@ -155,18 +155,22 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model, processor = build_model(tokenizer), build_processor(tokenizer)
-    processor.save_pretrained(args.out)
-    train(model.train(), processor, args)
-    model.save_pretrained(args.out)
+    with atomic_folder(args.out) as folder:
+        processor.save_pretrained(folder)
+        with (folder / "pretraining_log.jsonl").open("w", buffering=1) as log:
+            train(model.train(), processor, args, log)
+        model.save_pretrained(folder)
+        write_file(folder / "recipe.json", json.dumps(recipe_of(model, args), indent=2) + "\n")
+
+
+def recipe_of(model: CLIPModel, args: argparse.Namespace) -> dict[str, Any]:
     recipe = {name: value for name, value in vars(args).items() if name != "out"}
     recipe |= {"parameters": sum(p.numel() for p in model.parameters()), "names": len(names())}
     minutes = round(time.process_time() / 60, 1)
-    recipe |= {"threads": torch.get_num_threads(), "cpu_minutes": minutes}
-    (args.out / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    return recipe | {"threads": torch.get_num_threads(), "cpu_minutes": minutes}
 
 
 if __name__ == "__main__":

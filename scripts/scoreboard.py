@@ -19,7 +19,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moa.analysis.plots import scoreboard_chart
-from moa.atomic import write_json
+from moa.atomic import write_file, write_json
 from scripts.board.plan import ROOT, Column, Plan
 from scripts.board.scoring import read_pictures, score_rows
 from scripts.board.table import collect, markdown
@@ -70,10 +70,9 @@ def main() -> None:
         ]
         list(pool.map(lambda c: subprocess.run(c, check=True, env=environment), commands))
     board = collect(plans)
-    args.results.mkdir(parents=True, exist_ok=True)
     write_json(args.results / "scoreboard.json", board)
     table = markdown(board, ["trained_mean", *columns])
-    (args.results / "scoreboard.md").write_text(table, encoding="utf-8")
+    write_file(args.results / "scoreboard.md", table)
     scoreboard_chart(args.results / "scoreboard.png", board)
     print(table)
 

@@ -8,7 +8,6 @@ made anew when either differs.
 
 import hashlib
 import os
-import tempfile
 import warnings
 import zipfile
 from array import array
@@ -21,6 +20,7 @@ import numpy as np
 from rich.progress import Progress
 
 from data.readers.scanner import Scanner
+from moa.atomic import atomic_file
 
 WORTH_CACHING = 1 << 23  # smaller files are scanned faster than a cache is looked up
 VERSION = 1  # of what the arrays hold
@@ -138,7 +138,5 @@ def stored(file: Path, stamp: np.ndarray) -> Arrays | None:
 
 def store(file: Path, stamp: np.ndarray, arrays: Arrays) -> None:
     """Write so that other processes see the old file or the whole new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as out:
+    with atomic_file(file) as temporary, temporary.open("wb") as out:
         np.savez(out, allow_pickle=False, **{"stamp": stamp, **arrays})
-    Path(out.name).replace(file)

@@ -13,6 +13,7 @@ from typing import Any
 from moa.analysis import fidelity_plots as plots
 from moa.analysis.fidelity_plots import Record, number, pairs_of, short
 from moa.analysis.plots import FAINT, INK, MUTED
+from moa.atomic import write_file
 
 MEETS = 0.05  # cosine of a pair from which on it is said to fight or to agree
 STYLE = f"""
@@ -81,7 +82,7 @@ def write_page(path: str | Path, record: Record, about: Mapping[str, Any]) -> No
                 parts.append(f"<p>{html.escape(note)}</p>")
     parts += ["<h2>Layer by layer</h2>", _html_table(_layer_rows(record))]
     head = f'<!doctype html><meta charset="utf-8"><title>merge report</title><style>{STYLE}</style>'
-    Path(path).write_text(head + "\n".join(parts), encoding="utf-8")
+    write_file(path, head + "\n".join(parts))
 
 
 def summary(record: Record, about: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from moa.atomic import atomic_file
 from moa.config import NONE
 
 matplotlib.use("Agg")
@@ -59,8 +60,8 @@ def page(path: str | Path, width: float, height: float, title: str, subtitle: st
         figure.text(left, first, title, fontsize=13, fontweight="bold", va="top")
         figure.text(left, second, subtitle, fontsize=9, color=MUTED, va="top")
         yield figure
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, format=Path(path).suffix[1:])
 
 
 def color(index: int) -> str:

@@ -12,7 +12,7 @@ from PIL.Image import Image
 from moa.analysis.gallery import Card, gallery, seen_picture
 from moa.analysis.plots import gate_heat_map, layer_heat_map, loss_curves, read_log
 from moa.analysis.routing import delta_cosines, summary
-from moa.atomic import write_json
+from moa.atomic import write_file, write_json
 from moa.benchmarks.catalogue import BENCHMARKS
 from moa.benchmarks.result import Result
 from moa.benchmarks.scores import Prediction
@@ -57,14 +57,13 @@ def write_results(
     sources: Sequence[SourceConfig],
     about: dict[str, Any],
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for result, source in zip(results, sources, strict=True):
         handed_in = {"submissions": write_submissions(folder, result)}
         splits = {p.sample.split for p in result.predictions if p.sample.split is not None}
         described = {"split": "+".join(sorted(splits)) or source.split, "source": asdict(source)}
         write_json(folder / f"{result.name}.json", result.record() | handed_in | described | about)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows()]
-        (folder / f"{result.name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_file(folder / f"{result.name}.jsonl", "".join(lines))
     if routing is not None:
         write_json(folder / "routing.json", {**routing, **about})
 
@@ -82,7 +81,7 @@ def write_submissions(folder: Path, result: Result) -> dict[str, str]:
         except ValueError as error:
             made[name] = f"not written: {error}"
             continue
-        file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        write_file(file, json.dumps(rows, ensure_ascii=False))
         made[name] = file.name
     return made
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data.mixture import Mixture
+from moa.atomic import write_file
 from moa.config import RunConfig
 from moa.settings import to_yaml
 
@@ -128,9 +129,7 @@ def keep_lines(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError):
             break
         kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_file(path, "".join(kept))
 
 
 def mixture_table(mixture: Mixture, draws: int) -> Table:

@@ -12,7 +12,7 @@ from data.ocr import OcrCache, build_cache
 from data.ocr_engines import RapidOcr
 from data.scene_dataset import TRAINED_TASKS
 from moa.analysis.routing import leave_one_out
-from moa.atomic import write_json
+from moa.atomic import write_file, write_json
 from moa.benchmarks.report import routing_record
 from moa.benchmarks.result import Result
 from moa.benchmarks.run import evaluate
@@ -142,8 +142,7 @@ def read_pictures(plan: Plan, num_workers: int) -> None:
     """Read every picture of every column once, before the seeds share the cache."""
     config = plan.config()
     if not plan.ocr_file.is_file() and config.data.ocr_cache:
-        plan.out.mkdir(parents=True, exist_ok=True)
-        plan.ocr_file.write_bytes((ROOT / config.data.ocr_cache).read_bytes())
+        write_file(plan.ocr_file, (ROOT / config.data.ocr_cache).read_bytes())
     pictures = {}
     for column in plan.columns.values():
         for dataset in column.datasets(plan.num_samples, None):
