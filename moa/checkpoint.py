@@ -138,7 +138,7 @@ def prune(run: Path, keep_last: int, best: Collection[int] = ()) -> None:
     kept = {*steps[-keep_last:], *map(step_name, best), pointed(run, "best"), pointed(run, "last")}
     for name in set(steps) - kept:
         remove_folder(root / name)
-    for remnant in (*root.glob(".step-*"), *root.glob(".*.tmp")):
+    for remnant in {*root.glob(".step-*"), *root.glob(".*.tmp")}:
         shutil.rmtree(remnant) if remnant.is_dir() else remnant.unlink()
 
 
