@@ -4,16 +4,17 @@ Readers raise BadSampleError where a row cannot become a sample; collation raise
 breaks a rule. A run stops at the first one, or counts them by rule and goes on, as its config says.
 """
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 from data.boxes import check_box
-from data.sample import Sample
+from data.sample import OcrWord, Sample
 
 Rule = Literal[
     "unreadable row", "missing image", "broken image", "picture outside folder", "picture too large",
     "empty question", "empty answer", "unknown task", "unknown expert", "unknown class",
-    "box outside picture", "box hidden by crop",
+    "box outside picture", "box hidden by crop", "broken OCR word",
     "image token in text", "too long",
 ]  # fmt: skip
 
@@ -26,7 +27,8 @@ class BadSampleError(ValueError):
         self.where, self.rule, self.detail = where, rule, detail
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.rule}{': ' if self.detail else ''}{self.detail}"
+        said = f"{self.where}: {self.rule}{': ' if self.detail else ''}{self.detail}"
+        return said.replace("\n", " ").encode(errors="backslashreplace").decode()  # half characters
 
 
 def name_of(sample: Sample) -> str:
@@ -59,3 +61,15 @@ def check_sample(
             check_box(box, *sample.size)
         except ValueError as error:
             raise BadSampleError(where, "box outside picture", str(error)) from None
+    check_words(sample.ocr or (), where)
+
+
+def check_words(words: Sequence[OcrWord], where: str) -> None:
+    """Raise BadSampleError for a box that is not finite, or a confidence outside [0, 1]."""
+    for word in words:
+        if not all(map(math.isfinite, word.box)):
+            detail = f"{word.text!r:.40}: box must be four finite numbers, got {word.box}"
+            raise BadSampleError(where, "broken OCR word", detail)
+        if not 0 <= word.confidence <= 1:  # also for NaN
+            detail = f"{word.text!r:.40}: confidence must lie in [0, 1], got {word.confidence}"
+            raise BadSampleError(where, "broken OCR word", detail)

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from PIL.Image import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.ocr_engines import Engine, RapidOcr, Words, whole
+from data.ocr_engines import Engine, RapidOcr, Words
+from data.pictures import to_rgb
 from data.sample import OcrWord
 from moa.atomic import atomic_file
 
@@ -51,7 +52,7 @@ SCHEMA = pa.schema(
 
 def content_hash(image: Image) -> str:
     """sha256 over the size and the RGB bytes: equal pictures, equal hash, whatever the file."""
-    rgb = image.convert("RGB")
+    rgb = to_rgb(image)
     digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
     digest.update(rgb.tobytes())
     return digest.hexdigest()
@@ -106,16 +107,24 @@ def read_table(path: Path) -> tuple[Table, dict[str, Any]]:
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     if metadata is None or missing:
         raise ValueError(f"{path}: not an OCR cache; lacks {missing or 'the engine settings'}")
-    return {row["hash"]: _words(row) for row in table.to_pylist()}, json.loads(metadata)
+    found: Table = {}
+    for number, row in enumerate(table.to_pylist(), start=1):
+        try:
+            found[row["hash"]] = _words(row)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: row {number}: not the words of an image: {error}") from None
+    return found, json.loads(metadata)
 
 
 def _words(row: dict[str, Any]) -> Words:
+    if None in row["words"]:
+        raise ValueError("a word is missing")
+    cells = zip(row["words"], row["boxes"], row["confidences"], strict=True)
     return tuple(
-        OcrWord(text=text, box=whole(box), confidence=confidence)
-        for text, box, confidence in zip(
-            row["words"], row["boxes"], row["confidences"], strict=True
-        )
-    )
+        OcrWord(text=text, box=(float(x0), float(y0), float(x1), float(y1)),
+                confidence=float(confidence))
+        for text, (x0, y0, x1, y1), confidence in cells
+    )  # fmt: skip
 
 
 def write_table(path: Path, table: Table, settings: dict[str, Any]) -> None:

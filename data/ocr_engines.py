@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL.Image import Image
 
+from data.pictures import to_rgb
 from data.sample import Box, OcrWord
 
 Words = tuple[OcrWord, ...]
@@ -94,7 +95,7 @@ class RapidOcr:
 
     def read(self, image: Image) -> Words:
         """The words of a picture in reading order; boxes in its pixels."""
-        pixels = np.asarray(image.convert("RGB"))[:, :, ::-1]  # the engine takes BGR
+        pixels = np.asarray(to_rgb(image))[:, :, ::-1]  # the engine takes BGR
         result = self._started()(np.ascontiguousarray(pixels))
         if not result.txts:
             return ()
@@ -163,7 +164,7 @@ class Tesseract:
 
     def read(self, image: Image) -> Words:
         stream = io.BytesIO()
-        image.convert("RGB").save(stream, "PNG")
+        to_rgb(image).save(stream, "PNG")
         table = self._run("stdin", "stdout", "--psm", str(self.layout), "tsv", by=stream.getvalue())
         words = [w for w in tsv_words(table.decode()) if w.confidence >= self.min_confidence]
         return tuple(words[i] for i in reading_order([w.box for w in words]))

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.checks import BadSampleError
 from data.ocr import BuildReport, build_cache, merge_shards, read_table, shard_file
 from data.ocr_engines import ENGINES, Engine
-from data.pictures import open_picture
+from data.pictures import is_hidden, open_picture
 from data.readers.record import RecordDataset
 from data.readers.table import open_records
 from moa.config import RunConfig, SourceConfig, load_config
@@ -65,11 +65,7 @@ class FolderPictures:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Image.Image:
-        try:
-            with Image.open(self.files[index]) as image:
-                return image.convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{self.files[index]}: {error}") from error
+        return open_picture(self.files[index], str(self.files[index]))
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,8 @@ def first_samples(dataset: RecordDataset) -> tuple[int, ...]:
 
 def folder_pictures(folder: Path) -> FolderPictures:
     """The pictures under a folder, sorted by path; an empty or missing folder is an error."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in found if not is_hidden(p.relative_to(folder)))
     if not files:
         raise ValueError(f"--folder {folder}: no picture files ({', '.join(sorted(SUFFIXES))})")
     return FolderPictures(tuple(files))

@@ -80,7 +80,7 @@ def test_a_box_outside_its_picture_is_named_with_its_row(rows, box):
         ({**GOOD, "anwsers": ["x"]}, "unknown key ['anwsers']"),
         ({**GOOD, "boxes": [[1, 2, 3]]}, "a box is four numbers, got [1, 2, 3]"),
         ({**GOOD, "ocr": [{"text": "x"}]}, "box"),
-        ([1, 2], "lacks image"),
+        ([1, 2], "a row is one object a line, got list"),
     ],
 )
 def test_a_row_of_another_shape_is_named_with_what_is_wrong(rows, row, detail):

@@ -17,7 +17,7 @@ from typing import Any
 from data.pictures import find_picture
 from data.readers.fields import field, name, text
 from data.readers.record import Record, Records
-from data.readers.rows import JsonRows, ListRows, Row, require_file
+from data.readers.rows import JsonRows, ListRows, Row, text_lines
 from moa.config import SourceConfig
 
 TOKEN_LINE = re.compile(r"(?P<image>[^#\t]+)#(?P<number>\d+)\t(?P<caption>.*)")
@@ -116,10 +116,9 @@ def read_flickr30k(source: SourceConfig) -> Records:
 
 
 def flickr_lines(path: str) -> list[tuple[str, str]]:
-    lines = require_file(path).read_text(encoding="utf-8-sig").splitlines()
     return [
         (line, f"{path}:{number}")
-        for number, line in enumerate(lines, start=1)
+        for number, line in enumerate(text_lines(path), start=1)
         if line.strip() and not line.startswith("image_name|")
     ]
 

@@ -1,18 +1,21 @@
-"""Conversations about a picture: LLaVA's JSON, and messages as LLaMA-Factory, ms-swift, TRL have them.
+"""Conversations about an image: LLaVA's JSON, and messages as LLaMA-Factory, ms-swift, TRL have them.
 
     {"id", "image": "coco/train2017/1.jpg", "conversations": [{"from": "human", "value": "<image>\\nQ"},
                                                               {"from": "gpt", "value": "A"}, ...]}
     {"images": ["1.jpg"], "messages": [{"role": "user", "content": "<image>Q"},
                                        {"role": "assistant", "content": "A"}, ...]}
 
-A file is a JSON list (scanned, never held whole), one object a line, or Parquet. The picture is put
-before the first question, wherever `<image>` stood in it; rows without a picture are text alone.
+A file is a JSON list (scanned, never held whole), one object a line, or Parquet. The image is put
+before the first question, wherever `<image>` stood in it; rows without an image are text alone.
+`system` may stand beside the conversation. A key of CHANGES that holds something is refused; any other
+key is left out.
 """
 
+import re
 from functools import partial
 from typing import Any
 
-from data.pictures import Picture, coco_number, named_picture
+from data.pictures import coco_number
 from data.readers.fields import field, name, text
 from data.readers.record import Record, Records
 from data.readers.rows import Row, Rows, json_rows
@@ -22,7 +25,21 @@ from moa.config import SourceConfig
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 PLACE = "<image>"
+IMAGE_KEYS = (
+    "image",
+    "path",
+    "url",
+    "image_url",
+)  # of a message's part, in which it names its image
 UNREAD = ("<bbox>", "<ref-object>", "<video>", "<audio>")  # placeholders of what is not read here
+# Keys of a row or a message without which it means something else
+CHANGES = re.compile(
+    r"tools?|functions?|tool_calls|function_call|videos?|audios?|chosen|rejected\w*|positive\w*"
+    r"|negative\w*|kto_tag|margin|loss|loss_scale|weight|train|training|thinking|reasoning\w*"
+    r"|history|system_\w+|chat_template\w*"
+)
+# `true` and 1 are what `train` and `weight` mean anyway
+NOTHING: tuple[Any, ...] = (None, "", "[]", [], {}, True, 1)
 
 
 def read_conversations(source: SourceConfig) -> Records:
@@ -36,17 +53,19 @@ def conversation_rows(path: str) -> Rows:
 
 
 def parse_conversation(row: Row, images: str | None) -> Record:
-    system, turns = turns_of(row.value)
-    pictures = pictures_of(row.value)
+    messages, pictures = messages_of(row.value)
+    system, turns = turns_of(messages, row.value.get("system"))
     check_places(turns, len(pictures))
     (question, answer), *later = [(clean(q), a) for q, a in turns]
     if any(a is None for _, a in later):
         raise ValueError("ends with a question that nobody answers")
     image = pictures[0] if pictures else None
     return Record(
-        id=name(row.value, "id") if "id" in row.value else row.where.rpartition("/")[2],
+        id=name(row.value, "id")
+        if row.value.get("id") is not None
+        else row.where.rpartition("/")[2],
         image_id=coco_number(image) if isinstance(image, str) else row.where,
-        picture=None if image is None else to_picture(image, images),
+        picture=picture_of(image, images),
         question=question,
         answers=() if answer is None else (answer,),
         system=system,
@@ -54,12 +73,21 @@ def parse_conversation(row: Row, images: str | None) -> Record:
     )
 
 
-def turns_of(row: Any) -> tuple[str, list[tuple[str, str | None]]]:
+def turns_of(
+    messages: list[tuple[str, str]], beside: str | None
+) -> tuple[str, list[tuple[str, str | None]]]:
     """The system prompt, and questions with their answers (None for a last one without)."""
-    system = ""
+    if not isinstance(beside, str | None):
+        raise ValueError(f"'system' must be text, got {beside!r:.60}")
+    system = beside or ""
     turns: list[tuple[str, str | None]] = []
-    for role, words in messages_of(row):
-        if role == "system" and not turns:
+    for role, words in messages:
+        if role == "system":
+            if turns or system not in ("", words):
+                raise ValueError(
+                    "has a system text behind a question, or two; one may stand in the first message"
+                    " or in the row's `system`"
+                )
             system = words
         elif role not in ROLES:
             raise ValueError(f"unknown role {role!r}; choices: system, {', '.join(ROLES)}")
@@ -76,39 +104,54 @@ def turns_of(row: Any) -> tuple[str, list[tuple[str, str | None]]]:
     return system, turns
 
 
-def messages_of(row: Any) -> list[tuple[str, str]]:
-    """Role and words of each message, in either spelling."""
-    if isinstance(row, dict) and "conversations" in row:
-        found = field(row, "conversations", list)
-        return [(text(message, "from"), text(message, "value")) for message in found]
-    found = field(row, "messages", list)
-    return [(text(message, "role"), words_of(message)) for message in found]
+def messages_of(row: Any) -> tuple[list[tuple[str, str]], list[Any]]:
+    """Role and words of each message, in either spelling, and the images that the row names."""
+    is_llava = isinstance(row, dict) and row.get("conversations") is not None
+    found = field(row, "conversations" if is_llava else "messages", list)
+    for part in (row, *found):
+        check_keys(part)
+    beside = row.get("images") if row.get("images") is not None else row.get("image")
+    pictures = [] if beside is None else [*beside] if isinstance(beside, list) else [beside]
+    if is_llava:
+        return [(text(message, "from"), text(message, "value")) for message in found], pictures
+    inside: list[Any] = []
+    messages = [(text(message, "role"), words_of(message, inside)) for message in found]
+    if pictures and inside:
+        raise ValueError("names images in the row and in its messages; name them in one place")
+    return messages, pictures or inside
 
 
-def words_of(message: Any) -> str:
-    """The content of a message: text, or a list of {"type": "text" | "image"} parts."""
+def check_keys(value: Any) -> None:
+    """ValueError for a key that is not read and would change what a row or message means."""
+    for key in value if isinstance(value, dict) else ():
+        disliked = key == "label" and value[key] is False  # an answer that is not to be learned
+        if disliked or (CHANGES.fullmatch(str(key)) and value[key] not in NOTHING):
+            raise ValueError(
+                f"has {key!r}: {value[key]!r:.40}, which is not read and changes what the row means;"
+                " remove the key or the row"
+            )
+
+
+def words_of(message: Any, pictures: list[Any]) -> str:
+    """The content of a message: text, or a list of {"type": "text" | "image"} parts.
+
+    Images that the parts name are added to `pictures`.
+    """
     content = field(message, "content", str, list)
     if isinstance(content, str):
         return content
-    kinds = {"image": lambda part: PLACE, "text": lambda part: text(part, "text")}
+    words = []
     for part in content:
-        if text(part, "type") not in kinds:
-            raise ValueError(f"unknown part {part['type']!r}; choices: {', '.join(kinds)}")
-    return "".join(kinds[part["type"]](part) for part in content)
-
-
-def pictures_of(row: dict[str, Any]) -> list[Any]:
-    """What `image` or `images` names: one, a list, or nothing."""
-    found = row.get("images", row.get("image"))
-    return [] if found is None else found if isinstance(found, list) else [found]
-
-
-def to_picture(image: Any, images: str | None) -> Picture:
-    if isinstance(image, str):
-        return named_picture(image, images)
-    picture = picture_of(image)
-    assert picture is not None  # the row names one
-    return picture
+        kind = text(part, "type")
+        if kind == "text":
+            words.append(text(part, "text"))
+        elif kind in ("image", "image_url"):
+            words.append(PLACE)
+            named = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
+            pictures.extend(n["url"] if isinstance(n, dict) and "url" in n else n for n in named)
+        else:
+            raise ValueError(f"unknown part {kind!r}; choices: text, image, image_url")
+    return "".join(words)
 
 
 def check_places(turns: list[tuple[str, str | None]], num_pictures: int) -> None:

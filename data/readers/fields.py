@@ -1,11 +1,16 @@
-"""Fields of a row, checked: what is missing or of another type is one ValueError that names it."""
+"""Fields of a row, checked: what is missing or of another type is one ValueError that names it.
 
+Cells of tables may also be objects, as the hub's data sets have them: `cell_texts`.
+"""
+
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from data.sample import Box
+from data.sample import Box, OcrWord
 
 KINDS = {str: "text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}
+TEXT_KEYS = ("answer", "text", "caption", "label", "value", "raw")  # of an object that is a text
 
 
 def field(row: Any, key: str, *kinds: type) -> Any:
@@ -42,13 +47,50 @@ def answers_of(row: Any, key: str) -> tuple[str, ...]:
     return tuple(text(entry, "answer") for entry in field(row, key, list))
 
 
+def cell_texts(value: Any, column: str) -> tuple[str, ...]:
+    """The texts of a cell: one or a list, each a text, a whole number, or an object with a text.
+
+    ValueError, naming the column and the type, for any other value.
+    """
+    if isinstance(value, dict):
+        value = text_member(value, column)
+    if value is None:
+        return ()
+    return tuple(cell_text(v, column) for v in (value if isinstance(value, list) else [value]))
+
+
+def cell_text(value: Any, column: str) -> str:
+    if isinstance(value, dict):
+        value = text_member(value, column)
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        return str(value)
+    raise ValueError(
+        f"column {column!r} holds {value!r:.60} ({type(value).__name__}); only texts and whole"
+        " numbers are read: store it as text"
+    )
+
+
+def text_member(value: dict[str, Any], column: str) -> Any:
+    """The value of the only one of TEXT_KEYS that an object has."""
+    found = [key for key in TEXT_KEYS if value.get(key) is not None]
+    if len(found) == 1:
+        return value[found[0]]
+    raise ValueError(
+        f"column {column!r} holds an object with {', '.join(map(str, value))}; exactly one of"
+        f" {', '.join(TEXT_KEYS)} is read: store its text alone"
+    )
+
+
 def box_of(values: Any) -> Box:
     """Four numbers x0, y0, x1, y1."""
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 4:
         raise ValueError(f"a box is four numbers, got {values!r:.60}")
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
         raise ValueError(f"a box is four numbers, got {values!r:.60}")
-    x0, y0, x1, y1 = map(float, values)
+    try:
+        x0, y0, x1, y1 = map(float, values)
+    except OverflowError:
+        raise ValueError(f"a box is four numbers, got {values!r:.60}") from None
     return x0, y0, x1, y1
 
 
@@ -56,6 +98,40 @@ def box_of_xywh(values: Any) -> Box:
     """The box of COCO's x, y, width, height."""
     x, y, width, height = box_of(values)
     return x, y, x + width, y + height
+
+
+def json_cell(value: Any, column: str, shape: str) -> Any:
+    """The list of a cell, or of the JSON in it; None where there is nothing. ValueError otherwise."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        found = value
+    if found is None or isinstance(found, list):
+        return found
+    raise ValueError(f"{column!r} must be {shape}, got {value!r:.60}")
+
+
+def boxes_of(value: Any) -> tuple[Box, ...]:
+    return tuple(map(box_of, json_cell(value, "boxes", "[[x0, y0, x1, y1], ...]") or ()))
+
+
+def frame_of(value: Any, boxes: Sequence[Box], words: Sequence[OcrWord] = ()) -> Any:
+    """The width and height that boxes are given in; None, for pixels, where a row names none.
+
+    Boxes that all lie in [0, 1] are shares that nobody marked: ValueError.
+    """
+    frame = json_cell(value, "frame", "[width, height]")
+    if frame is not None:
+        if len(frame) != 2 or not all(isinstance(side, int | float) for side in frame):
+            raise ValueError(f"'frame' must be [width, height], got {value!r:.60}")
+        return tuple(frame)
+    for kind in (boxes, [word.box for word in words]):
+        if kind and all(0 <= edge <= 1 for box in kind for edge in box):
+            raise ValueError(
+                f"boxes are read in pixels, and all of {[*kind]!r:.60} lie in [0, 1]; for shares of"
+                " the image give the row `frame`: [1, 1]"
+            )
+    return None
 
 
 def tags_of(row: dict[str, Any], *keys: str) -> tuple[str, ...]:

@@ -13,12 +13,13 @@ import tarfile
 from collections import Counter
 from functools import partial
 from glob import glob
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from data.checks import BadSampleError
+from data.pictures import is_hidden
 from data.readers.fields import text
 from data.readers.index import Arrays, cached
 from data.readers.record import Record, Records
@@ -26,6 +27,8 @@ from data.readers.rows import ListRows, Row
 from moa.config import SourceConfig
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+SPARSE = -1  # in place of the size of a file with holes, which a tar stores in pieces
+HUGE = 2**62  # more than any shard holds
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -35,7 +38,8 @@ def read_image_folder(source: SourceConfig) -> Records:
     root = Path(source.path)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    files = sorted(f for f in root.glob("*/*") if f.suffix.lower().lstrip(".") in PICTURES)
+    found = (f for f in root.glob("*/*") if f.suffix.lower().lstrip(".") in PICTURES)
+    files = sorted(f for f in found if not is_hidden(f.relative_to(root)))
     if not files:
         raise ValueError(f"{root}: holds no <class>/<picture> ({', '.join(PICTURES)})")
     classes = tuple(sorted({file.parent.name for file in files}))
@@ -75,15 +79,15 @@ class TarRows:
         members = self.indexes[shard]
         chosen = range(int(members["first"][number]), int(members["first"][number + 1]))
         key = sample_key(members["names"][chosen[0]].decode()).lstrip("/")
-        files = read_members(self.shards[shard], members, chosen)
-        return Row(files, f"{self.shards[shard]}: {key}", key=key)
+        where = f"{self.shards[shard]}: {key}"
+        return Row(read_members(self.shards[shard], members, chosen, where), where, key=key)
 
 
 def scan_tar(shard: Path) -> Arrays:
     """`names`, `starts`, `sizes` of the files, and the `first` file of each sample."""
     try:
         with tarfile.open(shard, mode="r:") as archive:
-            members = [m for m in archive if m.isfile()]
+            members = [m for m in archive if m.isfile() and not is_hidden(PurePosixPath(m.name))]
     except tarfile.TarError as error:
         raise ValueError(f"{shard}: not a tar file without compression: {error}") from None
     if not members:
@@ -96,7 +100,7 @@ def scan_tar(shard: Path) -> Arrays:
     return {
         "names": np.array([m.name.encode() for m in members]),
         "starts": np.array([m.offset_data for m in members]),
-        "sizes": np.array([m.size for m in members]),
+        "sizes": np.array([SPARSE if m.issparse() else min(m.size, HUGE) for m in members]),
         "first": np.array([*first, len(members)]),
     }
 
@@ -106,14 +110,18 @@ def sample_key(member: str) -> str:
     return f"{folder}/{file.partition('.')[0]}"
 
 
-def read_members(shard: Path, index: Arrays, chosen: range) -> dict[str, bytes]:
+def read_members(shard: Path, index: Arrays, chosen: range, where: str) -> dict[str, bytes]:
     """The files of one sample by what follows the first dot of their names."""
-    found = {}
+    found, end = {}, shard.stat().st_size
     with shard.open("rb") as file:
         for i in chosen:
             file.seek(int(index["starts"][i]))
             name = index["names"][i].decode().rpartition("/")[2]
-            found[name.partition(".")[2].lower()] = file.read(int(index["sizes"][i]))
+            size = int(index["sizes"][i])
+            if size == SPARSE or file.tell() + size > end:
+                detail = f"{name} is sparse or cut short; pack the shard again with plain files"
+                raise BadSampleError(where, "unreadable row", detail)
+            found[name.partition(".")[2].lower()] = file.read(size)
     return found
 
 
@@ -148,7 +156,7 @@ def words_of(files: dict[str, bytes]) -> str:
     """The caption, or the class, of a sample."""
     for suffix in ("txt", "cls"):
         if suffix in files:
-            return files[suffix].decode().strip()
+            return files[suffix].decode("utf-8-sig").strip()
     if "json" in files:
         about: Any = json.loads(files["json"])
         return text(about, "caption" if "caption" in about else "text")

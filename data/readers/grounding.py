@@ -20,7 +20,7 @@ from data.pictures import find_picture
 from data.readers.fields import box_of, box_of_xywh, field, name, text
 from data.readers.pickles import load_plain
 from data.readers.record import Record, Records
-from data.readers.rows import JsonRows, ListRows, Row, require_file
+from data.readers.rows import JsonRows, ListRows, Row, require_file, text_lines
 from data.sample import Box
 from moa.config import SourceConfig
 
@@ -105,8 +105,9 @@ def read_entities(source: SourceConfig) -> Records:
     """The phrases that have a box, of the pictures that `annotations` lists (or of all)."""
     assert source.path and source.images
     root = Path(source.path)
-    listed = source.annotations and require_file(source.annotations).read_text().split()
-    stems = listed or sorted(file.stem for file in (root / "Sentences").glob("*.txt"))
+    listed = source.annotations and " ".join(text_lines(source.annotations)).split()
+    files = (root / "Sentences").glob("*.txt")
+    stems = listed or sorted(file.stem for file in files if not file.name.startswith("."))
     if not stems:
         raise ValueError(f"{root}: holds no Sentences/*.txt")
     bar = track(stems, description=root.name, disable=len(stems) < 2000, transient=True)
@@ -120,11 +121,11 @@ def phrase_row(phrase: Phrase) -> Row:
 
 
 def phrases_of(root: Path, stem: str) -> list[Phrase]:
-    file = require_file(root / "Sentences" / f"{stem}.txt")
+    file = root / "Sentences" / f"{stem}.txt"
     boxes, size = entity_boxes(require_file(root / "Annotations" / f"{stem}.xml"))
     return [
         Phrase(stem, line, number, found["text"], boxes[found["id"]], size, str(file))
-        for line, sentence in enumerate(file.read_text(encoding="utf-8").splitlines())
+        for line, sentence in enumerate(text_lines(file))
         for number, found in enumerate(PHRASE.finditer(sentence))
         if found["id"] in boxes
     ]

@@ -4,7 +4,8 @@
 
 `image` lies below the source's `images`; where that is not set it is any path, from the file.
 Optional: `id`, `image_id`, `answers`, `boxes` ([[x0, y0, x1, y1], ...] in pixels), `ocr` ([{"text",
-"box", "confidence"}, ...]), `tags`, `choices` (for classification). A key that is none of these is an
+"box", "confidence"}, ...]), `frame` ([width, height] that the row's boxes are given in instead of
+pixels: [1, 1] for shares), `tags`, `choices` (for classification). A key that is none of these is an
 error: it is a slip.
 """
 
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from data.pictures import find_picture
-from data.readers.fields import box_of, field, name, text, texts
+from data.readers.fields import box_of, boxes_of, field, frame_of, name, text, texts
 from data.readers.record import Record, Records
 from data.readers.rows import JsonLines, Row
 from data.sample import OcrWord
 from moa.config import SourceConfig
 
 REQUIRED = ("image", "question", "task")
-OPTIONAL = ("id", "image_id", "answers", "boxes", "ocr", "tags", "choices")
+OPTIONAL = ("id", "image_id", "answers", "boxes", "ocr", "frame", "tags", "choices")
 
 
 def read_jsonl(source: SourceConfig) -> Records:
@@ -32,13 +33,17 @@ def read_jsonl(source: SourceConfig) -> Records:
 
 def parse_own(row: Row, images: str | None, folder: Path) -> Record:
     value = row.value
-    missing = [key for key in REQUIRED if key not in value] if isinstance(value, dict) else REQUIRED
+    if not isinstance(value, dict):
+        raise ValueError(f"a row is one object a line, got {type(value).__name__}: {value!r:.60}")
+    missing = [key for key in REQUIRED if key not in value]
     if missing:
-        raise ValueError(f"lacks {', '.join(missing)}")
+        raise ValueError(f"lacks {', '.join(missing)}; it has {', '.join(value) or 'nothing'}")
     unknown = [key for key in value if key not in (*REQUIRED, *OPTIONAL)]
     if unknown:
         raise ValueError(f"unknown key {unknown}; choices: {', '.join((*REQUIRED, *OPTIONAL))}")
     image, file = text(value, "image"), Path(row.where).name
+    boxes = boxes_of(value.get("boxes"))
+    words = tuple(map(word_of, field(value, "ocr", list))) if value.get("ocr") is not None else None
     return Record(
         id=name(value, "id") if "id" in value else file,
         image_id=name(value, "image_id") if "image_id" in value else image,
@@ -46,8 +51,9 @@ def parse_own(row: Row, images: str | None, folder: Path) -> Record:
         question=text(value, "question"),
         answers=texts(value, "answers") if "answers" in value else (),
         task=text(value, "task"),
-        boxes=tuple(box_of(box) for box in value.get("boxes", ())),
-        ocr=None if value.get("ocr") is None else tuple(map(word_of, field(value, "ocr", list))),
+        boxes=boxes,
+        ocr=words,
+        frame=frame_of(value.get("frame"), boxes, words or ()),
         tags=texts(value, "tags") if "tags" in value else (),
         choices=texts(value, "choices") if "choices" in value else (),
     )

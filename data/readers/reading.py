@@ -73,7 +73,7 @@ def read_docvqa(source: SourceConfig) -> Records:
 def parse_docvqa(row: Row, images: str, ocr: str | None) -> Record:
     value, image = row.value, text(row.value, "image")
     words, frame = (None, None) if ocr is None else page_words(Path(ocr), PurePosixPath(image).stem)
-    kinds = value.get("question_types") or ()
+    kinds = texts(value, "question_types") if value.get("question_types") else ()
     return Record(
         id=name(value, "questionId"),
         image_id=image,
@@ -83,7 +83,7 @@ def parse_docvqa(row: Row, images: str, ocr: str | None) -> Record:
         ocr=words,
         frame=frame,
         split=text(value, "data_split"),
-        tags=tuple(kinds),
+        tags=kinds,
     )
 
 

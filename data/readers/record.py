@@ -6,10 +6,12 @@ A reader is a function from a source's config to `Records`. Whatever is wrong wi
 BadSampleError that names the file and the row.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from data.checks import BadSampleError, check_sample
+from data.checks import BadSampleError, check_sample, check_words
 from data.ocr import OcrSource
 from data.pictures import Picture, open_picture
 from data.readers.rows import Row, Rows
@@ -56,19 +58,48 @@ class Records:
         """The record and where it stands."""
         row = self.rows[index]
         try:
-            return self.parse(row), row.where
+            record = self.parse(row)
+            check_record(record)
         except BadSampleError as error:  # of another file, which the row leads to
             if error.where == row.where:
                 raise
             raise BadSampleError(row.where, error.rule, f"{error.where}: {error.detail}") from None
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except Exception as error:  # what a row holds can fail in any way
             raise BadSampleError(row.where, "unreadable row", reason(error)) from None
+        return record, row.where
 
 
 def reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"lacks {error}"
-    return str(error) if isinstance(error, ValueError) else repr(error)
+    return str(error) if isinstance(error, ValueError) else f"{error!r:.200}"
+
+
+def check_record(record: Record) -> None:
+    """ValueError for texts that are not Unicode, and a frame that no box can lie in."""
+    for name, value in vars(record).items():
+        for text in texts_in(value):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{name!r} holds half a character (a lone surrogate): {text!r:.60}"
+                ) from None
+    if record.frame is not None and not all(0 < float(side) < math.inf for side in record.frame):
+        raise ValueError(f"boxes lie in a frame of {record.frame}; both sides must be above 0")
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text of a field of a record."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, OcrWord):
+        yield value.text
+    elif isinstance(value, Turn):
+        yield from (value.question, value.answer)
+    elif isinstance(value, tuple):
+        for inner in value:
+            yield from texts_in(inner)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +144,7 @@ class RecordDataset:
         image = None if record.picture is None else open_picture(record.picture, where)
         size = image.size if image is not None else (1, 1)
         frame = record.frame or size
+        check_words(record.ocr or (), where)  # before they are cut at the edges
         ocr = None if record.ocr is None else tuple(fitted(w, frame, size) for w in record.ocr)
         if ocr is None and self.ocr is not None and image is not None:
             ocr = self.ocr(image)
@@ -153,8 +185,9 @@ def nudged(box: Box, size: tuple[int, int], slack: float) -> Box:
 
 def clipped(box: Box, size: tuple[int, int]) -> Box:
     (width, height), (x0, y0, x1, y1) = size, box
-    return (min(max(x0, 0.0), float(width)), min(max(y0, 0.0), float(height)),
-            min(max(x1, 0.0), float(width)), min(max(y1, 0.0), float(height)))  # fmt: skip
+    # NaN, which is not less than 0, becomes 0
+    return (min(float(width), max(0.0, x0)), min(float(height), max(0.0, y0)),
+            min(float(width), max(0.0, x1)), min(float(height), max(0.0, y1)))  # fmt: skip
 
 
 def fitted(word: OcrWord, frame: tuple[float, float], size: tuple[int, int]) -> OcrWord:

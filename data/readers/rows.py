@@ -4,16 +4,19 @@ Every row knows where it stands, so that an error can say it. One row may hold s
 `rows[i]` is the row of sample i and the sample's number in it.
 """
 
+import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from data.checks import BadSampleError
-from data.readers.index import cached, key_bytes, scan_json, scan_lines
+from data.readers.index import cached, key_bytes, scan_csv, scan_json, scan_lines
 from data.readers.scanner import Scanner
 
 
@@ -37,13 +40,25 @@ def require_file(path: str | Path) -> Path:
     return Path(path)
 
 
-def read_span(path: Path, start: int, end: int, where: str) -> Any:
-    """The JSON value between two bytes of a file."""
+def text_lines(path: str | Path) -> list[str]:
+    """The lines of a small text file; only a line feed ends one, as captions hold other breaks."""
+    try:
+        text = require_file(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}; save it as UTF-8") from None
+    return [line.removesuffix("\r") for line in text.split("\n")]
+
+
+def read_bytes(path: Path, start: int, end: int) -> bytes:
     with path.open("rb") as file:
         file.seek(start)
-        text = file.read(end - start)
+        return file.read(end - start)
+
+
+def read_span(path: Path, start: int, end: int, where: str) -> Any:
+    """The JSON value between two bytes of a file."""
     try:
-        return json.loads(text)
+        return json.loads(read_bytes(path, start, end))
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, endless brackets
         raise BadSampleError(where, "unreadable row", f"not JSON: {error}") from None
 
@@ -125,7 +140,52 @@ class JsonLines:
     def __getitem__(self, index: int) -> Row:
         where = f"{self.path}:{self.numbers[index]}"
         start, end = int(self.starts[index]), int(self.ends[index])
-        return Row(read_span(self.path, start, end, where), where)
+        try:
+            return Row(read_span(self.path, start, end, where), where)
+        except BadSampleError as error:
+            detail = f"{error.detail}; a row is one object a line"
+            raise BadSampleError(where, error.rule, detail) from None
+
+
+class CsvRows:
+    """The rows of a CSV file as objects of texts, by the header's names; the first row is 1.
+
+    A cell is the text that is written there, and None where it is empty.
+    """
+
+    def __init__(self, path: str | Path, delimiter: str):
+        self.path, self.delimiter = require_file(path), delimiter
+        index = cached(self.path, f"csv {delimiter}", partial(scan_csv, self.path, delimiter))
+        self.starts, self.ends = index["starts"], index["ends"]
+        if len(self.starts) == 0:
+            raise ValueError(f"{path}: holds no header line of column names")
+        self.columns = self.cells(0, f"{path}: header")
+        twice = [name for name, count in Counter(self.columns).items() if count > 1]
+        if twice:
+            raise ValueError(f"{path}: has the column {twice[0]!r} twice")
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> Row:
+        where = f"{self.path}: row {index + 1}"
+        cells = self.cells(index + 1, where)
+        if len(cells) != len(self.columns):
+            detail = f"has {len(cells)} cells, and the header {len(self.columns)}"
+            raise BadSampleError(where, "unreadable row", detail)
+        values = [cell or None for cell in cells]
+        return Row(dict(zip(self.columns, values, strict=True)), where)
+
+    def cells(self, number: int, where: str) -> list[str]:
+        content = read_bytes(self.path, int(self.starts[number]), int(self.ends[number]))
+        try:
+            text = content.decode("utf-8-sig" if number == 0 else "utf-8")
+            return next(csv.reader(StringIO(text, ""), delimiter=self.delimiter, strict=True))
+        except UnicodeDecodeError as error:
+            detail = f"not UTF-8: {error}; save the file as UTF-8"
+        except csv.Error as error:
+            detail = f"not CSV: {error}"
+        raise BadSampleError(where, "unreadable row", detail)
 
 
 class ListRows:

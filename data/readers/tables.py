@@ -1,68 +1,90 @@
-"""Tables with named columns: Hugging Face `datasets` (hub, folder, Parquet), CSV and TSV.
+"""Tables with named columns: Hugging Face `datasets` (hub, folder, Parquet), CSV and TSV, JSON.
 
 `columns` maps a sample's fields to the table's columns: {question: query, answers: label, ...}. Without
 it a column is read by a field's own name. open_clip's CSV is {image: filepath, answers: title}.
+CSV and JSON are read here, since `datasets` guesses what their cells mean: 007 becomes 7.
 """
 
-from collections.abc import Callable
+import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.checks import BadSampleError
 from data.pictures import Picture, named_picture
-from data.readers.fields import box_of
-from data.readers.record import Record, Records
-from data.readers.rows import Row, require_file
+from data.readers.fields import boxes_of, cell_text, cell_texts, frame_of
+from data.readers.record import Record, Records, reason
+from data.readers.rows import CsvRows, Row, Rows, json_rows, require_file
 from moa.config import SourceConfig
 
-FIELDS = ("id", "image_id", "image", "question", "answers", "boxes", "task", "split")
+FIELDS = ("id", "image_id", "image", "question", "answers", "boxes", "frame", "task", "split")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
-LOADERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+PROBED = 100  # rows of a JSON file, which are asked for the names of its columns
 
 
 class TableRows:
-    """The rows of an Arrow table on the disk; the first row is 1, and pictures stay encoded."""
+    """The rows of an Arrow table on the disk; the first row is 1, and images stay encoded."""
 
     def __init__(self, table: Any, path: str):
-        from datasets import Image
-
         self.path = path
         for column, feature in table.features.items():
-            if isinstance(feature, Image):
-                table = table.cast_column(column, Image(decode=False))
+            if (plain := undecoded(feature)) != feature:
+                table = table.cast_column(column, plain)
         self.table = table
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, index: int) -> Row:
-        return Row(self.table[index], f"{self.path}: row {index + 1}")
+        where = f"{self.path}: row {index + 1}"
+        try:
+            return Row(self.table[index], where)
+        except Exception as error:  # a cell that Arrow cannot turn into a value, such as bad UTF-8
+            raise BadSampleError(where, "unreadable row", reason(error)) from None
+
+
+def undecoded(feature: Any) -> Any:
+    """The feature with every image or sound in it left as it is stored."""
+    if isinstance(feature, dict):
+        return {key: undecoded(inner) for key, inner in feature.items()}
+    if hasattr(feature, "feature"):
+        return replace(feature, feature=undecoded(feature.feature))
+    return replace(feature, decode=False) if hasattr(feature, "decode") else feature
 
 
 def open_table(path: str, split: str | None = None) -> Any:
-    """A `datasets` table: a file, a folder of `save_to_disk`, or a data set as the hub has them.
+    """A `datasets` table: Parquet, a folder of `save_to_disk`, or a data set as the hub has them.
 
     That is a folder with its files (a clone), or a hub name, each with `:subset` where it has some.
     """
     import datasets
 
-    place = Path(path)
-    if place.suffix in LOADERS:
-        options = {"delimiter": "\t"} if place.suffix == ".tsv" else {}
-        files = {"data_files": str(require_file(place)), "split": "train"}  # all there is
-        return datasets.load_dataset(LOADERS[place.suffix], **files, **options)
-    if any((place / name).is_file() for name in SAVED):
-        return chosen_split(datasets.load_from_disk(path), path, split)
-    name, _, subset = path.partition(":")
+    place, (name, _, subset) = Path(path), path.partition(":")
+    parquet = place.suffix == ".parquet" and str(require_file(place))
     try:
-        return chosen_split(datasets.load_dataset(name, subset or None), path, split)
-    except (ConnectionError, FileNotFoundError, OSError, ValueError) as error:
-        if Path(name).is_dir():
-            raise ValueError(f"{path}: no data set: {str(error).splitlines()[0]}") from None
+        if parquet:
+            return datasets.load_dataset("parquet", data_files=parquet, split="train")
+        if any((place / file).is_file() for file in SAVED):
+            found, guessed = datasets.load_from_disk(path), False
+        else:
+            found = datasets.load_dataset(name, subset or None)
+            guessed = any(table.info.builder_name == "csv" for table in found.values())
+    except Exception as error:  # datasets raises errors of its own, of Arrow and of the hub
+        cause = error.__cause__ or error
+        said = f"{type(cause).__name__}: {[*str(cause).splitlines(), 'no reason given'][0]}"
+        if Path(name).exists():
+            raise ValueError(f"{path}: no data set that can be read: {said}") from None
         raise ValueError(
             f"{path}: neither a file or folder here, nor a data set that can be had from the hub"
-            f" ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f" ({said})"
         ) from None
+    if guessed:
+        raise ValueError(
+            f"{path}: holds CSV files, whose cells would be guessed (007 as 7); give the path of one"
+        )
+    return chosen_split(found, path, split)
 
 
 def chosen_split(found: Any, path: str, split: str | None) -> Any:
@@ -76,71 +98,92 @@ def chosen_split(found: Any, path: str, split: str | None) -> Any:
 
 def read_table(source: SourceConfig) -> Records:
     assert source.path
-    table = open_table(source.path, source.split)
-    columns = check_columns(source, table.column_names)
-    parse = partial(
-        parse_table, columns=columns, names=label_names(table.features), images=source.images
-    )
-    return Records(rows=TableRows(table, source.path), parse=parse)
+    rows, found, features = table_rows(source.path, source.split)
+    columns = check_columns(source, found)
+    folder = source.images or (source.path if Path(source.path).is_dir() else None)
+    parse = partial(parse_table, columns=columns, features=features, images=folder)
+    return Records(rows=rows, parse=parse)
+
+
+def table_rows(path: str, split: str | None) -> tuple[Rows, list[str], dict[str, Any]]:
+    """The rows, the names of their columns, and what `datasets` knows of these."""
+    suffix = Path(path).suffix
+    if suffix in DELIMITERS:
+        cells = CsvRows(path, DELIMITERS[suffix])
+        return cells, cells.columns, {}
+    if suffix in (".json", ".jsonl"):
+        rows = json_rows(path)
+        return rows, keys_of(rows), {}
+    table = open_table(path, split)
+    return TableRows(table, path), table.column_names, table.features
+
+
+def keys_of(rows: Rows) -> list[str]:
+    """The keys that the first rows have; rows that cannot be read have none."""
+    found: dict[str, None] = {}
+    for index in range(min(len(rows), PROBED)):
+        try:
+            value = rows[index].value
+        except BadSampleError:
+            continue
+        found |= dict.fromkeys(value if isinstance(value, dict) else ())
+    return [*found]
 
 
 def check_columns(source: SourceConfig, found: list[str]) -> dict[str, str]:
-    """Field -> column, of the fields that the table has."""
-    columns = source.columns or {field: field for field in FIELDS if field in found}
-    for field, column in columns.items():
+    """Field -> column; of a column that the table or a row lacks, the field is empty."""
+    columns = source.columns or {field: field for field in FIELDS}
+    if source.columns is None and not {*FIELDS} & {*found}:
+        raise ValueError(f"columns: name some of {', '.join(found)} for {', '.join(FIELDS)}")
+    for field, column in (source.columns or {}).items():
         if field not in FIELDS:
             raise ValueError(f"columns.{field}: no such field; choices: {', '.join(FIELDS)}")
         if column not in found:
             raise ValueError(
                 f"columns.{field}: {source.path} has no column {column!r}; it has {', '.join(found)}"
             )
-    if not columns:
-        raise ValueError(f"columns: name some of {', '.join(found)} for {', '.join(FIELDS)}")
     return dict(columns)
 
 
-def label_names(features: Any) -> dict[str, Callable[[int], str]]:
-    """How a number becomes a name, for the columns that are class labels."""
-    return {c: f.int2str for c, f in features.items() if hasattr(f, "int2str")}
+def labelled(value: Any, feature: Any) -> Any:
+    """The cell with the numbers of class labels as their names, also in a list."""
+    if hasattr(feature, "int2str") and value is not None:
+        return feature.int2str(value)
+    if hasattr(feature, "feature") and isinstance(value, list):
+        return [labelled(inner, feature.feature) for inner in value]
+    return value
 
 
 def parse_table(
-    row: Row,
-    columns: dict[str, str],
-    names: dict[str, Callable[[int], str]],
-    images: str | None,
+    row: Row, columns: dict[str, str], features: dict[str, Any], images: str | None
 ) -> Record:
-    found = {
-        field: names[column](row.value[column]) if column in names else row.value[column]
-        for field, column in columns.items()
+    if not isinstance(row.value, dict):
+        raise ValueError(f"a row must be an object, got {row.value!r:.60}")
+    found = {f: labelled(row.value.get(c), features.get(c)) for f, c in columns.items()}
+    image, boxes = found.get("image"), boxes_of(found.get("boxes"))
+    said = {
+        field: cell_text(found[field], columns[field])
+        for field in ("id", "image_id", "question", "task", "split")
+        if found.get(field) is not None
     }
-    number = row.where.rpartition(" ")[2]
-    image = found.get("image")
+    number = re.findall(r"\d+", row.where)[-1]
+    own = {"id": number, "image_id": image if isinstance(image, str) else number}
     return Record(
-        id=str(found.get("id", number)),
-        image_id=str(found.get("image_id", image if isinstance(image, str) else number)),
-        picture=named_picture(image, images) if isinstance(image, str) else picture_of(image),
-        question=str(found.get("question") or ""),
-        answers=answers_of_cell(found.get("answers")),
-        boxes=tuple(box_of(box) for box in found.get("boxes") or ()),
-        task=found.get("task"),
-        split=found.get("split"),
+        picture=picture_of(image, images),
+        answers=cell_texts(found.get("answers"), columns.get("answers", "answers")),
+        boxes=boxes,
+        frame=frame_of(found.get("frame"), boxes),
+        **own | said,
     )
 
 
-def answers_of_cell(value: Any) -> tuple[str, ...]:
-    """A cell with one answer or a list of them."""
-    if value is None:
-        return ()
-    return tuple(map(str, value)) if isinstance(value, list) else (str(value),)
-
-
-def picture_of(value: Any) -> Picture | None:
-    """The picture of a cell as `datasets` stores it: {"bytes", "path"}, or nothing."""
-    if value is None:
-        return None
+def picture_of(value: Any, images: str | None) -> Picture | None:
+    """The image of a cell: a name in the folder `images`, or as `datasets` stores it, or nothing."""
     if isinstance(value, dict) and value.get("bytes"):
         return bytes(value["bytes"])
-    if isinstance(value, dict) and value.get("path"):
-        return Path(value["path"])
-    raise ValueError(f"no picture in {str(value):.60}")
+    name = value.get("path") if isinstance(value, dict) else value
+    if isinstance(name, str) and name:
+        return named_picture(name, images)
+    if value is None:
+        return None
+    raise ValueError(f"no image in {value!r:.60}")

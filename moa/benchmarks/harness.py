@@ -22,6 +22,7 @@ from rich.progress import track
 
 from data.collate import Collator
 from data.ocr import OcrCache
+from data.pictures import to_rgb
 from data.sample import Sample
 from data.sources import open_ocr
 from moa.benchmarks.run import answer, check_gates
@@ -123,7 +124,7 @@ class Moa(lmms):
         if len(visuals) != 1 or not isinstance(visuals[0], Image):
             kinds = [type(visual).__name__ for visual in visuals]
             raise ValueError(f"{task}, {doc_id}: moa reads one picture a question, got {kinds}")
-        image = visuals[0].convert("RGB")
+        image = to_rgb(visuals[0])
         return Sample(
             id=f"{task}/{split}/{doc_id}",
             image_id=f"{task}/{split}/{doc_id}",
