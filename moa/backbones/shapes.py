@@ -35,6 +35,7 @@ LLAMA_2 = {
     "llava-13b": (5120, 13824, 40, 40, 40),
     "llava-70b": (8192, 28672, 80, 64, 8),
 }
+PLANNED = ("pictures", "patches")  # towers whose work on an image follows from the config
 VOCAB = 32064  # of llava-1.5-*-hf: Llama's 32,000, <image>, <pad>, rounded up
 
 
@@ -75,7 +76,7 @@ def find_shape(name: str) -> Any:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"backbone: {name}: {str(error).splitlines()[0]}") from error
-    possible = [kind for kind, family in FAMILIES.items() if family.rows == "pictures"]
+    possible = [kind for kind, family in FAMILIES.items() if family.rows in PLANNED]
     if config.model_type not in possible:
         raise ValueError(
             f"backbone: {name} is a {config.model_type}; what a picture costs is planned for: "

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
+from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone
-from moa.config import RunConfig
+from moa.config import ModelConfig, RunConfig
 
 OCR_CHARS = 8  # tokens of an OCR word
 
@@ -34,17 +35,41 @@ class Lengths:
 
 
 @torch.no_grad()
-def image_tokens(backbone: Backbone) -> int:
-    """Tokens that one picture becomes, asked of a backbone without experts."""
-    pixels = blank_pictures(backbone.model.config, 1).to(backbone.dtype)
+def image_tokens(backbone: Backbone, model: ModelConfig) -> int:
+    """Tokens that one image becomes, asked of a backbone without experts."""
+    base = backbone.model.config
+    if FAMILIES[base.model_type].rows == "patches":
+        return (patches_per_side(base, model) // base.vision_config.spatial_merge_size) ** 2
+    pixels = blank_images(base, model, 1)["pixel_values"].to(backbone.dtype)
     found = backbone.model.model.get_image_features(pixel_values=pixels, return_dict=True)
     return sum(len(entry.flatten(0, -2)) for entry in found.pooler_output)
 
 
-def blank_pictures(config: Any, count: int) -> Tensor:
-    side = config.vision_config.image_size
+def blank_images(base: Any, model: ModelConfig, count: int) -> dict[str, Any]:
+    """`pixel_values` and `picture_inputs` of so many images of the size that costs most."""
+    vision = base.vision_config
+    if FAMILIES[base.model_type].rows == "patches":
+        side = patches_per_side(base, model)
+        channels = getattr(vision, "in_channels", 3)
+        width = channels * vision.temporal_patch_size * vision.patch_size**2
+        grid = torch.tensor([[1, side, side]] * count)
+        pixels = torch.zeros(count * side**2, width)
+        return {"pixel_values": pixels, "picture_inputs": {"image_grid_thw": grid}}
+    side = vision.image_size
     height, width = (side, side) if isinstance(side, int) else side
-    return torch.zeros(count, 3, height, width)
+    return {"pixel_values": torch.zeros(count, 3, height, width)}
+
+
+def patches_per_side(base: Any, model: ModelConfig) -> int:
+    """Of a square image with the most pixels that the processor lets through."""
+    size = (model.image_processor or {}).get("size", {})
+    if "longest_edge" not in size:
+        raise ValueError(
+            f"model.image_processor.size.longest_edge: a {base.model_type} makes tokens of an image "
+            "by its size; give the most pixels of one, such as 802816, to plan for it"
+        )
+    merge = base.vision_config.spatial_merge_size
+    return int(size["longest_edge"] ** 0.5) // (base.vision_config.patch_size * merge) * merge
 
 
 def example_batch(config: RunConfig, base: Any, lengths: Lengths, num_samples: int) -> Batch:
@@ -68,7 +93,7 @@ def example_batch(config: RunConfig, base: Any, lengths: Lengths, num_samples: i
         attention_mask=mask,
         labels=targets,
         segments=segments if lengths.pack is not None else None,
-        pixel_values=blank_pictures(base, count),
+        **blank_images(base, config.model, count),
         image_index=torch.arange(count),
         text_ids=torch.full((count, question), int(sample[-1])),
         text_mask=torch.ones(count, question, dtype=torch.bool),

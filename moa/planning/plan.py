@@ -115,7 +115,7 @@ class FakeRun:
         self.config, self.mode = config, fake_mode()
         with self.mode:
             base = random_backbone(find_shape(backbone), DTYPES[config.model.dtype])
-            self.image_tokens = image_tokens(base)
+            self.image_tokens = image_tokens(base, config.model)
             self.model = build_mixture(config, base)
         self.stage = stage_of(config)
         groups = parameter_groups(self.model, config)
