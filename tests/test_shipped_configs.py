@@ -43,11 +43,11 @@ def on_tiny(name: str, folder) -> RunConfig:
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_run_for_a_real_backbone_is_planned_and_trains_on_a_tiny_one(name, tmp_path):
     config = on_tiny(name, tmp_path)
-    (plan,) = plan_run(config, ["config"], [Machine(num_devices=8)], tokens=512, answer=64)
-    assert all(choice.fits for choice in plan.choices)
+    planned = FakeRun(config, config.model.name)
+    lengths = Lengths(tokens=64, answer=8, image=planned.image_tokens)
+    assert planned.measure(lengths, 3) == real_step(config, lengths, 3)
     AcceleratorState._reset_state(reset_partial_state=True)
     run, state = open_run(config, make_accelerator(config))
     train(run, state)
-    assert plan.layout.batch_size == config.train.batch_size
     steps = [line for line in read_log(config.out) if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
