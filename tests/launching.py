@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parent.parent
-SILENCE = 120.0  # seconds without a word: the processes wait for each other
+SILENCE = 120.0  # seconds without output and without computing: the processes wait for each other
+IDLE = 0.05  # cores: what waits for another process takes less, a compiler or an import takes more
+LONGEST = 900.0  # seconds without output, computing or not
 
 
 def launch_command(name: str, *arguments: str) -> list[str]:
@@ -22,11 +24,12 @@ def launch_command(name: str, *arguments: str) -> list[str]:
     return [*start, *arguments]
 
 
-def launch(*commands: list[str], silence: float = SILENCE) -> str:
-    """Run commands side by side to their end, as on a machine without a GPU; returns what they say.
+def launch(*commands: list[str], silence: float = SILENCE, longest: float = LONGEST) -> str:
+    """Run commands side by side to their end, as on a machine without a GPU; returns their output.
 
-    AssertionError, with their last words, where one fails, or none says a word for `silence` seconds:
-    then every process prints its stack before it is killed.
+    AssertionError, with the end of the output, where one fails, or all are hung: no output for `silence`
+    seconds in which they computed next to nothing, or none for `longest` seconds. Then every process
+    prints its stack before it is killed.
     """
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
@@ -38,35 +41,58 @@ def launch(*commands: list[str], silence: float = SILENCE) -> str:
             for command in commands
         ]
         try:
-            hung = not wait(started, said.fileno(), silence)
+            hung = not wait(started, said.fileno(), silence, longest)
         finally:
             end(started)
         said.seek(0)
         words = said.read()
-    assert not hung, f"no word for {silence} s:\n{words[-12_000:]}"
+    assert not hung, f"no output for {silence} s:\n{words[-12_000:]}"
     assert not any(p.returncode for p in started), words[-12_000:]
     return words
 
 
-def wait(started: list[subprocess.Popen], said: int, silence: float) -> bool:
-    """Until all have ended, or one has failed; False where they are silent for too long."""
-    size, since = 0, time.monotonic()
+def wait(started: list[subprocess.Popen], said: int, silence: float, longest: float) -> bool:
+    """Until all have ended, or one has failed; False where they hang."""
+    size, spent = -1, 0.0
+    since = last = time.monotonic()  # of the output, and of the look at the CPU time
     while any(p.poll() is None for p in started) and not any(p.poll() for p in started):
         time.sleep(0.1)
-        now = os.fstat(said).st_size
-        if now != size:
-            size, since = now, time.monotonic()
-        elif time.monotonic() - since > silence:
+        now, written = time.monotonic(), os.fstat(said).st_size
+        if written == size and now - last < silence:
+            continue
+        before, spent, last = spent, cpu_seconds(started), now
+        if written != size:
+            size, since = written, now
+        elif spent - before < IDLE * silence or now - since > longest:
             return False
     return True
 
 
+def cpu_seconds(started: list[subprocess.Popen]) -> float:
+    """What the processes and their descendants have computed, ended children included."""
+    total = 0.0
+    for process in family(started):
+        with suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # user, system, and those of ended children
+    return total
+
+
+def family(started: list[subprocess.Popen]) -> list[psutil.Process]:
+    """What still runs, launchers first."""
+    found: list[psutil.Process] = []
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            launcher = psutil.Process(process.pid)
+            found += [launcher, *launcher.children(recursive=True)]
+    return found
+
+
 def end(started: list[subprocess.Popen]) -> None:
     """Ask what still runs for its stack, then kill it."""
-    launchers = [psutil.Process(p.pid) for p in started if p.poll() is None]
-    family = [*launchers, *(c for p in launchers for c in p.children(recursive=True))]
+    running = [p for p in started if p.poll() is None]
+    members = family(running)
     for sign in (signal.SIGABRT, signal.SIGKILL):
-        for process in reversed(family):  # one after the other, or their words mix
+        for process in reversed(members):  # one after the other, or their words mix
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(sign)
                 psutil.wait_procs([process], timeout=2)

@@ -1,7 +1,6 @@
 """Two processes, through the launch files of configs/accelerate/: the losses and weights of one."""
 
 import json
-import shutil
 import socket
 import sys
 from dataclasses import asdict, replace
@@ -25,9 +24,6 @@ from tests.tiny_clip import save_tiny
 from tests.toy import toy_world, write_rows
 
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="DeepSpeed compiles an operator"
-)
 
 
 # The launch files --------------------------------------------------------------------------------
@@ -90,9 +86,18 @@ def test_processes_that_hang_are_ended_with_their_stacks():
     hang = "import threading\ndef waits_for_the_other():\n threading.Event().wait()\n"
     command = [sys.executable, "-c", hang + "print('before'); waits_for_the_other()"]
     with pytest.raises(
-        AssertionError, match=r"no word for 2(?s:.*)before(?s:.*)waits_for_the_other"
+        AssertionError, match=r"no output for 2(?s:.*)before(?s:.*)waits_for_the_other"
     ):
         launch(command, silence=2.0)
+
+
+def test_a_silent_process_whose_child_computes_does_not_hang_until_the_limit():
+    compile_for = "import os, time\nwhile os.times().user < {}: pass"
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    command = [sys.executable, "-c", parent]
+    launch([*command, compile_for.format(2)], silence=1.0)
+    with pytest.raises(AssertionError, match="no output for 0.5"):
+        launch([*command, compile_for.format(60)], silence=0.5, longest=1.0)
 
 
 # Runs --------------------------------------------------------------------------------------------
@@ -188,16 +193,8 @@ def references(tmp_path_factory) -> list[RunConfig]:
     return configs
 
 
-LAUNCHED = [
-    "ddp",
-    "fsdp2",
-    pytest.param("zero2", marks=needs_compiler),
-    pytest.param("zero3", marks=needs_compiler),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", LAUNCHED)
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_two_processes_are_one_and_resume_exactly(references, tmp_path, name):
     if name != "ddp":  # a CLIP is not sharded
         references = [config for config in references if not config.out.endswith("pairs/run")]

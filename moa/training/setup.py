@@ -31,6 +31,7 @@ from moa.checkpoint import (
 )
 from moa.config import RunConfig, TrainConfig, load_config
 from moa.settings import to_yaml
+from moa.training import zero
 from moa.training.batches import make_layout
 from moa.training.loop import Run
 from moa.training.report import LOG, Reporter, flatten, mixture_table, start_trackers
@@ -56,6 +57,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     deepspeed, on_cpu = asked_for("ACCELERATE_USE_DEEPSPEED"), not torch.cuda.is_available()
     if on_cpu and deepspeed:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        zero.compile_nothing()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # alone, a backend would be a mistake
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
     return Accelerator(

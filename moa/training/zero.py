@@ -86,10 +86,22 @@ class Zero:
         self.accelerator.free_memory()
 
 
-def configure(accelerator: Accelerator, layout: Layout, train: TrainConfig) -> None:
-    """Fill in what DeepSpeed wants to know before it wraps a model.
+def compile_nothing() -> None:
+    """Keep DeepSpeed on a CPU from compiling its shared-memory operator when processes first meet.
 
-    Half precision is autocast, as without DeepSpeed: its own `bf16` would cast the parameters.
+    Only its inference calls that operator; training reduces over gloo with or without it. A compiler
+    may be missing, and processes that compile at once may wait for each other's lock for ever.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}  # what it takes for possible to compile
+
+
+def configure(accelerator: Accelerator, layout: Layout, train: TrainConfig) -> None:
+    """Set what DeepSpeed needs before it wraps a model.
+
+    Half precision is autocast, as without DeepSpeed: its own `bf16` would cast the parameters. With
+    offload the optimiser stays torch's fused AdamW: DeepSpeed's Adam would have to be compiled.
     """
     dtype = str(DTYPES[train.precision]).removeprefix("torch.")
     accelerator.state.deepspeed_plugin.deepspeed_config |= {
@@ -98,6 +110,7 @@ def configure(accelerator: Accelerator, layout: Layout, train: TrainConfig) -> N
         "gradient_accumulation_steps": layout.accumulation,
         "gradient_clipping": train.clip_norm,
         "torch_autocast": {"enabled": dtype != "float32", "dtype": dtype},
+        "zero_force_ds_cpu_optimizer": False,
     }
 
 
