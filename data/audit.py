@@ -7,9 +7,7 @@ What only shows between rows is kept as hashes: memory grows by 32 bytes a row.
 """
 
 import hashlib
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +17,7 @@ from data.checks import BadSampleError, name_of
 from data.collate import Collator
 from data.mixture import Source, read_sample
 from data.sample import Sample
+from data.workers import map_in_workers
 
 CHUNK = 500  # rows that a process reports at once
 HASHES = ("ids", "image_ids", "contents")
@@ -152,13 +151,8 @@ def run_parts(
     source: Source, name: str, collator: Collator, parts: Sequence[range], workers: int
 ) -> Iterator[Audit]:
     """In order, in processes of their own where there are several."""
-    if workers <= 1:
-        yield from (audit_rows(source, name, collator, rows) for rows in parts)
-        return
-    context = multiprocessing.get_context("fork")  # the source is inherited, not copied
     setup = (source, name, collator)
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=setup) as pool:
-        yield from pool.map(_audit, parts)
+    return map_in_workers(_audit, parts, workers=workers, method="fork", start=_start, setup=setup)
 
 
 _worker: dict[str, Any] = {}

@@ -10,9 +10,7 @@ readings are equal: the engine already rounds to what the Parquet file stores.
 
 import hashlib
 import json
-import multiprocessing
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.ocr_engines import Engine, RapidOcr, Words
 from data.pictures import to_rgb
 from data.sample import OcrWord
+from data.workers import map_in_workers
 from moa.atomic import atomic_file
 
 
@@ -273,16 +272,16 @@ def _read_all(
 
 
 def _results(pictures: Any, positions: range, engine: Engine, known: frozenset, num_workers: int):
-    if num_workers <= 1:
-        _start_worker(pictures, engine, known)
-        yield from map(_read_one, positions)
-        return
     # spawn: a forked onnxruntime session may hang on locks that its parent held
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        num_workers, context, initializer=_start_worker, initargs=(pictures, engine, known)
-    ) as pool:
-        yield from pool.map(_read_one, positions, chunksize=4)
+    return map_in_workers(
+        _read_one,
+        positions,
+        workers=num_workers,
+        method="spawn",
+        start=_start_worker,
+        setup=(pictures, engine, known),
+        chunksize=4,
+    )
 
 
 _worker: dict[str, Any] = {}

@@ -91,6 +91,16 @@ def workers_of(process: BaseProcess) -> list[int]:
     return [int(pid) for pid in children.read_text().split()] if children.exists() else []
 
 
+def outlived_by(workers: list[int], seconds: float = 20.0) -> bool:
+    """Whether a process of these is still there after so long."""
+    until = time.monotonic() + seconds
+    while left := [pid for pid in workers if Path(f"/proc/{pid}").exists()]:
+        if time.monotonic() > until:
+            return bool(left)
+        time.sleep(0.01)
+    return False
+
+
 # Runs -------------------------------------------------------------------------------------------
 
 
@@ -226,14 +236,15 @@ def trial(
 ) -> Outcome | None:
     """Strike a run, judge, resume, compare; None where it had ended before it felt the strike."""
     out, output = disk / "run", course.folder / f"{kind}.txt"
-    process = run(course.folder, out, output, f"data.num_workers={int(kind == 'worker')}")
+    num_workers = int(kind in ("kill", "worker"))
+    process = run(course.folder, out, output, f"data.num_workers={num_workers}")
     wait_until((out / "log.jsonl").exists, process)
     process.join(rng.uniform(0, 0.9 * course.seconds))
     if while_writing:
         # workers end before the stage does: they read ahead
         wait_until(lambda: being_written(out) and has_victim(kind, process), process)
         process.join(rng.uniform(0, 0.02))
-    writing = being_written(out)
+    writing, workers = being_written(out), workers_of(process)
     struck = strike(kind, process, disk, rng)
     process.join()
     if not struck or process.exitcode == 0:
@@ -242,6 +253,7 @@ def trial(
     if kind in ("kill", "disk"):  # what there was to be seen afterwards is exact
         writing = being_written(out) or "checkpoint step" in said
     torn, end = torn_in(out), wrong_end(kind, process.exitcode, out, said)
+    end = end or ("a data worker outlived the run" if outlived_by(workers) else "")
     (disk / "ballast").unlink(missing_ok=True)
     process = run(course.folder, out, output, "--resume")
     process.join()

@@ -49,6 +49,7 @@ ROOMS = {
     "flwr": ("moa.federated",),
     "pycocoevalcap": ("moa.metrics.captions",),
     "lmms_eval": ("moa.benchmarks.harness",),
+    "multiprocessing": ("data.workers", "benchmarks"),  # there a worker ends with its parent
 }
 # Modules and packages of tensors, strings and numbers alone.
 MATH = (

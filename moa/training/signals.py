@@ -5,12 +5,12 @@ a second one stops at once. A handler sets a flag and no more. The loop adds up 
 processes with the step's figures, so that all of them stop after the same step.
 """
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Thread
 from types import FrameType
+
+from data.workers import end_with_parent
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: not done, and running it again goes on
@@ -42,17 +42,7 @@ class StopRequest:
 
 
 def leave_to_parent(worker: int) -> None:
-    """Let a data worker outlive a signal to the whole group: the run's last step needs its data.
-
-    A SIGTERM of the training process itself still ends it: without, a run that fails could not exit.
-    """
+    """Let a data worker outlive the signals that ask for a stop: the run's last step needs its data."""
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for the thread to take
-    Thread(target=end_at_parents_word, daemon=True).start()
-
-
-def end_at_parents_word() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    end_with_parent()
