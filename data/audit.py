@@ -63,13 +63,16 @@ class LengthCheck:
 
     def __init__(self, collator: Collator):
         self.collator = collator
-        self.fixed: dict[tuple[int, int] | None, int] = {}
+        self.fixed: dict[tuple[tuple[int, int] | None, bool], int] = {}
 
     def __call__(self, sample: Sample) -> BadSampleError | None:
         collator = self.collator
-        if not sample.turns and self._bound(sample) <= collator.max_length:
-            return None  # further turns would bring their share of the template
-        count = collator.num_tokens(sample)
+        try:
+            if not sample.turns and self._bound(sample) <= collator.max_length:
+                return None  # further turns would bring their share of the template
+            count = collator.num_tokens(sample)
+        except BadSampleError as error:
+            return error
         if count <= collator.max_length:
             return None
         detail = f"{count} tokens; max_length={collator.max_length} would cut the answer"
@@ -77,11 +80,12 @@ class LengthCheck:
 
     def _bound(self, sample: Sample) -> int:
         size = None if sample.image is None else sample.image.size
-        if size not in self.fixed:
+        kind = size, bool(sample.system)
+        if kind not in self.fixed:
             bare = replace(sample, question="?", answers=("?",), ocr=None, instruction="")
-            self.fixed[size] = self.collator.num_tokens(bare)
+            self.fixed[kind] = self.collator.num_tokens(bare)
         text = sample.system + self.collator.prompt(sample) + self.collator.target(sample)
-        return self.fixed[size] + len(text.encode())
+        return self.fixed[kind] + len(text.encode())
 
 
 def audit_rows(source: Source, name: str, collator: Collator, rows: range) -> Audit:

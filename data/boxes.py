@@ -45,6 +45,10 @@ class BoxCodec:
     around: str = "{}"  # around all of them
     tokens: bool = False  # numbers are vocabulary entries: past the last one there is nothing
 
+    def writes(self, token: str) -> bool:
+        """Whether a token of a vocabulary is one that boxes are written with."""
+        return re.sub(r"\d+", "{}", token) in self.box + self.around
+
     def steps(self, side: int) -> int:
         """How many steps a side of the frame has."""
         return (side if self.units is None else self.units) * 10**self.decimals

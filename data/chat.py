@@ -1,120 +1,227 @@
 """Chats -> token ids and where the answers are, by any processor of the family.
 
-Where the chat template marks the answer by `{% generation %}` the mark holds; without marks the answer is
-what the template puts behind the prompt; without a template (PaliGemma) the prompt is the pictures,
-the text, and the answer. An answer always ends with a token that ends generation.
+    prompt of generation | answer, end token | next question | answer, end token ...
+
+The chat template is rendered a second time with a marker for each answer: what stands around the markers stands
+around the answers. An answer is learned from the end of the prompt that generation sees, and one token that ends
+generation follows it, always. `{% generation %}` in a template decides which answers are learned, and where
+one begins if generation sees another prompt. Without a template (PaliGemma) the prompt is image and text.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
-GENERATION_MARK = re.compile(r"\{%-?\s*generation")
+GENERATION_MARK = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
+EDGE = "\uf8f0"  # of a private use: stands in a rendered chat where a mark begins or ends
+MARKER = "answerQ7xK2vJ9wZ4"  # letters and digits: no template trims, splits or escapes it
+CONTEXT = 32  # characters before a text, which may change its first token
+WITHOUT_TEMPLATE = ("PaliGemmaProcessor",)  # whose bases were trained without roles
 Chat = list[dict[str, Any]]
+
+
+def check_parts(processor: Any) -> None:
+    """ValueError for a processor without a part that every answer needs."""
+    for name in ("eos_token", "pad_token"):
+        if getattr(processor.tokenizer, name) is None:
+            raise ValueError(
+                f"the base's tokenizer has no {name}: name one of its tokens in tokenizer_config.json "
+                "(eos_token ends an answer; pad_token may be the same token)"
+            )
+    if processor.chat_template is None and type(processor).__name__ not in WITHOUT_TEMPLATE:
+        raise ValueError(
+            "the base's processor has no chat template, so that questions and answers would have no "
+            "roles: copy chat_template.jinja of the model that the base was made from into its folder"
+        )
+
+
+def special_tokens(processor: Any) -> set[str]:
+    """Texts that are not read as text: the vocabulary's special tokens and the places of images."""
+    tokenizer = processor.tokenizer
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    own = [value for name, value in vars(processor).items() if name.endswith("_token")]
+    named = [*own, *getattr(tokenizer, "all_special_tokens", ())]
+    found = [getattr(token, "content", token) for token in named]
+    return {token.content for token in added if token.special} | {*filter(None, found)}
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """What stands before each answer that is learned, the answer, and the token that ends it."""
+
+    exchanges: list[tuple[str, str]]
+    end: int
 
 
 @dataclass(frozen=True)
 class ChatEncoder:
+    """`stops` are ids that end generation besides the tokenizer's own end token."""
+
     processor: Any  # of transformers
+    stops: Collection[int] = ()
 
     def encode(
         self, chats: list[Chat], pictures: Sequence[Sequence[Any]], *, prompts: bool
     ) -> dict[str, Any]:
         """Token ids and assistant masks as lists of unequal length, and the pictures of each chat.
 
-        Lists, because the processor walks over them token by token to make the mask, and walking
-        over tensors costs more than everything else together. `prompts`: up to the first answer,
-        without masks. Raises ValueError for a template that leaves no answer to learn from.
+        `prompts`: up to the first answer, without masks.
         """
-        template = self.processor.chat_template
         if prompts:
-            return self._encode_prompts(chats, pictures)
-        if template is not None and GENERATION_MARK.search(str(template)):
-            encoded = self._encode_marked(chats)
-        else:
-            encoded = self._encode_prompts(chats, pictures)
-            replies = [self.replies(chat) for chat in chats]
-            pairs = list(zip(encoded["input_ids"], replies, strict=True))
-            encoded["assistant_masks"] = [[0] * len(p) + mask for p, (_, mask) in pairs]
-            encoded["input_ids"] = [[*p, *ids] for p, (ids, _) in pairs]
-        if not all(map(any, encoded["assistant_masks"])):
-            raise ValueError(
-                "the processor's chat template leaves nothing to learn from: no answer"
-            )
-        return encoded
-
-    def _encode_marked(self, chats: list[Chat]) -> dict[str, Any]:
-        encoded = self.processor.apply_chat_template(
-            chats,
-            tokenize=True,
-            return_dict=True,
-            return_tensors=None,
-            return_assistant_tokens_mask=True,
-            processor_kwargs={"padding": False},
-        )
-        tokenizer = self.processor.tokenizer
-        for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True):
-            last = max((i for i, marked in enumerate(mask) if marked), default=None)
-            if last is not None and ids[last] not in tokenizer.all_special_ids:
-                ids[last + 1 :], mask[last + 1 :] = [tokenizer.eos_token_id], [1]
+            return self._encode_prompts([self._prompt(opening_of(c)) for c in chats], pictures)
+        dialogues = [self.dialogue(chat) for chat in chats]
+        encoded = self._encode_prompts([d.exchanges[0][0] for d in dialogues], pictures)
+        replies = [self._replies(dialogue) for dialogue in dialogues]
+        pairs = list(zip(encoded["input_ids"], replies, strict=True))
+        encoded["assistant_masks"] = [[0] * len(p) + mask for p, (_, mask) in pairs]
+        encoded["input_ids"] = [[*p, *ids] for p, (ids, _) in pairs]
         return encoded
 
     def _encode_prompts(
-        self, chats: list[Chat], pictures: Sequence[Sequence[Any]]
+        self, texts: list[str], pictures: Sequence[Sequence[Any]]
     ) -> dict[str, Any]:
         """The prompts' ids, exactly as generation will see them, and the pictures."""
+        begin = self.processor.tokenizer.bos_token
+        begun = begin is not None and all(text.startswith(begin) for text in texts)
         encoded = self.processor(
-            text=[self._prompt_text(opening_of(chat)) for chat in chats],
+            text=texts,
             images=list(pictures) if any(pictures) else None,
             padding=True,  # PaliGemma's processor cannot do without
+            **({"add_special_tokens": False} if begun else {}),  # or the text would begin twice
         )
         rows = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
         ids = [[token for token, real in zip(*row, strict=True) if real] for row in rows]
         return {**encoded, "input_ids": ids}
 
-    def _prompt_text(self, chat: Chat) -> str:
-        """What stands before an answer: all of the chat, and the start of the assistant's turn."""
-        if self.processor.chat_template is not None:
-            return self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        parts = [part for message in chat for part in message["content"]]
-        texts = (self.processor.image_token if p["type"] == "image" else p["text"] for p in parts)
-        return "".join(texts)
-
     def replies(self, chat: Chat) -> tuple[list[int], list[int]]:
-        """Ids of everything behind the opening prompt, and 1 where an answer or its end stands.
+        """Ids of everything behind the opening prompt, and 1 where an answer or its end stands."""
+        return self._replies(self.dialogue(chat))
 
-        Raises ValueError for a template that writes what is past another way once there is more.
-        """
-        tokenizer, ids, mask = self.processor.tokenizer, [], []
-        done = self._prompt_text(opening_of(chat))
-        for place, message in enumerate(chat):
-            if message["role"] != "assistant":
-                continue
-            answer = message["content"][0]["text"].strip()
-            prompt, before, after = self._prompt_text(chat[:place]), "", ""
-            if self.processor.chat_template is not None:
-                whole = self.processor.apply_chat_template(chat[: place + 1])
-                before, _, after = whole.removeprefix(prompt).rpartition(answer)
-                if not whole.startswith(prompt + before + answer) or not prompt.startswith(done):
-                    raise ValueError(
-                        "the processor's chat template rewrites the prompt once there is an answer:"
-                        " put {% generation %} around the assistant's text in it"
-                    )
-            asked = tokenizer(prompt.removeprefix(done), add_special_tokens=False)["input_ids"]
-            said = tokenizer(before + answer, add_special_tokens=False)["input_ids"]
-            end, rest = self._end_of(after)
-            ids += [*asked, *said, end]
-            mask += [0] * len(asked) + [1] * (len(said) + 1)
-            done = prompt + before + answer + rest
+    def _replies(self, dialogue: Dialogue) -> tuple[list[int], list[int]]:
+        end_text = self.processor.tokenizer.convert_ids_to_tokens(dialogue.end)
+        ids: list[int] = []
+        mask: list[int] = []
+        behind = ""
+        for number, (asked, answer) in enumerate(dialogue.exchanges):
+            question = self._ids(behind, asked) if number else []
+            said = [*self._ids(behind + asked, answer), dialogue.end]
+            ids += question + said
+            mask += [0] * len(question) + [1] * len(said)
+            behind += asked + answer + end_text
         return ids, mask
 
+    def _ids(self, before: str, text: str) -> list[int]:
+        """The ids of a text behind another one.
+
+        Alone it may get other ones: tokenizers of Llama's kind write a blank before every text.
+        """
+        tokenizer = self.processor.tokenizer
+        if self.processor.chat_template is None:  # the processor puts a line break between the two
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        before = before[-CONTEXT:]
+        known, whole, alone = tokenizer([before, before + text, text], add_special_tokens=False)[
+            "input_ids"
+        ]
+        return whole[len(known) :] if whole[: len(known)] == known else alone
+
+    def dialogue(self, chat: Chat) -> Dialogue:
+        """The answers of a chat and what stands between them, as texts.
+
+        Raises ValueError for a template that does not write an answer as it is, writes another prompt
+        once there is an answer, or leaves nothing to learn from.
+        """
+        answers = [m["content"][0]["text"] for m in chat if m["role"] == "assistant"]
+        hidden = [message("assistant", MARKER) if m["role"] == "assistant" else m for m in chat]
+        around = self._render(hidden)[0].split(MARKER)
+        whole, marks = self._render(chat)
+        pairs = zip_longest(around, answers, fillvalue="")
+        if len(around) != len(answers) + 1 or whole != "".join(map("".join, pairs)):
+            raise ValueError("the base's chat template does not write the answer as it is")
+        end, tail = self._end_of(around[-1])
+        exchanges, done, stop = [], 0, 0
+        for number, answer in enumerate(answers):
+            start = stop + len(around[number])
+            stop = start + len(answer)
+            mark = marked_from(marks, start)
+            if mark is None:
+                continue  # as the template says
+            history = chat[: place_of(chat, number)]
+            prompt, gap = self._parted(whole[:start], whole[:done], history, mark)
+            exchanges.append((prompt[done:], gap + answer))
+            done = stop + len(tail) if around[number + 1].startswith(tail) else stop
+        if not exchanges:
+            raise ValueError("the base's chat template marks no answer, so there is none to learn")
+        return Dialogue(exchanges, end)
+
+    def _parted(self, before: str, done: str, history: Chat, mark: int) -> tuple[str, str]:
+        """What is before an answer as the prompt that generation sees, and what is learned of it."""
+        prompt = self._prompt(history)
+        if prompt.startswith(done):
+            if before.startswith(prompt) and not before[len(prompt) : mark].strip():
+                return prompt, before[len(prompt) :]
+            if (
+                before.split() == prompt.split()
+            ):  # OneVision writes "assistant \n" for "assistant\n"
+                return prompt, ""
+        if self._marked:
+            return before[:mark], before[mark:]
+        raise ValueError(
+            "the base's chat template rewrites the prompt once there is an answer: put "
+            "{% generation %} around the assistant's text in it"
+        )
+
+    def _prompt(self, chat: Chat) -> str:
+        """What stands before an answer: all of the chat, and the start of the assistant's turn."""
+        if self.processor.chat_template is None:
+            return self._render(chat)[0]
+        return self.processor.apply_chat_template(chat, add_generation_prompt=True)
+
+    def _render(self, chat: Chat) -> tuple[str, list[tuple[int, int]] | None]:
+        """The chat as text, and where the template marks answers; None for one without marks."""
+        if self.processor.chat_template is None:
+            parts = [part for message in chat for part in message["content"]]
+            image = getattr(self.processor, "image_token", "")
+            return "".join(image if p["type"] == "image" else p["text"] for p in parts), None
+        if not self._marked:
+            return self.processor.apply_chat_template(chat), None
+        text = self.processor.apply_chat_template(chat, chat_template=self._with_edges)
+        pieces, marks, at = text.split(EDGE), [], 0
+        for number, piece in enumerate(pieces):
+            if number % 2:  # between two edges
+                marks.append((at, at + len(piece)))
+            at += len(piece)
+        return "".join(pieces), marks
+
+    @property
+    def _marked(self) -> bool:
+        return self._with_edges is not None
+
+    @cached_property
+    def _with_edges(self) -> str | None:
+        """The template with a character for each edge of a mark; None for one without marks."""
+        found = self.processor.chat_template
+        template = found.get("default", "") if isinstance(found, dict) else found or ""
+        edge = rf"{{%\1 if true %}}{EDGE}{{% endif \3%}}"
+        marked, count = GENERATION_MARK.subn(edge, template)
+        return marked if count else None
+
+    @cached_property
+    def _ends(self) -> set[int]:
+        """Ids that end an answer where the template writes them behind it."""
+        tokenizer = self.processor.tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        special = {number for number, token in added if token.special}
+        return special | {*tokenizer.all_special_ids, *self.stops}
+
     def _end_of(self, after: str) -> tuple[int, str]:
-        """The token that ends an answer, and its text if the template has one behind the answer."""
+        """The token that ends an answer, and the text up to it if the template writes one."""
         tokenizer = self.processor.tokenizer
         found = tokenizer(after, add_special_tokens=False)["input_ids"] if after else []
         for token in found:
-            if token in tokenizer.all_special_ids:
+            if token in self._ends:
                 text = tokenizer.convert_ids_to_tokens(token)
                 return token, after[: after.index(text) + len(text)]
         return tokenizer.eos_token_id, ""
@@ -126,5 +233,16 @@ def message(role: str, text: str, picture: Sequence[dict[str, Any]] = ()) -> dic
 
 def opening_of(chat: Chat) -> Chat:
     """The messages before the first answer."""
-    roles = [message["role"] for message in chat]
-    return chat[: roles.index("assistant")] if "assistant" in roles else chat
+    return chat[: place_of(chat, 0)] if any(m["role"] == "assistant" for m in chat) else chat
+
+
+def place_of(chat: Chat, number: int) -> int:
+    """Where an answer stands among the messages."""
+    return [i for i, message in enumerate(chat) if message["role"] == "assistant"][number]
+
+
+def marked_from(marks: Sequence[tuple[int, int]] | None, start: int) -> int | None:
+    """Where the mark around the text at `start` begins: None without, 0 in a template without any."""
+    if marks is None:
+        return 0
+    return next((first for first, last in marks if first <= start < last), None)

@@ -5,8 +5,11 @@ breaks a rule. A run stops at the first one, or counts them by rule and goes on,
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
+
+from jinja2 import TemplateError
 
 from data.boxes import check_box
 from data.sample import OcrWord, Sample
@@ -15,8 +18,10 @@ Rule = Literal[
     "unreadable row", "missing image", "broken image", "picture outside folder", "picture too large",
     "empty question", "empty answer", "unknown task", "unknown expert", "unknown class",
     "box outside picture", "box hidden by crop", "broken OCR word",
-    "image token in text", "too long",
+    "image token in text", "special token in text", "refused by processor", "too long",
 ]  # fmt: skip
+# What processors and templates raise for a sample that they cannot take.
+REFUSALS = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, TemplateError)
 
 
 class BadSampleError(ValueError):
@@ -29,6 +34,20 @@ class BadSampleError(ValueError):
     def __str__(self) -> str:
         said = f"{self.where}: {self.rule}{': ' if self.detail else ''}{self.detail}"
         return said.replace("\n", " ").encode(errors="backslashreplace").decode()  # half characters
+
+
+class RefusedError(ValueError):
+    """A processor or its chat template does not take some sample of a batch."""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Inside, what a processor raises becomes a RefusedError of one line."""
+    try:
+        yield
+    except REFUSALS as error:
+        first, *_ = str(error).splitlines() or [""]
+        raise RefusedError(first or type(error).__name__) from error
 
 
 def name_of(sample: Sample) -> str:
@@ -52,6 +71,11 @@ def check_sample(
         raise BadSampleError(where, "empty question")
     if needs_answer and not sample.boxes and not any(a.strip() for a in sample.answers):
         raise BadSampleError(where, "empty answer", f"answers={sample.answers!r} and no box")
+    for number, turn in enumerate(sample.turns, start=2):  # the first is question and answers
+        if not turn.question.strip():
+            raise BadSampleError(where, "empty question", f"turn {number}")
+        if not turn.answer.strip():
+            raise BadSampleError(where, "empty answer", f"turn {number}")
     if tasks is not None and sample.task not in tasks:
         raise BadSampleError(where, "unknown task", f"{sample.task!r}; choices: {[*tasks]}")
     if experts is not None and sample.expert is not None and sample.expert not in experts:

@@ -7,9 +7,11 @@ Nothing is truncated: cutting a sequence may cut image tokens, which no model su
 longer than `max_length` is a bad sample like any other.
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from zlib import crc32
 
@@ -21,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data.batch import Batch
 from data.boxes import CODECS, BoxCodec
-from data.chat import ChatEncoder, message
-from data.checks import BadSampleError, check_sample, name_of
+from data.chat import ChatEncoder, check_parts, message, special_tokens
+from data.checks import BadSampleError, RefusedError, check_sample, name_of, refusals
 from data.geometry import Geometry, seen_by
 from data.rows import fill_rows, joined, pad
 from data.sample import OcrWord, Sample
@@ -44,11 +46,12 @@ def chosen_words(sample: Sample, limit: int) -> list[OcrWord]:
 @dataclass(frozen=True, kw_only=True)
 class Intake:
     """What data must know of a base: its processor, how it writes boxes (a name in CODECS, None
-    where nobody knows), and whether it takes text alone."""
+    if unknown), whether it takes text alone, and the ids that end generation."""
 
     processor: Any
     box_codec: str | None = None
     text_only: bool = True
+    stops: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class Collator:
 
     `processor` is a Hugging Face processor; data/chat.py says how answers are found in its tokens.
     `codec` writes boxes; None is for data without any. Without `text_only` a sample needs a picture.
+    `stops` are ids that end generation besides the tokenizer's own end token.
     `tasks` and `experts` are the names behind `task_ids` and `expert_ids`.
     With `withhold_task` neither prompt nor router learns the task. `allow_unknown_tasks` is for
     held-out tasks: they get id -1, and their prefix in the prompt as any other.
@@ -72,6 +76,7 @@ class Collator:
     experts: Sequence[str]
     codec: BoxCodec | None
     text_only: bool = True
+    stops: tuple[int, ...] = ()
     task_in_prompt: bool = True
     ocr_in_prompt: bool = True
     task_template: str = "[{task}] "
@@ -112,7 +117,10 @@ class Collator:
                 good.append(item)
         if not good:
             return None, rejected
-        encoded = self._encode(good)
+        good, encoded, refused = self._encode_each(good)
+        rejected += refused
+        if encoded is None:
+            return None, rejected
         lengths = [len(ids) for ids in encoded["input_ids"]]
         if max(lengths) > self.max_length:
             rejected += [
@@ -126,12 +134,8 @@ class Collator:
 
     def error_of(self, sample: Sample) -> BadSampleError | None:
         """The rule that the sample breaks before it is tokenised, if any."""
-        image_token = getattr(self.processor, "image_token", None)
-        said = [word for turn in sample.turns for word in (turn.question, turn.answer)]
-        text = " ".join([sample.system, self.prompt(sample), *sample.answers, *said])
-        if image_token and image_token in text:
-            detail = f"{image_token!r} stands for a picture; rename it"
-            return BadSampleError(name_of(sample), "image token in text", detail)
+        if error := self._token_in_text(sample):
+            return error
         try:
             check_sample(
                 sample,
@@ -145,6 +149,32 @@ class Collator:
             detail = "this base reads no text without a picture"
             return BadSampleError(name_of(sample), "missing image", detail)
         return self._hidden_box(sample)
+
+    def _token_in_text(self, sample: Sample) -> BadSampleError | None:
+        """The error of a token that data may not write, since it would not be read as text."""
+        said = [word for turn in sample.turns for word in (turn.question, turn.answer)]
+        words = [word.text for word in chosen_words(sample, self.max_ocr_words)]
+        learned = [] if self.for_generation else [*sample.answers, *said]
+        asked = [sample.system, sample.task, sample.question, sample.instruction, *words]
+        found = self._special.search("\n".join([*asked, *learned]))
+        if found is None:
+            return None
+        if found[0] == getattr(self.processor, "image_token", None):
+            detail = f"{found[0]!r} stands for a picture; rename it"
+            return BadSampleError(name_of(sample), "image token in text", detail)
+        detail = f"{found[0]!r} is a special token of the base, not text; rename or remove it"
+        return BadSampleError(name_of(sample), "special token in text", detail)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Finds special tokens but those that boxes are written with."""
+        codec = self.codec
+        tokens = (
+            token
+            for token in special_tokens(self.processor)
+            if codec is None or not codec.writes(token)
+        )
+        return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or "(?!)")
 
     @property
     def box_codec(self) -> BoxCodec:
@@ -198,20 +228,50 @@ class Collator:
         opening = [*system, message("user", self.prompt(sample), picture)]
         if self.for_generation:
             return opening
-        answered = [*opening, message("assistant", self.target(sample))]
+        answered = [*opening, message("assistant", self.target(sample).strip())]
         for turn in sample.turns:
-            answered += [message("user", turn.question), message("assistant", turn.answer)]
+            answered += [message("user", turn.question), message("assistant", turn.answer.strip())]
         return answered
 
     def num_tokens(self, sample: Sample) -> int:
-        """Of the whole sequence: template, picture, prompt and answer."""
-        return len(self._encode([sample])["input_ids"][0])
+        """Of the whole sequence: template, picture, prompt and answer. BadSampleError if refused."""
+        _, encoded, refused = self._encode_each([sample])
+        if encoded is None:
+            raise refused[0]
+        return len(encoded["input_ids"][0])
+
+    def _encode_each(
+        self, samples: list[Sample]
+    ) -> tuple[list[Sample], dict[str, Any] | None, list[BadSampleError]]:
+        """The samples that the processor takes, encoded, and an error for each that it refuses."""
+        try:
+            return samples, self._encode(samples), []
+        except RefusedError:
+            refused = {i: error for i, s in enumerate(samples) if (error := self._refusal(s))}
+            if not refused:  # it is the batch that the processor refuses
+                raise
+        taken = [sample for i, sample in enumerate(samples) if i not in refused]
+        return taken, self._encode(taken) if taken else None, [*refused.values()]
+
+    def _refusal(self, sample: Sample) -> BadSampleError | None:
+        try:
+            self._encode([sample])
+        except RefusedError as error:
+            return BadSampleError(name_of(sample), "refused by processor", str(error))
+        return None
+
+    @cached_property
+    def _encoder(self) -> ChatEncoder:
+        check_parts(self.processor)
+        return ChatEncoder(self.processor, self.stops)
 
     def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """Token ids and assistant masks as lists of unequal length, and the pictures."""
+        encoder = self._encoder
         chats = [self.conversation(sample) for sample in samples]
         pictures = [[s.image] if s.image is not None else [] for s in samples]
-        return ChatEncoder(self.processor).encode(chats, pictures, prompts=self.for_generation)
+        with refusals():
+            return encoder.encode(chats, pictures, prompts=self.for_generation)
 
     def _batch(self, samples: list[Sample], encoded: dict[str, Any]) -> Batch:
         tokenizer = self.processor.tokenizer

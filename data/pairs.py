@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from data.checks import BadSampleError, name_of
+from data.checks import BadSampleError, name_of, refusals
 from data.collate import Collator, position
 from data.sample import Sample
 
@@ -51,14 +51,19 @@ class PairCollator(Collator):
 
     def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
         texts = [self.text(sample) for sample in samples]
-        return {"input_ids": self.processor.tokens(texts), "texts": texts}
+        with refusals():
+            return {
+                "input_ids": self.processor.tokens(texts),
+                "pixel_values": self.processor.pictures([sample.image for sample in samples]),
+                "texts": texts,
+            }
 
     def _batch(self, samples: list[Sample], encoded: dict[str, Any]) -> PairBatch:
         ids, mask = self.processor.padded(encoded["input_ids"])
         return PairBatch(
             input_ids=ids,
             attention_mask=mask,
-            pixel_values=self.processor.pictures([sample.image for sample in samples]),
+            pixel_values=encoded["pixel_values"],
             image_index=torch.arange(len(samples)),
             image_mask=torch.ones(len(samples), dtype=torch.bool),
             text_ids=ids,

@@ -99,6 +99,7 @@ def make_collator(config: RunConfig, intake: Intake, **changes: Any) -> Collator
         "experts": config.routes,
         "codec": None if codec is None else CODECS[codec],
         "text_only": intake.text_only,
+        "stops": intake.stops,
         "task_in_prompt": prompt.task_in_prompt,
         "ocr_in_prompt": prompt.ocr_in_prompt,
         "task_dropout": prompt.task_dropout,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal
 
 from moa.settings import load
@@ -31,6 +32,16 @@ def check(rule: bool, key: str, message: str) -> None:
     """Raise the one error of a broken rule; `key` is written as the user wrote it."""
     if not rule:
         raise ValueError(f"{key}: {message}")
+
+
+def check_template(key: str, template: str, place: str) -> None:
+    """ValueError for a template with another place than {place}, or with one that has a format."""
+    rule = f"may have {{{place}}} as its only place, and {{{{ }}}} for braces; got {template!r}"
+    try:
+        places = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"{key}: {rule} ({error})") from None
+    check(all(found == (place, "", None) for found in places), key, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +212,8 @@ class PromptConfig:
     max_ocr_words: int = 64  # the most confident ones are kept, for prompt and router
 
     def __post_init__(self) -> None:
+        check_template("prompt.task_template", self.task_template, "task")
+        check_template("prompt.ocr_template", self.ocr_template, "words")
         inside = 0 < self.min_visible <= 1
         check(inside, "prompt.min_visible", f"must be in (0, 1], got {self.min_visible}")
 

@@ -129,7 +129,8 @@ def test_a_box_becomes_text_by_the_codec():
     boxed = sample(task="grounding", answers=(), boxes=((0, 0, 40, 30),))
     assert COLLATE.target(boxed) == "<loc0000><loc0000><loc0031><loc0031>"
     learned = COLLATE([boxed]).labels[0]
-    ids = learned[learned != IGNORED][:-1].tolist()
+    blank, *ids, _ = learned[learned != IGNORED].tolist()  # the blank, since no prompt ends with it
+    assert TOKENIZER.decode([blank]) == " "
     assert ids == TOKENIZER.convert_tokens_to_ids(["<loc0000>"] * 2 + ["<loc0031>"] * 2)
 
 

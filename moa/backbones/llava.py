@@ -15,19 +15,21 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from data.batch import Batch
+from data.chat import ChatEncoder
 from data.collate import Intake
 from moa.backbones.families import FAMILIES, Family
-from moa.backbones.processors import box_convention, open_processor
+from moa.backbones.processors import PROBE, box_convention, open_processor
 from moa.backbones.quantization import quantization_config
 from moa.backbones.rows import picture_rows
 from moa.packing import restart_positions
@@ -60,7 +62,7 @@ class Backbone:
 
     @property
     def intake(self) -> Intake:
-        return intake_of(self.processor, self.family)
+        return intake_of(self.processor, self.family, self.model.generation_config)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -159,9 +161,16 @@ class Backbone:
 
     def generate(self, batch: Batch, features: Any, **kwargs: Any) -> Int[Tensor, "rows new"]:
         """New token ids alone; a row per sample and return sequence."""
+        stops = {*stops_of(self.model.generation_config)}
+        if self._end not in stops:  # what is learned as the end of an answer ends it
+            kwargs.setdefault("eos_token_id", [*stops, self._end])
         with self._handing(features, batch):
             ids = self.model.generate(**self.inputs_of(batch), **kwargs)
         return ids[:, batch.input_ids.shape[1] :]
+
+    @cached_property
+    def _end(self) -> int:
+        return ChatEncoder(self.processor, self.intake.stops).dialogue(PROBE).end
 
     def stream_of(self, site: str) -> str:
         """What the first axis of a layer counts: samples ("text"), rows of the tower ("image"), or
@@ -308,18 +317,30 @@ def _inside(name: str, *prefixes: str) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def intake_of(processor: Any, family: Family) -> Intake:
+def intake_of(processor: Any, family: Family, generation: Any) -> Intake:
     return Intake(
         processor=processor,
         box_codec=box_convention(family, processor.tokenizer),
         text_only=family.text_only,
+        stops=stops_of(generation),
     )
+
+
+def stops_of(generation: Any) -> tuple[int, ...]:
+    """The ids that end generation, by a GenerationConfig."""
+    found = getattr(generation, "eos_token_id", None)
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
 def open_intake(name_or_path: str, image_processor: Mapping[str, Any] | None = None) -> Intake:
     """What data must know of a base, without its weights."""
     config = read_config(name_or_path)
-    return intake_of(open_processor(name_or_path, image_processor), FAMILIES[config.model_type])
+    try:
+        generation = GenerationConfig.from_pretrained(name_or_path)
+    except OSError:  # many bases have none
+        generation = GenerationConfig.from_model_config(config)
+    processor = open_processor(name_or_path, image_processor)
+    return intake_of(processor, FAMILIES[config.model_type], generation)
 
 
 def load_backbone(

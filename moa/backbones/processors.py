@@ -4,8 +4,11 @@ LLaVA-1.5 was trained on pictures padded to a square, and its files on the hub a
 {do_pad: true} brings the padding back. Boxes follow, since data/geometry.py reads the same settings.
 """
 
+import ctypes
 import re
-from collections.abc import Mapping
+import threading
+import warnings
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,10 +16,14 @@ import transformers
 from transformers import AutoProcessor
 
 from data.boxes import CODECS
+from data.chat import ChatEncoder, check_parts, message
+from data.checks import RefusedError, refusals
 from moa.backbones.families import Family
 
 KEY = "model.image_processor"
 LOCATION = re.compile(r"<loc\d{4}>")
+TEMPLATE_SECONDS = 5.0  # to write one question and answer, which takes a thousandth of it
+PROBE = [message("user", "?", [{"type": "image"}]), message("assistant", "a")]
 NOT_SETTINGS = ("data_format", "input_data_format", "device", "return_tensors", "disable_grouping")
 
 
@@ -27,9 +34,51 @@ def open_processor(name: str, settings: Mapping[str, Any] | None = None) -> Any:
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model: {name} has no processor that can be read: {reason}") from error
+    check_processor(processor, name)
     if settings:
         processor.image_processor = adjusted(processor.image_processor, settings)
     return processor
+
+
+def check_processor(processor: Any, name: str) -> None:
+    """ValueError for a processor that lacks a part, or whose template cannot write a question and answer.
+
+    A missing pad token is replaced by the end token, with a note: padding is masked, whatever it is.
+    """
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        warnings.warn(f"model: {name} has no pad token; {tokenizer.eos_token} pads", stacklevel=2)
+    try:
+        check_parts(processor)
+        with refusals():
+            within(TEMPLATE_SECONDS, lambda: ChatEncoder(processor).dialogue(PROBE))
+    except RefusedError as error:
+        rule = "its chat template fails on a question and its answer; repair chat_template.jinja"
+        raise ValueError(f"model: {name}: {rule}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"model: {name}: {error}") from error
+
+
+def within(seconds: float, call: Callable[[], Any]) -> None:
+    """Make a call in a thread that is stopped when its time is over; ValueError then."""
+    failure: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:  # raised again below, in the thread that waits
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        stop = ctypes.py_object(SystemExit)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), stop)
+        raise ValueError(f"not done after {seconds:g} seconds")
+    if failure:
+        raise failure[0]
 
 
 def adjusted(image_processor: Any, settings: Mapping[str, Any]) -> Any:
