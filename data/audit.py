@@ -20,6 +20,7 @@ from data.sample import Sample
 from data.workers import map_in_workers
 
 CHUNK = 500  # rows that a process reports at once
+KEPT = 100  # examples of each rule
 HASHES = ("ids", "image_ids", "contents")
 DUPLICATE = "duplicate id"
 LEAKS = {"image_ids": "picture of training, by image id", "contents": "picture of training"}
@@ -29,8 +30,8 @@ LEAKS = {"image_ids": "picture of training, by image id", "contents": "picture o
 class Finding:
     """How many rows break a rule, and the first of them in words."""
 
-    count: int
-    example: str
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -45,9 +46,10 @@ class Audit:
     image_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     contents: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
 
-    def note(self, rule: str, example: str, count: int = 1) -> None:
-        known = self.found.setdefault(rule, Finding(0, example))
+    def note(self, rule: str, examples: Sequence[str], count: int = 1) -> None:
+        known = self.found.setdefault(rule, Finding())
         known.count += count
+        known.examples.extend(examples[: KEPT - len(known.examples)])
 
     @property
     def num_errors(self) -> int:
@@ -95,11 +97,11 @@ def audit_rows(source: Source, name: str, collator: Collator, rows: range) -> Au
     for index in rows:
         item = read_sample(source, index, name)
         if isinstance(item, BadSampleError):
-            audit.note(item.rule, str(item))
+            audit.note(item.rule, [str(item)])
             continue
         error = collator.error_of(item) or too_long(item)
         if error is not None:
-            audit.note(error.rule, str(error))
+            audit.note(error.rule, [str(error)])
         readable.append((index, *hashes_of(item)))
     table = np.array(readable, dtype=np.uint64).reshape(-1, 4).T
     audit.numbers = table[0].astype(np.int64)
@@ -141,7 +143,7 @@ def audit_source(
     for part in run_parts(source, name, collator, parts, workers):
         whole.rows += part.rows
         for rule, finding in part.found.items():
-            whole.note(rule, finding.example, finding.count)
+            whole.note(rule, finding.examples, finding.count)
         for key, pieces in hashed.items():
             pieces.append(getattr(part, key))
         advance(part.rows)
@@ -171,14 +173,16 @@ def _audit(rows: range) -> Audit:
 
 
 def find_duplicates(audit: Audit) -> None:
-    """Note the rows whose id an earlier row has."""
+    """Note the rows whose id an earlier row has; samples are counted from 1, as lines are."""
     order = np.argsort(audit.ids, kind="stable")
     same = audit.ids[order][1:] == audit.ids[order][:-1]
-    if same.any():
-        place = int(np.argmax(same))
-        first, second = audit.numbers[order[place : place + 2]]
-        where = f"source {audit.name!r}, samples {first} and {second}"
-        audit.note(DUPLICATE, f"{where}: {DUPLICATE}", int(same.sum()))
+    examples = [
+        f"source {audit.name!r}, samples {first} and {second}: {DUPLICATE}"
+        for place in np.flatnonzero(same)[:KEPT]
+        for first, second in [audit.numbers[order[place : place + 2]] + 1]
+    ]
+    if examples:
+        audit.note(DUPLICATE, examples, int(same.sum()))
 
 
 def find_leaks(training: Sequence[Audit], held_out: Audit) -> None:
@@ -186,11 +190,12 @@ def find_leaks(training: Sequence[Audit], held_out: Audit) -> None:
     for key, rule in LEAKS.items():
         for trained in training:
             leaked = np.isin(getattr(held_out, key), getattr(trained, key))
-            if leaked.any():
-                first = int(np.argmax(leaked))
-                other = np.argmax(getattr(trained, key) == getattr(held_out, key)[first])
-                example = (
-                    f"source {held_out.name!r}, sample {held_out.numbers[first]}: {rule}: "
-                    f"sample {trained.numbers[other]} of {trained.name!r}"
+            examples = []
+            for place in np.flatnonzero(leaked)[:KEPT]:
+                other = np.argmax(getattr(trained, key) == getattr(held_out, key)[place])
+                examples.append(
+                    f"source {held_out.name!r}, sample {held_out.numbers[place] + 1}: {rule}: "
+                    f"sample {trained.numbers[other] + 1} of {trained.name!r}"
                 )
-                held_out.note(rule, example, int(leaked.sum()))
+            if examples:
+                held_out.note(rule, examples, int(leaked.sum()))

@@ -6,7 +6,8 @@
     python scripts/data.py preview configs/demo.yaml out=page.html num_samples=12
 
 `check` reads every row of every source as a run would, and prints what is wrong by source and
-reason; it exits with 1 where something is. `preview` writes a page of samples as the model sees
+reason, with the first rows of each; it exits with 1 where something is, and with 2 for settings that
+cannot be used. `preview` writes a page of samples as the model sees
 them. Other keys than the ones below are the run's: data.tasks=[vqa] prompt.box_codec=llava
 """
 
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,16 +28,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from data.audit import Audit, audit_source, find_leaks
+from data.audit import DUPLICATE, LEAKS, Audit, audit_source, find_leaks
+from data.checks import Rule
 from data.collate import Collator
 from data.mixture import Source, read_sample, shuffle
 from data.sources import make_collator, open_ocr, open_sources
 from moa.analysis.preview_page import preview_page
 from moa.atomic import write_file
 from moa.build import intake_of
+from moa.command import mistakes_in_one_line
 from moa.config import RunConfig, SourceConfig, load_config
 from moa.settings import describe, load
 
+REASONS = (*get_args(Rule), DUPLICATE, *LEAKS.values())
 PARTS = ("data.sources", "data.validation", "eval.sources")
 
 
@@ -46,11 +50,23 @@ class Settings:
     only: list[str] | None = None  # names of the sources to look at; null: all
     limit: int | None = None  # rows of each source; null: all
     workers: int = 1  # of check: processes
+    show: int = 3  # of check: rows that are printed of each reason
     ignore: list[str] = field(default_factory=list)  # of check: reasons that are no error
     out: str = "preview.html"  # of preview: the page
     num_samples: int = 12  # of preview: samples, drawn from all sources in turn
     seed: int = 0  # of preview: another one shows other samples
     progress: bool = True  # of check: progress bar
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "workers", "num_samples", "show"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: must be at least 1, got {value}")
+        for reason in self.ignore:
+            if reason not in REASONS:
+                raise ValueError(f"ignore: no reason {reason!r}; choices: {', '.join(REASONS)}")
+        if self.only == []:
+            raise ValueError("only: names no source")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -133,7 +149,7 @@ def check(settings: Settings, config: RunConfig, known: bool, console: Console) 
         find_leaks(audits[PARTS[0]], held_out)
     seconds = time.perf_counter() - began
     console.print(table_of(audits, settings.ignore))
-    for line in examples(audits):
+    for line in examples(audits, settings.show):
         console.print(line, markup=False)
     total = sum(audit.rows for part in audits.values() for audit in part)
     errors = sum(
@@ -183,11 +199,14 @@ def table_of(audits: Mapping[str, list[Audit]], ignore: list[str]) -> Table:
     return table
 
 
-def examples(audits: Mapping[str, list[Audit]]) -> Iterator[str]:
-    """The first row of each kind, as a run would name it."""
+def examples(audits: Mapping[str, list[Audit]], show: int) -> Iterator[str]:
+    """The first rows of each kind, as a run would name them."""
     for part in audits.values():
         for audit in part:
-            yield from (f"  {finding.example}" for finding in audit.found.values())
+            for rule, finding in audit.found.items():
+                yield from (f"  {example}" for example in finding.examples[:show])
+                if finding.count > show:
+                    yield f"  ... {finding.count:,} of {audit.name!r} in all: {rule} (show={show})"
 
 
 def preview(settings: Settings, config: RunConfig, known: bool, console: Console) -> None:
@@ -208,14 +227,12 @@ def preview(settings: Settings, config: RunConfig, known: bool, console: Console
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments, console = parse_arguments(argv), Console(highlight=False, soft_wrap=True)
-    try:
+    with mistakes_in_one_line():
         settings, config, known = read_settings(arguments.settings)
         if arguments.command == "preview":
             preview(settings, config, known, console)
             return
         errors = check(settings, config, known, console)
-    except ValueError as error:  # the user's: it names the key or file, and the rule
-        sys.exit(f"error: {error}")
     sys.exit(1 if errors else 0)
 
 

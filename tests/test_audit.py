@@ -64,9 +64,10 @@ def test_every_kind_of_bad_row_is_counted_with_its_first_example(tmp_path, worke
     seen: list[int] = []
     audit = audit_source(source, "mine", COLLATE, workers=workers, advance=seen.append)
     assert {rule: finding.count for rule, finding in audit.found.items()} == FOUND
-    assert audit.found["missing image"].example.startswith(f"{tmp_path}/mine.jsonl:4: missing")
-    assert "sample 7: too long" in audit.found["too long"].example
-    assert "samples 1 and 11" in audit.found[DUPLICATE].example
+    assert audit.found["missing image"].examples[0].startswith(f"{tmp_path}/mine.jsonl:4: missing")
+    assert "sample 7: too long" in audit.found["too long"].examples[0]
+    assert "samples 2 and 12" in audit.found[DUPLICATE].examples[0]
+    assert [e.partition(":")[2][:1] for e in audit.found["broken image"].examples] == ["5", "6"]
     assert seen == [4, 4, 4, 1] and audit.rows == 13 and audit.num_errors == 10
 
 
@@ -84,9 +85,9 @@ def test_a_picture_of_training_is_found_by_its_pixels_and_by_its_id(tmp_path):
     find_leaks([trained], held_out)
     # row 3 has the pixels of 0.png under another id; row 4 the id of 1.png and other pixels
     assert {rule: f.count for rule, f in held_out.found.items()} == dict.fromkeys(LEAKS.values(), 1)
-    assert "sample 1: " in held_out.found[LEAKS["contents"]].example
-    assert "sample 2: " in held_out.found[LEAKS["image_ids"]].example
-    assert "sample 0 of 'train'" in held_out.found[LEAKS["contents"]].example
+    assert "sample 2: " in held_out.found[LEAKS["contents"]].examples[0]
+    assert "sample 3: " in held_out.found[LEAKS["image_ids"]].examples[0]
+    assert "sample 1 of 'train'" in held_out.found[LEAKS["contents"]].examples[0]
 
 
 def test_the_length_check_agrees_with_the_tokenizer_at_every_length(tmp_path):
@@ -145,17 +146,41 @@ def test_check_exits_with_one_where_something_is_wrong_and_preview_writes_a_page
     def run(*arguments: str) -> tuple[object, str]:
         with pytest.raises(SystemExit) as end:
             script().main(arguments)
-        return end.value.code, capsys.readouterr().out
+        return end.value.code, "".join(capsys.readouterr())
 
     source = f"source.path={tmp_path}/mine.jsonl"
     code, said = run("check", source)
     assert code == 1 and "duplicate id" in said and "1 errors" in said
     assert run("check", source, "ignore=[duplicate id]")[0] == 0
     assert run("check", source, "limit=3")[0] == 0
-    assert "no such data file" in str(run("check", f"source.path={tmp_path}/none.jsonl")[0])
+    code, said = run("check", f"source.path={tmp_path}/none.jsonl")
+    assert code == 2 and "none.jsonl: no such data file" in said
+    for wrong in (
+        "limit=-1",
+        "workers=0",
+        "ignore=[duplicte]",
+        "only=[]",
+    ):  # would check nothing, or too much
+        assert run("check", source, wrong)[0] == 2
     out = tmp_path / "page.html"
     script().main(["preview", source, f"out={out}", "num_samples=2"])
     assert out.read_text().count("<section>") == 2
+
+
+@pytest.mark.parametrize("show", [3, 9])
+def test_check_shows_the_first_rows_of_each_reason_and_how_many_there_are(tmp_path, show):
+    bad = [{"answers": 3}, {"colour": "red"}, {"task": 3}, {"image": "none.png"},
+           {"answers": "red"}, {"boxes": [[0.1, 0.2, 0.5, 0.6]]}, {"answers": ["\ud800"]},
+           {"boxes": [[0, 0, 10**400, 5]]}]  # fmt: skip
+    data_set(tmp_path, [row(0), *(row(n, **wrong) for n, wrong in enumerate(bad, start=1))])
+    settings, config, known = script().read_settings(
+        [f"source.path={tmp_path}/mine.jsonl", f"show={show}", "progress=false"]
+    )
+    console = script().Console(file=io.StringIO(), soft_wrap=True)
+    assert script().check(settings, config, known, console) == len(bad)
+    said = console.file.getvalue()
+    assert re.findall(r"mine\.jsonl:(\d): unreadable row: ", said) == [*"2346789"][:show]
+    assert ("  ... 7 of 'source' in all: unreadable row (show=3)" in said) is (show == 3)
 
 
 def test_the_data_of_a_clip_is_checked_and_shown_too(tmp_path):

@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil, Siglip
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from data.geometry import Geometry, pixel_budget, seen_by, whole
+from data.geometry import Geometry, pixel_budget, resized, seen_by, whole
 
 RED = (255, 0, 0)
 CROP = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
@@ -88,6 +88,14 @@ def test_tiles_show_the_whole_picture():
         image_grid_pinpoints = [[336, 672]]
 
     assert seen_by(Tiling(), 640, 480) == whole(640, 480)
+
+
+@pytest.mark.parametrize(
+    ("size", "right"),
+    [((100, 151), (28, 42)), ((151, 100), (42, 28)), ((100, 199), (28, 55)), ((5, 5), (28, 28))],
+)
+def test_the_longer_side_is_rounded_down_as_the_processors_do(size, right):
+    assert resized(size, {"shortest_edge": 28}) == right
 
 
 def test_an_unknown_size_is_refused_with_the_choices():

@@ -42,6 +42,13 @@ def test_each_block_holds_every_source_by_its_weight_to_the_sample():
         assert counts == {"a": 250, "b": 250, "c": 500}
 
 
+def test_each_block_mixes_its_sources_in_an_order_of_its_own():
+    mixed = mixture()
+    names = [mixed.locate(position)[0] for position in range(3 * BLOCK)]
+    orders = {tuple(names[first : first + BLOCK]) for first in range(0, 3 * BLOCK, BLOCK)}
+    assert len(orders) == 3
+
+
 def test_a_source_is_walked_without_repeats_and_in_a_new_order_at_each_pass():
     walk = [i for name, i in map(mixture().locate, range(3000)) if name == "b"]
     passes = [walk[k : k + 70] for k in range(0, 700, 70)]
@@ -156,6 +163,13 @@ def test_batches_come_in_another_order_than_by_length():
     longest = sizes(grouped(), 800)[..., 1].max(1).reshape(10, 10)
     assert not any((np.diff(window) >= 0).all() for window in longest)
     assert len({tuple(np.argsort(window)) for window in longest}) > 1
+
+
+def test_each_window_puts_its_batches_in_an_order_of_its_own():
+    """The shortest text of a batch says which place it had before the batches were shuffled."""
+    found = sizes(grouped(), 3 * 80) @ [1000, 1]
+    orders = np.argsort(found.min(1).reshape(3, 10), axis=1)
+    assert len({*map(tuple, orders.tolist())}) == 3
 
 
 def test_a_grouped_order_is_a_function_of_seed_and_position_alone():
