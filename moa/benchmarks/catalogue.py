@@ -4,20 +4,15 @@
 one of its task. The others are published ones.
 """
 
-from moa.benchmarks.aokvqa import AOKVQA
 from moa.benchmarks.benchmark import Benchmark
 from moa.benchmarks.captioning import CAPTION, COCO_CAPTIONS
-from moa.benchmarks.chartqa import CHARTQA
-from moa.benchmarks.docvqa import DOCVQA, STVQA
-from moa.benchmarks.exact import EXACT
 from moa.benchmarks.gqa import GQA
 from moa.benchmarks.grounding import GROUNDING
-from moa.benchmarks.ocr_vqa import OCR_VQA
 from moa.benchmarks.pope import POPE
 from moa.benchmarks.scienceqa import SCIENCEQA
-from moa.benchmarks.textvqa import TEXTVQA, VIZWIZ
-from moa.benchmarks.vqa import VQA
-from moa.benchmarks.vqav2 import VQAV2
+from moa.benchmarks.short_answers import (
+    AOKVQA, CHARTQA, DOCVQA, EXACT, OCR_VQA, STVQA, TEXTVQA, VIZWIZ, VQA, VQAV2,
+)  # fmt: skip
 from moa.config import SourceConfig
 
 TASKS = ("vqa", "caption", "grounding", "ocr_vqa", "count", "yes_no")
