@@ -2,8 +2,9 @@ import pytest
 from PIL import Image
 
 from data.sample import Sample
-from moa.benchmarks import captioning, exact, grounding, ocr_vqa, vqa
+from moa.benchmarks import captioning, grounding
 from moa.benchmarks.scores import Prediction, Scores, with_error
+from moa.benchmarks.short_answers import EXACT, OCR_VQA, VQA
 
 PICTURE = Image.new("RGB", (40, 30))
 
@@ -25,8 +26,8 @@ def prediction(text, answers=(), *, task="vqa", boxes=(), box=None, image_id="p"
 def test_every_benchmark_yields_its_primary_score_first_and_within_zero_and_one():
     truth = (0.0, 0.0, 10.0, 10.0)
     cases = {
-        "vqa_accuracy": (vqa, [prediction("cat", ["cat"])]),
-        "exact_match": (exact, [prediction("two", ["two"])]),
+        "vqa_accuracy": (VQA, [prediction("cat", ["cat"])]),
+        "exact_match": (EXACT, [prediction("two", ["two"])]),
         "CIDEr/10": (captioning, [prediction("a red cat sits", ["a red cat sits"])] * 2),
         "Acc@0.5": (grounding, [prediction("", boxes=[truth], box=truth)]),
     }
@@ -36,7 +37,7 @@ def test_every_benchmark_yields_its_primary_score_first_and_within_zero_and_one(
 
 
 def test_vqa_reports_its_rule_and_the_plain_match_beside_the_soft_score():
-    scores = vqa.score(
+    scores = VQA.score(
         [prediction("yes", ["yes"] * 2 + ["no"] * 8), prediction("The cat", ["cat"])]
     )
     assert dict(scores) == {"vqa_accuracy": pytest.approx(0.8), "exact_match": 0.5}
@@ -44,7 +45,7 @@ def test_vqa_reports_its_rule_and_the_plain_match_beside_the_soft_score():
 
 
 def test_ocr_vqa_gives_part_of_the_credit_by_anls_only():
-    scores = ocr_vqa.score([prediction("STATIO", ["station"]), prediction("", ["exit"])])
+    scores = OCR_VQA.score([prediction("STATIO", ["station"]), prediction("", ["exit"])])
     assert dict(scores) == {"exact_match": 0.0, "ANLS": pytest.approx(3 / 7)}
     assert scores.failures == {"empty answer": [1]}
 

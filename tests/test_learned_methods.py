@@ -12,7 +12,7 @@ from moa.merging import ziplora
 from moa.merging.cached import CachedMerge
 from moa.merging.fusion import AdapterFusion, learn_fusion
 from moa.merging.inputs import experts_of_bank, read_weights
-from moa.merging.learned import descend, mean_entropy, prefix_soup
+from moa.merging.learned import descend_weights, mean_entropy, prefix_soup
 from moa.merging.merge import merge
 from tests.test_model import LANGUAGE, batch_of, make_model
 
@@ -196,7 +196,7 @@ def test_class_entropy_of_a_zero_shot_clip_goes_down_through_its_experts():
         return mean_entropy(logits)
 
     losses = []
-    weights = descend(
+    weights = descend_weights(
         loss, (len(bank.sites), 2), simplex=False, steps=8, lr=0.1,
         on_step=lambda step, value: losses.append(value),
     )  # fmt: skip

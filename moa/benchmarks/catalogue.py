@@ -11,7 +11,16 @@ from moa.benchmarks.grounding import GROUNDING
 from moa.benchmarks.pope import POPE
 from moa.benchmarks.scienceqa import SCIENCEQA
 from moa.benchmarks.short_answers import (
-    AOKVQA, CHARTQA, DOCVQA, EXACT, OCR_VQA, STVQA, TEXTVQA, VIZWIZ, VQA, VQAV2,
+    AOKVQA,
+    CHARTQA,
+    DOCVQA,
+    EXACT,
+    OCR_VQA,
+    STVQA,
+    TEXTVQA,
+    VIZWIZ,
+    VQA,
+    VQAV2,
 )  # fmt: skip
 from moa.config import SourceConfig
 

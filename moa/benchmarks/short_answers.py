@@ -1,9 +1,9 @@
 """Benchmarks of short answers: the mean of a metric of (answer, references), a row each.
 
-What a metric's published code does, its quirks included, stands at the metric (moa/metrics/). Published TextVQA numbers of
-LLaVA-1.5 have OCR words in the prompt, and are ten points lower without; the result file says which. A-OKVQA leaves
-out the questions whose `difficult_direct_answer` is true. Papers report ChartQA's human and augmented questions
-and the mean of the two: two sources.
+A metric's published rule, quirks included, is at the metric (moa/metrics/). Published TextVQA numbers of LLaVA-1.5 have
+OCR words in the prompt, and are ten points lower without; the result file says which. A-OKVQA leaves out the questions
+whose `difficult_direct_answer` is true. ChartQA is reported as the mean of its human and its augmented questions.
+These are two sources.
 """
 
 from collections import Counter

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from moa.expert_linear import ExpertLinear
 from moa.experts import ExpertBank
-from moa.merging.learned import frozen
+from moa.merging.learned import descend, frozen
 from moa.model import MixtureModel
 
 
@@ -100,15 +100,13 @@ def learn_fusion(
     if not batches or any(batch.labels is None for batch in batches):
         raise ValueError("fusion: needs batches with answers")
     fusion = AdapterFusion(model.bank, dim=dim, seed=seed)
-    optimizer = torch.optim.Adam(fusion.parameters(), lr=lr)
+
+    def loss(step: int) -> Tensor:
+        batch = batches[step % len(batches)]
+        off = torch.zeros(len(batch), len(model.bank.names), device=batch.input_ids.device)
+        distance = sum(site.distance().to(off.device) for site in fusion.sites.values())  # type: ignore[operator]
+        return model(batch, off).loss_per_sample.mean() + identity * distance
+
     with frozen(model), fusion.attached():
-        for step in range(steps):
-            batch = batches[step % len(batches)]
-            off = torch.zeros(len(batch), len(model.bank.names), device=batch.input_ids.device)
-            loss = model(batch, off).loss_per_sample.mean()
-            distance = sum((s.distance() for s in fusion.sites.values()), torch.zeros(()))  # type: ignore[operator]
-            optimizer.zero_grad()
-            (loss + identity * distance.to(loss.device)).backward()
-            optimizer.step()
-            on_step(step, float(loss.detach()))
+        descend(fusion.parameters(), loss, steps=steps, lr=lr, on_step=on_step)
     return fusion

@@ -5,7 +5,7 @@ merged model, exactly. So nothing is merged while they are sought, and `merge(we
 A method that is no sum is searched by merging again: give `search` a function that does.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +51,7 @@ def learn_weights(
         return mean_entropy(out.logits[out.labels != -100])
 
     with frozen(model):
-        rows = descend(
+        rows = descend_weights(
             loss,
             (len(sites) if per_site else 1, len(experts)),
             simplex=objective == "answers",
@@ -67,6 +67,24 @@ def learn_weights(
 
 
 def descend(
+    parameters: Iterable[Tensor],
+    loss: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Lower `loss(step)` by Adam; `on_step` gets each step's loss before its update."""
+    optimizer = torch.optim.Adam(list(parameters), lr=lr)
+    for step in range(steps):
+        value = loss(step)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        on_step(step, float(value.detach()))
+
+
+def descend_weights(
     loss: Callable[[int, Tensor], Tensor],
     shape: tuple[int, int],
     *,
@@ -86,13 +104,7 @@ def descend(
     def weights() -> Tensor:
         return raw.softmax(-1) if simplex else raw.clamp(0, 1)
 
-    optimizer = torch.optim.Adam([raw], lr=lr)
-    for step in range(steps):
-        value = loss(step, weights())
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        on_step(step, float(value.detach()))
+    descend([raw], lambda step: loss(step, weights()), steps=steps, lr=lr, on_step=on_step)
     return weights().detach()
 
 

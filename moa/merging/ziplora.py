@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from data.batch import Batch
 from moa.merging.core import Expert
-from moa.merging.learned import frozen
+from moa.merging.learned import descend, frozen
 from moa.model import MixtureModel
 
 Mergers = dict[str, dict[str, Tensor]]  # site -> expert -> [in]
@@ -39,15 +39,13 @@ def learn_mergers(
     targets = expert_outputs(model, batches)
     mergers = unit_mergers(model)
     parameters = [m.requires_grad_() for site in mergers.values() for m in site.values()]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+
+    def loss(step: int) -> Tensor:
+        chosen = {name: own[step % len(own)] for name, own in targets.items()}
+        return zip_loss(model, mergers, chosen) + similarity * overlap(mergers)
+
     with frozen(model):
-        for step in range(steps):
-            chosen = {name: own[step % len(own)] for name, own in targets.items()}
-            loss = zip_loss(model, mergers, chosen) + similarity * overlap(mergers)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            on_step(step, float(loss.detach()))
+        descend(parameters, loss, steps=steps, lr=lr, on_step=on_step)
     return {site: {name: m.detach() for name, m in own.items()} for site, own in mergers.items()}
 
 
