@@ -11,7 +11,7 @@ All of it is computed from (seed, position), so a resumed run needs one integer,
 processes nor ranks change what stands where.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -99,6 +99,14 @@ class Mixture:
         self._window: tuple[int, np.ndarray] | None = None  # the last one that was put in order
         if grouping is not None:
             check_lengths(sources)
+
+    def only(self, names: Collection[str] | None) -> "Mixture":
+        """Some of the sources, in their relative shares; None: all of them."""
+        if names is None:
+            return self
+        sources = {name: source for name, source in self.sources.items() if name in names}
+        draws = dict(zip(self.names, self.quotas, strict=True)) if self.weights is None else None
+        return Mixture(sources, self.weights, draws=draws, seed=self.seed, grouping=self.grouping)
 
     @property
     def epoch_length(self) -> int:

@@ -42,7 +42,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy
 class TrainState:
     """What a run needs, beside the weights, to go on as if it had never stopped."""
 
-    progress: dict[str, Any]  # step, stage, position, best, ...: JSON
+    progress: dict[str, Any]  # step, stage, stage_step, best, ...: JSON
     optimizer: dict[str, Tensor] = field(default_factory=dict)
     rng: dict[str, Tensor] = field(default_factory=dict)
 

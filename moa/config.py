@@ -235,6 +235,8 @@ class StageConfig:
     lr_end: float = 0.0  # cosine down to this share of the learning rate
     # run folder, step folder, or mapping of experts to PEFT folders; null: what the last stage left
     init_from: Any = None
+    # names of data.sources that the stage draws from, in their relative shares; null: all of them
+    sources: list[str] | None = None
 
     def __post_init__(self) -> None:
         key = f"stages.{self.name}"
@@ -365,9 +367,10 @@ def check_shares(sources: list[SourceConfig]) -> None:
 
 
 def check_stages(config: RunConfig) -> None:
-    kind, sources = config.router.kind, config.data.sources
+    kind = config.router.kind
     for stage in config.stages:
         key = f"stages.{stage.name}"
+        sources = stage_sources(config, stage)
         check(bool(sources), "data.sources", f"names none, and {key} has {stage.steps} steps")
         if stage.name == "router":
             check(kind in (*TRAINED_KINDS, "anchors"), key, f"router.kind={kind} learns nothing")
@@ -378,6 +381,18 @@ def check_stages(config: RunConfig) -> None:
         if isinstance(stage.init_from, dict):
             for name in stage.init_from:
                 check(name in config.experts, f"{key}.init_from.{name}", "no such expert")
+
+
+def stage_sources(config: RunConfig, stage: StageConfig) -> list[SourceConfig]:
+    """What the stage draws from; ValueError for a name that is not in data.sources."""
+    if stage.sources is None:
+        return config.data.sources
+    key, known = f"stages.{stage.name}.sources", [s.name for s in config.data.sources]
+    check(bool(stage.sources), key, "names none; null draws from all of data.sources")
+    for name in stage.sources:
+        check(name in known, key, f"no such source {name!r}; choices: {known}")
+        check(stage.sources.count(name) == 1, key, f"names {name!r} twice")
+    return [s for s in config.data.sources if s.name in stage.sources]
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -6,6 +6,7 @@ together are read by a small head. Everything is float32, also under autocast. T
 prompt side alone: an answer cannot reach the gates.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,15 @@ from torch import Tensor, nn
 from moa.gating import anchor_similarity, anchor_sums
 
 EVIDENCE = ("image", "text", "ocr", "task")
+# Tensor of a router or of a site's token router -> what its first axes run over.
+AXES = {
+    r"token_router\..*": ("expert",),
+    r"head\.3\.(weight|bias)": ("expert",),
+    r"site_offset": ("site", "expert"),
+    r"encoders\.task\.weight": ("task",),
+    r"task_sums": ("expert", "task"),
+    r"\w+_(sums|counts)": ("expert",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,11 @@ class Evidence:
     ocr_confidence: Float[Tensor, "batch word"] | None = None
     ocr_mask: Bool[Tensor, "batch word"] | None = None
     task_ids: Int[Tensor, " batch"] | None = None
+
+
+def axes_of(key: str) -> tuple[str, ...]:
+    """See `AXES`."""
+    return next((axes for name, axes in AXES.items() if re.fullmatch(name, key)), ())
 
 
 class Router(nn.Module):

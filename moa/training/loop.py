@@ -37,7 +37,13 @@ from moa.training.optimizer import (
 from moa.training.random_state import restore_rng, rng_tensors, seed_stage
 from moa.training.report import Reporter, count_rules, memory_gib
 from moa.training.signals import StopRequest
-from moa.training.stages import parameter_groups, set_trainable, stage_gates, start_weights
+from moa.training.stages import (
+    first_position,
+    parameter_groups,
+    set_trainable,
+    stage_gates,
+    start_weights,
+)
 from moa.training.step import (
     Counts,
     Figures,
@@ -95,7 +101,6 @@ class Run:
             "stage": self.stage,
             "stage_step": self.stage_step,
             "best": self.best,
-            "position": self.step * self.layout.batch_size,
             "skipped": dict(self.skipped),
             "non_finite_steps": self.non_finite_steps,
             "num_processes": self.layout.num_processes,
@@ -147,6 +152,8 @@ class Stage:
     def __init__(self, run: Run, state: TrainState | None):
         """From the stage's start, or from its middle where `state` was saved there."""
         self.run, self.config = run, run.config.stages[run.stage]
+        self.mixture = run.mixture.only(self.config.sources)
+        self.first_position = first_position(run.config, run.stage, run.layout.batch_size)
         in_the_middle = state is not None and run.stage_step > 0
         if not in_the_middle:
             run.best = []
@@ -171,7 +178,8 @@ class Stage:
     def show(self) -> None:
         run, stage = self.run, self.config
         done = f", {run.stage_step} of them done" if run.stage_step else ""
-        run.reporter.say(f"\nstage {stage.name}: {stage.steps} steps{done}")
+        named = f", drawn from {', '.join(stage.sources)}" if stage.sources else ""
+        run.reporter.say(f"\nstage {stage.name}: {stage.steps} steps{done}{named}")
         run.reporter.say(parameter_table(run.model, self.groups, stage.lr))
 
     def restore(self, state: TrainState) -> None:
@@ -185,10 +193,10 @@ class Stage:
     def run_steps(self) -> None:
         run, stage = self.run, self.config
         steps = training_loader(
-            run.mixture,
+            self.mixture,
             run.collator,
             run.layout,
-            start=run.step * run.layout.batch_size,
+            start=self.first_position + run.stage_step * run.layout.batch_size,
             num_steps=stage.steps - run.stage_step,
             process=run.accelerator.process_index,
             num_workers=run.config.data.num_workers,

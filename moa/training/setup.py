@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ def open_run(
         f"{kind_of(accelerator)}, {config.train.precision}: "
         f"steps of {run.layout.accumulation} x {run.layout.micro_batch_size} samples each"
     )
-    run.reporter.say(mixture_table(run.mixture, draws(config)))
+    for sources, number in draws(config).items():
+        run.reporter.say(mixture_table(run.mixture.only(sources), number))
     if config.logging.trackers:
         start_trackers(accelerator, config)
     return run, state
@@ -156,8 +158,13 @@ def changed_launch(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
-def draws(config: RunConfig) -> int:
-    return config.train.batch_size * sum(stage.steps for stage in config.stages)
+def draws(config: RunConfig) -> Counter[tuple[str, ...] | None]:
+    """How many samples the stages of each choice of sources draw together."""
+    number: Counter[tuple[str, ...] | None] = Counter()
+    for stage in config.stages:
+        sources = tuple(stage.sources) if stage.sources is not None else None
+        number[sources] += config.train.batch_size * stage.steps
+    return number
 
 
 def open_folder(

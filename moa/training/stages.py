@@ -5,10 +5,11 @@ router    experts frozen, gates by the router
 joint     both
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from moa.config import RunConfig, StageConfig, load_config
 from moa.gating import one_hot_gates
 from moa.model import MixtureModel
 from moa.peft_io import read_expert, site_scaling
+from moa.router import axes_of
 
 GROUPS = ("experts", "router", "projector")
 TRAINED = {
@@ -80,6 +82,13 @@ def stage_gates(
     return one_hot_gates(batch.expert_ids, len(model.bank.names))
 
 
+def first_position(config: RunConfig, number: int, batch_size: int) -> int:
+    """Where stage `number` begins in its mixture: earlier stages of the same sources go before it."""
+    sources = set(config.stages[number].sources or ())
+    before = [stage for stage in config.stages[:number] if set(stage.sources or ()) == sources]
+    return batch_size * sum(stage.steps for stage in before)
+
+
 def start_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) -> list[str]:
     """Load what the stage starts from; returns one line for each part, to be shown."""
     source = stage.init_from
@@ -90,10 +99,10 @@ def start_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) ->
     folder = step_folder(source)
     verify(folder)
     names = sorted(path.name for path in (folder / "experts").iterdir())
-    if names != sorted(model.bank.names):
+    if not set(names) <= set(model.bank.names):
         raise ValueError(
-            f"stages.{stage.name}.init_from: {folder} has the experts {names}, "
-            f"this run has {sorted(model.bank.names)}"
+            f"stages.{stage.name}.init_from: {folder} has the experts {names}, this run has "
+            f"{sorted(model.bank.names)}; name all of them in experts (with frozen: true, or without)"
         )
     lines = [load_expert(model, name, folder / "experts" / name) for name in names]
     return [*lines, load_rest(model, config, folder)]
@@ -114,17 +123,50 @@ def load_expert(model: MixtureModel, name: str, folder: Path) -> str:
 
 
 def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
-    """Projector and router of a checkpoint; a router of another config stays behind, and says so."""
+    """Projector and router of a checkpoint; a router of other settings is not loaded, and a line says so.
+
+    Experts and tasks that the checkpoint lacks keep their fresh rows of the router.
+    """
     if config.model.train_projector and (folder / "projector.safetensors").is_file():
         file = folder / "projector.safetensors"
         load_strictly(projector_state(model), load_tensors(file), file)
     other = load_config(folder / CONFIG)
-    if router_identity(other) != router_identity(config):
-        return "router starts fresh: the checkpoint's has another config"
-    file = folder / "router.safetensors"
-    load_strictly(router_state(model), load_tensors(file), file)
-    return f"router from {folder}"
+    if different := router_differences(config, other):
+        return f"router starts fresh: {folder} has another {', '.join(different)}"
+    now, then = choices_of(config), choices_of(other)
+    places = {kind: [now[kind].index(name) for name in names] for kind, names in then.items()}
+    file, own = folder / "router.safetensors", router_state(model)
+    found = {
+        key: in_places(own.get(key, tensor), tensor, axes_of(key.removeprefix("router.")), places)
+        for key, tensor in load_tensors(file).items()
+    }
+    load_strictly(own, found, file)
+    fresh = [f"{kind} {name}" for kind in now for name in now[kind] if name not in then[kind]]
+    return f"router from {folder}" + (f", fresh for {', '.join(fresh)}" if fresh else "")
 
 
-def router_identity(config: RunConfig) -> tuple[Any, ...]:
-    return config.router, tuple(config.data.tasks), tuple(config.experts)
+def router_differences(config: RunConfig, other: RunConfig) -> list[str]:
+    """Settings by which a checkpoint's router is another one than the run's."""
+    ours, theirs = (dataclasses.asdict(c.router) for c in (config, other))
+    lost = set(other.data.tasks) - set(config.data.tasks)
+    differ = [f"router.{key}" for key in ours if ours[key] != theirs[key]]
+    return differ + (["data.tasks"] if lost else [])
+
+
+def choices_of(config: RunConfig) -> dict[str, list[str]]:
+    """What the rows of a router stand for, in their order."""
+    return {"expert": list(config.experts), "task": list(config.data.tasks)}
+
+
+def in_places(
+    own: Tensor, found: Tensor, axes: Sequence[str], places: Mapping[str, Sequence[int]]
+) -> Tensor:
+    """`own` with `found` in the rows of the experts and tasks that the checkpoint has."""
+    names = [*axes, *[""] * (found.dim() - len(axes))]
+    sizes = zip(names, own.shape, found.shape, strict=False)
+    if any(ours != theirs for name, ours, theirs in sizes if name not in places):
+        return found  # of other sites or widths: load_strictly names it
+    rows = [places.get(name, range(size)) for name, size in zip(names, found.shape, strict=True)]
+    whole = own.clone()
+    whole[torch.meshgrid(*map(torch.tensor, rows), indexing="ij")] = found.to(whole)
+    return whole
