@@ -21,7 +21,8 @@ def launch_command(name: str, *arguments: str) -> list[str]:
     """`accelerate launch` with a file of configs/accelerate/, on any free port."""
     file = ROOT / "configs" / "accelerate" / f"{name}.yaml"
     start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    return [*start, *arguments]
+    # without a port all that start at once would take the same one
+    return [*start, "--main_process_port", "0", *arguments]
 
 
 def launch(*commands: list[str], silence: float = SILENCE, longest: float = LONGEST) -> str:

@@ -24,6 +24,7 @@ from moa.training import loop
 from moa.training.batches import dead_worker
 from moa.training.signals import EXIT_STATUS, STOPPING, StopRequest, leave_to_parent
 from tests import crash_trials
+from tests.ranks import SECONDS, free_port
 from tests.test_train import assert_same_weights, log_of, run_once
 from tests.toy import read_log, toy_config
 
@@ -126,8 +127,8 @@ def test_two_processes_stop_after_the_same_step_though_one_of_them_was_signalled
     arguments = ["--config", str(world / "run.yaml"), "train.save_every=100"]
     rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
 
-    def pair(name: str, port: int, *flags: str):
-        more = [*arguments, f"out={tmp_path / name}", *flags]
+    def pair(name: str, *flags: str):
+        more, port = [*arguments, f"out={tmp_path / name}", *flags], free_port()
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
         environments = [rendezvous | {"MASTER_PORT": str(port)} | rank for rank in ranks]
         return [
@@ -137,12 +138,11 @@ def test_two_processes_stop_after_the_same_step_though_one_of_them_was_signalled
 
     def ends(processes) -> list[int | None]:
         for process in processes:
-            process.join(120)
+            process.join(SECONDS)
         return [process.exitcode for process in processes]
 
-    port = 29_000 + os.getpid() % 500
-    assert ends(pair("whole", port)) == [0, 0]
-    processes = pair("run", port + 1)
+    assert ends(pair("whole")) == [0, 0]
+    processes = pair("run")
     log = tmp_path / "run" / "log.jsonl"
     crash_trials.wait_until(lambda: log.exists() and log.stat().st_size > 0, processes[0])
     os.kill(crash_trials.pid_of(processes[1]), signal.SIGTERM)
@@ -150,7 +150,7 @@ def test_two_processes_stop_after_the_same_step_though_one_of_them_was_signalled
     stopped = read_log(tmp_path / "run")[-1]["step"]
     assert pointed(tmp_path / "run", "last") == f"step-{stopped:06d}"
     assert "stopped by a signal to another process" in (tmp_path / "run-0.txt").read_text()
-    assert ends(pair("run", port + 2, "--resume")) == [0, 0]
+    assert ends(pair("run", "--resume")) == [0, 0]
     assert crash_trials.difference(tmp_path / "run", tmp_path / "whole") == ""
 
 

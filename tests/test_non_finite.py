@@ -16,6 +16,7 @@ from moa.training.loop import Run, train
 from moa.training.setup import make_accelerator, open_run
 from moa.training.step import TrainingError
 from tests.launching import launch, launch_command
+from tests.ranks import SECONDS, free_port
 from tests.test_train import assert_close, steps_of
 from tests.toy import read_log, toy_config
 
@@ -165,7 +166,7 @@ def test_two_processes_leave_out_the_step_of_one(world, tmp_path):
     plain = toy_config(world, out=str(tmp_path / "plain"), **SKIP, **ALIKE)
     run_spoiled(plain, loss=2, gradient=3)
     (tmp_path / "run.json").write_text(json.dumps(asdict(plain)))
-    port = 28_000 + os.getpid() % 500
+    port = free_port()
     pair = [
         context.Process(
             target=spoiled_rank,
@@ -176,7 +177,7 @@ def test_two_processes_leave_out_the_step_of_one(world, tmp_path):
     for process in pair:
         process.start()
     for process in pair:
-        process.join(120)
+        process.join(SECONDS)
         assert process.exitcode == 0
     assert_left_out(replace(plain, out=str(tmp_path / "pair")), plain)
 
