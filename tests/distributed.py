@@ -2,7 +2,8 @@
 
     accelerate launch --config_file ... tests/distributed.py RUN.json [RUN.json ...] [--resume RUN.json STEP]
 
-`--resume` takes a copy of the run, named <out>-again, up from its checkpoint STEP.
+A run named spoiled has NaN in its second process: the loss of step 2, and gradients of step 3. `--resume`
+takes a copy of the run, named <out>-again, up from its checkpoint STEP.
 """
 
 import faulthandler
@@ -14,6 +15,7 @@ from pathlib import Path
 from moa.config import RunConfig, load_config
 from moa.training.loop import train
 from moa.training.setup import make_accelerator, open_run
+from tests.test_non_finite import spoil
 
 
 def run_one(config: RunConfig, *, resume: bool = False) -> None:
@@ -22,7 +24,10 @@ def run_one(config: RunConfig, *, resume: bool = False) -> None:
     if plugin is not None:  # of so small a model ZeRO-3 would keep every tensor whole
         plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     print(f"{accelerator.process_index}: {config.out}", flush=True)
-    train(*open_run(config, accelerator, resume=resume))
+    run, state = open_run(config, accelerator, resume=resume)
+    if Path(config.out).name == "spoiled" and accelerator.process_index == 1:
+        spoil(run, loss=2, gradient=3)
+    train(run, state)
 
 
 def resume_copy(config: RunConfig, step: int) -> None:

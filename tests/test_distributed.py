@@ -19,9 +19,10 @@ from moa.config import RunConfig, load_config
 from moa.peft_io import save_expert
 from tests.launching import ROOT, launch, launch_command
 from tests.test_clip_training import clip_world
+from tests.test_non_finite import ALIKE, SKIP, assert_left_out, run_spoiled
 from tests.test_train import log_of, run_once
 from tests.tiny_clip import save_tiny
-from tests.toy import toy_world, write_rows
+from tests.toy import toy_config, toy_world, write_rows
 
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
@@ -95,7 +96,7 @@ def test_a_silent_process_whose_child_computes_does_not_hang_until_the_limit():
     compile_for = "import os, time\nwhile os.times().user < {}: pass"
     parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     command = [sys.executable, "-c", parent]
-    launch([*command, compile_for.format(2)], silence=1.0)
+    launch([*command, compile_for.format(1)], silence=1.0)
     with pytest.raises(AssertionError, match="no output for 0.5"):
         launch([*command, compile_for.format(60)], silence=0.5, longest=1.0)
 
@@ -193,15 +194,28 @@ def references(tmp_path_factory) -> list[RunConfig]:
     return configs
 
 
+@pytest.fixture(scope="module")
+def spoiled(tmp_path_factory) -> RunConfig:
+    """What one process makes of a run with NaN at two steps, which are left out."""
+    folder = tmp_path_factory.mktemp("spoiled")
+    config = toy_config(folder, **SKIP, **ALIKE)
+    run_spoiled(config, loss=2, gradient=3)
+    return config
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_two_processes_are_one_and_resume_exactly(references, tmp_path, name):
+def test_two_processes_are_one_leave_out_the_step_of_one_and_resume_exactly(
+    references, spoiled, tmp_path, name
+):
     if name != "ddp":  # a CLIP is not sharded
         references = [config for config in references if not config.out.endswith("pairs/run")]
     configs = [replace(c, out=str(tmp_path / Path(c.out).parent.name)) for c in references]
-    files = [str(Path(read(asdict(config)).out).with_suffix(".json")) for config in configs]
+    left_out = replace(spoiled, out=str(tmp_path / "spoiled"))
+    files = [str(Path(read(asdict(c)).out).with_suffix(".json")) for c in (left_out, *configs)]
     script = str(ROOT / "tests" / "distributed.py")
     launch(launch_command(name, "--num_processes", "2", script, *files, "--resume", files[-1], "2"))
+    assert_left_out(left_out, spoiled)
     for config, reference in zip(configs, references, strict=True):
         assert_same_run(config, reference)
     again = replace(configs[-1], out=configs[-1].out + "-again")

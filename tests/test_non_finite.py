@@ -1,8 +1,6 @@
 """A loss or gradient that is not finite: the run stops, or leaves the step out and counts it."""
 
 import json
-import multiprocessing
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,12 +9,11 @@ import torch
 from accelerate.state import AcceleratorState
 
 from moa.checkpoint import load_model, pointed, verify
-from moa.config import RunConfig, load_config
+from moa.config import RunConfig
 from moa.training.loop import Run, train
 from moa.training.setup import make_accelerator, open_run
 from moa.training.step import TrainingError
-from tests.launching import launch, launch_command
-from tests.ranks import SECONDS, free_port
+from tests.launching import ROOT, launch, launch_command
 from tests.test_train import assert_close, steps_of
 from tests.toy import read_log, toy_config
 
@@ -131,21 +128,6 @@ def test_anchors_are_put_back_where_a_step_is_left_out(world, tmp_path):
 ALIKE = {"router__modality_dropout": 0, "losses__load_balancing": 0, "train__micro_batch_size": 1}
 
 
-def spoiled_rank(rank: int, port: int, out: str, config_file: str) -> None:
-    """One of two processes; the second one's losses are NaN at step 2, its gradients at step 3."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    config = load_config(config_file, [f"out={out}"])
-    run, state = open_run(config, make_accelerator(config))
-    if rank == 1:
-        spoil(run, loss=2, gradient=3)
-    train(run, state)
-    torch.distributed.destroy_process_group()
-
-
 def assert_left_out(config: RunConfig, plain: RunConfig) -> None:
     """Steps 2 and 3 were left out on both processes; the others are those of one process."""
     left_out = {
@@ -160,53 +142,12 @@ def assert_left_out(config: RunConfig, plain: RunConfig) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_leave_out_the_step_of_one(world, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_non_finite"])
+def test_two_processes_with_offload_leave_out_the_step_of_one(world, tmp_path):
+    """Every other way to share a model: test_distributed.py."""
     plain = toy_config(world, out=str(tmp_path / "plain"), **SKIP, **ALIKE)
     run_spoiled(plain, loss=2, gradient=3)
-    (tmp_path / "run.json").write_text(json.dumps(asdict(plain)))
-    port = free_port()
-    pair = [
-        context.Process(
-            target=spoiled_rank,
-            args=(rank, port, str(tmp_path / "pair"), str(tmp_path / "run.json")),
-        )
-        for rank in range(2)
-    ]
-    for process in pair:
-        process.start()
-    for process in pair:
-        process.join(SECONDS)
-        assert process.exitcode == 0
-    assert_left_out(replace(plain, out=str(tmp_path / "pair")), plain)
-
-
-SCRIPT = """
-import train
-from moa.training import setup
-from tests.test_non_finite import spoil
-
-def opened(*arguments, **options):
-    run, state = setup.open_run(*arguments, **options)
-    if run.accelerator.process_index == 1:
-        spoil(run, loss=2, gradient=3)
-    return run, state
-
-train.open_run = opened
-train.main()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("file", ["zero2", "zero3", "zero3_offload"])
-def test_deepspeed_leaves_out_the_step_of_one_process(world, tmp_path, file):
-    pytest.importorskip("deepspeed")
-    plain = toy_config(world, out=str(tmp_path / "plain"), **SKIP, **ALIKE)
-    run_spoiled(plain, loss=2, gradient=3)
-    zero = replace(plain, out=str(tmp_path / "zero"))
-    (tmp_path / "spoiled.py").write_text(SCRIPT)
-    (tmp_path / "run.json").write_text(json.dumps(asdict(zero)))
-    script = [str(tmp_path / "spoiled.py"), "--config", str(tmp_path / "run.json")]
-    launch(launch_command(file, *script))
-    assert_left_out(zero, plain)
+    offloaded = replace(plain, out=str(tmp_path / "spoiled"))
+    (tmp_path / "run.json").write_text(json.dumps(asdict(offloaded)))
+    script = str(ROOT / "tests" / "distributed.py")
+    launch(launch_command("zero3_offload", script, str(tmp_path / "run.json")))
+    assert_left_out(offloaded, plain)
