@@ -16,12 +16,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from moa.backbones.open_clip import files_of_open_clip, is_open_clip
-from moa.merging.base_files import local_base, read_json_object, weight_files
+from moa.merging.base_files import local_base, plain_key, read_json_object, weight_files
 
 WHOLE = 1 << 28
 BLOCKS, BLOCK = 16, 1 << 12
-# Words of a key that transformers adds and drops between its versions (renaming on load keeps the others).
-RENAMED = {"model", "language_model"}
 # Buffers that some versions store and all compute anew.
 COMPUTED = ("position_ids", "inv_freq")
 # Keys of config.json, at any depth, that do not change what the model computes.
@@ -87,13 +85,7 @@ def _entries(file: Path) -> Iterator[Stored]:
             continue
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         kind = f"{entry['dtype']} {entry['shape']}"
-        yield Stored(key=_plain(key), kind=kind, file=file, begin=begin, end=end)
-
-
-def _plain(key: str) -> str:
-    """A key without the words by which versions of transformers differ."""
-    key = key.replace("vision_tower.vision_model.", "vision_tower.")
-    return ".".join(word for word in key.split(".") if word not in RENAMED)
+        yield Stored(key=plain_key(key), kind=kind, file=file, begin=begin, end=end)
 
 
 def _content(entry: Stored, whole: bool) -> str:

@@ -133,6 +133,85 @@ def test_every_key_needs_a_rule_and_gets_a_line(world, odd, tmp_path):
     torch.testing.assert_close(found[missing], half, rtol=0, atol=1e-6)
 
 
+def respelled(key: str) -> str:
+    """As transformers before 4.52 stored what is now `model.language_model.layers`, or the reverse."""
+    if key.startswith("language_model.model."):
+        return key.replace("language_model.model.", "model.language_model.")
+    if key.startswith("model.language_model."):
+        return key.replace("model.language_model.", "language_model.model.")
+    return key.removeprefix("model.") if key.startswith("model.") else f"model.{key}"
+
+
+def changed_copy(world, folder, change) -> None:
+    """The model `one` with its tensors as `change` makes them of {key: tensor}."""
+    folder.mkdir()
+    save_file(change(tensors_of(world / "one")), folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+
+
+def test_a_model_in_another_spelling_is_merged_as_the_same_model(world, tmp_path):
+    """Over a model of both: each in its own spelling, and half of the keys in each."""
+    spellings = {
+        "all": lambda tensors: {respelled(k): t for k, t in tensors.items()},
+        "some": lambda tensors: {
+            respelled(k) if i % 2 else k: t for i, (k, t) in enumerate(tensors.items())
+        },
+    }
+    merge_checkpoints(tmp_path / "plain", models(world), world / "base")
+    for name, change in spellings.items():
+        changed_copy(world, tmp_path / name, change)
+        given = {"one": tmp_path / name, "two": world / "two"}
+        manifest = merge_checkpoints(tmp_path / f"out-{name}", given, world / "base")
+        assert {line["rule"] for line in manifest.values()} == {"linear"}
+        expected, found = (tensors_of(tmp_path / n) for n in ("plain", f"out-{name}"))
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    assert any(line.get("spelled") for line in manifest.values())
+
+
+def test_a_model_that_shares_few_keys_is_refused_whatever_the_rules(world, tmp_path):
+    changed_copy(
+        world, tmp_path / "other", lambda t: {f"net.{i}.w": v for i, v in enumerate(t.values())}
+    )
+    given = {"one": world / "one", "other": tmp_path / "other"}
+    rules = Rules(missing="base", extra="drop", shape="base")
+    with pytest.raises(ValueError, match=r"models\.other: .* shares 0 of the \d+ keys of the base"):
+        merge_checkpoints(tmp_path / "out", given, world / "base", rules=rules)
+
+
+def test_a_tensor_that_only_the_base_has_is_called_the_bases(world, tmp_path):
+    lost = next(iter(tensors_of(world / "base")))
+    changed_copy(world, tmp_path / "one", lambda t: {k: v for k, v in t.items() if k != lost})
+    rules = Rules(missing="base")
+    manifest = merge_checkpoints(
+        tmp_path / "out", {"one": tmp_path / "one"}, world / "base", rules=rules
+    )
+    assert manifest[lost]["rule"] == "missing in every model: the base's"
+    assert torch.equal(tensors_of(tmp_path / "out")[lost], tensors_of(world / "base")[lost])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_named_by_model_file_and_key(world, tmp_path, value):
+    key = "language_model.lm_head.weight"
+
+    def broken(tensors):
+        tensors[key][1, 1] = value
+        return tensors
+
+    changed_copy(world, tmp_path / "broken", broken)
+    given = {"one": world / "one", "broken": tmp_path / "broken"}
+    message = rf"models\.broken: .*broken/model\.safetensors: {key} has NaN or infinite values"
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoints(tmp_path / "out", given, world / "base")
+
+
+def test_a_pickle_is_named_as_the_models_not_the_bases(world, tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text("{}")
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"models\.old: .*pytorch_model\.bin is a pickle"):
+        merge_checkpoints(tmp_path / "out", {"old": tmp_path / "old"}, world / "base")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

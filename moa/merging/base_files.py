@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+# Words of a key that transformers adds and drops between its versions (renaming on load keeps the others).
+RENAMED = {"model", "language_model"}
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -26,23 +28,28 @@ class BaseFiles:
     config: dict[str, Any]
 
 
-def read_base(folder: str | Path) -> BaseFiles:
-    """The keys of a local safetensors checkpoint, from headers alone; ValueError naming the file."""
+def read_base(folder: str | Path, what: str = "base") -> BaseFiles:
+    """The keys of a local safetensors checkpoint, from headers alone.
+
+    Raises ValueError naming `what` it is to the user, and the file.
+    """
     folder = Path(folder)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise ValueError(f"base: {folder} has no config.json; it must be a local checkpoint folder")
+        raise ValueError(
+            f"{what}: {folder} has no config.json; it must be a local checkpoint folder"
+        )
     config = read_json_object(config_file)
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method", "some method")
         raise ValueError(
-            f"base: {config_file}: quantization_config says that its weights are packed by {method}, so no update "
+            f"{what}: {config_file}: quantization_config says that its weights are packed by {method}, so no update "
             "can be added to them on a CPU; give base= the weights it was made from, or write an adapter for it "
             "with verify=false"
         )
     files, shapes, dtypes = {}, {}, {}
-    for name in weight_files(folder):
+    for name in weight_files(folder, what):
         try:
             with safe_open(folder / name, framework="pt") as handle:
                 for key in list(handle.keys()):
@@ -50,26 +57,57 @@ def read_base(folder: str | Path) -> BaseFiles:
                     files[key], shapes[key] = name, tuple(entry.get_shape())
                     dtypes[key] = FLOATS.get(entry.get_dtype(), torch.uint8)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"base: {folder / name} is not readable ({error})") from None
+            raise ValueError(f"{what}: {folder / name} is not readable ({error})") from None
     return BaseFiles(folder=folder, files=files, shapes=shapes, dtypes=dtypes, config=config)
 
 
-def local_base(name: str) -> Path:
-    """The folder of a base: itself, or what the hub's cache (or the hub) has under this name."""
+def local_base(name: str, what: str = "base") -> Path:
+    """The folder of a base: itself, or what the hub's cache (or the hub) has under this name.
+
+    Raises ValueError naming `what` it is to the user.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"base: {name} has no config.json; it must be a model's folder")
+            raise ValueError(f"{what}: {name} has no config.json; it must be a model's folder")
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ValueError(f"base: {name} is no folder")
+        raise ValueError(f"{what}: {name} is not a folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.h5", "*.msgpack"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise ValueError(f"base: {name} is no folder, and not on the hub ({error})") from None
+        raise ValueError(f"{what}: {name} is not a folder, nor on the hub ({error})") from None
+
+
+def match_spelling(keys: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """Of keys that mean one weight, the first checkpoint's spelling -> the second's.
+
+    A key that both have is the same weight. Of the others, those that are alike without the words by which versions
+    of transformers differ, where just one of each checkpoint is.
+    """
+    own, theirs = set(keys), set(others)
+    found = {key: key for key in own & theirs}
+    left, right = (_by_plain_key(rest) for rest in (own - theirs, theirs - own))
+    for plain, spelled in left.items():
+        if len(spelled) == len(right.get(plain, [])) == 1:
+            found[spelled[0]] = right[plain][0]
+    return found
+
+
+def _by_plain_key(keys: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(plain_key(key), []).append(key)
+    return groups
+
+
+def plain_key(key: str) -> str:
+    """A key without the words by which versions of transformers differ."""
+    key = key.replace("vision_tower.vision_model.", "vision_tower.")
+    return ".".join(word for word in key.split(".") if word not in RENAMED)
 
 
 def match_sites(sites: Mapping[str, tuple[int, int]], base: BaseFiles) -> dict[str, str]:
@@ -138,7 +176,7 @@ def _common_words(one: Sequence[str], two: Sequence[str]) -> int:
     return row[-1]
 
 
-def weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path, what: str = "base") -> list[str]:
     """The safetensors files that transformers reads: one file, else those of the index."""
     if (folder / WEIGHTS_FILE).is_file():
         return [WEIGHTS_FILE]
@@ -148,14 +186,14 @@ def weight_files(folder: Path) -> list[str]:
         pickled = f"; {found[0]} is a pickle, and is not opened: save it as safetensors" * bool(
             found
         )
-        raise ValueError(f"base: {folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{pickled}")
+        raise ValueError(f"{what}: {folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{pickled}")
     where = read_json_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise ValueError(f"base: {index}: weight_map must map keys to file names")
+        raise ValueError(f"{what}: {index}: weight_map must map keys to file names")
     for key, name in where.items():
         if not isinstance(name, str) or Path(name).name != name or not name:
             raise ValueError(
-                f"base: {index}: weight_map.{key} must name a file beside it, got {name!r}"
+                f"{what}: {index}: weight_map.{key} must name a file beside it, got {name!r}"
             )
     return sorted(set(where.values()))
 

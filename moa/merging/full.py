@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moa.atomic import atomic_folder, write_json
-from moa.merging.base_files import BaseFiles, read_base
+from moa.merging.base_files import BaseFiles, match_spelling, read_base
 from moa.merging.export import (
     DTYPES,
     check_out,
@@ -52,9 +52,17 @@ class Rules:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Model:
+    """A checkpoint, by the base's spelling of its keys."""
+
+    files: BaseFiles
+    keys: dict[str, str]  # key of the base -> its own
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
     base: BaseFiles
-    models: dict[str, BaseFiles]  # by name
+    models: dict[str, Model]  # by name
     kept: dict[str, str]  # key -> why the base's own tensor is written
     dropped: dict[str, list[str]]  # key -> the models whose tensor goes nowhere
 
@@ -127,29 +135,52 @@ def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules
     if not models:
         raise ValueError("models: names none")
     root = read_base(base)
-    opened = {name: read_base(folder) for name, folder in models.items()}
+    opened = {name: _open_model(name, folder, root) for name, folder in models.items()}
     kept = {k: "not floating: the base's" for k in root.files if k not in _floating(root)}
     dropped: dict[str, list[str]] = {}
-    for name, files in opened.items():
-        for key, shape in root.shapes.items():
-            if key not in files.shapes and rules.missing == "error":
-                raise ValueError(
-                    f"models.{name}: {key} is missing; rules.missing=base takes the base's"
-                )
-            if files.shapes.get(key, shape) != shape:
-                if rules.shape == "error":
-                    raise ValueError(
-                        f"models.{name}: {key} is {list(files.shapes[key])}, the base's "
-                        f"{list(shape)}; rules.shape=base keeps the base's"
-                    )
-                kept[key] = f"shape differs in {name}: the base's"
-        for key in files.files.keys() - root.files.keys():
-            if rules.extra == "error":
-                raise ValueError(
-                    f"models.{name}: the base has no {key}; rules.extra=drop leaves it out"
-                )
+    for name, model in opened.items():
+        lacking = [key for key in root.files if key not in model.keys]
+        _check_rule(name, "missing", lacking, rules.missing, "is missing")
+        shapes = {key: model.files.shapes[own] for key, own in model.keys.items()}
+        odd = [key for key in root.files if shapes.get(key, root.shapes[key]) != root.shapes[key]]
+        _check_rule(name, "shape", odd, rules.shape, "has another shape than the base's")
+        kept |= dict.fromkeys(odd, f"shape differs in {name}: the base's")
+        extra = sorted(model.files.files.keys() - set(model.keys.values()))
+        _check_rule(name, "extra", extra, rules.extra, "is not in the base")
+        for key in extra:
             dropped.setdefault(key, []).append(name)
+    for key in root.files:
+        if not any(key in model.keys for model in opened.values()):
+            kept.setdefault(key, "missing in every model: the base's")
     return Inputs(base=root, models=opened, kept=kept, dropped=dropped)
+
+
+def _open_model(name: str, folder: str | Path, base: BaseFiles) -> Model:
+    """ValueError for a folder that shares so few keys with the base that it is hardly a model of it."""
+    files = read_base(folder, f"models.{name}")
+    model = Model(files=files, keys=match_spelling(base.files, files.files))
+    if 2 * len(model.keys) < len(base.files):
+        raise ValueError(
+            f"models.{name}: {folder} shares {len(model.keys)} of the {len(base.files)} keys of the base "
+            f"{base.folder}, such as {next(iter(files.files))} there and {next(iter(base.files))} here; "
+            "base= must be the checkpoint that the model was trained from"
+        )
+    return model
+
+
+# rule -> (what it does, in its error)
+WAYS = {
+    "missing": ("base", "takes the base's"),
+    "shape": ("base", "keeps the base's"),
+    "extra": ("drop", "leaves it out"),
+}
+
+
+def _check_rule(name: str, rule: str, keys: Sequence[str], chosen: str, what: str) -> None:
+    if keys and chosen == "error":
+        value, effect = WAYS[rule]
+        others = f" (and {len(keys) - 1} others)" if len(keys) > 1 else ""
+        raise ValueError(f"models.{name}: {keys[0]} {what}{others}; rules.{rule}={value} {effect}")
 
 
 def difference_stack(inputs: Inputs, key: str, depth: float) -> Stack:
@@ -163,16 +194,17 @@ def difference_stack(inputs: Inputs, key: str, depth: float) -> Stack:
 
     base = _mapped(inputs.base, key).view(rows, cols)
     having = {
-        index: _mapped(files, key).view(rows, cols)
-        for index, files in enumerate(inputs.models.values())
-        if key in files.files
+        index: (f"models.{name}", model.files, model.keys[key])
+        for index, (name, model) in enumerate(inputs.models.items())
+        if key in model.keys
     }
+    mapped = {i: _mapped(files, own).view(rows, cols) for i, (_, files, own) in having.items()}
 
     def read(start: int, stop: int) -> Tensor:
-        own = base[start:stop].to(COMPUTE)
+        own = _finite(base[start:stop].to(COMPUTE), "base", inputs.base, key)
         block = torch.zeros(len(inputs.models), *own.shape, dtype=COMPUTE)
-        for index, model in having.items():
-            torch.sub(model[start:stop], own, out=block[index])
+        for index, tensor in mapped.items():
+            torch.sub(_finite(tensor[start:stop], *having[index]), own, out=block[index])
         return block
 
     return Stack(
@@ -189,6 +221,15 @@ def _mapped(files: BaseFiles, key: str) -> Tensor:
     """A tensor on the disk: nothing is read before it is used, and its file stays mapped as long as it lives."""
     with safe_open(files.folder / files.files[key], framework="pt") as file:
         return file.get_tensor(key)
+
+
+def _finite(block: Tensor, what: str, files: BaseFiles, key: str) -> Tensor:
+    """The block; ValueError naming the model, its file and key where a value is NaN or infinite."""
+    if not all_finite(block):
+        raise ValueError(
+            f"{what}: {files.folder / files.files[key]}: {key} has NaN or infinite values"
+        )
+    return block
 
 
 def _floating(files: BaseFiles) -> set[str]:
@@ -212,8 +253,10 @@ def _manifest(inputs: Inputs, method: str) -> dict[str, Any]:
     """Key -> the rule it met, the models that have it, and the key that came out (none: dropped)."""
     lines: dict[str, dict[str, Any]] = {}
     for key in inputs.base.files:
-        having = [name for name, files in inputs.models.items() if key in files.files]
-        lines[key] = {"rule": inputs.kept.get(key, method), "models": having, "output": key}
+        own = {name: model.keys[key] for name, model in inputs.models.items() if key in model.keys}
+        lines[key] = {"rule": inputs.kept.get(key, method), "models": list(own), "output": key}
+        if other := {name: spelled for name, spelled in own.items() if spelled != key}:
+            lines[key]["spelled"] = other
     for key, names in inputs.dropped.items():
         lines[key] = {"rule": "extra: dropped", "models": names, "output": None}
     return lines
