@@ -28,7 +28,7 @@ from moa.analysis.fidelity_page import details, summary, write_page
 from moa.atomic import write_json
 from moa.command import run_command
 from moa.merging.fidelity import measure
-from moa.merging.inputs import open_adapters
+from moa.merging.inputs import adapter_folders, open_adapters
 from moa.merging.plan import all_sites, check_experts
 from moa.merging.report import interference_tables
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def analyse(settings: AnalyseConfig, console: Console) -> None:
-    experts = open_adapters(settings.adapters)
+    experts = open_adapters(adapter_folders(settings.adapters))
     check_experts(experts)
     with Progress(console=console) as progress:
         bar = progress.add_task("measuring", total=len(all_sites(experts)))

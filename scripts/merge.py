@@ -78,12 +78,10 @@ def all_lines() -> Iterator[str]:
 
 def merge_models(settings: MergeConfig, console: Console) -> None:
     """Whole checkpoints instead of adapters."""
-    if settings.adapters or settings.run:
-        raise ValueError("models: whole checkpoints are merged alone, without adapters or run")
     for key in ("out", "base"):
         if getattr(settings, key) is None:
             raise ValueError(f"{key}: names no folder")
-    folders = {Path(name).resolve().name: local_base(name) for name in settings.models}
+    folders = {Path(name).resolve().name: local_base(name, "models") for name in settings.models}
     if len(folders) < len(settings.models):
         raise ValueError("models: two folders have one name; rename one")
     base = local_base(str(settings.base))
@@ -107,12 +105,13 @@ def merge_models(settings: MergeConfig, console: Console) -> None:
 
 def stack_models(settings: MergeConfig, console: Console) -> None:
     """Layers of whole checkpoints, one slice on the other."""
-    if settings.method != "passthrough" or settings.adapters or settings.run or settings.models:
-        raise ValueError("slices: go with method=passthrough, without adapters, run or models")
+    if settings.method != "passthrough":
+        raise ValueError(f"slices: are stacked by method=passthrough, not {settings.method}")
     if settings.out is None:
         raise ValueError("out: names no folder")
     slices = [
-        replace(part, model=str(local_base(part.model))) for part in parse_slices(settings.slices)
+        replace(part, model=str(local_base(part.model, "slices")))
+        for part in parse_slices(settings.slices)
     ]
     stacked = plan_stack(slices, settings.stack)
     with progress_bar("merging", len(stacked.origins), console) as advance:

@@ -215,7 +215,7 @@ def test_a_checkpoint_takes_the_runs_processor_and_the_bases_keys(world, tmp_pat
         (["out=x"], "adapters, run: give one of the two"),
         (["adapters=[ONE]"], "out: names no folder"),
         (["adapters=[nowhere]", "out=x"], "nowhere/adapter_config.json: missing"),
-        (["adapters=[nowhere/*]", "out=x"], r"nowhere/\* meets no folder"),
+        (["adapters=[nowhere/*]", "out=x"], r"nowhere/\* matches no folder"),
         (["adapters=[ONE,TWO]", "weights=[1]", "out=x"], "weights: 1 for 2 experts"),
         (["adapters=[ONE]", "weights={vqa: 1}", "out=x"], "weights.vqa: no such expert; .*'one'"),
         (
@@ -226,7 +226,34 @@ def test_a_checkpoint_takes_the_runs_processor_and_the_bases_keys(world, tmp_pat
         (["adapters=[ONE]", "rank=big", "out=x"], "rank: must be a positive number, 'sum' or"),
         (["adapters=[ONE]", "dtype=int8", "out=x"], "dtype: .*float32"),
         (["adapters=[ONE]", "options.scale=1", "out=x"], "options.scale: method linear has no"),
-        (["adapters=[ONE]", "base=nowhere", "out=x"], "base: nowhere is no folder"),
+        (
+            ["adapters=[ONE]", "base=nowhere", "out=x"],
+            "base: nowhere is not a folder; give base=FOLDER, or verify=false",
+        ),
+        (["adapters=[/]", "out=x"], "/adapter_config.json: missing"),
+        (["adapters=[/tmp]", "out=x"], "/tmp/adapter_config.json: missing"),
+        (["adapters=[ONE]", "run=ONE", "out=x"], "adapters, run: give one of them"),
+        (["adapters=[ONE]", "models=[ONE]", "out=x"], "adapters, models: give one of them"),
+        (["models=[ONE]", "rank=8", "out=x"], "rank: has no effect with models="),
+        (["models=[ONE]", "merged=true", "out=x"], "merged: has no effect with models="),
+        (["models=[ONE]", "verify=false", "out=x"], "verify: has no effect with models="),
+        (
+            [
+                "slices=[{model: ONE, layers: [0, 1]}]",
+                "method=passthrough",
+                "dtype=float16",
+                "out=x",
+            ],
+            "dtype: has no effect with slices=",
+        ),
+        (["adapters=[ONE]", "stack=a", "out=x"], "stack: has no effect with adapters="),
+        (["adapters=[ONE]", "max_shard_gb=1", "out=x"], "max_shard_gb: .* on an adapter"),
+        (
+            ["adapters=[ONE]", "verify=false", "num_probes=1", "out=x"],
+            "num_probes: .* verify=false",
+        ),
+        (["adapters=[ONE]", "routing=x.json", "out=x"], "routing: has no effect without weights"),
+        (["models=[nowhere]", "base=ONE", "out=x"], "models: nowhere is not a folder"),
         (["adapters=[ONE]", "merged=true", "base=ONE", "out=x"], "base: .*one has no config.json"),
         (["run=ONE", "out=x"], "neither a run .* nor a step folder"),
         (["adapters=[ONE]", "out=WORLD"], "out: .* holds other things"),
@@ -240,6 +267,35 @@ def test_a_mistake_ends_in_one_line(world, tmp_path, monkeypatch, capsys, argume
         arguments = [argument.replace(name, str(path)) for argument in arguments]
     assert re.search(message, refused(capsys, *arguments))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_does_not_replace_what_it_merges(world, tmp_path, capsys):
+    out = tmp_path / "out"
+    script.main([f"adapters=[{world}/adapters/one]", "verify=false", f"out={out}"])
+    before = (out / "adapter_model.safetensors").read_bytes()
+    adapters = f"adapters=[{out},{world}/adapters/two]"
+    message = refused(capsys, adapters, "verify=false", f"out={out}")
+    assert message == f"error: out: {out} would replace {out}, which is merged; name another"
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_experts_are_checked_before_a_base_is_looked_for(world, tmp_path, capsys, value):
+    shutil.copytree(world / "adapters/one", tmp_path / "broken")
+    edit_tensors(tmp_path / "broken", lambda t: next(iter(t.values())).fill_(value))
+    message = refused(capsys, f"adapters=[{tmp_path}/broken]", "base=nowhere", f"out={tmp_path}/x")
+    assert "broken/adapter_model.safetensors" in message and "NaN or infinite" in message
+
+
+def test_the_base_that_is_given_decides_over_the_names_in_the_adapters(world, tmp_path, capsys):
+    for name, base in (("one", "hub/llava"), ("two", "other/llava-bnb-4bit")):
+        shutil.copytree(world / "adapters" / name, tmp_path / name)
+        edit_config(tmp_path / name, base_model_name_or_path=base)
+    adapters, out = f"adapters=[{tmp_path}/one,{tmp_path}/two]", f"out={tmp_path}/out"
+    assert "give base=FOLDER" in refused(capsys, adapters, out, "verify=false")
+    script.main([adapters, out, "verify=false", f"base={world}/base"])
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == f"{world}/base"
 
 
 def test_an_adapter_of_another_base_is_refused_before_merging(world, tmp_path, capsys):

@@ -13,6 +13,7 @@ from moa.merging.core import (
     parse_rank,
 )
 from moa.merging.merge import merge
+from moa.merging.plan import check_base_names
 from moa.merging.summary import layer_of, summarise
 from moa.peft_io import save_expert, site_keys
 from tests.tiny import tiny_llava
@@ -206,11 +207,30 @@ def test_an_option_of_another_type_is_refused():
         merge([make_expert()], method="task_arithmetic", options={"scale": "big"})
 
 
-def test_experts_of_different_bases_are_refused():
+@pytest.mark.parametrize(
+    ("name", "is_same"),
+    [
+        ("hub/llava", True),
+        ("/disk/llava/", True),
+        ("/cache/hub/models--hub--llava/snapshots/8f4d9a3c/", True),
+        ("/cache/hub/models--hub--llava/snapshots/8f4d9a3c", True),
+        ("hub/bunny", False),
+        ("hub/llava-bnb-4bit", False),
+        ("/cache/hub/models--hub--bunny/snapshots/8f4d9a3c", False),
+    ],
+)
+def test_bases_are_told_apart_by_their_names(name, is_same):
     one = make_expert("one", base_model_name_or_path="hub/llava")
-    other = make_expert("other", base_model_name_or_path="hub/bunny")
-    with pytest.raises(ValueError, match="different bases: .*'other': 'hub/bunny'"):
-        merge([one, other])
+    other = make_expert("other", base_model_name_or_path=name)
+    if is_same:
+        check_base_names([one, other])
+    else:
+        with pytest.raises(ValueError, match=f"different bases: .*'{name}'.*give base=FOLDER"):
+            check_base_names([one, other])
+
+
+def test_experts_of_different_bases_are_refused():
+    one = make_expert("one")
     wide = expert_from_tensors(
         "wide",
         {

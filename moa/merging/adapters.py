@@ -3,7 +3,7 @@
 source -> plan -> merged factors of each site, on the disk -> summary -> files, verified in a fresh process
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from moa.backbones.open_clip import export_open_clip, is_open_clip, load_open_cl
 from moa.build import open_backbone
 from moa.command import progress_bar
 from moa.merging.base_files import match_sites, read_base
+from moa.merging.core import Expert
 from moa.merging.export import (
     Verify,
     check_out,
@@ -28,7 +29,7 @@ from moa.merging.fidelity import mean_cross_terms, measure
 from moa.merging.inputs import GATES, is_weights_file, parse_weights, read_gates, read_weights
 from moa.merging.merge import MergedSite, run_plan
 from moa.merging.methods import METHODS, check_options, find_method
-from moa.merging.plan import Plan, Weights, all_shapes, make_plan, sum_gates
+from moa.merging.plan import Plan, Weights, all_shapes, check_base_names, make_plan, sum_gates
 from moa.merging.probe import probe_of_noise, probe_of_run
 from moa.merging.report import report_lines, summary_tables
 from moa.merging.settings import MergeConfig
@@ -48,8 +49,11 @@ def merge_adapters(settings: MergeConfig, approximate: bool, console: Console) -
     check_options(settings.method, settings.options)
     if settings.out is None:
         raise ValueError("out: names no folder")
-    check_out(settings.out)
     source = open_source(settings)
+    check_out(settings.out, source.folders)
+    check_values(source.experts)
+    if settings.base is None:
+        check_base_names(source.experts)
     console.print(*source.beside, sep="\n", soft_wrap=True)
     plan = plan_merge(settings, source, approximate)
     to_open_clip = is_open_clip(source.base_name(settings.base) or "")
@@ -74,9 +78,16 @@ def merge_adapters(settings: MergeConfig, approximate: bool, console: Console) -
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
 
 
+def check_values(experts: Sequence[Expert]) -> None:
+    """Read every expert once, before a base is looked for: ValueError for a value that is not finite."""
+    for expert in experts:
+        for site in expert.ranks:
+            expert.read(site)
+
+
 def open_source(settings: MergeConfig) -> Source:
     """The experts of `adapters`, or of `run` with what else it trained."""
-    if bool(settings.adapters) == bool(settings.run):
+    if not settings.adapters and settings.run is None:
         raise ValueError("adapters, run: give one of the two")
     if settings.run is None:
         if settings.projector is not None and not settings.merged:

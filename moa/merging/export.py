@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,11 +278,14 @@ def _copy_processor(source: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def check_out(out: str | Path) -> None:
-    """ValueError where writing `out` would replace a folder that is no earlier export."""
+def check_out(out: str | Path, inputs: Iterable[str | Path] = ()) -> None:
+    """ValueError where writing `out` would replace an input, or a folder that is no earlier export."""
     folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT_FILE).is_file():
         raise ValueError(f"out: {out} holds other things; only an earlier export is replaced")
+    for given in map(Path, inputs):
+        if folder.resolve() in (given.resolve(), *given.resolve().parents):
+            raise ValueError(f"out: {out} would replace {given}, which is merged; name another")
 
 
 def _finish(

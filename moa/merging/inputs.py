@@ -16,13 +16,17 @@ from moa.peft_io import CONFIG_FILE
 GATES = "gates"
 
 
-def open_adapters(patterns: Sequence[str]) -> list[Expert]:
-    """The experts in the given folders; a pattern with * stands for every adapter folder it meets.
+def adapter_folders(patterns: Sequence[str]) -> list[Path]:
+    """A pattern with * stands for every adapter folder it meets; ValueError where it meets none."""
+    return [folder for pattern in patterns for folder in _folders(pattern)]
 
-    They are called after their folders; of two with one name the later gets a number. Raises
-    ValueError where a pattern meets nothing, and as `peft_io.read_header` does.
+
+def open_adapters(folders: Sequence[str | Path]) -> list[Expert]:
+    """The experts in the given folders, called after them; of two with one name the later gets a number.
+
+    Raises ValueError as `peft_io.read_header` does.
     """
-    folders = [folder for pattern in patterns for folder in _folders(pattern)]
+    folders = [Path(folder) for folder in folders]
     experts: list[Expert] = []
     for folder in folders:
         stem = re.sub(r"[^\w-]", "_", folder.resolve().name)
@@ -34,12 +38,12 @@ def open_adapters(patterns: Sequence[str]) -> list[Expert]:
 
 def _folders(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
-    if not glob.has_magic(pattern):
+    if path.is_dir() or not glob.has_magic(pattern):
         return [path]
     found = sorted(Path(name) for name in glob.glob(str(path)))
     found = [folder for folder in found if (folder / CONFIG_FILE).is_file()]
     if not found:
-        raise ValueError(f"adapters: {pattern} meets no folder with {CONFIG_FILE}")
+        raise ValueError(f"adapters: {pattern} matches no folder with {CONFIG_FILE}")
     return found
 
 

@@ -222,17 +222,30 @@ def all_shapes(experts: Sequence[Expert]) -> dict[str, tuple[int, int]]:
     return {site: shape for expert in experts for site, shape in expert.shapes.items()}
 
 
+def check_base_names(experts: Sequence[Expert]) -> None:
+    """ValueError where the adapters name different bases; names prove little, so `base=` decides over them."""
+    bases = {e.name: e.config.get("base_model_name_or_path") for e in experts}
+    if len({base_stem(base) for base in bases.values() if base}) > 1:
+        raise ValueError(
+            f"adapters: they belong to different bases: {bases}; if these are one base under several names or a "
+            "quantised copy of it, give base=FOLDER"
+        )
+
+
+def base_stem(name: str) -> str:
+    """The last part of a base's name or path; of a folder in the hub's cache, its name on the hub."""
+    cached = re.search(r"models--[^/]*?--([^/]+)/snapshots/", f"{name}/")
+    return cached[1] if cached else Path(name).name
+
+
 def check_experts(experts: Sequence[Expert]) -> None:
-    """Raise ValueError unless the experts can be summed: own names, one base, one shape per site."""
+    """Raise ValueError unless the experts can be summed: own names, one shape per site."""
     if not experts:
         raise ValueError("adapters: names none")
     names = [expert.name for expert in experts]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"adapters: two experts are called {name!r}; rename one folder")
-    bases = {e.name: e.config.get("base_model_name_or_path") for e in experts}
-    if len({Path(base).name for base in bases.values() if base}) > 1:
-        raise ValueError(f"adapters: they belong to different bases: {bases}")
     if len({bool(e.config.get("fan_in_fan_out")) for e in experts}) > 1:
         raise ValueError("adapters: fan_in_fan_out differs, so they belong to different bases")
     for site in all_sites(experts):

@@ -1,6 +1,6 @@
 """What scripts/merge.py can be told."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
 from moa.merging.core import parse_rank
@@ -45,6 +45,45 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         parse_rank(self.rank)
+        check_effects(self)
         for key, least in (("num_probes", 1), ("new_tokens", 1)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}: must be {least} or more, got {getattr(self, key)}")
+
+
+INPUTS = ("adapters", "run", "models", "slices")
+# What is merged -> the settings, beside method and out, that have no effect on it.
+WITHOUT_EFFECT = {
+    "adapters": {"rules", "stack"},
+    "run": {"rules", "stack"},
+    "models": {
+        *("stack", "sites", "rank", "space", "routing", "projector", "merged", "verify"),
+        *("num_probes", "new_tokens", "fidelity"),
+    },
+}
+WITHOUT_EFFECT["slices"] = (WITHOUT_EFFECT["models"] - {"stack"}) | {
+    *("options", "rules", "weights", "base", "dtype"),
+}
+
+
+def check_effects(config: MergeConfig) -> None:
+    """ValueError for two kinds of input at once, and for a setting that would change nothing."""
+    given = [key for key in INPUTS if getattr(config, key)]
+    if len(given) > 1:
+        raise ValueError(f"{', '.join(given)}: give one of them")
+    changed = [item.name for item in fields(config) if getattr(config, item.name) != _default(item)]
+    unused = dict.fromkeys(WITHOUT_EFFECT[given[0]], f"with {given[0]}=") if given else {}
+    if given and given[0] in ("adapters", "run"):
+        if not config.merged:
+            unused["max_shard_gb"] = "on an adapter, which is one file; merged=true writes shards"
+        if not config.verify:
+            unused |= dict.fromkeys(("num_probes", "new_tokens"), "with verify=false")
+        if not str(config.weights).startswith("gates"):
+            unused["routing"] = "without weights=gates"
+    for key in changed:
+        if key in unused:
+            raise ValueError(f"{key}: has no effect {unused[key]}; leave it out")
+
+
+def _default(item: Any) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from moa.checkpoint import CONFIG, load_tensors, step_folder
 from moa.config import RunConfig, load_config
+from moa.merging.base_files import local_base
 from moa.merging.core import Expert
-from moa.merging.inputs import local_base, open_adapters
+from moa.merging.inputs import adapter_folders, open_adapters
 from moa.merging.parts import read_parts, sort_parts
 
 
@@ -18,6 +19,7 @@ class Source:
     """Experts, and, where they come from one run, its step folder and config."""
 
     experts: list[Expert]
+    folders: list[Path]  # of each expert
     step: Path | None = None
     config: RunConfig | None = None
     projector: dict[str, Tensor] = field(default_factory=dict)  # trained; empty: the base's own
@@ -30,13 +32,15 @@ class Source:
         return name or run or next(filter(None, named), None)
 
     def base(self, name: str | None) -> Path:
-        """The base's folder; ValueError where nothing names one."""
+        """The base's folder; ValueError, with the way out, where none is named or it is not here."""
         found = self.base_name(name)
+        ways = "give base=FOLDER, or verify=false for an adapter that is not compared with its base"
         if found is None:
-            raise ValueError(
-                "base: the adapters name none; give base=, or verify=false for an adapter"
-            )
-        return local_base(found)
+            raise ValueError(f"base: the adapters name none; {ways}")
+        try:
+            return local_base(found)
+        except ValueError as error:
+            raise ValueError(f"{error}; {ways}") from None
 
 
 def open_run(run: str | Path) -> Source:
@@ -44,8 +48,10 @@ def open_run(run: str | Path) -> Source:
     step = step_folder(run)
     config = load_config(step / CONFIG)
     trained = config.model.train_projector
+    folders = [step / "experts" / name for name in config.experts]
     return Source(
-        experts=open_adapters([str(step / "experts" / name) for name in config.experts]),
+        experts=open_adapters(folders),
+        folders=folders,
         step=step,
         config=config,
         projector=load_tensors(step / "projector.safetensors") if trained else {},
@@ -54,10 +60,12 @@ def open_run(run: str | Path) -> Source:
 
 def open_folders(adapters: Sequence[str], projector: str | None = None) -> Source:
     """The experts in some folders, and what the runs that they lie in trained beside them."""
-    steps = {Path(adapter).expanduser().resolve().parents[1] for adapter in adapters}
+    folders = adapter_folders(adapters)
+    steps = {folder.resolve().parent.parent for folder in folders}
     steps = {step for step in steps if (step / CONFIG).is_file()}
     source = Source(
-        experts=open_adapters(adapters),
+        experts=open_adapters(folders),
+        folders=folders,
         projector=load_tensors(Path(projector)) if projector else {},
         beside=list(beside_lines(sorted(steps), projector)),
     )
@@ -75,4 +83,5 @@ def beside_lines(steps: Sequence[Path], projector: str | None) -> Iterator[str]:
                 fate = f"replaced by {projector}"
             else:
                 fate = "not in the result; scripts/merge_parts.py merges it"
-            yield f"{part} of {step.parents[1].name}: {fate}"
+            run = step.parent.parent if step.parent.name == "checkpoints" else step
+            yield f"{part} of {run.name}: {fate}"
