@@ -29,6 +29,7 @@ from moa.atomic import atomic_folder, remove_folder, write_file, write_json
 from moa.backbones.clip import ClipBackbone
 from moa.build import build_model, projector_state, router_state
 from moa.config import RunConfig, load_config
+from moa.merging.card import CARD, Card
 from moa.model import MixtureModel
 from moa.peft_io import write_expert
 from moa.settings import to_yaml
@@ -81,11 +82,24 @@ def write_model(folder: Path, model: MixtureModel, config: RunConfig) -> None:
         (folder / "experts" / name).mkdir(parents=True)
         tensors, described = model.bank.state(name), peft_config(model, name)
         write_expert(folder / "experts" / name, tensors, described, name=f"expert {name}")
+        write_file(folder / "experts" / name / CARD, expert_card(model, config, name).text())
     save_tensors(folder / "router.safetensors", router_state(model))
     if config.model.train_projector:
         save_tensors(folder / "projector.safetensors", projector_state(model))
     model.backbone.processor.save_pretrained(folder / "processor")
     (folder / CONFIG).write_text(to_yaml(config))
+
+
+def expert_card(model: MixtureModel, config: RunConfig, name: str) -> Card:
+    described = model.bank.peft_config(name)
+    return Card(
+        name=name,
+        kind="adapter",
+        about=f"A LoRA expert of rank {described['r']} from a mixture, as an adapter that plain PEFT loads.",
+        base=model.backbone.name,
+        config=config,
+        sources=[s for s in config.data.sources if config.data.expert or s.expert == name],
+    )
 
 
 def peft_config(model: MixtureModel, name: str) -> dict[str, Any]:

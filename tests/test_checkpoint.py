@@ -73,7 +73,7 @@ def test_a_checkpoint_loads_back_bit_for_bit(run, model):
 
 def test_a_checkpoint_holds_plain_files_without_pickle(run):
     files = {p.suffix for p in run.rglob("*") if p.is_file()}
-    assert files <= {".json", ".safetensors", ".yaml", ".jinja", ""}
+    assert files <= {".json", ".md", ".safetensors", ".yaml", ".jinja", ""}
     adapter = run / "checkpoints" / "step-000003" / "experts" / "vqa"
     assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "LORA"
 

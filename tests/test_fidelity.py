@@ -1,11 +1,14 @@
 """The fidelity report: its numbers on experts whose relations are known, and its page."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from moa.analysis.fidelity_page import details, summary, write_page
+from moa.analysis.fidelity_plots import pairwise
 from moa.merging.core import expert_from_tensors
 from moa.merging.fidelity import measure
 from moa.merging.interference import (
@@ -16,6 +19,7 @@ from moa.merging.interference import (
     sign_disagreement,
 )
 from moa.merging.merge import merge
+from moa.merging.report import interference_tables, report_lines
 from moa.peft_io import save_expert, site_keys
 from scripts import analyse
 from tests.test_merge_identities import experts_of
@@ -161,6 +165,55 @@ def test_an_expert_without_a_site_counts_as_nothing_there(three):
     assert record["sites"][SITES[1]]["norms"] == [1.0, 0.0]
     assert record["sites"][SITES[1]]["zero_rows"] == [0, None]
     assert record["total"]["norms"] == pytest.approx([2**0.5, 6.0])
+
+
+def lone(name, site, value=1.0):
+    """An expert of one site."""
+    tensors = dict(
+        zip(site_keys(site), (torch.tensor([[value, 0, 0]]), torch.ones(3, 1)), strict=True)
+    )
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [site]}
+    return expert_from_tensors(name, tensors, config)
+
+
+def test_a_pair_that_shares_no_site_stays_blank():
+    record = measure([lone("a", SITES[0]), lone("b", SITES[1]), lone("c", SITES[1], -2.0)])
+    assert record["total"]["sign_disagreement"] == [
+        [0.0, None, None],
+        [None, 0.0, 1.0],
+        [None, 1.0, 0.0],
+    ]
+    blank = np.isnan(pairwise(record["total"], "cosine"))
+    assert blank.tolist() == [[False, True, True], [True, False, False], [True, False, False]]
+    assert np.isnan(pairwise(record["layers"]["layers.0"], "overlap")[1, 2])  # neither is there
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    (_, pairs) = interference_tables(record)
+    assert dict(zip(pairs.columns[0].cells, pairs.columns[2].cells, strict=True)) == {
+        "b, c": "100.0%", "a, b": "-", "a, c": "-"
+    }  # fmt: skip
+
+
+def test_the_page_begins_with_what_the_model_answers_and_has_no_reprs(three, tmp_path):
+    about = {"method": "ties", "options": {"density": 0.2, "scope": None}, "sites": [], "beside": [],
+             "rules": [{"match": "mlp", "drop": False}]}  # fmt: skip
+    agreement = "6% of the merge's greedy tokens are those of the model that routes each sample"
+    record = measure([*three, lone("elsewhere", SITES[0])], None)
+    write_page(tmp_path / "page.html", record, about, agreement)
+    page = (tmp_path / "page.html").read_text()
+    assert page.index(agreement.replace("'", "&#x27;")) < page.index("fight most")
+    assert "<td>density=0.2</td>" in page and "<td>match=mlp</td>" in page
+    for repr_ in ("[]", "{", "None", "sites</td>", "beside"):
+        assert repr_ not in page.split("</style>")[1].split("data:image")[0], repr_
+
+
+@pytest.mark.parametrize(("share", "advised"), [(0.49, True), (0.5, False)])
+def test_low_agreement_comes_with_what_to_try_first(share, advised):
+    row = {"max_abs_logit_diff": 1.0, "max_abs_logit": 2.0, "greedy_token_agreement": 1.0}
+    routed = {"routed_model": {**row, "greedy_token_agreement": share}}
+    report = {"kind": "adapter", "dtype": "float32", "keys_written": 2, "verified": True,
+              "comparisons": {"written": row, "live_mixture": row, **routed}, "probe": {"samples": 4}}  # fmt: skip
+    last = report_lines(report, Path("out"))[-1]
+    assert last.startswith("advice: 49% of the merge's greedy tokens are those") == advised
 
 
 def test_the_script_reports_without_merging(three, tmp_path, capsys):

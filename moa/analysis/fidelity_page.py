@@ -62,14 +62,20 @@ PICTURES: dict[str, tuple[Callable[[Path, Record], None], str]] = {
 }
 
 
-def write_page(path: str | Path, record: Record, about: Mapping[str, Any]) -> None:
-    """Write the page of a fidelity record; `about` is what the merge was, by name, for its head."""
+def write_page(
+    path: str | Path, record: Record, about: Mapping[str, Any], agreement: str | None = None
+) -> None:
+    """Write the page of a fidelity record.
+
+    `about` is what the merge was, by name; `agreement` is a line on what the merged model answers, and comes first.
+    """
     merged, several = "merged" in record["total"], len(record["experts"]) > 1
     title = f"{'Merge' if merged else 'Experts'}: {', '.join(record['experts'])}"
     parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts += [f'<p class="first">{html.escape(line)}</p>' for line in summary(record, about)]
+    first = [*([agreement] if agreement else []), *summary(record, about)]
+    parts += [f'<p class="first">{html.escape(line)}</p>' for line in first]
     parts += [f"<p>{html.escape(line)}</p>" for line in details(record)]
-    parts.append(_html_table([(key, str(value)) for key, value in about.items()]))
+    parts.append(_html_table([(k, shown(v)) for k, v in about.items() if shown(v)]))
     if merged:
         parts += ["<h2>What became of each expert</h2>", _html_table(_expert_rows(record))]
     with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +89,17 @@ def write_page(path: str | Path, record: Record, about: Mapping[str, Any]) -> No
     parts += ["<h2>Layer by layer</h2>", _html_table(_layer_rows(record))]
     head = f'<!doctype html><meta charset="utf-8"><title>merge report</title><style>{STYLE}</style>'
     write_file(path, head + "\n".join(parts))
+
+
+def shown(value: Any) -> str:
+    """A setting as a reader writes it; empty for what is not set."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={shown(inner)}" for key, inner in value.items() if shown(inner))
+    if isinstance(value, list | tuple):
+        return ("; " if any(isinstance(v, Mapping) for v in value) else ", ").join(
+            map(shown, value)
+        )
+    return "" if value is None or value is False else str(value)
 
 
 def summary(record: Record, about: Mapping[str, Any]) -> list[str]:

@@ -29,6 +29,13 @@ def pairs_of(record: Record) -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda pair: cosine[pair[0]][pair[1]])
 
 
+def pairwise(row: Mapping[str, Any], key: str) -> np.ndarray:
+    """What a record has of every pair; NaN, which stays blank, of two that change no site in common."""
+    values = np.array(row[key], dtype=float)
+    values[np.isnan(np.array(row["sign_disagreement"], dtype=float))] = np.nan
+    return values
+
+
 def short(name: str) -> str:
     return name.removeprefix("model.").removeprefix("language_model.")
 
@@ -44,7 +51,7 @@ def draw_pairs(path: Path, record: Record) -> None:
     with page(path, WIDTH, 1.8 + 0.42 * len(names), "Which experts fight", "all sites") as figure:
         panels = figure.subplots(1, 3, sharey=True)
         for axes, key in zip(panels, ("cosine", "sign_disagreement", "overlap"), strict=True):
-            values = np.array(total[key])[1:, :-1]
+            values = pairwise(total, key)[1:, :-1]
             values[np.triu_indices(len(values), 1)] = np.nan
             axes.set_title(key.replace("_", " "))
             _table(axes, values, names[1:], names[:-1], key)
@@ -56,7 +63,7 @@ def draw_where(path: Path, record: Record) -> None:
     most = sorted(pairs_of(record), key=lambda p: -abs(cosine[p[0]][p[1]]))[:MANY_PAIRS]
     pairs = [pair for pair in pairs_of(record) if pair in most]
     heads = [f"{names[i]}\n{names[j]}" for i, j in pairs]
-    values = [[row["cosine"][i][j] for i, j in pairs] for row in layers.values()]
+    values = [[pairwise(row, "cosine")[pair] for pair in pairs] for row in layers.values()]
     with page(path, WIDTH, 1.9 + 0.27 * len(layers), "Where they fight", "by layer") as figure:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
         left.set_title("cosine of a pair" + ", those that meet most" * (len(pairs) == MANY_PAIRS))
@@ -92,6 +99,8 @@ def draw_spectra(path: Path, record: Record) -> None:
     with page(path, WIDTH, 3.6, "Singular values", site) as figure:
         panels = figure.subplots(1, 2 if merged else 1, squeeze=False)[0]
         for index, values in enumerate(row["singular_values"]):
+            if not values:  # the expert lacks this site
+                continue
             _line(panels[0], values, color=color(index), label=record["experts"][index], lw=1.2)
         if merged:
             before, after = merged["singular_values_of_sum"], merged["singular_values"]
@@ -173,7 +182,7 @@ def _table(
     axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], key: str
 ) -> None:
     """Numbers in coloured cells."""
-    cmap, low, high, text = _SCALES[key](np.nanmax(np.abs(values)))
+    cmap, low, high, text = _SCALES[key](np.nan_to_num(np.abs(values)).max())
     axes.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), rows)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moa.atomic import atomic_folder, write_json
+from moa.atomic import atomic_folder, write_file, write_json
 from moa.backbones.attention import pack_attention, split_attention
 from moa.backbones.clip import ClipBackbone, check_end_of_text
 from moa.backbones.clip_processor import of_open_clip
@@ -153,6 +153,7 @@ def export_open_clip(
     backbone: OpenClipBackbone,
     deltas: Mapping[str, Float[Tensor, "out in"]],
     report: Mapping[str, Any],
+    card: str,
 ) -> dict[str, Any]:
     """The base plus an update of some of its (split) linear layers, as a folder that plain open_clip
     loads by `local-dir:`, under the keys it always had; returns the export's report.
@@ -176,6 +177,7 @@ def export_open_clip(
         difference = reload_difference(folder, backbone, expected)
         full = {"kind": "open_clip", "keys_written": len(state), "sites_changed": len(deltas)}
         full |= {"max_abs_difference": difference, **report}
+        write_file(folder / "README.md", card)
         write_json(folder / REPORT, full)
     return full
 

@@ -17,12 +17,14 @@ from moa.backbones.open_clip import export_open_clip, is_open_clip, load_open_cl
 from moa.build import open_backbone
 from moa.command import progress_bar
 from moa.merging.base_files import match_sites, read_base
+from moa.merging.card import Card, local_fingerprint
 from moa.merging.core import Expert
 from moa.merging.export import (
     Verify,
     check_out,
     export_adapter,
     export_checkpoint,
+    rows_of,
     stored_dtype,
 )
 from moa.merging.fidelity import mean_cross_terms, measure
@@ -31,7 +33,7 @@ from moa.merging.merge import MergedSite, run_plan
 from moa.merging.methods import METHODS, check_options, find_method
 from moa.merging.plan import Plan, Weights, all_shapes, check_base_names, make_plan, sum_gates
 from moa.merging.probe import probe_of_noise, probe_of_run
-from moa.merging.report import report_lines, summary_tables
+from moa.merging.report import agreement_line, report_lines, summary_tables
 from moa.merging.settings import MergeConfig
 from moa.merging.source import Source, open_folders, open_run
 from moa.merging.spool import open_spool
@@ -177,7 +179,9 @@ def merge_into_open_clip(
     """The folder that plain open_clip loads, checked against the base with the update added."""
     backbone = load_open_clip(str(source.base_name(settings.base)))
     deltas = {site: result.lora_b @ result.lora_a for site, result in merged.items()}
-    found = export_open_clip(str(settings.out), backbone, deltas, {"merge": summary["total"]})
+    made = {"name": Path(str(settings.out)).name, **card_of(settings, source, merged)}
+    card = Card(kind="open_clip", **made).text()
+    found = export_open_clip(str(settings.out), backbone, deltas, {"merge": summary["total"]}, card)
     console.print(f"checkpoint: {settings.out}, for open_clip local-dir:{settings.out}; reloaded "
                   f"features differ by {found['max_abs_difference']:.1e}", soft_wrap=True)  # fmt: skip
 
@@ -215,6 +219,24 @@ def prepare_verify(
     )
 
 
+def card_of(
+    settings: MergeConfig, source: Source, merged: Mapping[str, MergedSite]
+) -> dict[str, Any]:
+    """What the card of a merge says beside what the export knows by itself."""
+    count, kind = len(source.experts), "a checkpoint" if settings.merged else "one LoRA adapter"
+    base = source.base_name(settings.base)
+    experts = {expert.name for expert in source.experts}
+    sources = source.config.data.sources if source.config else []
+    return {
+        "base": base,
+        "fingerprint": local_fingerprint(base),
+        "about": f"{count} LoRA experts merged into {kind} by `{settings.method}` at rank {settings.rank}.",
+        "rows": rows_of(source.experts, merged, source.folders),
+        "config": source.config,
+        "sources": [s for s in sources if s.expert in experts],
+    }
+
+
 def export(
     settings: MergeConfig,
     source: Source,
@@ -239,11 +261,15 @@ def export(
         record = measure(source.experts, merged)
         shown = {key: value for key, value in about.items() if key != "kept"}
         files["fidelity.json"] = {**shown, **record}
-        files["fidelity.html"] = lambda path: write_page(path, record, shown)
+        files["fidelity.html"] = lambda path, report: write_page(
+            path, record, shown, agreement_line(report)
+        )
+    card = card_of(settings, source, merged)
     shared: dict[str, Any] = {
         "dtype": settings.dtype,
-        "report": {"merge": about},
+        "report": {"merge": about, "base_fingerprint": card["fingerprint"]},
         "files": files,
+        "card": card,
         "verify": verify,
     }
     if not settings.merged:

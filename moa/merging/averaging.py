@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa.atomic import atomic_folder, write_json
+from moa.atomic import atomic_folder, write_file, write_json
 from moa.checkpoint import (
     CONFIG,
     MANIFEST,
@@ -23,6 +23,9 @@ from moa.checkpoint import (
     save_tensors,
     verify,
 )
+from moa.config import load_config
+from moa.merging.card import CARD, Card, local_fingerprint
+from moa.peft_io import CONFIG_FILE
 
 REPORT = "average.json"
 
@@ -74,8 +77,24 @@ def average_steps(
         report = {"steps": [folder.name for folder in folders], "weights": weights.tolist(),
                   "files": [str(file) for file in files]}  # fmt: skip
         write_json(temporary / REPORT, report)
+        write_file(temporary / CARD, _card(out, folders, weights).text())
         write_json(temporary / MANIFEST, manifest_of(temporary))
     return report
+
+
+def _card(out: str | Path, folders: Sequence[Path], weights: Tensor) -> Card:
+    config = load_config(folders[-1] / CONFIG)
+    rows = zip(folders, weights.tolist(), strict=True)
+    return Card(
+        name=Path(out).name,
+        kind="step",
+        about=f"The weighted mean of {len(folders)} steps of one run: experts, router and projector.",
+        base=config.model.name,
+        fingerprint=local_fingerprint(config.model.name),
+        rows=[(folder.name, f"{weight:.4g}", str(folder)) for folder, weight in rows],
+        config=config,
+        sources=config.data.sources,
+    )
 
 
 def mean_state(
@@ -125,9 +144,11 @@ def _trained_files(folders: Sequence[Path]) -> list[Path]:
 def _copy_rest(step: Path, out: Path) -> None:
     shutil.copytree(step / "processor", out / "processor")
     shutil.copyfile(step / CONFIG, out / CONFIG)
-    for config in step.glob("experts/*/adapter_config.json"):
-        (out / config.relative_to(step)).parent.mkdir(parents=True)
-        shutil.copyfile(config, out / config.relative_to(step))
+    for expert in step.glob("experts/*"):
+        (out / "experts" / expert.name).mkdir(parents=True)
+        for name in (CONFIG_FILE, CARD):
+            if (expert / name).is_file():
+                shutil.copyfile(expert / name, out / "experts" / expert.name / name)
 
 
 def _check_out(out: str | Path) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from safetensors import safe_open
 from torch import Tensor
 
-from moa.atomic import atomic_folder, write_json
+from moa.atomic import atomic_folder, write_file, write_json
 from moa.merging.base_files import (
     INDEX_FILE,
     BaseFiles,
@@ -27,13 +27,24 @@ from moa.merging.base_files import (
     match_sites,
     read_base,
 )
+from moa.merging.card import CARD, Card
 from moa.merging.core import Expert
 from moa.merging.merge import MergedSite, update_shape
+from moa.merging.report import comparison_lines
 from moa.merging.shards import write_shard
 from moa.peft_io import site_keys, write_expert
 
-REPORT_FILE = "export_report.json"
-NO_COPY = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf"}
+REPORT_FILE, BASE = "export_report.json", "base_model_name_or_path"
+ABOUT = {
+    "adapter": "LoRA experts merged into one adapter, which plain PEFT loads.",
+    "checkpoint": "LoRA experts merged into their base, as a checkpoint that plain transformers loads.",
+}
+# Of a base: what loads it, and its license. Not its weights, card, recipe, logs or reports, which are about the base.
+COPIED = re.compile(
+    r"(?!adapter_).*config\.json|.*(tokenizer|tokens|processor).*\.json|(vocab|merges)\..*|chat_template\..*"
+    r"|tekken\.json|.*\.(jinja|model|spm|tiktoken)|(licen[cs]e|notice|use_policy).*",
+    re.IGNORECASE,
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # (folder, what its files now mean) -> the report's part on the check
 Verify = Callable[[Path, "Written"], dict[str, Any]]
@@ -75,13 +86,14 @@ def export_adapter(
     dtype: str = "auto",
     report: Mapping[str, Any] | None = None,
     files: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
     verify: Verify | None = None,
 ) -> dict[str, Any]:
-    """One PEFT adapter, scaling exactly 1, with its report; returns the report.
+    """One PEFT adapter, scaling exactly 1, with its report and card; returns the report.
 
     `dtype` "auto" is the widest of the experts'. `report` is joined to the export's, `files` are
-    further files by name: records for JSON, or functions that write to a path. Raises as `verify`
-    does, and then writes nothing.
+    further files by name: records for JSON, or functions of a path to write to and the report; `card`
+    are fields of `Card` that this function cannot know. Raises as `verify` does, and then writes nothing.
     """
     check_out(out)
     stored = stored_dtype(experts, dtype)
@@ -102,7 +114,9 @@ def export_adapter(
     full = {"kind": "adapter", "dtype": _name(stored), "keys_written": len(tensors)}
     with atomic_folder(out) as temporary:
         write_expert(temporary, tensors, config, name=out)
-        return _finish(temporary, {**full, **(report or {})}, files or {}, written, verify)
+        made = {"name": Path(out).name, "kind": "adapter", "base": config[BASE], **(card or {})}
+        made.setdefault("rows", rows_of(experts, merged))
+        return _finish(temporary, {**full, **(report or {})}, files or {}, made, written, verify)
 
 
 def export_checkpoint(
@@ -117,6 +131,7 @@ def export_checkpoint(
     replaced: Mapping[str, Tensor] | None = None,
     report: Mapping[str, Any] | None = None,
     files: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
     verify: Verify | None = None,
 ) -> dict[str, Any]:
     """The base with the merged update in its weights, in the base's layout; returns the report.
@@ -156,7 +171,24 @@ def export_checkpoint(
             _copy_processor(Path(processor), temporary)
         if set(read_base(temporary).files) != set(source.files):
             raise AssertionError("the checkpoint's keys differ from the base's")
-        return _finish(temporary, {**full, **(report or {})}, files or {}, written, verify)
+        made = {"name": Path(out).name, "kind": "checkpoint", "base": str(base), **(card or {})}
+        made.setdefault("rows", rows_of(experts, merged))
+        return _finish(temporary, {**full, **(report or {})}, files or {}, made, written, verify)
+
+
+def rows_of(
+    experts: Sequence[Expert],
+    merged: Mapping[str, MergedSite],
+    folders: Sequence[str | Path] | None = None,
+) -> list[tuple[str, str, str]]:
+    """The card's row of each expert: its name, its weight, its folder."""
+    weights = torch.stack([site.weights for site in merged.values()])
+    same = (weights == weights[0]).all(0).tolist()
+    found = [
+        f"{w:.4g}" if s else "per site" for w, s in zip(weights[0].tolist(), same, strict=True)
+    ]
+    names = [expert.name for expert in experts]
+    return list(zip(names, found, map(str, folders or [""] * len(names)), strict=True))
 
 
 def adapter_config(
@@ -169,10 +201,10 @@ def adapter_config(
     pattern = {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != usual}
     configs = [expert.config for expert in experts]
     tasks = {config.get("task_type") for config in configs}
-    bases = [config.get("base_model_name_or_path") for config in configs]
+    bases = [config.get(BASE) for config in configs]
     return {
         "task_type": tasks.pop() if len(tasks) == 1 else None,
-        "base_model_name_or_path": base or next(filter(None, bases), None),
+        BASE: base or next(filter(None, bases), None),
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": pattern,
@@ -255,10 +287,9 @@ def _changed_tensors(
 
 
 def copy_other_files(source: Path, out: Path, cast: torch.dtype | None) -> None:
-    """Config, processor, tokenizer and templates; never weights, pickles or the base's reports."""
+    """Config, processor, tokenizer, templates and license of a base: what `COPIED` matches."""
     for file in sorted(source.iterdir()):
-        skip = file.suffix in NO_COPY or file.name in (INDEX_FILE, REPORT_FILE)
-        if file.is_file() and not skip and not file.name.startswith("."):
+        if file.is_file() and COPIED.fullmatch(file.name):
             shutil.copyfile(file, out / file.name)
     if cast is not None:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
@@ -272,9 +303,9 @@ def copy_other_files(source: Path, out: Path, cast: torch.dtype | None) -> None:
 
 def _copy_processor(source: Path, out: Path) -> None:
     if not source.is_dir():
-        raise ValueError(f"processor: {source} is no folder")
+        raise ValueError(f"processor: {source} is not a folder")
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix not in NO_COPY and file.name != "config.json":
+        if file.is_file() and COPIED.fullmatch(file.name) and file.name != "config.json":
             shutil.copyfile(file, out / file.name)
 
 
@@ -292,17 +323,20 @@ def _finish(
     folder: Path,
     report: dict[str, Any],
     files: Mapping[str, Any],
+    card: Mapping[str, Any],
     written: Written,
     verify: Verify | None,
 ) -> dict[str, Any]:
-    for name, value in files.items():
-        if callable(value):
-            value(folder / name)
-        else:
-            write_json(folder / name, value)
     report["verified"] = verify is not None
     if verify is not None:
         report |= verify(folder, written)
+    for name, value in files.items():
+        if callable(value):
+            value(folder / name, report)
+        else:
+            write_json(folder / name, value)
+    made = {"about": ABOUT[report["kind"]], "checks": comparison_lines(report), **card}
+    write_file(folder / CARD, Card(**made).text())
     write_json(folder / REPORT_FILE, report)
     return report
 

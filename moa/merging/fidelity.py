@@ -178,16 +178,22 @@ def _over_sites(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     whole = energy.sum(0).sqrt()
     product = torch.einsum("si,sj->sij", norms, norms)
 
-    def mean(name: str, total: Tensor) -> list[list[float]]:
+    def mean(name: str, total: Tensor) -> Tensor:
         values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
-        return ((values * product).sum(0) / total.clamp(min=TINY)).tolist()
+        return (values * product).sum(0) / total.clamp(min=TINY)
+
+    disagreement, met = mean("sign_disagreement", product.sum(0)).tolist(), product.sum(0).tolist()
 
     weighed = list(zip(rows, energy.sum(1).tolist(), strict=True))
     record: dict[str, Any] = {
         "norms": whole.tolist(),
-        "cosine": mean("cosine", torch.outer(whole, whole)),
-        "overlap": mean("overlap", product.sum(0)),
-        "sign_disagreement": mean("sign_disagreement", product.sum(0)),
+        "cosine": mean("cosine", torch.outer(whole, whole)).tolist(),
+        "overlap": mean("overlap", product.sum(0)).tolist(),
+        # None for a pair that changes no site in common
+        "sign_disagreement": [
+            [v if m else None for v, m in zip(*pair, strict=True)]
+            for pair in zip(disagreement, met, strict=True)
+        ],
         "sign_conflict": _mean([(row["sign_conflict"], e) for row, e in weighed]),
         "cross_terms": _mean(
             [(row["cross_terms"], e) for row, e in weighed if row["cross_terms"] is not None]

@@ -14,8 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moa.atomic import atomic_folder, write_json
+from moa.atomic import atomic_folder, write_file, write_json
+from moa.fingerprint import base_fingerprint
 from moa.merging.base_files import BaseFiles, match_spelling, read_base
+from moa.merging.card import CARD, Card
 from moa.merging.export import (
     DTYPES,
     check_out,
@@ -122,12 +124,31 @@ def merge_checkpoints(
         write_index(temporary, inputs.base, shards, cast)
         copy_other_files(inputs.base.folder, temporary, cast)
         write_json(temporary / MANIFEST, manifest)
+        write_file(temporary / CARD, _card(out, inputs, models, method, chosen).text())
         write_json(
             temporary / "export_report.json",
             {"kind": "checkpoint", "method": method, "options": dict(options or {}),
              "weights": dict(zip(inputs.models, chosen.tolist(), strict=True)), "dtype": dtype},
         )  # fmt: skip
     return manifest
+
+
+def _card(
+    out: str | Path,
+    inputs: Inputs,
+    folders: Mapping[str, str | Path],
+    method: str,
+    weights: Tensor,
+) -> Card:
+    rows = zip(folders.items(), weights.tolist(), strict=True)
+    return Card(
+        name=Path(out).name,
+        kind="checkpoint",
+        about=f"{len(folders)} checkpoints of one base merged by `{method}`, tensor by tensor.",
+        base=str(inputs.base.folder),
+        fingerprint=base_fingerprint(inputs.base.folder),
+        rows=[(name, f"{weight:.4g}", str(folder)) for (name, folder), weight in rows],
+    )
 
 
 def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules) -> Inputs:

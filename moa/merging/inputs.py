@@ -26,9 +26,8 @@ def open_adapters(folders: Sequence[str | Path]) -> list[Expert]:
 
     Raises ValueError as `peft_io.read_header` does.
     """
-    folders = [Path(folder) for folder in folders]
     experts: list[Expert] = []
-    for folder in folders:
+    for folder in map(Path, folders):
         stem = re.sub(r"[^\w-]", "_", folder.resolve().name)
         taken = {expert.name for expert in experts}
         names = (stem, *(f"{stem}_{number}" for number in range(2, len(folders) + 2)))

@@ -14,8 +14,10 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from moa.atomic import atomic_folder, write_json
+from moa.atomic import atomic_folder, write_file, write_json
+from moa.fingerprint import base_fingerprint
 from moa.merging.base_files import BaseFiles, read_base
+from moa.merging.card import CARD, Card
 from moa.merging.export import (
     REPORT_FILE,
     check_out,
@@ -125,8 +127,24 @@ def write_stack(
         copy_other_files(files.folder, temporary, None)
         write_json(temporary / "config.json", files.config)
         write_json(temporary / MANIFEST, manifest)
+        write_file(temporary / CARD, _card(out, stacked).text())
         write_json(temporary / REPORT_FILE, report)
     return manifest
+
+
+def _card(out: str | Path, stacked: Stacked) -> Card:
+    first = stacked.slices[0].model
+    return Card(
+        name=Path(out).name,
+        kind="checkpoint",
+        about="Layers of checkpoints stacked into a model of another depth; it needs training.",
+        base=first,
+        fingerprint=base_fingerprint(first),
+        rows=[
+            (f"slice {number}", f"layers {part.layers[0]} to {part.layers[1] - 1}", part.model)
+            for number, part in enumerate(stacked.slices)
+        ],
+    )
 
 
 def find_stack(files: BaseFiles) -> str:

@@ -10,6 +10,8 @@ from moa.merging.method import SPACES
 from moa.merging.methods import METHODS, method_options
 
 WORDS = {"mean": "1/N each", "ones": "1 each"}
+MODELS = {"routed_model": "the model that routes each sample", "live_mixture": "the live mixture"}
+LOW_AGREEMENT = 0.5  # of greedy tokens
 MANY_PAIRS = 10  # more are in fidelity.json
 LABELS = {
     "written": "against the written weights, added by hand",
@@ -57,10 +59,11 @@ def interference_tables(record: dict[str, Any]) -> list[Table]:
     for i, j in sorted(both[:MANY_PAIRS], key=lambda pair: total["cosine"][pair[0]][pair[1]]):
         cosines = {layer: row["cosine"][i][j] for layer, row in record["layers"].items()}
         lowest = min(cosines, key=cosines.__getitem__)
+        disagree = total["sign_disagreement"][i][j]
         pairs.add_row(
             f"{names[i]}, {names[j]}",
             f"{total['cosine'][i][j]:.3f}",
-            f"{total['sign_disagreement'][i][j]:.1%}",
+            "-" if disagree is None else f"{disagree:.1%}",
             f"{total['overlap'][i][j]:.3f}",
             f"{_short(lowest)}: {cosines[lowest]:.3f}",
         )
@@ -80,10 +83,42 @@ def report_lines(report: dict[str, Any], out: Path) -> list[str]:
     if not report["verified"]:
         return [*lines, "not verified (verify=false)"]
     lines.append("reloaded in a fresh process; largest logit difference, equal greedy tokens:")
-    for name, row in report["comparisons"].items():
+    lines += [f"  {line}" for line in comparison_lines(report)]
+    return [*lines, *filter(None, [advice(report)])]
+
+
+def comparison_lines(report: dict[str, Any]) -> list[str]:
+    """What the check of an export measured; empty where it was not run."""
+    lines = []
+    for name, row in report.get("comparisons", {}).items():
         gap = f"{row['max_abs_logit_diff']:.3g} of {row['max_abs_logit']:.3g}"
-        lines.append(f"  {LABELS[name]}: {gap}, {row['greedy_token_agreement']:.0%}")
+        lines.append(f"{LABELS[name]}: {gap}, {row['greedy_token_agreement']:.0%}")
     return lines
+
+
+def agreement_line(report: dict[str, Any]) -> str | None:
+    """The share of greedy tokens that the merge has in common with the routed model, or else with the live mixture."""
+    found = [
+        key for key in ("routed_model", "live_mixture") if key in report.get("comparisons", {})
+    ]
+    if not found:
+        return None
+    share = report["comparisons"][found[0]]["greedy_token_agreement"]
+    of = f"{MODELS[found[0]]} ({report['probe']['samples']} prompts)"
+    return f"{share:.0%} of the merge's greedy tokens are those of {of}."
+
+
+def advice(report: dict[str, Any]) -> str | None:
+    """What to try first where the merge says other things than what it stands for."""
+    line = agreement_line(report)
+    found = report.get("comparisons", {})
+    row = found.get("routed_model") or found.get("live_mixture")
+    if row is None or row["greedy_token_agreement"] >= LOW_AGREEMENT:
+        return None
+    return (
+        f"advice: {line} Expect low scores; try rank=sum, then weights learned from a little data "
+        "(scripts/learn_weights.py method=lora_soups), then compare methods with scripts/compare_merges.py"
+    )
 
 
 def method_lines() -> list[str]:
