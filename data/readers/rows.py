@@ -121,7 +121,7 @@ class JsonRows:
         """The value of the first row with this key; ValueError where there is none."""
         found = self.all(key)
         if not found:
-            name = f"{self.key} {key!r}" if self.key else repr(key)
+            name = f"{self.key} {key!r:.60}" if self.key else f"{key!r:.60}"
             raise ValueError(f"{self.path} has no {name}{f' in {self.at}' if self.at else ''}")
         return found[0].value
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 
+from data.checks import BadSampleError
 from data.pictures import coco_number, find_picture
 from data.readers.fields import answers_of, field, name, tags_of, text, texts
 from data.readers.record import Record, Records
@@ -171,7 +172,11 @@ def read_scienceqa(source: SourceConfig) -> Records:
 
 
 def problem(problems: JsonRows, key: str) -> Row:
-    return Row(problems.one(key), f"{problems.path}: [{key!r}]", key=key)
+    where = f"{problems.path}: [{key!r:.60}]"
+    try:
+        return Row(problems.one(key), where, key=key)
+    except ValueError as error:  # an id of the splits that no problem has
+        raise BadSampleError(where, "unreadable row", str(error)) from None
 
 
 def parse_scienceqa(row: Row, images: str) -> Record:
