@@ -16,7 +16,7 @@ from itertools import zip_longest
 from typing import Any
 
 GENERATION_MARK = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
-EDGE = "\uf8f0"  # of a private use: stands in a rendered chat where a mark begins or ends
+EDGE = "\ufdd0"  # no character: stands in a rendered chat where a mark begins or ends
 MARKER = "answerQ7xK2vJ9wZ4"  # letters and digits: no template trims, splits or escapes it
 CONTEXT = 32  # characters before a text, which may change its first token
 WITHOUT_TEMPLATE = ("PaliGemmaProcessor",)  # whose bases were trained without roles

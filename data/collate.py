@@ -194,7 +194,7 @@ class Collator:
         if not sample.boxes:
             return None
         hidden = max(map(self.geometry(sample).hidden, sample.boxes))
-        if hidden < 1e-6 or hidden < 1 - self.min_visible:
+        if hidden <= 1 - self.min_visible + 1e-6:  # as much as the crop's rounding
             return None
         detail = (
             f"{hidden:.0%} of a box; let the processor pad (do_pad) or resize, or accept it by "

@@ -87,6 +87,16 @@ def test_a_withheld_task_reaches_neither_prompt_nor_router():
     assert batch.task_ids.tolist() == [-1]
 
 
+def test_tasks_are_withheld_from_training_samples_alone_by_their_share():
+    rows = [sample(id=str(number)) for number in range(5000)]
+    counts = [
+        sum(map(replace(COLLATE, task_dropout=share).withholds, rows)) for share in (0.0, 0.3, 1.0)
+    ]
+    assert counts[0] == 0 and counts[1] == pytest.approx(1500, abs=150) and counts[2] == 5000
+    asked = replace(COLLATE, task_dropout=1.0, for_generation=True)([sample()])
+    assert "[vqa]" in prompt_of(asked) and asked.task_ids.tolist() == [0]
+
+
 def test_the_routers_text_is_the_question_alone():
     batch = COLLATE([sample(), sample(ocr=None, answers=("green",), task="grounding")])
     assert torch.equal(batch.text_ids[0], batch.text_ids[1])
@@ -112,6 +122,8 @@ def test_a_batch_without_any_ocr_keeps_its_axes_and_masks_them():
 def test_the_most_confident_words_are_kept_in_reading_order():
     words = (word("a", 0.2), word("b", 0.9), word("c", 0.5))
     assert [w.text for w in chosen_words(sample(ocr=words), 2)] == ["b", "c"]
+    rising = (word("a", 0.5), word("b", 0.9))
+    assert [w.text for w in chosen_words(sample(ocr=rising), 2)] == ["a", "b"]
 
 
 def test_ids_name_tasks_and_experts_by_their_place_in_the_config():
@@ -147,6 +159,16 @@ def test_a_sample_that_is_too_long_is_named_and_never_cut():
     short = replace(COLLATE, max_length=70)
     with pytest.raises(BadSampleError, match=r"source 'toy', sample 7: too long: \d+ tokens"):
         short([sample(question="why " * 60)])
+
+
+def test_a_sample_of_just_the_longest_length_stays_beside_one_that_is_too_long():
+    long, longer = sample(id="8"), sample(id="9", question="what colour is the square??")
+    count = COLLATE.num_tokens(long)
+    assert COLLATE.num_tokens(longer) == count + 1
+    collate = replace(COLLATE, max_length=count)
+    assert [e.rule for e in collate.split([longer])[1]] == ["too long"]
+    batch, rejected = collate.split([longer, long])
+    assert [s.id for s in batch.samples] == ["8"] and len(rejected) == 1
 
 
 def test_bad_samples_are_split_off_and_the_good_ones_keep_their_encoding():
@@ -239,6 +261,16 @@ def test_a_box_that_the_centre_crop_hides_is_a_bad_sample_and_counted():
     assert [s.id for s in batch.samples] == ["seen"]
     assert [e.rule for e in rejected] == ["box hidden by crop"] * 2
     assert "50% of a box" in str(rejected[0]) and "prompt.min_visible" in str(rejected[0])
+
+
+def test_the_worst_of_several_boxes_counts_and_the_least_share_is_enough():
+    seen, half = (15, 0, 45, 30), (0, 0, 30, 30)
+    collate = replace(COLLATE, processor=CROPPING, min_visible=0.5)
+    assert collate.error_of(sample(image=WIDE, answers=(), boxes=(half,))) is None
+    strict = replace(collate, min_visible=0.51)
+    for boxes in ((seen, half), (half, seen)):
+        error = strict.error_of(sample(image=WIDE, answers=(), boxes=boxes))
+        assert error is not None and error.rule == "box hidden by crop"
 
 
 def test_a_cropped_box_is_learned_as_what_is_left_of_it_where_that_is_accepted():

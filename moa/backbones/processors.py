@@ -67,6 +67,8 @@ def within(seconds: float, call: Callable[[], Any]) -> None:
     def run() -> None:
         try:
             call()
+        except SystemExit:  # stopped
+            return
         except Exception as error:  # raised again below, in the thread that waits
             failure.append(error)
 
