@@ -133,6 +133,13 @@ def test_the_end_of_text_is_checked_where_a_config_has_the_old_mistake(tmp_path)
         load_clip(str(folder))
 
 
+def test_an_end_token_in_a_caption_is_a_bad_sample_since_the_text_would_end_there(kind, folders):
+    backbone = open_backbone(str(folders[kind]))
+    end = "<end_of_text>" if kind == "open_clip" else backbone.processor.tokenizer.eos_token
+    batch, rejected = collator_of(backbone).split([pair(0), pair(1, answers=(end,), choices=())])
+    assert len(batch) == 1 and [error.rule for error in rejected] == ["special token in text"]
+
+
 def test_tokens_are_the_librarys_and_too_long_texts_are_refused(kind, folders):
     processor = open_backbone(str(folders[kind])).processor
     ids, mask = processor.texts(TEXTS)

@@ -69,6 +69,10 @@ class OpenClipTokenizer:
         self.pad_token_id = 0 if inner is None else inner.pad_token_id
         self.eos_token_id = tokenizer.eot_token_id if inner is None else inner.eos_token_id
         self.context_length: int = tokenizer.context_length
+        known = tokenizer if inner is None else inner
+        self.all_special_tokens = getattr(known, "all_special_tokens", None) or [
+            known.decoder[number] for number in known.all_special_ids
+        ]
 
     def __call__(
         self, texts: Sequence[str], add_special_tokens: bool = True
