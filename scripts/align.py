@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoProcessor, CLIPModel
 
 from data.readers.table import open_records
 from moa.atomic import atomic_folder, write_json
+from moa.backbones.loading import load_weights, read_any_config
 from moa.command import run_command
 from moa.config import SourceConfig
 from moa.merging.activations import activation_matching
@@ -89,12 +90,12 @@ def run_align(settings: AlignConfig, console: Console) -> None:
 def load_clip(folder: str | Path) -> Any:
     """The model of a local folder, in its own dtype; ValueError for another architecture."""
     path = local_base(str(folder))
-    kind = AutoConfig.from_pretrained(path).model_type
+    kind = read_any_config(str(path)).model_type
     if kind not in SUPPORTED:
         raise ValueError(
             f"{folder}: is a {kind!r}; the symmetries of {list(SUPPORTED)} are known (moa/merging/symmetries.py)"
         )
-    model = SUPPORTED[kind].from_pretrained(path, dtype="auto").eval()
+    model = load_weights(SUPPORTED[kind], str(path), dtype="auto").eval()
     if model.dtype not in TOLERANCE:
         raise ValueError(f"{folder}: is stored in {model.dtype}; choices: {list(TOLERANCE)}")
     return model

@@ -116,5 +116,5 @@ def test_a_folder_is_loaded_frozen_with_its_processor(tmp_path):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing is no folder"):
+    with pytest.raises(ValueError, match="nothing is not a folder"):
         load_backbone(str(tmp_path / "nothing"))

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor
 
 from data.batch import Batch
 from data.collate import Intake
 from moa.backbones.clip_processor import ClipProcessor, of_transformers
 from moa.backbones.llava import Look
+from moa.backbones.loading import faults_of, load_weights, read_any_config
 
 FAMILIES = ("clip", "siglip")
 
@@ -124,8 +125,8 @@ class ClipBackbone:
 def is_clip(name: str) -> bool:
     """Whether transformers knows this name or folder as a dual encoder; only its config is read."""
     try:
-        return AutoConfig.from_pretrained(name).model_type in FAMILIES
-    except (OSError, ValueError):  # what is wrong with it, loading says
+        return read_any_config(name).model_type in FAMILIES
+    except ValueError:  # what is wrong with it, loading says
         return False
 
 
@@ -134,12 +135,14 @@ def load_clip(name: str, dtype: torch.dtype = torch.float32) -> ClipBackbone:
 
     Raises ValueError for a text tower that would not pool at the end of a text.
     """
-    model = AutoModel.from_pretrained(name, dtype=dtype)
+    model = load_weights(AutoModel, name, dtype=dtype)
     config = model.config
     widths = {"image": config.vision_config.hidden_size, "text": config.text_config.hidden_size}
+    with faults_of(name, "processor"):
+        processor = of_transformers(AutoProcessor.from_pretrained(name), config)
     backbone = ClipBackbone(
         model=model.eval().requires_grad_(False),
-        processor=of_transformers(AutoProcessor.from_pretrained(name), config),
+        processor=processor,
         dims=widths,
         name=name,
     )

@@ -16,19 +16,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from data.batch import Batch
 from data.chat import ChatEncoder
 from data.collate import Intake
 from moa.backbones.families import FAMILIES, Family
+from moa.backbones.loading import load_weights, read_any_config
 from moa.backbones.processors import PROBE, box_convention, open_processor
 from moa.backbones.quantization import quantization_config
 from moa.backbones.rows import picture_rows
@@ -360,7 +360,7 @@ def load_backbone(
     processor = open_processor(name_or_path, image_processor)
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights: in a log it is noise
-    model = AutoModelForImageTextToText.from_pretrained(name_or_path, dtype=dtype, **options)
+    model = load_weights(AutoModelForImageTextToText, name_or_path, dtype=dtype, **options)
     return Backbone(
         model=model.eval().requires_grad_(False), processor=processor, name=name_or_path
     )
@@ -368,15 +368,7 @@ def load_backbone(
 
 def read_config(name_or_path: str) -> Any:
     """The config of a base of the family; ValueError for what is none."""
-    if name_or_path.startswith((".", "/", "~")) and not Path(name_or_path).is_dir():
-        raise ValueError(f"model: {name_or_path} is no folder")
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except OSError as error:  # transformers takes a folder that is not there for a hub name
-        raise ValueError(
-            f"model: {name_or_path} is no folder with a config.json here, and the hub gave no model "
-            f"of this name: {str(error).splitlines()[0]}"
-        ) from error
+    config = read_any_config(name_or_path)
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"model: {name_or_path} is a {config.model_type}; choices: {', '.join(FAMILIES)}"

@@ -20,6 +20,7 @@ from moa.atomic import atomic_folder, write_file, write_json
 from moa.backbones.attention import pack_attention, split_attention
 from moa.backbones.clip import ClipBackbone, check_end_of_text
 from moa.backbones.clip_processor import of_open_clip
+from moa.backbones.loading import faults_of
 
 PREFIX, CONFIG, WEIGHTS = "open_clip:", "open_clip_config.json", "open_clip_model.safetensors"
 REPORT, TOLERANCE = "export_report.json", 1e-5  # of normalised features, in float32
@@ -71,7 +72,7 @@ def load_open_clip(name: str, dtype: torch.dtype = torch.float32) -> OpenClipBac
     import open_clip  # here: it imports torchvision and timm, which only its users need
 
     architecture, pretrained = parse_name(name)
-    try:
+    with faults_of(name, "open_clip files"):
         model, _, transform = open_clip.create_model_and_transforms(
             architecture,
             pretrained=pretrained,
@@ -79,8 +80,6 @@ def load_open_clip(name: str, dtype: torch.dtype = torch.float32) -> OpenClipBac
             force_patch_dropout=0.0,  # the frozen base sees whole pictures, in training too
         )
         tokenizer = open_clip.get_tokenizer(architecture)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"model: {name}: open_clip says: {str(error).splitlines()[0]}") from error
     config = {
         "model_cfg": open_clip.get_model_config(architecture),
         "preprocess_cfg": dict(model.visual.preprocess_cfg),
@@ -129,7 +128,7 @@ def files_of_open_clip(name: str) -> tuple[list[Path], dict[str, Any]]:
     from open_clip.pretrained import download_pretrained, download_pretrained_from_hf
 
     architecture, pretrained = parse_name(name)
-    try:
+    with faults_of(name, "open_clip files"):
         config = open_clip.get_model_config(architecture)
         if architecture.startswith("local-dir:"):
             file = _find_checkpoint_in_dir(Path(architecture.removeprefix("local-dir:")))
@@ -139,8 +138,6 @@ def files_of_open_clip(name: str) -> tuple[list[Path], dict[str, Any]]:
             file = pretrained
         else:
             file = download_pretrained(open_clip.get_pretrained_cfg(architecture, pretrained))
-    except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"model: {name}: open_clip says: {str(error).splitlines()[0]}") from error
     if not file or config is None:
         raise ValueError(
             f"model: {name} has no weights, or open_clip does not know its architecture"

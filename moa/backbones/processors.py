@@ -19,6 +19,7 @@ from data.boxes import CODECS
 from data.chat import ChatEncoder, check_parts, message
 from data.checks import RefusedError, refusals
 from moa.backbones.families import Family
+from moa.backbones.loading import faults_of
 
 KEY = "model.image_processor"
 LOCATION = re.compile(r"<loc\d{4}>")
@@ -29,11 +30,8 @@ NOT_SETTINGS = ("data_format", "input_data_format", "device", "return_tensors", 
 
 def open_processor(name: str, settings: Mapping[str, Any] | None = None) -> Any:
     """The processor of a folder or hub name, with other `settings` of its image processor."""
-    try:
+    with faults_of(name, "processor"):
         processor = AutoProcessor.from_pretrained(name)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"model: {name} has no processor that can be read: {reason}") from error
     check_processor(processor, name)
     if settings:
         processor.image_processor = adjusted(processor.image_processor, settings)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
@@ -19,6 +18,7 @@ from transformers import (
 
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone
+from moa.backbones.loading import read_any_config
 
 CLIP_LARGE_336: dict[str, Any] = {
     "hidden_size": 1024,
@@ -72,10 +72,7 @@ def find_shape(name: str) -> Any:
         raise ValueError(
             f"backbone: {name!r} is no folder; choices: {', '.join(LLAMA_2)}, a folder"
         )
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"backbone: {name}: {str(error).splitlines()[0]}") from error
+    config = read_any_config(name)
     possible = [kind for kind, family in FAMILIES.items() if family.rows in PLANNED]
     if config.model_type not in possible:
         raise ValueError(

@@ -1,0 +1,78 @@
+"""A base's files as transformers loads them, where whatever is wrong with them is one line.
+
+transformers fills a weight that the files lack with random numbers, and says so in a report that nobody reads; here
+that is an error. Weights are safetensors: no pickle is opened.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.utils import logging
+
+
+def read_any_config(name: str) -> Any:
+    """The config of a folder or hub name; ValueError for one that transformers cannot make sense of."""
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise ValueError(f"model: {name} is not a folder, and a name of the hub is ORG/MODEL")
+    with faults_of(name, "config.json"):
+        return AutoConfig.from_pretrained(name)
+
+
+def load_weights(auto: Any, name: str, **options: Any) -> Any:
+    """The model of a folder or hub name by a class of transformers, with every weight from its files.
+
+    Raises ValueError, naming the weights, where some are missing or have another shape, and for files that
+    are missing or damaged. Weights that no layer reads are named on stderr.
+    """
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # of its report, which says again what is checked here
+    try:
+        with faults_of(name, "weights"):
+            model, found = auto.from_pretrained(
+                name,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                **options,
+            )
+    finally:
+        logging.set_verbosity(level)
+    check_loaded(name, found)
+    return model
+
+
+def check_loaded(name: str, found: dict[str, Any]) -> None:
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"model: {name} lacks {_several(missing)}: its model would run with random numbers there; "
+            "get the whole checkpoint, or the config.json that fits these weights"
+        )
+    if mismatched := sorted(found["mismatched_keys"]):
+        key, stored, wanted = mismatched[0]
+        raise ValueError(
+            f"model: {name} has {key} as {list(stored)}, and its config.json wants {list(wanted)}; "
+            f"{len(mismatched)} weights have another shape, so that weights and config do not belong together"
+        )
+    if unread := sorted(found["unexpected_keys"]):
+        print(f"warning: model: {name}: no layer reads {_several(unread)}", file=sys.stderr)
+
+
+def _several(keys: list[str]) -> str:
+    return keys[0] if len(keys) == 1 else f"{len(keys)} weights, first {keys[0]}"
+
+
+@contextmanager
+def faults_of(name: str, part: str) -> Iterator[None]:
+    """What a library raises inside (each its own kinds, for the same damaged file) is a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ValueError(
+            f"model: {name}: its {part} cannot be loaded: {kind}{reason[:300]}"
+        ) from error
