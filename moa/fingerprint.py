@@ -16,7 +16,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from moa.backbones.open_clip import files_of_open_clip, is_open_clip
-from moa.merging.base_files import local_base, plain_key, read_json_object, weight_files
+from moa.merging.base_files import local_base, weight_files
+from moa.peft_io import read_json_object
+from moa.spelling import plain
 
 WHOLE = 1 << 28
 BLOCKS, BLOCK = 16, 1 << 12
@@ -85,7 +87,7 @@ def _entries(file: Path) -> Iterator[Stored]:
             continue
         begin, end = (8 + length + offset for offset in entry["data_offsets"])
         kind = f"{entry['dtype']} {entry['shape']}"
-        yield Stored(key=plain_key(key), kind=kind, file=file, begin=begin, end=end)
+        yield Stored(key=plain(key), kind=kind, file=file, begin=begin, end=end)
 
 
 def _content(entry: Stored, whole: bool) -> str:

@@ -1,14 +1,36 @@
 """Which layers of a model a list of target names or expressions means."""
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
+import regex  # re with a limit on the time that an expression may take
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 T = TypeVar("T")
+SECONDS = 2.0  # for one path: an honest expression takes microseconds
+
+
+def fits(pattern: str, path: str, where: str) -> bool:
+    """Whether a regular expression matches a whole path; ValueError naming `where` for one that is none."""
+    try:
+        return _compiled(pattern).fullmatch(path, timeout=SECONDS) is not None
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{where}: {pattern[:80]!r} is not a regular expression: {error}"
+        ) from None
+    except TimeoutError:
+        raise ValueError(
+            f"{where}: {pattern[:80]!r} took over {SECONDS:g} s for {path}: repetitions inside repetitions; "
+            "write it without them"
+        ) from None
+
+
+@lru_cache(4096)
+def _compiled(pattern: str) -> Any:
+    return regex.compile(pattern)
 
 
 def is_target(module: nn.Module) -> bool:
@@ -24,10 +46,7 @@ def select(patterns: Sequence[str], modules: Mapping[str, T], key: str) -> dict[
     """
     found: set[str] = set()
     for pattern in patterns:
-        try:
-            matches = {name for name in modules if name == pattern or re.fullmatch(pattern, name)}
-        except re.error as error:
-            raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from None
+        matches = {name for name in modules if name == pattern or fits(pattern, name, key)}
         if not matches:
             raise ValueError(no_match(pattern, modules, key))
         found |= matches
@@ -35,7 +54,7 @@ def select(patterns: Sequence[str], modules: Mapping[str, T], key: str) -> dict[
 
 
 def no_match(pattern: str, names: Iterable[str], key: str) -> str:
-    literal = re.sub(r"[\\^$*+?()\[\]|]", "", pattern)
+    literal = regex.sub(r"[\\^$*+?()\[\]|]", "", pattern)
     near = difflib.get_close_matches(literal, list(names), n=3, cutoff=0.3)
     return (
         f"{key}: {pattern!r} matches no linear layer; it must be a full path or a regular "

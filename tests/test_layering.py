@@ -17,6 +17,7 @@ LEVELS = (
         "moa.atomic",
         "moa.processes",
         "moa.gating",
+        "moa.spelling",
         "moa.metrics",
         "data.sample",
         "data.batch",

@@ -2,9 +2,13 @@
 
 import errno
 import json
+import time
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as limits
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -193,3 +197,183 @@ def test_a_second_write_replaces_the_folder_whole(folder):
         "adapter_model.safetensors",
     }
     assert set(read_expert(folder)[0]) == set(site_keys(SITES[0]))
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("r", [None, "2", [1], 2.0, True, -1, 10**400]),
+        ("lora_alpha", [None, "16", [1], {}, True, float("nan"), float("inf"), 10**400]),
+        ("target_modules", [5, True, {"a": 1}, [1], [None], "(", "a)(b"]),
+        ("exclude_modules", [5, [1], "["]),
+        ("rank_pattern", [[1], "x", 3, {"(": 8}, {"x": "8"}, {"x": 0}, {"x": None}]),
+        ("alpha_pattern", [[1], {"(": 8}, {"x": "8"}, {"x": float("nan")}]),
+        ("layers_to_transform", ["1", [None], 1.5]),
+        ("layers_pattern", [3, [3]]),
+        ("base_model_name_or_path", [5, ["x"], {}]),
+        ("use_rslora", ["true", 1, [1]]),
+        ("fan_in_fan_out", ["yes"]),
+        ("bias", [5, ["all"]]),
+        ("peft_type", [None, 5, ["LORA"]]),
+        ("lora_dropout", ["0.1", [0]]),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_named_in_one_line(folder, key, values):
+    for value in values:
+        rewrite_config(folder, **{key: value})
+        with pytest.raises(ValueError, match=key) as error:
+            read_expert(folder)
+        message = str(error.value)
+        assert str(folder / "adapter_config.json") in message
+        assert "\n" not in message and len(message) < 500 + len(str(folder)), message
+
+
+@pytest.mark.parametrize("text", ["[1]", "5", "{", "[" * 200_000, "\udcff", '{"a": 1', ""])
+def test_a_config_that_is_no_json_object_is_named(folder, text):
+    (folder / "adapter_config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"adapter_config.json: (not readable|must hold)") as error:
+        read_expert(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", [r"(([a-z_.0-9])+)+\$", r"(a*)*(\w+\.?)*!", r"((\w|\.)*)*@"])
+def test_an_expression_without_end_ends_in_seconds(folder, pattern, monkeypatch):
+    monkeypatch.setattr("moa.targets.SECONDS", 0.2)
+    rewrite_config(folder, target_modules=pattern)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="target_modules"):
+        read_expert(folder)
+    assert time.monotonic() - start < 5
+
+
+KEYS = {
+    "an adapter's name": (lambda key: key.replace(".weight", ".default.weight"), "adapter's name"),
+    "no prefix": (lambda key: key.removeprefix("base_model.model."), "does not begin with base_mo"),
+    "DoRA": (lambda key: key.replace("lora_A.weight", "lora_magnitude_vector"), "use_dora"),
+    "a bias": (lambda key: key.replace("lora_A.weight", "lora_B.bias"), "lora_bias"),
+    "a whole module": (lambda key: key.replace("lora_A.", ""), "modules_to_save"),
+}
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_keys_that_are_no_factors_are_named_with_their_reason(folder, kind):
+    change, reason = KEYS[kind]
+
+    def renamed(tensors):
+        found = {change(key): tensor.clone() for key, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(found)
+
+    rewrite_tensors(folder, renamed)
+    with pytest.raises(ValueError, match=reason) as error:
+        read_expert(folder)
+    assert "adapter_model.safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4)])
+def test_weights_that_zero_3_kept_say_so(folder, shape):
+    rewrite_tensors(folder, lambda ts: ts.update({key: torch.zeros(shape) for key in ts}))
+    with pytest.raises(ValueError, match=r"is empty; DeepSpeed ZeRO-3.*save it again"):
+        read_expert(folder)
+    rewrite_tensors(folder, dict.clear)
+    with pytest.raises(ValueError, match=r"holds no tensors; DeepSpeed ZeRO-3.*save it again"):
+        read_expert(folder)
+
+
+OTHER_DTYPES = (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", OTHER_DTYPES)
+def test_weights_that_are_no_plain_floats_are_refused(folder, tmp_path, dtype):
+    key = site_keys(SITES[0])[0]
+    rewrite_tensors(folder, lambda tensors: tensors.update({key: tensors[key].to(dtype)}))
+    with pytest.raises(ValueError, match=r"q_proj.lora_A.weight is stored as .*save it as"):
+        read_expert(folder)
+    with pytest.raises(ValueError, match=r"q_proj.lora_A.weight is stored as .*save it as"):
+        save_expert(tmp_path / "x", {**factors(), key: factors()[key].to(dtype)}, config())
+
+
+OLD = ["language_model.model.layers.0.self_attn.q_proj", "multi_modal_projector.linear_1"]
+
+
+@pytest.mark.parametrize(("written", "known"), [(OLD, SITES), (SITES, OLD)])
+def test_sites_in_another_spelling_are_renamed_with_their_scaling(tmp_path, written, known):
+    patterns = {"alpha_pattern": {f"^{written[0]}": 7}, "rank_pattern": {}}
+    save_expert(tmp_path / "e", factors(written), config(target_modules=written, **patterns))
+    tensors, found = read_expert(tmp_path / "e", base_shapes=dict.fromkeys(known, (4, 4)))
+    expected = factors(known)
+    assert set(tensors) == set(expected)
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    assert [site_scaling(found, site) for site in known] == [3.5, 2.0]
+    save_expert(tmp_path / "again", tensors, found)  # the config is whole
+
+
+def test_a_site_that_no_spelling_finds_is_named_with_the_nearest_and_the_way_out(tmp_path):
+    site = "my.tower.layers.0.self_attn.q_proj"
+    save_expert(tmp_path / "e", factors([site]), config(target_modules=[site]))
+    with pytest.raises(
+        ValueError, match=r"nearest: model.language_model.layers.0.*rename"
+    ) as error:
+        read_expert(tmp_path / "e", base_shapes=dict.fromkeys(SITES, (4, 4)))
+    assert "adapter_model.safetensors" in str(error.value) and site in str(error.value)
+
+
+def test_the_bases_fingerprint_is_stored_where_peft_does_not_mind_it(tmp_path):
+    save_expert(tmp_path / "with", factors(), config(), base_fingerprint="abc")
+    save_expert(tmp_path / "without", factors(), config())
+    assert peft_io.read_header(tmp_path / "with").base_fingerprint == "abc"
+    assert peft_io.read_header(tmp_path / "without").base_fingerprint is None
+    assert load_file(tmp_path / "with" / "adapter_model.safetensors").keys() == factors().keys()
+
+
+@limits(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.dictionaries(
+        st.sampled_from([*peft_io.SETTINGS, "use_dora", "other"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(st.text(max_size=4), inner, max_size=2)
+            ),
+            max_leaves=4,
+        ),
+        max_size=4,
+    )
+)
+def test_any_config_is_read_or_refused_in_one_line(tmp_path_factory, changes):
+    folder = tmp_path_factory.mktemp("fuzz") / "e"
+    save_expert(folder, factors(), config())
+    rewrite_config(folder, **changes)
+    try:
+        _, found = read_expert(folder)
+    except ValueError as error:
+        assert "adapter_config.json" in str(error) and "\n" not in str(error)
+    else:
+        assert all(
+            0 < abs(site_scaling(found, site)) < 1e31 or not found["lora_alpha"] for site in SITES
+        )
+
+
+@limits(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.dictionaries(
+        st.sampled_from([*factors(), "x"]) | st.text(alphabet="base_model.0AB", max_size=30),
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bfloat16, *OTHER_DTYPES]),
+            st.lists(st.integers(0, 4), max_size=3),
+        ),
+        max_size=5,
+    )
+)
+def test_any_keys_are_read_or_refused_in_one_line(tmp_path_factory, changes):
+    folder = tmp_path_factory.mktemp("fuzz") / "e"
+    save_expert(folder, factors(), config())
+    further = {key: torch.zeros(shape).to(dtype) for key, (dtype, shape) in changes.items()}
+    rewrite_tensors(folder, lambda tensors: tensors.update(further))
+    try:
+        tensors, _ = read_expert(folder)
+    except ValueError as error:
+        assert str(folder) in str(error) and "\n" not in str(error)
+    else:
+        assert all(tensor.dtype in peft_io.FLOATS.values() for tensor in tensors.values())

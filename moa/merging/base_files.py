@@ -1,9 +1,8 @@
 """The weight files of a local checkpoint, and which of their keys a module's path means."""
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-# Words of a key that transformers adds and drops between its versions (renaming on load keeps the others).
-RENAMED = {"model", "language_model"}
+from moa.peft_io import read_json_object
+from moa.spelling import match_spelling, nearest, signature
+
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -82,34 +82,6 @@ def local_base(name: str, what: str = "base") -> Path:
         raise ValueError(f"{what}: {name} is not a folder, nor on the hub ({error})") from None
 
 
-def match_spelling(keys: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """Of keys that mean one weight, the first checkpoint's spelling -> the second's.
-
-    A key that both have is the same weight. Of the others, those that are alike without the words by which versions
-    of transformers differ, where just one of each checkpoint is.
-    """
-    own, theirs = set(keys), set(others)
-    found = {key: key for key in own & theirs}
-    left, right = (_by_plain_key(rest) for rest in (own - theirs, theirs - own))
-    for plain, spelled in left.items():
-        if len(spelled) == len(right.get(plain, [])) == 1:
-            found[spelled[0]] = right[plain][0]
-    return found
-
-
-def _by_plain_key(keys: Iterable[str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for key in keys:
-        groups.setdefault(plain_key(key), []).append(key)
-    return groups
-
-
-def plain_key(key: str) -> str:
-    """A key without the words by which versions of transformers differ."""
-    key = key.replace("vision_tower.vision_model.", "vision_tower.")
-    return ".".join(word for word in key.split(".") if word not in RENAMED)
-
-
 def match_sites(sites: Mapping[str, tuple[int, int]], base: BaseFiles) -> dict[str, str]:
     """Site -> key of its weight on disk; the shape is [out, in], or [in, out] where stored so.
 
@@ -127,17 +99,19 @@ def match_sites(sites: Mapping[str, tuple[int, int]], base: BaseFiles) -> dict[s
 def match_parameters(parameters: Mapping[str, tuple[int, ...]], base: BaseFiles) -> dict[str, str]:
     """Name of a parameter in the model -> its key on disk, where the path may be another.
 
-    transformers renames on loading (`language_model.model.layers` on disk is
-    `model.language_model.layers` in memory), but keeps the numbers, the order of the words and the
-    end of a path. So the key is the one that shares the longest sequence of words with the name,
-    has its numbers, end and shape; it must be one alone, and no two names may share it.
+    transformers renames on loading (moa/spelling.py), but keeps the numbers, the order of the words and the end of
+    a path. So the key is the one that is this name in another spelling, or else shares the longest sequence of words
+    with it, has its numbers, end and shape; it must be one alone, and no two names may share it.
     """
+    spelled = match_spelling(parameters, base.files)
     by_end: dict[tuple[str, ...], list[str]] = {}
     for key in base.files:
-        by_end.setdefault(_signature(key), []).append(key)
+        by_end.setdefault(signature(key), []).append(key)
     found: dict[str, str] = {}
     for name, shape in parameters.items():
-        best = _best_keys(name, by_end.get(_signature(name), []))
+        best = (
+            [spelled[name]] if name in spelled else nearest(name, by_end.get(signature(name), []))
+        )
         if len(best) != 1:
             fits = "no weight fits" if not best else f"{best} fit equally"
             raise ValueError(f"{name}: {fits} this name in the base {base.folder}")
@@ -153,27 +127,6 @@ def match_parameters(parameters: Mapping[str, tuple[int, ...]], base: BaseFiles)
         names = [name for name, key in found.items() if key == shared[0]]
         raise ValueError(f"{names} all fit the one weight {shared[0]} of {base.folder}")
     return found
-
-
-def _signature(key: str) -> tuple[str, ...]:
-    """What renaming keeps: the numbers of a path, and its last two words (layer and `weight`)."""
-    parts = key.split(".")
-    return (*(part for part in parts if part.isdigit()), *parts[-2:])
-
-
-def _best_keys(name: str, keys: Sequence[str]) -> list[str]:
-    scores = {key: _common_words(name.split("."), key.split(".")) for key in keys}
-    return [key for key, score in scores.items() if score == max(scores.values())]
-
-
-def _common_words(one: Sequence[str], two: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
-    row = [0] * (len(two) + 1)
-    for word in one:
-        above = row[:]
-        for j, other in enumerate(two):
-            row[j + 1] = above[j] + 1 if word == other else max(above[j + 1], row[j])
-    return row[-1]
 
 
 def weight_files(folder: Path, what: str = "base") -> list[str]:
@@ -196,14 +149,3 @@ def weight_files(folder: Path, what: str = "base") -> list[str]:
                 f"{what}: {index}: weight_map.{key} must name a file beside it, got {name!r}"
             )
     return sorted(set(where.values()))
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; ValueError naming the file for any other."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: must hold a JSON object, got {type(found).__name__}")
-    return found

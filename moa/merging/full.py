@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moa.atomic import atomic_folder, write_file, write_json
 from moa.fingerprint import base_fingerprint
-from moa.merging.base_files import BaseFiles, match_spelling, read_base
+from moa.merging.base_files import BaseFiles, read_base
 from moa.merging.card import CARD, Card
 from moa.merging.export import (
     DTYPES,
@@ -32,6 +32,7 @@ from moa.merging.plan import Weights, find_depths, weight_row
 from moa.merging.shards import write_shard
 from moa.merging.stack import BLOCK_VALUES, Stack
 from moa.peft_io import all_finite
+from moa.spelling import match_spelling
 
 MANIFEST = "manifest.json"
 COMPUTE = torch.float32
