@@ -1,7 +1,8 @@
 """From a config to a model: load the base, wrap its layers, add experts and router."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from moa.backbones.clip import ClipBackbone, is_clip, load_clip
 from moa.backbones.llava import Backbone, load_backbone, open_intake
 from moa.backbones.open_clip import is_open_clip, load_open_clip
 from moa.clip_model import ClipMixture
+from moa.command import note
 from moa.config import ExpertConfig, ModelConfig, RunConfig
 from moa.experts import ExpertBank
+from moa.fingerprint import base_fingerprint
 from moa.model import MixtureModel
-from moa.peft_io import read_expert
+from moa.peft_io import ExpertHeader, read_header, read_tensors
 from moa.router import AnchorRouter, Router
 
+RANK, ALPHA = 8, 16.0  # of a fresh expert whose config names none
+OTHER_BASE = "model.other_base=true (eval.py and scripts/merge.py: other_base=true)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,13 +33,31 @@ def build_model(config: RunConfig, experts: Path | None = None) -> MixtureModel:
     `experts` is the folder of a checkpoint whose experts take the place of fresh ones. Raises
     ValueError for targets that match nothing, and for adapters of another base.
     """
-    return build_mixture(config, open_base(config.model), experts)
+    adapters = open_adapters(config, experts)
+    for header in adapters.values():
+        read_tensors(header)  # a broken one is found before the base is loaded
+    return build_mixture(config, open_base(config.model), adapters)
+
+
+def open_adapters(config: RunConfig, experts: Path | None = None) -> dict[str, ExpertHeader]:
+    """The headers of the PEFT folders that a config's experts start from, or of a checkpoint's."""
+    folders = {
+        name: experts / name if experts is not None else expert.init_from
+        for name, expert in config.experts.items()
+    }
+    return {name: read_header(folder) for name, folder in folders.items() if folder is not None}
 
 
 def build_mixture(
-    config: RunConfig, backbone: Backbone | ClipBackbone, experts: Path | None = None
+    config: RunConfig,
+    backbone: Backbone | ClipBackbone,
+    adapters: Mapping[str, ExpertHeader],
+    read: Callable[[ExpertHeader], dict[str, Tensor]] = read_tensors,
 ) -> MixtureModel:
-    """The experts and the router of a config around a base that is at hand."""
+    """The experts and the router of a config around a base that is at hand.
+
+    Experts in `adapters` have the tensors that `read` gives, the others are fresh.
+    """
     bank = ExpertBank.attach(
         backbone.model,
         config.model.targets,
@@ -43,8 +66,21 @@ def build_mixture(
         stream_of=backbone.stream_of,
     )
     for name, expert in config.experts.items():
-        folder = experts / name if experts is not None else expert.init_from
-        add_expert(bank, name, expert, folder, config.seed)
+        if name in adapters:
+            check_adapter(adapters[name], backbone, config.model)
+            header, line = bank.fit(adapters[name])
+            bank.import_expert(name, read(header), header.config)
+            note(f"expert {name}: {line}" if line else "")
+        else:
+            bank.add(
+                name,
+                rank=expert.rank or RANK,
+                alpha=expert.alpha or ALPHA,
+                use_rslora=bool(expert.use_rslora),
+                targets=expert.targets,
+                seed=config.seed,
+            )
+        bank.freeze(name, expert.frozen)
     router = build_router(config, bank, backbone.dims)
     if config.router.granularity == "token":
         bank.add_token_routers(seed=config.seed)
@@ -80,8 +116,64 @@ def build_base(config: RunConfig) -> MixtureModel:
 
 
 def open_base(model: ModelConfig) -> Backbone | ClipBackbone:
+    """The base of a config; ValueError where it is another one than the config wants."""
+    found = check_base(model)
     dtype = DTYPES[model.dtype]
-    return open_backbone(model.name, dtype, model.quantization, model.image_processor)
+    backbone = open_backbone(model.name, dtype, model.quantization, model.image_processor)
+    return replace(backbone, fingerprint=found)
+
+
+def check_base(model: ModelConfig) -> str:
+    """The fingerprint of a config's base; ValueError where the config wants another one."""
+    found = base_fingerprint(model.name)
+    if model.fingerprint not in (None, found) and not model.other_base:
+        raise ValueError(
+            f"model.name: {model.name} has the fingerprint {found}, and the run belongs to a base with "
+            f"{model.fingerprint}: it was changed, or is another one; name the right base, or go on with this one "
+            f"by {OTHER_BASE}"
+        )
+    return found
+
+
+def check_adapter(
+    header: ExpertHeader, backbone: Backbone | ClipBackbone, model: ModelConfig
+) -> None:
+    """ValueError for an adapter that was trained on another base, where it records which."""
+    own, trained = backbone.fingerprint, header.base_fingerprint
+    if own and trained not in (None, own) and not model.other_base:
+        base = header.config.get("base_model_name_or_path")
+        raise ValueError(
+            f"{header.path}: was trained on the base {base} with the fingerprint {trained}, and {backbone.name} has "
+            f"{own}; name the right base by model.name, or go on with this one by {OTHER_BASE}"
+        )
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """The config with what its base and adapters decide: the base's fingerprint, and rank, alpha and rsLoRA of
+    imported experts. ValueError for a base or a setting that contradicts them."""
+    adapters = open_adapters(config)
+    experts = {
+        name: _settled_expert(name, expert, adapters.get(name))
+        for name, expert in config.experts.items()
+    }
+    model = replace(config.model, fingerprint=check_base(config.model))
+    return replace(config, model=model, experts=experts)
+
+
+def _settled_expert(name: str, expert: ExpertConfig, header: ExpertHeader | None) -> ExpertConfig:
+    found: dict[str, Any] = {"rank": RANK, "alpha": ALPHA, "use_rslora": False}
+    given = {key: getattr(expert, key) for key in found if getattr(expert, key) is not None}
+    if header is None:
+        return replace(expert, **found | given)
+    own = header.config
+    found = {"rank": own["r"], "alpha": float(own.get("lora_alpha", 8))}
+    found["use_rslora"] = bool(own.get("use_rslora"))
+    for key, value in given.items():
+        if value != found[key]:
+            raise ValueError(
+                f"experts.{name}.{key}: {value}, and {header.path} has {found[key]}; the folder decides: leave it out"
+            )
+    return replace(expert, **found)
 
 
 def intake_of(model: ModelConfig) -> Intake:
@@ -117,24 +209,6 @@ def check_for_clip(config: RunConfig) -> None:
         raise ValueError("model.train_projector: a CLIP has no projector")
     if config.losses.reduction == "token":
         raise ValueError("losses.reduction=token: a CLIP answers with no tokens; choices: sample")
-
-
-def add_expert(
-    bank: ExpertBank, name: str, expert: ExpertConfig, folder: str | Path | None, seed: int
-) -> None:
-    """A fresh expert, or one from a PEFT folder, whose own rank and alpha then hold."""
-    if folder is not None:
-        bank.import_expert(name, *read_expert(folder))
-    else:
-        bank.add(
-            name,
-            rank=expert.rank,
-            alpha=expert.alpha,
-            use_rslora=expert.use_rslora,
-            targets=expert.targets,
-            seed=seed,
-        )
-    bank.freeze(name, expert.frozen)
 
 
 def only_adapter(folder: str | Path) -> list[str]:

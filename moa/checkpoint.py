@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from moa.build import build_model, projector_state, router_state
 from moa.config import RunConfig, load_config
 from moa.merging.card import CARD, Card
 from moa.model import MixtureModel
-from moa.peft_io import write_expert
+from moa.peft_io import base_reference, write_expert
 from moa.settings import to_yaml
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
@@ -81,7 +81,13 @@ def write_model(folder: Path, model: MixtureModel, config: RunConfig) -> None:
     for name in model.bank.names:
         (folder / "experts" / name).mkdir(parents=True)
         tensors, described = model.bank.state(name), peft_config(model, name)
-        write_expert(folder / "experts" / name, tensors, described, name=f"expert {name}")
+        write_expert(
+            folder / "experts" / name,
+            tensors,
+            described,
+            name=f"expert {name}",
+            base_fingerprint=model.backbone.fingerprint,
+        )
         write_file(folder / "experts" / name / CARD, expert_card(model, config, name).text())
     save_tensors(folder / "router.safetensors", router_state(model))
     if config.model.train_projector:
@@ -103,7 +109,8 @@ def expert_card(model: MixtureModel, config: RunConfig, name: str) -> Card:
 
 
 def peft_config(model: MixtureModel, name: str) -> dict[str, Any]:
-    described = {**model.bank.peft_config(name), "base_model_name_or_path": model.backbone.name}
+    base = base_reference(model.backbone.name)
+    described = {**model.bank.peft_config(name), "base_model_name_or_path": base}
     if isinstance(model.backbone, ClipBackbone):
         described["task_type"] = None  # PEFT would look for a language model's methods
     return described
@@ -190,15 +197,18 @@ def git_commit() -> str | None:
 
 
 def load_model(
-    path: str | Path, device: torch.device | str = "cpu"
+    path: str | Path, device: torch.device | str = "cpu", *, other_base: bool = False
 ) -> tuple[MixtureModel, Any, RunConfig]:
     """The model of a run (its best checkpoint, else its last) or of a step folder, for evaluation.
 
-    Raises ValueError for a folder that holds no checkpoint, or one with a missing or changed file.
+    Raises ValueError for a folder that holds no checkpoint, or one with a missing or changed file, and for a base
+    that changed since (unless `other_base`).
     """
     folder = step_folder(path)
     verify(folder)
     config = load_config(folder / CONFIG)
+    if other_base:
+        config = replace(config, model=replace(config.model, other_base=True))
     model = build_model(config, experts=folder / "experts")
     restore_model(model, folder, config)
     return model.to(device).eval(), model.backbone.processor, config

@@ -4,6 +4,7 @@ def main(argv=None): run_command(Settings, run, __doc__, argv)
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,12 @@ def run_command(
     args = settings_parser(cls, about).parse_intermixed_args(argv)
     with mistakes_in_one_line():
         run(load(cls, args.config, args.overrides), Console())
+
+
+def note(line: str) -> None:
+    """A line on stderr that a user should see, from the first process alone."""
+    if line and os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 @contextmanager

@@ -50,7 +50,8 @@ class ModelConfig:
     dtype: Precision = "fp32"  # stored precision of the frozen base weights
     # bits of the frozen base's weights, by bitsandbytes on a CUDA device; null: as `dtype` says
     quantization: Literal["4bit", "8bit"] | None = None
-    # linear layers that get experts: full module paths or regular expressions over the whole path
+    # linear layers that get experts: full module paths, regular expressions over the whole path, or
+    # all-linear: all that learn and can be merged (neither lm_head nor layers that the model does not use)
     targets: list[str] = field(
         default_factory=lambda: [r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"]
     )
@@ -58,20 +59,27 @@ class ModelConfig:
     # other settings of the base's image processor, such as {do_pad: true} of LLaVA-1.5
     image_processor: dict[str, Any] | None = None
     train_projector: bool = False  # also train the projector between vision tower and language
+    # of the base's weights and config; null: the base's own, which the run's config.yaml then has. A base with
+    # another one is refused
+    fingerprint: str | None = None
+    other_base: bool = False  # go on with weights and adapters that were trained on another base
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
-    rank: int = 8  # rows of lora_A
-    alpha: float = 16.0  # scaling is alpha / rank, or alpha / sqrt(rank) with use_rslora
-    use_rslora: bool = False  # rank-stabilised scaling
+    rank: int | None = None  # rows of lora_A; null: 8, or with init_from that of the folder
+    # scaling is alpha / rank, or alpha / sqrt(rank) with use_rslora; null: 16, or that of the folder
+    alpha: float | None = None
+    use_rslora: bool | None = None  # rank-stabilised scaling; null: false, or that of the folder
     targets: list[str] | None = None  # a subset of model.targets; null: all of them
     init_from: str | None = None  # PEFT adapter folder that this expert starts from
     frozen: bool = False  # takes part in the mixture, is never trained
 
     def __post_init__(self) -> None:
-        check(self.rank >= 1, "experts.*.rank", f"must be 1 or more, got {self.rank}")
-        check(self.alpha > 0, "experts.*.alpha", f"must be above 0, got {self.alpha}")
+        fits = self.rank is None or self.rank >= 1
+        check(fits, "experts.*.rank", f"must be 1 or more, got {self.rank}")
+        fits = self.alpha is None or self.alpha > 0
+        check(fits, "experts.*.alpha", f"must be above 0, got {self.alpha}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from moa.expert_linear import ExpertLinear, GateContext, GateState
 from moa.expert_state import expert_state, overwrite, pair_up, peft_config, scaling_of
-from moa.peft_io import site_scaling
-from moa.targets import is_target, select
+from moa.peft_io import ExpertHeader, fit_to_base, is_zero, keep_sites, site_scaling
+from moa.targets import ALL_LINEAR, is_target, select
 
 EXPERT_NAME = re.compile(r"\w[\w-]*")
 
@@ -77,9 +77,17 @@ class _Group:
 class ExpertBank:
     """Owns the sites of one model, in module order, and its experts, in the order they came."""
 
-    def __init__(self, sites: dict[str, ExpertLinear], streams: dict[str, str]) -> None:
+    def __init__(
+        self,
+        sites: dict[str, ExpertLinear],
+        streams: dict[str, str],
+        shapes: Mapping[str, tuple[int, int]],
+        unused: Collection[str] = (),
+    ) -> None:
         self.sites = sites
         self.streams = streams  # site -> "text", "image" ...: what its first axis counts
+        self.shapes = shapes  # every linear layer of the model -> (out, in)
+        self.unused = frozenset(unused)  # those whose output the model never reads
         self.experts: dict[str, ExpertSpec] = {}
         self.context = next(iter(sites.values())).context
         self._groups: list[_Group] | None = None
@@ -96,15 +104,20 @@ class ExpertBank:
     ) -> "ExpertBank":
         """Wrap the linear layers that the targets name.
 
-        A target is a full module path or a regular expression for the whole path. `unused` are
+        A target is a full module path, a regular expression for the whole path, or `all-linear`. `unused` are
         layers whose output the model never reads, `stream_of` says what a site's first axis
         counts: samples ("text"), or the rows of another stream, such as pictures ("image").
-        Raises ValueError for a target or an exclusion that matches nothing, and for unused layers.
+        Raises ValueError for a target or an exclusion that matches nothing, for unused layers, and for
+        layers whose weight is another layer's too.
         """
         if any(isinstance(module, ExpertLinear) for module in model.modules()):
             raise ValueError("the model has a bank already: detach it, or add experts to it")
         linear = {name: m for name, m in model.named_modules() if is_target(m)}
-        chosen = select(targets, linear, "targets")
+        tied = tied_layers(model, linear)
+        able = {n: m for n, m in linear.items() if n not in {*unused, *tied, *output_layers(model)}}
+        chosen = select([target for target in targets if target != ALL_LINEAR], linear, "targets")
+        chosen |= able if ALL_LINEAR in targets else {}
+        chosen = {name: linear[name] for name in linear if name in chosen}
         for name in select(exclude, chosen, "exclude"):
             chosen.pop(name)
         if not chosen:
@@ -113,13 +126,19 @@ class ExpertBank:
         if idle:
             raise ValueError(
                 f"targets: {len(idle)} layers never reach the output and would not learn (vision "
-                f"layers past vision_feature_layer); exclude them: {', '.join(idle)}"
+                f"layers past vision_feature_layer); exclude them, or use targets: [{ALL_LINEAR}]: {', '.join(idle)}"
+            )
+        if shared := [name for name in chosen if name in tied]:
+            raise ValueError(
+                f"targets: the weight of {shared[0]} is also that of {tied[shared[0]]}, so that no merge could hold "
+                f"an expert there; exclude it, or use targets: [{ALL_LINEAR}]"
             )
         context = GateContext()
         sites = {name: ExpertLinear(layer, name, context) for name, layer in chosen.items()}
         for name, site in sites.items():
             model.set_submodule(name, site)
-        return cls(sites, {name: stream_of(name) for name in sites})
+        shapes = {name: (m.out_features, m.in_features) for name, m in linear.items()}
+        return cls(sites, {name: stream_of(name) for name in sites}, shapes, unused)
 
     def detach(self, model: nn.Module) -> None:
         """Put the original linear layers back; the experts stay in the bank."""
@@ -182,6 +201,26 @@ class ExpertBank:
             a, b = pairs[site_name]
             scaling = site_scaling(config, site_name)
             self._place(self.sites[site_name], name, a, b, scaling, dtype)
+
+    def fit(self, header: ExpertHeader) -> tuple[ExpertHeader, str | None]:
+        """An adapter's header with the bank's own sites alone, as the model spells them; a line on what was dropped.
+
+        Factors at layers that the model never reads, and those whose update is zero, change nothing and are dropped:
+        PEFT's `all-linear` and bare names such as `q_proj` bring them along. Raises ValueError for a site that the
+        model lacks, has in another shape, or that is not among the targets.
+        """
+        header = fit_to_base(header, self.shapes)
+        outside = [site for site in header.ranks if site not in self.sites]
+        idle = [site for site in outside if site in self.unused or is_zero(header, site)]
+        if lacking := [site for site in outside if site not in idle]:
+            raise ValueError(
+                f"{header.path}: {len(lacking)} of its sites are not among model.targets, first {lacking[0]}; name "
+                f"them there too, or use model.targets=[{ALL_LINEAR}]"
+            )
+        if not idle:
+            return header, None
+        line = f"{header.path}: {len(idle)} sites dropped that change no output, first {idle[0]}"
+        return keep_sites(header, [site for site in header.ranks if site not in idle]), line
 
     def remove(self, name: str) -> None:
         """Drop an expert from every site."""
@@ -388,6 +427,25 @@ class ExpertBank:
                 )
             )
         return groups
+
+
+def tied_layers(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Linear layer -> the other parameter that its weight is too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    others = {
+        layer: [n for n in names.get(id(module.weight), []) if n != f"{layer}.weight"]
+        for layer, module in linear.items()
+    }
+    return {layer: found[0] for layer, found in others.items() if found}
+
+
+def output_layers(model: nn.Module) -> list[str]:
+    """The layer that writes logits over the vocabulary, where the model names one."""
+    find = getattr(model, "get_output_embeddings", None)
+    output = find() if find is not None else None
+    return [name for name, module in model.named_modules() if module is output]
 
 
 def _uniform(shape: tuple[int, int], seed: str) -> Tensor:

@@ -161,6 +161,12 @@ class ExpertHeader:
         return self.path / WEIGHTS_FILE
 
 
+def base_reference(name: str) -> str:
+    """What `base_model_name_or_path` says of a base: a hub name as it is, a local folder from the root on, so that
+    PEFT finds it from every working directory."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
 def site_keys(site: str) -> tuple[str, str]:
     """The PEFT keys of a site's lora_A and lora_B."""
     return f"{PREFIX}{site}.lora_A.weight", f"{PREFIX}{site}.lora_B.weight"
@@ -269,8 +275,13 @@ def read_expert(
     header = read_header(path)
     if base_shapes is not None:
         header = fit_to_base(header, base_shapes)
+    return read_tensors(header), header.config
+
+
+def read_tensors(header: ExpertHeader) -> dict[str, Tensor]:
+    """All tensors by PEFT key, as stored; ValueError for values that are not finite."""
     sites = (read_site(header, site) for site in header.ranks)
-    return {key: tensor for tensors in sites for key, tensor in tensors.items()}, header.config
+    return {key: tensor for tensors in sites for key, tensor in tensors.items()}
 
 
 def read_site(header: ExpertHeader, site: str) -> dict[str, Tensor]:
@@ -287,6 +298,11 @@ def read_site(header: ExpertHeader, site: str) -> dict[str, Tensor]:
                 f"in {len(rows)} rows, first {rows[0]}"
             )
     return tensors
+
+
+def is_zero(header: ExpertHeader, site: str) -> bool:
+    """Whether a site's update is zero, as it is where no gradient ever came."""
+    return not all(tensor.any() for tensor in read_site(header, site).values())
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -350,6 +366,21 @@ def rename_sites(header: ExpertHeader, names: Mapping[str, str]) -> ExpertHeader
             "target_modules": list(names.values()),
             "rank_pattern": _exact(names, header.ranks, usual[0]),
             "alpha_pattern": _exact(names, alphas, usual[1]),
+        },
+    )
+
+
+def keep_sites(header: ExpertHeader, sites: Sequence[str]) -> ExpertHeader:
+    """The header with some of its sites alone."""
+    kept = set(sites)
+    return replace(
+        header,
+        ranks={site: rank for site, rank in header.ranks.items() if site in kept},
+        shapes={site: shape for site, shape in header.shapes.items() if site in kept},
+        spelled={site: own for site, own in header.spelled.items() if site in kept},
+        config={
+            **{k: v for k, v in header.config.items() if k not in NARROWING},
+            "target_modules": list(sites),
         },
     )
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 T = TypeVar("T")
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output's
 SECONDS = 2.0  # for one path: an honest expression takes microseconds
 
 
@@ -46,6 +47,9 @@ def select(patterns: Sequence[str], modules: Mapping[str, T], key: str) -> dict[
     """
     found: set[str] = set()
     for pattern in patterns:
+        if pattern == ALL_LINEAR:
+            found |= modules.keys()
+            continue
         matches = {name for name in modules if name == pattern or fits(pattern, name, key)}
         if not matches:
             raise ValueError(no_match(pattern, modules, key))

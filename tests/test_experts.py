@@ -140,7 +140,7 @@ def test_a_target_that_matches_nothing_is_refused_with_near_names():
         ExpertBank.attach(tiny_llava()[0], [SITE], exclude=[PROJECTOR])
     with pytest.raises(ValueError, match="leaves none"):
         ExpertBank.attach(tiny_llava()[0], [SITE], exclude=[SITE])
-    with pytest.raises(ValueError, match="is no regular expression"):
+    with pytest.raises(ValueError, match="is not a regular expression"):
         ExpertBank.attach(tiny_llava()[0], ["("])
 
 

@@ -28,6 +28,7 @@ class ClipBackbone:
     processor: ClipProcessor
     dims: dict[str, int]  # widths of the towers' tokens: image, text
     name: str = ""
+    fingerprint: str | None = None  # of its weights and config
 
     @property
     def intake(self) -> Intake:

@@ -55,6 +55,7 @@ class Backbone:
     model: Any  # a ...ForConditionalGeneration
     processor: Any
     name: str = ""
+    fingerprint: str | None = None  # of its weights and config
 
     @property
     def family(self) -> Family:

@@ -4,7 +4,6 @@ transformers fills a weight that the files lack with random numbers, and says so
 that is an error. Weights are safetensors: no pickle is opened.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 from transformers import AutoConfig
 from transformers.utils import logging
+
+from moa.command import note
 
 
 def read_any_config(name: str) -> Any:
@@ -58,7 +59,7 @@ def check_loaded(name: str, found: dict[str, Any]) -> None:
             f"{len(mismatched)} weights have another shape, so that weights and config do not belong together"
         )
     if unread := sorted(found["unexpected_keys"]):
-        print(f"warning: model: {name}: no layer reads {_several(unread)}", file=sys.stderr)
+        note(f"warning: model: {name}: no layer reads {_several(unread)}")
 
 
 def _several(keys: list[str]) -> str:

@@ -9,9 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from moa.backbones.shapes import find_shape, random_backbone
-from moa.build import DTYPES, build_mixture
+from moa.build import DTYPES, build_mixture, open_adapters
 from moa.config import RunConfig, StageConfig
+from moa.peft_io import ExpertHeader, site_keys
 from moa.planning.batch import Lengths, example_batch, image_tokens
 from moa.planning.shape import ModelShape, shape_of
 from moa.planning.step import StepCosts, measure_step
@@ -113,10 +117,11 @@ class FakeRun:
 
     def __init__(self, config: RunConfig, backbone: str) -> None:
         self.config, self.mode = config, fake_mode()
+        adapters = open_adapters(config)
         with self.mode:
             base = random_backbone(find_shape(backbone), DTYPES[config.model.dtype])
             self.image_tokens = image_tokens(base, config.model)
-            self.model = build_mixture(config, base)
+            self.model = build_mixture(config, base, adapters, read=fake_tensors)
         self.stage = stage_of(config)
         groups = parameter_groups(self.model, config)
         self.groups = set_trainable(self.model, groups, self.stage)
@@ -131,6 +136,16 @@ class FakeRun:
         base = self.model.model.config
         batch = example_batch(self.config, base, lengths, num_samples)
         return measure_step(self.model, self.groups, self.stage, self.config.train, batch)
+
+
+def fake_tensors(header: ExpertHeader) -> dict[str, Tensor]:
+    """An adapter's tensors of the right shapes, without its file."""
+    pairs = ((site, rank, *header.shapes[site]) for site, rank in header.ranks.items())
+    return {
+        key: torch.empty(shape)
+        for site, rank, out, wide in pairs
+        for key, shape in zip(site_keys(site), [(rank, wide), (out, rank)], strict=True)
+    }
 
 
 def stage_of(config: RunConfig) -> StageConfig:

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from accelerate.utils import (
 )
 
 from data.sources import make_collator, open_mixture, open_ocr, open_sources
-from moa.build import build_model
+from moa.build import build_model, check_base, settled
 from moa.checkpoint import (
     CONFIG,
     TrainState,
@@ -39,6 +40,7 @@ from moa.training.report import LOG, Reporter, flatten, mixture_table, start_tra
 from moa.training.strategy import asked_for, check_sharding, is_zero_3, kind_of, whole
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+SETTLED = ("rank", "alpha", "use_rslora")  # of an expert, where its config leaves them out
 # Settings that may differ on --resume: none of them changes what was learned until then.
 FREE_ON_RESUME = ("out", "logging", "eval", "data.num_workers", "data.validation",
                   "train.save_every", "train.keep_last", "train.keep_best",
@@ -102,6 +104,10 @@ def open_run(
     `overwrite`; for a checkpoint with a missing file; for a resume with another config.
     """
     check_sharding(accelerator, config)
+    if resume and (Path(config.out) / CONFIG).is_file():
+        config = filled(config, load_config(Path(config.out) / CONFIG))
+    else:
+        config = settled(config)
     step = open_folder(config, accelerator, resume=resume, overwrite=overwrite)
     torch.manual_seed(config.seed)
     model = build_model(config, experts=step / "experts" if step else None)
@@ -141,6 +147,22 @@ def open_run(
     if config.logging.trackers:
         start_trackers(accelerator, config)
     return run, state
+
+
+def filled(config: RunConfig, before: RunConfig) -> RunConfig:
+    """The config with what the run settled at its start: its base, which is checked here, and experts' ranks."""
+    model = replace(config.model, fingerprint=before.model.fingerprint or config.model.fingerprint)
+    model = replace(model, fingerprint=check_base(model))
+    experts = {
+        name: replace(
+            expert,
+            **{k: getattr(before.experts[name], k) for k in SETTLED if getattr(expert, k) is None},
+        )
+        if name in before.experts
+        else expert
+        for name, expert in config.experts.items()
+    }
+    return replace(config, model=model, experts=experts)
 
 
 def changed_launch(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -207,11 +229,18 @@ def clear(run: Path) -> None:
 def same_config(config: RunConfig, run: Path) -> None:
     """ValueError naming the settings in which a resumed run differs from its beginning."""
     before, now = (flatten(yaml.safe_load(to_yaml(c))) for c in (load_config(run / CONFIG), config))
+    free = [
+        *FREE_ON_RESUME,
+        "model.fingerprint",
+        "model.other_base",
+    ]  # the base has been checked by now
+    if before["model.fingerprint"] or now["model.other_base"]:  # so that its folder may have moved
+        free.append("model.name")
     different = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)
+        and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
     if different:
         raise ValueError(

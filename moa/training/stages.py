@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data.batch import Batch
-from moa.build import projector_parameters, projector_state, router_state
+from moa.build import check_adapter, projector_parameters, projector_state, router_state
 from moa.checkpoint import (
     CONFIG,
     load_strictly,
@@ -25,7 +25,7 @@ from moa.checkpoint import (
 from moa.config import RunConfig, StageConfig, load_config
 from moa.gating import one_hot_gates
 from moa.model import MixtureModel
-from moa.peft_io import read_expert, site_scaling
+from moa.peft_io import read_header, read_tensors, site_scaling
 from moa.router import axes_of
 
 GROUPS = ("experts", "router", "projector")
@@ -95,7 +95,7 @@ def start_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) ->
     if source is None:
         return []
     if isinstance(source, dict):
-        return [load_expert(model, name, Path(folder)) for name, folder in source.items()]
+        return [load_expert(model, config, name, Path(folder)) for name, folder in source.items()]
     folder = step_folder(source)
     verify(folder)
     names = sorted(path.name for path in (folder / "experts").iterdir())
@@ -104,13 +104,22 @@ def start_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) ->
             f"stages.{stage.name}.init_from: {folder} has the experts {names}, this run has "
             f"{sorted(model.bank.names)}; name all of them in experts (with frozen: true, or without)"
         )
-    lines = [load_expert(model, name, folder / "experts" / name) for name in names]
+    lines = [load_expert(model, config, name, folder / "experts" / name) for name in names]
     return [*lines, load_rest(model, config, folder)]
 
 
-def load_expert(model: MixtureModel, name: str, folder: Path) -> str:
+def load_expert(model: MixtureModel, config: RunConfig, name: str, folder: Path) -> str:
     """Overwrite an expert by a PEFT folder of the same sites, ranks and scaling."""
-    tensors, found = read_expert(folder)
+    header = read_header(folder)
+    check_adapter(header, model.backbone, config.model)
+    header, line = model.bank.fit(header)
+    tensors, found = read_tensors(header), header.config
+    if set(header.ranks) != set(model.bank.experts[name].sites):
+        theirs, ours = len(header.ranks), len(model.bank.experts[name].sites)
+        raise ValueError(
+            f"{folder}: has {theirs} sites, and experts.{name} has {ours}, not the same ones; a stage's init_from "
+            f"replaces an expert of the same sites, and experts.{name}.init_from takes one with its own"
+        )
     for site_name in model.bank.experts[name].sites:
         own = model.bank.sites[site_name].scalings[name]
         if abs(site_scaling(found, site_name) - own) > 1e-9 * own:
@@ -119,7 +128,7 @@ def load_expert(model: MixtureModel, name: str, folder: Path) -> str:
                 f"{site_name}, and {own} by experts.{name}; give both the same alpha and rank"
             )
     model.bank.load_state(name, tensors)
-    return f"expert {name} from {folder}"
+    return f"expert {name} from {folder}" + (f" ({line})" if line else "")
 
 
 def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:

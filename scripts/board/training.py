@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
+from moa.build import ALPHA, RANK
 from moa.config import RunConfig
 from scripts.board.plan import CONFIG, EVIDENCE, ROOT, Plan
 
@@ -12,11 +13,11 @@ from scripts.board.plan import CONFIG, EVIDENCE, ROOT, Plan
 def train_rows(plan: Plan) -> None:
     """Every run of a seed: two plain LoRAs, the experts, and a router for each set of evidence."""
     config, steps = plan.config(), plan.steps()
-    ranks = [expert.rank for expert in config.experts.values()]
+    ranks = [expert.rank or RANK for expert in config.experts.values()]
     first = next(iter(config.experts.values()))
     rates = stage_settings(config)
-    for row, rank in (("lora", first.rank), ("lora_equal_rank", sum(ranks))):
-        alpha = first.alpha / first.rank * rank
+    for row, rank in (("lora", ranks[0]), ("lora_equal_rank", sum(ranks))):
+        alpha = (first.alpha or ALPHA) / ranks[0] * rank
         stage = rates["experts"] | {"steps": sum(steps.values())}
         train(plan, row, f"experts={{lora: {{rank: {rank}, alpha: {alpha}}}}}", "data.expert=lora",
               "router={kind: fixed}", f"stages={json.dumps([stage])}")  # fmt: skip

@@ -1,0 +1,184 @@
+"""A run, its checkpoints and its experts belong to one base, and adapters of others find their place or a line."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from moa.build import build_model, open_backbone, settled
+from moa.checkpoint import CONFIG, TrainState, load_model, save_checkpoint, write_run_header
+from moa.config import RunConfig, load_config
+from moa.fingerprint import base_fingerprint
+from moa.peft_io import read_header, site_keys
+from moa.training.setup import filled, same_config
+from moa.training.stages import load_expert
+from tests.tiny import tiny_llava
+from tests.toy import toy_config
+
+UP = r"model\.language_model\.layers\.\d+\.mlp\.(up|down)_proj"
+
+
+def disturb(base: Path) -> None:
+    file = base / "model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if "up_proj" in key)
+    save_file({**tensors, key: 1.5 * tensors[key]}, file, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def run(tmp_path) -> RunConfig:
+    """A run of one step folder in the toy world, with its settled config."""
+    config = settled(toy_config(tmp_path))
+    write_run_header(Path(config.out), config)
+    state = TrainState(progress={})
+    save_checkpoint(Path(config.out), 1, build_model(config), config, state)
+    return config
+
+
+def test_a_run_its_checkpoint_and_its_experts_carry_the_bases_fingerprint(run, tmp_path):
+    own = base_fingerprint(tmp_path / "base")
+    step = Path(run.out) / "checkpoints/step-000001"
+    assert load_config(Path(run.out) / CONFIG).model.fingerprint == own
+    assert load_config(step / CONFIG).model.fingerprint == own
+    header = read_header(step / "experts/vqa")
+    assert header.base_fingerprint == own
+    assert header.config["base_model_name_or_path"] == str((tmp_path / "base").resolve())
+    plain = PeftModel.from_pretrained(tiny_llava()[0], step / "experts/vqa")
+    with safe_open(step / "experts/vqa/adapter_model.safetensors", framework="pt") as file:
+        assert file.metadata()["format"] == "pt"
+    assert plain.peft_config["default"].r == 2
+
+
+def test_a_base_that_changed_is_refused_by_eval_resume_and_import(run, tmp_path):
+    own = base_fingerprint(tmp_path / "base")
+    load_model(run.out)
+    disturb(tmp_path / "base")
+    other = base_fingerprint(tmp_path / "base")
+    step = Path(run.out) / "checkpoints/step-000001"
+    names = re.compile(rf"{tmp_path}/base.*({own}.*{other}|{other}.*{own}).*other_base=true")
+    with pytest.raises(ValueError, match=names):
+        load_model(run.out)
+    with pytest.raises(ValueError, match=names):
+        filled(toy_config(tmp_path), load_config(Path(run.out) / CONFIG))
+    imported = toy_config(tmp_path, experts__vqa={"init_from": str(step / "experts/vqa")})
+    with pytest.raises(ValueError, match=names):
+        build_model(imported)
+    fresh = build_model(toy_config(tmp_path))
+    with pytest.raises(ValueError, match=names):
+        load_expert(fresh, toy_config(tmp_path), "vqa", step / "experts/vqa")
+
+    load_model(run.out, other_base=True)
+    allowed = toy_config(tmp_path, model__other_base=True)
+    now = filled(allowed, load_config(Path(run.out) / CONFIG))
+    assert now.model.fingerprint == other
+    same_config(now, Path(run.out))
+    load_expert(fresh, allowed, "vqa", step / "experts/vqa")
+
+
+def test_a_base_that_moved_is_the_same_base(run, tmp_path):
+    shutil.move(tmp_path / "base", tmp_path / "moved")
+    toy = toy_config(tmp_path, model__name=str(tmp_path / "moved"))
+    now = filled(toy, load_config(Path(run.out) / CONFIG))
+    same_config(now, Path(run.out))
+    assert now.experts["grounding"].rank == 3
+
+
+def test_a_plain_adapter_without_a_fingerprint_is_taken_and_its_folder_decides(tmp_path):
+    peft_adapter(tmp_path / "plain", ["up_proj"], rank=3, alpha=5)
+    config = toy_config(tmp_path, experts__vqa={"init_from": str(tmp_path / "plain")})
+    assert (settled(config).experts["vqa"].rank, settled(config).experts["vqa"].alpha) == (3, 5.0)
+    for key, value in (("rank", 16), ("alpha", 1.0), ("use_rslora", True)):
+        wrong = {"init_from": str(tmp_path / "plain"), key: value}
+        with pytest.raises(ValueError, match=rf"experts.vqa.{key}: .*plain has .*leave it out"):
+            settled(toy_config(tmp_path, experts__vqa=wrong))
+
+
+def peft_adapter(folder: Path, targets, rank: int = 2, alpha: int = 4, fill: bool = True):
+    """What plain PEFT writes for a tiny LLaVA; `fill` gives B values where a gradient would come."""
+    model, _ = tiny_llava()
+    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))
+    torch.manual_seed(0)
+    for name, parameter in wrapped.named_parameters():
+        if fill and "lora_B" in name and "vision_tower.encoder.layers.2" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_an_adapter_that_wraps_the_towers_unused_layer_becomes_an_expert(tmp_path, capfd, targets):
+    wrapped = peft_adapter(tmp_path / "plain", targets).eval()
+    config = toy_config(
+        tmp_path,
+        model__targets=["all-linear"],
+        experts={"vqa": {"init_from": str(tmp_path / "plain")}},
+        data__expert="vqa",
+        router={"kind": "fixed"},
+        stages=[],
+    )
+    bank = build_model(config).bank
+    assert re.search(
+        r"expert vqa: .*plain: \d+ sites dropped that change no output", capfd.readouterr().err
+    )
+    assert not any("encoder.layers.2." in site for site in bank.experts["vqa"].sites)
+    theirs = wrapped.state_dict()
+    for site in bank.experts["vqa"].sites:
+        for key in site_keys(site):
+            assert torch.equal(
+                bank.state("vqa")[key], theirs[key.replace(".weight", ".default.weight")]
+            )
+
+
+def test_all_linear_leaves_out_what_cannot_learn_or_be_merged(tmp_path):
+    bank = build_model(toy_config(tmp_path, model__targets=["all-linear"])).bank
+    every = {n for n, m in tiny_llava()[0].named_modules() if isinstance(m, torch.nn.Linear)}
+    left_out = every - set(bank.sites)
+    assert left_out and all("layers.2." in n or n == "lm_head" for n in left_out), left_out
+
+
+def test_an_expert_on_a_tied_lm_head_is_refused_at_the_start(tmp_path):
+    model, processor = tiny_llava(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    wanted = [UP, "lm_head"]
+    with pytest.raises(ValueError, match=r"lm_head is also that of .*embed_tokens.*all-linear"):
+        build_model(toy_config(tmp_path, model__targets=wanted))
+    build_model(toy_config(tmp_path, model__targets=["all-linear"]))
+
+
+def test_a_site_outside_the_targets_is_named_with_the_way_out(tmp_path):
+    peft_adapter(tmp_path / "plain", ["q_proj", "up_proj"])
+    config = toy_config(tmp_path, experts__vqa={"init_from": str(tmp_path / "plain")})
+    with pytest.raises(
+        ValueError, match=r"plain: \d+ of its sites are not among model.targets.*all-linear"
+    ):
+        build_model(config)
+
+
+def test_a_broken_adapter_is_found_before_the_base_is_loaded(tmp_path, monkeypatch):
+    peft_adapter(tmp_path / "plain", ["up_proj"])
+    file = tmp_path / "plain/adapter_model.safetensors"
+    save_file({key: t / 0 for key, t in load_file(file).items()}, file)
+    config = toy_config(tmp_path, experts__vqa={"init_from": str(tmp_path / "plain")})
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: .*NaN"):
+        build_model(config)
+
+
+def test_a_stage_that_starts_from_other_sites_names_the_other_way(tmp_path):
+    peft_adapter(tmp_path / "plain", ["up_proj"])
+    config = toy_config(tmp_path)
+    model = build_model(config)
+    with pytest.raises(ValueError, match=r"plain: has 2 sites.*experts.vqa.init_from takes one"):
+        load_expert(model, config, "vqa", tmp_path / "plain")
+
+
+def test_the_base_alone_gives_the_same_backbone_with_its_fingerprint(tmp_path):
+    config = toy_config(tmp_path)
+    assert open_backbone(config.model.name).fingerprint is None
+    assert build_model(config).backbone.fingerprint == base_fingerprint(tmp_path / "base")
