@@ -32,8 +32,12 @@ class BadSampleError(ValueError):
         self.where, self.rule, self.detail = where, rule, detail
 
     def __str__(self) -> str:
-        said = f"{self.where}: {self.rule}{': ' if self.detail else ''}{self.detail}"
-        return said.replace("\n", " ").encode(errors="backslashreplace").decode()  # half characters
+        return one_line(f"{self.where}: {self.rule}{': ' if self.detail else ''}{self.detail}")
+
+
+def one_line(text: str) -> str:
+    """A message that quotes a file, with what cannot be printed (line breaks, half characters) escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class RefusedError(ValueError):

@@ -30,6 +30,7 @@ from data.ocr_engines import ENGINES, Engine
 from data.pictures import is_hidden, open_picture
 from data.readers.record import RecordDataset
 from data.readers.table import open_records
+from moa.command import mistakes_in_one_line
 from moa.config import RunConfig, SourceConfig, load_config
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -201,7 +202,7 @@ def engine_of(args: argparse.Namespace) -> Engine:
 
 def main(argv: list[str] | None = None) -> None:
     args, report = arguments(argv), BuildReport()
-    try:
+    with mistakes_in_one_line():
         if args.merge:
             merge_shards(args.out, args.merge)
         else:
@@ -213,8 +214,6 @@ def main(argv: list[str] | None = None) -> None:
                 engine=engine_of(args),
                 shard=args.shard,
             )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
     print("\n".join(report_lines(report, shard_file(args.out, *args.shard))))
     sys.exit(1 if report.failed else 0)
 

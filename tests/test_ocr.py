@@ -267,7 +267,7 @@ def test_the_command_reads_a_folder_and_names_a_truncated_picture(tmp_path):
 def test_the_command_says_what_is_wrong_with_an_empty_folder(tmp_path):
     command = [sys.executable, "scripts/ocr.py", "--out", "x.parquet", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "no picture files" in done.stderr
+    assert done.returncode == 2 and "no picture files" in done.stderr
 
 
 TABLE = """level\tpage_num\tblock_num\tpar_num\tline_num\tword_num\tleft\ttop\twidth\theight\tconf\ttext

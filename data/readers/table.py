@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
+from data.checks import one_line
 from data.ocr import OcrSource
 from data.readers import captions, conversations, folders, grounding, own, reading, tables, vqa
 from data.readers.record import RecordDataset, Records
@@ -85,7 +86,8 @@ def open_records(
     try:
         records = chosen.read(source)
     except ValueError as error:
-        raise ValueError(f"data.sources.{source.name}: format {source.format}: {error}") from None
+        said = f"data.sources.{source.name}: format {source.format}: {error}"
+        raise ValueError(one_line(said)) from None
     if len(records) == 0:
         raise ValueError(f"data.sources.{source.name}: {source.path} holds no rows")
     return RecordDataset(
