@@ -182,7 +182,7 @@ class Tesseract:
 
 def tsv_words(table: str) -> Words:
     """The words of Tesseract's table; its other rows are blocks and lines, of confidence -1."""
-    header, *lines = table.splitlines()
+    header, *lines = table.strip("\r\n").split("\n")
     names = header.split("\t")
     found = []
     for line in lines:

@@ -102,7 +102,7 @@ class PairCollator(Collator):
 
 
 def templates(question: str) -> list[str]:
-    return [line.strip() for line in question.splitlines() if line.strip()]
+    return [line.strip() for line in question.split("\n") if line.strip()]
 
 
 def fill(template: str, name: str) -> str:

@@ -14,6 +14,7 @@ from data.readers.record import RecordDataset, clipped
 from data.readers.table import open_records
 from data.sample import OcrWord
 from moa.config import SourceConfig
+from scripts.ocr import folder_pictures
 from tests.formats import dump, dump_lines, picture, picture_bytes
 from tests.test_readers import error_of, no_caches, opened, written  # noqa: F401 - a fixture
 from tests.tiny import random_image
@@ -299,6 +300,7 @@ def test_hidden_files_and_folders_are_left_out(tmp_path):
         picture(tmp_path / ".data" / name)  # a folder above may be hidden
     assert opened("image_folder", tmp_path, path=".data")[0].choices == ("cat", "dog")
     assert len(opened("image_folder", tmp_path, path=".data")) == 2
+    assert [f.parent.name for f in folder_pictures(tmp_path / ".data").files] == ["cat", "dog"]
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
         for name in ("./1.png", "._1.png", "__MACOSX/._1.png", ".DS_Store"):
             archive.add(tmp_path / ".data/cat/1.png", name)
