@@ -386,6 +386,12 @@ def check_stages(config: RunConfig) -> None:
             nobody = [s.name for s in sources if s.expert is None and s.format != "scenes"]
             rule = f"{key} trains each expert on its own samples, and these name none"
             check(not nobody, f"data.sources.{', '.join(nobody)}.expert", rule)
+        if stage.name == "experts":
+            reached = {config.data.expert or s.expert for s in sources} - {NONE}
+            frozen = all(name in config.experts and config.experts[name].frozen for name in reached)
+            rule = f"its samples are of frozen experts alone: {sorted(map(str, reached))}"
+            learns = config.model.train_projector or not (reached and frozen)
+            check(learns, key, rule)
         if isinstance(stage.init_from, dict):
             for name in stage.init_from:
                 check(name in config.experts, f"{key}.init_from.{name}", "no such expert")

@@ -191,6 +191,14 @@ def test_a_stage_names_sources_that_there_are(world, tmp_path, sources, message)
         read(changed, tmp_path / "run.json")
 
 
+def test_a_stage_of_experts_draws_from_one_that_learns(world, tmp_path):
+    frozen = {"rank": 2, "alpha": 4, "frozen": True}
+    stages = [{"name": "experts", "steps": 1, "sources": ["vqa"]}]
+    changed = world | {"stages": stages, "experts": world["experts"] | {"vqa": frozen}}
+    with pytest.raises(ValueError, match=r"stages.experts: .* frozen experts alone: \['vqa'\]"):
+        read(changed, tmp_path / "run.json")
+
+
 def test_some_sources_of_a_mixture_keep_their_relative_shares():
     sources = {"a": range(5), "b": range(7), "c": range(9)}
     weighted = Mixture(sources, {"a": 1.0, "b": 2.0, "c": 5.0}, seed=3).only(["c", "a"])
