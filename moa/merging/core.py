@@ -252,7 +252,7 @@ def choose_rank(singular_values: Float[Tensor, " rank"], rank: int | str, total_
     return 1 + int((energy < share * energy[-1]).sum())
 
 
-def parse_rank(rank: int | float | str) -> int | str:
+def parse_rank(rank: Any) -> int | str:
     """`rank` as the number, "sum" or "energy:x" that it means; ValueError with the choices."""
     text = str(rank).strip()
     if text.isdigit() and int(text) > 0:

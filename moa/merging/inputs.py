@@ -35,7 +35,9 @@ def open_adapters(folders: Sequence[str | Path]) -> list[Expert]:
     return experts
 
 
-def _folders(pattern: str) -> list[Path]:
+def _folders(pattern: Any) -> list[Path]:
+    if not isinstance(pattern, str):
+        raise ValueError(f"adapters: each must be a folder, got {pattern!r}")
     path = Path(pattern).expanduser()
     if path.is_dir() or not glob.has_magic(pattern):
         return [path]

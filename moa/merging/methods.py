@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,4 +46,6 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if not number and type(value) is not type(known[key]):
             kind = type(known[key]).__name__
             raise ValueError(f"options.{key}: must be a {kind}, got {value!r}")
+        if number and not -sys.float_info.max <= value <= sys.float_info.max:  # NaN is not
+            raise ValueError(f"options.{key}: must be finite, got {str(value)[:40]}")
     return {**known, **options}

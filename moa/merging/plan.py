@@ -4,6 +4,7 @@ layers.0.self_attn.q_proj   first rule that matches   ->  one Job: method, space
 layers.0.mlp.down_proj      no rule                   ->  the Job of the merge's own settings
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ class SiteRule:
             ) from None
         if self.rank is not None:
             parse_rank(self.rank)
+        if not all(map(math.isfinite, self.scale)):
+            raise ValueError(f"sites.scale: of {self.match!r} must be finite, got {self.scale}")
         if not self.scale:
             raise ValueError(
                 f"sites.scale: of {self.match!r} is empty; one number, or several along the depth"
