@@ -210,6 +210,9 @@ def test_a_pickle_is_named_as_the_models_not_the_bases(world, tmp_path):
     (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"models\.old: .*pytorch_model\.bin is a pickle"):
         merge_checkpoints(tmp_path / "out", {"old": tmp_path / "old"}, world / "base")
+    (tmp_path / "old" / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"models\.old: .*old has neither model\.safetensors nor"):
+        merge_checkpoints(tmp_path / "out", {"old": tmp_path / "old"}, world / "base")
 
 
 @pytest.mark.parametrize(

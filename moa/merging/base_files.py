@@ -136,8 +136,8 @@ def weight_files(folder: Path, what: str = "base") -> list[str]:
     index = folder / INDEX_FILE
     if not index.is_file():
         found = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
-        pickled = f"; {found[0]} is a pickle, and is not opened: save it as safetensors" * bool(
-            found
+        pickled = (
+            f"; {found[0]} is a pickle, and is not opened: save it as safetensors" if found else ""
         )
         raise ValueError(f"{what}: {folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{pickled}")
     where = read_json_object(index).get("weight_map")
