@@ -7,15 +7,15 @@ Each row is ONE plain adapter at the method's defaults, as scripts/merge.py woul
 `OPTIONS` where the defaults mean nothing here. The learned ones see some samples of the run's validation sets, and
 are scored on the test sets like all others; their seconds are those of learning. `adapter_fusion` is no merge: an
 attention over the experts' outputs, learned from the same samples. Writes compare_merges.json and
-compare_merges.md: scores in per cent by data set, their mean over the tasks that the experts were trained on and
-over the others, rank, and seconds.
+compare_merges.md: scores in per cent by data set, their mean over those that belong to an expert (it is named, or
+trained on a source of this name or task) and over the others, rank, and seconds.
 """
 
 import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -29,16 +29,18 @@ from data.sources import open_ocr
 from moa.atomic import write_file, write_json
 from moa.benchmarks.few_shot import load_unrouted, read_few_shot
 from moa.benchmarks.learning import LEARNERS, Session
+from moa.benchmarks.result import Result
 from moa.benchmarks.sources import EvalSettings, score_sources
 from moa.build import build_model, only_adapter
 from moa.checkpoint import CONFIG, load_model, step_folder
+from moa.command import mistakes_in_one_line
 from moa.config import RunConfig, load_config
-from moa.merging.core import Expert
+from moa.merging.core import Expert, parse_rank
 from moa.merging.export import export_adapter
 from moa.merging.fusion import learn_fusion
 from moa.merging.inputs import open_adapters
 from moa.merging.merge import MergedSite, merge
-from moa.merging.methods import METHODS
+from moa.merging.methods import METHODS, find_method
 
 # Two-expert methods have no meaning for a run of more; a uniform sum at full weight is task_arithmetic.
 LEFT_OUT = ("slerp", "sa_merge")
@@ -126,7 +128,20 @@ def scores_of(
         num_pictures=0, num_samples=args.num_samples, gates=gates, progress=False
     )
     results = score_sources(model, config, settings, args.ocr)
+    args.trained |= trained_sets(results, config)
     return {result.name: float(result.score["value"] or 0.0) for result in results}
+
+
+def trained_sets(results: Iterable[Result], config: RunConfig) -> set[str]:
+    """The data sets with samples of an expert: they name it, or it was trained on a source of their name or task."""
+    own = [s for s in config.data.sources if config.data.expert or s.expert]
+    names, tasks = {s.name for s in own}, {s.task for s in own if s.task}
+    samples = {r.name: [p.sample for p in r.predictions] for r in results}
+    return {
+        name
+        for name, found in samples.items()
+        if any(s.expert in config.experts or s.source in names or s.task in tasks for s in found)
+    }
 
 
 def markdown(rows: list[Row], trained: set[str]) -> str:
@@ -135,19 +150,22 @@ def markdown(rows: list[Row], trained: set[str]) -> str:
         "| merge | trained | held out | " + " | ".join(names) + " | rank | seconds |",
         "|---" * (len(names) + 5) + "|",
     ]
-    for row in sorted(rows, key=lambda row: -mean_of(row, trained)):
+    for row in sorted(rows, key=lambda row: -(mean_of(row, trained) or 0.0)):
         options = ", ".join(f"{key}={value}" for key, value in row["options"].items())
         label = f"`{row['method']}`" + (f" ({options})" if options else "")
-        others = set(names) - trained
-        means = [mean_of(row, trained), mean_of(row, others)] if others else [mean_of(row, trained)]
-        cells = [f"{100 * value:.0f}" for value in (*means, *row["scores"].values())]
+        means = (mean_of(row, trained), mean_of(row, set(names) - trained))
+        cells = [per_cent(value) for value in (*means, *row["scores"].values())]
         end = [str(row["rank"] or ""), "" if row["seconds"] is None else f"{row['seconds']:.2f}"]
         lines.append("| " + " | ".join([label, *cells, *end]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def mean_of(row: Row, names: set[str]) -> float:
-    return mean(row["scores"][name] for name in names) if names else 0.0
+def mean_of(row: Row, names: set[str]) -> float | None:
+    return mean(row["scores"][name] for name in names) if names else None
+
+
+def per_cent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f}"
 
 
 def arguments() -> argparse.Namespace:
@@ -172,16 +190,24 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, console = arguments(), Console()
+    args = arguments()
+    with mistakes_in_one_line():
+        compare(args, Console())
+
+
+def compare(args: argparse.Namespace, console: Console) -> None:
+    parse_rank(args.rank)
+    methods = args.methods.split(",") if args.methods else [m for m in METHODS if m not in LEFT_OUT]
+    for method in methods:
+        find_method(method)
+    learned = LEARNED if args.learned is None else tuple(filter(None, args.learned.split(",")))
+    if unknown := set(learned) - set(LEARNED):
+        raise ValueError(f"--learned: no {sorted(unknown)}; choices: {', '.join(LEARNED)}")
     step = step_folder(args.run)
     model, _, config = load_model(args.run, "cpu")
     args.ocr = open_ocr(config.data)
-    trained = {source.expert for source in config.data.sources if source.expert}
+    args.trained = set[str]()
     experts = open_adapters([str(step / "experts" / name) for name in config.experts])
-    methods = args.methods.split(",") if args.methods else [m for m in METHODS if m not in LEFT_OUT]
-    learned = LEARNED if args.learned is None else tuple(filter(None, args.learned.split(",")))
-    if unknown := set(learned) - set(LEARNED):
-        raise SystemExit(f"error: --learned: no {sorted(unknown)}; choices: {', '.join(LEARNED)}")
     rows: list[Row] = [
         {"method": label, "options": {}, "seconds": None, "rank": None,
          "scores": scores_of(model, config, args, gates)}
@@ -192,7 +218,7 @@ def main() -> None:
     session = open_session(args)
     for name in track(learned, description="learning and scoring"):
         rows.append(score_learned(session, name, experts, step, args))
-    table = markdown(rows, trained & set(rows[0]["scores"]))
+    table = markdown(rows, args.trained)
     write_json(
         args.out / "compare_merges.json", {"run": str(args.run), "rank": args.rank, "rows": rows}
     )

@@ -31,7 +31,9 @@ from moa.benchmarks.learning import LEARNERS, Learned, Learner, Session, Tick, n
 from moa.command import run_command
 from moa.merging.core import parse_rank
 from moa.merging.export import check_out, export_adapter
+from moa.merging.inputs import digest
 from moa.merging.methods import check_options, find_method
+from moa.merging.source import open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ def run_learner(settings: LearnConfig, console: Console) -> None:
         "options": options,
         "merge": dict(session.merge),
         "run": str(settings.run),
+        "experts": {expert.name: digest(expert) for expert in open_run(str(settings.run)).experts},
         "data": {name: len(samples) for name, samples in few.samples.items()},
         "num_skipped": few.num_skipped,
         "seed": settings.seed,
@@ -173,7 +176,10 @@ def write(settings: LearnConfig, found: Learned, record: dict[str, Any]) -> None
         return
     base = found.experts[0].config.get("base_model_name_or_path")
     report = {"merge": record}
-    export_adapter(out, found.merged, found.experts, base=base, dtype="float32", report=report)
+    count = sum(record["data"].values())
+    about = f"LoRA experts merged by `{record['method']}`, learned from {count} validation samples."
+    export_adapter(out, found.merged, found.experts, base=base, dtype="float32", report=report,
+                   card={"about": about})  # fmt: skip
 
 
 @contextmanager

@@ -89,6 +89,15 @@ def test_what_is_learned_is_read_by_the_merge(world, tmp_path, method):
         assert found == pytest.approx(wanted, abs=1e-11)
 
 
+def test_weights_learned_with_other_values_of_the_experts_are_refused(world, tmp_path, capsys):
+    out, other = tmp_path / "w.json", f"adapters=[{world}/B/checkpoints/step-000001/experts/*]"
+    script.main([f"run={world}/A", f"out={out}", "num_samples=1", "method=grid", "values=[0.5]"])
+    message = refused(
+        capsys, merge_script.main, f"weights={out}", other, "verify=false", f"out={tmp_path}/x"
+    )
+    assert f"{out} was learned with other values of the expert caption; learn it again" in message
+
+
 def test_the_grid_and_the_greedy_soup_do_not_score_worse_than_what_they_tried(world, tmp_path):
     out = tmp_path / "w.json"
     script.main(

@@ -90,7 +90,7 @@ def _card(out: str | Path, folders: Sequence[Path], weights: Tensor) -> Card:
         kind="step",
         about=f"The weighted mean of {len(folders)} steps of one run: experts, router and projector.",
         base=config.model.name,
-        fingerprint=local_fingerprint(config.model.name),
+        fingerprint=config.model.fingerprint or local_fingerprint(config.model.name),
         rows=[(folder.name, f"{weight:.4g}", str(folder)) for folder, weight in rows],
         config=config,
         sources=config.data.sources,

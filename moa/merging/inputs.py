@@ -4,14 +4,17 @@ import glob
 import json
 import re
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moa.experts import ExpertBank
 from moa.merging.base_files import local_base as local_base
 from moa.merging.core import Expert, expert_from_folder, expert_from_tensors
 from moa.merging.plan import Weights, all_sites, weight_row
-from moa.peft_io import CONFIG_FILE
+from moa.peft_io import CONFIG_FILE, site_scaling
 
 GATES = "gates"
 
@@ -79,8 +82,8 @@ def is_weights_file(raw: Any) -> bool:
 def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
     """The weights of a file that scripts/learn_weights.py wrote: by expert, or by site and expert.
 
-    Raises ValueError, naming the file and the key, for one that is no such file, or was learned with other experts or
-    sites, or holds something that is no finite number.
+    Raises ValueError, naming the file and the key, for one that is no such file, or was learned with other experts,
+    sites or values of the experts, or holds something that is no finite number.
     """
     file = Path(file)
     if not file.is_file():
@@ -91,6 +94,7 @@ def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
         raise ValueError(f"weights: {file} is no JSON: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get("weights"), dict):
         raise ValueError(f"weights: {file} has no key `weights` with a mapping")
+    check_digests(record.get("experts"), experts, file)
     weights = record["weights"]
     names, sites = [expert.name for expert in experts], all_sites(experts)
     if not any(isinstance(row, dict) for row in weights.values()):
@@ -103,6 +107,26 @@ def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
             raise ValueError(f"{file}: weights.{site}: missing; every site needs its weights")
         _check_row(weights[site], names, f"{file}: weights.{site}")
     return weights
+
+
+def check_digests(digests: Any, experts: Sequence[Expert], file: Path) -> None:
+    """ValueError where weights were learned with other values of an expert; nothing for a file without digests."""
+    for expert in experts if isinstance(digests, dict) else []:
+        if expert.name in digests and digests[expert.name] != digest(expert):
+            raise ValueError(
+                f"weights: {file} was learned with other values of the expert {expert.name}; learn it again by "
+                "scripts/learn_weights.py, or give the numbers by weights={NAME: NUMBER}"
+            )
+
+
+def digest(expert: Expert) -> str:
+    """Of an expert's factors as they are stored, and of their scaling."""
+    found = sha256()
+    for site in sorted(expert.ranks):
+        found.update(f"{site} {site_scaling(expert.config, site)}".encode())
+        for factor in expert.read(site):
+            found.update(factor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
 
 
 def _check_row(row: Any, names: Sequence[str], where: str) -> None:
