@@ -52,6 +52,15 @@ def test_the_mixture_and_its_gradients_equal_a_plain_loop_over_experts(form, per
         torch.testing.assert_close(a, b)
 
 
+def test_a_gate_that_many_tokens_share_gets_their_gradients_summed_in_its_own_precision():
+    tokens, one = 4097, torch.ones(1, 1, dtype=torch.bfloat16)  # bf16 has no number 4097
+    for form, base in ((mix, (torch.zeros(1, tokens, 1).bfloat16(),)), (mix_linear, (one, None))):
+        gate = torch.ones(1, 1, 1, requires_grad=True)
+        x = torch.ones(1, tokens, 1, dtype=torch.bfloat16)
+        form(x, *base, gate, [one], [one]).backward(x)
+        assert gate.grad.item() == tokens
+
+
 def hook(layer):
     layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
 
@@ -216,6 +225,21 @@ def test_decoding_steps_share_one_concatenation():
     assert bank.context.state.prepared[SITE] is first
 
 
+def test_gates_that_were_set_once_serve_another_dtype_and_more_rows():
+    bank = make_bank(tiny_llava()[0], targets=(SITE,))
+    fill(bank)
+    site, x = bank.sites[SITE], torch.randn(2, 3, 32)
+    bank.set_gates(some_gates(bank, batch=2), expand=True)
+    expected = site(x)  # with gradients: nothing is kept
+    with torch.no_grad():
+        bank.set_gates(some_gates(bank, batch=2), expand=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            site(x)
+        torch.testing.assert_close(site(x), expected)
+        beams = site(x.repeat_interleave(2, 0))
+        torch.testing.assert_close(beams, expected.repeat_interleave(2, 0))
+
+
 def test_inference_leaves_out_experts_that_no_sample_uses():
     model, processor = tiny_llava()
     bank = make_bank(model)
@@ -315,6 +339,7 @@ def test_checkpointing_two_forwards_before_a_backward_gives_the_plain_gradients(
                 assert logits.keys() == bank.sites.keys()
                 loss = loss + sum(x.square().mean() for x in logits.values())
         loss.backward()
+        assert bank.take_token_logits() == {}  # recomputing records nothing
         leaves = [p for p in model.parameters() if p.requires_grad]
         if routing == "sample":
             leaves = [*gates, *bank.parameters()]
@@ -398,6 +423,18 @@ def test_token_routing_equals_a_plain_loop_with_each_tokens_own_gates():
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
         assert bank.take_token_logits().keys() == {SITE}
         assert bank.take_token_logits() == {}
+
+
+def test_token_routing_decides_in_float32_under_autocast():
+    bank = make_bank(tiny_llava()[0], targets=(SITE,))
+    bank.add_token_routers(std=1.0)
+    x, logits = torch.randn(2, 5, 32), []
+    for enabled in (False, True):
+        bank.route_tokens(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            bank.sites[SITE](x)
+        logits.append(bank.take_token_logits()[SITE])
+    assert logits[0].equal(logits[1]) and logits[1].dtype == torch.float32
 
 
 def test_token_routers_need_all_experts_first_and_everywhere():

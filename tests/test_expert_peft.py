@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from moa.peft_io import read_expert, save_expert
+from moa.experts import ExpertBank
+from moa.peft_io import read_expert, save_expert, site_keys, site_rank, site_scaling
 from tests.banks import LANGUAGE, SITE, fill, inputs, make_bank
 from tests.tiny import tiny_llava
 
@@ -38,13 +41,13 @@ def test_the_round_trip_through_a_peft_folder_is_exact(tmp_path):
 def test_a_peft_adapter_with_patterns_is_imported_as_peft_computes_it(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    q, v = SITE, SITE.replace("q_proj", "v_proj")
+    q, k, v = (SITE.replace("q_proj", f"{letter}_proj") for letter in "qkv")
     config = LoraConfig(
         r=4,
         lora_alpha=6,
-        target_modules=[q, v],
+        target_modules=[q, k, v],
         rank_pattern={"v_proj": 2},
-        alpha_pattern={f"^{v}": 3},
+        alpha_pattern={f"^{v}": 3, f"^{k}": 11},  # k differs by alpha alone
         use_rslora=True,
     )
     plain, processor = tiny_llava()
@@ -68,8 +71,22 @@ def test_a_peft_adapter_with_patterns_is_imported_as_peft_computes_it(tmp_path):
     save_expert(tmp_path / "again", bank.state("theirs"), bank.peft_config("theirs"))
     again = make_bank(tiny_llava()[0], targets=(LANGUAGE,), vqa=2)
     again.import_expert("theirs", *read_expert(tmp_path / "again"))
-    assert again.sites[q].scalings == bank.sites[q].scalings
-    assert again.sites[v].scalings["theirs"] == pytest.approx(bank.sites[v].scalings["theirs"])
+    for site in (q, k, v):
+        assert again.sites[site].scalings == pytest.approx(bank.sites[site].scalings)
+
+
+def test_a_site_whose_path_ends_like_anothers_keeps_its_own_rank_and_alpha():
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "m": nn.ModuleDict({"q": nn.Linear(4, 4)})})
+    bank = ExpertBank.attach(model, ["q", "m.q"])
+    config = {"r": 3, "lora_alpha": 6, "rank_pattern": {"^q": 2}, "alpha_pattern": {"^q": 5}}
+    ranks = {"q": 2, "m.q": 3}
+    factors = [(torch.ones(r, 4), torch.ones(4, r)) for r in ranks.values()]
+    pairs = zip(ranks, factors, strict=True)
+    tensors = {k: t for site, own in pairs for k, t in zip(site_keys(site), own, strict=True)}
+    bank.import_expert("theirs", tensors, config)
+    exported = bank.peft_config("theirs")
+    assert {site: site_rank(exported, site) for site in ranks} == ranks
+    assert {site: site_scaling(exported, site) for site in ranks} == {"q": 2.5, "m.q": 2.0}
 
 
 def test_an_adapter_with_tensors_that_no_site_consumes_is_refused():
@@ -82,6 +99,8 @@ def test_an_adapter_with_tensors_that_no_site_consumes_is_refused():
         other.import_expert("new", state, other.peft_config("vqa"))
     with pytest.raises(ValueError, match="1 keys missing"):
         other.load_state("vqa", state)
+    with pytest.raises(ValueError, match="1 keys unknown"):
+        other.load_state("vqa", {**other.state("vqa"), "more": torch.ones(1, 1)})
     assert other.names == ["vqa", "caption", "grounding"]
 
 
@@ -90,6 +109,9 @@ def test_an_adapter_of_another_width_or_with_nan_is_refused():
     other = make_bank(tiny_llava(hidden=64)[0], targets=(SITE,))
     with pytest.raises(ValueError, match=r"another base: .*\[64, 64\].*\[32, 32\]"):
         bank.import_expert("new", other.state("vqa"), other.peft_config("vqa"))
+    wide = {k: F.pad(t, (0, int("lora_A" in k))) for k, t in bank.state("vqa").items()}
+    with pytest.raises(ValueError, match=r"another base: .*\[32, 33\].*\[32, 32\]"):
+        bank.import_expert("new", wide, bank.peft_config("vqa"))
     broken = {key: tensor.clone() for key, tensor in bank.state("vqa").items()}
     broken[next(iter(broken))][0, 0] = float("nan")
     for act in (

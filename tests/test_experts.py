@@ -158,18 +158,27 @@ def test_layers_that_are_read_and_not_run_are_no_targets():
 
 
 def test_an_expert_can_have_a_subset_of_the_sites():
+    """Each site has a gate's expert by its name, also where it is the site's first, and a negative gate subtracts."""
     model, processor = tiny_llava()
-    bank = make_bank(model, targets=(LANGUAGE, PROJECTOR), vqa=4)
-    bank.add("small", rank=2, alpha=2, targets=[SITE])
+    other, gates = SITE.replace("q_proj", "v_proj"), {"there": 0.5, "small": 2.0, "both": -1.5}
+    bank = ExpertBank.attach(model.requires_grad_(False), [LANGUAGE, PROJECTOR])
+    bank.add("there", rank=2, alpha=8, targets=[other])
+    bank.add("small", rank=2, alpha=3, targets=[SITE])
+    bank.add("both", rank=1, alpha=1, targets=[SITE, other])
     fill(bank)
     assert bank.experts["small"].sites == (SITE,)
-    gates = torch.tensor([[[0.0, 1.0]]]).expand(4, 1, 2)
-    bank.set_gates(gates, torch.arange(4))
-    ours = model(**inputs(processor)).logits
     dense, _ = tiny_llava()
-    site = bank.sites[SITE]
-    dense.get_submodule(SITE).weight.data += site.lora_B["small"] @ site.lora_A["small"]
-    torch.testing.assert_close(ours, dense(**inputs(processor)).logits, atol=1e-5, rtol=1e-4)
+    for name in (SITE, other):
+        site = bank.sites[name]
+        for expert, a in site.lora_A.items():
+            update = gates[expert] * site.scalings[expert] * site.lora_B[expert] @ a
+            dense.get_submodule(name).weight.data += update
+    expected = dense(**inputs(processor)).logits
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            bank.set_gates(torch.tensor([[[*gates.values()]]]).expand(4, 1, 3))
+            found = model(**inputs(processor)).logits
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_is_not_wrapped_twice():

@@ -23,6 +23,13 @@ def test_softmax_gates_sum_to_one_and_sharpen_as_temperature_falls():
     assert (softmax_gates(x, 0.5).amax(-1) > gates.amax(-1)).all()
 
 
+def test_a_temperature_divides_the_logits_of_every_kind():
+    x, mask = logits(5, 4), logits(5, 4) < 1
+    torch.testing.assert_close(softmax_gates(x, 2), softmax_gates(x / 2))
+    torch.testing.assert_close(sigmoid_gates(x, 2), 1 / (1 + (-x / 2).exp()))
+    torch.testing.assert_close(top_k_gates(x, 2, mask, 2), top_k_gates(x / 2, 2, mask))
+
+
 def test_gates_are_float32_whatever_the_logits_are():
     x = logits(3, 4).bfloat16()
     for gates in (softmax_gates(x), sigmoid_gates(x), top_k_gates(x, 2)):
@@ -47,9 +54,10 @@ def test_top_k_gates_never_give_a_masked_expert_a_place():
     assert gates[0, 0] == gates[0, 3] == 0
 
 
-def test_top_k_gates_use_fewer_experts_where_fewer_are_left_and_none_where_none_is():
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_top_k_gates_use_fewer_experts_where_fewer_are_left_and_none_where_none_is(k):
     x = logits(2, 3).requires_grad_()
-    gates = top_k_gates(x, 2, torch.tensor([[False, True, False], [False, False, False]]))
+    gates = top_k_gates(x, k, torch.tensor([[False, True, False], [False, False, False]]))
     assert gates.tolist() == [[0, 1, 0], [0, 0, 0]]
     gates.square().sum().backward()
     assert x.grad.isfinite().all()
@@ -80,9 +88,10 @@ def test_one_hot_gates_are_uniform_where_nobody_knows_the_expert():
 
 
 def test_unavailable_experts_get_exact_zeros_and_the_rest_keeps_the_sum():
-    gates = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
+    gates = torch.tensor([[0.5, 0.3, 0.2], [2.0, 0.0, 0.0], [0.5, 1.5, 0.0], [0.0, 0.0, 0.0]])
     masked = apply_availability(gates, torch.tensor([[False, True, True]]))
-    torch.testing.assert_close(masked, torch.tensor([[0.0, 0.6, 0.4], [0.0, 0.5, 0.5]]))
+    expected = [[0.0, 0.6, 0.4], [0.0, 1.0, 1.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
+    torch.testing.assert_close(masked, torch.tensor(expected))
     assert apply_availability(gates, torch.tensor([True, True, True])).equal(gates)
 
 
@@ -121,6 +130,15 @@ def test_anchors_recognise_the_expert_whose_mean_evidence_is_near():
     assert similarity.argmax(-1).equal(ids)
     alone = anchor_similarity(sums, counts, features[4:5], present[4:5])
     torch.testing.assert_close(alone, similarity[4:5])
+
+
+def test_anchors_are_compared_around_the_mean_of_all_samples():
+    """Nine samples of expert 0 at (0, 0), one of expert 1 at (10, 0): the mean is (1, 0), whatever the experts' own."""
+    sums, counts = torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([9.0, 1.0])
+    features = torch.tensor([[1.0, 1.0], [2.0, 0.0], [4.0, 4.0]])
+    similarity = anchor_similarity(sums, counts, features, torch.tensor([True] * 3))
+    expected = torch.tensor([[0.0, 0.0], [-1.0, 1.0], [-0.6, 0.6]])
+    torch.testing.assert_close(similarity, expected)
 
 
 def test_anchors_say_nothing_about_missing_evidence_or_unseen_experts():

@@ -48,18 +48,18 @@ def test_robustmerge_official_code_is_the_released_procedure(pair):
 @pytest.mark.parametrize("variant", ["paper_per_task", "paper_factor_sum"])
 def test_robustmerge_of_the_paper(pair, variant):
     """Zeng et al. 2025: equations 2 to 4, then algorithm 1 or the product of sums."""
-    a, b = pair
+    a, weights = pair[0], torch.tensor([0.5, -1.0, 2.0])
     kept_a, kept_b = (
         w * (w.abs() >= w.abs().flatten(1).kthvalue(int(w[0].numel() * 0.8)).values[:, None, None])
         for w in pair
     )
     scale = a.abs().sum(-1) / kept_a.abs().sum(-1)
-    scale = scale / scale.sum(0)
+    scale = weights[:, None] * scale / scale.sum(0)
     if variant == "paper_per_task":
         expected = 2 * sum(kept_b[n] @ torch.diag(scale[n]) @ kept_a[n] for n in range(3))
     else:
         expected = 2 * sum(kept_b[n] @ torch.diag(scale[n]) for n in range(3)) @ kept_a.sum(0)
-    merged_a, merged_b = factorwise.robustmerge(*stacks(*pair), ONES, variant=variant)
+    merged_a, merged_b = factorwise.robustmerge(*stacks(*pair), weights, variant=variant)
     torch.testing.assert_close(merged_b @ merged_a, expected)
 
 
@@ -102,6 +102,30 @@ def test_aligning_undoes_a_turned_rank_axis(pair, align):
     assert (plain - b @ a).norm() > 0.3 * (b @ a).norm()
 
 
+@pytest.mark.parametrize("align", ["procrustes", "permutation"])
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_either_factor_alone_decides_the_alignment(pair, align, lacking):
+    """With one factor zero everywhere the other's turned copies still find each other."""
+    turns = [torch.eye(8), torch.eye(8).flip(0), torch.eye(8).roll(3, 0)]
+    a = torch.stack([r.T @ pair[0][0] for r in turns])
+    b = torch.stack([pair[1][0] @ r for r in turns])
+    both = [a, b]
+    both[lacking] = torch.zeros_like(both[lacking])
+    merged = factorwise.aligned_linear(*stacks(*both), torch.full((3,), 1 / 3), align=align)
+    if lacking == 0:
+        torch.testing.assert_close(merged[1] @ merged[1].T, b[0] @ b[0].T, rtol=1e-4, atol=1e-3)
+    else:
+        torch.testing.assert_close(merged[0].T @ merged[0], a[0].T @ a[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("align", ["procrustes", "permutation", "balanced"])
+def test_aligning_changes_no_experts_own_update(pair, align):
+    for index, weights in enumerate(torch.eye(3)):
+        merged = factorwise.aligned_linear(*stacks(*pair), weights, align=align)
+        own = pair[1][index] @ pair[0][index]
+        torch.testing.assert_close(merged[1] @ merged[0], own, rtol=1e-4, atol=1e-3)
+
+
 def test_balanced_alignment_undoes_any_rewriting_of_the_factors(pair):
     """(B R, R^-1 A) with R neither orthogonal nor a permutation; turning alone does not undo it."""
     a, b = pair[0][0], pair[1][0]
@@ -125,6 +149,8 @@ def test_lego_puts_equal_parts_together(pair):
     found, expected = merged[1] @ merged[0], b[0] @ a[0]
     # two members each, in as many clusters: the output weight is sqrt(2 / 8)
     torch.testing.assert_close(found, expected * (2 / 8) ** 0.5, rtol=1e-3, atol=1e-3)
+    thrice = factorwise.lego(*stacks(a, b), torch.tensor([2.0, 1.0]), size=8)
+    torch.testing.assert_close(thrice[1] @ thrice[0], 3 * found, rtol=1e-3, atol=1e-3)
 
 
 def test_lego_does_not_care_how_a_rank_is_scaled(pair):

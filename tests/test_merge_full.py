@@ -90,6 +90,67 @@ def test_the_size_of_a_block_changes_nothing(world, tmp_path, monkeypatch, metho
         torch.testing.assert_close(blocks[key], value, rtol=1e-5, atol=1e-6)
 
 
+def save_model(folder, **tensors):
+    folder.mkdir()
+    save_file(
+        {key.replace("__", "."): tensor for key, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Three layers and a head that the models move by 1 and by 3, a counter, and a vector of another length."""
+
+    def make(name, value, steps, size):
+        layers = {f"layers__{i}__w": torch.full((2, 3), float(value)) for i in range(3)}
+        more = {"steps": torch.tensor([steps, 7]), "odd": torch.full((size,), 0.1)}
+        return save_model(tmp_path / name, head=torch.full((2,), float(value)), **layers, **more)
+
+    base = make("base", 0, 1, 2)
+    return {"one": make("one", 1, 5, 2), "two": make("two", 3, 9, 3)}, base
+
+
+def merged_small(small, tmp_path, **settings):
+    rules = Rules(shape="base")
+    manifest = merge_checkpoints(tmp_path / "out", *small, rules=rules, **settings)
+    return tensors_of(tmp_path / "out"), manifest
+
+
+def test_a_method_that_goes_by_depth_finds_it_in_the_names_of_the_layers(small, tmp_path):
+    found, _ = merged_small(small, tmp_path, method="lines", options={"first": 0.1, "last": 1.0})
+    depths = {"layers.0.w": 0.1, "layers.1.w": 0.55, "layers.2.w": 1.0, "head": 0.1}
+    for key, scale in depths.items():
+        torch.testing.assert_close(found[key], torch.full_like(found[key], scale * 4))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_whole_numbers_and_what_a_rule_keeps_are_the_bases_in_the_dtype_asked_for(
+    small, tmp_path, dtype
+):
+    found, manifest = merged_small(small, tmp_path, dtype=dtype)
+    stored = torch.float32 if dtype == "auto" else torch.bfloat16
+    assert found["steps"].tolist() == [1, 7] and found["steps"].dtype == torch.int64
+    assert found["odd"].equal(torch.full((2,), 0.1).to(stored))
+    assert found["head"].equal(torch.full((2,), 2.0).to(stored))
+    assert manifest["steps"]["rule"] == "not floating: the base's"
+
+
+def test_a_merge_that_its_dtype_cannot_hold_is_refused_and_leaves_nothing(tmp_path):
+    made = {n: save_model(tmp_path / n, w=torch.full((2, 2), v).half()) for n, v in
+            (("base", 3e4), ("one", 6e4), ("two", 6e4))}  # fmt: skip
+    base = made.pop("base")
+    with pytest.raises(
+        ValueError, match="w: the merge has values that .* do not fit in torch.float16"
+    ):
+        merge_checkpoints(tmp_path / "out", made, base, method="task_arithmetic")
+    assert not (tmp_path / "out").exists()
+    merge_checkpoints(tmp_path / "out", made, base, method="task_arithmetic", dtype="float32")
+    assert tensors_of(tmp_path / "out")["w"].eq(9e4).all()
+
+
 def test_another_dtype_is_stored_and_named(world, tmp_path):
     merge_checkpoints(tmp_path / "out", models(world), world / "base", dtype="bfloat16")
     found = tensors_of(tmp_path / "out")

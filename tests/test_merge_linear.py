@@ -9,7 +9,7 @@ from moa.merging import linear
 from moa.merging.merge import merge
 from moa.merging.plan import find_depths, make_plan, sum_gates
 from moa.merging.stack import stack_of
-from tests.test_merge_identities import experts_of, update_of
+from tests.test_merge_identities import experts_of, make_expert, update_of
 
 NAMES = ("one", "two", "three")
 
@@ -36,9 +36,11 @@ def test_slerp_is_shoemakes_formula(matrices, way):
     torch.testing.assert_close(found, expected)
 
 
-def test_slerp_of_parallel_updates_is_a_line(matrices):
-    pair = torch.stack([matrices[0], 3 * matrices[0]])
-    torch.testing.assert_close(linear.slerp(stack(pair), weights(0.5, 0.5)), 2 * matrices[0])
+@pytest.mark.parametrize("length", [3.0, -3.0, 0.0])
+def test_slerp_of_parallel_opposite_or_empty_updates_is_a_line(matrices, length):
+    pair = torch.stack([matrices[0], length * matrices[0]])
+    found = linear.slerp(stack(pair), weights(1.5, 0.5))  # a quarter of the way
+    torch.testing.assert_close(found, (0.75 + 0.25 * length) * matrices[0])
 
 
 def test_the_karcher_mean_of_two_is_the_middle_of_their_arc(matrices):
@@ -142,13 +144,13 @@ def test_weights_that_a_method_cannot_use_are_refused(method, given, message):
 
 def test_factor_space_is_pefts_linear():
     """PEFT 0.21: roots of |weight * scaling| on both factors, the sign on A."""
-    experts = experts_of(2, 2, (2,))
+    experts = [make_expert(f"e{i}", i, 2, lora_alpha=6) for i in range(2)]
     chosen = {"e0": 0.7, "e1": -0.4}
     found = update_of(experts, "linear", space="factor", weights=chosen)
     for site, update in found.items():
         a, b = 0.0, 0.0
         for expert in experts:
             lora_a, lora_b = expert.read(site)
-            root = math.sqrt(abs(chosen[expert.name]) * 2 / 2)
+            root = math.sqrt(abs(chosen[expert.name]) * 6 / 2)
             a, b = a + math.copysign(root, chosen[expert.name]) * lora_a, b + root * lora_b
         torch.testing.assert_close(update, b @ a)

@@ -37,13 +37,31 @@ def test_the_first_rule_that_matches_a_site_decides_and_the_rest_keep_the_merges
         torch.testing.assert_close(found[site], plain[site])
 
 
+def test_a_rules_options_win_and_another_method_brings_its_own_options_and_space():
+    rules = [
+        SiteRule(match="layers.0.q", options={"density": 0.5}),
+        SiteRule(match="layers.1", method="knots"),
+        SiteRule(match="layers.2", method="ties", space="core"),
+    ]
+    own = {"density": 0.1, "reduce": "sum"}
+    plan = make_plan(experts(), method="ties", options=own, space="dense", rules=rules)
+    found = [(job.method.paper[:4], job.space, dict(job.options)) for job in plan.jobs]
+    assert [space for _, space, _ in found] == ["dense", "rows", "core", "dense"]
+    options = [{key: row[key] for key in own if key in row} for _, _, row in found]
+    assert options[0] == {"density": 0.5, "reduce": "sum"}
+    assert options[2] == options[3] == own
+    assert options[1] == {} or options[1] != own
+
+
 def test_a_dropped_site_is_not_in_the_result_and_has_no_gates():
     plan = make_plan(experts(), rules=[SiteRule(match="head", drop=True)])
     assert [*run_plan(plan)] == SITES[:-1]
     assert sum_gates(plan)["head"].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("values, expected", [([0.5], [0.5] * 3), ([0, 1, 4], [0, 1, 4])])
+@pytest.mark.parametrize(
+    "values, expected", [([-0.5], [-0.5] * 3), ([0, 1, 4], [0, 1, 4]), ([0.2, 1], [0.2, 0.6, 1])]
+)
 def test_a_scale_runs_along_the_depth_of_the_whole_model(values, expected):
     rules = [SiteRule(match=r"\.q$", scale=[float(v) for v in values])]
     plan = make_plan(experts(), rules=rules)

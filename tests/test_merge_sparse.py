@@ -74,6 +74,17 @@ def test_a_negative_weight_subtracts():
     assert sparse.elect(block[:1], -torch.ones(1)).tolist() == (-block[0]).tolist()
 
 
+def test_a_weight_counts_in_the_vote_and_in_the_mean():
+    block = torch.tensor([[[1.0, 1.0]], [[3.0, 1.0]], [[-1.0, -1.0]]])
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    # first entry: 0.5 + 3 against 2; second: 0.5 + 1 against 2
+    assert sparse.elect(block, weights).tolist() == [[pytest.approx(3.5 / 1.5), -1.0]]
+    assert sparse.elect(block, weights, "sum").tolist() == [[3.5, -2.0]]
+    assert sparse.elect(block, weights, "max").tolist() == [[3.0, -2.0]]
+    # raw: 1 + 3 against 1, 1 + 1 against 1, and the mean is over heads
+    assert sparse.elect(block, weights, vote="raw").tolist() == [[1.75, 0.75]]
+
+
 def test_a_raw_vote_is_pefts(matrices):
     from peft.utils.merge_utils import ties as pefts
 
@@ -102,7 +113,7 @@ RANDOM = [sparse.dare_linear, sparse.dare_ties, sparse.della, sparse.della_linea
 def test_random_masks_depend_on_seed_and_names_alone(matrices, method):
     weights = torch.tensor([0.2, 0.3, 0.5])
     merged = method(stack(matrices), weights)
-    assert torch.equal(merged, method(stack(matrices, block_rows=4), weights))
+    torch.testing.assert_close(merged, method(stack(matrices, block_rows=4), weights))
     turned = stack_of(site="layer.q", experts=NAMES[::-1], matrices=matrices.flip(0))
     torch.testing.assert_close(merged, method(turned, weights.flip(0)))
     assert not torch.equal(merged, method(stack(matrices), weights, seed=1))
@@ -140,6 +151,18 @@ def test_della_keeps_large_values_more_often():
     assert abs(share.mean() - 0.5) < 0.02
 
 
+def test_della_at_full_spread_keeps_the_largest_of_a_row_and_drops_its_smallest():
+    """Chances 0, 1/2 and 1 in a row of three, wherever its largest magnitude stands."""
+    rows = torch.tensor([[2.0, -3.0, 1.0], [-1.0, 2.0, 3.0], [-3.0, 1.0, 2.0]]).repeat(100, 1)
+    one = stack(rows[None])
+    merged = sparse.della_linear(one, torch.ones(1), density=0.5, spread=0.5)
+    size = rows.abs()
+    assert merged[size == 3].equal(rows[size == 3]) and not merged[size == 1].any()
+    middle = merged[size == 2]
+    assert set(middle.tolist()) == {0.0, 4.0} and 110 < (middle == 4).sum() < 190
+    assert sparse.della(one, torch.ones(1), density=0.5, spread=0.5).equal(merged)
+
+
 def test_breadcrumbs_drop_both_ends():
     matrices = torch.arange(1.0, 101.0).view(1, 10, 10)
     merged = sparse.breadcrumbs(stack(matrices), torch.ones(1), density=0.5, outliers=0.1)
@@ -150,7 +173,7 @@ def test_breadcrumbs_drop_both_ends():
     assert merged.max() == 9
 
 
-def pcb_merging(rows, ratio):
+def pcb_merging(rows, ratio, weights):
     """Du et al. 2024, released code: intra- and inter-balancing, then drop and rescale."""
 
     def clamp(x, low, high):
@@ -166,18 +189,25 @@ def pcb_merging(rows, ratio):
     size = clamp(rows.abs(), 0.0001, 0.0001)
     score = torch.exp(len(rows) * unit(size) ** 2) * torch.tanh(rows * rows.sum(0))
     scale = unit(clamp(score, 1 - ratio, 0))
-    return (rows.sign() * size * scale).sum(0) / scale.sum(0).clamp(min=1e-12)
+    return (weights @ (rows.sign() * size * scale)) / scale.sum(0).clamp(min=1e-12)
 
 
 def test_pcb_is_the_released_procedure(matrices):
-    merged = sparse.pcb(stack(matrices), ONES, ratio=0.1)
-    torch.testing.assert_close(merged, pcb_merging(matrices.flatten(1), 0.1).view_as(merged))
+    for weights in (ONES, torch.tensor([1.0, -1.0, 0.5])):
+        merged = sparse.pcb(stack(matrices), weights, ratio=0.1)
+        expected = pcb_merging(matrices.flatten(1), 0.1, weights).view_as(merged)
+        torch.testing.assert_close(merged, expected)
 
 
 def test_consensus_keeps_what_enough_experts_need():
     block = torch.tensor([[[1.0, 1.0, 5.0]], [[1.0, 0.1, 0.0]], [[1.0, 0.1, 0.1]]])
     merged = sparse.consensus(stack(block), ONES, threshold=0.4, at_least=2)
     assert merged.tolist() == [[3.0, 0.0, 0.0]]
+    weights = torch.tensor(
+        [1.0, -1.0, 1.0]
+    )  # now the first entry's total is 1, and all three need it
+    merged = sparse.consensus(stack(block), weights, threshold=0.4, at_least=3)
+    assert merged.tolist() == [[1.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from moa.merging.stack import stack_of
 
 NAMES = ("one", "two", "three")
 ONES = torch.ones(3, dtype=torch.float64)
+MIXED = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
 RANKS = (2, 3, 2)
 
 
@@ -49,8 +50,18 @@ def test_tsv_m_is_the_published_formula_on_the_dense_updates(factors, updates):
     parts = [top(m, r) for m, r in zip(updates, RANKS, strict=True)]
     u = whiten(torch.cat([p[0] for p in parts], 1))
     v = whiten(torch.cat([p[2] for p in parts]))
-    expected = u @ torch.diag(torch.cat([p[1] for p in parts])) @ v
-    torch.testing.assert_close(in_core(spectral.tsv_m, factors), expected)
+    for weights in (ONES, MIXED):
+        s = torch.cat([w * p[1] for w, p in zip(weights, parts, strict=True)])
+        torch.testing.assert_close(in_core(spectral.tsv_m, factors, weights), u @ torch.diag(s) @ v)
+
+
+def test_twins_have_the_directions_of_one(factors, updates):
+    """Half the directions of their common space are rounding, which neither method may raise to a singular value."""
+    twins = [factors[0]] * 3
+    torch.testing.assert_close(in_core(spectral.tsv_m, twins), updates[0])
+    u, s, v = top(3 * updates[0], 2)
+    torch.testing.assert_close(in_core(spectral.iso_c, twins), s.mean() * u @ v)
+    torch.testing.assert_close(in_core(spectral.iso_cts, twins), s.mean() * u @ v)
 
 
 def test_tsv_m_may_keep_a_share_of_each_expert(factors, updates):
@@ -62,18 +73,19 @@ def test_tsv_m_may_keep_a_share_of_each_expert(factors, updates):
 
 
 def test_iso_c_has_one_singular_value(factors, updates):
-    u, s, v = top(updates.sum(0), sum(RANKS))
-    torch.testing.assert_close(in_core(spectral.iso_c, factors), s.mean() * u @ v)
+    u, s, v = top((MIXED[:, None, None] * updates).sum(0), sum(RANKS))
+    torch.testing.assert_close(in_core(spectral.iso_c, factors, MIXED), s.mean() * u @ v)
 
 
 def test_iso_cts_is_the_published_formula_over_the_numerical_rank(factors, updates):
     """Marczak et al. 2025, algorithm 2: 7 directions, of which 4 are common and each expert adds one."""
-    u, s, v = top(updates.sum(0), 4)
-    own = [top(m - u @ (u.T @ m), 1) for m in updates]
+    weighted = MIXED[:, None, None] * updates
+    u, s, v = top(weighted.sum(0), 4)
+    own = [top(m - u @ (u.T @ m), 1) for m in weighted]
     all_u = whiten(torch.cat([*(p[0] for p in own), u], 1))
     all_v = whiten(torch.cat([*(p[2] for p in own), v]))
     mean = torch.cat([*(p[1] for p in own), s]).mean()
-    found = in_core(spectral.iso_cts, factors, common=0.6)
+    found = in_core(spectral.iso_cts, factors, MIXED, common=0.6)
     torch.testing.assert_close(found, mean * all_u @ all_v)
 
 
@@ -137,6 +149,18 @@ def test_ctm_keeps_the_rank_and_most_of_the_energy(factors, updates):
     core = to_core(factors).cores
     u = spectral._principal(core, 3)
     assert (u.T @ core).square().sum() > 0.5 * core.square().sum()
+
+
+def test_ctm_refines_its_subspace_until_it_holds_the_most(factors):
+    """One expert at a time, nothing pruned: what is left of all of them is the energy inside the subspace."""
+
+    def held(iterations):
+        alone = torch.eye(3, dtype=torch.float64)
+        options = {"size": 2, "density": 1.0, "reduce": "sum", "iterations": iterations}
+        return sum(in_core(spectral.ctm, factors, w, **options).square().sum() for w in alone)
+
+    assert held(50) > 1.0001 * held(1)
+    torch.testing.assert_close(held(50), held(500), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("name", spectral.METHODS)

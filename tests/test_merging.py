@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from moa.merging.core import (
     Expert,
     choose_rank,
+    compress_dense,
     expert_from_folder,
     expert_from_tensors,
     parse_rank,
@@ -166,6 +167,54 @@ def test_a_fixed_rank_is_the_best_one_with_balanced_factors():
         torch.testing.assert_close(norms[0], s[:2])
         torch.testing.assert_close(norms[1], s[:2])
         torch.testing.assert_close(torch.tensor(merged[site].lost).double(), (s[2:] ** 2).sum())
+
+
+@pytest.mark.parametrize("apart", [1e-3, 1e-7, 1e-12, 0.0])
+def test_the_sum_of_nearly_parallel_experts_is_exact(apart):
+    """Two experts that differ by a share of 1e-7: their common directions are far from well conditioned."""
+    one, other = make_expert("one", 0), make_expert("two", 1)
+
+    def near(site):
+        pairs = zip(one.read(site), other.read(site), strict=True)
+        return tuple(own.double() + apart * noise.double() for own, noise in pairs)
+
+    two = Expert(**{**vars(other), "read": near})
+    for weights in ({"one": 1, "two": 1}, {"one": 1, "two": -0.5}):
+        found = merge([one, two], weights=weights)
+        expected = {s: dense(one, s, 1.5) + weights["two"] * dense(two, s, 1.5) for s in SITES}
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("exact", [1, 1000])
+def test_a_dense_update_is_cut_to_a_rank_as_well_as_its_svd_can(exact, monkeypatch):
+    """Singular values that fall by a tenth each: by iteration (above `EXACT_SVD` rows) as by the full SVD."""
+    monkeypatch.setattr("moa.merging.core.EXACT_SVD", exact)
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 60, generator=generator).double())[0] for n in (90, 70))
+    s = 0.9 ** torch.arange(60).double()
+    low = compress_dense((u * s) @ v.T, 8, total_rank=99)
+    torch.testing.assert_close(low.lora_b @ low.lora_a, (u[:, :8] * s[:8]) @ v[:, :8].T)
+    torch.testing.assert_close(low.singular_values, s[:8])
+    assert low.lost == pytest.approx(float(s[8:].square().sum()))
+    assert compress_dense((u * s) @ v.T, "sum", 5).lora_a.shape[0] == 5
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"method": "magnitude_prune", "space": "dense", "options": {"density": 1.0}}]
+)
+def test_an_expert_lies_in_the_span_of_what_the_merge_has_and_not_of_empty_directions(settings):
+    first, second = make_expert("first", 0), make_expert("second", 1, rank=1)
+    merged = merge([first, second], weights={"first": 1, "second": 0}, **settings)
+    for site, result in merged.items():
+        assert result.lora_a.shape[0] == 3  # one of them is empty
+        u, _, v = torch.linalg.svd(dense(first, site, 1.5))
+        other = dense(second, site, 3.0)
+        inside = (u[:, :2].T @ other @ v[:2].T).square().sum()
+        torch.testing.assert_close(result.experts.span_energy[1], inside)
+        torch.testing.assert_close(result.experts.energy[1], other.square().sum())
+        torch.testing.assert_close(
+            result.experts.overlap[1], (dense(first, site, 1.5) * other).sum()
+        )
 
 
 def test_an_energy_keeps_the_smallest_sufficient_rank():

@@ -1,6 +1,7 @@
 import pytest
 
 from moa.metrics.vqa import (
+    aokvqa_direct,
     normalize_evalai,
     normalize_vqa,
     vqa_accuracy,
@@ -95,6 +96,14 @@ def test_evalai_normalisation_goes_word_by_word():
 )
 def test_vqa_normalisation_keeps_the_official_quirks(text, expected):
     assert normalize_vqa(text) == expected
+
+
+@pytest.mark.parametrize(
+    "matches, expected", [(0, 0.0), (1, 1 / 3), (2, 2 / 3), (3, 1.0), (5, 1.0)]
+)
+def test_a_okvqa_takes_three_equal_answers_for_certain_and_normalises_nothing(matches, expected):
+    answers = ["cat"] * matches + ["Cat", "the cat", "dog", "cat."]
+    assert aokvqa_direct("cat", answers) == pytest.approx(expected)
 
 
 def test_fewer_than_ten_answers_use_a_named_rule_of_any_match():

@@ -86,7 +86,13 @@ def test_scaling_and_rank_follow_pefts_patterns(tmp_path):
         target_modules=LANGUAGE,
         use_rslora=True,
         rank_pattern={"layers.0.self_attn.q_proj": 2, "down_proj": 3},
-        alpha_pattern={"layers.1.self_attn.v_proj": 10, ".*layers.0.mlp.*": 7},
+        alpha_pattern={  # a part of a name is no match, and of two that match the first decides
+            "q": 1,
+            "layers.1": 2,
+            "layers.1.self_attn.v_proj": 10,
+            ".*layers.0.mlp.*": 7,
+            "down_proj": 9,
+        },
     )
     wrapped = get_peft_model(model, settings)
     wrapped.save_pretrained(tmp_path / "expert")
@@ -95,6 +101,35 @@ def test_scaling_and_rank_follow_pefts_patterns(tmp_path):
         if hasattr(module, "lora_A"):
             assert site_rank(read, name) == module.r["default"]
             assert site_scaling(read, name) == pytest.approx(module.scaling["default"])
+
+
+def test_an_alpha_that_the_config_lacks_is_pefts_default():
+    assert site_scaling({"r": 4}, "x") == LoraConfig(r=4).lora_alpha / 4
+    assert site_scaling({"r": 4, "use_rslora": True}, "x") == LoraConfig(r=4).lora_alpha / 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"target_modules": ["q"]}, True),
+        ({"target_modules": ["layers.1.q", "v"]}, True),
+        ({"target_modules": ["k", "yers.1.q"]}, False),
+        ({"target_modules": r".*\.q"}, True),
+        ({"target_modules": r".*\.1"}, False),
+        ({"target_modules": "all-linear"}, False),
+        ({"target_modules": ["q"], "exclude_modules": ["v"]}, False),
+        ({"target_modules": ["q"], "layers_to_transform": 0}, False),
+        ({"target_modules": ["q"], "layers_to_transform": None}, True),
+    ],
+)
+def test_a_site_is_promised_where_the_targets_alone_decide(settings, expected):
+    assert peft_io.is_target(settings, "m.layers.1.q") is expected
+
+
+def test_values_are_finite_one_by_one_and_not_by_their_sum():
+    assert peft_io.all_finite(torch.tensor([3e38, 3e38]))
+    assert not peft_io.all_finite(torch.tensor([1.0, torch.inf]))
+    assert not peft_io.all_finite(torch.tensor([torch.inf, -torch.inf, 3e38]))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +167,11 @@ def test_a_nan_is_named_with_its_key(folder):
 def test_a_missing_partner_and_a_stray_key_are_named(folder):
     rewrite_tensors(folder, lambda tensors: tensors.pop(site_keys(SITES[0])[1]))
     with pytest.raises(ValueError, match=r"q_proj.lora_B.weight is missing"):
+        read_expert(folder)
+    rewrite_tensors(
+        folder, lambda tensors: tensors.update({site_keys(SITES[0])[1]: torch.ones(4, 3)})
+    )
+    with pytest.raises(ValueError, match=r"q_proj lora_A \[2, 4\] and lora_B \[4, 3\] must be"):
         read_expert(folder)
     rewrite_tensors(folder, lambda tensors: tensors.update(x=torch.ones(1)))
     with pytest.raises(ValueError, match=r"1 keys are no factors of a linear layer, first x"):

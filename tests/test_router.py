@@ -161,6 +161,37 @@ def test_the_places_of_ocr_words_reach_the_router():
     assert not torch.allclose(router(evidence), router(unsure))
 
 
+def test_an_ocr_word_has_its_corners_its_size_and_its_confidence():
+    router, seen = make_router(evidence=("ocr",)), []
+    router.encoders["ocr"].place.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    boxes = torch.tensor([[[0.1, 0.2, 0.5, 0.8]]])
+    router(Evidence(ocr_tokens=torch.ones(1, 1, 5), ocr_boxes=boxes, ocr_confidence=torch.full((1, 1), 0.9),
+                    ocr_mask=torch.ones(1, 1, dtype=torch.bool)))  # fmt: skip
+    torch.testing.assert_close(seen[0], torch.tensor([[[0.1, 0.2, 0.5, 0.8, 0.4, 0.6, 0.9]]]))
+
+
+def test_anchors_take_the_mean_over_the_kinds_that_a_sample_has_times_the_sharpness():
+    evidence = make_evidence()
+    both, text, task = (
+        filled_anchors(evidence=kinds)(evidence)
+        for kinds in (("text", "task"), ("text",), ("task",))
+    )
+    torch.testing.assert_close(both, (text + task) / 2)
+    lacking = without(evidence, "task")
+    torch.testing.assert_close(filled_anchors(evidence=("text", "task"))(lacking), text)
+    torch.testing.assert_close(filled_anchors(evidence=("text",), sharpness=20)(evidence), 2 * text)
+
+
+def test_how_many_tokens_say_a_thing_does_not_matter_to_anchors():
+    evidence = make_evidence()
+    tokens = {field: getattr(evidence, field) for names in PADDED.values() for field in names}
+    twice = {field: torch.cat([value, value], 1) for field, value in tokens.items()}
+    again = dataclasses.replace(evidence, **twice)
+    torch.testing.assert_close(filled_anchors()(again), filled_anchors()(evidence))
+
+
 @pytest.mark.parametrize("name", ["attention", "mean", "per site"])
 def test_every_parameter_of_the_router_gets_a_gradient(name):
     router, evidence = ROUTERS[name](), make_evidence()
@@ -264,8 +295,9 @@ def test_anchors_find_the_expert_of_new_samples_by_any_kind_of_evidence():
             evidence = dataclasses.replace(evidence, **{f"{kind}_tokens": tokens})
         router = AnchorRouter(experts=3, evidence=(kind,), dims=DIMS, num_tasks=3)
         router.update(rows(evidence, list(range(6))), ids[:6])
-        found = router(rows(evidence, list(range(6, 12))))[:, 0].argmax(-1)
-        assert found.equal(ids[6:])
+        found = router(rows(evidence, list(range(6, 12))))[:, 0]
+        assert found.argmax(-1).equal(ids[6:])
+        assert (found.amax(-1) > 0.5 * router.sharpness).all()  # and not for want of evidence
 
 
 @pytest.mark.parametrize("bad", [{"evidence": ("picture",)}, {"evidence": ()}, {"pooling": "max"}])

@@ -22,12 +22,13 @@ from moa.merging.core import (
     Relation,
     compress,
     compress_dense,
+    inner_product,
     relate,
     relate_cores,
     to_core,
 )
 from moa.merging.plan import Job, Plan, make_plan
-from moa.merging.stack import Stack, stack_of
+from moa.merging.stack import Stack, rounding_of, stack_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,9 @@ def _core_of(opened: OpenSite) -> CoreUpdates:
 
 
 def _in_dense(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
+    norms = [inner_product(f, f).sqrt() if f else weights.new_zeros(()) for f in opened.factors]
     stack = dense_stack(job, site, lambda: opened.factors, weights.dtype)
+    stack = replace(stack, rounding=rounding_of(torch.stack(norms)))
     merged = job.method.function(stack, weights, **job.options)
     low = compress_dense(merged, job.rank, sum(stack.ranks))
     return low, relate(low, opened.factors)

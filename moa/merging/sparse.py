@@ -12,13 +12,12 @@ from torch import Tensor
 
 from moa.merging.linear import Matrix, Weights
 from moa.merging.method import SPACES, Method, check_choice
-from moa.merging.stack import Stack, magnitudes_above
+from moa.merging.stack import Stack, magnitudes_above, rounding_of
 
 Block = Float[Tensor, "expert rows cols"]
 REDUCTIONS = ("mean", "sum", "max")
 VOTES = ("weighted", "raw")
 SCOPES = ("tensor", "model")
-ROUNDING = 1000  # times the smallest step of the dtype, for values that came through a product
 RESCALES = ("inverse", "l1", "none")
 
 
@@ -26,25 +25,32 @@ RESCALES = ("inverse", "l1", "none")
 
 
 def elect(
-    block: Block, weights: Weights, reduce: str = "mean", vote: str = "weighted"
+    block: Block,
+    weights: Weights,
+    reduce: str = "mean",
+    vote: str = "weighted",
+    rounding: Float[Tensor, " expert"] | None = None,
 ) -> Float[Tensor, "rows cols"]:
     """Per entry, the sign with more mass wins, and the values that agree with it are reduced (TIES, steps 2 and 3).
 
     `weighted` votes on weight * value; mean divides by the weights' sum of the agreeing. `raw` votes before the
     weights, and mean divides by the number of the agreeing, as ties-merging and PEFT do; at weights of 1 they agree.
-    Where the votes cancel, but for rounding, nothing is elected and the entry is 0.
+    Where the votes cancel, but for their own rounding and that of each expert's values (Stack.rounding), nothing is
+    elected and the entry is 0.
     """
     weighted = weights[:, None, None] * block
+    share = weights.abs() if vote == "weighted" else torch.ones_like(weights)
     voters = weighted if vote == "weighted" else block
-    mass, rounding = voters.sum(0), ROUNDING * torch.finfo(block.dtype).eps
-    elected = mass.sign() * (mass.abs() > rounding * voters.abs().sum(0))
+    mass, unsure = voters.sum(0), rounding_of(voters.abs().sum(0))
+    if rounding is not None:
+        unsure = unsure + share @ rounding
+    elected = mass.sign() * (mass.abs() > unsure)
     agrees = voters * elected > 0
     kept = weighted * agrees  # a product is several times faster than torch.where
     if reduce == "sum":
         return kept.sum(0)
     if reduce == "max":
         return kept.gather(0, kept.abs().argmax(0, keepdim=True))[0]
-    share = weights.abs() if vote == "weighted" else torch.ones_like(weights)
     total = torch.einsum("e,erc->rc", share, agrees.to(share.dtype))
     return kept.sum(0) / total.clamp(min=torch.finfo(total.dtype).tiny)
 
@@ -81,7 +87,9 @@ def ties(
     check_choice("reduce", reduce, REDUCTIONS)
     check_choice("vote", vote, VOTES)
     limits = _limits(stack, density, shared)
-    return stack.map(lambda start, block: elect(trim(block, limits), weights, reduce, vote))
+    return stack.map(
+        lambda start, block: elect(trim(block, limits), weights, reduce, vote, stack.rounding)
+    )
 
 
 def magnitude_prune(
@@ -119,7 +127,12 @@ def breadcrumbs_ties(
     """Drop each update's largest and smallest values, then elect a sign per entry as TIES does."""
     check_choice("reduce", reduce, REDUCTIONS)
     return stack.map(
-        _between(stack, density, outliers, lambda block: elect(block, weights, reduce))
+        _between(
+            stack,
+            density,
+            outliers,
+            lambda block: elect(block, weights, reduce, rounding=stack.rounding),
+        )
     )
 
 
@@ -165,7 +178,9 @@ def dare_ties(
     """Keep each value with probability `density`, rescale, then elect a sign per entry as TIES does."""
     check_choice("reduce", reduce, REDUCTIONS)
     thinned = _dropped(stack, rescale, _keep_evenly(stack, density, seed))
-    return stack.map(lambda start, block: elect(thinned(start, block), weights, reduce))
+    return stack.map(
+        lambda start, block: elect(thinned(start, block), weights, reduce, rounding=stack.rounding)
+    )
 
 
 def della(
@@ -181,7 +196,9 @@ def della(
     """Keep larger values of a row more likely (density - spread to density + spread), rescale, elect as TIES does."""
     check_choice("reduce", reduce, REDUCTIONS)
     thinned = _dropped(stack, rescale, _keep_by_rank(stack, density, spread, seed))
-    return stack.map(lambda start, block: elect(thinned(start, block), weights, reduce))
+    return stack.map(
+        lambda start, block: elect(thinned(start, block), weights, reduce, rounding=stack.rounding)
+    )
 
 
 def della_linear(

@@ -87,7 +87,7 @@ def dc_merge(
         return linear(stack, weights)  # nothing but zeros
     covered = torch.stack([u.T @ (p[0] * _levelled(p[1], smooth)) @ p[2].T @ v for p in parts])
     inner = stack_of(site=stack.site, experts=stack.experts, matrices=covered)
-    merged = elect(trim(covered, inner.thresholds(density)), weights)
+    merged = elect(trim(covered, inner.thresholds(density)), weights, rounding=inner.rounding)
     # Only entries between directions of one expert remain: those between two are interference.
     own = torch.block_diag(*[torch.ones(p[1].numel(), p[1].numel()) for p in parts])
     return u @ (merged * own.to(merged.dtype)) @ v.T
@@ -133,7 +133,8 @@ def ctm(
             break
     inside = u.T @ matrices @ v
     inner = stack_of(site=stack.site, experts=stack.experts, matrices=inside)
-    merged = elect(trim(inside, inner.thresholds(density)), weights, reduce)
+    kept = trim(inside, inner.thresholds(density))
+    merged = elect(kept, weights, reduce, rounding=inner.rounding)
     return u @ merged @ v.T
 
 

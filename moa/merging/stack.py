@@ -17,6 +17,8 @@ BLOCK_VALUES = 1 << 18  # of one expert in a block
 # A float's bits, read as a whole number, have the order of its magnitude; 16 of them are looked at a time.
 WHOLE = {torch.float64: torch.int64, torch.float32: torch.int32}
 DIGITS = 1 << 16
+# Products and rotations leave values off by some steps of the dtype, of their matrix's norm; up to 8 were seen.
+ROUNDING = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class Stack:
     read: Callable[[int, int], Float[Tensor, "expert _ cols"]]  # rows start to stop of every expert
     depth: float = 0.0  # of the site's block among the model's: 0 the first, 1 the last
     block_rows: int = 0  # 0: as many as make BLOCK_VALUES
+    # How far each expert's values may be off, if they were computed: of its size, not of theirs. None: as read.
+    rounding: Float[Tensor, " expert"] | None = None
 
     def blocks(self) -> Iterator[tuple[int, Float[Tensor, "expert _ cols"]]]:
         """(first row, block), from the top to the bottom."""
@@ -80,7 +84,7 @@ def stack_of(
     """A stack of matrices in memory."""
     rows, cols = matrices.shape[1:]
     ranks = tuple(min(rows, cols) for _ in experts)
-    about = {"ranks": ranks, **more}
+    about = {"ranks": ranks, "rounding": rounding_of(matrices.flatten(1).norm(dim=1)), **more}
     return Stack(
         site=site,
         experts=experts,
@@ -88,6 +92,11 @@ def stack_of(
         read=lambda start, stop: matrices[:, start:stop],
         **about,  # type: ignore[arg-type]
     )
+
+
+def rounding_of(norms: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """How far the values of matrices of these norms may be off after products and rotations."""
+    return ROUNDING * torch.finfo(norms.dtype).eps * norms
 
 
 def magnitudes_above(stacks: list[Stack], density: float) -> Float[Tensor, " expert"]:
