@@ -236,6 +236,7 @@ def test_gates_that_were_set_once_serve_another_dtype_and_more_rows():
         with torch.autocast("cpu", torch.bfloat16):
             site(x)
         torch.testing.assert_close(site(x), expected)
+        torch.testing.assert_close(site(x[:, 0]), expected[:, 0])  # a row is a token
         beams = site(x.repeat_interleave(2, 0))
         torch.testing.assert_close(beams, expected.repeat_interleave(2, 0))
 

@@ -101,7 +101,10 @@ def test_every_expert_and_site_starts_from_its_own_values_whatever_the_order():
     starts = [a for site in first.sites.values() for a in site.lora_A.values()]
     rows = {tuple(a[0, :8].tolist()) for a in starts}
     assert len(rows) == len(starts)
-    assert all(a.abs().max() <= a.shape[1] ** -0.5 for a in starts)
+    for a in starts:  # uniform in ±1/sqrt(in)
+        ends = torch.stack([a.min(), a.max()]) * a.shape[1] ** 0.5
+        torch.testing.assert_close(ends, torch.tensor([-1.0, 1.0]), rtol=0, atol=0.1)
+        assert ends.abs().max() <= 1
 
 
 def test_another_seed_gives_other_values():

@@ -83,8 +83,8 @@ def test_sigmoid_gates_leave_each_expert_to_itself():
 
 
 def test_one_hot_gates_are_uniform_where_nobody_knows_the_expert():
-    gates = one_hot_gates(torch.tensor([2, -1]), 4)
-    assert gates.tolist() == [[0, 0, 1, 0], [0.25] * 4]
+    gates = one_hot_gates(torch.tensor([2, -1, 0]), 4)
+    assert gates.tolist() == [[0, 0, 1, 0], [0.25] * 4, [1, 0, 0, 0]]
 
 
 def test_unavailable_experts_get_exact_zeros_and_the_rest_keeps_the_sum():
@@ -92,6 +92,8 @@ def test_unavailable_experts_get_exact_zeros_and_the_rest_keeps_the_sum():
     masked = apply_availability(gates, torch.tensor([[False, True, True]]))
     expected = [[0.0, 0.6, 0.4], [0.0, 1.0, 1.0], [0.0, 2.0, 0.0], [0.0, 0.0, 0.0]]
     torch.testing.assert_close(masked, torch.tensor(expected))
+    sites = apply_availability(gates.view(2, 2, 3), torch.tensor([[[False, True, True]]]))
+    torch.testing.assert_close(sites, torch.tensor(expected).view(2, 2, 3))
     assert apply_availability(gates, torch.tensor([True, True, True])).equal(gates)
 
 

@@ -63,6 +63,19 @@ def test_robustmerge_of_the_paper(pair, variant):
     torch.testing.assert_close(merged_b @ merged_a, expected)
 
 
+@pytest.mark.parametrize(
+    "variant, power", [("paper_per_task", 1), ("paper_factor_sum", 1), ("official_code", 2)]
+)
+def test_the_strength_of_robustmerge_counts_once_and_in_the_released_code_twice(
+    pair, variant, power
+):
+    one, three = (
+        factorwise.robustmerge(*stacks(*pair), ONES, variant=variant, strength=s)
+        for s in (1.0, 3.0)
+    )
+    torch.testing.assert_close(three[1] @ three[0], 3**power * (one[1] @ one[0]))
+
+
 @pytest.mark.parametrize("variant", ["paper_per_task", "paper_factor_sum", "official_code"])
 def test_a_fully_pruned_row_gives_no_nan(pair, variant):
     a, b = pair

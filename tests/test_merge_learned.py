@@ -8,7 +8,7 @@ import torch
 from moa.merging import learned
 from moa.merging.inputs import experts_of_bank
 from moa.merging.merge import merge
-from moa.merging.regmean import gather_grams, regmean
+from moa.merging.regmean import gather_grams, regmean, shrink
 from tests.test_model import batch_of, make_model
 
 
@@ -131,13 +131,29 @@ def test_regmean_is_the_least_squares_layer(model):
     chosen = [
         replace(e, ranks={site: e.ranks[site]}, shapes={site: e.shapes[site]}) for e in experts
     ]
-    turned = regmean(chosen, grams, nondiagonal=1.0, ridge=0.0)
+    shares = dict(zip(model.bank.names, (0.5, 2.0, 1.0), strict=True))
+    turned = regmean(chosen, grams, weights=shares, nondiagonal=1.0, ridge=0.0)
     merged = merge(turned, weights=dict.fromkeys(model.bank.names, 1.0))[site]
+    inputs = inputs * torch.tensor([*shares.values()]).double().sqrt()[:, None, None]
     updates = [b @ a for a, b in (e.factors(site, torch.float64) for e in chosen)]
     x = inputs.flatten(0, 1)
     y = torch.cat([part @ update.T for part, update in zip(inputs, updates, strict=True)])
     expected = torch.linalg.lstsq(x, y).solution.T
     torch.testing.assert_close(merged.lora_b @ merged.lora_a, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_shrinking_keeps_the_diagonal_and_a_ridge_serves_directions_without_input(model):
+    grams = torch.tensor([[[4.0, 2.0], [2.0, 1.0]]])
+    assert shrink(grams, 0.5).tolist() == [[[4.0, 1.0], [1.0, 1.0]]]
+    expert = experts_of_bank(model.bank)[0]
+    site, (out, columns) = next(iter(expert.shapes.items()))
+    one = replace(expert, ranks={site: expert.ranks[site]}, shapes={site: expert.shapes[site]})
+    seen = torch.zeros(1, columns, columns)
+    seen[0, 0, 0] = columns  # of mean 1
+    merged = merge(regmean([one], {site: seen}, ridge=1.0), weights={one.name: 1.0})[site]
+    a, b = one.factors(site, torch.float64)
+    expected = (b @ a) * torch.tensor([columns / (columns + 1), *[0.0] * (columns - 1)]).double()
+    torch.testing.assert_close(merged.lora_b @ merged.lora_a, expected)
 
 
 def test_grams_are_those_of_the_experts_own_inputs_without_padding(model):

@@ -32,7 +32,7 @@ def test_slerp_is_shoemakes_formula(matrices, way):
     one, two = matrices[:2]
     angle = torch.arccos((one * two).sum() / one.norm() / two.norm())
     expected = (torch.sin((1 - way) * angle) * one + torch.sin(way * angle) * two) / angle.sin()
-    found = linear.slerp(stack(matrices[:2]), weights(1 - way, way))
+    found = linear.slerp(stack(matrices[:2]), weights(2 - 2 * way, 2 * way))
     torch.testing.assert_close(found, expected)
 
 
@@ -53,7 +53,7 @@ def test_the_karcher_mean_of_two_is_the_middle_of_their_arc(matrices):
 
 def test_at_the_karcher_mean_the_pulls_cancel(matrices):
     share = weights(0.5, 0.3, 0.2)
-    found = linear.karcher(stack(matrices), share).flatten()
+    found = linear.karcher(stack(matrices), 4 * share).flatten()
     mean = found / found.norm()
     pull = torch.zeros_like(mean)
     for part, vector in zip(share, matrices.flatten(1), strict=True):
@@ -63,6 +63,12 @@ def test_at_the_karcher_mean_the_pulls_cancel(matrices):
     assert pull.norm() < 1e-7
     norms = matrices.flatten(1).norm(dim=1)
     assert float(found.norm()) == pytest.approx(float(share @ norms))
+
+
+def test_an_empty_update_has_no_direction_and_no_say_in_the_karcher_mean(matrices):
+    pair = torch.stack([matrices[0], 0 * matrices[0]])
+    torch.testing.assert_close(linear.karcher(stack(pair), weights(0.3, 0.7)), matrices[0])
+    assert linear.karcher(stack(0 * pair), weights(0.3, 0.7)).eq(0).all()
 
 
 def test_opposites_have_no_karcher_mean(matrices):
@@ -77,20 +83,23 @@ def test_model_stock_scales_the_mean_by_the_experts_agreement(matrices):
     pairs = [float(unit[i] @ unit[j]) for i in range(3) for j in range(i)]
     cosine = sum(pairs) / 3
     ratio = 3 * cosine / (1 + 2 * cosine)
-    found = linear.model_stock(stack(matrices), weights(1 / 3, 1 / 3, 1 / 3))
-    torch.testing.assert_close(found, ratio * matrices.mean(0))
+    found = linear.model_stock(stack(matrices), weights(0.5, 0.25, -1.0))
+    expected = 0.5 * matrices[0] + 0.25 * matrices[1] - matrices[2]
+    torch.testing.assert_close(found, ratio * expected)
 
 
 def test_lines_grows_with_depth(matrices):
     for depth, scale in ((0.0, 0.2), (0.5, 0.6), (1.0, 1.0)):
-        found = linear.lines(stack(matrices, depth=depth), weights(1, 1, 1), first=0.2)
-        torch.testing.assert_close(found, scale * matrices.sum(0))
+        found = linear.lines(stack(matrices, depth=depth), weights(1, 1, -2), first=0.2)
+        torch.testing.assert_close(found, scale * (matrices[0] + matrices[1] - 2 * matrices[2]))
+        half = linear.lines(stack(matrices, depth=depth), weights(1, 1, -2), first=0.1, last=0.5)
+        torch.testing.assert_close(half, found / 2)
 
 
 def test_sa_merge_mixes_at_the_named_sites_only(matrices):
-    pair, both = matrices[:2], weights(1, 1)
-    found = linear.sa_merge(stack(pair, depth=0.5), both, share=0.64, decay=1.0)
-    torch.testing.assert_close(found, 0.8 * pair[0] + 0.2 * pair[1])
+    pair, both = matrices[:2], weights(1, -2)
+    found = linear.sa_merge(stack(pair, depth=0.25), both, share=0.64, decay=2.0)
+    torch.testing.assert_close(found, 0.8 * pair[0] - 2 * 0.2 * pair[1])
     other = linear.sa_merge(stack(pair, site="layers.0.up_proj", depth=0.5), both)
     torch.testing.assert_close(other, pair[0])
 

@@ -76,6 +76,10 @@ def test_a_scale_runs_along_the_depth_of_the_whole_model(values, expected):
 
 def test_what_was_kept_is_told_of_the_scaled_result():
     one = experts(1)
+    scaled, plain = merge(one, rules=[SiteRule(match="", scale=[-0.5])], rank=1), merge(one, rank=1)
+    for site, result in scaled.items():
+        assert result.energy == pytest.approx(plain[site].energy / 4)
+        assert result.lost == pytest.approx(plain[site].lost / 4) and result.lost > 0.1
     total = summarise(one, merge(one, rules=[SiteRule(match="", scale=[-0.5])]))["total"]
     assert total["experts"]["e0"]["retention"] == pytest.approx(-0.5)
     assert total["experts"]["e0"]["energy_in_span"] == pytest.approx(1)

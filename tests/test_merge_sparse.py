@@ -164,13 +164,34 @@ def test_della_at_full_spread_keeps_the_largest_of_a_row_and_drops_its_smallest(
 
 
 def test_breadcrumbs_drop_both_ends():
-    matrices = torch.arange(1.0, 101.0).view(1, 10, 10)
-    merged = sparse.breadcrumbs(stack(matrices), torch.ones(1), density=0.5, outliers=0.1)
+    signs = torch.tensor([1.0, -1.0]).repeat(50).view(1, 10, 10)
+    matrices = signs * torch.arange(1.0, 101.0).view(1, 10, 10)
+    merged = sparse.breadcrumbs(stack(matrices), torch.tensor([2.0]), density=0.5, outliers=0.1)
     # the ten largest are gone, and below them int(0.6 * 100) + 1 - 10 stay
-    assert merged[merged != 0].tolist() == list(map(float, range(40, 91)))
+    assert (merged[merged != 0] / 2).tolist() == matrices.flatten()[39:90].tolist()
     small = torch.arange(1.0, 10.0).view(1, 3, 3)  # a share of less than one value drops none
     merged = sparse.breadcrumbs(stack(small), torch.ones(1), density=0.9, outliers=0.01)
     assert merged.max() == 9
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max"])
+@pytest.mark.parametrize(
+    ("method", "alone"),
+    [
+        (sparse.breadcrumbs_ties, sparse.breadcrumbs),
+        (sparse.dare_ties, sparse.dare_linear),
+        (sparse.della, sparse.della_linear),
+    ],
+)
+def test_every_update_is_thinned_by_itself_and_then_they_vote(matrices, method, alone, reduce):
+    """What the form without a vote leaves of each one alone, elected."""
+    weights, options = torch.tensor([0.5, -1.0, 2.0]), {"density": 0.6}
+    thinned = [
+        alone(stack_of(site="layer.q", experts=(name,), matrices=m[None]), torch.ones(1), **options)
+        for name, m in zip(NAMES, matrices, strict=True)
+    ]
+    found = method(stack(matrices), weights, reduce=reduce, **options)
+    torch.testing.assert_close(found, sparse.elect(torch.stack(thinned), weights, reduce))
 
 
 def pcb_merging(rows, ratio, weights):

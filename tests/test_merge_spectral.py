@@ -101,8 +101,8 @@ def test_wudi_is_where_the_gradient_vanishes(factors, updates):
 
 
 def test_wudi_for_a_time_is_that_much_gradient_descent(factors, updates):
-    found = in_core(spectral.wudi, factors, time=0.05)
-    merged, steps = updates.sum(0), 4000
+    found = in_core(spectral.wudi, factors, MIXED, time=0.05)
+    merged, steps = (MIXED[:, None, None] * updates).sum(0), 4000
     for _ in range(steps):
         merged = merged.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(interference(merged, updates), merged)
@@ -118,12 +118,14 @@ def test_dc_merge_is_the_released_procedure(factors, updates):
     kept = torch.where(
         cores.abs() >= cores.abs().flatten(1).kthvalue(49 - 24).values[:, None, None], cores, 0.0
     )
+    kept = MIXED[:, None, None] * kept
     sign = kept.sum(0).sign()
     agrees = (kept.sign() == sign) & (kept != 0)
-    merged = torch.where(agrees, kept, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
+    total = (MIXED.abs()[:, None, None] * agrees).sum(0)
+    merged = torch.where(agrees, kept, 0.0).sum(0) / torch.where(total > 0, total, 1.0)
     blocks = torch.block_diag(*[torch.ones(r, r, dtype=torch.float64) for r in RANKS])
     expected = u @ (merged * blocks) @ v
-    found = in_core(spectral.dc_merge, factors, density=0.5)
+    found = in_core(spectral.dc_merge, factors, MIXED, density=0.5)
     torch.testing.assert_close(found, expected)
 
 
@@ -133,6 +135,8 @@ def test_levelled_singular_values_keep_their_sum():
     line = spectral._levelled(s, "linear")
     assert line.sum() == pytest.approx(13) and line[0] / line[-1] == pytest.approx(5)
     assert spectral._levelled(s, "none") is s
+    flat = torch.tensor([3.0, 2.0])  # the ratio of the line is at most their own
+    assert spectral._levelled(flat, "linear").tolist() == pytest.approx([3.0, 2.0])
 
 
 def test_ctm_at_full_size_and_density_is_the_mean_of_what_agrees(factors, updates):
@@ -141,6 +145,16 @@ def test_ctm_at_full_size_and_density_is_the_mean_of_what_agrees(factors, update
         spectral.ctm, factors, weights=ONES * torch.tensor([1, 0, 0]), size=7, density=1.0
     )
     torch.testing.assert_close(one, updates[0])
+
+
+def test_ctm_hears_every_expert_alike_where_it_is_asked_to(factors):
+    """At even=1 the subspace does not depend on an expert's size, at 0 it does."""
+    louder = [(a, 30 * b if i == 0 else b) for i, (a, b) in enumerate(factors)]
+    second = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+    for even in (0.0, 1.0):
+        options = {"size": 3, "density": 1.0, "even": even}
+        found, other = (in_core(spectral.ctm, f, second, **options) for f in (factors, louder))
+        assert torch.allclose(found, other, rtol=1e-4, atol=1e-4) == (even == 1)
 
 
 def test_ctm_keeps_the_rank_and_most_of_the_energy(factors, updates):

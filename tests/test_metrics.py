@@ -10,6 +10,11 @@ def test_iou_gives_hand_computed_values():
     assert iou((0.0, 0.0, 10.0, 10.0), (0.0, 0.0, 10.0, 10.0)) == 1.0
     assert iou((0.0, 0.0, 10.0, 10.0), (5.0, 0.0, 15.0, 10.0)) == pytest.approx(50 / 150)
     assert iou((0.0, 0.0, 10.0, 10.0), (10.0, 10.0, 20.0, 20.0)) == 0.0
+    # 4 x 3 of 10 x 4 and 6 x 4, whichever comes first and whichever way it is turned
+    one, other = (0.0, 0.0, 10.0, 4.0), (6.0, 1.0, 12.0, 5.0)
+    turned = [(y0, x0, y1, x1) for x0, y0, x1, y1 in (one, other)]
+    for first, second in ((one, other), (other, one), turned):
+        assert iou(first, second) == pytest.approx(12 / (40 + 24 - 12))
     assert iou((5.0, 5.0, 5.0, 5.0), (5.0, 5.0, 5.0, 5.0)) == 0.0
     assert iou((8.0, 8.0, 2.0, 2.0), (0.0, 0.0, 10.0, 10.0)) == 0.0  # turned inside out: no area
 
