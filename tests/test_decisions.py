@@ -1,5 +1,7 @@
 """Losses on routing decisions and the gates that were used: whose ids, which tokens, which sites."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,10 @@ def test_balance_within_a_task_goes_by_tasks_and_counts_the_places_of_top_k():
     found = router_losses(probs.log(), probs, experts, tasks, top_k=1)
     assert found["load_balancing"].item() == pytest.approx(1)  # 2 * (0.5 * 0.5 + 0.5 * 0.5)
     assert found["within_task_balancing"].item() == pytest.approx(1.5)  # 2 * 1 * 0.75
-    soft = router_losses(probs.log(), probs, experts, tasks)
+    soft = router_losses(probs.log() + 2, probs, experts, tasks)
+    assert soft["z"].item() == pytest.approx(4)  # log of the sum of e^2 * probs, squared
+    entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert soft["entropy"].item() == pytest.approx(entropy)
     assert soft["within_task_balancing"].item() == pytest.approx(1.25)  # 2 * (0.75^2 + 0.25^2)
     uneven = router_losses(probs[:, :3].log(), probs[:, :3], experts[:3], tasks[:3], top_k=1)
     mean = torch.tensor([1.75, 1.25]) / 3

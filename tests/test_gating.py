@@ -135,9 +135,9 @@ def test_anchors_recognise_the_expert_whose_mean_evidence_is_near():
 
 
 def test_anchors_are_compared_around_the_mean_of_all_samples():
-    """Nine samples of expert 0 at (0, 0), one of expert 1 at (10, 0): the mean is (1, 0), whatever the experts' own."""
-    sums, counts = torch.tensor([[0.0, 0.0], [10.0, 0.0]]), torch.tensor([9.0, 1.0])
-    features = torch.tensor([[1.0, 1.0], [2.0, 0.0], [4.0, 4.0]])
+    """Nine samples of expert 0 at (0, 2), one of expert 1 at (10, 2): the mean is (1, 2), whatever the experts' own."""
+    sums, counts = torch.tensor([[0.0, 18.0], [10.0, 2.0]]), torch.tensor([9.0, 1.0])
+    features = torch.tensor([[1.0, 3.0], [2.0, 2.0], [4.0, 6.0]])
     similarity = anchor_similarity(sums, counts, features, torch.tensor([True] * 3))
     expected = torch.tensor([[0.0, 0.0], [-1.0, 1.0], [-0.6, 0.6]])
     torch.testing.assert_close(similarity, expected)
