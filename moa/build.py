@@ -21,6 +21,7 @@ from moa.fingerprint import base_fingerprint
 from moa.model import MixtureModel
 from moa.peft_io import ExpertHeader, read_header, read_tensors
 from moa.router import AnchorRouter, Router
+from moa.settings import Override
 
 RANK, ALPHA = 8, 16.0  # of a fresh expert whose config names none
 OTHER_BASE = "model.other_base=true (eval.py and scripts/merge.py: other_base=true)"
@@ -211,13 +212,13 @@ def check_for_clip(config: RunConfig) -> None:
         raise ValueError("losses.reduction=token: a CLIP answers with no tokens; choices: sample")
 
 
-def only_adapter(folder: str | Path) -> list[str]:
+def only_adapter(folder: str | Path) -> list[Override]:
     """Overrides that make a PEFT folder, such as a merged adapter, a config's only expert, always on."""
     return [
-        "data.expert=merged",
-        "router={kind: fixed}",
-        "stages=[]",
-        "experts={merged: {init_from: " + str(folder) + "}}",
+        ("data.expert", "merged"),
+        ("router", {"kind": "fixed"}),
+        ("stages", []),
+        ("experts", {"merged": {"init_from": str(folder)}}),
     ]
 
 

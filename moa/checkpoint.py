@@ -35,6 +35,7 @@ from moa.peft_io import base_reference, write_expert
 from moa.settings import to_yaml
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
+NO_MODEL = (STATE, "optimizer.safetensors", "rng.safetensors")  # only training reads these
 STATE_FORMAT = 2  # of state.json: to be raised when a run counts other things
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "pycocoevalcap")
 
@@ -129,6 +130,13 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return {
         str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
     }
+
+
+def weights_fingerprint(step: Path) -> str:
+    """What a measurement belongs to: experts, router, projector, processor and config of a step folder."""
+    manifest = read_json(step / MANIFEST)
+    rows = sorted((n, entry["sha256"]) for n, entry in manifest.items() if n not in NO_MODEL)
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:32]
 
 
 def sha256(file: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Literal
 
-from moa.settings import load
+from moa.settings import Override, load
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Format = Literal[  # how a data set's files are written; docs/data.md says which files each one takes
@@ -135,6 +135,14 @@ class LossConfig:
     entropy: float = 0.0  # above 0: sharper gates; below 0: softer gates
 
 
+def is_file_name(name: str) -> bool:
+    """Whether files can be called so in the folder that they are written to, and nowhere else."""
+    plain = re.fullmatch(
+        r"[^\x00-\x1f\x7f\ud800-\udfff/\\.][^\x00-\x1f\x7f\ud800-\udfff/\\]*", name
+    )
+    return plain is not None and len(name.encode()) <= 150
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     name: str  # stands in logs and tables
@@ -171,6 +179,8 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         key = f"data.sources.{self.name}"
+        rule = "must be a file's name: no / \\ or control character, no dot first, 1 to 150 bytes"
+        check(is_file_name(self.name), f"{key}.name", f"{rule}; got {self.name!r}")
         shares = {"weight": self.weight, "count": self.count, "epochs": self.epochs}
         given = {name: value for name, value in shares.items() if value is not None}
         check(len(given) <= 1, key, f"has {' and '.join(given)}; choose one")
@@ -409,6 +419,6 @@ def stage_sources(config: RunConfig, stage: StageConfig) -> list[SourceConfig]:
     return [s for s in config.data.sources if s.name in stage.sources]
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path | None, overrides: Sequence[Override] = ()) -> RunConfig:
     """The run's config from a YAML file and `key.sub=value` overrides; see `moa.settings.load`."""
     return load(RunConfig, path, overrides)

@@ -10,6 +10,7 @@ must make the same calls in the same order.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -125,7 +126,7 @@ class Processes:
             dist.destroy_process_group()
 
     def _shown(self, numbers: Iterable[int], bar: str | None) -> Iterable[int]:
-        shown = self.is_main and bar is not None
+        shown = self.is_main and bar is not None and sys.stdout.isatty()
         return track(numbers, description=bar or "", disable=not shown, transient=True)
 
     def _report(self, job: int, error: Exception) -> Failure:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
+Override = str | tuple[str, Any]  # "key.sub=YAML text" of a user, or a key and its value as it is
 BOOL = "tag:yaml.org,2002:bool"
 
 
@@ -36,7 +37,7 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver(BOOL, re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
 
 
-def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
+def load(cls: type[T], path: str | Path | None, overrides: Sequence[Override] = ()) -> T:
     """Defaults of `cls`, then the YAML file, then `key.sub=value`, as a checked dataclass.
 
     Raises ValueError naming the file or override, the key, and near or possible choices.
@@ -81,15 +82,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return raw or {}
 
 
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Put the YAML value of `key.sub=value` into nested mappings and lists, in place."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"{override!r}: an override is written key.sub=value")
-    try:
-        value = yaml.load(re.sub(r"([{,]\s*\w+):(?=\S)", r"\1: ", text), Loader)  # {a:1}: {a: 1}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not valid YAML: {error}") from None
+def apply_override(raw: dict[str, Any], override: Override) -> None:
+    """Put the value of `key.sub=value` into nested mappings and lists, in place."""
+    key, value = read_override(override) if isinstance(override, str) else override
+    override = override if isinstance(override, str) else key
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
@@ -97,6 +93,18 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             node[part] = {}
         node = node[entry(node, part, override)]
     node[entry(node, last, override)] = value
+
+
+def read_override(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{override!r}: an override is written key.sub=value")
+    try:
+        return key, yaml.load(
+            re.sub(r"([{,]\s*\w+):(?=\S)", r"\1: ", text), Loader
+        )  # {a:1}: {a: 1}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not valid YAML: {error}") from None
 
 
 def entry(node: Any, part: str, override: str) -> Any:

@@ -19,10 +19,9 @@ from rich.console import Console
 
 from data.sources import open_sources
 from moa.benchmarks.answers import read_answers, score_answers
-from moa.benchmarks.catalogue import benchmark_of
+from moa.benchmarks.catalogue import benchmark_of, check_sources
 from moa.benchmarks.report import write_results
 from moa.benchmarks.result import table
-from moa.benchmarks.sources import check_sources
 from moa.checkpoint import versions
 from moa.command import run_command
 from moa.config import DataConfig, SourceConfig
@@ -46,7 +45,7 @@ def score(settings: ScoreSettings, console: Console) -> None:
     if settings.source is None or not settings.predictions:
         raise ValueError("predictions and source are needed; see --help")
     source = settings.source
-    check_sources([source], ())
+    check_sources([source])
     answers = read_answers(settings.predictions)
     dataset = open_sources([source], DataConfig(), None)[source.name]
     result = score_answers(
@@ -59,8 +58,8 @@ def score(settings: ScoreSettings, console: Console) -> None:
         progress=settings.progress,
     )
     about = {"predictions": settings.predictions, "versions": versions()}
-    write_results(Path(settings.out), [result], None, [source], about)
-    console.print(table([result]))
+    write_results(Path(settings.out), [result], [source], about)
+    console.print(table([result], f"{settings.predictions}: scores"))
     console.print(f"scores: {settings.out}/{source.name}.json", soft_wrap=True)
 
 

@@ -7,8 +7,9 @@ in <run>/eval, writes <run>/summary.json, and lists the pictures.
 """
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +19,53 @@ from rich.console import Console
 
 from data.sources import open_ocr
 from moa.atomic import write_json
+from moa.benchmarks.fingerprints import read_result, settings_digest
 from moa.benchmarks.result import Result, comparison
-from moa.benchmarks.sources import EvalSettings, chosen_sources, score_sources
+from moa.benchmarks.sources import EvalSettings, score_sources
 from moa.benchmarks.subjects import open_subject, subject_of
-from moa.checkpoint import load_model
+from moa.checkpoint import load_model, step_folder, weights_fingerprint
+from moa.command import mistakes_in_one_line
 
 
-def read_scores(run: Path, names: list[str]) -> dict[str, Any]:
-    """What eval.py wrote for the model as it was trained."""
-    files = {name: run / "eval" / f"{name}.json" for name in names}
-    for file in files.values():
-        if not file.is_file():
-            raise ValueError(f"{file}: missing; run `python eval.py --checkpoint {run}` first")
-    return {name: json.loads(file.read_text())["score"] for name, file in files.items()}
+def read_scores(run: Path, asked: Sequence[Result]) -> dict[str, Any]:
+    """What eval.py found for these weights on just the samples that were `asked`, gated by the router."""
+    weights, again = (
+        weights_fingerprint(step_folder(run)),
+        f"run `python eval.py --checkpoint {run}`",
+    )
+    scores = {}
+    for result in asked:
+        found = read_result(run / "eval", result.name)
+        file = run / "eval" / f"{result.name}.json"
+        if found is None:
+            raise ValueError(f"{file}: missing, damaged, or not of one evaluation; {again}")
+        record, _ = found
+        settings = settings_digest({**result.settings, "gates": "router"})
+        wanted = {"weights": weights, "data": result.data, "settings": settings}
+        wrong = [key for key, value in wanted.items() if record["fingerprints"].get(key) != value]
+        if wrong:
+            raise ValueError(f"{file}: was measured with other {' and '.join(wrong)}; {again}")
+        scores[result.name] = record["score"]
+    return scores
 
 
-def by_name(results: list[Result]) -> dict[str, Any]:
+def by_name(results: Sequence[Result]) -> dict[str, Any]:
     return {result.name: result.score for result in results}
 
 
-def score_all(run: Path, merged: list[Path]) -> dict[str, dict[str, Any]]:
-    """Row -> data set -> {"value", "se"}."""
+def score_all(run: Path, merged: list[Path]) -> dict[str, Any]:
+    """The rows by model and data set, {"value", "se"} each, and the fingerprints of what they are about."""
     model, _, config = load_model(run, "cpu")
     settings, ocr = EvalSettings(num_pictures=0), open_ocr(config.data)
-    names = [source.name for source in chosen_sources(config, settings)]
-    off = EvalSettings(num_pictures=0, gates="off")
-    rows = {
-        "base": by_name(score_sources(model, config, off, ocr)),
-        "routed experts": read_scores(run, names),
-    }
+    base = score_sources(model, config, replace(settings, gates="off"), ocr)
+    rows = {"base": by_name(base), "routed experts": read_scores(run, base)}
+    weights = {"routed experts": weights_fingerprint(step_folder(run))}
     for folder in merged:
-        one, config, _ = open_subject(subject_of(str(folder)), str(run), "cpu")
+        subject = subject_of(str(folder))
+        one, config, _ = open_subject(subject, str(run), "cpu")
         rows[f"merged, {folder.name}"] = by_name(score_sources(one, config, settings, ocr))
-    return rows
+        weights[f"merged, {folder.name}"] = str(subject.fingerprint())
+    return {"rows": rows, "weights": weights, "data": {r.name: r.data for r in base}}
 
 
 def main() -> None:
@@ -62,12 +77,10 @@ def main() -> None:
         "--merged", type=Path, nargs="*", default=[], help="adapter folders of scripts/merge.py"
     )
     args, console = parser.parse_args(), Console()
-    try:
-        rows = score_all(args.run, args.merged)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    write_json(args.run / "summary.json", rows)
-    console.print(comparison(rows))
+    with mistakes_in_one_line():
+        found = score_all(args.run, args.merged)
+        write_json(args.run / "summary.json", found)
+    console.print(comparison(found["rows"]))
     for picture in sorted((args.run / "pictures").glob("*.png")):
         console.print(f"picture: {picture}", soft_wrap=True)
 

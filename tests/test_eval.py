@@ -1,22 +1,34 @@
 """eval.py and the evaluation behind it, on the tiny random LLaVA and a toy world on disk."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 from data.sources import open_sources
+from moa.analysis.gates_file import read_routing, routing_file
 from moa.benchmarks.catalogue import BENCHMARKS
 from moa.benchmarks.report import routing_record
 from moa.benchmarks.run import choose_gates, evaluate
 from moa.benchmarks.sources import EvalSettings, chosen_sources, prompt_collator, score_sources
 from moa.build import build_model
-from moa.checkpoint import TrainState, load_model, save_checkpoint, write_run_header
+from moa.checkpoint import (
+    TrainState,
+    load_model,
+    save_checkpoint,
+    step_folder,
+    write_run_header,
+)
 from moa.config import load_config
+from moa.settings import load
+from scripts.summary import score_all
+from tests.tiny import random_image
 from tests.toy import toy_world, write_rows
 
 SETTINGS = EvalSettings(progress=False, max_new_tokens=6, batch_size=5)
@@ -49,6 +61,16 @@ def loaded(run):
     return model, config
 
 
+def refused(capsys, *arguments):
+    """What eval.py prints where it refuses: one line on stderr, exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        eval_script.main(list(arguments))
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
 def texts(results):
     return [p.text for result in results for p in result.predictions]
 
@@ -60,16 +82,16 @@ def test_eval_writes_scores_answers_routing_and_pictures_into_the_run_folder(run
             for i in range(9)
         )
     )
-    overrides = ["progress=false", "max_new_tokens=6", "num_samples=3", "num_pictures=4"]
+    overrides = ["progress=false", "max_new_tokens=6", "num_pictures=4"]
     eval_script.main(["--checkpoint", str(run), *overrides])
     record = json.loads((run / "eval" / "vqa.json").read_text())
-    assert record["n"] == 3 and record["num_images"] == 3
+    assert record["n"] == 4 and record["num_images"] == 4
     assert record["tasks"]["vqa"]["primary"] == "vqa_accuracy"
     assert set(record["score"]) == {"value", "se"}
     assert record["settings"]["prompt"]["task_in_prompt"] is True
     assert torch.__version__.startswith(record["versions"]["torch"])
     rows = [json.loads(line) for line in (run / "eval" / "vqa.jsonl").read_text().splitlines()]
-    assert len(rows) == 3 and sum(rows[0]["gates"]) == pytest.approx(1, abs=1e-3)
+    assert len(rows) == 4 and sum(rows[0]["gates"]) == pytest.approx(1, abs=1e-3)
     routing = json.loads((run / "eval" / "routing.json").read_text())
     assert routing["experts"] == ["vqa", "grounding"] and len(routing["mean_gates"]) == 2
     assert set(routing["per_task"]) == {"vqa", "grounding"}
@@ -126,16 +148,16 @@ def test_a_checkpoint_may_be_asked_as_a_yaml_file_says(run, tmp_path):
     ("models", "message"),
     [
         (["{base}"], "add --like RUN or --like FILE.yaml"),
-        (["{base}", "{base}/."], "another model is called base too"),
+        (["{base}", "{base}/."], "is given twice"),
         (["{base}/tokenizer.json"], "choices too: an adapter with adapter_config.json"),
         (["no/such/folder"], "neither a run with checkpoints/last"),
     ],
 )
-def test_a_model_that_cannot_be_opened_is_one_error_that_says_what_can(run, models, message):
+def test_a_model_that_cannot_be_opened_is_one_error_that_says_what_can(
+    run, models, message, capsys
+):
     paths = [path.format(base=run.parent / "base") for path in models]
-    with pytest.raises(SystemExit, match="error: ") as error:
-        eval_script.main([f"--checkpoint={path}" for path in paths])
-    assert message in str(error.value)
+    assert message in refused(capsys, *(f"--checkpoint={path}" for path in paths))
 
 
 def test_every_setting_is_in_the_help(capsys):
@@ -153,24 +175,19 @@ def test_every_setting_is_in_the_help(capsys):
         ("batchsize=3", "batch_size"),
     ],
 )
-def test_a_wrong_setting_is_one_error_with_the_choices(run, argument, message):
-    with pytest.raises(SystemExit, match="error: ") as error:
-        eval_script.main(["--checkpoint", str(run), argument])
-    assert message in str(error.value)
+def test_a_wrong_setting_is_one_error_with_the_choices(run, argument, message, capsys):
+    assert message in refused(capsys, "--checkpoint", str(run), argument)
 
 
-def test_a_folder_without_a_checkpoint_is_named(tmp_path):
-    with pytest.raises(SystemExit, match="error: ") as error:
-        eval_script.main(["--checkpoint", str(tmp_path)])
-    assert str(tmp_path) in str(error.value)
+def test_a_folder_without_a_checkpoint_is_named(tmp_path, capsys):
+    assert str(tmp_path) in refused(capsys, "--checkpoint", str(tmp_path))
 
 
-def test_results_that_cannot_be_written_are_one_error_naming_the_folder(tmp_path):
+def test_results_that_cannot_be_written_are_one_error_naming_the_folder(tmp_path, capsys):
     run = make_run(tmp_path)
     (run / "eval").write_text("a file in the way")
     options = ["progress=false", "num_samples=1", "max_new_tokens=1"]
-    with pytest.raises(SystemExit, match="error: .*eval"):
-        eval_script.main(["--checkpoint", str(run), *options])
+    assert str(run / "eval") in refused(capsys, "--checkpoint", str(run), *options)
 
 
 def test_only_the_predictions_that_are_drawn_keep_their_pictures(loaded):
@@ -273,7 +290,7 @@ def test_samples_that_cannot_be_scored_stop_it_or_are_counted_by_rule(loaded, tm
     record = score_sources(model, config, skipping)[0].record()
     assert record["n"] == 1 and record["num_skipped"] == 4
     assert record["skipped"] == {"empty answer": 2, "unknown task": 1, "missing image": 1}
-    assert any("'dance' has no benchmark" in text for text in record["skipped_samples"])
+    assert any("'dance' is neither" in text for text in record["skipped_samples"])
 
 
 def test_a_set_in_which_nothing_can_be_scored_is_an_error(loaded, tmp_path):
@@ -285,13 +302,13 @@ def test_a_set_in_which_nothing_can_be_scored_is_an_error(loaded, tmp_path):
         score_sources(model, config, replace(SETTINGS, sources=[gone], on_bad_sample="skip"))
 
 
-def test_token_routed_runs_are_scored_without_a_routing_record(tmp_path):
+def test_token_routed_runs_are_scored_without_a_routing_record(tmp_path, capsys):
     run = make_run(tmp_path, router={"kind": "top_k", "top_k": 2, "granularity": "token"})
     eval_script.main(["--checkpoint", str(run), "progress=false", "max_new_tokens=3"])
     assert not (run / "eval" / "routing.json").exists()
     assert (run / "pictures" / "samples.png").exists()
-    with pytest.raises(SystemExit, match="routed by itself"):
-        eval_script.main(["--checkpoint", str(run), "gates=without:vqa"])
+    message = refused(capsys, "--checkpoint", str(run), "gates=without:vqa")
+    assert "routed by itself" in message
 
 
 def test_gates_per_site_are_drawn_by_layer(tmp_path):
@@ -324,3 +341,209 @@ def test_every_task_of_the_demo_has_a_benchmark():
     from data.questions import TASKS
 
     assert set(TASKS) <= set(BENCHMARKS)
+
+
+FAST = ["progress=false", "max_new_tokens=2", "num_pictures=0"]
+
+
+@pytest.mark.parametrize(
+    "part", ["only=[vqa]", "num_samples=2", "score=false", "sources={sources}"]
+)
+def test_a_part_of_an_evaluation_leaves_the_gates_of_the_whole_one_alone(run, part):
+    eval_script.main([f"--checkpoint={run}", *FAST])
+    file, partial = run / "eval" / "routing.json", run / "eval" / "partial" / "routing.json"
+    whole = json.loads(file.read_text())
+    assert whole["samples_per_task"] == {"vqa": 4, "grounding": 4}
+    assert whole["missing_tasks"] == [] and len(whole["sites"]) == 4
+    partial.unlink(missing_ok=True)
+    world = json.dumps(toy_world(run.parent)["data"]["sources"])
+    eval_script.main([f"--checkpoint={run}", *FAST, part.format(sources=world)])
+    assert json.loads(file.read_text()) == whole
+    assert json.loads(partial.read_text())["samples_per_task"] != whole["samples_per_task"] or (
+        part == "score=false"
+    )
+
+
+def test_gates_without_a_trained_task_are_not_those_of_the_run(tmp_path, capsys):
+    (vqa, grounding) = toy_world(tmp_path)["data"]["sources"]
+    data = {"sources": [{**vqa, "task": "vqa"}, {**grounding, "task": "grounding"}],
+            "validation": [], "tasks": ["vqa", "grounding"]}  # fmt: skip
+    run = make_run(tmp_path, data=data, eval={"sources": [{**vqa, "num_samples": 2}]})
+    eval_script.main([f"--checkpoint={run}", *FAST])
+    assert not (run / "eval" / "routing.json").exists()
+    report = json.loads((run / "eval" / "partial" / "routing.json").read_text())
+    assert report["missing_tasks"] == ["grounding"]
+    assert "not of all trained tasks" in capsys.readouterr().out
+
+
+def test_results_are_refused_for_other_weights_data_or_settings(tmp_path, capsys):
+    run = make_run(tmp_path)
+    eval_script.main([f"--checkpoint={run}", *FAST])
+    with pytest.raises(ValueError, match=r"vqa.json: was measured with other settings; run"):
+        score_all(run, [])  # of answers of 2 tokens
+    eval_script.main([f"--checkpoint={run}", "progress=false", "num_pictures=0"])
+    rows = score_all(run, [])["rows"]
+    assert rows["routed experts"]["vqa"] == json.loads((run / "eval/vqa.json").read_text())["score"]
+    (run / "eval" / "vqa.jsonl").write_text("")  # as a kill between the two files leaves it
+    with pytest.raises(ValueError, match="not of one evaluation"):
+        score_all(run, [])
+    eval_script.main([f"--checkpoint={run}", "progress=false", "num_pictures=0"])
+    picture = tmp_path / "2.png"
+    random_image(99).save(picture)
+    with pytest.raises(ValueError, match="other data"):
+        score_all(run, [])
+    random_image(2).save(picture)
+    score_all(run, [])
+    model, _, config = load_model(run)
+    with torch.no_grad():
+        next(iter(model.bank.parameters())).add_(1.0)
+    save_checkpoint(run, 2, model, config, TrainState(progress={"step": 2}))
+    with pytest.raises(ValueError, match="other weights"):
+        score_all(run, [])
+    with pytest.raises(
+        ValueError, match="step-000001, whose weights were not those of .*step-000002"
+    ):
+        read_routing(routing_file(step_folder(run)), step_folder(run))
+
+
+def oracle_world(folder: Path, *, expert: str | None, task: str) -> list[dict]:
+    """An eval source called apart from the training sources, whose rows may be of a task of theirs."""
+    rows = [
+        {"image": f"{i}.png", "task": task, "question": "what?", "answers": ["red"]}
+        for i in range(3)
+    ]
+    path = write_rows(folder / f"{task}_test.jsonl", rows)
+    source = {"name": f"{task}_test", "format": "jsonl", "path": str(path)}
+    return [source | ({"expert": expert} if expert else {})]
+
+
+def test_the_oracle_takes_the_expert_of_the_training_source_of_a_name_or_task(loaded, run):
+    model, config = loaded
+    found = {}
+    for task in ("vqa", "grounding"):
+        sources = load(
+            EvalSettings, None, [("sources", oracle_world(run.parent, expert=None, task=task))]
+        ).sources
+        if task == "grounding":
+            sources = [replace(sources[0], name="grounding", benchmark="vqa")]
+        (result,) = score_sources(model, config, replace(SETTINGS, sources=sources, gates="oracle"))
+        found[task] = [p.gates[0] for p in result.predictions]
+    assert found == {"vqa": [[1.0, 0.0]] * 3, "grounding": [[0.0, 1.0]] * 3}
+
+
+def test_the_oracle_refuses_samples_that_no_expert_is_known_for(loaded, run):
+    model, config = loaded
+    sources = load(
+        EvalSettings, None, [("sources", oracle_world(run.parent, expert=None, task="count"))]
+    ).sources
+    with pytest.raises(ValueError, match="3 of 3 samples of count_test have no expert"):
+        score_sources(model, config, replace(SETTINGS, sources=sources, gates="oracle"))
+    score_sources(model, config, replace(SETTINGS, sources=sources))  # the router needs none
+
+
+def test_a_task_of_ones_own_is_scored_by_exact_match_and_named_so(tmp_path, capsys):
+    rows = [{"image": "0.png", "task": "signs", "question": "what?", "answers": ["red"]}] * 2
+    toy_world(tmp_path)
+    path = write_rows(tmp_path / "signs.jsonl", rows)
+    source = {"name": "signs", "format": "jsonl", "path": str(path), "expert": "vqa"}
+    data = {"sources": [source], "validation": [source], "tasks": ["signs"]}
+    run = make_run(tmp_path, data=data)
+    eval_script.main([f"--checkpoint={run}", *FAST])
+    assert (
+        json.loads((run / "eval/signs.json").read_text())["tasks"]["signs"]["primary"]
+        == "exact_match"
+    )
+    assert "exact_match" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["logits", "lora", "alpha", "router"])
+def test_a_model_that_computes_nan_is_an_error_that_names_model_and_sample(tmp_path, capsys, place):
+    run = make_run(tmp_path)
+    adapter = next((run / "checkpoints").glob("step-*/experts/vqa"))
+    model, _, config = load_model(run)
+    with torch.no_grad():
+        parts = {
+            "logits": [p for p in model.bank.parameters()],
+            "router": [*model.router.parameters()],
+        }
+        for parameter in parts.get(place, []):
+            parameter.fill_(1e36 if place == "logits" else float("nan"))
+    save_checkpoint(run, 2, model, config, TrainState(progress={"step": 2}))
+    paths, message = [f"--checkpoint={run}"], ["run", "router", "is not finite"]
+    if place == "logits":
+        message = ["error: run: source 'vqa', sample", "the model's logits are not finite"]
+    if place == "lora":
+        file = adapter / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensors[min(tensors)][0, 0] = float("inf")
+        save_file(tensors, file)
+    if place == "alpha":
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": float("nan")}))
+    if place in ("lora", "alpha"):
+        paths, message = [f"--checkpoint={adapter}", f"--like={run}"], [str(adapter)]
+    shown = refused(capsys, *paths, *FAST)
+    assert all(part in shown for part in message), shown
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/tmp/x", "routing", "Routing", ".hidden", "", "a/b", "a\\b", "x" * 300]
+)
+def test_names_of_data_sets_stay_inside_the_run(run, capsys, name):
+    source = {**toy_world(run.parent)["data"]["sources"][0], "name": name}
+    before = sorted(run.parent.rglob("*"))
+    shown = refused(capsys, f"--checkpoint={run}", *FAST, f"sources={json.dumps([source])}")
+    assert repr(name) in shown or "name" in shown
+    assert sorted(run.parent.rglob("*")) == before
+
+
+def test_two_names_that_one_file_would_have_are_refused(run, capsys):
+    sources = [
+        {**toy_world(run.parent)["data"]["sources"][0], "name": name} for name in ("Vqa", "vqa")
+    ]
+    shown = refused(capsys, f"--checkpoint={run}", *FAST, f"sources={json.dumps(sources)}")
+    assert "two data sets have the name" in shown
+
+
+def test_settings_are_checked_for_all_models_before_the_first_is_scored(run, tmp_path, capsys):
+    (vqa, _) = toy_world(tmp_path)["data"]["sources"]
+    other = make_run(tmp_path, eval={"sources": [{**vqa, "num_samples": 1}]})
+    for file in (run / "eval").glob("*.json"):
+        file.unlink()
+    models = [f"--checkpoint={run}", f"--checkpoint={other}"]
+    shown = refused(capsys, *models, *FAST, "only=[grounding]")
+    assert "no data set 'grounding'; choices: vqa" in shown and not [*(run / "eval").glob("*.json")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint={run}", "--like={run}"], "--like: has no effect on a run"),
+        (["--checkpoint={run}", "--like=gone.yaml"], "--like gone.yaml: "),
+        (["--checkpoint={base}", "--like=gone.yaml"], "--like gone.yaml: "),
+        (["--checkpoint={run}", "batch_size=0"], "batch_size: must be 1 or more, got 0"),
+        (["--checkpoint={run}", "only=[]"], "only: names no data set"),
+        (["--checkpoint={run}", "device=cuda:99"], "device: no 'cuda:99' on this machine"),
+    ],
+)
+def test_an_argument_without_effect_or_meaning_is_refused(run, capsys, arguments, message):
+    places = {"run": run, "base": run.parent / "base"}
+    assert message in refused(capsys, *(argument.format(**places) for argument in arguments))
+
+
+def test_models_of_one_name_get_labels_that_differ_and_differences_by_question(
+    run, tmp_path, capsys
+):
+    """A path that is YAML text, too: `lr=0.1,rank=2` and `a: b` are names of folders."""
+    adapter = next((run / "checkpoints").glob("step-*/experts/grounding"))
+    names = ("a: {b}", "lr=0.1,rank=2 #3")
+    for name in names:
+        shutil.copytree(adapter, tmp_path / name / "soups")
+    models = [f"--checkpoint={tmp_path / name / 'soups'}" for name in names]
+    eval_script.main([*models, f"--like={run}", *FAST, "only=[vqa]"])
+    shown = capsys.readouterr().out
+    labels = [f"{name}-soups" for name in names]
+    assert all(f"{label}: scores" in shown for label in labels)
+    assert f"Difference to {labels[0]} on the same questions" in shown and "+0±0" in shown
+    assert "metrics: vqa vqa_accuracy" in shown
+    assert {path.name for path in (run / "others").iterdir()} >= set(labels)

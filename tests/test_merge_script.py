@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from moa.build import build_model
-from moa.checkpoint import TrainState, save_checkpoint
+from moa.checkpoint import TrainState, save_checkpoint, weights_fingerprint
 from moa.config import DataConfig, ExpertConfig, ModelConfig, RouterConfig, RunConfig, SourceConfig
 from moa.merging import verify as verifying
 from moa.merging.inputs import parse_weights
@@ -57,12 +57,16 @@ def make_run(run, base, router):
         generator = torch.Generator().manual_seed(len(name))
         for parameter in model.bank.parameters(name):
             parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    save_checkpoint(run, 1, model, config, TrainState(progress={"step": 1}))
+    step = save_checkpoint(run, 1, model, config, TrainState(progress={"step": 1}))
     (run / "eval").mkdir()
     report = {
+        "weights": weights_fingerprint(step),
         "experts": ["vqa", "caption"],
+        "sites": list(model.bank.sites),
         "mean_gates": [0.75, 0.25],
         "mean_over": ["vqa", "caption"],
+        "missing_tasks": [],
+        "samples_per_task": {"vqa": 9, "caption": 8, "count": 7},
         "per_task": {"vqa": [0.9, 0.1], "caption": [0.6, 0.4], "count": [0.5, 0.5]},
     }
     (run / "eval" / "routing.json").write_text(json.dumps(report))
@@ -431,10 +435,36 @@ def test_a_routing_report_of_other_experts_is_refused(world, tmp_path, capsys):
     report = f"routing={world}/sample/eval/routing.json"
     adapter = f"adapters=[{world}/adapters/one]"
     message = refused(capsys, adapter, "weights=gates", report, f"out={tmp_path / 'out'}")
-    assert "is about ['vqa', 'caption'], and the experts are ['one']" in message
+    assert "the gates are of ['vqa', 'caption'], the experts are ['one']" in message
     run = f"run={world}/sample"
     message = refused(capsys, run, "weights=gates:chess", f"out={tmp_path / 'out'}")
-    assert "has no task 'chess'; it has ['vqa', 'caption', 'count']" in message
+    assert "there is no task 'chess'; choices: ['vqa', 'caption', 'count']" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"weights": "0" * 32, "checkpoint": "runs/old"},
+            "was measured on runs/old, whose weights",
+        ),
+        ({"missing_tasks": ["count"]}, "the trained tasks ['count'] were not evaluated"),
+        ({"per_task": {"vqa": [float("nan"), 1], "caption": [1, 0]}}, "NaN is not a number"),
+        ({"per_task": {"vqa": [1], "caption": [1, 0]}}, "its gates are not 2 numbers a row"),
+        ({"per_site": {"vqa": [[1, 0]], "caption": [[1, 0]]}}, "its gates are not 2 numbers a row"),
+        ({"sites": None}, "has no 'sites'"),
+    ],
+)
+def test_gates_that_were_not_measured_on_all_of_these_weights_are_refused(
+    world, tmp_path, capsys, change, message
+):
+    report = json.loads((world / "sample" / "eval" / "routing.json").read_text()) | change
+    report = {key: value for key, value in report.items() if value is not None}
+    (tmp_path / "routing.json").write_text(json.dumps(report))
+    options = [f"run={world}/sample", "weights=gates", f"routing={tmp_path}/routing.json"]
+    shown = refused(capsys, *options, f"out={tmp_path / 'out'}")
+    assert message in shown and not (tmp_path / "out").exists()
+    assert "run `python eval.py --checkpoint" in shown or "name them in eval.sources" in shown
 
 
 def test_folders_of_one_name_become_different_experts(world, tmp_path):

@@ -4,6 +4,7 @@ Gates are `[sample, expert]` (mean over sites where they differ by site). Where 
 are first normalised, so that sigmoid gates can be compared with softmax ones.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -146,6 +147,7 @@ def summary(
     experts: Sequence[str],
     *,
     trained_tasks: Sequence[str] = (),
+    sites: Sequence[str] = (),
     cosines: Float[Tensor, "expert expert"] | None = None,
 ) -> dict[str, Any]:
     """Everything above as one record for a JSON file.
@@ -153,7 +155,8 @@ def summary(
     `mean_gates` weighs the tasks alike (the trained ones, where any is among the samples), however
     many samples each has: it is what a merged adapter stands in for. `per_kind` has a row for each
     task, or for each expert of a task that has several (one for another kind of picture). Where
-    samples are meant for none, none is a choice beside the experts in the three figures.
+    samples are meant for none, none is a choice beside the experts in the three figures. `sites` are
+    the names of the wrapped layers, in the order of `per_site`.
     """
     mean = gates.float().mean(1)
     has_null = NONE in wanted
@@ -164,6 +167,7 @@ def summary(
     held_out = {kind for kind, task in zip(kinds, tasks, strict=True) if task not in chosen}
     record: dict[str, Any] = {
         "experts": list(experts),
+        "sites": list(sites),
         "mean_gates": torch.stack([per_task[task] for task in chosen]).mean(0).tolist(),
         "mean_over": chosen,
         "per_kind": {k: values.tolist() for k, values in gates_per_task(mean, kinds).items()},
@@ -174,10 +178,11 @@ def summary(
         "routing_accuracy": routing_accuracy(decided, wanted, choices),
         "dead": dead_experts(per_task, experts),
         "num_samples": len(tasks),
+        "samples_per_task": dict(Counter(tasks)),
     }
     if gates.shape[1] > 1:
-        sites = gates_per_task(gates.float(), tasks)
-        record["per_site"] = {task: values.tolist() for task, values in sites.items()}
+        per_site = gates_per_task(gates.float(), tasks)
+        record["per_site"] = {task: values.tolist() for task, values in per_site.items()}
     if cosines is not None:
         record["duplicates"] = duplicates(cosines, experts)
         # the last digits depend on where in memory the factors lie, and would differ between runs

@@ -1,8 +1,10 @@
 """Every benchmark for models that generate, by the name that a config gives it.
 
 `TASKS` are for data of one's own: where neither source nor format says more, a sample is scored by the
-one of its task. The others are published ones.
+one of its task, or by exact match where its task has another name. The others are published ones.
 """
+
+from collections.abc import Sequence
 
 from moa.benchmarks.benchmark import Benchmark
 from moa.benchmarks.captioning import CAPTION, COCO_CAPTIONS
@@ -58,6 +60,31 @@ BY_FORMAT: dict[str, str] = {
 }
 
 
+def benchmark_called(name: str) -> Benchmark:
+    """The benchmark of this name; for a task of one's own that is called otherwise, exact match."""
+    return BENCHMARKS.get(name, EXACT)
+
+
 def benchmark_of(source: SourceConfig) -> str | None:
     """The benchmark that a source names, or its format's; None: each sample's task decides."""
     return source.benchmark or BY_FORMAT.get(source.format)
+
+
+def check_sources(sources: Sequence[SourceConfig], only: Sequence[str] = ()) -> None:
+    """ValueError for names that the files of results cannot have, and for an unknown benchmark."""
+    names = [source.name for source in sources]
+    folded = [name.casefold() for name in names]
+    for name in names:
+        if name.casefold() == "routing":
+            raise ValueError(
+                f"sources: {name!r} is the name of the file with the gates; use another"
+            )
+        if folded.count(name.casefold()) > 1:
+            raise ValueError(f"sources: two data sets have the name {name} (but for upper case)")
+    for source in sources:
+        if source.benchmark is not None and source.benchmark not in BENCHMARKS:
+            choices = f"no benchmark {source.benchmark!r}; choices: {', '.join(BENCHMARKS)}"
+            raise ValueError(f"sources.{source.name}.benchmark: {choices}")
+    for name in only:
+        if name not in names:
+            raise ValueError(f"only: no data set {name!r}; choices: {', '.join(names)}")

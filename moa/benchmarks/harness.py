@@ -79,7 +79,11 @@ class Moa(lmms):
     ) -> None:
         super().__init__()
         self.model, config, _ = open_subject(subject_of(checkpoint), like, device)
-        check_gates(gates, self.model)
+        check_gates(gates, self.model.bank.names, self.model.granularity)
+        if gates == "oracle":
+            raise ValueError(
+                "gates=oracle: questions of lmms-eval name no expert; name one: gates=NAME"
+            )
         if task is not None and task not in config.data.tasks:
             raise ValueError(f"task={task}: unknown; choices: {', '.join(config.data.tasks)}")
         self.gates, self.task, self.device = gates, task or "", torch.device(device)

@@ -1,7 +1,7 @@
 """What an evaluation leaves in the run folder: JSON files, the routing record, pictures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ import torch
 from PIL.Image import Image
 
 from moa.analysis.gallery import Card, gallery, seen_picture
+from moa.analysis.gates_file import PARTIAL, ROUTING
 from moa.analysis.plots import gate_heat_map, layer_heat_map, loss_curves, read_log
 from moa.analysis.routing import delta_cosines, summary
 from moa.atomic import write_file, write_json
-from moa.benchmarks.catalogue import BENCHMARKS
+from moa.benchmarks.catalogue import benchmark_called
+from moa.benchmarks.fingerprints import digest, settings_digest
 from moa.benchmarks.result import Result
 from moa.benchmarks.scores import Prediction
 from moa.benchmarks.submission import submission_rows
@@ -23,9 +25,12 @@ from moa.model import MixtureModel
 
 
 def routing_record(
-    model: MixtureModel, config: RunConfig, results: Sequence[Result]
+    model: MixtureModel, config: RunConfig, results: Sequence[Result], trained: Collection[str] = ()
 ) -> dict[str, Any] | None:
-    """Gates by task and what they tell; None for token routing, and for a base without experts."""
+    """Gates by task and what they tell; None for token routing, and for a base without experts.
+
+    `missing_tasks` are the `trained` ones that no sample is of.
+    """
     predictions = [p for result in results for p in result.predictions if p.gates is not None]
     if not predictions:
         return None
@@ -40,39 +45,62 @@ def routing_record(
         for name in names
     }
     with torch.no_grad():
-        return summary(
+        record = summary(
             torch.tensor([p.gates for p in predictions]),
             [p.sample.task for p in predictions],
             [p.sample.expert for p in predictions],
             names,
             trained_tasks=config.data.tasks,
+            sites=list(model.bank.sites),
             cosines=delta_cosines(factors),
         )
+    return record | {"missing_tasks": sorted(set(trained) - record["per_task"].keys())}
+
+
+def trained_tasks(config: RunConfig, run: Path) -> set[str]:
+    """The tasks that training sources name, and those that the run's log has a loss of."""
+    named = {source.task for source in config.data.sources if source.task is not None}
+    log = read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    return named | {key[5:] for row in log for key in row if key.startswith("loss/")}
 
 
 def write_results(
     folder: Path,
     results: Sequence[Result],
-    routing: dict[str, Any] | None,
     sources: Sequence[SourceConfig],
     about: dict[str, Any],
 ) -> None:
+    """NAME.jsonl, and then NAME.json, which has its digest: only together are they one result."""
     for result, source in zip(results, sources, strict=True):
-        handed_in = {"submissions": write_submissions(folder, result)}
+        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows())
         splits = {p.sample.split for p in result.predictions if p.sample.split is not None}
-        described = {"split": "+".join(sorted(splits)) or source.split, "source": asdict(source)}
-        write_json(folder / f"{result.name}.json", result.record() | handed_in | described | about)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows()]
-        write_file(folder / f"{result.name}.jsonl", "".join(lines))
-    if routing is not None:
-        write_json(folder / "routing.json", {**routing, **about})
+        described = {
+            "submissions": write_submissions(folder, result),
+            "split": "+".join(sorted(splits)) or source.split,
+            "source": asdict(source),
+            "fingerprints": {
+                "weights": about.get("weights"),
+                "data": result.data,
+                "settings": settings_digest(result.settings),
+                "rows": digest(rows),
+            },
+        }
+        write_file(folder / f"{result.name}.jsonl", rows)
+        write_json(folder / f"{result.name}.json", result.record() | described | about)
+
+
+def write_routing(folder: Path, routing: dict[str, Any], full: bool, about: dict[str, Any]) -> Path:
+    """The gates of a full evaluation where others look for them, those of any other beside."""
+    file = folder / ROUTING if full else folder / PARTIAL / ROUTING
+    write_json(file, {**routing, **about})
+    return file
 
 
 def write_submissions(folder: Path, result: Result) -> dict[str, str]:
     """By benchmark with a server of its own, the file of answers for it, or why there is none."""
     made: dict[str, str] = {}
     for name, (predictions, _) in result.tasks.items():
-        row = BENCHMARKS[name].submission if name in BENCHMARKS else None
+        row = benchmark_called(name).submission
         if row is None:
             continue
         file = folder / f"{result.name}.{name}.submission.json"

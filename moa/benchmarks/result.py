@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from data.checks import BadSampleError
-from moa.benchmarks.scores import Prediction, Scores, with_error
+from moa.benchmarks.scores import Prediction, Scores, mean, with_error
+from moa.metrics.standard_error import clustered_standard_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,7 @@ class Result:
     )
     num_tokens: int = 0  # of all processes
     num_processes: int = 1
+    data: str = ""  # digest of the samples that were read, those that were skipped included
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -112,43 +116,115 @@ def prediction_record(prediction: Prediction, score: float) -> dict[str, Any]:
     }
 
 
-def table(results: Sequence[Result]) -> Table:
+ScoresByName = Mapping[str, dict[str, float | None]]  # data set -> {"value", "se"}
+Rows = Sequence[Mapping[str, Any]]  # of a NAME.jsonl
+WIDTH = 80
+
+
+def table(results: Sequence[Result], title: str) -> Group:
     """One row per data set and task: the primary score with its error, and what failed."""
-    grid = Table(title="Evaluation", title_justify="left", header_style="bold")
-    for column in ("data set", "task", "metric", "score", "± s.e.", "n", "failed", "skipped"):
-        grid.add_column(column, justify="left" if column in ("data set", "task") else "right")
+    grid = plain_table()
+    for column in ("data set", "task", "metric"):
+        grid.add_column(column, overflow="fold")
+    for column in ("score", "± s.e.", "n", "failed", "skipped"):
+        grid.add_column(column, justify="right", no_wrap=True)
     for result in results:
         for task, (predictions, scores) in result.tasks.items():
             record = task_record(predictions, scores)
             primary = record["metrics"][scores.primary]
             error = "-" if primary["se"] is None else f"{primary['se']:.3f}"
             failed, skipped = sum(record["failures"].values()), len(result.skipped)
-            grid.add_row(result.name, task, scores.primary, f"{primary['value']:.3f}", error,
+            grid.add_row(Text(result.name), Text(task), scores.primary, f"{primary['value']:.3f}", error,
                          str(len(predictions)), str(failed), str(skipped))  # fmt: skip
-    return grid
+    return Group("", Text(title, style="bold"), grid)
 
 
-def comparison(rows: Mapping[str, Mapping[str, dict[str, float | None]]]) -> Table:
-    """One row per model, one column per data set; a dash where a model was not scored on it."""
-    # as narrow as it can be: seven data sets fit a terminal of 80 columns
-    grid = Table(
-        title="Scores in per cent ± standard error (clustered by picture)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    grid.add_column("", no_wrap=True)
+def plain_table() -> Table:
+    """As narrow as it can be: no frame, and one blank between columns."""
+    return Table(box=SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
+
+
+def comparison(
+    rows: Mapping[str, ScoresByName],
+    title: str = "Scores in per cent ± standard error (clustered by image)",
+    sign: str = "",
+) -> Group:
+    """One row per model, one column per data set; a dash where a model was not scored on it.
+
+    As many tables as it takes for each to be no wider than a terminal.
+    """
     names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
-    for name in names:
-        grid.add_column(name, justify="right")
-    for row, scores in rows.items():
-        grid.add_row(row, *(cell(scores.get(name)) for name in names))
-    return grid
+    cells = {
+        name: [name, *(cell(scores.get(name), sign) for scores in rows.values())] for name in names
+    }
+    widths = {name: max(map(len, column)) + 1 for name, column in cells.items()}
+    grids = []
+    for chunk in chunks(widths, WIDTH - max(map(len, rows), default=0)):
+        grids.append(plain_table())
+        grids[-1].add_column("", overflow="fold")
+        for name in chunk:
+            grids[-1].add_column(Text(name), justify="right", no_wrap=True)
+        for number, row in enumerate(rows, start=1):
+            grids[-1].add_row(Text(row), *(cells[name][number] for name in chunk))
+    return Group("", Text(title, style="bold"), *grids)
 
 
-def cell(score: dict[str, float | None] | None) -> str:
+def chunks(widths: Mapping[str, int], most: int) -> list[list[str]]:
+    """The names in their order, in groups of no more than `most` letters, or of one name."""
+    groups: list[list[str]] = []
+    for name, width in widths.items():
+        if not groups or sum(widths[n] for n in groups[-1]) + width > most:
+            groups.append([])
+        groups[-1].append(name)
+    return groups
+
+
+def differences(rows: Mapping[str, Mapping[str, Rows]]) -> dict[str, ScoresByName]:
+    """Every other model's scores minus the first one's, over the questions that both were asked."""
+    (_, first), *others = rows.items()
+    return {
+        label: {
+            name: found
+            for name, own in scored.items()
+            if (found := paired_difference(first.get(name, ()), own)) is not None
+        }
+        for label, scored in others
+    }
+
+
+def paired_difference(first: Rows, second: Rows) -> dict[str, float | None] | None:
+    """Mean of `second` - `first` and its standard error, clustered by picture; None without a pair."""
+    before = dict(zip(questions_of(first), first, strict=True))
+    pairs = [
+        (row["image_id"], row["score"] - before[key]["score"])
+        for key, row in zip(questions_of(second), second, strict=True)
+        if key in before
+    ]
+    if not pairs:
+        return None
+    images, values = zip(*pairs, strict=True)
+    return {"value": mean(values), "se": clustered_standard_error(values, images)}
+
+
+def questions_of(rows: Rows) -> list[tuple[Any, ...]]:
+    """What makes a row the same question to another model; the last entry counts repetitions."""
+    seen: Counter[tuple[Any, ...]] = Counter()
+    keys = []
+    for row in rows:
+        asked = (row["task"], row["id"], row["image_id"], row["question"], *row["answers"])
+        seen[asked] += 1
+        keys.append((*asked, seen[asked]))
+    return keys
+
+
+def metrics_line(results: Sequence[Result]) -> str:
+    """The metric that each data set's score is the mean of."""
+    named = {r.name: "+".join({s.primary: None for _, s in r.tasks.values()}) for r in results}
+    return "metrics: " + ", ".join(f"{name} {metric}" for name, metric in named.items())
+
+
+def cell(score: dict[str, float | None] | None, sign: str = "") -> str:
     if score is None:
         return "-"
     error = "" if score["se"] is None else f"±{100 * score['se']:.0f}"
-    return f"{100 * (score['value'] or 0):.0f}{error}"
+    return f"{100 * (score['value'] or 0):{sign}.0f}{error}"

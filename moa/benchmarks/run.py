@@ -10,7 +10,7 @@ by rule, as `on_bad_sample` says. An answer that cannot count scores 0 and is co
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from data.checks import BadSampleError, name_of
 from data.collate import Collator
 from data.mixture import read_sample
 from data.sample import Sample
-from moa.benchmarks.catalogue import BENCHMARKS
+from moa.benchmarks.catalogue import BENCHMARKS, benchmark_called
+from moa.benchmarks.fingerprints import data_digest, sample_digest
 from moa.benchmarks.result import Result
 from moa.benchmarks.scores import Prediction, Scores, unscored
 from moa.gating import one_hot_gates
@@ -37,6 +38,7 @@ class Answers:
 
     predictions: list[Prediction] = field(default_factory=list)
     rejected: list[BadSampleError] = field(default_factory=list)
+    read: list[str] = field(default_factory=list)  # digest of each sample
     seconds: float = 0.0  # of generating
     num_tokens: int = 0
 
@@ -66,31 +68,33 @@ def evaluate(
     `num_pictures` predictions of a task keep their picture: all of a benchmark fill no memory.
 
     `gates` says who decides: the model's own `router` (or whatever its kind is), the `oracle` (each
-    sample's expert; uniform where nobody knows it), a `uniform` mixture, `off` (the base), the name
-    of one expert, or `without:NAME`.
+    sample's expert; uniform for a sample without one, which `score_sources` refuses), a `uniform`
+    mixture, `off` (the base), the name of one expert, or `without:NAME`.
 
     Of several `processes` all must call it; the main one has the result, the others one without tasks.
     """
-    check_gates(gates, model)
+    check_gates(gates, model.bank.names, model.granularity)
     device = next(model.parameters()).device
     thinned = thinner(num_pictures, benchmark)  # no more pictures than this process might need
 
     def ask(rows: range) -> Answers:
+        samples = [read_sample(dataset, index, name) for index in rows]
+        read = [*map(sample_digest, samples)]
         items = [
-            prepared(read_sample(dataset, index, name), model.routes, benchmark, scored)
-            for index in rows
+            prepared(sample, model.routes, benchmark, scored, collator.tasks) for sample in samples
         ]
         batch, rejected = collator.split(items)
         if rejected and on_bad_sample == "error":
             raise rejected[0]
         if batch is None:
-            return Answers(rejected=rejected)
+            return Answers(rejected=rejected, read=read)
         begin = time.perf_counter()
         ids, decided = answer(model, batch.to(device), gates, collator, max_new_tokens, num_beams)
         seconds = time.perf_counter() - begin
         return Answers(
             predictions=[*map(thinned, predictions_of(batch.samples, ids, decided, collator))],
             rejected=rejected,
+            read=read,
             seconds=seconds,
             num_tokens=int((ids != collator.processor.tokenizer.pad_token_id).sum()),
         )
@@ -111,7 +115,10 @@ def evaluate(
         seconds=max(map(sum, processes.dealt([part.seconds for part in answers]))),
         num_tokens=sum(part.num_tokens for part in answers),
         num_processes=processes.size,
+        data=data_digest(read for part in answers for read in part.read),
         settings={
+            "benchmark": benchmark,
+            "scored": scored,
             "gates": gates,
             "batch_size": batch_size,
             "max_new_tokens": max_new_tokens,
@@ -124,19 +131,27 @@ def evaluate(
 
 
 def prepared(
-    item: Sample | BadSampleError, experts: Sequence[str], benchmark: str | None, scored: bool
+    item: Sample | BadSampleError,
+    experts: Sequence[str],
+    benchmark: str | None,
+    scored: bool,
+    tasks: Collection[str] | None = None,
 ) -> Sample | BadSampleError:
     """The sample as its benchmark asks it, or why it cannot be scored.
 
     An expert that this model does not have is as good as none: the data may be another model's.
+    `tasks` are those that have a benchmark without being named after one; None: all.
     """
     if isinstance(item, BadSampleError):
         return item
     name = benchmark or item.task
-    if name not in BENCHMARKS:
-        detail = f"{name!r} has no benchmark; choices: {', '.join(BENCHMARKS)}"
+    if name not in BENCHMARKS and tasks is not None and name not in tasks:
+        detail = (
+            f"{name!r} is neither one of the run's tasks nor a benchmark; name one by "
+            f"sources.{item.source}.benchmark; choices: {', '.join(BENCHMARKS)}"
+        )
         return BadSampleError(name_of(item), "unknown task", detail)
-    chosen = BENCHMARKS[name]
+    chosen = benchmark_called(name)
     lacks = chosen.needs(item) if scored else None
     if lacks is not None:
         return BadSampleError(name_of(item), "empty answer", f"{name} needs {lacks}")
@@ -186,7 +201,7 @@ def without_picture(sample: Sample) -> Sample:
 
 
 def scores_of(benchmark: str, predictions: Sequence[Prediction], scored: bool) -> Scores:
-    return BENCHMARKS[benchmark].score(predictions) if scored else unscored(predictions)
+    return benchmark_called(benchmark).score(predictions) if scored else unscored(predictions)
 
 
 def answer(
@@ -197,22 +212,53 @@ def answer(
     max_new_tokens: int,
     num_beams: int,
 ) -> tuple[torch.Tensor, Gates]:
-    """New token ids, and the gates that they were generated with."""
-    return model.generate_routed(
+    """New token ids, and the gates that they were generated with; ValueError for NaN or infinity in either."""
+    logits = FiniteLogits()
+    ids, decided = model.generate_routed(
         batch,
         **gate_rule(model, batch, gates),
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
         pad_token_id=collator.processor.tokenizer.pad_token_id,
+        logits_processor=[logits],
     )
+    if logits.finite is not None:
+        check_finite(batch.samples, "logits", logits.finite.view(len(batch), -1))
+    if decided.gates is not None:
+        check_finite(batch.samples, "gates", decided.gates.isfinite())
+    return ids, decided
 
 
-def check_gates(spec: str, model: MixtureModel) -> None:
-    """ValueError, with the choices, unless `choose_gates` knows what to do."""
-    names = model.bank.names
+class FiniteLogits:
+    """A logits processor that changes nothing, and remembers which rows had a finite largest logit.
+
+    The largest is NaN or infinity where any is; processors before it may forbid tokens by -infinity.
+    """
+
+    def __init__(self) -> None:
+        self.finite: torch.Tensor | None = None  # [rows]; stays on the device: nothing waits for it
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        finite = scores.amax(-1).isfinite()
+        self.finite = finite if self.finite is None else self.finite & finite
+        return scores
+
+
+def check_finite(samples: Sequence[Sample], what: str, finite: torch.Tensor) -> None:
+    """ValueError naming the first sample with a False among its entries [sample, ...]."""
+    whole = finite.flatten(1).all(1).tolist()
+    if bad := [sample for sample, good in zip(samples, whole, strict=True) if not good]:
+        raise ValueError(
+            f"{name_of(bad[0])}: the model's {what} are not finite (NaN or infinity), so it has no answer; "
+            "check its weights, its scaling and model.dtype"
+        )
+
+
+def check_gates(spec: str, names: Sequence[str], granularity: str = "sample") -> None:
+    """ValueError, with the choices, unless `choose_gates` knows what to do with these experts."""
     if spec in GATES or spec.removeprefix("without:") in names:
-        if spec.startswith("without:") and model.granularity == "token":
+        if spec.startswith("without:") and granularity == "token":
             raise ValueError(f"gates={spec}: has no meaning where every token is routed by itself")
         return
     choices = ", ".join([*GATES, *names, *(f"without:{name}" for name in names)])

@@ -1,20 +1,24 @@
 """From a run's config to scores: which data sets, with which prompt, by whose gates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from data.checks import BadSampleError
 from data.collate import Collator
-from data.mixture import Source
+from data.mixture import Source, read_sample
 from data.ocr import OcrCache
 from data.pairs import PairCollator
+from data.readers.table import open_records
+from data.sample import Sample
 from data.sources import make_collator, open_ocr, open_sources
-from moa.benchmarks.catalogue import BENCHMARKS, benchmark_of
+from moa.benchmarks.catalogue import benchmark_of, check_sources
 from moa.benchmarks.result import Result
 from moa.benchmarks.run import evaluate
 from moa.benchmarks.two_towers import evaluate_pairs
 from moa.clip_model import ClipMixture
-from moa.config import RunConfig, SourceConfig
+from moa.config import MADE, RunConfig, SourceConfig, check
 from moa.model import MixtureModel
 from moa.processes import ALONE, Processes
 
@@ -39,6 +43,20 @@ class EvalSettings:
     device: str = "auto"  # cpu, cuda, cuda:1; auto: a GPU where there is one
     progress: bool = True  # progress bars
 
+    def __post_init__(self) -> None:
+        for key in ("num_samples", "batch_size", "max_new_tokens", "num_beams"):
+            value = getattr(self, key)
+            check(value is None or value >= 1, key, f"must be 1 or more, got {value}")
+        check(self.num_pictures >= 0, "num_pictures", f"must be 0 or more, got {self.num_pictures}")
+        check(self.only is None or bool(self.only), "only", "names no data set; null means all")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every sample of the run's own data sets is scored."""
+        return (
+            self.sources is None and self.only is None and self.num_samples is None and self.score
+        )
+
     @property
     def variant(self) -> str:
         """The folder below <run>/eval, empty for the model as it was trained."""
@@ -57,21 +75,6 @@ def chosen_sources(config: RunConfig, settings: EvalSettings) -> list[SourceConf
         for source in sources
         if settings.only is None or source.name in settings.only
     ]
-
-
-def check_sources(sources: Sequence[SourceConfig], only: Sequence[str]) -> None:
-    """ValueError for a name that stands twice or not at all, and for an unknown benchmark."""
-    names = [source.name for source in sources]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"sources: two data sets have the name {', '.join(twice)}")
-    for source in sources:
-        if source.benchmark is not None and source.benchmark not in BENCHMARKS:
-            choices = f"no benchmark {source.benchmark!r}; choices: {', '.join(BENCHMARKS)}"
-            raise ValueError(f"sources.{source.name}.benchmark: {choices}")
-    for name in only:
-        if name not in names:
-            raise ValueError(f"only: no data set {name!r}; choices: {', '.join(names)}")
 
 
 def fewest(*counts: int | None) -> int | None:
@@ -103,12 +106,78 @@ def score_sources(
     sources = chosen_sources(config, settings)
     collator = prompt_collator(model, config, withhold_task=settings.withhold_task)
     ocr = ocr if ocr is not None else open_ocr(config.data)
-    opened = open_sources(sources, config.data, ocr).values()
+    opened: Iterable[Source] = open_sources(sources, config.data, ocr).values()
+    if settings.gates == "oracle" or model.kind == "one_hot":
+        expert_of = trained_experts(config)
+        opened = [Guided(dataset=dataset, expert_of=expert_of) for dataset in opened]
+    if settings.gates == "oracle":
+        check_oracle(dict(zip((s.name for s in sources), opened, strict=True)), model.routes)
     results = [
         score_source(model, config, settings, source, dataset, collator, processes)
         for source, dataset in zip(sources, opened, strict=True)
     ]
     return results if processes.is_main else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guided:
+    """A data set whose samples without an expert get that of their source or task in training."""
+
+    dataset: Source
+    expert_of: Callable[[Sample], str | None]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[index]
+        return sample if sample.expert else replace(sample, expert=self.expert_of(sample))
+
+
+def trained_experts(config: RunConfig) -> Callable[[Sample], str | None]:
+    """Sample -> the expert that training gives to sources of its source's name, or else to its task.
+
+    None where that is no expert, or several.
+    """
+    by_source: dict[str, set[str]] = {}
+    by_task: dict[str, set[str]] = {}
+    for source in config.data.sources:
+        if source.expert is not None:
+            by_source.setdefault(source.name, set()).add(source.expert)
+            for task in tasks_of(source):
+                by_task.setdefault(task, set()).add(source.expert)
+
+    def expert_of(sample: Sample) -> str | None:
+        found = by_source.get(sample.source) or by_task.get(sample.task, set())
+        return next(iter(found)) if len(found) == 1 else None
+
+    return expert_of
+
+
+def tasks_of(source: SourceConfig, most: int = 1000) -> set[str]:
+    """The task that a source names, or those of its first rows; no picture is opened."""
+    if source.task is not None or source.format in MADE:
+        return {source.task} if source.task else set()
+    dataset = open_records(source, source.expert)
+    found = set()
+    for index in range(min(len(dataset), most)):
+        with suppress(BadSampleError):  # counted where the source is trained on
+            found.add(dataset.records.read(index)[0].task or dataset.default_task)
+    return found
+
+
+def check_oracle(datasets: Mapping[str, Source], experts: Collection[str]) -> None:
+    """ValueError where a sample has no expert of this model: the oracle would mix all of them."""
+    for name, dataset in datasets.items():
+        samples = [read_sample(dataset, index, name) for index in range(len(dataset))]
+        lost = [s for s in samples if isinstance(s, Sample) and s.expert not in experts]
+        if lost:
+            raise ValueError(
+                f"gates=oracle: {len(lost)} of {len(samples)} samples of {name} have no expert, such as "
+                f"{lost[0].id} (task {lost[0].task!r}): neither the source nor a training source of this "
+                f"name or task names one of {', '.join(experts)}; set sources.{name}.expert, or leave the "
+                "data set out by only=[...]"
+            )
 
 
 def score_source(

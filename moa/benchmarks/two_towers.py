@@ -22,8 +22,10 @@ from data.mixture import read_sample
 from data.pairs import PairCollator, fill, only_pictures, only_texts, templates
 from data.sample import Sample
 from moa.benchmarks.embedding import classify, retrieve
+from moa.benchmarks.fingerprints import data_digest, sample_digest
 from moa.benchmarks.result import Result
 from moa.benchmarks.run import (
+    check_finite,
     check_gates,
     choose_gates,
     first_pictures,
@@ -42,6 +44,7 @@ class Pictures:
     """What became of the samples of one batch."""
 
     rejected: list[BadSampleError]
+    read: list[str]  # digest of each sample
     samples: list[Sample] = field(default_factory=list)
     features: Float[Tensor, "samples dim"] | None = None
     gates: list[list[list[float]]] = field(default_factory=list)
@@ -62,26 +65,30 @@ def evaluate_pairs(
     processes: Processes = ALONE,
 ) -> Result:
     """Classify the pictures of a data set, or retrieve with them; the options are those of `evaluate`."""
-    check_gates(gates, model)
+    check_gates(gates, model.bank.names)
     model.eval()
     began, device = time.perf_counter(), model.backbone.model.logit_scale.device
     thinned = first_pictures(num_pictures)
 
     def look(rows: range) -> Pictures:
-        batch, rejected = collator.split(
-            [known(read_sample(dataset, row, name), model.routes) for row in rows]
-        )
+        items = [read_sample(dataset, row, name) for row in rows]
+        read = [*map(sample_digest, items)]
+        batch, rejected = collator.split([known(item, model.routes) for item in items])
         if rejected and on_bad_sample == "error":
             raise rejected[0]
         if batch is None:
-            return Pictures(rejected=rejected)
+            return Pictures(rejected=rejected, read=read)
         batch = only_pictures(batch.to(device))
         chosen = choose_gates(model, batch, gates).gates
         assert chosen is not None  # a CLIP is routed by sample
+        features = model.image_features(batch, chosen).cpu()
+        check_finite(batch.samples, "gates", chosen.isfinite())
+        check_finite(batch.samples, "features", features.isfinite())
         return Pictures(
             rejected=rejected,
+            read=read,
             samples=[*map(thinned, batch.samples)],
-            features=model.image_features(batch, chosen).cpu(),
+            features=features,
             gates=chosen.float().cpu().tolist(),
         )
 
@@ -103,7 +110,10 @@ def evaluate_pairs(
     result = score(name, samples, features, encoded, settings)
     result = with_gates(result, samples, [rows for part in seen for rows in part.gates])
     seconds = time.perf_counter() - began
-    return replace(result, skipped=skipped, seconds=seconds, num_processes=processes.size)
+    data = data_digest(read for part in seen for read in part.read)
+    return replace(
+        result, skipped=skipped, seconds=seconds, num_processes=processes.size, data=data
+    )
 
 
 def known(item: Sample | BadSampleError, experts: Sequence[str]) -> Sample | BadSampleError:
@@ -164,7 +174,10 @@ def text_features(
         batch = only_texts(collator.text_batch(texts, like).to(device))
         chosen = choose_gates(model, batch, gates).gates
         assert chosen is not None  # a CLIP is routed by sample
-        return model.text_features(batch, chosen).cpu()
+        features = model.text_features(batch, chosen).cpu()
+        if not features.isfinite().all():
+            raise ValueError(f"the model's features of {texts[0]!r} and others are not finite")
+        return features
 
     starts = [range(0, len(texts), CHUNK) for texts in lists]
     chunks = [t[s : s + CHUNK] for t, own in zip(lists, starts, strict=True) for s in own]

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from moa.analysis.fidelity_page import write_page
+from moa.analysis.gates_file import read_routing, routing_file
 from moa.backbones.open_clip import export_open_clip, is_open_clip, load_open_clip
 from moa.build import open_backbone
 from moa.command import progress_bar
@@ -28,7 +29,15 @@ from moa.merging.export import (
     stored_dtype,
 )
 from moa.merging.fidelity import mean_cross_terms, measure
-from moa.merging.inputs import GATES, is_weights_file, parse_weights, read_gates, read_weights
+from moa.merging.inputs import (
+    GATES,
+    gates_line,
+    gates_of,
+    is_weights_file,
+    parse_weights,
+    read_weights,
+    tasks_of,
+)
 from moa.merging.merge import MergedSite, run_plan
 from moa.merging.methods import METHODS, check_options, find_method
 from moa.merging.plan import Plan, Weights, all_shapes, check_base_names, make_plan, sum_gates
@@ -57,7 +66,7 @@ def merge_adapters(settings: MergeConfig, approximate: bool, console: Console) -
     if settings.base is None:
         check_base_names(source.experts)
     console.print(*source.beside, sep="\n", soft_wrap=True)
-    plan = plan_merge(settings, source, approximate)
+    plan = plan_merge(settings, source, approximate, console)
     to_open_clip = is_open_clip(source.base_name(settings.base) or "")
     if to_open_clip:
         check_for_open_clip(settings)
@@ -106,13 +115,13 @@ def open_source(settings: MergeConfig) -> Source:
     return source
 
 
-def plan_merge(settings: MergeConfig, source: Source, approximate: bool) -> Plan:
+def plan_merge(settings: MergeConfig, source: Source, approximate: bool, console: Console) -> Plan:
     names = [expert.name for expert in source.experts]
     return make_plan(
         source.experts,
         method=settings.method,
         options=settings.options,
-        weights=choose_weights(settings, source, approximate),
+        weights=choose_weights(settings, source, approximate, console),
         rank=settings.rank,
         space=settings.space,
         rules=[
@@ -121,7 +130,9 @@ def plan_merge(settings: MergeConfig, source: Source, approximate: bool) -> Plan
     )
 
 
-def choose_weights(settings: MergeConfig, source: Source, approximate: bool) -> Weights | None:
+def choose_weights(
+    settings: MergeConfig, source: Source, approximate: bool, console: Console
+) -> Weights | None:
     """The weights asked for; a token-level mixture has none, so it needs --approximate."""
     raw = settings.weights
     by_gates = isinstance(raw, str) and raw.partition(":")[0] == GATES
@@ -137,9 +148,11 @@ def choose_weights(settings: MergeConfig, source: Source, approximate: bool) -> 
         return parse_weights(raw, [expert.name for expert in source.experts])
     if settings.routing is None and source.step is None:
         raise ValueError("weights: gates need run=, or routing= with a report of eval.py")
-    default = source.step and source.step.parents[1] / "eval" / "routing.json"
-    task = raw.partition(":")[2] or None
-    return read_gates(settings.routing or str(default), source.experts, task)
+    file = Path(settings.routing) if settings.routing else routing_file(source.step or Path())
+    report = read_routing(file, source.step)
+    tasks = tasks_of(report, raw.partition(":")[2] or None)
+    console.print(gates_line(report, tasks), soft_wrap=True)
+    return gates_of(report, source.experts, tasks)
 
 
 def warn_of_factors(plan: Plan, console: Console) -> None:

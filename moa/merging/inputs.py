@@ -138,40 +138,38 @@ def _check_row(row: Any, names: Sequence[str], where: str) -> None:
     weight_row(names, row, where=where)
 
 
-def read_gates(file: str | Path, experts: Sequence[Expert], task: str | None = None) -> Weights:
-    """Mean gates of a routing report as weights: of all its tasks alike, or of one task.
+def tasks_of(report: dict[str, Any], task: str | None) -> list[str]:
+    """The tasks whose gates are meant: all trained ones, or the one that is named. ValueError for a lack."""
+    if task is None and report["missing_tasks"]:
+        raise ValueError(
+            f"weights={GATES}: the trained tasks {report['missing_tasks']} were not evaluated; name them "
+            f"in eval.sources, or use one task: {GATES}:{report['mean_over'][0]}"
+        )
+    if task is not None and task not in report["per_task"]:
+        raise ValueError(f"weights: there is no task {task!r}; choices: {[*report['per_task']]}")
+    return [task] if task else list(report["mean_over"])
 
-    Per site where the report has them. Raises ValueError for a report that is missing or was made
-    with other experts, and for a task that it does not have.
-    """
-    file = Path(file)
-    if not file.is_file():
-        raise ValueError(f"weights: {file} is missing; `python eval.py` on the run writes it")
-    report = json.loads(file.read_text(encoding="utf-8"))
+
+def gates_line(report: dict[str, Any], tasks: Sequence[str]) -> str:
+    counts = ", ".join(f"{task} ({report['samples_per_task'][task]} samples)" for task in tasks)
+    return f"weights: the mean gates of {counts}, measured on {report.get('checkpoint')}"
+
+
+def gates_of(report: dict[str, Any], experts: Sequence[Expert], tasks: Sequence[str]) -> Weights:
+    """Mean gates of some tasks of a report of `read_routing`; by site where the report has them so."""
     names = [expert.name for expert in experts]
     if sorted(report["experts"]) != sorted(names):
-        raise ValueError(
-            f"weights: {file} is about {report['experts']}, and the experts are {names}"
-        )
-    tasks = [task] if task else list(report.get("mean_over") or report["per_task"])
-    for name in tasks:
-        if name not in report["per_task"]:
-            raise ValueError(
-                f"weights: {file} has no task {name!r}; it has {[*report['per_task']]}"
-            )
-    rows = [report["per_task"][name] for name in tasks]
-    mean = dict(zip(report["experts"], _mean(rows), strict=True))
+        raise ValueError(f"weights: the gates are of {report['experts']}, the experts are {names}")
     if "per_site" not in report:
-        return mean
-    # The rows stand in the order of the model's modules, as an expert of all sites names them.
-    stacks = [report["per_site"][name] for name in tasks]
-    orders = [e.config["target_modules"] for e in experts]
-    sites = next((order for order in orders if len(order) == len(stacks[0])), None)
-    if sites is None or isinstance(sites, str) or set(sites) != set(all_sites(experts)):
-        raise ValueError(f"weights: {file} has {len(stacks[0])} sites, which no expert names")
+        rows = [report["per_task"][name] for name in tasks]
+        return dict(zip(report["experts"], _mean(rows), strict=True))
+    stacks = [dict(zip(report["sites"], report["per_site"][n], strict=True)) for n in tasks]
+    sites = all_sites(experts)
+    if lacking := [site for site in sites if site not in stacks[0]]:
+        raise ValueError(f"weights: the gates have no site {lacking[0]}")
     return {
-        site: dict(zip(report["experts"], _mean([stack[i] for stack in stacks]), strict=True))
-        for i, site in enumerate(sites)
+        site: dict(zip(report["experts"], _mean([stack[site] for stack in stacks]), strict=True))
+        for site in sites
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from data.ocr import OcrCache
 from data.scene_dataset import TRAINED_TASKS, SceneDataset
 from moa.config import RunConfig, load_config
+from moa.settings import Override
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +65,7 @@ class Plan:
     def ocr_file(self) -> Path:
         return self.out / "ocr.parquet"
 
-    def config(self, *more: str) -> RunConfig:
+    def config(self, *more: Override) -> RunConfig:
         return load_config(ROOT / CONFIG, [*self.overrides, f"seed={self.seed}", *more])
 
     def steps(self) -> dict[str, int]:

@@ -13,12 +13,12 @@ from data.ocr_engines import RapidOcr
 from data.scene_dataset import TRAINED_TASKS
 from moa.analysis.routing import leave_one_out
 from moa.atomic import write_file, write_json
-from moa.benchmarks.report import routing_record
+from moa.benchmarks.report import routing_record, write_routing
 from moa.benchmarks.result import Result
 from moa.benchmarks.run import evaluate
 from moa.benchmarks.sources import prompt_collator
 from moa.build import build_model, only_adapter
-from moa.checkpoint import load_model, pointed
+from moa.checkpoint import load_model, pointed, step_folder, weights_fingerprint
 from moa.config import RunConfig
 from moa.model import MixtureModel
 from scripts.board.plan import EVIDENCE, MERGES, ROOT, ROWS, Plan
@@ -66,8 +66,9 @@ def score_row(plan: Plan, row: str, ocr: OcrCache) -> dict[str, Any]:
         trained = [r for task in (*TRAINED_TASKS, "line") for r in by_column[task]]
         record["routing"] = routing_record(model, config, trained)
     if row == "router_all":
-        (plan.folder / row / "eval").mkdir(exist_ok=True)
-        write_json(plan.folder / row / "eval" / "routing.json", record["routing"])  # for the merges
+        step = step_folder(plan.folder / row)
+        about = {"checkpoint": str(step), "weights": weights_fingerprint(step)}
+        write_routing(plan.folder / row / "eval", record["routing"], True, about)  # for the merges
         record["lost_without"] = worth_of_experts(plan, model, config, ocr)
     return record
 
