@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "assets" / "demo_base"
 SHORT = ["stages.experts.steps=3", "stages.router.steps=2", "stages.joint.steps=2",
          "stages.experts.warmup_steps=1", "stages.router.warmup_steps=1", "stages.joint.warmup_steps=1",
-         "train.batch_size=10", "eval.every=0", "data.validation=[]"]  # fmt: skip
+         "train.batch_size=10", "eval.every=0", "data.validation=[]",
+         *(f"eval.sources.{number}.num_samples=4" for number in range(7))]  # fmt: skip
 
 
 def run(*command: str) -> str:
@@ -38,7 +39,7 @@ def test_the_base_is_small_enough_to_lie_in_the_repository():
 def test_the_demos_commands_lead_from_pictures_to_one_adapter_that_plain_peft_loads(tmp_path):
     out, adapter, whole = tmp_path / "run", tmp_path / "adapter", tmp_path / "whole"
     run("train.py", "--config", "configs/demo.yaml", f"out={out}", *SHORT)
-    table = run("eval.py", "--checkpoint", str(out), "num_samples=4", "num_pictures=2")
+    table = run("eval.py", "--checkpoint", str(out), "num_pictures=2")
     assert "grounding" in table
     run("scripts/merge.py", f"run={out}", "weights=gates", "rank=sum", f"out={adapter}")
     run("scripts/merge.py", f"run={out}", "weights=gates", "merged=true", f"out={whole}")
