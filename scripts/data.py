@@ -53,7 +53,7 @@ class Settings:
     show: int = 3  # of check: rows that are printed of each reason
     ignore: list[str] = field(default_factory=list)  # of check: reasons that are no error
     out: str = "preview.html"  # of preview: the page
-    num_samples: int = 12  # of preview: samples, drawn from all sources in turn
+    num_samples: int = 3  # of preview: samples of each source
     seed: int = 0  # of preview: another one shows other samples
     progress: bool = True  # of check: progress bar
 
@@ -210,15 +210,14 @@ def examples(audits: Mapping[str, list[Audit]], show: int) -> Iterator[str]:
 
 
 def preview(settings: Settings, config: RunConfig, known: bool, console: Console) -> None:
-    """Write the page: samples of all sources in turn, picked at random by the seed."""
+    """Write the page: some samples of each source, picked at random by the seed."""
     parts, collator = opened(config, settings), collator_of(config, known)
     sources = [pair for part in parts.values() for pair in part.items()]
     items = []
-    for number in range(settings.num_samples):
-        name, source = sources[number % len(sources)]
+    for name, source in sources:
         size = len(source) if settings.limit is None else min(settings.limit, len(source))
-        picks = shuffle(size, settings.seed)
-        items.append(read_sample(source, int(picks[number // len(sources) % size]), name))
+        picks = shuffle(size, settings.seed)[: settings.num_samples]
+        items += [read_sample(source, int(pick), name) for pick in picks]
     judge = replace(collator, allow_unknown_tasks=True)
     title = f"{len(items)} samples as {Path(config.model.name).name} sees them"
     write_file(settings.out, preview_page(items, judge, title))

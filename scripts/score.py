@@ -4,7 +4,8 @@
         source="{name: val, format: jsonl, path: textvqa/val.jsonl, benchmark: textvqa}"
 
 The file is a JSON list or JSON lines. Rows have question_id, questionId, id, image_id or image, and answer,
-prediction, caption or text; a box is predicted_box, in pixels. OUT gets the files that eval.py writes.
+prediction, caption, text or the like; of rows with two of these text_key= names the output, since the other
+may be the reference. A box is predicted_box, in pixels. OUT gets the files that eval.py writes.
 """
 
 import sys
@@ -22,7 +23,7 @@ from moa.benchmarks.answers import read_answers, score_answers
 from moa.benchmarks.catalogue import benchmark_of, check_sources
 from moa.benchmarks.report import write_results
 from moa.benchmarks.result import table
-from moa.checkpoint import versions
+from moa.checkpoint import sha256, versions
 from moa.command import run_command
 from moa.config import DataConfig, SourceConfig
 
@@ -30,6 +31,7 @@ from moa.config import DataConfig, SourceConfig
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
     predictions: str = ""  # file of answers
+    text_key: str | None = None  # of its rows, what the model said; null: the only one they have
     source: SourceConfig | None = None  # data set with the references
     out: str = "runs/scores"  # folder of the results
     missing: Literal["error", "empty"] = (
@@ -46,7 +48,7 @@ def score(settings: ScoreSettings, console: Console) -> None:
         raise ValueError("predictions and source are needed; see --help")
     source = settings.source
     check_sources([source])
-    answers = read_answers(settings.predictions)
+    answers = read_answers(settings.predictions, settings.text_key)
     dataset = open_sources([source], DataConfig(), None)[source.name]
     result = score_answers(
         source.name,
@@ -57,7 +59,12 @@ def score(settings: ScoreSettings, console: Console) -> None:
         on_bad_sample=settings.on_bad_sample,
         progress=settings.progress,
     )
-    about = {"predictions": settings.predictions, "versions": versions()}
+    about = {
+        "predictions": settings.predictions,
+        "weights": sha256(Path(settings.predictions)),  # of the answers, which stand for a model's
+        "text_key": settings.text_key,
+        "versions": versions(),
+    }
     write_results(Path(settings.out), [result], [source], about)
     console.print(table([result], f"{settings.predictions}: scores"))
     console.print(f"scores: {settings.out}/{source.name}.json", soft_wrap=True)

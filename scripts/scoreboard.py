@@ -3,7 +3,8 @@
     python scripts/scoreboard.py --out runs/scoreboard [--seeds 0 1 2] [--jobs 2] [key.sub=value ...]
 
 Writes results/scoreboard.json, its table in Markdown and its chart. Trained runs and scored rows lie in --out, one
-folder a seed: a killed scoreboard goes on where it stopped. `key.sub=value` changes every run's config.
+folder a seed: a killed scoreboard continues where it stopped. `key.sub=value` changes every run's config. Scores
+of other weights, questions or settings are measured again; runs that were trained with other settings are refused.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moa.analysis.plots import scoreboard_chart
 from moa.atomic import write_file, write_json
+from moa.command import mistakes_in_one_line
 from scripts.board.plan import ROOT, Column, Plan
 from scripts.board.scoring import read_pictures, score_rows
 from scripts.board.table import collect, markdown
@@ -52,7 +54,13 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = arguments()
+    with mistakes_in_one_line():
+        make_board(arguments())
+
+
+def make_board(args: argparse.Namespace) -> None:
+    if args.num_samples < 2 or args.jobs < 1 or len(set(args.seeds)) < len(args.seeds):
+        raise ValueError("--num-samples must be 2 or more, --jobs 1 or more, --seeds all different")
     raw = yaml.safe_load((ROOT / "configs/scoreboard.yaml").read_text())
     columns = {name: Column(**column) for name, column in raw["columns"].items()}
     plans = [
@@ -68,7 +76,9 @@ def main() -> None:
         commands = [
             [sys.executable, __file__, *sys.argv[1:], "--only-seed", str(p.seed)] for p in plans
         ]
-        list(pool.map(lambda c: subprocess.run(c, check=True, env=environment), commands))
+        codes = [*pool.map(lambda c: subprocess.run(c, env=environment).returncode, commands)]
+    if any(codes):
+        sys.exit(2)  # each seed that failed has said why
     board = collect(plans)
     write_json(args.results / "scoreboard.json", board)
     table = markdown(board, ["trained_mean", *columns])

@@ -144,17 +144,26 @@ def layer_groups(sites: Sequence[str]) -> dict[str, list[int]]:
 # -- Losses ---------------------------------------------------------------------------------------
 
 
-def loss_curves(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Loss per task over steps: the values pale, their running mean strong, stages marked."""
+def loss_curves(
+    path: str | Path, rows: Iterable[Mapping[str, Any]], experts: Sequence[str] = ()
+) -> None:
+    """Loss per task over steps: the values pale, their running mean strong, stages marked.
+
+    A task that is called as an expert has the expert's colour of the other pictures.
+    """
     rows = [row for row in rows if any(key.startswith("loss/") for key in row)]
     if not rows:
         raise ValueError("loss_curves: the log holds no row with a loss per task (loss/<task>)")
-    tasks = sorted({key for row in rows for key in row if key.startswith("loss/")})
+    found = {key for row in rows for key in row if key.startswith("loss/")}
+    tasks = [key for name in experts if (key := f"loss/{name}") in found]
+    tasks += sorted(found.difference(tasks))
+    numbers = {f"loss/{name}": number for number, name in enumerate(experts)}
+    numbers = {task: numbers.get(task, len(experts) + i) for i, task in enumerate(tasks)}
     steps = np.arange(len(rows))  # stages count their own steps: rows are in order of time
     with page(path, 8.6, 4.4, "Training loss by task") as figure:
         axes = figure.add_subplot()
         ends = []
-        for number, task in enumerate(tasks):
+        for task, number in numbers.items():
             values = np.array([float(row.get(task, np.nan)) for row in rows])
             known = np.isfinite(values)
             smooth = running_mean(values[known], max(len(rows) // 30, 1))

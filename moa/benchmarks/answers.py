@@ -2,10 +2,12 @@
 
 [{"question_id": 42, "answer": "red"}]     {"id": "42", "prediction": "red"}, a line each
 [{"image_id": 42, "caption": "a red car"}]     and the other forms of submission.py
+
+A row with two texts may hold the reference beside the output, under any of these names: then the caller names the key.
 """
 
 import json
-from collections import Counter
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +18,28 @@ from rich.progress import track
 from data.checks import BadSampleError
 from data.mixture import Source, read_sample
 from data.sample import Box
+from moa.benchmarks.fingerprints import data_digest, sample_digest
 from moa.benchmarks.result import Result
 from moa.benchmarks.run import prepared, scores_of, without_picture
 from moa.benchmarks.scores import Prediction
 
 BY_QUESTION, BY_IMAGE = ("question_id", "questionId", "id"), ("image_id", "image")
-TEXTS = ("answer", "prediction", "caption", "text")
+# what outputs are called; where a row has two of them, either may be the reference
+TEXTS = (
+    *(
+        "answer",
+        "prediction",
+        "caption",
+        "text",
+        "response",
+        "output",
+        "outputs",
+        "pred",
+        "completion",
+    ),
+    *("generated_text", "generation", "generated", "predicted", "predicted_answer", "pred_answer"),
+    *("model_answer", "model_output", "model_response", "model_prediction", "hypothesis"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +50,54 @@ class Answers:
     by_image: bool
 
 
-def read_answers(path: str | Path) -> Answers:
-    """ValueError, with file and row, for a row without id or text, and for ids that stand twice."""
+def read_answers(path: str | Path, text_key: str | None = None) -> Answers:
+    """The texts at `text_key`, or at the one key of `TEXTS` that the rows have.
+
+    ValueError, with file and row, for a row without id or text, or with several texts to choose from, and
+    for ids that stand twice.
+    """
     rows = list(read_rows(Path(path)))
     if not rows:
         raise ValueError(f"{path}: holds no answers")
     id_key = key_of(rows[0], (*BY_QUESTION, *BY_IMAGE), f"{path}: row 1")
-    text_key = key_of(rows[0], TEXTS, f"{path}: row 1")
+    text_key = text_key or only_text(rows, path)
     found: dict[str, tuple[str, Box | None]] = {}
     for number, row in enumerate(rows, start=1):
         where = f"{path}: row {number}"
-        key_of(row, (id_key,), where)
-        if not isinstance(row.get(text_key), str):
-            raise ValueError(f"{where}: {text_key} must be a text, got {row.get(text_key)!r}")
-        found[str(row[id_key])] = row[text_key], box_in(row, where)
-    if len(found) < len(rows):
-        twice = [key for key, n in Counter(str(row[id_key]) for row in rows).items() if n > 1]
-        raise ValueError(f"{path}: {len(twice)} values of {id_key} stand twice, such as {twice[0]}")
+        key = id_in(row, id_key, where)
+        if key in found:
+            raise ValueError(f"{where}: {id_key} {key} stands twice")
+        found[key] = text_in(row, text_key, where), box_in(row, where)
     return Answers(found=found, by_image=id_key in BY_IMAGE)
+
+
+def only_text(rows: Sequence[Any], path: str | Path) -> str:
+    """The key of `TEXTS` that some row has; ValueError where that is none, or where there are several."""
+    keys = [key for key in TEXTS if any(isinstance(row, dict) and key in row for row in rows)]
+    if len(keys) > 1:
+        raise ValueError(
+            f"{path}: rows have {' and '.join(keys)}, and one of them may be the reference; name the "
+            f"model's output: text_key={keys[-1]}"
+        )
+    return key_of(rows[0], keys or TEXTS, f"{path}: row 1")
+
+
+def id_in(row: Any, key: str, where: str) -> str:
+    key_of(row, (key,), where)
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{where}: {key} must be a text or a whole number, got {value!r:.80}")
+    return str(value)
+
+
+def text_in(row: dict[str, Any], key: str, where: str) -> str:
+    """The text, which can be written as UTF-8; ValueError else."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key} must be a text, got {value!r:.80}")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{where}: {key} has half of a surrogate pair, which is no character")
+    return value
 
 
 def box_in(row: dict[str, Any], where: str) -> Box | None:
@@ -58,21 +106,27 @@ def box_in(row: dict[str, Any], where: str) -> Box | None:
         return None
     try:
         x0, y0, x1, y1 = map(float, box)
-        return x0, y0, x1, y1
-    except (TypeError, ValueError):
-        raise ValueError(f"{where}: predicted_box must be four numbers, got {box!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        x0 = x1 = y0 = y1 = math.nan
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        raise ValueError(f"{where}: predicted_box must be four finite numbers, got {box!r:.80}")
+    return x0, y0, x1, y1
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON list, or of JSON lines whatever the file is called."""
-    text = path.read_text(encoding="utf-8")
+def read_rows(path: Path) -> Iterator[Any]:
+    """The rows of a JSON list, or of JSON lines whatever the file is called; with or without a BOM."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
     lines = not text.lstrip().startswith("[")
-    parts = [line for line in text.splitlines() if line.strip()] if lines else [text]
+    parts = [line for line in text.split("\n") if line.strip()] if lines else [text]
     for number, part in enumerate(parts, start=1):
         try:
             value = json.loads(part)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: row {number}: not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            form = "one object a line, or one list of objects"
+            raise ValueError(f"{path}: row {number}: is not JSON ({error}); {form}") from None
         yield from [value] if lines else value
 
 
@@ -102,8 +156,11 @@ def score_answers(
     skipped: list[BadSampleError] = []
     unanswered: list[str] = []
     used: set[str] = set()
+    read: list[str] = []
     for index in track(range(len(dataset)), name, disable=not progress, transient=True):
-        item = prepared(read_sample(dataset, index, name), [], benchmark, scored=True)
+        sample = read_sample(dataset, index, name)
+        read.append(sample_digest(sample))
+        item = prepared(sample, [], benchmark, scored=True)
         if isinstance(item, BadSampleError):
             skipped.append(item)
             continue
@@ -120,6 +177,7 @@ def score_answers(
         name=name,
         tasks={task: (found, scores_of(task, found, True)) for task, found in by_task.items()},
         skipped=skipped,
+        data=data_digest(read),
         settings={"num_unanswered": len(unanswered), "num_unused": len(answers.found) - len(used)},
     )
 

@@ -126,12 +126,14 @@ def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> li
         for task, (found, scores) in result.tasks.items()
         if task != "text_to_image"  # its answers are pictures, which a card cannot say
     ]
+    any_ocr = any(p.sample.ocr is not None for column in columns for p, _ in column)
     longest = max(map(len, columns), default=0)
     turns = [column[row] for row in range(longest) for column in columns if row < len(column)]
-    return [make_card(model, prediction, score) for prediction, score in turns[:count]]
+    reads = any_ocr and model.router is not None and "ocr" in model.router.evidence
+    return [make_card(model, prediction, score, reads) for prediction, score in turns[:count]]
 
 
-def make_card(model: MixtureModel, prediction: Prediction, score: float) -> Card:
+def make_card(model: MixtureModel, prediction: Prediction, score: float, reads: bool) -> Card:
     sample, processor = prediction.sample, model.backbone.processor.image_processor
     assert sample.image is not None  # make_cards has left those out
     said = prediction.text
@@ -149,7 +151,7 @@ def make_card(model: MixtureModel, prediction: Prediction, score: float) -> Card
         boxes=sample.boxes,
         predicted_box=prediction.box,
         ocr=sample.ocr,
-        reads=model.router is not None and "ocr" in model.router.evidence,
+        reads=reads,
         gates=None if gates is None else torch.tensor(gates).mean(0).tolist(),
     )
 
@@ -183,5 +185,5 @@ def draw_pictures(
     log = read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
     if any(key.startswith("loss/") for row in log for key in row):
         made.append(folder / "losses.png")
-        loss_curves(made[-1], log)
+        loss_curves(made[-1], log, names)
     return made

@@ -1,11 +1,14 @@
 """What the scoreboard trains and scores: its rows, its columns, and one seed of it."""
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data.ocr import OcrCache
 from data.scene_dataset import TRAINED_TASKS, SceneDataset
+from moa.benchmarks.fingerprints import digest
 from moa.config import RunConfig, load_config
+from moa.fingerprint import base_fingerprint
 from moa.settings import Override
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +67,13 @@ class Plan:
     @property
     def ocr_file(self) -> Path:
         return self.out / "ocr.parquet"
+
+    def fingerprint(self, *more: Override) -> str:
+        """Of the settings of a run of this seed and of the base that it starts from."""
+        config = self.config(*more)
+        return digest(
+            json.dumps([asdict(config), base_fingerprint(config.model.name)], default=str)
+        )
 
     def config(self, *more: Override) -> RunConfig:
         return load_config(ROOT / CONFIG, [*self.overrides, f"seed={self.seed}", *more])

@@ -1,7 +1,9 @@
 """Score the rows of one seed on every column, and merge what is to be scored merged."""
 
+import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -13,26 +15,52 @@ from data.ocr_engines import RapidOcr
 from data.scene_dataset import TRAINED_TASKS
 from moa.analysis.routing import leave_one_out
 from moa.atomic import write_file, write_json
+from moa.benchmarks.fingerprints import digest
 from moa.benchmarks.report import routing_record, write_routing
 from moa.benchmarks.result import Result
 from moa.benchmarks.run import evaluate
 from moa.benchmarks.sources import prompt_collator
 from moa.build import build_model, only_adapter
-from moa.checkpoint import load_model, pointed, step_folder, weights_fingerprint
+from moa.checkpoint import git_commit, load_model, pointed, step_folder, weights_fingerprint
 from moa.config import RunConfig
 from moa.model import MixtureModel
 from scripts.board.plan import EVIDENCE, MERGES, ROOT, ROWS, Plan
 
 
 def score_rows(plan: Plan) -> None:
+    """Score what is not there yet, or was measured on other weights, questions or settings."""
     ocr = OcrCache(plan.ocr_file, engine=engine_of(plan.config()))
     for row in ROWS:
         file = plan.folder / "scores" / f"{row}.json"
-        if file.is_file():
+        about = {"fingerprint": fingerprint_of(plan, row), "num_samples": plan.num_samples}
+        if (read_score(file) or {}).get("fingerprint") == about["fingerprint"]:
             continue
         print(f"seed {plan.seed}: scoring {row}", flush=True)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, score_row(plan, row, ocr))
+        write_json(file, score_row(plan, row, ocr) | about | {"commit": git_commit()})
+
+
+def fingerprint_of(plan: Plan, row: str) -> str:
+    """What a row's scores belong to: the weights, how they are merged, the questions, the settings."""
+    weights = weights_fingerprint(step_folder(plan.folder / run_of(row)))
+    columns = {name: asdict(column) for name, column in plan.columns.items()}
+    return digest(
+        json.dumps([weights, row, MERGES.get(row), columns, plan.num_samples, plan.fingerprint()])
+    )
+
+
+def read_score(file: Path) -> dict[str, Any] | None:
+    """The record of a row; None where there is none, or one that was cut off."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def run_of(row: str) -> str:
+    """The trained run that a row is about."""
+    if row in MERGES:
+        return "router_all"
+    return {"base": "experts", "oracle": "experts", "router_no_prefix": "router_all"}.get(row, row)
 
 
 def score_row(plan: Plan, row: str, ocr: OcrCache) -> dict[str, Any]:
@@ -78,8 +106,7 @@ def open_row(plan: Plan, row: str) -> tuple[MixtureModel, RunConfig, str]:
     if row in MERGES:
         config = plan.config(*only_adapter(merge(plan, row)))
         return build_model(config).eval(), config, "router"
-    run = {"base": "experts", "oracle": "experts", "router_no_prefix": "router_all"}.get(row, row)
-    model, _, config = load_model(plan.folder / run, "cpu")
+    model, _, config = load_model(plan.folder / run_of(row), "cpu")
     return model, config, {"base": "off", "oracle": "oracle"}.get(row, "router")
 
 
@@ -121,8 +148,6 @@ def merge(plan: Plan, row: str) -> Path:
     """A merged adapter of router_all's experts by scripts/merge.py, verified by itself."""
     weights, rank = MERGES[row]
     out, run = plan.folder / "merged" / row, plan.folder / "router_all"
-    if out.is_dir():
-        return out
     experts = run / "checkpoints" / str(pointed(run, "last")) / "experts"
     names = list(plan.config().experts)
     count = next(iter(plan.config().experts.values())).rank if rank == "r" else rank
@@ -131,7 +156,8 @@ def merge(plan: Plan, row: str) -> Path:
         source = [f"adapters={[str(experts / n) for n in names]}"]  # linear's own default: 1/N each
     command = [sys.executable, "scripts/merge.py", *source, f"rank={count}", f"out={out}",
                "verify=false"]  # scored below on every question, which says more  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        raise ValueError(f"{out}: the merge of {run} failed, see the line above")
     return out
 
 

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from moa.checkpoint import git_commit
 from scripts.board.plan import ROWS, Plan
 
 
 def collect(plans: Sequence[Plan]) -> dict[str, Any]:
-    """Mean and standard error over the seeds, by row and column."""
+    """Mean and standard error over the seeds, by row and column; the commits are those that scored."""
     found = {
         row: [json.loads((p.folder / "scores" / f"{row}.json").read_text()) for p in plans]
         for row in ROWS
@@ -34,8 +33,10 @@ def collect(plans: Sequence[Plan]) -> dict[str, Any]:
     return {
         "rows": rows,
         "seeds": [plan.seed for plan in plans],
-        "commit": git_commit(),
-        "samples_per_column": plans[0].num_samples,
+        "commit": " ".join(
+            sorted({str(r["commit"]) for records in found.values() for r in records})
+        ),
+        "samples_per_column": found[ROWS[0]][0]["num_samples"],
         "steps": plans[0].steps(),
         "routing": diagnostics,
     }

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
+from moa.atomic import write_file
 from moa.build import ALPHA, RANK
 from moa.config import RunConfig
 from scripts.board.plan import CONFIG, EVIDENCE, ROOT, Plan
@@ -45,17 +46,26 @@ def stage_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def train(plan: Plan, row: str, *overrides: str) -> None:
-    """One run of train.py, unless it is there; a half-trained one is continued."""
-    out, done = plan.folder / row, plan.folder / row / "done"
+    """One run of train.py, unless it is there; a half-trained one is continued.
+
+    ValueError for a run that was trained with other settings, or on another base.
+    """
+    out = plan.folder / row
+    settings = [*overrides, f"out={out}", f"data.ocr_cache={plan.ocr_file}", "eval.every=0"]
+    done, wanted = out / "done", plan.fingerprint(*settings)
     if done.is_file():
+        if done.read_text() != wanted:
+            raise ValueError(
+                f"{out}: was trained with other settings or on another base; use another --out, or delete "
+                "the folder to train it again"
+            )
         return
     command = [sys.executable, "train.py", "--config", CONFIG, "--resume", *plan.overrides,
-               *overrides, f"seed={plan.seed}", f"out={out}", f"data.ocr_cache={plan.ocr_file}",
-               "eval.every=0"]  # fmt: skip
+               f"seed={plan.seed}", *settings]  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     print(f"seed {plan.seed}: training {row}", flush=True)
     with (out / "train.log").open("a") as log:
         code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
-        raise RuntimeError(f"training of {out} failed; see {out / 'train.log'}")
-    done.touch()
+        raise ValueError(f"training of {out} failed; see {out / 'train.log'}")
+    write_file(done, wanted)
