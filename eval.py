@@ -35,9 +35,17 @@ from moa.benchmarks.report import (
     write_results,
     write_routing,
 )
-from moa.benchmarks.result import Result, comparison, differences, metrics_line, table
+from moa.benchmarks.result import (
+    Measured,
+    Result,
+    comparison,
+    differences,
+    measured,
+    metrics_line,
+    table,
+)
 from moa.benchmarks.run import check_gates
-from moa.benchmarks.sources import EvalSettings, chosen_sources, score_sources
+from moa.benchmarks.sources import EvalSettings, chosen_sources, kept_results, score_sources
 from moa.benchmarks.subjects import Subject, config_file, config_of, open_subject, subjects_of
 from moa.checkpoint import versions
 from moa.config import RunConfig
@@ -65,7 +73,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
-    processes, found = join_processes(), dict[str, list[Result]]()
+    processes, found = join_processes(), dict[str, list[Measured]]()
     try:
         with processes:
             settings = load(EvalSettings, args.config, args.overrides)
@@ -121,7 +129,7 @@ def named(subject: Subject) -> Iterator[None]:
 
 def run_evaluation(
     subject: Subject, like: str | None, settings: EvalSettings, processes: Processes = ALONE
-) -> dict[str, list[Result]]:
+) -> dict[str, list[Measured]]:
     """Score, write, draw: the results by label, on the main process.
 
     ValueError or OSError for what a user can put right.
@@ -134,14 +142,34 @@ def run_evaluation(
         chosen = replace(
             settings, gates=gates, num_pictures=settings.num_pictures * (gates == ways[0])
         )
+        label = f"{subject.label}: {gates}" if len(ways) > 1 else subject.label
+        run = subject.folder(like)
         with named(subject):
-            results = score_sources(model, config, chosen, processes=processes)
+            kept = kept_of(subject, run, model, config, chosen) if settings.reuse else []
+            left = names_left(chosen, config, kept)
+            chosen = replace(chosen, only=left) if kept and left else chosen
+            results = score_sources(model, config, chosen, processes=processes) if left else []
         if not processes.is_main:
             continue
-        label = f"{subject.label}: {gates}" if len(ways) > 1 else subject.label
-        show(subject, subject.folder(like), model, config, chosen, results, weights, label)
-        found[label] = results
+        if kept:
+            names = ", ".join(result.name for result in kept)
+            Console().print(f"{label}: results of {names} are those in {run}/eval", soft_wrap=True)
+        if results:
+            show(subject, run, model, config, chosen, results, weights, label)
+        found[label] = [*kept, *map(measured, results)]
     return found
+
+
+def kept_of(
+    subject: Subject, run: Path, model: MixtureModel, config: RunConfig, settings: EvalSettings
+) -> list[Measured]:
+    folder = run / "eval" / settings.variant
+    return kept_results(model, config, settings, folder, subject.fingerprint())
+
+
+def names_left(settings: EvalSettings, config: RunConfig, kept: Sequence[Measured]) -> list[str]:
+    found = {result.name for result in kept}
+    return [s.name for s in chosen_sources(config, settings) if s.name not in found]
 
 
 def show(
@@ -184,13 +212,13 @@ def notes(results: Sequence[Result]) -> Iterator[str]:
             yield f"{result.name}: {count} are conversations, of which the first question alone is asked"
 
 
-def compared(found: Mapping[str, Sequence[Result]]) -> Group:
+def compared(found: Mapping[str, Sequence[Measured]]) -> Group:
     """Scores of all models, and what the later ones gain on the questions of the first."""
     shown: list[RenderableType] = [
         comparison({label: {r.name: r.score for r in own} for label, own in found.items()}),
         Text(metrics_line([result for own in found.values() for result in own])),
     ]
-    gained = differences({k: {r.name: [*r.rows()] for r in own} for k, own in found.items()})
+    gained = differences({k: {r.name: r.rows for r in own} for k, own in found.items()})
     if any(gained.values()):
         title = f"Difference to {next(iter(found))} on the same questions ± standard error"
         shown.append(comparison(gained, title, sign="+"))

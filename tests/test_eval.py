@@ -1,5 +1,6 @@
 """eval.py and the evaluation behind it, on the tiny random LLaVA and a toy world on disk."""
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import eval as eval_script
@@ -15,6 +17,7 @@ from data.sources import open_sources
 from moa.analysis.gates_file import read_routing, routing_file
 from moa.benchmarks.catalogue import BENCHMARKS
 from moa.benchmarks.report import routing_record
+from moa.benchmarks.result import comparison, paired_difference
 from moa.benchmarks.run import choose_gates, evaluate
 from moa.benchmarks.sources import EvalSettings, chosen_sources, prompt_collator, score_sources
 from moa.build import build_model
@@ -547,3 +550,57 @@ def test_models_of_one_name_get_labels_that_differ_and_differences_by_question(
     assert f"Difference to {labels[0]} on the same questions" in shown and "+0±0" in shown
     assert "metrics: vqa vqa_accuracy" in shown
     assert {path.name for path in (run / "others").iterdir()} >= set(labels)
+
+
+def test_results_of_the_same_weights_data_and_settings_are_reused(tmp_path, capsys):
+    run = make_run(tmp_path)
+    models = [f"--checkpoint={run}", "compare=[off]", *FAST]
+    eval_script.main(models)
+    table = capsys.readouterr().out.split("Scores in per cent")[1]
+    file = run / "eval" / "vqa.json"
+    written = file.stat().st_mtime_ns
+    eval_script.main([*models, "reuse=true"])
+    shown = capsys.readouterr().out
+    assert "results of vqa, grounding are those in" in shown and shown.endswith(table)
+    assert file.stat().st_mtime_ns == written
+    random_image(99).save(tmp_path / "2.png")
+    (run / "eval" / "off" / "vqa.jsonl").write_text("")
+    for change, reused in (
+        ([], None),
+        (["max_new_tokens=3"], None),
+        (["max_new_tokens=3"], "vqa, gr"),
+    ):
+        eval_script.main([*models, "reuse=true", *change])
+        assert (f"run: router: results of {reused}" in capsys.readouterr().out) is (
+            reused is not None
+        )
+
+
+def test_a_question_is_paired_with_itself_whatever_the_order_and_the_number():
+    """Gains by question +1, 0, +1, the last two about one image: 2/3, and clusters of 1/3 and -1/3."""
+
+    def row(number, image, score):
+        return {
+            "task": "vqa",
+            "id": number,
+            "image_id": image,
+            "question": "q",
+            "answers": [],
+            "score": score,
+        }
+
+    first = [row("1", "a", 0.0), row("2", "b", 0.5), row("3", "b", 0.0), row("4", "c", 1.0)]
+    second = [row("3", "b", 1.0), row("1", "a", 1.0), row("2", "b", 0.5), row("9", "d", 1.0)]
+    found = paired_difference(first, second)
+    assert found["value"] == pytest.approx(2 / 3)
+    assert found["se"] == pytest.approx((2 * 2 * (1 / 3) ** 2) ** 0.5 / 3)
+    assert paired_difference(first, [{**r, "question": "another"} for r in first]) is None
+
+
+def test_no_table_is_wider_than_a_terminal_or_cuts_a_name():
+    names = [f"vision_tower_and_projector_{i}" for i in range(9)]
+    rows = {f"model {i}": {n: {"value": 0.5, "se": 0.1} for n in names} for i in range(3)}
+    console = Console(width=80, file=io.StringIO())
+    console.print(comparison(rows))
+    shown = console.file.getvalue()
+    assert all(name in shown for name in names) and max(map(len, shown.splitlines())) <= 80

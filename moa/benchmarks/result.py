@@ -139,6 +139,25 @@ def table(results: Sequence[Result], title: str) -> Group:
     return Group("", Text(title, style="bold"), grid)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a table of several models shows of one data set, new or from its files."""
+
+    name: str
+    score: dict[str, float | None]
+    metrics: list[str]  # that the score is the mean of
+    rows: Rows
+
+
+def measured(result: Result) -> Measured:
+    return measured_in(result.record(), [*result.rows()])
+
+
+def measured_in(record: Mapping[str, Any], rows: Rows) -> Measured:
+    metrics = list(dict.fromkeys(task["primary"] for task in record["tasks"].values()))
+    return Measured(name=record["name"], score=record["score"], metrics=metrics, rows=rows)
+
+
 def plain_table() -> Table:
     """As narrow as it can be: no frame, and one blank between columns."""
     return Table(box=SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
@@ -217,9 +236,9 @@ def questions_of(rows: Rows) -> list[tuple[Any, ...]]:
     return keys
 
 
-def metrics_line(results: Sequence[Result]) -> str:
+def metrics_line(results: Sequence[Measured]) -> str:
     """The metric that each data set's score is the mean of."""
-    named = {r.name: "+".join({s.primary: None for _, s in r.tasks.values()}) for r in results}
+    named = {result.name: "+".join(result.metrics) for result in results}
     return "metrics: " + ", ".join(f"{name} {metric}" for name, metric in named.items())
 
 

@@ -1,8 +1,9 @@
 """From a run's config to scores: which data sets, with which prompt, by whose gates."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from data.checks import BadSampleError
@@ -14,9 +15,11 @@ from data.readers.table import open_records
 from data.sample import Sample
 from data.sources import make_collator, open_ocr, open_sources
 from moa.benchmarks.catalogue import benchmark_of, check_sources
-from moa.benchmarks.result import Result
-from moa.benchmarks.run import evaluate
+from moa.benchmarks.fingerprints import data_digest, read_result, sample_digest, settings_digest
+from moa.benchmarks.result import Measured, Result, measured_in
+from moa.benchmarks.run import evaluate, prompt_settings
 from moa.benchmarks.two_towers import evaluate_pairs
+from moa.checkpoint import versions
 from moa.clip_model import ClipMixture
 from moa.config import MADE, RunConfig, SourceConfig, check
 from moa.model import MixtureModel
@@ -39,6 +42,8 @@ class EvalSettings:
     max_new_tokens: int | None = None  # of a generated answer; null: as the run's eval
     num_beams: int | None = None  # 1: greedy; null: as the run's eval
     on_bad_sample: Literal["error", "skip"] | None = None  # null: as the run's data
+    # results that lie in the folder are not measured again if weights, data, settings and versions are the same
+    reuse: bool = False
     num_pictures: int = 12  # samples in the gallery; 0: no pictures at all
     device: str = "auto"  # cpu, cuda, cuda:1; auto: a GPU where there is one
     progress: bool = True  # progress bars
@@ -106,17 +111,29 @@ def score_sources(
     sources = chosen_sources(config, settings)
     collator = prompt_collator(model, config, withhold_task=settings.withhold_task)
     ocr = ocr if ocr is not None else open_ocr(config.data)
-    opened: Iterable[Source] = open_sources(sources, config.data, ocr).values()
-    if settings.gates == "oracle" or model.kind == "one_hot":
-        expert_of = trained_experts(config)
-        opened = [Guided(dataset=dataset, expert_of=expert_of) for dataset in opened]
-    if settings.gates == "oracle":
-        check_oracle(dict(zip((s.name for s in sources), opened, strict=True)), model.routes)
+    opened = open_datasets(model, config, settings, sources, ocr)
     results = [
         score_source(model, config, settings, source, dataset, collator, processes)
         for source, dataset in zip(sources, opened, strict=True)
     ]
     return results if processes.is_main else []
+
+
+def open_datasets(
+    model: MixtureModel,
+    config: RunConfig,
+    settings: EvalSettings,
+    sources: Sequence[SourceConfig],
+    ocr: OcrCache | None,
+) -> Sequence[Source]:
+    """The data set of each source; where their experts decide, ValueError if they are unknown."""
+    opened: Sequence[Source] = [*open_sources(sources, config.data, ocr).values()]
+    if settings.gates == "oracle" or model.kind == "one_hot":
+        expert_of = trained_experts(config)
+        opened = [Guided(dataset=dataset, expert_of=expert_of) for dataset in opened]
+    if settings.gates == "oracle":
+        check_oracle(dict(zip((s.name for s in sources), opened, strict=True)), model.routes)
+    return opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,24 +207,56 @@ def score_source(
     processes: Processes,
 ) -> Result:
     """One data set: a CLIP compares, the others generate."""
+    asked = asked_of(config, settings, source)
     shared: dict[str, Any] = {
         "name": source.name,
-        "gates": settings.gates,
-        "batch_size": settings.batch_size or config.eval.batch_size,
-        "on_bad_sample": settings.on_bad_sample or config.data.on_bad_sample,
         "num_pictures": settings.num_pictures,
         "progress": settings.progress,
         "processes": processes,
     }
     if isinstance(model, ClipMixture) and isinstance(collator, PairCollator):
-        return evaluate_pairs(model, dataset, collator, **shared)
-    return evaluate(
-        model,
-        dataset,
-        collator,
-        benchmark=benchmark_of(source),
-        scored=settings.score,
-        max_new_tokens=settings.max_new_tokens or config.eval.max_new_tokens,
-        num_beams=settings.num_beams or config.eval.num_beams,
-        **shared,
-    )
+        rest = {key: asked[key] for key in ("gates", "batch_size", "on_bad_sample")}
+        return evaluate_pairs(model, dataset, collator, **rest, **shared)
+    return evaluate(model, dataset, collator, **asked, **shared)
+
+
+def asked_of(config: RunConfig, settings: EvalSettings, source: SourceConfig) -> dict[str, Any]:
+    """How the model is asked, as far as it is no matter of the prompt."""
+    return {
+        "benchmark": benchmark_of(source),
+        "scored": settings.score,
+        "gates": settings.gates,
+        "batch_size": settings.batch_size or config.eval.batch_size,
+        "max_new_tokens": settings.max_new_tokens or config.eval.max_new_tokens,
+        "num_beams": settings.num_beams or config.eval.num_beams,
+        "on_bad_sample": settings.on_bad_sample or config.data.on_bad_sample,
+    }
+
+
+def kept_results(
+    model: MixtureModel,
+    config: RunConfig,
+    settings: EvalSettings,
+    folder: Path,
+    weights: str | None,
+) -> list[Measured]:
+    """The results in `folder` that an evaluation now would only repeat; none of a CLIP."""
+    collator = prompt_collator(model, config, withhold_task=settings.withhold_task)
+    if weights is None or isinstance(collator, PairCollator):
+        return []
+    kept, sources = [], chosen_sources(config, settings)
+    opened = open_datasets(model, config, settings, sources, open_ocr(config.data))
+    for source, dataset in zip(sources, opened, strict=True):
+        if (found := read_result(folder, source.name)) is None:
+            continue
+        asked = asked_of(config, settings, source) | {"prompt": prompt_settings(collator)}
+        read = (read_sample(dataset, index, source.name) for index in range(len(dataset)))
+        wanted = {
+            "weights": weights,
+            "settings": settings_digest(asked),
+            "data": data_digest(map(sample_digest, read)),
+        }
+        record, rows = found
+        if record["versions"] == versions() and wanted.items() <= record["fingerprints"].items():
+            kept.append(measured_in(record, rows))
+    return kept
