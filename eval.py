@@ -49,6 +49,7 @@ from moa.benchmarks.sources import EvalSettings, chosen_sources, kept_results, s
 from moa.benchmarks.subjects import Subject, config_file, config_of, open_subject, subjects_of
 from moa.checkpoint import versions
 from moa.config import RunConfig
+from moa.fingerprint import base_fingerprint
 from moa.model import MixtureModel
 from moa.processes import ALONE, PeerError, Processes, join_processes
 from moa.settings import describe, load
@@ -184,7 +185,12 @@ def show(
 ) -> None:
     """Files, table and pictures of one model with one kind of gates."""
     console, folder = Console(), run / "eval" / settings.variant
-    about = {"checkpoint": weights, "weights": subject.fingerprint(), "versions": versions()}
+    about = {
+        "checkpoint": weights,
+        "weights": subject.fingerprint(),
+        "base": base_fingerprint(config.model.name),
+        "versions": versions(),
+    }
     write_results(folder, results, chosen_sources(config, settings), about)
     console.print(table(results, f"{label}: scores"))
     for line in (*notes(results), f"scores: {folder}/*.json"):

@@ -25,9 +25,10 @@ from moa.benchmarks.sources import EvalSettings, score_sources
 from moa.benchmarks.subjects import open_subject, subject_of
 from moa.checkpoint import load_model, step_folder, weights_fingerprint
 from moa.command import mistakes_in_one_line
+from moa.fingerprint import base_fingerprint
 
 
-def read_scores(run: Path, asked: Sequence[Result]) -> dict[str, Any]:
+def read_scores(run: Path, base: str, asked: Sequence[Result]) -> dict[str, Any]:
     """What eval.py found for these weights on just the samples that were `asked`, gated by the router."""
     weights, again = (
         weights_fingerprint(step_folder(run)),
@@ -41,7 +42,7 @@ def read_scores(run: Path, asked: Sequence[Result]) -> dict[str, Any]:
             raise ValueError(f"{file}: missing, damaged, or not of one evaluation; {again}")
         record, _ = found
         settings = settings_digest({**result.settings, "gates": "router"})
-        wanted = {"weights": weights, "data": result.data, "settings": settings}
+        wanted = {"weights": weights, "base": base, "data": result.data, "settings": settings}
         wrong = [key for key, value in wanted.items() if record["fingerprints"].get(key) != value]
         if wrong:
             raise ValueError(f"{file}: was measured with other {' and '.join(wrong)}; {again}")
@@ -58,8 +59,9 @@ def score_all(run: Path, merged: list[Path]) -> dict[str, Any]:
     model, _, config = load_model(run, "cpu")
     settings, ocr = EvalSettings(num_pictures=0), open_ocr(config.data)
     base = score_sources(model, config, replace(settings, gates="off"), ocr)
-    rows = {"base": by_name(base), "routed experts": read_scores(run, base)}
-    weights = {"routed experts": weights_fingerprint(step_folder(run))}
+    of_base = base_fingerprint(config.model.name)
+    rows = {"base": by_name(base), "routed experts": read_scores(run, of_base, base)}
+    weights = {"base": of_base, "routed experts": weights_fingerprint(step_folder(run))}
     for folder in merged:
         subject = subject_of(str(folder))
         one, config, _ = open_subject(subject, str(run), "cpu")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +31,7 @@ from moa.checkpoint import (
     step_folder,
     write_run_header,
 )
-from moa.config import load_config
+from moa.config import SourceConfig, is_file_name, load_config
 from moa.settings import load
 from scripts.summary import score_all
 from tests.tiny import random_image
@@ -604,3 +607,39 @@ def test_no_table_is_wider_than_a_terminal_or_cuts_a_name():
     console.print(comparison(rows))
     shown = console.file.getvalue()
     assert all(name in shown for name in names) and max(map(len, shown.splitlines())) <= 80
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(name=st.text(max_size=8) | st.text(st.sampled_from("./\\ab\0\n"), max_size=8))
+def test_any_name_of_a_data_set_is_a_file_of_its_folder_or_refused(tmp_path_factory, name):
+    folder = tmp_path_factory.getbasetemp()
+    if is_file_name(name):
+        file = folder / f"{name}.json"
+        file.write_text("")
+        assert file.parent.resolve() == folder.resolve() and file.name in os.listdir(folder)
+        file.unlink()
+    else:
+        with pytest.raises(ValueError, match="must be a file's name"):
+            SourceConfig(name=name, num_samples=1)
+
+
+PLAIN = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(max_size=4)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.dictionaries(
+        st.sampled_from(sorted(EvalSettings.__dataclass_fields__)),
+        PLAIN | st.lists(PLAIN | st.dictionaries(st.just("name"), PLAIN), max_size=2),
+        max_size=3,
+    )
+)
+def test_any_settings_are_taken_or_refused_in_one_line(given_settings):
+    try:
+        found = load(EvalSettings, None, list(given_settings.items()))
+    except ValueError as error:
+        assert "\n" not in str(error) and any(
+            key in str(error) for key in (*given_settings, "data.")
+        )
+    else:
+        assert found.num_beams is None or found.num_beams >= 1

@@ -80,6 +80,7 @@ def write_results(
             "source": asdict(source),
             "fingerprints": {
                 "weights": about.get("weights"),
+                "base": about.get("base"),
                 "data": result.data,
                 "settings": settings_digest(result.settings),
                 "rows": digest(rows),

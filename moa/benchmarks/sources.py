@@ -22,6 +22,7 @@ from moa.benchmarks.two_towers import evaluate_pairs
 from moa.checkpoint import versions
 from moa.clip_model import ClipMixture
 from moa.config import MADE, RunConfig, SourceConfig, check
+from moa.fingerprint import base_fingerprint
 from moa.model import MixtureModel
 from moa.processes import ALONE, Processes
 
@@ -253,6 +254,7 @@ def kept_results(
         read = (read_sample(dataset, index, source.name) for index in range(len(dataset)))
         wanted = {
             "weights": weights,
+            "base": base_fingerprint(config.model.name),
             "settings": settings_digest(asked),
             "data": data_digest(map(sample_digest, read)),
         }

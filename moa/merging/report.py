@@ -29,9 +29,9 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
         weight = "per site" if row["weight"] is None else f"{row['weight']:.3f}"
         kept = (number(row["retention"]), number(row["energy_in_span"]))
         experts.add_row(name, weight, str(row["sites"]), f"{row['norm']:.3g}", *kept)
-    layers = Table("layer", "rank", "energy kept", title="by layer, with each expert's retention")
-    for name in total["experts"]:
-        layers.add_column(name)
+    layers = Table(title="by layer, with each expert's retention")
+    for name in ("layer", "rank", "energy kept", *total["experts"]):
+        layers.add_column(name, overflow="fold")  # of layers cut short, many would read alike
     for layer, row in {**summary["layers"], "all": total}.items():
         retained = [number(expert["retention"]) for expert in row["experts"].values()]
         layers.add_row(

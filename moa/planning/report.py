@@ -23,9 +23,9 @@ def plan_table(plan: Plan) -> Table:
     machine = plan.machine
     count = f"{machine.num_devices} GPU{'s' if machine.num_devices > 1 else ''}"
     table = Table(title=f"{plan.backbone} on {count} of {machine.memory:g} GiB: GiB on each")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for column in (*MEMORY.values(), "total", "fits", "micro-batch", "host", "GB sent", "s"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for choice in plan.choices:
         table.add_row(*cells(choice), style="bold" if choice is plan.recommended else "")
     return table
