@@ -49,7 +49,6 @@ from moa.benchmarks.sources import EvalSettings, chosen_sources, kept_results, s
 from moa.benchmarks.subjects import Subject, config_file, config_of, open_subject, subjects_of
 from moa.checkpoint import versions
 from moa.config import RunConfig
-from moa.fingerprint import base_fingerprint
 from moa.model import MixtureModel
 from moa.processes import ALONE, PeerError, Processes, join_processes
 from moa.settings import describe, load
@@ -136,7 +135,7 @@ def run_evaluation(
     ValueError or OSError for what a user can put right.
     """
     device = pick_device(settings.device, processes.local_rank)
-    model, config, weights = open_subject(subject, like, device)
+    model, config, weights = open_subject(subject, like, device, other_base=settings.other_base)
     ways = ways_of(subject, config, settings)
     found = {}
     for gates in ways:
@@ -188,7 +187,7 @@ def show(
     about = {
         "checkpoint": weights,
         "weights": subject.fingerprint(),
-        "base": base_fingerprint(config.model.name),
+        "base": model.backbone.fingerprint,
         "versions": versions(),
     }
     write_results(folder, results, chosen_sources(config, settings), about)

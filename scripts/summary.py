@@ -25,7 +25,6 @@ from moa.benchmarks.sources import EvalSettings, score_sources
 from moa.benchmarks.subjects import open_subject, subject_of
 from moa.checkpoint import load_model, step_folder, weights_fingerprint
 from moa.command import mistakes_in_one_line
-from moa.fingerprint import base_fingerprint
 
 
 def read_scores(run: Path, base: str, asked: Sequence[Result]) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def score_all(run: Path, merged: list[Path]) -> dict[str, Any]:
     model, _, config = load_model(run, "cpu")
     settings, ocr = EvalSettings(num_pictures=0), open_ocr(config.data)
     base = score_sources(model, config, replace(settings, gates="off"), ocr)
-    of_base = base_fingerprint(config.model.name)
+    of_base = model.backbone.fingerprint
     rows = {"base": by_name(base), "routed experts": read_scores(run, of_base, base)}
     weights = {"base": of_base, "routed experts": weights_fingerprint(step_folder(run))}
     for folder in merged:

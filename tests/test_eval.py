@@ -23,7 +23,7 @@ from moa.benchmarks.report import routing_record
 from moa.benchmarks.result import comparison, paired_difference
 from moa.benchmarks.run import choose_gates, evaluate
 from moa.benchmarks.sources import EvalSettings, chosen_sources, prompt_collator, score_sources
-from moa.build import build_model
+from moa.build import build_model, settled
 from moa.checkpoint import (
     TrainState,
     load_model,
@@ -45,7 +45,7 @@ def make_run(folder: Path, **changes) -> Path:
     world = toy_world(folder, count=8)
     world.update(changes)
     (folder / "run.yaml").write_text(yaml.safe_dump(world, sort_keys=False))
-    config = load_config(folder / "run.yaml")
+    config = settled(load_config(folder / "run.yaml"))
     model = build_model(config)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -643,3 +643,13 @@ def test_any_settings_are_taken_or_refused_in_one_line(given_settings):
         )
     else:
         assert found.num_beams is None or found.num_beams >= 1
+
+
+def test_a_run_whose_base_has_changed_is_scored_on_request_alone(tmp_path, capsys):
+    run = make_run(tmp_path)
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({key: 1.05 * tensor for key, tensor in tensors.items()}, file, {"format": "pt"})
+    assert "other_base=true" in refused(capsys, f"--checkpoint={run}", *FAST)
+    eval_script.main([f"--checkpoint={run}", *FAST, "other_base=true"])
+    assert (run / "eval" / "vqa.json").exists()

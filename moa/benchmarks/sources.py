@@ -22,7 +22,6 @@ from moa.benchmarks.two_towers import evaluate_pairs
 from moa.checkpoint import versions
 from moa.clip_model import ClipMixture
 from moa.config import MADE, RunConfig, SourceConfig, check
-from moa.fingerprint import base_fingerprint
 from moa.model import MixtureModel
 from moa.processes import ALONE, Processes
 
@@ -45,6 +44,7 @@ class EvalSettings:
     on_bad_sample: Literal["error", "skip"] | None = None  # null: as the run's data
     # results that lie in the folder are not measured again if weights, data, settings and versions are the same
     reuse: bool = False
+    other_base: bool = False  # score on a base that changed since, or is another one
     num_pictures: int = 12  # samples in the gallery; 0: no pictures at all
     device: str = "auto"  # cpu, cuda, cuda:1; auto: a GPU where there is one
     progress: bool = True  # progress bars
@@ -254,7 +254,7 @@ def kept_results(
         read = (read_sample(dataset, index, source.name) for index in range(len(dataset)))
         wanted = {
             "weights": weights,
-            "base": base_fingerprint(config.model.name),
+            "base": model.backbone.fingerprint,
             "settings": settings_digest(asked),
             "data": data_digest(map(sample_digest, read)),
         }

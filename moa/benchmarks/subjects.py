@@ -30,6 +30,7 @@ ALONE: tuple[Override, ...] = (
     ("experts", {"base": {"rank": 1}}),
     ("router", {"kind": "fixed"}),
     ("stages", []),
+    ("model.fingerprint", None),  # it is another base than that of the config
 )
 
 
@@ -108,16 +109,19 @@ def run_folder(checkpoint: str | Path) -> Path:
 
 
 def open_subject(
-    subject: Subject, like: str | None, device: str
+    subject: Subject, like: str | None, device: str, *, other_base: bool = False
 ) -> tuple[MixtureModel, RunConfig, str]:
     """The model, the config that says how it is asked and scored, and where its weights lie.
 
-    Raises ValueError for weights that are not finite, and as `config_of` does.
+    Raises ValueError for weights that are not finite, for a base that they do not belong to (unless
+    `other_base`), and as `config_of` does.
     """
     config = config_of(subject, like)
+    if other_base:
+        config = replace(config, model=replace(config.model, other_base=True))
     if subject.kind == "run":
         step = step_folder(subject.path)
-        model, _, config = load_model(step, device)
+        model, _, config = load_model(step, device, other_base=other_base)
         return checked(model, config, step), config, str(step)
     build = build_model if subject.kind == "adapter" else build_base
     return checked(build(config).to(device).eval(), config, subject.path), config, subject.path
