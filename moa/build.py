@@ -49,15 +49,19 @@ def open_adapters(config: RunConfig, experts: Path | None = None) -> dict[str, E
     return {name: read_header(folder) for name, folder in folders.items() if folder is not None}
 
 
+def import_adapter(bank: ExpertBank, name: str, header: ExpertHeader) -> None:
+    bank.import_expert(name, read_tensors(header), header.config)
+
+
 def build_mixture(
     config: RunConfig,
     backbone: Backbone | ClipBackbone,
     adapters: Mapping[str, ExpertHeader],
-    read: Callable[[ExpertHeader], dict[str, Tensor]] = read_tensors,
+    place: Callable[[ExpertBank, str, ExpertHeader], None] = import_adapter,
 ) -> MixtureModel:
     """The experts and the router of a config around a base that is at hand.
 
-    Experts in `adapters` have the tensors that `read` gives, the others are fresh.
+    Experts in `adapters` are put in by `place`, the others are fresh.
     """
     bank = ExpertBank.attach(
         backbone.model,
@@ -70,7 +74,7 @@ def build_mixture(
         if name in adapters:
             check_adapter(adapters[name], backbone, config.model)
             header, line = bank.fit(adapters[name])
-            bank.import_expert(name, read(header), header.config)
+            place(bank, name, header)
             note(f"expert {name}: {line}" if line else "")
         else:
             bank.add(

@@ -104,6 +104,7 @@ def expert_card(model: MixtureModel, config: RunConfig, name: str) -> Card:
         kind="adapter",
         about=f"A LoRA expert of rank {described['r']} from a mixture, as an adapter that plain PEFT loads.",
         base=model.backbone.name,
+        fingerprint=model.backbone.fingerprint,
         config=config,
         sources=[s for s in config.data.sources if config.data.expert or s.expert == name],
     )

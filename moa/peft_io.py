@@ -354,20 +354,26 @@ def rename_sites(header: ExpertHeader, names: Mapping[str, str]) -> ExpertHeader
         return header
     if len(set(names.values())) < len(names):
         raise ValueError(f"{header.weights_file}: two of its sites are one layer, in two spellings")
-    config, usual = header.config, (header.config["r"], header.config.get("lora_alpha", 8))
-    alphas = {site: _by_pattern(config.get("alpha_pattern"), site, usual[1]) for site in names}
     return replace(
         header,
         ranks={names[site]: rank for site, rank in header.ranks.items()},
         shapes={names[site]: shape for site, shape in header.shapes.items()},
         spelled={names[site]: own for site, own in header.spelled.items()},
-        config={
-            **{k: v for k, v in config.items() if k not in NARROWING},
-            "target_modules": list(names.values()),
-            "rank_pattern": _exact(names, header.ranks, usual[0]),
-            "alpha_pattern": _exact(names, alphas, usual[1]),
-        },
+        config=rename_config(header.config, names),
     )
+
+
+def rename_config(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A config that means for each new name what it meant for the old one: full paths, exact patterns."""
+    ranks = {site: site_rank(config, site) for site in names}
+    usual = config.get("lora_alpha", 8)
+    alphas = {site: _by_pattern(config.get("alpha_pattern"), site, usual) for site in names}
+    return {
+        **{key: value for key, value in config.items() if key not in NARROWING},
+        "target_modules": list(names.values()),
+        "rank_pattern": _exact(names, ranks, config["r"]),
+        "alpha_pattern": _exact(names, alphas, usual),
+    }
 
 
 def keep_sites(header: ExpertHeader, sites: Sequence[str]) -> ExpertHeader:

@@ -10,13 +10,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from moa.backbones.shapes import layer_shapes
 from moa.build import build_model, open_backbone, settled
 from moa.checkpoint import CONFIG, TrainState, load_model, save_checkpoint, write_run_header
 from moa.config import RunConfig, load_config
 from moa.fingerprint import base_fingerprint
-from moa.peft_io import read_header, site_keys
+from moa.merging.export import copy_other_files
+from moa.peft_io import read_header, read_tensors, rename_sites, save_expert, site_keys
+from moa.planning.plan import FakeRun
 from moa.training.setup import filled, same_config
 from moa.training.stages import load_expert
+from scripts.merge import main
 from tests.tiny import tiny_llava
 from tests.toy import toy_config
 
@@ -182,3 +186,108 @@ def test_the_base_alone_gives_the_same_backbone_with_its_fingerprint(tmp_path):
     config = toy_config(tmp_path)
     assert open_backbone(config.model.name).fingerprint is None
     assert build_model(config).backbone.fingerprint == base_fingerprint(tmp_path / "base")
+
+
+def old_spelling(source: Path, folder: Path) -> Path:
+    """The same adapter as transformers before 4.52 would have keyed it."""
+    header = read_header(source)
+    names = {
+        site: site.replace("model.language_model.", "language_model.model.")
+        for site in header.ranks
+    }
+    renamed = rename_sites(header, names)
+    save_expert(folder, read_tensors(renamed), renamed.config)
+    return folder
+
+
+def merge(*settings: str) -> None:
+    main([*settings, "verify=false", "fidelity=false"])
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def test_an_adapter_in_the_old_spelling_trains_and_merges_as_the_new_one(tmp_path):
+    peft_adapter(tmp_path / "new", ["up_proj", "down_proj"])
+    old = old_spelling(tmp_path / "new", tmp_path / "old")
+    banks = [
+        build_model(toy_config(tmp_path, experts__vqa={"init_from": str(folder)})).bank
+        for folder in (tmp_path / "new", old)
+    ]
+    states = [bank.state("vqa") for bank in banks]
+    assert states[0].keys() == states[1].keys() and "model.language_model" in next(iter(states[0]))
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+    base = f"base={tmp_path / 'base'}"
+    for name in ("new", "old"):
+        merge(f"adapters=[{tmp_path / name}]", base, "merged=true", f"out={tmp_path / name}-whole")
+    whole = [tensors_of(tmp_path / f"{name}-whole") for name in ("new", "old")]
+    assert all(torch.equal(whole[0][key], whole[1][key]) for key in whole[0])
+    assert any(not torch.equal(t, whole[0][k]) for k, t in tensors_of(tmp_path / "base").items())
+
+    merge(f"adapters=[{tmp_path / 'new'},{old}]", "weights=[1,-1]", f"out={tmp_path / 'none'}")
+    result = read_header(tmp_path / "none")
+    assert set(result.ranks) == set(read_header(tmp_path / "new").ranks)
+    pairs = read_tensors(result)
+    updates = [pairs[site_keys(s)[1]] @ pairs[site_keys(s)[0]] for s in result.ranks]
+    assert max(float(update.abs().max()) for update in updates) < 1e-6
+
+
+def test_layers_are_named_from_the_config_as_the_model_names_them(tmp_path):
+    toy_config(tmp_path)
+    model = open_backbone(str(tmp_path / "base")).model
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    expected = {name: (layer.out_features, layer.in_features) for name, layer in linear.items()}
+    assert layer_shapes(str(tmp_path / "base")) == expected
+
+
+def test_a_merge_with_another_base_is_refused_and_a_merge_carries_its_base(run, tmp_path, capsys):
+    step = Path(run.out) / "checkpoints/step-000001"
+    merge(f"run={step}", f"out={tmp_path / 'one'}")
+    assert read_header(tmp_path / "one").base_fingerprint == run.model.fingerprint
+    base = read_header(tmp_path / "one").config["base_model_name_or_path"]
+    assert base == str((tmp_path / "base").resolve())
+    shutil.copytree(tmp_path / "base", tmp_path / "base_b")
+    disturb(tmp_path / "base_b")
+    wrong = [f"run={step}", f"base={tmp_path / 'base_b'}", "merged=true", f"out={tmp_path / 'two'}"]
+    with pytest.raises(SystemExit) as end:
+        merge(*wrong)
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and "base_b" in message and str(tmp_path / "base ") in message
+    assert run.model.fingerprint in message and "other_base=true" in message
+    assert not (tmp_path / "two").exists()
+    merge(*wrong, "other_base=true")
+    with pytest.raises(SystemExit):  # two adapters of two bases, none of them at hand
+        header = read_header(tmp_path / "one")
+        save_expert(tmp_path / "b", read_tensors(header), header.config, base_fingerprint="0" * 32)
+        merge(f"adapters=[{tmp_path / 'one'},{tmp_path / 'b'}]", f"out={tmp_path / 'three'}")
+
+
+def test_a_link_out_of_the_bases_folder_is_not_copied(tmp_path, capfd):
+    for name in (
+        "secret",
+        "base/a",
+        "models--o--n/blobs/b",
+        "models--o--n/snapshots/1/config.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "base/LICENSE").symlink_to(tmp_path / "secret")
+    (tmp_path / "base/tokenizer.json").symlink_to("a")
+    (tmp_path / "out").mkdir()
+    copy_other_files(tmp_path / "base", tmp_path / "out", None)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["tokenizer.json"]
+    assert "LICENSE is a link out of its folder" in capfd.readouterr().err
+    snapshot = tmp_path / "models--o--n/snapshots/1"
+    (snapshot / "vocab.json").symlink_to("../../blobs/b")
+    copy_other_files(snapshot, tmp_path / "out", None)
+    assert (tmp_path / "out/vocab.json").is_file()
+
+
+def test_planning_a_run_with_an_imported_expert_reads_no_weights(tmp_path):
+    peft_adapter(tmp_path / "plain", ["up_proj"], rank=3)
+    config = toy_config(tmp_path, experts__vqa={"init_from": str(tmp_path / "plain")})
+    bank = FakeRun(config, config.model.name).model.bank
+    state = bank.state("vqa")
+    assert len(state) == 4 and {min(tensor.shape) for tensor in state.values()} == {3}

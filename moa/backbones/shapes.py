@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
 )
 
+from moa.backbones.clip import FAMILIES as CLIP_FAMILIES
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone
-from moa.backbones.loading import read_any_config
+from moa.backbones.loading import faults_of, read_any_config
+from moa.targets import is_target
 
 CLIP_LARGE_336: dict[str, Any] = {
     "hidden_size": 1024,
@@ -80,6 +83,21 @@ def find_shape(name: str) -> Any:
             f"{', '.join(possible)}"
         )
     return config
+
+
+def layer_shapes(name: str) -> dict[str, tuple[int, int]] | None:
+    """Every linear layer of a base, as its model in memory spells it -> (out, in); from its config alone.
+
+    None for an architecture that is not loaded here, where the class that adapters wrap is unknown.
+    """
+    config = read_any_config(name)
+    if config.model_type not in (*FAMILIES, *CLIP_FAMILIES):
+        return None
+    auto = AutoModelForImageTextToText if config.model_type in FAMILIES else AutoModel
+    with faults_of(name, "config.json"), torch.device("meta"):
+        model = auto.from_config(config)
+    layers = ((name, module) for name, module in model.named_modules() if is_target(module))
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers}
 
 
 def random_backbone(config: Any, dtype: torch.dtype) -> Backbone:

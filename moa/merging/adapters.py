@@ -15,6 +15,7 @@ from torch import Tensor
 from moa.analysis.fidelity_page import write_page
 from moa.analysis.gates_file import read_routing, routing_file
 from moa.backbones.open_clip import export_open_clip, is_open_clip, load_open_clip
+from moa.backbones.shapes import layer_shapes
 from moa.build import open_backbone
 from moa.command import progress_bar
 from moa.merging.base_files import match_sites, read_base
@@ -31,11 +32,13 @@ from moa.merging.export import (
 from moa.merging.fidelity import mean_cross_terms, measure
 from moa.merging.inputs import (
     GATES,
+    common_fingerprint,
     gates_line,
     gates_of,
     is_weights_file,
     parse_weights,
     read_weights,
+    respell,
     tasks_of,
 )
 from moa.merging.merge import MergedSite, run_plan
@@ -66,8 +69,9 @@ def merge_adapters(settings: MergeConfig, approximate: bool, console: Console) -
     if settings.base is None:
         check_base_names(source.experts)
     console.print(*source.beside, sep="\n", soft_wrap=True)
-    plan = plan_merge(settings, source, approximate, console)
     to_open_clip = is_open_clip(source.base_name(settings.base) or "")
+    source = fit_to_base(settings, source)
+    plan = plan_merge(settings, source, approximate, console)
     if to_open_clip:
         check_for_open_clip(settings)
     elif settings.merged or settings.verify:
@@ -87,6 +91,21 @@ def merge_adapters(settings: MergeConfig, approximate: bool, console: Console) -
         )
         report = export(settings, source, merged, summary, verify)
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
+
+
+def fit_to_base(settings: MergeConfig, source: Source) -> Source:
+    """The source with its experts' sites as the base spells them, and the base's fingerprint.
+
+    Raises ValueError where an expert belongs to another base.
+    """
+    base, layers = source.base_name(settings.base), None
+    if not settings.merged and not settings.verify:
+        base = None  # it need not be at hand
+    elif not is_open_clip(base or ""):
+        base = str(source.base(settings.base))
+        layers = layer_shapes(base)
+    found = common_fingerprint(source.experts, base, settings.other_base)
+    return replace(source, experts=respell(source.experts, layers), base_fingerprint=found)
 
 
 def check_values(experts: Sequence[Expert]) -> None:
@@ -242,7 +261,7 @@ def card_of(
     sources = source.config.data.sources if source.config else []
     return {
         "base": base,
-        "fingerprint": local_fingerprint(base),
+        "fingerprint": source.base_fingerprint or local_fingerprint(base),
         "about": f"{count} LoRA experts merged into {kind} by `{settings.method}` at rank {settings.rank}.",
         "rows": rows_of(source.experts, merged, source.folders),
         "config": source.config,

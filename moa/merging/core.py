@@ -37,6 +37,9 @@ class Expert:
     ranks: Mapping[str, int]  # site -> rank
     shapes: Mapping[str, tuple[int, int]]  # site -> (out, in)
     read: Callable[[str], tuple[Tensor, Tensor]]  # site -> lora_A, lora_B as stored
+    base_fingerprint: str | None = (
+        None  # of the base that it was trained on, where that is recorded
+    )
 
     def factors(
         self, site: str, dtype: torch.dtype
@@ -120,6 +123,25 @@ def expert_from_folder(path: str | Path, name: str | None = None) -> Expert:
         ranks=header.ranks,
         shapes=header.shapes,
         read=read,
+        base_fingerprint=header.base_fingerprint,
+    )
+
+
+def rename_sites(expert: Expert, names: Mapping[str, str]) -> Expert:
+    """The expert with other names for its sites."""
+    if all(site == name for site, name in names.items()):
+        return expert
+    own = {name: site for site, name in names.items()}
+    if len(own) < len(names):
+        raise ValueError(
+            f"adapters: {expert.name}: two of its sites are one layer, in two spellings"
+        )
+    return replace(
+        expert,
+        config=peft_io.rename_config(expert.config, names),
+        ranks={name: expert.ranks[site] for name, site in own.items()},
+        shapes={name: expert.shapes[site] for name, site in own.items()},
+        read=lambda name: expert.read(own[name]),
     )
 
 

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moa.atomic import atomic_folder, write_file, write_json
+from moa.command import note
 from moa.merging.base_files import (
     INDEX_FILE,
     BaseFiles,
@@ -32,7 +33,7 @@ from moa.merging.core import Expert
 from moa.merging.merge import MergedSite, update_shape
 from moa.merging.report import comparison_lines
 from moa.merging.shards import write_shard
-from moa.peft_io import site_keys, write_expert
+from moa.peft_io import base_reference, site_keys, write_expert
 
 REPORT_FILE, BASE = "export_report.json", "base_model_name_or_path"
 ABOUT = {
@@ -113,8 +114,9 @@ def export_adapter(
     config = adapter_config(merged, experts, base)
     full = {"kind": "adapter", "dtype": _name(stored), "keys_written": len(tensors)}
     with atomic_folder(out) as temporary:
-        write_expert(temporary, tensors, config, name=out)
         made = {"name": Path(out).name, "kind": "adapter", "base": config[BASE], **(card or {})}
+        own = made.get("fingerprint")
+        write_expert(temporary, tensors, config, name=out, base_fingerprint=own)
         made.setdefault("rows", rows_of(experts, merged))
         return _finish(temporary, {**full, **(report or {})}, files or {}, made, written, verify)
 
@@ -204,7 +206,7 @@ def adapter_config(
     bases = [config.get(BASE) for config in configs]
     return {
         "task_type": tasks.pop() if len(tasks) == 1 else None,
-        BASE: base or next(filter(None, bases), None),
+        BASE: base_reference(base) if base else next(filter(None, bases), None),
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": pattern,
@@ -287,10 +289,20 @@ def _changed_tensors(
 
 
 def copy_other_files(source: Path, out: Path, cast: torch.dtype | None) -> None:
-    """Config, processor, tokenizer, templates and license of a base: what `COPIED` matches."""
+    """Config, processor, tokenizer, templates and license of a base: what `COPIED` matches.
+
+    A link that leads out of the base's folder (of the hub's cache: of the model's) is left out, with a note: what it
+    names is not the base's to hand on.
+    """
+    root = source.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
     for file in sorted(source.iterdir()):
-        if file.is_file() and COPIED.fullmatch(file.name):
+        if not file.is_file() or not COPIED.fullmatch(file.name):
+            continue
+        if file.resolve().is_relative_to(root):
             shutil.copyfile(file, out / file.name)
+        else:
+            note(f"warning: base: {file} is a link out of its folder, and is not copied")
     if cast is not None:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):

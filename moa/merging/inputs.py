@@ -3,7 +3,7 @@
 import glob
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from moa.experts import ExpertBank
+from moa.fingerprint import base_fingerprint
 from moa.merging.base_files import local_base as local_base
-from moa.merging.core import Expert, expert_from_folder, expert_from_tensors
+from moa.merging.core import Expert, expert_from_folder, expert_from_tensors, rename_sites
 from moa.merging.plan import Weights, all_sites, weight_row
 from moa.peft_io import CONFIG_FILE, site_scaling
+from moa.spelling import match_spelling, plain
 
 GATES = "gates"
 
@@ -36,6 +38,44 @@ def open_adapters(folders: Sequence[str | Path]) -> list[Expert]:
         names = (stem, *(f"{stem}_{number}" for number in range(2, len(folders) + 2)))
         experts.append(expert_from_folder(folder, next(n for n in names if n not in taken)))
     return experts
+
+
+def respell(experts: Sequence[Expert], layers: Iterable[str] | None) -> list[Expert]:
+    """The experts with sites as the base's model spells them, or, where it is not at hand, in one spelling.
+
+    A site that no layer is stays as it is; matching it with the base's weights names it.
+    """
+    if layers is None:
+        spellings: dict[str, list[str]] = {}
+        for site in all_sites(experts):
+            spellings.setdefault(plain(site), []).append(site)
+        layers = [max(found, key=lambda s: s.startswith("model.")) for found in spellings.values()]
+    matches = [match_spelling(expert.ranks, layers) for expert in experts]
+    return [
+        rename_sites(expert, {site: found.get(site, site) for site in expert.ranks})
+        for expert, found in zip(experts, matches, strict=True)
+    ]
+
+
+def common_fingerprint(
+    experts: Sequence[Expert], base: str | Path | None, other_base: bool
+) -> str | None:
+    """The fingerprint of the experts' base: the base's own where it is at hand, else what they record.
+
+    Raises ValueError where an expert was trained on another base, unless `other_base`.
+    """
+    own = base_fingerprint(base) if base is not None else None
+    recorded = {e.name: e.base_fingerprint for e in experts if e.base_fingerprint is not None}
+    wanted = own or next(iter(recorded.values()), None)
+    wrong = [name for name, found in recorded.items() if found != wanted]
+    if wrong and not other_base:
+        theirs = {e.name: e.config.get("base_model_name_or_path") for e in experts}[wrong[0]]
+        other = f"the base {base}" if own else next(iter(recorded))
+        raise ValueError(
+            f"adapters: {wrong[0]} was trained on the base {theirs} with the fingerprint {recorded[wrong[0]]}, and "
+            f"{other} has {wanted}; name the right base by base=, or go on by other_base=true"
+        )
+    return wanted
 
 
 def _folders(pattern: Any) -> list[Path]:

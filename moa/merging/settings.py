@@ -36,6 +36,7 @@ class MergeConfig:
     projector: str | None = None
     merged: bool = False  # write a whole checkpoint with the base's keys instead of an adapter
     base: str | None = None  # base model; null: the one that run or adapters name
+    other_base: bool = False  # go on with a base that the experts were not trained on
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the inputs
     max_shard_gb: float = 5.0  # largest file of a checkpoint
     verify: bool = True  # reload in a fresh process and compare
@@ -58,6 +59,7 @@ WITHOUT_EFFECT = {
     "run": {"rules", "stack"},
     "models": {
         *("stack", "sites", "rank", "space", "routing", "projector", "merged", "verify"),
+        "other_base",
         *("num_probes", "new_tokens", "fidelity"),
     },
 }

@@ -20,6 +20,7 @@ class Source:
 
     experts: list[Expert]
     folders: list[Path]  # of each expert
+    base_fingerprint: str | None = None
     step: Path | None = None
     config: RunConfig | None = None
     projector: dict[str, Tensor] = field(default_factory=dict)  # trained; empty: the base's own

@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from moa.backbones.shapes import find_shape, random_backbone
 from moa.build import DTYPES, build_mixture, open_adapters
 from moa.config import RunConfig, StageConfig
-from moa.peft_io import ExpertHeader, site_keys
+from moa.experts import ExpertBank
+from moa.peft_io import ExpertHeader
 from moa.planning.batch import Lengths, example_batch, image_tokens
 from moa.planning.shape import ModelShape, shape_of
 from moa.planning.step import StepCosts, measure_step
@@ -121,7 +119,7 @@ class FakeRun:
         with self.mode:
             base = random_backbone(find_shape(backbone), DTYPES[config.model.dtype])
             self.image_tokens = image_tokens(base, config.model)
-            self.model = build_mixture(config, base, adapters, read=fake_tensors)
+            self.model = build_mixture(config, base, adapters, place=add_fresh)
         self.stage = stage_of(config)
         groups = parameter_groups(self.model, config)
         self.groups = set_trainable(self.model, groups, self.stage)
@@ -138,14 +136,9 @@ class FakeRun:
         return measure_step(self.model, self.groups, self.stage, self.config.train, batch)
 
 
-def fake_tensors(header: ExpertHeader) -> dict[str, Tensor]:
-    """An adapter's tensors of the right shapes, without its file."""
-    pairs = ((site, rank, *header.shapes[site]) for site, rank in header.ranks.items())
-    return {
-        key: torch.empty(shape)
-        for site, rank, out, wide in pairs
-        for key, shape in zip(site_keys(site), [(rank, wide), (out, rank)], strict=True)
-    }
+def add_fresh(bank: ExpertBank, name: str, header: ExpertHeader) -> None:
+    """An expert of an adapter's sites and usual rank, whose weights are not read."""
+    bank.add(name, rank=header.config["r"], alpha=1, targets=list(header.ranks))
 
 
 def stage_of(config: RunConfig) -> StageConfig:
