@@ -70,8 +70,10 @@ def merge_adapters(settings: MergeConfig, approximate: bool, console: Console) -
         check_base_names(source.experts)
     console.print(*source.beside, sep="\n", soft_wrap=True)
     to_open_clip = is_open_clip(source.base_name(settings.base) or "")
-    source = fit_to_base(settings, source)
+    layers = None if to_open_clip else known_layers(settings, source)
+    source = replace(source, experts=respell(source.experts, layers))
     plan = plan_merge(settings, source, approximate, console)
+    source = replace(source, base_fingerprint=fingerprint_of(settings, source))
     if to_open_clip:
         check_for_open_clip(settings)
     elif settings.merged or settings.verify:
@@ -93,19 +95,25 @@ def merge_adapters(settings: MergeConfig, approximate: bool, console: Console) -
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
 
 
-def fit_to_base(settings: MergeConfig, source: Source) -> Source:
-    """The source with its experts' sites as the base spells them, and the base's fingerprint.
+def known_layers(settings: MergeConfig, source: Source) -> dict[str, tuple[int, int]] | None:
+    """The layers of the base; None where it is not at hand, which is an error only after the settings are right."""
+    name = source.base_name(settings.base) or ""
+    if not settings.merged and not settings.verify and not Path(name).is_dir():
+        return None  # it is not needed, and nothing is fetched for its names
+    try:
+        return layer_shapes(str(source.base(settings.base)))
+    except ValueError:
+        return None
 
-    Raises ValueError where an expert belongs to another base.
-    """
-    base, layers = source.base_name(settings.base), None
+
+def fingerprint_of(settings: MergeConfig, source: Source) -> str | None:
+    """The base's fingerprint, or what the experts record of it; ValueError for experts of another base."""
+    base = source.base_name(settings.base)
     if not settings.merged and not settings.verify:
         base = None  # it need not be at hand
     elif not is_open_clip(base or ""):
         base = str(source.base(settings.base))
-        layers = layer_shapes(base)
-    found = common_fingerprint(source.experts, base, settings.other_base)
-    return replace(source, experts=respell(source.experts, layers), base_fingerprint=found)
+    return common_fingerprint(source.experts, base, settings.other_base)
 
 
 def check_values(experts: Sequence[Expert]) -> None:
