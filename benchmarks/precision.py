@@ -74,7 +74,7 @@ def decoding(setting: Setting, rounds: int) -> dict[str, float]:
         )
         for site in bank.sites.values()
     }
-    bank.set_gates(gates, dtype=dtype)
+    bank.set_gates(gates)
     state = bank.context.state
     assert state is not None
 

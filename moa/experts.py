@@ -36,44 +36,6 @@ class ExpertSpec:
     frozen: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Group:
-    """Sites that turn gates into rank gates in the same way."""
-
-    stream: str
-    names: list[str]
-    site_index: Tensor  # [site of the group]
-    expert_index: Tensor  # [total rank]
-    scaling: Tensor  # [total rank]
-
-    def gates(
-        self,
-        gates: Tensor,
-        active: Tensor | None,
-        dtype: torch.dtype | None,
-        segments: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """Site -> [batch, 1, rank], from gates [batch, site or 1, expert], of active experts alone.
-
-        With `segments` [rows, seq] each token has the gates of its sample: [rows, seq, rank].
-        """
-        index, scaling = self.expert_index, self.scaling
-        if active is not None:
-            kept = active[index]
-            index, scaling = index[kept], scaling[kept]
-        if gates.shape[1] > 1:
-            gates = gates.index_select(1, self.site_index)
-        wide = gates.index_select(-1, index) * scaling
-        if dtype is not None and not torch.is_grad_enabled():
-            wide = wide.to(dtype)
-        sites = wide.unsqueeze(2).unbind(1)  # a row for all of them, or one each
-        if segments is not None:
-            sites = tuple(site[:, 0][segments] for site in sites)
-        if len(sites) == 1:
-            return dict.fromkeys(self.names, sites[0])
-        return dict(zip(self.names, sites, strict=True))
-
-
 class ExpertBank:
     """Owns the sites of one model, in module order, and its experts, in the order they came."""
 
@@ -90,7 +52,6 @@ class ExpertBank:
         self.unused = frozenset(unused)  # those whose output the model never reads
         self.experts: dict[str, ExpertSpec] = {}
         self.context = next(iter(sites.values())).context
-        self._groups: list[_Group] | None = None
 
     @classmethod
     def attach(
@@ -278,7 +239,6 @@ class ExpertBank:
         segments: Int[Tensor, "rows seq"] | None = None,
         *,
         expand: bool = False,
-        dtype: torch.dtype | None = None,
     ) -> None:
         """Gates of the coming forward, for every site or one row for all; experts as in `names`.
 
@@ -286,35 +246,36 @@ class ExpertBank:
         `owners` names the sample of each row, by stream, or of the stream "image" alone. A stream
         without owners must not run. `segments` names the sample of each token where rows of the text
         stream hold several (-1, padding, gets those of sample 0). `expand` lets generation repeat the
-        samples. `dtype` casts once for all sites where no gradient is asked for.
+        samples.
         """
         if gates.shape[1] not in (1, len(self.sites)) or gates.shape[2] != len(self.names):
             raise ValueError(
                 f"gates are {list(gates.shape)}; expected [batch, 1 or {len(self.sites)} sites, "
                 f"{len(self.names)} experts {self.names}]"
             )
-        active = None if torch.is_grad_enabled() else self._active(gates)
-        table: dict[str, Tensor] = {}
-        by_stream = {"text": gates}
         rows = {"image": owners} if isinstance(owners, Tensor) else owners or {}
-        tokens = segments.clamp(min=0) if segments is not None else None
-        for group in self._grouped(gates.device):
-            if group.stream not in by_stream and group.stream in rows:
-                by_stream[group.stream] = gates[rows[group.stream]]
-            if group.stream in by_stream:
-                own = tokens if group.stream == "text" else None
-                table |= group.gates(by_stream[group.stream], active, dtype, own)
-        names = None
-        if active is not None:
-            names = frozenset(
-                n for n, used in zip(self.names, active.tolist(), strict=True) if used
-            )
-        self.context.state = GateState(gates=table, active=names, expand=expand)
+        streams = {"text": gates} | {stream: gates[rows_of] for stream, rows_of in rows.items()}
+        by_site = {stream: own.unsqueeze(2).unbind(1) for stream, own in streams.items()}
+        if segments is not None:
+            tokens = segments.clamp(min=0)
+            by_site["text"] = tuple(own[:, 0][tokens] for own in by_site["text"])
+        self.context.state = GateState(
+            gates={
+                name: by_site[self.streams[name]][number if gates.shape[1] > 1 else 0]
+                for number, name in enumerate(self.sites)
+                if self.streams[name] in by_site
+            },
+            experts=tuple(self.names),
+            active=None if torch.is_grad_enabled() else self._active(gates),
+            expand=expand,
+        )
 
-    def _active(self, gates: Tensor) -> Tensor | None:
-        """[expert] bool: who has a gate anywhere; None where all have one."""
-        active = gates.ne(0).flatten(0, 1).any(0)
-        return None if bool(active.all()) else active
+    def _active(self, gates: Tensor) -> frozenset[str] | None:
+        """The experts that have a gate other than 0 somewhere; None where all have."""
+        used = gates.ne(0).flatten(0, 1).any(0).tolist()
+        return (
+            None if all(used) else frozenset(n for n, u in zip(self.names, used, strict=True) if u)
+        )
 
     def route_tokens(
         self, top_k: int | None, temperature: float | int = 1.0, *, recording: bool = True
@@ -397,36 +358,7 @@ class ExpertBank:
         site.add(name, nn.Parameter(own_a), nn.Parameter(own_b), scaling)
 
     def _changed(self) -> None:
-        self._groups = None
         self.context.state = None  # gates of other experts
-
-    def _grouped(self, device: torch.device) -> list[_Group]:
-        groups = self._groups
-        if groups is None or any(group.scaling.device != device for group in groups):
-            groups = self._groups = self._make_groups(device)
-        return groups
-
-    def _make_groups(self, device: torch.device) -> list[_Group]:
-        layouts: dict[tuple[Any, ...], list[str]] = {}
-        for name, site in self.sites.items():
-            layout = (self.streams[name], *site.ranks.items(), *site.scalings.items())
-            if site.scalings:
-                layouts.setdefault(layout, []).append(name)
-        order = {name: i for i, name in enumerate(self.sites)}
-        columns = {name: i for i, name in enumerate(self.names)}
-        groups = []
-        for names in layouts.values():
-            index, scaling = self.sites[names[0]].spread(columns)
-            groups.append(
-                _Group(
-                    stream=self.streams[names[0]],
-                    names=names,
-                    site_index=torch.tensor([order[n] for n in names], device=device),
-                    expert_index=index.to(device),
-                    scaling=scaling.to(device),
-                )
-            )
-        return groups
 
 
 def tied_layers(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""The mixture of low-rank experts as one path: y = base + ((x A^T) * gates) B^T.
+"""The mixture of low-rank experts as one path: y = base + ((x A^T) * rank_gates) B^T.
 
-A [rank, in] and B [out, rank] are the experts' factors one below the other; gates `[.., rank]` hold
-each expert's weight times its scaling, once per rank. Two matrix products whatever the number of
+A [rank, in] and B [out, rank] are the experts' factors one below the other. rank_gates [.., rank]
+hold each expert's gate times its scaling, once per rank. Two matrix products whatever the number of
 experts, static shapes, unequal ranks for free, and every parameter used in every forward.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -18,35 +18,28 @@ from torch.autograd.function import once_differentiable
 def mix(
     x: Float[Tensor, "batch *seq in"],
     base: Float[Tensor, "batch *seq out"],
-    gates: Float[Tensor, "#batch *#seq rank"],
+    gates: Float[Tensor, "#batch *#seq expert"],
+    place: Int[Tensor, " rank"],
+    scaling: Float[Tensor, " rank"],
     factors_a: Sequence[Float[Tensor, "_ in"]],
     factors_b: Sequence[Float[Tensor, "out _"]],
 ) -> Float[Tensor, "batch *seq out"]:
-    """The base's output plus the gated experts, differentiable in all tensors, in base's dtype.
+    """The base's output plus the gated experts, differentiable in all but `place` and `scaling`.
 
-    Saves x, x A^T and the gates for the backward pass, as one LoRA of the total rank would: the
-    gated product is recomputed, and the factors are concatenated anew rather than kept.
+    `place` names the gate of each rank. Saves x, x A^T and the gates for the backward pass, as one
+    LoRA of the total rank would: the gated product is recomputed, and the factors are concatenated
+    anew rather than kept. The result has the base's dtype.
     """
-    return _Mix.apply(x.to(base.dtype), base, None, None, gates, *factors_a, *factors_b)
+    return _Mix.apply(x.to(base.dtype), base, gates, place, scaling, *factors_a, *factors_b)
 
 
-def mix_linear(
-    x: Float[Tensor, "batch *seq in"],
-    weight: Float[Tensor, "out in"],
-    bias: Float[Tensor, " out"] | None,
-    gates: Float[Tensor, "#batch *#seq rank"],
-    factors_a: Sequence[Float[Tensor, "_ in"]],
-    factors_b: Sequence[Float[Tensor, "out _"]],
-) -> Float[Tensor, "batch *seq out"]:
-    """`mix` around a frozen linear layer: no gradient for `weight` and `bias`.
-
-    In one operation the experts add to the layer's output, and in the backward pass to its gradient
-    of x, where they lie: both are as large as all the experts' other traffic.
-    """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    return _Mix.apply(x, None, weight, bias, gates, *factors_a, *factors_b)
+def widen(
+    gates: Float[Tensor, "*lead expert"],
+    place: Int[Tensor, " rank"],
+    scaling: Float[Tensor, " rank"],
+) -> Float[Tensor, "*lead rank"]:
+    """Each rank's gate, times its scaling."""
+    return gates.index_select(-1, place) * scaling
 
 
 def concatenate(
@@ -58,80 +51,61 @@ def concatenate(
     return torch.cat(tuple(factors_a)).to(dtype), torch.cat(tuple(factors_b), dim=1).to(dtype)
 
 
-def gated(x: Tensor, a: Tensor, gates: Tensor | None) -> Tensor:
-    """(x A^T) * gates in A's dtype; no gates: they are in A already. For inference alone."""
-    hidden = F.linear(x if x.dtype == a.dtype else x.to(a.dtype), a)
-    if gates is not None:
-        hidden *= gates
-    return hidden
-
-
-def add_mixture(base: Tensor, hidden: Tensor, b_t: Tensor) -> Tensor:
-    """Add gated A x, times B given as [rank, out], into `base` itself; for inference alone.
+def add_mixture(base: Tensor, x: Tensor, rank_gates: Tensor, a: Tensor, b_t: Tensor) -> Tensor:
+    """Add the experts into `base` itself, from A [rank, in] and B^T [rank, out]; for inference alone.
 
     `base` must be fresh: nothing else may hold it.
     """
+    hidden = F.linear(x.to(a.dtype), a).mul_(rank_gates)
     base.view(-1, base.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), b_t)
     return base
 
 
 class _Mix(torch.autograd.Function):
-    """apply(x, base, weight, bias, gates, *A factors, *B factors): base, or weight and bias, or None.
-
-    x is in the dtype to compute in.
-    """
+    """apply(x, base, gates, place, scaling, *A factors, *B factors); x is in the base's dtype."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        base: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        gates: Tensor,
+        ctx: Any, x: Tensor, base: Tensor, gates: Tensor, place: Tensor, scaling: Tensor,
         *factors: Tensor,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         count = len(factors) // 2
         a, b = concatenate(factors[:count], factors[count:], x.dtype)
         hidden = F.linear(x, a)
-        ctx.save_for_backward(x, hidden, weight, gates, *factors)
-        gated = (hidden * gates.to(hidden.dtype)).flatten(0, -2)
-        if base is not None:
-            out = torch.addmm(base.reshape(-1, base.shape[-1]), gated, b.t())
-            return out.view(base.shape)
-        assert weight is not None
-        out = F.linear(x, weight, bias)
-        out.view(-1, out.shape[-1]).addmm_(gated, b.t())
-        return out
+        ctx.save_for_backward(x, hidden, gates, place, scaling, *factors)
+        gated = hidden * widen(gates, place, scaling).to(hidden.dtype)
+        out = torch.addmm(base.reshape(-1, base.shape[-1]), gated.flatten(0, -2), b.t())
+        return out.view(base.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, weight, gates, *factors = ctx.saved_tensors
+        x, hidden, gates, place, scaling, *factors = ctx.saved_tensors
         half = len(factors) // 2
         factors_a, factors_b = factors[:half], factors[half:]
-        needs_x, needs_base, _, _, needs_gates, *needs = ctx.needs_input_grad
+        needs_x, needs_base, needs_gates, _, _, *needs = ctx.needs_input_grad
         a, b = concatenate(factors_a, factors_b, grad.dtype)
-        weights, flat = gates.to(grad.dtype), grad.reshape(-1, grad.shape[-1])
+        rank_gates, flat = widen(gates, place, scaling), grad.reshape(-1, grad.shape[-1])
+        weights = rank_gates.to(grad.dtype)
 
         grad_gated = (flat @ b).view(hidden.shape)
         grad_x = grad_gates = None
-        if needs_gates:
-            grad_gates = (grad_gated * hidden).to(gates.dtype).sum_to_size(gates.shape)
+        if needs_gates:  # summed over tokens in the gates' own precision
+            wide = (grad_gated * hidden).to(gates.dtype).sum_to_size(rank_gates.shape)
+            wide = (wide * scaling).to(gates.dtype)
+            grad_gates = torch.zeros_like(gates).index_add_(-1, place, wide)
         grad_hidden = grad_gated.mul_(weights).flatten(0, -2)
         grads_a: Sequence[Tensor | None] = [None] * half
         grads_b: Sequence[Tensor | None] = [None] * half
-        if needs_x and weight is None:
+        if needs_x:
             grad_x = (grad_hidden @ a).view(x.shape)
-        elif needs_x:
-            grad_x = (flat @ weight.to(grad.dtype)).addmm_(grad_hidden, a).view(x.shape)
         if any(needs[:half]):
             grads_a = _per_expert(grad_hidden.t() @ x.flatten(0, -2), factors_a)
         if any(needs[half:]):
             gated = (hidden * weights).flatten(0, -2)
             grads_b = _per_expert_transposed(gated.t() @ flat, factors_b)
         base_grad = grad if needs_base else None
-        return grad_x, base_grad, None, None, grad_gates, *grads_a, *grads_b
+        return grad_x, base_grad, grad_gates, None, None, *grads_a, *grads_b
 
 
 def _per_expert(grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:

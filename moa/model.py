@@ -307,11 +307,8 @@ class MixtureModel(nn.Module):
             top_k = self.top_k if self.kind == "top_k" else None
             self.bank.route_tokens(top_k, self.temperature, recording=not expand)
             return
-        device = batch.input_ids.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else self.backbone.dtype
         owners = self.backbone.owners(batch)
-        self.bank.set_gates(decided.gates, owners, batch.segments, expand=expand, dtype=dtype)
+        self.bank.set_gates(decided.gates, owners, batch.segments, expand=expand)
 
     def _gates_of(self, logits: Tensor, available: Tensor | None) -> Gates:
         """Logits [batch, site, expert], divided by the temperature, as gates of this kind."""

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from moa import expert_linear
 from moa.experts import ExpertBank
 from moa.model import MixtureModel
 from moa.router import Router
@@ -63,24 +62,6 @@ def test_a_batch_of_any_size_is_decoded_as_its_samples_are(world, count):
             words=(((), ("stop",), ("exit", "here"), ())[i],), tasks=[i % 3],
         )  # fmt: skip
         assert torch.equal(model.generate(alone, **GREEDY)[0], together[i])
-
-
-def test_steps_after_the_first_project_once_for_sites_of_the_same_input(world, monkeypatch):
-    model, processor = world
-    widths: list[int] = []
-
-    def counted(x, a, gates):
-        widths.append(len(a))
-        return project(x, a, gates)
-
-    project = expert_linear.gated
-    monkeypatch.setattr(expert_linear, "gated", counted)
-    model.generate(
-        tiny_batch(processor, answers=None, left=True), max_new_tokens=2, min_new_tokens=2
-    )
-    sites, layers = len(model.bank.sites), 2
-    assert widths[:sites] == [5] * sites
-    assert widths[sites:] == [15, 5, 10, 5] * layers  # q k v, o, gate up, down
 
 
 def test_kept_projections_follow_the_factors(world):
