@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from data.sources import make_collator, open_mixture
 from moa.backbones.shapes import layer_shapes
 from moa.build import build_model, open_backbone, settled
 from moa.checkpoint import CONFIG, TrainState, load_model, save_checkpoint, write_run_header
@@ -20,6 +22,7 @@ from moa.peft_io import read_header, read_tensors, rename_sites, save_expert, si
 from moa.planning.plan import FakeRun
 from moa.training.setup import filled, same_config
 from moa.training.stages import load_expert
+from moa.training.validation import import_lines
 from scripts.merge import main
 from tests.tiny import tiny_llava
 from tests.toy import toy_config
@@ -291,3 +294,23 @@ def test_planning_a_run_with_an_imported_expert_reads_no_weights(tmp_path):
     bank = FakeRun(config, config.model.name).model.bank
     state = bank.state("vqa")
     assert len(state) == 4 and {min(tensor.shape) for tensor in state.values()} == {3}
+
+
+def test_an_imported_experts_loss_on_its_own_source_is_told_before_the_first_step(tmp_path):
+    peft_adapter(tmp_path / "plain", ["up_proj", "down_proj"])
+    config = toy_config(tmp_path, experts__vqa={"init_from": str(tmp_path / "plain")})
+    model = build_model(config)
+    mixture, collator = open_mixture(config, None), make_collator(config, model.backbone.intake)
+    lines = import_lines(model, config, mixture.sources, collator, Accelerator(cpu=True))
+    assert model.training
+    model.eval()
+    batches = [collator([mixture.sources["vqa"][number]]) for number in range(4)]
+    with torch.no_grad():
+        gates = torch.tensor([[1.0, 0.0]])
+        own = sum(float(model(batch, gates).loss_per_sample) for batch in batches) / 4
+        with model.bank.context.disabled():
+            inputs = [{**model.backbone.inputs_of(b), "labels": b.labels} for b in batches]
+            alone = sum(float(model.model(**each).loss) for each in inputs) / 4
+    hint = "" if own < alone else "; was it trained with this prompt? docs/experts.md"
+    expected = f"imported vqa: loss {own:.2f} on 4 samples of vqa, the base alone {alone:.2f}{hint}"
+    assert lines == [expected]

@@ -57,8 +57,8 @@ from moa.training.step import (
     restore_anchors,
     update_anchors,
 )
-from moa.training.strategy import Strategy, kind_of, make_strategy, place, whole
-from moa.training.validation import validation_losses
+from moa.training.strategy import Strategy, is_zero_3, kind_of, make_strategy, place, whole
+from moa.training.validation import import_lines, validation_losses
 
 MAX_OVERFLOWS = 50  # fp16: in a row; the loss scale halves at each, and would be gone
 
@@ -162,6 +162,11 @@ class Stage:
             for line in lines:
                 run.reporter.say(f"starts with {line}")
         place(run.accelerator, run.model)
+        if run.step == 0 and not is_zero_3(run.accelerator):  # whose weights are in pieces
+            for line in import_lines(
+                run.model, run.config, run.mixture.sources, run.collator, run.accelerator
+            ):
+                run.reporter.say(line)
         self.groups = set_trainable(run.model, parameter_groups(run.model, run.config), self.config)
         self.show()
         self.strategy: Strategy | None = None

@@ -9,8 +9,12 @@ from torch import Tensor
 from data.batch import Batch
 from data.collate import Collator
 from data.mixture import Source
+from moa.config import RunConfig
+from moa.gating import one_hot_gates
 from moa.model import MixtureModel
 from moa.training.batches import source_loader
+
+FIRST_LOOK = 4  # samples of a source that an imported expert is tried on
 
 
 @torch.no_grad()
@@ -56,3 +60,42 @@ def validation_losses(
     losses = {f"validation/{name}": mean for name, mean in zip(sources, means, strict=True)}
     skipped = {"validation_skipped": int(total[:, 2].sum())} if total[:, 2].any() else {}
     return losses | {"validation": sum(means) / len(means)} | skipped
+
+
+def import_lines(
+    model: MixtureModel,
+    config: RunConfig,
+    sources: Mapping[str, Source],
+    collator: Collator,
+    accelerator: Accelerator,
+) -> list[str]:
+    """A line for each imported expert: its loss on the first samples of its own source, and the base's.
+
+    An expert that was trained with another prompt, or other boxes, is no better than the base here.
+    """
+    model.eval()
+    lines, names = [], model.bank.names
+    for source in config.data.sources:
+        expert = config.data.expert or source.expert
+        if expert not in names or config.experts[expert].init_from is None:
+            continue
+        loader = source_loader(sources[source.name], source.name, collator, batch_size=FIRST_LOOK)
+        batch, _ = next(iter(loader), (None, []))
+        if batch is None:  # bad samples, which training names
+            continue
+        own = one_hot_gates(torch.full((len(batch),), names.index(expert)), len(names))
+        loss, alone = (
+            mean_loss(model, batch, gates, accelerator) for gates in (own, torch.zeros_like(own))
+        )
+        line = f"imported {expert}: loss {loss:.2f} on {len(batch)} samples of {source.name}"
+        hint = "" if loss < alone else "; was it trained with this prompt? docs/experts.md"
+        lines.append(f"{line}, the base alone {alone:.2f}{hint}")
+    model.train()
+    return lines
+
+
+@torch.no_grad()
+def mean_loss(model: MixtureModel, batch: Batch, gates: Tensor, accelerator: Accelerator) -> float:
+    with accelerator.autocast():
+        output = model(batch.to(accelerator.device), gates.to(accelerator.device))
+    return float(output.loss_per_sample.mean())
