@@ -149,7 +149,7 @@ def test_shrinking_keeps_the_diagonal_and_a_ridge_serves_directions_without_inpu
     site, (out, columns) = next(iter(expert.shapes.items()))
     one = replace(expert, ranks={site: expert.ranks[site]}, shapes={site: expert.shapes[site]})
     seen = torch.zeros(1, columns, columns)
-    seen[0, 0, 0] = columns  # of mean 1
+    seen[0, 0, 0] = 3 * columns  # of mean 3, which the ridge takes
     merged = merge(regmean([one], {site: seen}, ridge=1.0), weights={one.name: 1.0})[site]
     a, b = one.factors(site, torch.float64)
     expected = (b @ a) * torch.tensor([columns / (columns + 1), *[0.0] * (columns - 1)]).double()

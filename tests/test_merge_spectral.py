@@ -100,6 +100,18 @@ def test_wudi_is_where_the_gradient_vanishes(factors, updates):
     assert interference(merged, updates) < interference(updates.sum(0), updates)
 
 
+def test_wudi_weighs_experts_that_share_directions_by_their_energy():
+    """Full matrices of other sizes: no merge fits all of them, and the least interference is a compromise."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)[:, None, None]
+    matrices = sizes * torch.randn(3, 5, 4, generator=generator, dtype=torch.float64)
+    merged = spectral.wudi(stack_of(site="q", experts=NAMES, matrices=matrices), ONES)
+    merged.requires_grad_()
+    loss = interference(merged, matrices)
+    (gradient,) = torch.autograd.grad(loss, merged)
+    assert loss > 0.1 and gradient.abs().max() < 1e-9
+
+
 def test_wudi_for_a_time_is_that_much_gradient_descent(factors, updates):
     found = in_core(spectral.wudi, factors, MIXED, time=0.05)
     merged, steps = (MIXED[:, None, None] * updates).sum(0), 4000
