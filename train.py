@@ -10,6 +10,7 @@ import sys
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
 
 from data.checks import BadSampleError
+from moa.command import mistakes_in_one_line
 from moa.config import RunConfig, load_config
 from moa.settings import describe
 from moa.training.loop import train
@@ -25,22 +26,23 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", help="YAML file of settings")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in out= first")
+    known = parser.add_mutually_exclusive_group()
+    known.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
+    known.add_argument(
+        "--overwrite", action="store_true", help="delete the run in out= once the new one can begin"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="one setting")
     return parser.parse_intermixed_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    try:
+    with mistakes_in_one_line():
         config = load_config(arguments.config, arguments.overrides)
         accelerator = make_accelerator(config)
         run, state = open_run(
             config, accelerator, resume=arguments.resume, overwrite=arguments.overwrite
         )
-    except ValueError as error:  # the user's: it names the key or file, and the rule
-        sys.exit(f"error: {error}")
     try:
         with run.stop.on_signals():
             train(run, state)

@@ -94,7 +94,7 @@ def write_model(folder: Path, model: MixtureModel, config: RunConfig) -> None:
     if config.model.train_projector:
         save_tensors(folder / "projector.safetensors", projector_state(model))
     model.backbone.processor.save_pretrained(folder / "processor")
-    (folder / CONFIG).write_text(to_yaml(config))
+    (folder / CONFIG).write_text(stored(config))
 
 
 def expert_card(model: MixtureModel, config: RunConfig, name: str) -> Card:
@@ -175,8 +175,13 @@ def prune(run: Path, keep_last: int, best: Collection[int] = ()) -> None:
 def write_run_header(run: Path, config: RunConfig) -> None:
     """config.yaml and versions.json: what was asked for, and what ran it."""
     run.mkdir(parents=True, exist_ok=True)
-    write_file(run / CONFIG, to_yaml(config))
+    write_file(run / CONFIG, stored(config))
     write_json(run / "versions.json", versions())
+
+
+def stored(config: RunConfig) -> str:
+    """The config as YAML, with the folder that its relative paths are taken from."""
+    return to_yaml(replace(config, root=config.root or str(Path.cwd())))
 
 
 def versions() -> dict[str, str | None]:

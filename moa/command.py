@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moa.settings import describe, load
+from moa.settings import describe, expanded, load
 
 
 def settings_parser(cls: type, about: str | None) -> argparse.ArgumentParser:
@@ -26,6 +27,14 @@ def settings_parser(cls: type, about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML file of the settings below")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
     return parser
+
+
+def path_argument(text: str) -> Path:
+    """A path on the command line, with `~` in full as in every setting: for `type=` of an argument."""
+    try:
+        return Path(expanded(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @contextmanager

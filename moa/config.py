@@ -10,9 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from moa.settings import Override, load
+from moa.ranges import (
+    PATH,
+    Count,
+    CountOrZero,
+    FilePath,
+    NotNegative,
+    Positive,
+    Processes,
+    Seed,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    Size,
+)
+from moa.settings import Override, Wrong, load
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Format = Literal[  # how a data set's files are written; docs/data.md says which files each one takes
@@ -29,24 +43,24 @@ NONE = "none"  # where a sample names its expert: the base alone, with router.nu
 
 
 def check(rule: bool, key: str, message: str) -> None:
-    """Raise the one error of a broken rule; `key` is written as the user wrote it."""
+    """Raise the one error of a broken rule; `key` is relative to the class whose rule it is."""
     if not rule:
-        raise ValueError(f"{key}: {message}")
+        raise Wrong(key, message)
 
 
 def check_template(key: str, template: str, place: str) -> None:
-    """ValueError for a template with another place than {place}, or with one that has a format."""
+    """Wrong for a template with another place than {place}, or with one that has a format."""
     rule = f"may have {{{place}}} as its only place, and {{{{ }}}} for braces; got {template!r}"
     try:
         places = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        raise ValueError(f"{key}: {rule} ({error})") from None
+        raise Wrong(key, f"{rule} ({error})") from None
     check(all(found == (place, "", None) for found in places), key, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    name: str = "assets/demo_base"  # hub name or local folder of the base model
+    name: FilePath = "assets/demo_base"  # hub name or local folder of the base model
     dtype: Precision = "fp32"  # stored precision of the frozen base weights
     # bits of the frozen base's weights, by bitsandbytes on a CUDA device; null: as `dtype` says
     quantization: Literal["4bit", "8bit"] | None = None
@@ -67,19 +81,13 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
-    rank: int | None = None  # rows of lora_A; null: 8, or with init_from that of the folder
+    rank: Size | None = None  # rows of lora_A; null: 8, or with init_from that of the folder
     # scaling is alpha / rank, or alpha / sqrt(rank) with use_rslora; null: 16, or that of the folder
-    alpha: float | None = None
+    alpha: Positive | None = None
     use_rslora: bool | None = None  # rank-stabilised scaling; null: false, or that of the folder
     targets: list[str] | None = None  # a subset of model.targets; null: all of them
-    init_from: str | None = None  # PEFT adapter folder that this expert starts from
+    init_from: FilePath | None = None  # PEFT adapter folder that this expert starts from
     frozen: bool = False  # takes part in the mixture, is never trained
-
-    def __post_init__(self) -> None:
-        fits = self.rank is None or self.rank >= 1
-        check(fits, "experts.*.rank", f"must be 1 or more, got {self.rank}")
-        fits = self.alpha is None or self.alpha > 0
-        check(fits, "experts.*.alpha", f"must be above 0, got {self.alpha}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,33 +99,27 @@ class RouterConfig:
     evidence: list[Literal["image", "text", "ocr", "task"]] = field(
         default_factory=lambda: ["image", "text", "ocr", "task"]
     )
-    top_k: int = 2  # experts kept per decision by kind top_k
+    top_k: Size = 2  # experts kept per decision by kind top_k
     # of softmax and top_k: one choice more, no expert at all, for samples of `expert: none`
     null_expert: bool = False
-    temperature: float = 1.0  # divides the logits
-    hidden: int = 64  # width inside the router
+    temperature: Positive = 1.0  # divides the logits
+    hidden: Size = 64  # width inside the router
     pooling: Literal["attention", "mean"] = "attention"  # over the tokens of one kind of evidence
     per_site: bool = False  # a learned offset of the logits for each wrapped layer
-    modality_dropout: float = 0.1  # chance in training that one kind of evidence is hidden
+    modality_dropout: ShareBelowOne = 0.1  # chance in training that one kind of evidence is hidden
     weights: dict[str, float] | None = None  # of kind fixed: expert -> gate; null: all equal
 
     def __post_init__(self) -> None:
-        check(self.top_k >= 1, "router.top_k", f"must be 1 or more, got {self.top_k}")
-        check(self.temperature > 0, "router.temperature", f"must be above 0: {self.temperature}")
-        inside = 0 <= self.modality_dropout < 1
-        check(inside, "router.modality_dropout", f"must be in [0, 1): {self.modality_dropout}")
-        check(
-            bool(self.evidence), "router.evidence", "names nothing; choose of image text ocr task"
-        )
+        check(bool(self.evidence), "evidence", "names nothing; choose of image text ocr task")
         unique = len(set(self.evidence)) == len(self.evidence)
-        check(unique, "router.evidence", f"names one kind twice: {list(self.evidence)}")
+        check(unique, "evidence", f"names one kind twice: {list(self.evidence)}")
         possible = self.granularity == "sample" or self.kind in ("softmax", "top_k")
-        check(possible, "router.granularity", f"token needs kind softmax or top_k, got {self.kind}")
+        check(possible, "granularity", f"token needs kind softmax or top_k, got {self.kind}")
         possible = self.kind in ("softmax", "top_k") and self.granularity == "sample"
         rule = f"needs kind softmax or top_k and granularity sample, got {self.kind}, {self.granularity}"
-        check(possible or not self.null_expert, "router.null_expert", rule)
+        check(possible or not self.null_expert, "null_expert", rule)
         fits = self.weights is None or self.kind == "fixed"
-        check(fits, "router.weights", f"have no effect with router.kind={self.kind}")
+        check(fits, "weights", f"have no effect with router.kind={self.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +129,12 @@ class LossConfig:
     # of a CLIP: pictures against all texts, or against the frozen texts of the sample's choices
     pairs: Literal["contrastive", "classification"] = "contrastive"
     negatives: Literal["all", "source"] = "all"  # contrastive: of the batch, or of one data set
-    guidance: float = 1.0  # cross-entropy of the router with the sample's expert, at the first step
-    guidance_end: float = 0.1  # its weight at the last step of the stage; linear between
-    load_balancing: float = 0.0  # equal use of the experts over the batch
-    within_task_balancing: float = 0.0  # equal use of the experts within each task
-    z: float = 0.0  # keeps router logits small
+    # cross-entropy of the router with the sample's expert, at the first step
+    guidance: NotNegative = 1.0
+    guidance_end: NotNegative = 0.1  # its weight at the last step of the stage; linear between
+    load_balancing: NotNegative = 0.0  # equal use of the experts over the batch
+    within_task_balancing: NotNegative = 0.0  # equal use of the experts within each task
+    z: NotNegative = 0.0  # keeps router logits small
     entropy: float = 0.0  # above 0: sharper gates; below 0: softer gates
 
 
@@ -147,10 +150,10 @@ def is_file_name(name: str) -> bool:
 class SourceConfig:
     name: str  # stands in logs and tables
     format: Format = "scenes"  # how its files are written
-    path: str | None = None  # file of the questions, captions or rows; or a folder
-    images: str | None = None  # folder that the pictures' names are relative to
-    annotations: str | None = None  # second file, where answers, boxes or splits lie apart
-    ocr: str | None = None  # the data set's own OCR words: file of textvqa, folder of docvqa
+    path: FilePath | None = None  # file of the questions, captions or rows; or a folder
+    images: FilePath | None = None  # folder that the pictures' names are relative to
+    annotations: FilePath | None = None  # second file, where answers, boxes or splits lie apart
+    ocr: FilePath | None = None  # the data set's own OCR words: file of textvqa, folder of docvqa
     columns: dict[str, str] | None = None  # of format table: field of a sample -> column
     # of scenes and drawings, or where one file holds several; a+b joins two
     split: str | None = None
@@ -165,34 +168,33 @@ class SourceConfig:
     # what scores them: docs/evaluation.md; null: the format's own, or their task's
     benchmark: str | None = None
     # size of scenes and drawings; elsewhere only the first ones
-    num_samples: int | None = None
-    seed: int = 0  # of scenes and drawings
-    ocr_cache: str | None = None  # Parquet file of OCR words; null: data.ocr_cache
+    num_samples: Count | None = None
+    seed: Seed = 0  # of scenes and drawings
+    ocr_cache: FilePath | None = None  # Parquet file of OCR words; null: data.ocr_cache
     # how much of the training mixture it is: at most one of the three; null everywhere: weight 1
-    weight: float | None = None  # share of the draws, relative to the other sources
-    count: int | None = None  # draws per epoch, whatever the source's size
-    epochs: float | None = None  # passes over the source per epoch
+    weight: Positive | None = None  # share of the draws, relative to the other sources
+    count: Count | None = None  # draws per epoch, whatever the source's size
+    epochs: Positive | None = None  # passes over the source per epoch
 
     @property
     def counts_draws(self) -> bool:
         return self.count is not None or self.epochs is not None
 
     def __post_init__(self) -> None:
-        key = f"data.sources.{self.name}"
         rule = "must be a file's name: no / \\ or control character, no dot first, 1 to 150 bytes"
-        check(is_file_name(self.name), f"{key}.name", f"{rule}; got {self.name!r}")
+        check(is_file_name(self.name), "name", f"{rule}; got {self.name!r}")
         shares = {"weight": self.weight, "count": self.count, "epochs": self.epochs}
         given = {name: value for name, value in shares.items() if value is not None}
-        check(len(given) <= 1, key, f"has {' and '.join(given)}; choose one")
-        for name, value in given.items():
-            check(value > 0, f"{key}.{name}", f"must be above 0, got {value}")
-        count = self.num_samples
-        check(count is None or count >= 1, f"{key}.num_samples", f"must be 1 or more, got {count}")
+        check(len(given) <= 1, "", f"has {' and '.join(given)}; choose one")
         if self.format in MADE:
-            check(count is not None, f"{key}.num_samples", f"format {self.format} needs a number")
-            check(self.path is None, f"{key}.path", f"has no effect with format={self.format}")
+            check(
+                self.num_samples is not None,
+                "num_samples",
+                f"format {self.format} needs a number",
+            )
+            check(self.path is None, "path", f"has no effect with format={self.format}")
         else:
-            check(self.path is not None, f"{key}.path", f"format {self.format} needs a file")
+            check(self.path is not None, "path", f"format {self.format} needs a file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,20 +204,25 @@ class DataConfig:
     # tasks known to the router, in the order of their ids
     tasks: list[str] = field(default_factory=lambda: ["vqa", "caption", "grounding", "ocr_vqa"])
     expert: str | None = None  # overrides every source's expert: the baseline with a single adapter
-    ocr_cache: str | None = None  # Parquet file of OCR words; null: no OCR evidence
-    ocr_min_confidence: float = 0.5  # of the engine: lines that it is less sure of are dropped
+    ocr_cache: FilePath | None = None  # Parquet file of OCR words; null: no OCR evidence
+    ocr_min_confidence: Share = 0.5  # of the engine: lines that it is less sure of are dropped
     ocr_engine: bool = False  # pictures that the cache lacks are read by the engine, live
     on_bad_sample: Literal["error", "skip"] = "error"  # stop, or count, leave out and report
     group_by_length: bool = False  # batches of samples of like length, text alone by itself
-    group_window: int = 50  # batches that are sorted together; more: less padding, less random
-    num_workers: int = 0  # processes that load and collate; the order is the same for any number
+    group_window: Size = 50  # batches that are sorted together; more: less padding, less random
+    # processes that load and collate; the order is the same for any number
+    num_workers: Processes = 0
+
+    def __post_init__(self) -> None:
+        twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
+        check(not twice, "tasks", f"names {', '.join(twice)} twice; each has one id")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig:
     task_in_prompt: bool = True  # the language model reads the task's name
     ocr_in_prompt: bool = True  # the language model reads the OCR words as reference tokens
-    task_dropout: float = 0.0  # share of training samples whose task is withheld from both
+    task_dropout: Share = 0.0  # share of training samples whose task is withheld from both
     task_template: str = "[{task}] "  # stands before the question
     ocr_template: str = "\nReference OCR token: {words}"  # stands after the question
     # how boxes are written as text; auto: as the base was taught, by its vocabulary and family
@@ -224,89 +231,83 @@ class PromptConfig:
         "qwen3_vl", "internvl",
     ] = "auto"  # fmt: skip
     # the least share of a box that the processor's crop must leave; a box with less is a bad sample
-    min_visible: float = 1.0
-    max_length: int = 2048  # tokens of prompt and answer; a longer sample is a bad sample
+    min_visible: ShareAboveZero = 1.0
+    max_length: Count = 2048  # tokens of prompt and answer; a longer sample is a bad sample
     ocr_separator: str = " "  # between the words; LLaVA's own prompts have a comma and a blank
-    max_ocr_words: int = 64  # the most confident ones are kept, for prompt and router
+    max_ocr_words: CountOrZero = 64  # the most confident ones are kept, for prompt and router
 
     def __post_init__(self) -> None:
-        check_template("prompt.task_template", self.task_template, "task")
-        check_template("prompt.ocr_template", self.ocr_template, "words")
-        inside = 0 < self.min_visible <= 1
-        check(inside, "prompt.min_visible", f"must be in (0, 1], got {self.min_visible}")
+        check_template("task_template", self.task_template, "task")
+        check_template("ocr_template", self.ocr_template, "words")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateConfig:
-    experts: float = 1e-3  # learning rate of lora_A and lora_B
-    router: float = 1e-3  # learning rate of the router
-    projector: float = 1e-4  # learning rate of the projector
+    experts: NotNegative = 1e-3  # learning rate of lora_A and lora_B
+    router: NotNegative = 1e-3  # learning rate of the router
+    projector: NotNegative = 1e-4  # learning rate of the projector
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
     # experts: all at once, each on its samples; router: experts frozen; joint: both
     name: Literal["experts", "router", "joint"]
-    steps: int  # optimiser steps
+    steps: Count  # optimiser steps
     lr: RateConfig = field(default_factory=RateConfig)
-    warmup_steps: int = 0  # linear from 0
-    lr_end: float = 0.0  # cosine down to this share of the learning rate
+    warmup_steps: CountOrZero = 0  # linear from 0
+    lr_end: Share = 0.0  # cosine down to this share of the learning rate
     # run folder, step folder, or mapping of experts to PEFT folders; null: what the last stage left
-    init_from: Any = None
+    init_from: Annotated[Any, PATH] = None
     # names of data.sources that the stage draws from, in their relative shares; null: all of them
     sources: list[str] | None = None
 
     def __post_init__(self) -> None:
-        key = f"stages.{self.name}"
-        check(self.steps >= 1, f"{key}.steps", f"must be 1 or more, got {self.steps}")
-        inside = 0 <= self.warmup_steps <= self.steps
-        check(inside, f"{key}.warmup_steps", f"must be in 0..{self.steps}, got {self.warmup_steps}")
+        inside = self.warmup_steps <= self.steps
+        check(inside, "warmup_steps", f"must be in 0..{self.steps}, got {self.warmup_steps}")
         known = self.init_from is None or isinstance(self.init_from, str | dict)
-        check(known, f"{key}.init_from", f"must be a folder or a mapping, got {self.init_from!r}")
+        check(known, "init_from", f"must be a folder or a mapping, got {self.init_from!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    batch_size: int = 32  # samples per optimiser step, over all processes and accumulation steps
-    micro_batch_size: int | None = None  # samples per forward on one device; null: as many as fit
+    batch_size: Size = 32  # samples per optimiser step, over all processes and accumulation steps
+    micro_batch_size: Size | None = None  # samples per forward on one device; null: as many as fit
     # tokens of a row that several samples share, instead of padding; null: a row per sample
-    pack_length: int | None = None
+    pack_length: Count | None = None
     precision: Precision = "fp32"  # of the computation; gates and losses stay in fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    clip_norm: float = 1.0  # largest norm of the whole gradient; 0: no clipping
-    weight_decay: float = 0.0  # AdamW, on matrices only
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # AdamW
-    save_every: int = 100  # steps between checkpoints; the end of a stage is always saved
-    keep_last: int = 2  # newest checkpoints kept, besides the best
-    keep_best: int = 1  # checkpoints kept of the stage's lowest validation losses
+    clip_norm: NotNegative = 1.0  # largest norm of the whole gradient; 0: no clipping
+    weight_decay: NotNegative = 0.0  # AdamW, on matrices only
+    betas: list[ShareBelowOne] = field(default_factory=lambda: [0.9, 0.99])  # AdamW
+    save_every: Count = 100  # steps between checkpoints; the end of a stage is always saved
+    keep_last: Count = 2  # newest checkpoints kept, besides the best
+    keep_best: Count = 1  # checkpoints kept of the stage's lowest validation losses
     # a loss or gradient that is not finite: stop the run, or update nothing at that step, and count
     on_non_finite: Literal["stop", "skip"] = "stop"
-    max_non_finite_steps: int = 10  # such steps in a whole run, with skip; one more stops it
+    max_non_finite_steps: Count = 10  # such steps in a whole run, with skip; one more stops it
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "save_every", "keep_last", "keep_best", "max_non_finite_steps"):
-            value = getattr(self, name)
-            check(value >= 1, f"train.{name}", f"must be 1 or more, got {value}")
         micro = self.micro_batch_size
-        fits = micro is None or (micro >= 1 and self.batch_size % micro == 0)
-        check(fits, "train.micro_batch_size", f"{micro} must divide batch_size={self.batch_size}")
-        check(len(self.betas) == 2, "train.betas", f"AdamW takes two, got {list(self.betas)}")
+        fits = micro is None or self.batch_size % micro == 0
+        check(fits, "micro_batch_size", f"{micro} must divide batch_size={self.batch_size}")
+        check(len(self.betas) == 2, "betas", f"AdamW takes two, got {list(self.betas)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    every: int = 100  # steps between validations during training; 0: only at the end of a stage
-    batch_size: int = 32  # samples per forward
+    # steps between validations during training; 0: only at the end of a stage
+    every: CountOrZero = 100
+    batch_size: Size = 32  # samples per forward
     sources: list[SourceConfig] = field(default_factory=list)  # what eval.py scores
-    max_new_tokens: int = 32  # of a generated answer
-    num_beams: int = 1  # 1: greedy
+    max_new_tokens: Size = 32  # of a generated answer
+    num_beams: Size = 1  # 1: greedy
     # eval.py shows beside the router: other gates (off, oracle, uniform, an expert)
     compare: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    every: int = 10  # steps between console lines; log.jsonl and the trackers get every step
+    every: Count = 10  # steps between console lines; log.jsonl and the trackers get every step
     progress: bool = True  # progress bar where the console is a terminal
     trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)  # by Accelerate
     project: str = "moa"  # name at the trackers
@@ -314,8 +315,10 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    out: str = "runs/run"  # run folder
-    seed: int = 0  # of initialisation, data order and dropout
+    out: FilePath = "runs/run"  # run folder
+    # folder of the relative paths in this file; null: the working directory, which a run stores here
+    root: FilePath | None = None
+    seed: Seed = 0  # of initialisation, data order and dropout
     model: ModelConfig = field(default_factory=ModelConfig)
     experts: dict[str, ExpertConfig] = field(default_factory=dict)  # by name
     router: RouterConfig = field(default_factory=RouterConfig)

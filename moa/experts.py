@@ -129,6 +129,12 @@ class ExpertBank:
         if rank < 1:
             raise ValueError(f"experts.{name}.rank must be 1 or more, got {rank}")
         chosen = self.sites if targets is None else select(targets, self.sites, f"{name}.targets")
+        for site_name in chosen:
+            layer = self.sites[site_name].base_layer
+            largest = max(layer.in_features, layer.out_features)
+            if rank > largest:
+                rule = f"{rank} is more than {largest}, the larger side of {site_name}"
+                raise ValueError(f"experts.{name}.rank: {rule}")
         spec = ExpertSpec(rank=rank, alpha=alpha, use_rslora=use_rslora, sites=tuple(chosen))
         self._register(name, spec)
         for site_name, site in self.sites.items():

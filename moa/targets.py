@@ -29,6 +29,11 @@ def fits(pattern: str, path: str, where: str) -> bool:
         ) from None
 
 
+def finds(pattern: str, path: str, where: str) -> bool:
+    """Whether a regular expression matches anywhere in a path."""
+    return fits(f".*(?:{pattern}).*", path, where)
+
+
 @lru_cache(4096)
 def _compiled(pattern: str) -> Any:
     return regex.compile(pattern)

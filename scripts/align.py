@@ -35,6 +35,7 @@ from moa.merging.export import REPORT_FILE, check_out, copy_other_files
 from moa.merging.inputs import local_base
 from moa.merging.symmetries import clip_spec
 from moa.merging.transport import transport
+from moa.ranges import Count, FilePath, Seed
 
 SUPPORTED = {"clip": CLIPModel}  # model_type of a config -> class
 # Largest difference of a similarity, as a share of the largest: what rounding to a dtype does to rotated weights.
@@ -44,14 +45,14 @@ BATCH = 32
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    model: str | None = None  # checkpoint folder to align
-    to: str | None = None  # checkpoint folder whose frame it gets
-    out: str | None = None  # folder to write
+    model: FilePath | None = None  # checkpoint folder to align
+    to: FilePath | None = None  # checkpoint folder whose frame it gets
+    out: FilePath | None = None  # folder to write
     method: Literal["weight_matching", "ot", "activations"] = "weight_matching"
     rotate: bool = True  # heads and joint space may rotate; false: permutations alone (ot: always)
-    seed: int = 0  # of the order in which weight_matching visits the layers
-    data: str | None = None  # activations: jsonl file of pictures and captions
-    num_samples: int = 512  # at most so many of it
+    seed: Seed = 0  # of the order in which weight_matching visits the layers
+    data: FilePath | None = None  # activations: jsonl file of pictures and captions
+    num_samples: Count = 512  # at most so many of it
 
 
 def main(argv: Sequence[str] | None = None) -> None:

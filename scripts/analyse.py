@@ -31,12 +31,13 @@ from moa.merging.fidelity import measure
 from moa.merging.inputs import adapter_folders, open_adapters
 from moa.merging.plan import all_sites, check_experts
 from moa.merging.report import interference_tables
+from moa.ranges import FilePath
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnalyseConfig:
-    adapters: list[str] = field(default_factory=list)  # PEFT folders; A/* means every one in A
-    out: str | None = None  # folder for fidelity.json and fidelity.html; null: print only
+    adapters: list[FilePath] = field(default_factory=list)  # PEFT folders; A/* means every one in A
+    out: FilePath | None = None  # folder for fidelity.json and fidelity.html; null: print only
 
 
 def main(argv: Sequence[str] | None = None) -> None:

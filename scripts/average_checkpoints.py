@@ -19,15 +19,16 @@ from rich.console import Console
 
 from moa.command import run_command
 from moa.merging.averaging import average_steps, choose_steps
+from moa.ranges import Count, CountOrZero, FilePath, ShareAboveZero
 
 
 @dataclass(frozen=True, kw_only=True)
 class AverageConfig:
-    run: str | None = None  # run folder
-    steps: list[int] = field(default_factory=list)  # its steps to average
-    last: int | None = None  # or the newest so many
-    decay: float = 1.0  # 1: the plain mean; below: a step weighs this much of the next one
-    out: str | None = None  # folder to write
+    run: FilePath | None = None  # run folder
+    steps: list[CountOrZero] = field(default_factory=list)  # its steps to average
+    last: Count | None = None  # or the newest so many
+    decay: ShareAboveZero = 1.0  # 1: the plain mean; below: a step weighs this much of the next one
+    out: FilePath | None = None  # folder to write
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -33,7 +33,7 @@ from moa.benchmarks.result import Result
 from moa.benchmarks.sources import EvalSettings, score_sources
 from moa.build import build_model, only_adapter
 from moa.checkpoint import CONFIG, load_model, step_folder
-from moa.command import mistakes_in_one_line
+from moa.command import mistakes_in_one_line, path_argument
 from moa.config import RunConfig, load_config
 from moa.merging.core import Expert, parse_rank
 from moa.merging.export import export_adapter
@@ -172,8 +172,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run or step folder, whose experts are merged")
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument(
+        "run", type=path_argument, help="run or step folder, whose experts are merged"
+    )
+    parser.add_argument("--out", type=path_argument, default=Path("results"))
     parser.add_argument(
         "--rank", default="sum", help="of every result: a number, sum or energy:0.99"
     )

@@ -38,6 +38,7 @@ from moa.atomic import write_file
 from moa.build import intake_of
 from moa.command import mistakes_in_one_line
 from moa.config import RunConfig, SourceConfig, load_config
+from moa.ranges import Count, FilePath, Seed, Size
 from moa.settings import describe, load
 
 REASONS = (*get_args(Rule), DUPLICATE, *LEAKS.values())
@@ -48,20 +49,16 @@ PARTS = ("data.sources", "data.validation", "eval.sources")
 class Settings:
     source: SourceConfig | None = None  # one data set, instead of a run's config
     only: list[str] | None = None  # names of the sources to look at; null: all
-    limit: int | None = None  # rows of each source; null: all
-    workers: int = 1  # of check: processes
-    show: int = 3  # of check: rows that are printed of each reason
+    limit: Count | None = None  # rows of each source; null: all
+    workers: Size = 1  # of check: processes
+    show: Count = 3  # of check: rows that are printed of each reason
     ignore: list[str] = field(default_factory=list)  # of check: reasons that are no error
-    out: str = "preview.html"  # of preview: the page
-    num_samples: int = 3  # of preview: samples of each source
-    seed: int = 0  # of preview: another one shows other samples
+    out: FilePath = "preview.html"  # of preview: the page
+    num_samples: Count = 3  # of preview: samples of each source
+    seed: Seed = 0  # of preview: another one shows other samples
     progress: bool = True  # of check: progress bar
 
     def __post_init__(self) -> None:
-        for name in ("limit", "workers", "num_samples", "show"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: must be at least 1, got {value}")
         for reason in self.ignore:
             if reason not in REASONS:
                 raise ValueError(f"ignore: no reason {reason!r}; choices: {', '.join(REASONS)}")

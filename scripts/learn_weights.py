@@ -34,42 +34,39 @@ from moa.merging.export import check_out, export_adapter
 from moa.merging.inputs import digest
 from moa.merging.methods import check_options, find_method
 from moa.merging.source import open_run
+from moa.ranges import Count, FilePath, NotNegative, Positive, Seed, Share, Size
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearnConfig:
     method: str = "lora_soups"  # `method=list` prints all, with their settings and papers
-    run: str | None = None  # a run or step folder, whose experts are merged
-    out: str | None = None  # FILE.json of weights; for regmean and ziplora a folder of an adapter
-    num_samples: int = 32  # of each validation set
-    batch_size: int = 16
-    seed: int = 0  # of the choice of samples and of searches
+    run: FilePath | None = None  # a run or step folder, whose experts are merged
+    # FILE.json of weights; for regmean and ziplora a folder of an adapter
+    out: FilePath | None = None
+    num_samples: Count = 32  # of each validation set
+    batch_size: Size = 16
+    seed: Seed = 0  # of the choice of samples and of searches
     # what is compared: loss of the answers (lower is better), or mean score of generated answers
     metric: Literal["loss", "scores"] = "loss"
     rank: Any = "sum"  # of the merge that is scored: a number, sum, or energy:0.99
     merge: str = "linear"  # for searches: the merging method whose weights are sought
     merge_options: dict[str, Any] = field(default_factory=dict)  # its options
-    steps: int | None = None  # of gradient descent; null here and below: the method's own
-    lr: float | None = None
+    steps: Count | None = None  # of gradient descent; null here and below: the method's own
+    lr: Positive | None = None
     per_site: bool | None = None  # false: one weight for all sites
-    similarity: float | None = None  # of ziplora: weight of the mergers' cosine
-    nondiagonal: float | None = (
-        None  # of regmean: what is left of the Gram matrices off the diagonal
-    )
-    budget: int | None = None  # of lorahub: merges tried
+    similarity: NotNegative | None = None  # of ziplora: weight of the mergers' cosine
+    # of regmean: what is left of the Gram matrices off the diagonal
+    nondiagonal: Share | None = None
+    budget: Count | None = None  # of lorahub: merges tried
     optimizer: str | None = None  # of lorahub: one of nevergrad's, such as NGOpt or CMA
-    bound: float | None = None  # of lorahub: weights lie in [-bound, bound]
-    penalty: float | None = None  # of lorahub: on the mean size of the weights
+    bound: Positive | None = None  # of lorahub: weights lie in [-bound, bound]
+    penalty: NotNegative | None = None  # of lorahub: on the mean size of the weights
     values: list[float] | None = None  # of grid
-    runs: int | None = None  # of uq_merge: looks at each picture
-    noise: float | None = None  # of uq_merge: on the pictures, as a share of their spread
+    runs: Count | None = None  # of uq_merge: looks at each picture
+    noise: NotNegative | None = None  # of uq_merge: on the pictures, as a share of their spread
 
     def __post_init__(self) -> None:
         parse_rank(self.rank)
-        for key in ("num_samples", "batch_size", "steps", "budget", "runs"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise ValueError(f"{key}: must be 1 or more, got {value}")
         if self.values is not None and not self.values:
             raise ValueError("values: names none")
 

@@ -29,16 +29,17 @@ from moa.command import run_command
 from moa.merging.export import REPORT_FILE, check_out
 from moa.merging.parts import merge_parts, read_parts
 from moa.merging.regmean import input_grams
+from moa.ranges import Count, FilePath, Seed, Size
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartsConfig:
-    runs: list[str] = field(default_factory=list)  # run or step folders; called after the run
+    runs: list[FilePath] = field(default_factory=list)  # run or step folders; called after the run
     parts: dict[str, str] = field(default_factory=dict)  # part -> mean, regmean, keep:NAME, drop
-    out: str | None = None  # folder to write
-    num_samples: int = 32  # of each validation set, for the inputs of regmean
-    batch_size: int = 16
-    seed: int = 0  # of the choice of samples
+    out: FilePath | None = None  # folder to write
+    num_samples: Count = 32  # of each validation set, for the inputs of regmean
+    batch_size: Size = 16
+    seed: Seed = 0  # of the choice of samples
 
 
 def main(argv: Sequence[str] | None = None) -> None:

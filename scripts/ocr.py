@@ -30,7 +30,7 @@ from data.ocr_engines import ENGINES, Engine
 from data.pictures import is_hidden, open_picture
 from data.readers.record import RecordDataset
 from data.readers.table import open_records
-from moa.command import mistakes_in_one_line
+from moa.command import mistakes_in_one_line, path_argument
 from moa.config import RunConfig, SourceConfig, load_config
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -147,11 +147,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="Parquet file to make or extend")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, help="Parquet file to make or extend"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--scenes", type=scene_split, nargs="+", metavar="SPLIT:COUNT[:STYLE]")
-    what.add_argument("--folder", type=Path, help="every picture file under this folder")
-    what.add_argument("--config", type=Path, help="a run's YAML: the pictures of its --source")
+    what.add_argument("--folder", type=path_argument, help="every picture file under this folder")
+    what.add_argument(
+        "--config", type=path_argument, help="a run's YAML: the pictures of its --source"
+    )
     what.add_argument("--merge", type=int, metavar="N", help="make --out of its N shards")
     parser.add_argument(
         "--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th picture from I on"
@@ -195,6 +199,18 @@ def pictures_of(args: argparse.Namespace) -> Any:
     return folder_pictures(args.folder) if args.folder else ScenePictures(args.scenes, args.seed)
 
 
+def check_out(out: Path) -> None:
+    """OSError, naming the file, where it could not be written; an image is not read for nothing."""
+    try:
+        new = not out.exists()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("ab").close()
+        if new:
+            out.unlink()
+    except OSError as error:
+        raise OSError(f"--out {out}: cannot be written: {error.strerror}") from None
+
+
 def engine_of(args: argparse.Namespace) -> Engine:
     sizes = {"limit_side_len": args.side} if args.engine == "rapidocr" else {}
     return ENGINES[args.engine](min_confidence=args.min_confidence, **sizes)
@@ -203,6 +219,7 @@ def engine_of(args: argparse.Namespace) -> Engine:
 def main(argv: list[str] | None = None) -> None:
     args, report = arguments(argv), BuildReport()
     with mistakes_in_one_line():
+        check_out(args.out)
         if args.merge:
             merge_shards(args.out, args.merge)
         else:

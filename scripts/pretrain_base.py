@@ -26,6 +26,7 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from moa.atomic import atomic_folder, write_file
+from moa.command import path_argument
 from scripts.demo_base.language import answer_questions
 from scripts.demo_base.model import build_model, build_processor, build_tokenizer
 from scripts.demo_base.questions import MIXTURE, Packer, corpus
@@ -38,10 +39,10 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for model, processor and card"
+        "--out", type=path_argument, required=True, help="folder for model, processor and card"
     )
     parser.add_argument(
-        "--ocr", type=Path, required=True, help="OCR cache of the pretraining scenes"
+        "--ocr", type=path_argument, required=True, help="OCR cache of the pretraining scenes"
     )
     parser.add_argument("--scenes", type=int, default=20_000)
     parser.add_argument("--tower-steps", type=int, default=1500, help="of 64 scenes")
@@ -58,7 +59,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mixture", nargs="*", default=[], metavar="TASK=WEIGHT", help=str(MIXTURE)
     )
-    parser.add_argument("--start", type=Path, help="base to go on from, its tower as it is")
+    parser.add_argument(
+        "--start", type=path_argument, help="base to go on from, its tower as it is"
+    )
     return parser.parse_args()
 
 

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.drawings import CATEGORIES, SIZE, TEMPLATES, draw, drawing_rng, names
 from moa.atomic import atomic_folder, write_file
+from moa.command import path_argument
 from moa.contrastive import not_negatives, softmax_loss
 
 PATCH, WIDTH, CONTEXT = 12, 160, 32
@@ -143,7 +144,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for model and processor")
+    parser.add_argument(
+        "--out", type=path_argument, required=True, help="folder for model and processor"
+    )
     parser.add_argument("--steps", type=int, default=1800, help="of the schedule")
     parser.add_argument("--stop", type=int, help="leave the schedule after so many steps")
     parser.add_argument("--batch", type=int, default=128, help="different names in a step")

@@ -20,17 +20,20 @@ from moa.atomic import atomic_folder, write_json
 from moa.command import run_command
 from moa.merging.activations import repair
 from moa.merging.export import REPORT_FILE, check_out
+from moa.ranges import Count, FilePath
 from scripts.align import caption_batches, load_clip, run_clip, write_clip
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig:
-    model: str | None = None  # the merged checkpoint
-    endpoints: list[str] = field(default_factory=list)  # the aligned checkpoints it was merged from
+    model: FilePath | None = None  # the merged checkpoint
+    endpoints: list[FilePath] = field(
+        default_factory=list
+    )  # the aligned checkpoints it was merged from
     weights: list[float] = field(default_factory=list)  # theirs in the merge; empty: 1/N each
-    data: str | None = None  # jsonl file of pictures and captions
-    num_samples: int = 512  # at most so many of it
-    out: str | None = None  # folder to write
+    data: FilePath | None = None  # jsonl file of pictures and captions
+    num_samples: Count = 512  # at most so many of it
+    out: FilePath | None = None  # folder to write
 
 
 def main(argv: Sequence[str] | None = None) -> None:

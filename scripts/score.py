@@ -26,14 +26,15 @@ from moa.benchmarks.result import table
 from moa.checkpoint import sha256, versions
 from moa.command import run_command
 from moa.config import DataConfig, SourceConfig
+from moa.ranges import FilePath
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    predictions: str = ""  # file of answers
+    predictions: FilePath = ""  # file of answers
     text_key: str | None = None  # of its rows, what the model said; null: the only one they have
     source: SourceConfig | None = None  # data set with the references
-    out: str = "runs/scores"  # folder of the results
+    out: FilePath = "runs/scores"  # folder of the results
     missing: Literal["error", "empty"] = (
         "error"  # questions without an answer: stop, or count as ""
     )

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from moa.analysis.plots import scoreboard_chart
 from moa.atomic import write_file, write_json
-from moa.command import mistakes_in_one_line
+from moa.command import mistakes_in_one_line, path_argument
 from scripts.board.plan import ROOT, Column, Plan
 from scripts.board.scoring import read_pictures, score_rows
 from scripts.board.table import collect, markdown
@@ -38,10 +38,10 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/scoreboard"), help="runs and scores by seed"
+        "--out", type=path_argument, default=Path("runs/scoreboard"), help="runs and scores by seed"
     )
     parser.add_argument(
-        "--results", type=Path, default=Path("results"), help="table, JSON and chart"
+        "--results", type=path_argument, default=Path("results"), help="table, JSON and chart"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(

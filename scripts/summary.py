@@ -7,6 +7,7 @@ in <run>/eval, writes <run>/summary.json, and lists the pictures.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ from moa.benchmarks.result import Result, comparison
 from moa.benchmarks.sources import EvalSettings, score_sources
 from moa.benchmarks.subjects import open_subject, subject_of
 from moa.checkpoint import load_model, step_folder, weights_fingerprint
-from moa.command import mistakes_in_one_line
+from moa.command import mistakes_in_one_line, path_argument
 
 
 def read_scores(run: Path, base: str, asked: Sequence[Result]) -> dict[str, Any]:
@@ -73,12 +74,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder, scored by eval.py before")
+    parser.add_argument("run", type=path_argument, help="run folder, scored by eval.py before")
     parser.add_argument(
-        "--merged", type=Path, nargs="*", default=[], help="adapter folders of scripts/merge.py"
+        "--merged",
+        type=path_argument,
+        nargs="*",
+        default=[],
+        help="adapter folders of scripts/merge.py",
     )
     args, console = parser.parse_args(), Console()
     with mistakes_in_one_line():
+        if not os.access(args.run, os.W_OK):
+            raise OSError(f"{args.run}: cannot be written: no such folder, or no permission")
         found = score_all(args.run, args.merged)
         write_json(args.run / "summary.json", found)
     console.print(comparison(found["rows"]))

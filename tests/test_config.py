@@ -1,12 +1,23 @@
 """Settings: merged in order, checked, described, and wrong ones refused by name."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as trials
+from hypothesis import strategies as st
 
 from moa.benchmarks.sources import EvalSettings
 from moa.config import RunConfig, load_config
-from moa.settings import describe, load, read_yaml, settings, to_yaml
+from moa.merging.settings import MergeConfig
+from moa.settings import describe, load, settings, to_yaml
+from moa.strict_yaml import parse_yaml, read_yaml
+from scripts.align import AlignConfig
+from scripts.average_checkpoints import AverageConfig
+from scripts.data import Settings as DataSettings
+from scripts.learn_weights import LearnConfig
+from scripts.merge_parts import PartsConfig
 
 EXPERTS = "experts={a: {rank: 2}, b: {rank: 3}}"
 SOURCE = "data.sources=[{name: s, task: vqa, num_samples: 4, expert: a}]"
@@ -63,7 +74,7 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path):
         ("train.batch_size=many", ["train.batch_size", "'many'"]),
         ("stages={joint: {steps: 3}}", ["stages", "list"]),
         ("router=[1]", ["router", "mapping"]),
-        ("stages=[{name: joint}]", ["stages[0].steps", "missing"]),
+        ("stages=[{name: joint}]", ["stages.0.steps", "missing"]),
         ("train.batch_size", ["'train.batch_size'", "key.sub=value"]),
     ],
 )
@@ -83,12 +94,13 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         (["train.micro_batch_size=5"], ["train.micro_batch_size", "batch_size=32"]),
         ([SOURCE, "data.sources.s.expert=c"], ["data.sources.s.expert", "'c'", "['a', 'b']"]),
         ([SOURCE, "data.sources.s.task=cook"], ["data.sources.s.task", "'cook'", "caption"]),
-        ([SOURCE, "data.sources.s.weight=0"], ["data.sources.s.weight", "above 0"]),
-        ([SOURCE, "data.sources.s.path=x"], ["data.sources.s.path", "format=scenes"]),
+        ([SOURCE, "data.sources.s.weight=0"], ["data.sources.0.weight", "above 0"]),
+        ([SOURCE, "data.sources.s.path=x"], ["data.sources.0.path", "format=scenes"]),
         (["stages=[{name: router, steps: 2}]"], ["data.sources", "names none"]),
         ([SOURCE, "router.kind=one_hot", "stages=[{name: router, steps: 2}]"],
          ["stages.router", "one_hot learns nothing"]),
         ([SOURCE, "stages=[{name: joint, steps: 2, warmup_steps: 3}]"], ["warmup_steps", "0..2"]),
+        (["data.tasks=[vqa, vqa]"], ["data.tasks", "vqa twice"]),
         ([SOURCE, "data.ocr_engine=true"], ["data.ocr_engine", "data.ocr_cache"]),
         (["experts={}"], ["experts", "names none"]),
         (["router.null_expert=true", "router.kind=sigmoid"], ["router.null_expert", "sigmoid"]),
@@ -133,11 +145,11 @@ def test_every_shipped_run_config_loads(file):
 def test_the_share_of_a_source_is_a_weight_or_a_number_of_draws():
     entry = "{{name: {}, task: vqa, num_samples: 4, expert: a, {}}}"
     both = entry.format("s", "weight: 2.0, count: 3")
-    assert "data.sources.s: has weight and count; choose one" in error_of(f"data.sources=[{both}]")
+    assert "data.sources.0: has weight and count; choose one" in error_of(f"data.sources=[{both}]")
     mixed = f"{entry.format('s', 'count: 3')}, {entry.format('t', 'weight: 2.0')}"
     message = "data.sources.t: count or epochs of s need count or epochs here too"
     assert message in error_of(f"data.sources=[{mixed}]")
-    assert "data.sources.s.epochs: must be above 0" in error_of(
+    assert "data.sources.0.epochs: must be above 0" in error_of(
         f"data.sources=[{entry.format('s', 'epochs: 0')}]"
     )
 
@@ -151,3 +163,138 @@ def test_an_unknown_key_of_a_list_entry_is_named_there_and_not_where_its_name_st
     entry = "data.sources=[{name: s, task: vqa, num_samples: 4, kind: scenes}]"
     with pytest.raises(ValueError, match=r"data\.sources\.0\.kind: Key 'kind' not in"):
         load(RunConfig, None, ["router.kind=softmax", entry])
+
+
+RUN = [EXPERTS, SOURCE, "stages=[{name: joint, steps: 4}]"]
+CLASSES = {RunConfig: RUN, EvalSettings: ["sources=[{name: s, num_samples: 4}]"], MergeConfig: [],
+           AlignConfig: [], AverageConfig: [], DataSettings: [], LearnConfig: [], PartsConfig: []}  # fmt: skip
+# Parts of the keys that take each number; every other pair is an error.
+ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "modality_dropout",
+        "ocr_min_confidence", "num_workers", "task_dropout", "max_ocr_words", "clip_norm", "weight_decay",
+        "betas", "eval.every", "num_pictures", "steps.", "values.", "penalty", "similarity",
+        "nondiagonal", "noise")  # fmt: skip
+BELOW_ZERO = ("router.weights", "losses.entropy", "values.")
+HUGE = ("router.weights", "num_samples", "alpha", "temperature", "losses.", "lr.", "weight.", "count",
+        "epochs", "max_length", "steps.", "pack_length", "clip_norm", "weight_decay", "save_every", "keep_",
+        "max_non_finite_steps", "every", "seed", "max_ocr_words", "num_pictures", "num_probes", "new_tokens",
+        "max_shard_gb", "last", "limit", "show", "similarity", "budget", "bound", "penalty", "values.", "runs",
+        "noise")  # fmt: skip
+
+
+def numbers() -> Iterator[tuple[type, str, str]]:
+    """Every setting of every class that holds numbers: its class, its key, how it is written."""
+    for cls in CLASSES:
+        for key, kind, *_ in settings(cls, ""):
+            key = key.replace("NAME", "a").replace(".N.", ".0.")
+            if kind.startswith(("int", "float")):
+                yield cls, key, "{}"
+            elif kind.startswith(("list of int", "list of float")):
+                yield cls, key, "[{0}, {0}]"
+            elif kind.startswith("dict of str, float"):
+                yield cls, key, "{{a: {0}}}"
+
+
+@pytest.mark.parametrize(
+    ("number", "accepted"),
+    [(".nan", ()), (".inf", ()), ("-.inf", ()), ("1.0e+400", ()), ("many", ()), ("0", ZERO),
+     ("-1", BELOW_ZERO), ("1000000000", HUGE)],
+)  # fmt: skip
+def test_every_number_has_its_range_and_names_its_key(number, accepted):
+    found = list(numbers())
+    assert len(found) > 75
+    for cls, key, form in found:
+        extra = ["router.kind=fixed"] if key == "router.weights" else []
+        override = f"{key}={form.format(number)}"
+        expected = any(part in f"{key}." for part in accepted)
+        try:
+            load(cls, None, [*CLASSES[cls], *extra, override])
+        except ValueError as error:
+            assert str(error).startswith(key) and "\n" not in str(error), error
+            assert not expected or "must" in str(error), error
+        else:
+            assert expected, f"{cls.__name__}: {override}"
+
+
+ALIASES = [f"b{i}: &b{i} [*b{i - 1}, *b{i - 1}]\n" for i in range(1, 30)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("b0: &b0 [x]\n" + "".join(ALIASES), "aliases make more than"),
+        ("experts: &e {a: *e}", "an alias refers to itself"),
+        ("out: " + "[" * 100_000, "nested deeper than"),
+        ("b0: &b0 {x: 1}\n" + "".join(ALIASES).replace("[", "{<<: [").replace("]", "]}"),
+         "aliases make more than"),
+        ("out: !!python/object/apply:os.system [id]", "is not used here"),
+        ("out: !!bool maybe", "is not used here"),
+        ("out: a\nout: b", "key 'out' is given twice"),
+        ("seed: " + "9" * 5000, "4300 digits"),
+    ],
+    ids=["bomb", "self", "deep", "merge keys", "object", "tag", "twice", "digits"],
+)  # fmt: skip
+def test_yaml_that_is_too_large_or_not_a_settings_file_ends_in_one_line(tmp_path, text, expected):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    message = error_of(path=file)
+    assert message.startswith(f"{file}: not valid YAML: ") and expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-1", 0.1), ("[-2E3, .5]", [-2000.0, 0.5]), ("12:30", "12:30"), ("2024-01-01", "2024-01-01"),
+     ("010", "010"), ("off", "off"), ("0x1F", 31), ("1_000", 1000), ("~", None), ("!!str 12", "12")],
+)  # fmt: skip
+def test_words_and_numbers_are_those_of_yaml_1_2(text, value):
+    assert parse_yaml(text) == value
+
+
+KEYS = ["out", "experts", "experts.a.rank", "stages", "stages.0.init_from", "data.sources.0", "seed",
+        "model.image_processor", "router.weights", "a.b", "prompt.task_template"]  # fmt: skip
+
+
+@trials(deadline=None, max_examples=40)
+@given(st.text("{}[]:,&*!|>-?%@`'\"#~0aN.e\n \\u\0", max_size=12), st.sampled_from(KEYS))
+def test_any_text_in_any_place_is_a_setting_or_one_line(text, key):
+    try:
+        load_config(None, [*RUN, f"{key}={text}"])
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_text_is_taken_as_it_is_and_never_from_the_environment():
+    assert "prompt.task_template: settings are not interpolated" in error_of(
+        "prompt.task_template='${oc.env:HOME}'"
+    )
+    kept = load_config(None, [EXPERTS, "prompt.ocr_separator='{a:>5}, x:y'"])
+    assert kept.prompt.ocr_separator == "{a:>5}, x:y"
+
+
+def test_the_home_folder_of_a_path_is_written_out_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("out: ~/x\nexperts: {a: {init_from: ~/a}}\n")
+    stage = "stages=[{name: joint, steps: 4, init_from: {a: ~/b}}]"
+    config = load_config("~/run.yaml", [SOURCE, stage])
+    paths = (config.out, config.experts["a"].init_from, config.stages[0].init_from["a"])
+    assert paths == tuple(str(tmp_path / name) for name in "xab")
+    assert load(MergeConfig, None, ["adapters=[~/*]"]).adapters == [f"{tmp_path}/*"]
+    assert "out: must name a file or folder, got ''" in error_of("out=''")
+
+
+def test_an_error_names_the_entry_that_it_is_about():
+    entry = "{name: s, format: jsonl}"
+    assert "eval.sources.0.path: format jsonl needs" in error_of(f"eval.sources=[{entry}]")
+    assert "stages.0.name: Invalid value 'routr'" in error_of("stages=[{name: routr, steps: 2}]")
+    assert "data.tasks: must be a list, [...], got 'vqa'" in error_of("data.tasks=vqa")
+
+
+def test_help_holds_comments_of_several_lines_and_beside_parts_and_no_marks_of_tools():
+    docs = {key: doc for cls in (MergeConfig, RunConfig) for key, _, _, doc in settings(cls, "")}
+    assert docs["weights"].startswith("[1,1] as adapters") and docs["weights"].endswith("own")
+    assert docs["stack"].startswith("path of these layers")
+    assert (
+        docs["prompt.box_codec"].startswith("how boxes") and "fmt" not in docs["prompt.box_codec"]
+    )
+    assert all(docs.values())
+    assert r'prompt.ocr_template="\nReference OCR token: {words}"' in describe(RunConfig)

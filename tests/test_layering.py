@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 # Lowest first; a module may import from its own level and below. The longest prefix decides.
 LEVELS = (
     (
+        "moa.ranges",
+        "moa.strict_yaml",
         "moa.settings",
         "moa.command",
         "moa.atomic",

@@ -106,7 +106,7 @@ def test_a_rule_that_cannot_work_is_named(rules, message):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"match": "("}, "'\\(' is no regular expression"),
+        ({"match": "("}, "'\\(' is not a regular expression"),
         ({"match": "", "scale": []}, "is empty"),
         ({"match": "", "rank": 0}, "rank: must be a positive number"),
     ],

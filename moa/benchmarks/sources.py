@@ -24,6 +24,7 @@ from moa.clip_model import ClipMixture
 from moa.config import MADE, RunConfig, SourceConfig, check
 from moa.model import MixtureModel
 from moa.processes import ALONE, Processes
+from moa.ranges import Count, CountOrZero, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +32,21 @@ class EvalSettings:
     # data sets to score; null: the run's eval.sources, or else its data.validation
     sources: list[SourceConfig] | None = None
     only: list[str] | None = None  # names of the data sets to score; null: all
-    num_samples: int | None = None  # at most so many of each data set; null: all
+    num_samples: Count | None = None  # at most so many of each data set; null: all
     score: bool = True  # false: only write the answers, for splits whose references are secret
     # who decides: router, oracle, uniform, off (the base), the name of one expert, or without:NAME
     gates: str = "router"
     # further gates to score beside these, in one table; null: as the run's eval
     compare: list[str] | None = None
     withhold_task: bool = False  # neither the prompt nor the router is told the task
-    batch_size: int | None = None  # samples per forward; null: as the run's eval
-    max_new_tokens: int | None = None  # of a generated answer; null: as the run's eval
-    num_beams: int | None = None  # 1: greedy; null: as the run's eval
+    batch_size: Size | None = None  # samples per forward; null: as the run's eval
+    max_new_tokens: Size | None = None  # of a generated answer; null: as the run's eval
+    num_beams: Size | None = None  # 1: greedy; null: as the run's eval
     on_bad_sample: Literal["error", "skip"] | None = None  # null: as the run's data
     # results that lie in the folder are not measured again if weights, data, settings and versions are the same
     reuse: bool = False
     other_base: bool = False  # score on a base that changed since, or is another one
-    num_pictures: int = 12  # samples in the gallery; 0: no pictures at all
+    num_pictures: CountOrZero = 12  # samples in the gallery; 0: no pictures at all
     device: str = "auto"  # cpu, cuda, cuda:1; auto: a GPU where there is one
     progress: bool = True  # progress bars
 

@@ -5,14 +5,13 @@ options of the command line; it returns the merged matrix. All but `slerp` and `
 on the updates themselves, are the updates of some mixture of the experts.
 """
 
-import re
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from moa.merging.method import Method
 from moa.merging.stack import Stack
+from moa.targets import finds
 
 Weights = Float[Tensor, " expert"]
 Matrix = Float[Tensor, "rows cols"]
@@ -46,7 +45,7 @@ def sa_merge(
     """Two experts: share ** (decay * depth) of the first, the rest of the second, at `sites`; elsewhere the first."""
     if len(stack.experts) != 2:
         raise ValueError(f"method: sa_merge takes two experts, got {len(stack.experts)}")
-    own = share ** (decay * stack.depth) if re.search(sites, stack.site) else 1.0
+    own = share ** (decay * stack.depth) if finds(sites, stack.site, "options.sites") else 1.0
     return linear(stack, weights * weights.new_tensor([own, 1 - own]))
 
 

@@ -21,6 +21,7 @@ from moa.merging.core import Expert, Factors, parse_rank
 from moa.merging.method import Method
 from moa.merging.methods import check_options, find_method
 from moa.merging.stack import stack_of
+from moa.targets import finds, fits
 
 Number = int | float
 Weights = Mapping[str, Number] | Mapping[str, Mapping[str, Number]]  # by expert, or site -> expert
@@ -44,12 +45,7 @@ class SiteRule:
     drop: bool = False  # leave the base as it is at these sites
 
     def __post_init__(self) -> None:
-        try:
-            re.compile(self.match)
-        except re.error as error:
-            raise ValueError(
-                f"sites.match: {self.match!r} is no regular expression: {error}"
-            ) from None
+        fits(self.match, "", "sites.match")
         if self.rank is not None:
             parse_rank(self.rank)
         if not all(map(math.isfinite, self.scale)):
@@ -139,7 +135,7 @@ def make_plan(
 
 
 def _first_match(rules: Sequence[SiteRule], site: str) -> int | None:
-    return next((i for i, rule in enumerate(rules) if re.search(rule.match, site)), None)
+    return next((i for i, rule in enumerate(rules) if finds(rule.match, site, "sites.match")), None)
 
 
 def _over(own: SiteRule, rule: SiteRule) -> SiteRule:

@@ -6,50 +6,47 @@ from typing import Any, Literal
 from moa.merging.core import parse_rank
 from moa.merging.full import Rules
 from moa.merging.plan import SiteRule
+from moa.ranges import Count, FilePath, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     method: str = "linear"  # `method=list` prints all, with their options and papers
     options: dict[str, Any] = field(default_factory=dict)  # of the method: options.scale=0.3
-    adapters: list[str] = field(default_factory=list)  # PEFT folders; A/* means every one in A
-    run: str | None = None  # instead of adapters: a run or step folder, whose experts are merged
-    models: list[str] = field(default_factory=list)  # or whole checkpoints, with base=
+    adapters: list[FilePath] = field(default_factory=list)  # PEFT folders; A/* means every one in A
+    # instead of adapters: a run or step folder, whose experts are merged
+    run: FilePath | None = None
+    models: list[FilePath] = field(default_factory=list)  # or whole checkpoints, with base=
     rules: Rules = field(default_factory=Rules)  # for keys that not all models have alike
     # other settings for some sites, the first match counts: [{match: mlp, method: ties, rank: 8}]
     sites: list[SiteRule] = field(default_factory=list)
     # method=passthrough: [{model: FOLDER, layers: [start, stop]}, ...], stacked into one checkpoint
     slices: list[dict[str, Any]] = field(default_factory=list)
-    stack: str | None = (
-        None  # path of these layers (model.layers), where a model has several stacks
-    )
+    # path of these layers (model.layers), where a model has several stacks
+    stack: str | None = None
     # [1,1] as adapters, {NAME: 1}, gates, gates:TASK: the router's mean, or FILE.json of
     # scripts/learn_weights.py; null: the method's own
     weights: Any = None
-    routing: str | None = None  # report that `gates` reads; null: the run's eval/routing.json
+    routing: FilePath | None = None  # report that `gates` reads; null: the run's eval/routing.json
     rank: Any = "sum"  # of the result: a number, sum (exact), or energy:0.99 (the least that does)
-    space: str | None = (
-        None  # where the method works, null: its own; `method=list` prints the choices
-    )
-    out: str | None = None  # folder to write
+    # where the method works, null: its own; `method=list` prints the choices
+    space: str | None = None
+    out: FilePath | None = None  # folder to write
     # trained projector for merged=true, such as PARTS/projector.safetensors of scripts/merge_parts.py
-    projector: str | None = None
+    projector: FilePath | None = None
     merged: bool = False  # write a whole checkpoint with the base's keys instead of an adapter
-    base: str | None = None  # base model; null: the one that run or adapters name
+    base: FilePath | None = None  # base model; null: the one that run or adapters name
     other_base: bool = False  # go on with a base that the experts were not trained on
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the inputs
-    max_shard_gb: float = 5.0  # largest file of a checkpoint
+    max_shard_gb: Positive = 5.0  # largest file of a checkpoint
     verify: bool = True  # reload in a fresh process and compare
-    num_probes: int = 4  # prompts in that comparison
-    new_tokens: int = 8  # greedy tokens of each
+    num_probes: Count = 4  # prompts in that comparison
+    new_tokens: Count = 8  # greedy tokens of each
     fidelity: bool = True  # write fidelity.json and fidelity.html
 
     def __post_init__(self) -> None:
         parse_rank(self.rank)
         check_effects(self)
-        for key, least in (("num_probes", 1), ("new_tokens", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key}: must be {least} or more, got {getattr(self, key)}")
 
 
 INPUTS = ("adapters", "run", "models", "slices")

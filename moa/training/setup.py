@@ -1,7 +1,6 @@
 """From a config to a run that is ready to train: accelerator, data, model, run folder, resume."""
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -17,34 +15,22 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
+from data.digest import digest_sources
 from data.sources import make_collator, open_mixture, open_ocr, open_sources
+from moa.benchmarks.sources import check_sources
 from moa.build import build_model, check_base, settled
-from moa.checkpoint import (
-    CONFIG,
-    TrainState,
-    load_train_state,
-    point,
-    pointed,
-    prune,
-    restore_model,
-    step_name,
-    verify,
-    write_run_header,
-)
+from moa.checkpoint import CONFIG, TrainState, load_train_state, restore_model
 from moa.config import RunConfig, TrainConfig, load_config
-from moa.settings import to_yaml
 from moa.training import zero
 from moa.training.batches import make_layout
 from moa.training.loop import Run
-from moa.training.report import LOG, Reporter, flatten, mixture_table, start_trackers
+from moa.training.report import Reporter, mixture_table, start_trackers
+from moa.training.run_folder import begin, claim, on_main, stages_begun
+from moa.training.stages import check_starts
 from moa.training.strategy import asked_for, check_sharding, is_zero_3, kind_of, whole
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 SETTLED = ("rank", "alpha", "use_rslora")  # of an expert, where its config leaves them out
-# Settings that may differ on --resume: none of them changes what was learned until then.
-FREE_ON_RESUME = ("out", "logging", "eval", "data.num_workers", "data.validation",
-                  "train.save_every", "train.keep_last", "train.keep_best",
-                  "train.on_non_finite", "train.max_non_finite_steps")  # fmt: skip
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -101,14 +87,17 @@ def open_run(
     """A run at its start, or where its last checkpoint left it (`resume`, and there is one).
 
     Raises ValueError for a folder that holds a run already, unless told to `resume` or to
-    `overwrite`; for a checkpoint with a missing file; for a resume with another config.
+    `overwrite`; for a checkpoint with a missing file; for a resume with another config or data; and
+    for what a later stage or the evaluation would stumble over. Until all is checked, nothing of an
+    old run is removed.
     """
     check_sharding(accelerator, config)
-    if resume and (Path(config.out) / CONFIG).is_file():
+    if resume and os.path.isfile(os.path.join(config.out, CONFIG)):
         config = filled(config, load_config(Path(config.out) / CONFIG))
     else:
         config = settled(config)
-    step = open_folder(config, accelerator, resume=resume, overwrite=overwrite)
+    found = on_main(accelerator, lambda: claim(config, resume=resume, overwrite=overwrite))
+    step = Path(found) if found else None
     torch.manual_seed(config.seed)
     model = build_model(config, experts=step / "experts" if step else None)
     ocr = open_ocr(config.data)
@@ -129,6 +118,12 @@ def open_run(
     if config.train.gradient_checkpointing:
         model.enable_gradient_checkpointing(compare=not is_zero_3(accelerator))
     state = None
+    with whole(model, config, write=True):
+        check_starts(model, config, stages_begun(step))
+    on_main(accelerator, lambda: check_evaluation(config))
+    data = on_main(accelerator, lambda: digest_sources(run.mixture.sources, config.data))
+    clear = overwrite and not resume
+    on_main(accelerator, lambda: begin(config, data, found, clear=clear))
     if step is not None:
         with whole(model, config, write=True):  # ZeRO-3 may have sharded it while it was loaded
             restore_model(model, step, config)
@@ -165,6 +160,12 @@ def filled(config: RunConfig, before: RunConfig) -> RunConfig:
     return replace(config, model=model, experts=experts)
 
 
+def check_evaluation(config: RunConfig) -> None:
+    """ValueError for data sets that eval.py could not open or score."""
+    check_sources(config.eval.sources, ())
+    open_sources(config.eval.sources, config.data, None)
+
+
 def changed_launch(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What a run keeps that goes on with other processes, or shares its model in another way."""
     launches = [(saved["num_processes"], saved["distributed"]) for saved in (before, now)]
@@ -187,63 +188,3 @@ def draws(config: RunConfig) -> Counter[tuple[str, ...] | None]:
         sources = tuple(stage.sources) if stage.sources is not None else None
         number[sources] += config.train.batch_size * stage.steps
     return number
-
-
-def open_folder(
-    config: RunConfig, accelerator: Accelerator, *, resume: bool, overwrite: bool
-) -> Path | None:
-    """Make the run folder, or find the step folder to go on from."""
-    run = Path(config.out)
-    with accelerator.main_process_first():
-        last = pointed(run, "last")
-        if resume and (run / CONFIG).is_file():
-            same_config(config, run)
-        if accelerator.is_main_process:
-            if not resume and not overwrite and ((run / LOG).exists() or last):
-                raise ValueError(
-                    f"out={run}: holds a run already; choices: --resume, --overwrite, another out="
-                )
-            if overwrite and not resume:
-                clear(run)
-            write_run_header(run, config)
-    accelerator.wait_for_everyone()
-    if not resume or last is None:
-        return None
-    step = run / "checkpoints" / last
-    verify(step)
-    if accelerator.is_main_process:  # a run killed between its checkpoint and what follows it
-        best = [score["step"] for score in load_train_state(step).progress["best"]]
-        if best:
-            point(run, "best", step_name(best[0]))
-        prune(run, config.train.keep_last, best)
-    return step
-
-
-def clear(run: Path) -> None:
-    """Remove a run's own files, and nothing else that lies in its folder."""
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    for name in (LOG, CONFIG, "versions.json"):
-        (run / name).unlink(missing_ok=True)
-
-
-def same_config(config: RunConfig, run: Path) -> None:
-    """ValueError naming the settings in which a resumed run differs from its beginning."""
-    before, now = (flatten(yaml.safe_load(to_yaml(c))) for c in (load_config(run / CONFIG), config))
-    free = [
-        *FREE_ON_RESUME,
-        "model.fingerprint",
-        "model.other_base",
-    ]  # the base has been checked by now
-    if before["model.fingerprint"] or now["model.other_base"]:  # so that its folder may have moved
-        free.append("model.name")
-    different = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(key == name or key.startswith(f"{name}.") for name in free)
-    ]
-    if different:
-        raise ValueError(
-            f"--resume: {run / CONFIG} differs: {'; '.join(different)}. To start from its weights "
-            "with other settings, use stages.*.init_from and another out="
-        )

@@ -108,6 +108,34 @@ def start_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) ->
     return [*lines, load_rest(model, config, folder)]
 
 
+def check_starts(model: MixtureModel, config: RunConfig, begun: int) -> None:
+    """ValueError, naming the stage, where one that has not begun could not load what it starts from.
+
+    Each loads it once, and the model's weights are put back.
+    """
+    if all(stage.init_from is None for stage in config.stages[begun:]):
+        return
+    own = [*(model.bank.state(name) for name in model.bank.names), router_state(model)]
+    own += [projector_state(model)] if config.model.train_projector else []
+    kept = [{key: tensor.clone() for key, tensor in state.items()} for state in own]
+    for number, stage in enumerate(config.stages):
+        try:
+            if number >= begun:
+                start_weights(model, config, stage)
+        except (ValueError, OSError) as error:
+            reason = str(error).removeprefix(f"stages.{stage.name}.init_from: ")
+            raise ValueError(f"stages.{number}.init_from: {reason}") from None
+        finally:
+            for state, before in zip(own, kept, strict=True):
+                put_back(state, before)
+
+
+@torch.no_grad()
+def put_back(own: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+    for key, tensor in own.items():
+        tensor.copy_(kept[key])
+
+
 def load_expert(model: MixtureModel, config: RunConfig, name: str, folder: Path) -> str:
     """Overwrite an expert by a PEFT folder of the same sites, ranks and scaling."""
     header = read_header(folder)
