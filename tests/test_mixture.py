@@ -85,6 +85,7 @@ def test_the_table_of_an_epoch_counts_what_is_drawn():
 def test_largest_remainders_are_rounded_up():
     assert quotas([1, 1, 1], 10) == [4, 3, 3]
     assert quotas([5, 3, 2], 10) == [5, 3, 2]
+    assert quotas([5, 3, 1], 10) == [6, 3, 1]  # of 5.6, 3.3 and 1.1
 
 
 def test_a_source_that_would_never_be_drawn_is_refused():
