@@ -20,7 +20,8 @@ from moa.fingerprint import base_fingerprint
 from moa.merging.export import copy_other_files
 from moa.peft_io import read_header, read_tensors, rename_sites, save_expert, site_keys
 from moa.planning.plan import FakeRun
-from moa.training.setup import filled, same_config
+from moa.training.run_folder import same_config
+from moa.training.setup import filled
 from moa.training.stages import load_expert
 from moa.training.validation import import_lines
 from scripts.merge import main
@@ -83,7 +84,7 @@ def test_a_base_that_changed_is_refused_by_eval_resume_and_import(run, tmp_path)
     allowed = toy_config(tmp_path, model__other_base=True)
     now = filled(allowed, load_config(Path(run.out) / CONFIG))
     assert now.model.fingerprint == other
-    same_config(now, Path(run.out))
+    same_config(now, Path(run.out), 0)
     load_expert(fresh, allowed, "vqa", step / "experts/vqa")
 
 
@@ -91,7 +92,7 @@ def test_a_base_that_moved_is_the_same_base(run, tmp_path):
     shutil.move(tmp_path / "base", tmp_path / "moved")
     toy = toy_config(tmp_path, model__name=str(tmp_path / "moved"))
     now = filled(toy, load_config(Path(run.out) / CONFIG))
-    same_config(now, Path(run.out))
+    same_config(now, Path(run.out), 0)
     assert now.experts["grounding"].rank == 3
 
 
