@@ -51,7 +51,7 @@ from moa.checkpoint import versions
 from moa.config import RunConfig
 from moa.model import MixtureModel
 from moa.processes import ALONE, PeerError, Processes, join_processes
-from moa.settings import describe, load
+from moa.settings import describe, expanded, load
 
 PARTIAL_GATES = " (not of all trained tasks and samples: weights=gates reads those of a full `eval.py` of the run)"
 
@@ -63,9 +63,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--checkpoint", action="append", required=True, metavar="MODEL", help="again for another"
+        "--checkpoint",
+        action="append",
+        required=True,
+        type=expanded,
+        metavar="MODEL",
+        help="again for another",
     )
-    parser.add_argument("--like", help="run or YAML file whose prompt and data sets hold")
+    parser.add_argument(
+        "--like", type=expanded, help="run or YAML file whose prompt and data sets hold"
+    )
     parser.add_argument("--config", help="YAML file of the settings below")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
     return parser.parse_intermixed_args(argv)

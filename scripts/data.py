@@ -35,6 +35,7 @@ from data.mixture import Source, read_sample, shuffle
 from data.sources import make_collator, open_ocr, open_sources
 from moa.analysis.preview_page import preview_page
 from moa.atomic import write_file
+from moa.benchmarks.catalogue import check_sources
 from moa.build import intake_of
 from moa.command import mistakes_in_one_line
 from moa.config import RunConfig, SourceConfig, load_config
@@ -126,6 +127,7 @@ def opened(config: RunConfig, settings: Settings) -> dict[str, dict[str, Source]
     data = replace(config.data, ocr_engine=False)
     has_words = data.ocr_cache is not None and Path(data.ocr_cache).is_file()
     ocr = open_ocr(data) if has_words else None
+    check_sources(config.eval.sources)
     parts = chosen(config, settings.only)
     return {key: open_sources(part, data, ocr) for key, part in parts.items()}
 

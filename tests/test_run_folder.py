@@ -65,6 +65,7 @@ def content(out: str) -> dict[str, bytes]:
         ({"stages__0__init_from": "no_run"}, r"stages\.0\.init_from: no_run"),
         ({"eval__sources": [{"name": "e", "format": "jsonl", "path": "none.jsonl"}]}, "none.jsonl"),
         ({"eval__sources": [{"name": "e", "num_samples": 2, "benchmark": "x"}]}, "benchmark 'x'"),
+        ({"eval__compare": ["nobody"]}, "gates=nobody: unknown; choices"),
     ],
 )
 def test_overwrite_removes_nothing_that_cannot_be_replaced(old, tmp_path, changes, expected):

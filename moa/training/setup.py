@@ -17,7 +17,8 @@ from accelerate.utils import (
 
 from data.digest import digest_sources
 from data.sources import make_collator, open_mixture, open_ocr, open_sources
-from moa.benchmarks.sources import check_sources
+from moa.benchmarks.catalogue import check_sources
+from moa.benchmarks.run import check_gates
 from moa.build import build_model, check_base, settled
 from moa.checkpoint import CONFIG, TrainState, load_train_state, restore_model
 from moa.config import RunConfig, TrainConfig, load_config
@@ -161,8 +162,10 @@ def filled(config: RunConfig, before: RunConfig) -> RunConfig:
 
 
 def check_evaluation(config: RunConfig) -> None:
-    """ValueError for data sets that eval.py could not open or score."""
-    check_sources(config.eval.sources, ())
+    """ValueError for data sets that eval.py could not open or score, and for gates that it does not have."""
+    check_sources(config.eval.sources or config.data.validation)
+    for gates in config.eval.compare:
+        check_gates(gates, list(config.experts), config.router.granularity)
     open_sources(config.eval.sources, config.data, None)
 
 
