@@ -38,7 +38,15 @@ def find_picture(folder: str | Path, *names: str) -> Path:
             hint = "; `images: /` accepts every absolute name" if os.path.isabs(name) else ""
             raise BadSampleError(str(folder), "picture outside folder", f"{name!r}{hint}")
         paths.append(Path(folder) / inside)
-    return next((path for path in paths if path.is_file()), paths[0])
+    return next((path for path in paths if is_readable(path)), paths[0])
+
+
+def is_readable(path: Path) -> bool:
+    """Whether there is a file; False too for a name that the system refuses, such as one too long."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def is_hidden(path: PurePath) -> bool:
@@ -68,7 +76,7 @@ def open_picture(picture: Picture, where: str) -> Image.Image:
     PIL reads lazily, and a truncated file shows only when it is converted. An image of more pixels
     than PIL's MAX_IMAGE_PIXELS is refused before it is decoded.
     """
-    if isinstance(picture, Path) and not picture.is_file():
+    if isinstance(picture, Path) and not is_readable(picture):
         raise BadSampleError(where, "missing image", str(picture))
     name = str(picture) if isinstance(picture, Path) else "picture in the file"
     try:

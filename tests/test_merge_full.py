@@ -291,6 +291,33 @@ def test_what_has_no_meaning_here_is_refused(world, tmp_path, arguments, message
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_packed_weights_are_not_merged_as_if_they_were_values(dtype, tmp_path):
+    save_model(tmp_path / "base", w=torch.ones(2, 2))
+    save_model(tmp_path / "one", w=torch.ones(2, 2).to(dtype))
+    with pytest.raises(ValueError, match=r"models\.one: w is not stored as F64, F32, F16, BF16"):
+        merge_checkpoints(tmp_path / "out", {"one": tmp_path / "one"}, tmp_path / "base")
+    with pytest.raises(ValueError, match="no weight would be merged: not floating: the base's"):
+        merge_checkpoints(tmp_path / "out", {"one": tmp_path / "one"}, tmp_path / "one")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "llava"}, "has model_type 'llava', and that of the base .* 'tiny'"),
+        ({"model_type": "tiny", "quantization_config": "gptq"}, "are packed by some method"),
+        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "are packed by awq"),
+    ],
+)
+def test_a_model_whose_config_is_of_another_kind_is_refused(config, message, tmp_path):
+    for name, found in (("base", {"model_type": "tiny"}), ("one", config)):
+        save_model(tmp_path / name, w=torch.ones(2, 2))
+        (tmp_path / name / "config.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=rf"models\.one: .*{message}"):
+        merge_checkpoints(tmp_path / "out", {"one": tmp_path / "one"}, tmp_path / "base")
+
+
 def test_an_unknown_rule_is_named():
     with pytest.raises(
         ValueError, match=r"rules.extra: must be one of \['error', 'drop'\], got 'keep'"

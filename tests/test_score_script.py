@@ -122,6 +122,23 @@ def test_of_two_texts_in_a_row_the_caller_names_the_output(world, capsys, keys):
     assert run(world, rows, f"text_key={keys[1]}")["score"]["value"] == 0.5
 
 
+@pytest.mark.parametrize(
+    "key", ["Prediction", "gpt4_output", "llava_reply", "result", "final_answer"]
+)
+def test_an_output_of_another_name_beside_a_reference_is_named_by_the_caller(world, capsys, key):
+    rows = [{"id": "1", "answer": "cat", key: "cat"}, {"id": "2", "answer": "dog", key: "cow"}]
+    with pytest.raises(SystemExit, match="2"):
+        run(world, rows)
+    assert f"text_key={key}" in capsys.readouterr().err
+    assert run(world, rows, f"text_key={key}")["score"]["value"] == 0.5
+
+
+def test_what_an_answer_file_says_of_its_model_is_not_taken_for_an_output(world):
+    beside = {"answer_id": "a", "model_id": "llava", "answer_type": "other", "prompt": "q"}
+    rows = [{"id": "1", "text": "cat", **beside}, {"id": "2", "text": "cow", **beside}]
+    assert run(world, rows)["score"]["value"] == 0.5
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("as_lines", [True, False])
 def test_an_answer_may_hold_any_break_and_a_file_may_begin_with_a_bom(tmp_path, encoding, as_lines):

@@ -71,6 +71,65 @@ def test_a_csv_that_is_no_table_is_named(content, complaint, tmp_path):
     assert complaint in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["Image", "img", "image_path", "File_Name", "filepath", " image"])
+def test_a_column_of_images_that_nothing_reads_is_refused(name, tmp_path):
+    rows = f"id,{name},question,answers\n1,a.png,q,red\n"
+    with pytest.raises(ValueError, match=r"columns: .*" + name.strip()):
+        table(tmp_path, rows)
+    columns = {"image": name, "question": "question"}
+    assert table(tmp_path, rows, columns=columns)[0].image is not None
+
+
+def test_a_column_image_beside_named_columns_that_leave_it_out_is_refused(tmp_path):
+    rows, columns = (
+        "image,query,answers\na.png,q,red\n",
+        {"question": "query", "answers": "answers"},
+    )
+    with pytest.raises(ValueError, match=r"name it as columns\.image=image"):
+        table(tmp_path, rows, columns=columns)
+    named = table(tmp_path, rows, columns=columns | {"image": "image"})
+    assert named[0].image is not None
+
+
+@pytest.mark.parametrize("name", ["Answers", "answers ", "QUESTION"])
+def test_a_column_that_is_a_field_but_for_its_case_or_blanks_is_named(name, tmp_path):
+    with pytest.raises(ValueError, match=r"columns: .*rename it, or name the columns"):
+        table(tmp_path, f"image,{name}\na.png,q\n")
+
+
+def test_a_table_of_text_alone_is_read_and_an_ending_may_be_in_capitals(tmp_path):
+    rows = table(tmp_path, "question,answers,source\nq,007,web\n", name="t.CSV")
+    assert (rows[0].image, rows[0].answers) == (None, ("007",))
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ['["red", "blue"]', "['red', 'blue']", '[{"answer": "red", "id": 1}]', "{'answer': 'red'}"],
+)
+@pytest.mark.parametrize("name", ["t.csv", "t.json"])
+def test_a_list_of_answers_written_as_text_is_refused(cell, name, tmp_path):
+    quoted = cell.replace('"', '""')
+    rows = f'image,question,answers\na.png,q,"{quoted}"\n'
+    if name == "t.json":
+        rows = json.dumps([{"image": "a.png", "question": "q", "answers": cell}])
+    said = said_of(table(tmp_path, rows, name=name))
+    assert "'answers'" in said and "a list or an object written as text" in said
+
+
+@pytest.mark.parametrize(
+    "cell", ["[0.1, 0.2]", "[]", "[1] red", '{"total": 3}', "{", "[red", "[" * 100_000]
+)
+def test_other_answers_with_brackets_are_learned_as_written(cell, tmp_path):
+    rows = json.dumps([{"image": "a.png", "question": "q", "answers": cell}])
+    assert table(tmp_path, rows, name="t.json")[0].answers == (cell,)
+
+
+def test_an_image_name_that_the_system_refuses_is_a_bad_sample(tmp_path):
+    rows = table(tmp_path, f"image,question,answers\n{'a' * 5000},q,red\na.png,q,red\n")
+    assert "missing image" in said_of(rows)
+    assert rows[1].image is not None
+
+
 def test_a_broken_row_of_a_csv_leaves_the_others(tmp_path):
     picture(tmp_path / "a.png")
     lines = [b"image,question,answers", b"a.png,q,good", b"a.png,caf\xe9,x", b"a.png,q",
@@ -154,7 +213,9 @@ def test_class_labels_in_a_list_become_names_and_images_in_a_list_stay_as_they_a
     found.cast_column("answers", labels).cast_column("images", images).to_parquet(
         tmp_path / "t.parquet"
     )
-    assert opened("table", tmp_path, path="t.parquet", columns=None)[0].answers == ("dog", "cat")
+    assert opened(
+        "table", tmp_path, path="t.parquet", columns={"question": "question", "answers": "answers"}
+    )[0].answers == ("dog", "cat")
     assert opened("messages", tmp_path, path="t.parquet", images=None)[0].size == (40, 30)
 
 
@@ -220,6 +281,8 @@ def test_a_system_text_beside_the_conversation_is_read(tmp_path):
         ({"rejected_response": "b"}, "has 'rejected_response': 'b', which is not read and changes"),
         ({"rejected": {"from": "gpt", "value": "b"}}, "has 'rejected'"),
         ({"history": [["q", "a"]]}, "has 'history'"),
+        ({"System": "Answer in French."}, "has 'System': 'Answer in French.', which is not read"),
+        ({"Tools": [1]}, "has 'Tools'"),
         ({"conversations": [TURNS[0], {**TURNS[1], "loss": False}]}, "has 'loss': False"),
         ({"conversations": [TURNS[0], {**TURNS[1], "weight": 0}]}, "has 'weight': 0"),
         ({"conversations": [TURNS[0], {**TURNS[1], "tool_calls": [1]}]}, "has 'tool_calls'"),

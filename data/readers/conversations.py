@@ -36,8 +36,10 @@ UNREAD = ("<bbox>", "<ref-object>", "<video>", "<audio>")  # placeholders of wha
 CHANGES = re.compile(
     r"tools?|functions?|tool_calls|function_call|videos?|audios?|chosen|rejected\w*|positive\w*"
     r"|negative\w*|kto_tag|margin|loss|loss_scale|weight|train|training|thinking|reasoning\w*"
-    r"|history|system_\w+|chat_template\w*"
+    r"|history|system_\w+|chat_template\w*",
+    re.IGNORECASE,
 )
+READ = ("system", "image", "images", "messages", "conversations")  # as they are spelled
 # `true` and 1 are what `train` and `weight` mean anyway
 NOTHING: tuple[Any, ...] = (None, "", "[]", [], {}, True, 1)
 
@@ -110,7 +112,7 @@ def messages_of(row: Any) -> tuple[list[tuple[str, str]], list[Any]]:
     found = field(row, "conversations" if is_llava else "messages", list)
     for part in (row, *found):
         check_keys(part)
-    beside = row.get("images") if row.get("images") is not None else row.get("image")
+    beside = row.get("images") or row.get("image")
     pictures = [] if beside is None else [*beside] if isinstance(beside, list) else [beside]
     if is_llava:
         return [(text(message, "from"), text(message, "value")) for message in found], pictures
@@ -125,6 +127,7 @@ def check_keys(value: Any) -> None:
     """ValueError for a key that is not read and would change what a row or message means."""
     for key in value if isinstance(value, dict) else ():
         disliked = key == "label" and value[key] is False  # an answer that is not to be learned
+        disliked |= str(key) not in READ and str(key).lower() in READ
         if disliked or (CHANGES.fullmatch(str(key)) and value[key] not in NOTHING):
             raise ValueError(
                 f"has {key!r}: {value[key]!r:.40}, which is not read and changes what the row means;"

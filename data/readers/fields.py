@@ -3,8 +3,10 @@
 Cells of tables may also be objects, as the hub's data sets have them: `cell_texts`.
 """
 
+import ast
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from data.sample import Box, OcrWord
@@ -56,7 +58,31 @@ def cell_texts(value: Any, column: str) -> tuple[str, ...]:
         value = text_member(value, column)
     if value is None:
         return ()
+    if isinstance(value, str):
+        check_plain(value, column)
     return tuple(cell_text(v, column) for v in (value if isinstance(value, list) else [value]))
+
+
+def check_plain(value: str, column: str) -> None:
+    """ValueError for a text that is a list of texts or an `answer`, written out by JSON or by Python."""
+    found = written_out(value) if value.lstrip()[:1] in ("[", "{") else None
+    parts = found if isinstance(found, list) else [found]
+    if not parts:
+        return
+    texts = isinstance(found, list) and all(isinstance(part, str) for part in parts)
+    if texts or all(isinstance(part, dict) and "answer" in part for part in parts):
+        raise ValueError(
+            f"column {column!r} holds {value!r:.60}, a list or an object written as text, which would be "
+            "learned as it stands: write one answer a cell, or lists in a JSON or Parquet file"
+        )
+
+
+def written_out(value: str) -> Any:
+    """The value that JSON or Python writes so; None for other texts."""
+    for read in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            return read(value)
+    return None
 
 
 def cell_text(value: Any, column: str) -> str:

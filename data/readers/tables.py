@@ -21,6 +21,11 @@ from moa.config import SourceConfig
 FIELDS = ("id", "image_id", "image", "question", "answers", "boxes", "frame", "task", "split")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Columns that hold images, by the names that are in use; one that nobody reads is a slip
+IMAGE_COLUMNS = {
+    *("image", "images", "img", "picture", "photo", "file_name", "filename", "filepath", "path"),
+    *("image_path", "img_path", "image_file", "image_name", "image_url", "picture_path"),
+}
 PROBED = 100  # rows of a JSON file, which are asked for the names of its columns
 
 
@@ -107,7 +112,7 @@ def read_table(source: SourceConfig) -> Records:
 
 def table_rows(path: str, split: str | None) -> tuple[Rows, list[str], dict[str, Any]]:
     """The rows, the names of their columns, and what `datasets` knows of these."""
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if suffix in DELIMITERS:
         cells = CsvRows(path, DELIMITERS[suffix])
         return cells, cells.columns, {}
@@ -142,7 +147,27 @@ def check_columns(source: SourceConfig, found: list[str]) -> dict[str, str]:
             raise ValueError(
                 f"columns.{field}: {source.path} has no column {column!r}; it has {', '.join(found)}"
             )
+    check_unread(source, columns, found)
     return dict(columns)
+
+
+def check_unread(source: SourceConfig, columns: dict[str, str], found: list[str]) -> None:
+    """ValueError for a column that is nearly a field, or seems to hold the images of rows without any."""
+    if source.columns is None:
+        for column in found:
+            if column not in FIELDS and (field := column.strip().lower()) in FIELDS:
+                raise ValueError(
+                    f"columns: {source.path} has {column!r}, which is read as {field!r} alone: rename "
+                    f"it, or name the columns: {{{field}: {column!r}, ...}}"
+                )
+    if columns.get("image") in found:
+        return
+    names = IMAGE_COLUMNS if source.columns is None else {"image"}
+    if unread := [column for column in found if column.lower() in names]:
+        raise ValueError(
+            f"columns: nothing reads the column {unread[0]!r}, so that the rows would be text alone: "
+            f"name it as columns.image={unread[0]} beside the others, or remove it from the table"
+        )
 
 
 def labelled(value: Any, feature: Any) -> Any:

@@ -8,6 +8,7 @@ A row with two texts may hold the reference beside the output, under any of thes
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,12 @@ TEXTS = (
     ),
     *("generated_text", "generation", "generated", "predicted", "predicted_answer", "pred_answer"),
     *("model_answer", "model_output", "model_response", "model_prediction", "hypothesis"),
+)
+# what else may be an output, so that the text beside it is perhaps the reference
+OUTPUT = re.compile(
+    r"(?!.*(_|\b)(id|name|path|type|time|tokens?|length|version)$)"
+    r".*(answer|predict|respon|output|repl(y|ies)|result|generat|complet|gpt|llava|qwen|internvl|gemini)",
+    re.IGNORECASE,
 )
 
 
@@ -72,8 +79,13 @@ def read_answers(path: str | Path, text_key: str | None = None) -> Answers:
 
 
 def only_text(rows: Sequence[Any], path: str | Path) -> str:
-    """The key of `TEXTS` that some row has; ValueError where that is none, or where there are several."""
+    """The key of `TEXTS` that some row has; ValueError where that is none, or where others may be the output."""
     keys = [key for key in TEXTS if any(isinstance(row, dict) and key in row for row in rows)]
+    keys += [
+        key
+        for key in (rows[0] if keys and isinstance(rows[0], dict) else ())
+        if key not in keys and isinstance(rows[0][key], str) and OUTPUT.match(key)
+    ]
     if len(keys) > 1:
         raise ValueError(
             f"{path}: rows have {' and '.join(keys)}, and one of them may be the reference; name the "

@@ -40,9 +40,11 @@ def read_base(folder: str | Path, what: str = "base") -> BaseFiles:
             f"{what}: {folder} has no config.json; it must be a local checkpoint folder"
         )
     config = read_json_object(config_file)
-    quantised = config.get("quantization_config")
+    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
+    quantised = next((found for part in parts if (found := part.get("quantization_config"))), None)
     if quantised:
-        method = quantised.get("quant_method", "some method")
+        named = isinstance(quantised, dict) and quantised.get("quant_method")
+        method = named or "some method"
         raise ValueError(
             f"{what}: {config_file}: quantization_config says that its weights are packed by {method}, so no update "
             "can be added to them on a CPU; give base= the weights it was made from, or write an adapter for it "

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moa.atomic import atomic_folder, write_file, write_json
 from moa.fingerprint import base_fingerprint
-from moa.merging.base_files import BaseFiles, read_base
+from moa.merging.base_files import FLOATS, BaseFiles, read_base
 from moa.merging.card import CARD, Card
 from moa.merging.export import (
     DTYPES,
@@ -163,6 +163,7 @@ def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules
     for name, model in opened.items():
         lacking = [key for key in root.files if key not in model.keys]
         _check_rule(name, "missing", lacking, rules.missing, "is missing")
+        _check_floats(name, model, root)
         shapes = {key: model.files.shapes[own] for key, own in model.keys.items()}
         odd = [key for key in root.files if shapes.get(key, root.shapes[key]) != root.shapes[key]]
         _check_rule(name, "shape", odd, rules.shape, "has another shape than the base's")
@@ -174,6 +175,11 @@ def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules
     for key in root.files:
         if not any(key in model.keys for model in opened.values()):
             kept.setdefault(key, "missing in every model: the base's")
+    if kept.keys() == root.files.keys():
+        raise ValueError(
+            f"base: {root.folder}: no weight would be merged: {kept[next(iter(kept))]} (and {len(kept) - 1} others); "
+            f"weights must be stored as {', '.join(FLOATS)}"
+        )
     return Inputs(base=root, models=opened, kept=kept, dropped=dropped)
 
 
@@ -188,6 +194,26 @@ def _open_model(name: str, folder: str | Path, base: BaseFiles) -> Model:
             "base= must be the checkpoint that the model was trained from"
         )
     return model
+
+
+def _check_floats(name: str, model: Model, base: BaseFiles) -> None:
+    """ValueError for packed weights, whose numbers mean nothing without their scales."""
+    packed = [
+        own
+        for key, own in model.keys.items()
+        if base.dtypes[key].is_floating_point and not model.files.dtypes[own].is_floating_point
+    ]
+    if packed:
+        raise ValueError(
+            f"models.{name}: {packed[0]} is not stored as {', '.join(FLOATS)} and is so in the base (and "
+            f"{len(packed) - 1} others); save the model in one of these"
+        )
+    kinds = [files.config.get("model_type") for files in (base, model.files)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"models.{name}: config.json has model_type {kinds[1]!r}, and that of the base {base.folder} {kinds[0]!r}; "
+            "base= must be the checkpoint that the model was trained from"
+        )
 
 
 # rule -> (what it does, in its error)
