@@ -54,7 +54,7 @@ held: dict[str, Any] = {}  # open lock files by run folder: closing one would un
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """The result of `work()` on the main process, for all; its ValueError or OSError likewise."""
+    """The result of `work()` on the main process, for all; its ValueError or OSError ends all."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -63,6 +63,8 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
             outcome[1] = str(error)
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome)
+    if outcome[1] is not None and not accelerator.is_main_process:
+        raise SystemExit(2)  # the main process prints the line
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     return outcome[0]
