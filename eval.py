@@ -14,7 +14,8 @@ model -> data sets -> answers -> scores, routing and pictures:
 
 `torchrun --nproc_per_node N eval.py ...` shares the batches among N processes: the same results, sooner.
 With other gates, or without the task, all but the last go to <run>/eval/<variant>/. Models other than runs
-are written to <like>/others/<name>/ in the same way. Several models, and a run's `compare`d gates, end in one table.
+are written to <like>/others/<name>/ in the same way (runs/others/<name>/ for --like FILE.yaml). Several models,
+and a run's `compare`d gates, end in one table.
 """
 
 import argparse

@@ -448,6 +448,19 @@ def write_expert(
     ready = {key: value.detach().cpu().contiguous() for key, value in sorted(tensors.items())}
     metadata = {"format": "pt", **({FINGERPRINT: base_fingerprint} if base_fingerprint else {})}
     save_file(ready, folder / WEIGHTS_FILE, metadata=metadata)
+    _sort_metadata(folder / WEIGHTS_FILE)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Safetensors writes its metadata in a random order; sorted, equal experts are equal files."""
+    with file.open("r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, f"{file}: its header is not compact JSON"
+        handle.seek(8)
+        handle.write(text)
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, site: str, default: Any) -> Any:

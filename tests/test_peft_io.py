@@ -13,7 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from moa import peft_io
-from moa.peft_io import read_expert, save_expert, site_keys, site_rank, site_scaling
+from moa.peft_io import (
+    read_expert,
+    save_expert,
+    site_keys,
+    site_rank,
+    site_scaling,
+    write_expert,
+)  # fmt: skip
 from tests.tiny import tiny_llava
 
 SITES = ["model.language_model.layers.0.self_attn.q_proj", "model.multi_modal_projector.linear_1"]
@@ -356,6 +363,18 @@ def test_a_site_that_no_spelling_finds_is_named_with_the_nearest_and_the_way_out
     ) as error:
         read_expert(tmp_path / "e", base_shapes=dict.fromkeys(SITES, (4, 4)))
     assert "adapter_model.safetensors" in str(error.value) and site in str(error.value)
+
+
+def test_equal_experts_are_equal_files(tmp_path):
+    key_a, key_b = site_keys("m.q_proj")
+    tensors = {key_a: torch.ones(2, 4), key_b: torch.ones(3, 2)}
+    config = {"r": 2, "lora_alpha": 4, "target_modules": ["m.q_proj"]}
+    files = set()
+    for number in range(8):  # safetensors itself would order the metadata by chance
+        (folder := tmp_path / str(number)).mkdir()
+        write_expert(folder, tensors, config, name="e", base_fingerprint="0" * 64)
+        files.add((folder / "adapter_model.safetensors").read_bytes())
+    assert len(files) == 1
 
 
 def test_the_bases_fingerprint_is_stored_where_peft_does_not_mind_it(tmp_path):

@@ -67,6 +67,14 @@ def test_questions_without_an_answer_can_count_as_empty_answers(world):
     assert record["tasks"]["textvqa"]["failures"] == {"empty answer": 1}
 
 
+def test_two_questions_of_one_id_are_not_given_one_answer(world, capsys):
+    rows = (world / "val.jsonl").read_text().replace('"id": "2"', '"id": "1"')
+    (world / "val.jsonl").write_text(rows)
+    with pytest.raises(SystemExit):
+        run(world, [{"question_id": 1, "answer": "cat"}])
+    assert "two questions have the id '1'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("answers", "message"),
     [

@@ -177,6 +177,11 @@ def score_answers(
             skipped.append(item)
             continue
         key = item.image_id if answers.by_image else item.id
+        if key in used and not answers.by_image:
+            raise ValueError(
+                f"{name}: two questions have the id {key!r}, so no answer by id can be told from the "
+                "other's; give each row of the data set an id of its own"
+            )
         if key in answers.found:
             used.add(key)
         else:

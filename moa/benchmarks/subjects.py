@@ -43,10 +43,11 @@ class Subject:
     label: str
 
     def folder(self, like: str | None) -> Path:
-        """Where its results go: a run's own folder, or one of this label beside those of `like`."""
+        """Where its results go: a run's own folder, one of this label in that of `like`, or in runs/others/."""
         if self.kind == "run":
             return run_folder(self.path)
-        return run_folder(like) / "others" / self.label if like else Path("runs") / self.label
+        root = run_folder(like) if like and not Path(like).is_file() else Path("runs")
+        return root / "others" / self.label
 
     def fingerprint(self) -> str | None:
         """Of its weights, to tell whether a file of results is about them; None for one of the hub."""
@@ -101,9 +102,7 @@ def subject_of(path: str) -> Subject:
 
 
 def run_folder(checkpoint: str | Path) -> Path:
-    """The run that a run folder or one of its step folders belongs to; a YAML file's own folder."""
-    if Path(checkpoint).is_file():
-        return Path(checkpoint).parent
+    """The run that a run folder or one of its step folders belongs to."""
     step = step_folder(checkpoint)
     return step.parent.parent if step.parent.name == "checkpoints" else step
 
