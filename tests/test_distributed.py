@@ -151,7 +151,7 @@ def together(folder: Path) -> dict:
     later stage that starts from an adapter."""
     folder.mkdir()
     world = toy_world(folder)
-    world["experts"]["spare"] = {"rank": 1, "frozen": True, "init_from": str(folder / "adapter")}
+    world["experts"]["spare"] = {"frozen": True, "init_from": str(folder / "adapter")}
     world["model"]["train_projector"] = True
     world["router"]["per_site"] = True
     world["train"] = {

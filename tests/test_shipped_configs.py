@@ -30,6 +30,7 @@ def on_tiny(name: str, folder) -> RunConfig:
         sources.append({**entry, "expert": source.expert, "weight": source.weight})
     changes = {
         "out": str(folder / "run"), "model.name": str(folder / "base"), "data.sources": sources,
+        "eval.sources": [],
         "stages.0.steps": 1, "stages.1.steps": 1, "stages.2.steps": 1, "stages.0.warmup_steps": 0,
         "stages.1.warmup_steps": 0, "stages.2.warmup_steps": 0, "train.batch_size": 8,
         "train.micro_batch_size": 4, "data.num_workers": 0, "logging.progress": False,
