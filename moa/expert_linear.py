@@ -203,8 +203,9 @@ class ExpertLinear(nn.Module):
         experts = state.experts if state.gates is not None else tuple(self.scalings)
         key, known = (experts, state.active), self._columns
         if known is None or known[0] != key:
-            device, ranks = self.base_layer.weight.device, self.ranks
-            each = [expert for expert in self._running(state) for _ in range(ranks[expert])]
+            device, running = self.base_layer.weight.device, self._running(state)
+            ranks = [len(a) for a in self._factors(state)[0]]
+            each = [e for e, rank in zip(running, ranks, strict=True) for _ in range(rank)]
             place = torch.tensor([experts.index(expert) for expert in each], device=device)
             scaling = torch.tensor([self.scalings[expert] for expert in each], device=device)
             known = self._columns = key, place, scaling
