@@ -23,7 +23,6 @@ from moa.benchmarks.report import routing_record
 from moa.benchmarks.result import comparison, paired_difference
 from moa.benchmarks.run import choose_gates, evaluate
 from moa.benchmarks.sources import EvalSettings, chosen_sources, prompt_collator, score_sources
-from moa.benchmarks.subjects import Subject
 from moa.build import build_model, settled
 from moa.checkpoint import (
     TrainState,
@@ -144,11 +143,13 @@ def test_a_plain_checkpoint_is_drawn_without_gates(run):
     assert (run / "others" / "base" / "pictures" / "samples.png").exists()
 
 
-def test_a_checkpoint_may_be_asked_as_a_yaml_file_says(run, tmp_path):
+def test_a_checkpoint_may_be_asked_as_a_yaml_file_says(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     file = run.parent / "run.yaml"
     options = ["progress=false", "max_new_tokens=3", "num_samples=1", "num_pictures=0"]
     eval_script.main([f"--checkpoint={run.parent / 'base'}", f"--like={file}", *options])
-    assert (run.parent / "others" / "base" / "eval" / "vqa.json").exists()
+    assert Path("runs/others/base/eval/vqa.json").exists()
+    assert not (run.parent / "others").exists()  # nothing beside the file
 
 
 @pytest.mark.parametrize(
@@ -502,12 +503,6 @@ def test_names_of_data_sets_stay_inside_the_run(run, capsys, name):
     shown = refused(capsys, f"--checkpoint={run}", *FAST, f"sources={json.dumps([source])}")
     assert repr(name) in shown or "name" in shown
     assert sorted(run.parent.rglob("*")) == before
-
-
-def test_a_model_asked_like_a_yaml_file_leaves_nothing_beside_the_file(tmp_path):
-    (tmp_path / "like.yaml").write_text("out: x")
-    model = Subject(path="org/model", kind="checkpoint", label="model")
-    assert model.folder(str(tmp_path / "like.yaml")) == Path("runs/others/model")
 
 
 def test_two_names_that_one_file_would_have_are_refused(run, capsys):
