@@ -7,6 +7,7 @@ import pytest
 
 from data.checks import BadSampleError
 from data.readers.table import open_records
+from data.sample import Turn
 from moa.config import SourceConfig
 from tests.test_collate import COLLATE, sample
 from tests.tiny import random_image
@@ -110,6 +111,8 @@ def test_a_data_file_that_is_missing_or_empty_is_named(tmp_path):
         ({"answers": ()}, "empty answer", "no box"),
         ({"answers": ("", " ")}, "empty answer", "no box"),
         ({"question": " "}, "empty question", ""),
+        ({"turns": (Turn(question="and?", answer=" "),)}, "empty answer", "turn 2"),
+        ({"turns": (Turn(question=" ", answer="b"),)}, "empty question", "turn 2"),
         ({"task": "cook"}, "unknown task", "choices: ['vqa', 'grounding']"),
         ({"expert": "cook"}, "unknown expert", "choices: ['one', 'two']"),
         ({"boxes": ((0, 0, 99, 5),)}, "box outside picture", "40x30"),

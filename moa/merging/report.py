@@ -116,8 +116,9 @@ def advice(report: dict[str, Any]) -> str | None:
     if row is None or row["greedy_token_agreement"] >= LOW_AGREEMENT:
         return None
     return (
-        f"advice: {line} Expect low scores; try rank=sum, then weights learned from a little data "
-        "(scripts/learn_weights.py method=lora_soups), then compare methods with scripts/compare_merges.py"
+        f"advice: {line} Expect low scores; try rank=sum where the rank is lower, then weights "
+        "learned from a little data (scripts/learn_weights.py method=lora_soups), then compare "
+        "methods with scripts/compare_merges.py"
     )
 
 
