@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 # one thread a worker: two threads for small tensors cost more than they bring
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
-BENCH := OMP_NUM_THREADS=1 $(BIN)/python benchmarks
+BENCH := OMP_NUM_THREADS=1 $(BIN)/python -m bench
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
@@ -25,10 +25,10 @@ demo: setup  ## train, evaluate, merge and export the embedded default; ends wit
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train.py --config configs/demo.yaml out=$(RUN) --overwrite
 	$(BIN)/python eval.py --checkpoint $(RUN)
-	$(BIN)/python scripts/merge.py run=$(RUN) weights=gates rank=sum out=$(RUN)/merged/mean_gates
-	$(BIN)/python scripts/merge.py run=$(RUN) method=ties rank=sum out=$(RUN)/merged/ties
-	$(BIN)/python scripts/merge.py run=$(RUN) weights=gates merged=true out=$(RUN)/merged/checkpoint
-	$(BIN)/python scripts/summary.py $(RUN) --merged $(RUN)/merged/mean_gates $(RUN)/merged/ties
+	$(BIN)/python -m scripts.merge run=$(RUN) weights=gates rank=sum out=$(RUN)/merged/mean_gates
+	$(BIN)/python -m scripts.merge run=$(RUN) method=ties rank=sum out=$(RUN)/merged/ties
+	$(BIN)/python -m scripts.merge run=$(RUN) weights=gates merged=true out=$(RUN)/merged/checkpoint
+	$(BIN)/python -m scripts.summary $(RUN) --merged $(RUN)/merged/mean_gates $(RUN)/merged/ties
 
 test: setup  ## the whole suite
 	$(PYTEST)
@@ -36,24 +36,24 @@ test: setup  ## the whole suite
 lint: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy moa data train.py eval.py scripts benchmarks
+	$(BIN)/mypy moa data train.py eval.py scripts bench
 
 check: lint  ## and the fast tests
 	$(PYTEST) -m "not slow"
 
 bench: setup  ## every speed and memory figure, its tables and charts: results/benchmarks.md; half an hour on one core
-	$(BENCH)/mixture.py
-	$(BENCH)/mixture.py --size slice7b --rank 8 --rounds 3
-	$(BENCH)/precision.py
-	$(BENCH)/growth.py
-	$(BENCH)/generation.py --experts 4 8 16
-	$(BENCH)/data.py
-	$(BENCH)/planning.py
-	$(BIN)/python benchmarks/merging.py
-	$(BIN)/python benchmarks/report.py
+	$(BENCH).mixture
+	$(BENCH).mixture --size slice7b --rank 8 --rounds 3
+	$(BENCH).precision
+	$(BENCH).growth
+	$(BENCH).generation --experts 4 8 16
+	$(BENCH).data
+	$(BENCH).planning
+	$(BIN)/python -m bench.merging
+	$(BIN)/python -m bench.report
 
 scoreboard: setup  ## results/scoreboard.json: about an hour on two cores
-	$(BIN)/python scripts/scoreboard.py --out runs/scoreboard --jobs 2 --num-samples 64
+	$(BIN)/python -m scripts.demo.scoreboard --out runs/scoreboard --jobs 2 --num-samples 64
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -29,14 +29,19 @@ import torch
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
-from moa.benchmarks.report import (
+from moa.checkpoint import versions
+from moa.cli.settings import describe, expanded, load
+from moa.config import RunConfig
+from moa.evaluation.models import Subject, config_file, config_of, open_subject, subjects_of
+from moa.evaluation.processes import ALONE, PeerError, Processes, join_processes
+from moa.evaluation.report import (
     draw_pictures,
     routing_record,
     trained_tasks,
     write_results,
     write_routing,
 )
-from moa.benchmarks.result import (
+from moa.evaluation.result import (
     Measured,
     Result,
     comparison,
@@ -45,14 +50,9 @@ from moa.benchmarks.result import (
     metrics_line,
     table,
 )
-from moa.benchmarks.run import check_gates
-from moa.benchmarks.sources import EvalSettings, chosen_sources, kept_results, score_sources
-from moa.benchmarks.subjects import Subject, config_file, config_of, open_subject, subjects_of
-from moa.checkpoint import versions
-from moa.config import RunConfig
+from moa.evaluation.run import check_gates
+from moa.evaluation.sources import EvalSettings, chosen_sources, kept_results, score_sources
 from moa.model import MixtureModel
-from moa.processes import ALONE, PeerError, Processes, join_processes
-from moa.settings import describe, expanded, load
 
 PARTIAL_GATES = " (not of all trained tasks and samples: weights=gates reads those of a full `eval.py` of the run)"
 

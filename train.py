@@ -10,9 +10,9 @@ import sys
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
 
 from data.checks import BadSampleError
-from moa.command import mistakes_in_one_line
+from moa.cli.command import mistakes_in_one_line
+from moa.cli.settings import describe
 from moa.config import RunConfig, load_config
-from moa.settings import describe
 from moa.training.loop import train
 from moa.training.setup import make_accelerator, open_run
 from moa.training.signals import EXIT_STATUS

@@ -24,7 +24,7 @@ from data.ocr_engines import Engine, RapidOcr, Words
 from data.pictures import to_rgb
 from data.sample import OcrWord
 from data.workers import map_in_workers
-from moa.atomic import atomic_file
+from moa.files.atomic import atomic_file
 
 
 class Pictures(Protocol):
@@ -97,7 +97,7 @@ class OcrCache:
 def read_table(path: Path) -> tuple[Table, dict[str, Any]]:
     """The words by hash, and the engine's settings; a missing or foreign file is one error."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such OCR cache; make it with scripts/ocr.py")
+        raise ValueError(f"{path}: no such OCR cache; make it with scripts.ocr")
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:

@@ -5,13 +5,13 @@ from typing import Any
 
 from data.boxes import CODECS
 from data.collate import Collator, Intake
-from data.drawings import DrawingDataset
 from data.mixture import Grouping, Mixture, Source
 from data.ocr import OcrCache
 from data.ocr_engines import RapidOcr
 from data.pairs import PairCollator
 from data.readers.table import open_records
-from data.scene_dataset import SceneDataset
+from data.world.drawings import DrawingDataset
+from data.world.scene_dataset import SceneDataset
 from moa.config import MADE, DataConfig, RunConfig, SourceConfig
 
 

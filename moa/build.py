@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from data.collate import Intake
 from moa.backbones.clip import ClipBackbone, is_clip, load_clip
+from moa.backbones.fingerprint import base_fingerprint
 from moa.backbones.llava import Backbone, load_backbone, open_intake
 from moa.backbones.open_clip import is_open_clip, load_open_clip
+from moa.cli.command import note
+from moa.cli.settings import Override
 from moa.clip_model import ClipMixture
-from moa.command import note
 from moa.config import ExpertConfig, ModelConfig, RunConfig
-from moa.experts import ExpertBank
-from moa.fingerprint import base_fingerprint
+from moa.experts.bank import ExpertBank
+from moa.files.peft import ExpertHeader, read_header, read_tensors
 from moa.model import MixtureModel
-from moa.peft_io import ExpertHeader, read_header, read_tensors
-from moa.router import AnchorRouter, Router
-from moa.settings import Override
+from moa.routing.router import AnchorRouter, Router
 
 RANK, ALPHA = 8, 16.0  # of a fresh expert whose config names none
-OTHER_BASE = "model.other_base=true (eval.py and scripts/merge.py: other_base=true)"
+OTHER_BASE = "model.other_base=true (eval.py and scripts.merge: other_base=true)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

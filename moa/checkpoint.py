@@ -25,14 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moa.atomic import atomic_folder, remove_folder, write_file, write_json
 from moa.backbones.clip import ClipBackbone
 from moa.build import build_model, projector_state, router_state
+from moa.card import CARD, Card
+from moa.cli.settings import to_yaml
 from moa.config import RunConfig, load_config
-from moa.merging.card import CARD, Card
+from moa.files.atomic import atomic_folder, remove_folder, write_file, write_json
+from moa.files.peft import base_reference, write_expert
 from moa.model import MixtureModel
-from moa.peft_io import base_reference, write_expert
-from moa.settings import to_yaml
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
 NO_MODEL = (STATE, "optimizer.safetensors", "rng.safetensors")  # only training reads these

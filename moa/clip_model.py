@@ -27,10 +27,10 @@ from moa.contrastive import (
     sigmoid_loss,
     softmax_loss,
 )
-from moa.decisions import router_losses
-from moa.experts import ExpertBank
+from moa.experts.bank import ExpertBank
 from moa.model import Gates, MixtureModel, MixtureOutput
-from moa.router import AnchorRouter, Router
+from moa.routing.decisions import router_losses
+from moa.routing.router import AnchorRouter, Router
 
 CHUNK = 256  # texts encoded at a time
 

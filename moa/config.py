@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from moa.ranges import (
+from moa.cli.ranges import (
     PATH,
     Count,
     CountOrZero,
@@ -26,7 +26,7 @@ from moa.ranges import (
     ShareBelowOne,
     Size,
 )
-from moa.settings import Override, Wrong, load
+from moa.cli.settings import Override, Wrong, load
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Format = Literal[  # how a data set's files are written; docs/data.md says which files each one takes
@@ -423,5 +423,5 @@ def stage_sources(config: RunConfig, stage: StageConfig) -> list[SourceConfig]:
 
 
 def load_config(path: str | Path | None, overrides: Sequence[Override] = ()) -> RunConfig:
-    """The run's config from a YAML file and `key.sub=value` overrides; see `moa.settings.load`."""
+    """The run's config from a YAML file and `key.sub=value` overrides; see `moa.cli.settings.load`."""
     return load(RunConfig, path, overrides)

@@ -19,17 +19,17 @@ from data.batch import Batch
 from moa.backbones.clip import ClipBackbone
 from moa.backbones.llava import Backbone, Look
 from moa.config import NONE
-from moa.decisions import mean_token_gates, router_losses, token_decisions, token_losses
-from moa.experts import ExpertBank
-from moa.gating import (
+from moa.experts.bank import ExpertBank
+from moa.packing import answer_positions
+from moa.routing.decisions import mean_token_gates, router_losses, token_decisions, token_losses
+from moa.routing.gating import (
     apply_availability,
     one_hot_gates,
     sigmoid_gates,
     softmax_gates,
     top_k_gates,
 )
-from moa.packing import answer_positions
-from moa.router import AnchorRouter, Evidence, Router
+from moa.routing.router import AnchorRouter, Evidence, Router
 
 KINDS = ("softmax", "top_k", "sigmoid", "one_hot", "fixed", "anchors")
 

@@ -1,9 +1,9 @@
 """Bring one CLIP into the frame of another that was trained apart from it, so that their average means something.
 
-    python scripts/align.py model=B to=A out=B_ALIGNED
-    python scripts/align.py model=B to=A out=B_ALIGNED method=activations data=captions.jsonl
-    python scripts/merge.py method=linear models=[A,B_ALIGNED] base=A out=M
-    python scripts/repair.py model=M endpoints=[A,B_ALIGNED] data=captions.jsonl out=M_REPAIRED
+    python -m scripts.align model=B to=A out=B_ALIGNED
+    python -m scripts.align model=B to=A out=B_ALIGNED method=activations data=captions.jsonl
+    python -m scripts.merge method=linear models=[A,B_ALIGNED] base=A out=M
+    python -m scripts.repair model=M endpoints=[A,B_ALIGNED] data=captions.jsonl out=M_REPAIRED
 
 A and B are local CLIPModel checkpoints of one architecture. OUT is B with its units in another order (and heads and
 joint space rotated): the same similarities, checked on a probe after reloading; `export_report.json` has the numbers.
@@ -11,13 +11,10 @@ joint space rotated): the same similarities, checked on a probe after reloading;
 {"image": "1.jpg", "question": "what is this?", "answers": ["a cat"], "task": "caption"}.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from rich.console import Console
@@ -25,17 +22,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, CLIPModel
 
 from data.readers.table import open_records
-from moa.atomic import atomic_folder, write_json
 from moa.backbones.loading import load_weights, read_any_config
-from moa.command import run_command
+from moa.cli.command import run_command
+from moa.cli.ranges import Count, FilePath, Seed
 from moa.config import SourceConfig
-from moa.merging.activations import activation_matching
-from moa.merging.alignment import Maps, Spec, align, check_pair, weight_matching
-from moa.merging.export import REPORT_FILE, check_out, copy_other_files
+from moa.files.atomic import atomic_folder, write_json
+from moa.merging.align.activations import activation_matching
+from moa.merging.align.alignment import Maps, Spec, align, check_pair, weight_matching
+from moa.merging.align.symmetries import clip_spec
+from moa.merging.align.transport import transport
+from moa.merging.export.export import REPORT_FILE, check_out, copy_other_files
 from moa.merging.inputs import local_base
-from moa.merging.symmetries import clip_spec
-from moa.merging.transport import transport
-from moa.ranges import Count, FilePath, Seed
 
 SUPPORTED = {"clip": CLIPModel}  # model_type of a config -> class
 # Largest difference of a similarity, as a share of the largest: what rounding to a dtype does to rotated weights.
@@ -94,7 +91,7 @@ def load_clip(folder: str | Path) -> Any:
     kind = read_any_config(str(path)).model_type
     if kind not in SUPPORTED:
         raise ValueError(
-            f"{folder}: is a {kind!r}; the symmetries of {list(SUPPORTED)} are known (moa/merging/symmetries.py)"
+            f"{folder}: is a {kind!r}; the symmetries of {list(SUPPORTED)} are known (moa/merging/align/symmetries.py)"
         )
     model = load_weights(SUPPORTED[kind], str(path), dtype="auto").eval()
     if model.dtype not in TOLERANCE:

@@ -1,11 +1,11 @@
 """Which experts fight, and where? The fidelity report of LoRA adapters, without merging them.
 
-    python scripts/analyse.py adapters=[A,B]
-    python scripts/analyse.py "adapters=[runs/demo/checkpoints/step-000260/experts/*]" out=OUT
+    python -m scripts.analyse adapters=[A,B]
+    python -m scripts.analyse "adapters=[runs/demo/checkpoints/step-000260/experts/*]" out=OUT
 
 Prints a table of the experts and one of the pairs that meet most. A folder given as `out` also gets
 fidelity.json (every number, by site, module and layer) and fidelity.html, a page with pictures that
-needs no other file. No base model is read, and nothing is merged: scripts/merge.py writes the same
+needs no other file. No base model is read, and nothing is merged: scripts.merge writes the same
 page with what a merge kept and lost.
 
     cosine             1: two experts want the same change, -1: they undo each other, 0: they do not meet
@@ -14,24 +14,21 @@ page with what a merge kept and lost.
     idle ranks         whose row of A or column of B is zero
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 from rich.progress import Progress
 
 from moa.analysis.fidelity_page import details, summary, write_page
-from moa.atomic import write_json
-from moa.command import run_command
-from moa.merging.fidelity import measure
+from moa.cli.command import run_command
+from moa.cli.ranges import FilePath
+from moa.files.atomic import write_json
 from moa.merging.inputs import adapter_folders, open_adapters
 from moa.merging.plan import all_sites, check_experts
-from moa.merging.report import interference_tables
-from moa.ranges import FilePath
+from moa.merging.report.fidelity import measure
+from moa.merging.report.tables import interference_tables
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,25 +1,21 @@
 """Average the trained parts of a run over some of its steps: SWA (Izmailov et al. 2018).
 
-    python scripts/average_checkpoints.py run=runs/demo last=3 out=runs/demo-swa
-    python scripts/average_checkpoints.py run=runs/demo steps=[100,200] decay=0.5 out=OUT
-    python eval.py --checkpoint OUT;  python scripts/merge.py run=OUT out=MERGED
+    python -m scripts.average_checkpoints run=runs/demo last=3 out=runs/demo-swa
+    python -m scripts.average_checkpoints run=runs/demo steps=[100,200] decay=0.5 out=OUT
+    python eval.py --checkpoint OUT;  python -m scripts.merge run=OUT out=MERGED
 
 Experts, router and projector are averaged; OUT loads like any step folder. A run keeps as many steps as its
 `train.keep_last`.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from moa.command import run_command
-from moa.merging.averaging import average_steps, choose_steps
-from moa.ranges import Count, CountOrZero, FilePath, ShareAboveZero
+from moa.cli.command import run_command
+from moa.cli.ranges import Count, CountOrZero, FilePath, ShareAboveZero
+from moa.merging.checkpoints.averaging import average_steps, choose_steps
 
 
 @dataclass(frozen=True, kw_only=True)

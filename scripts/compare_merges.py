@@ -1,9 +1,9 @@
 """Which merge keeps the skills? Every method on a run's experts, scored on the run's data sets.
 
-    python scripts/compare_merges.py runs/demo --out results [--rank sum] [--methods ties,wudi] [--num-samples 64]
+    python -m scripts.compare_merges runs/demo --out results [--rank sum] [--methods ties,wudi] [--num-samples 64]
         [--learned lora_soups,ziplora] [--num-learn 32] [--steps 100]
 
-Each row is ONE plain adapter at the method's defaults, as scripts/merge.py would write it, or with the options of
+Each row is ONE plain adapter at the method's defaults, as scripts.merge would write it, or with the options of
 `OPTIONS` where the defaults mean nothing here. The learned ones see some samples of the run's validation sets, and
 are scored on the test sets like all others; their seconds are those of learning. `adapter_fusion` is no merge: an
 attention over the experts' outputs, learned from the same samples. Writes compare_merges.json and
@@ -12,7 +12,6 @@ trained on a source of this name or task) and over the others, rank, and seconds
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -20,27 +19,25 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rich.console import Console
 from rich.progress import track
 
 from data.sources import open_ocr
-from moa.atomic import write_file, write_json
-from moa.benchmarks.few_shot import load_unrouted, read_few_shot
-from moa.benchmarks.learning import LEARNERS, Session
-from moa.benchmarks.result import Result
-from moa.benchmarks.sources import EvalSettings, score_sources
 from moa.build import build_model, only_adapter
 from moa.checkpoint import CONFIG, load_model, step_folder
-from moa.command import mistakes_in_one_line, path_argument
+from moa.cli.command import mistakes_in_one_line, path_argument
 from moa.config import RunConfig, load_config
+from moa.evaluation.result import Result
+from moa.evaluation.sources import EvalSettings, score_sources
+from moa.files.atomic import write_file, write_json
 from moa.merging.core import Expert, parse_rank
-from moa.merging.export import export_adapter
-from moa.merging.fusion import learn_fusion
+from moa.merging.export.export import export_adapter
 from moa.merging.inputs import open_adapters
+from moa.merging.learn.calibration import load_unrouted, read_few_shot
+from moa.merging.learn.fusion import learn_fusion
+from moa.merging.learn.table import LEARNERS, Session
 from moa.merging.merge import MergedSite, merge
-from moa.merging.methods import METHODS, find_method
+from moa.merging.methods.table import METHODS, find_method
 
 # Two-expert methods have no meaning for a run of more; a uniform sum at full weight is task_arithmetic.
 LEFT_OUT = ("slerp", "sa_merge")

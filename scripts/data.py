@@ -1,9 +1,9 @@
 """Look at data before training on it.
 
-    python scripts/data.py check configs/demo.yaml workers=2
-    python scripts/data.py check source.path=my/train.jsonl
-    python scripts/data.py check source.format=pope source.path=coco_pope_random.json source.images=val2014
-    python scripts/data.py preview configs/demo.yaml out=page.html num_samples=12
+    python -m scripts.data check configs/demo.yaml workers=2
+    python -m scripts.data check source.path=my/train.jsonl
+    python -m scripts.data check source.format=pope source.path=coco_pope_random.json source.images=val2014
+    python -m scripts.data preview configs/demo.yaml out=page.html num_samples=12
 
 `check` reads every row of every source as a run would, and prints what is wrong by source and
 reason, with the first rows of each; it exits with 1 where something is, and with 2 for settings that
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import yaml
 from rich.console import Console
@@ -34,13 +33,13 @@ from data.collate import Collator
 from data.mixture import Source, read_sample, shuffle
 from data.sources import make_collator, open_ocr, open_sources
 from moa.analysis.preview_page import preview_page
-from moa.atomic import write_file
 from moa.benchmarks.catalogue import check_sources
 from moa.build import intake_of
-from moa.command import mistakes_in_one_line
+from moa.cli.command import mistakes_in_one_line
+from moa.cli.ranges import Count, FilePath, Seed, Size
+from moa.cli.settings import describe, load
 from moa.config import RunConfig, SourceConfig, load_config
-from moa.ranges import Count, FilePath, Seed, Size
-from moa.settings import describe, load
+from moa.files.atomic import write_file
 
 REASONS = (*get_args(Rule), DUPLICATE, *LEAKS.values())
 PARTS = ("data.sources", "data.validation", "eval.sources")

@@ -1,17 +1,16 @@
 """Learn from a little data how a run's experts should be merged.
 
-    python scripts/learn_weights.py run=runs/demo method=lora_soups out=weights.json
-    python scripts/learn_weights.py run=runs/demo method=lorahub merge=ties budget=60 out=weights.json
-    python scripts/learn_weights.py run=runs/demo method=regmean out=merged
-    python scripts/learn_weights.py method=list
+    python -m scripts.learn_weights run=runs/demo method=lora_soups out=weights.json
+    python -m scripts.learn_weights run=runs/demo method=lorahub merge=ties budget=60 out=weights.json
+    python -m scripts.learn_weights run=runs/demo method=regmean out=merged
+    python -m scripts.learn_weights method=list
 
 The data are `num_samples` of each of the run's validation sets. Most methods write the weight of every expert, per
-site where they learn it so, for `python scripts/merge.py run=runs/demo weights=weights.json`; regmean and ziplora
+site where they learn it so, for `python -m scripts.merge run=runs/demo weights=weights.json`; regmean and ziplora
 yield other experts, and write the merged adapter. Both say how a merge scores before (at its own weights) and after.
 """
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,22 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.sources import open_ocr
-from moa.atomic import write_json
-from moa.benchmarks.few_shot import load_unrouted, read_few_shot
-from moa.benchmarks.learning import LEARNERS, Learned, Learner, Session, Tick, num_ticks
-from moa.command import run_command
+from moa.cli.command import run_command
+from moa.cli.ranges import Count, FilePath, NotNegative, Positive, Seed, Share, Size
+from moa.files.atomic import write_json
 from moa.merging.core import parse_rank
-from moa.merging.export import check_out, export_adapter
+from moa.merging.export.export import check_out, export_adapter
 from moa.merging.inputs import digest
-from moa.merging.methods import check_options, find_method
+from moa.merging.learn.calibration import load_unrouted, read_few_shot
+from moa.merging.learn.table import LEARNERS, Learned, Learner, Session, Tick, num_ticks
+from moa.merging.methods.table import check_options, find_method
 from moa.merging.source import open_run
-from moa.ranges import Count, FilePath, NotNegative, Positive, Seed, Share, Size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,11 @@
 """Merge LoRA experts into ONE adapter that plain PEFT loads, or into a whole checkpoint.
 
-    python scripts/merge.py method=linear adapters=[A,B] weights=[1,1] rank=sum out=OUT
-    python scripts/merge.py run=runs/demo weights=gates rank=16 out=OUT
-    python scripts/merge.py --config configs/merge/uniform.yaml adapters=[A,B] out=OUT merged=true
-    python scripts/merge.py method=ties models=[A,B] base=BASE out=OUT
-    python scripts/merge.py method=passthrough slices=[{model: A, layers: [0, 8]}, {model: B, layers: [4, 12]}] out=OUT
-    python scripts/merge.py method=list
+    python -m scripts.merge method=linear adapters=[A,B] weights=[1,1] rank=sum out=OUT
+    python -m scripts.merge run=runs/demo weights=gates rank=16 out=OUT
+    python -m scripts.merge --config configs/merge/uniform.yaml adapters=[A,B] out=OUT merged=true
+    python -m scripts.merge method=ties models=[A,B] base=BASE out=OUT
+    python -m scripts.merge method=passthrough slices=[{model: A, layers: [0, 8]}, {model: B, layers: [4, 12]}] out=OUT
+    python -m scripts.merge method=list
 
 `models` are whole checkpoints of one base, merged tensor by tensor: see manifest.json in OUT.
 Any set of PEFT LoRA folders of one base will do, whatever their ranks, alphas and rsLoRA flags. What
@@ -15,26 +15,23 @@ fidelity.json and fidelity.html: which experts fight, where, and what was lost, 
 """
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rich.console import Console
 
-from moa.benchmarks.learning import LEARNERS
-from moa.command import mistakes_in_one_line, progress_bar, settings_parser
-from moa.merging.adapters import merge_adapters
-from moa.merging.base_files import read_base
-from moa.merging.full import merge_checkpoints
+from moa.cli.command import mistakes_in_one_line, progress_bar, settings_parser
+from moa.cli.settings import load
+from moa.files.checkpoint_files import read_base
+from moa.merging.checkpoints.full import merge_checkpoints
+from moa.merging.checkpoints.passthrough import parse_slices, plan_stack, write_stack
 from moa.merging.inputs import local_base, parse_weights
-from moa.merging.passthrough import parse_slices, plan_stack, write_stack
-from moa.merging.report import method_lines
+from moa.merging.learn.table import LEARNERS
+from moa.merging.report.tables import method_lines
+from moa.merging.run import merge_adapters
 from moa.merging.settings import MergeConfig
-from moa.settings import load
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,7 +54,7 @@ def merge(settings: MergeConfig, approximate: bool, console: Console) -> None:
         stack_models(settings, console)
     elif settings.method in LEARNERS:
         raise ValueError(
-            f"method: {settings.method} learns from data: python scripts/learn_weights.py method={settings.method} "
+            f"method: {settings.method} learns from data: python -m scripts.learn_weights method={settings.method} "
             "run=RUN out=OUT; an adapter, or weights for this script, come out"
         )
     elif settings.models:
@@ -69,7 +66,7 @@ def merge(settings: MergeConfig, approximate: bool, console: Console) -> None:
 def all_lines() -> Iterator[str]:
     """Every method: of this script, from data, and of layers."""
     yield from method_lines()
-    yield "\nfrom a little data, by scripts/learn_weights.py:"
+    yield "\nfrom a little data, by scripts.learn_weights:"
     for name, learner in LEARNERS.items():
         yield f"    {name}: {learner.paper}"
     yield "\nlayers of whole checkpoints, one slice on the other:"

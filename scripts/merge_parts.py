@@ -1,35 +1,32 @@
 """Merge what runs trained beside their experts: projector, OCR encoder, task prefixes, router; a rule for each part.
 
-    python scripts/merge_parts.py runs=[runs/A,runs/B] out=parts \\
+    python -m scripts.merge_parts runs=[runs/A,runs/B] out=parts \\
         parts={projector: regmean, ocr_encoder: mean, prefixes: keep:A, router: drop}
-    python scripts/merge.py "adapters=[A/*,B/*]" merged=true projector=parts/projector.safetensors out=OUT
+    python -m scripts.merge "adapters=[A/*,B/*]" merged=true projector=parts/projector.safetensors out=OUT
 
 The rules are mean, regmean (linear layers, by each run's own inputs on its validation data), keep:NAME and drop. A
 part that some run has and no rule covers is an error. Writes PART.safetensors for each, and manifest.json.
 """
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from data.sources import open_ocr
-from moa.atomic import atomic_folder, write_json
-from moa.benchmarks.few_shot import read_few_shot
 from moa.build import projector_parameters
 from moa.checkpoint import load_model, save_tensors
-from moa.command import run_command
-from moa.merging.export import REPORT_FILE, check_out
-from moa.merging.parts import merge_parts, read_parts
-from moa.merging.regmean import input_grams
-from moa.ranges import Count, FilePath, Seed, Size
+from moa.cli.command import run_command
+from moa.cli.ranges import Count, FilePath, Seed, Size
+from moa.files.atomic import atomic_folder, write_json
+from moa.merging.checkpoints.parts import merge_parts, read_parts
+from moa.merging.export.export import REPORT_FILE, check_out
+from moa.merging.learn.calibration import read_few_shot
+from moa.merging.learn.regmean import input_grams
 
 
 @dataclass(frozen=True, kw_only=True)

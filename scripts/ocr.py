@@ -1,14 +1,14 @@
 """Read pictures with the OCR engine into a cache file (data/ocr.py).
 
-    python scripts/ocr.py --out assets/ocr.parquet --scenes train:3000 train:500:line
-    python scripts/ocr.py --out my.parquet --folder ~/pictures
-    python scripts/ocr.py --out vqa.parquet --config configs/mine.yaml --source vqav2 --workers 8
+    python -m scripts.ocr --out assets/ocr.parquet --scenes train:3000 train:500:line
+    python -m scripts.ocr --out my.parquet --folder ~/pictures
+    python -m scripts.ocr --out vqa.parquet --config configs/mine.yaml --source vqav2 --workers 8
 
 A picture is read once, however many questions ask about it. A killed run goes on where it stopped;
 pictures already in the file are not read again. Several machines each read a shard, and one merges:
 
-    python scripts/ocr.py --out vqa.parquet --config configs/mine.yaml --source vqav2 --shard 0/4
-    python scripts/ocr.py --out vqa.parquet --merge 4     # once vqa.0-of-4.parquet, ... lie beside it
+    python -m scripts.ocr --out vqa.parquet --config configs/mine.yaml --source vqav2 --shard 0/4
+    python -m scripts.ocr --out vqa.parquet --merge 4     # once vqa.0-of-4.parquet, ... lie beside it
 """
 
 import argparse
@@ -22,15 +22,13 @@ from typing import Any
 from PIL import Image
 from rich.progress import track
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from data.checks import BadSampleError
 from data.ocr import BuildReport, build_cache, merge_shards, read_table, shard_file
 from data.ocr_engines import ENGINES, Engine
 from data.pictures import is_hidden, open_picture
 from data.readers.record import RecordDataset
 from data.readers.table import open_records
-from moa.command import mistakes_in_one_line, path_argument
+from moa.cli.command import mistakes_in_one_line, path_argument
 from moa.config import RunConfig, SourceConfig, load_config
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -47,7 +45,7 @@ class ScenePictures:
         return sum(count for _, count, _ in self.splits)
 
     def __getitem__(self, index: int) -> Image.Image:
-        from data.scenes import render_scene
+        from data.world.scenes import render_scene
 
         for split, count, style in self.splits:
             if index < count:

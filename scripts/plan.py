@@ -1,8 +1,8 @@
 """What a run needs, before it is started: memory, operations and traffic of a training step.
 
-    python scripts/plan.py my.yaml --gpus 8 --gpu-memory 80 model.dtype=bf16 train.precision=bf16
-    python scripts/plan.py my.yaml --gpus 1,8,64 --gpu-memory 24,40,80 --backbone llava-7b
-    python scripts/plan.py my.yaml --gpu-memory 24 --backbone config model.quantization=4bit
+    python -m scripts.plan my.yaml --gpus 8 --gpu-memory 80 model.dtype=bf16 train.precision=bf16
+    python -m scripts.plan my.yaml --gpus 1,8,64 --gpu-memory 24,40,80 --backbone llava-7b
+    python -m scripts.plan my.yaml --gpu-memory 24 --backbone config model.quantization=4bit
 
 Builds the real model with its experts and router on tensors without data, runs a step of it, and
 says for each configuration of configs/accelerate/ what lies on each GPU, whether it fits, and which
@@ -13,19 +13,16 @@ for the named backbones. docs/scaling.md explains the columns.
 import argparse
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
 from moa.backbones.shapes import LLAMA_2
-from moa.command import mistakes_in_one_line
+from moa.cli.command import mistakes_in_one_line
 from moa.config import load_config
 from moa.planning.plan import Machine, Plan, plan_run
 from moa.planning.report import describe_plan, grid_table, plan_table, record

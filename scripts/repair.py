@@ -1,26 +1,22 @@
 """Give an average of two aligned CLIPs the activation statistics of the two: REPAIR (Jordan et al. 2023).
 
-    python scripts/repair.py model=M endpoints=[A,B_ALIGNED] data=captions.jsonl out=M_REPAIRED
+    python -m scripts.repair model=M endpoints=[A,B_ALIGNED] data=captions.jsonl out=M_REPAIRED
 
-See scripts/align.py for where M and B_ALIGNED come from, and for the form of `data`. Every linear layer of both
+See scripts.align for where M and B_ALIGNED come from, and for the form of `data`. Every linear layer of both
 towers' blocks is reset; the projections, which have no bias, are not. OUT is a plain checkpoint.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 from torch import nn
 
-from moa.atomic import atomic_folder, write_json
-from moa.command import run_command
-from moa.merging.activations import repair
-from moa.merging.export import REPORT_FILE, check_out
-from moa.ranges import Count, FilePath
+from moa.cli.command import run_command
+from moa.cli.ranges import Count, FilePath
+from moa.files.atomic import atomic_folder, write_json
+from moa.merging.align.activations import repair
+from moa.merging.export.export import REPORT_FILE, check_out
 from scripts.align import caption_batches, load_clip, run_clip, write_clip
 
 

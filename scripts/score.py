@@ -1,6 +1,6 @@
 """Score a file of answers, without a model: an old submission, a colleague's output, rows of eval.py.
 
-    python scripts/score.py predictions=answers.json out=runs/scores \\
+    python -m scripts.score predictions=answers.json out=runs/scores \\
         source="{name: val, format: jsonl, path: textvqa/val.jsonl, benchmark: textvqa}"
 
 The file is a JSON list or JSON lines. Rows have question_id, questionId, id, image_id or image, and answer,
@@ -8,25 +8,22 @@ prediction, caption, text or the like; of rows with two of these text_key= names
 may be the reference. A box is predicted_box, in pixels. OUT gets the files that eval.py writes.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rich.console import Console
 
 from data.sources import open_sources
-from moa.benchmarks.answers import read_answers, score_answers
 from moa.benchmarks.catalogue import benchmark_of, check_sources
-from moa.benchmarks.report import write_results
-from moa.benchmarks.result import table
 from moa.checkpoint import sha256, versions
-from moa.command import run_command
+from moa.cli.command import run_command
+from moa.cli.ranges import FilePath
 from moa.config import DataConfig, SourceConfig
-from moa.ranges import FilePath
+from moa.evaluation.answers import read_answers, score_answers
+from moa.evaluation.report import write_results
+from moa.evaluation.result import table
 
 
 @dataclass(frozen=True, kw_only=True)

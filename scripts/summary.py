@@ -1,6 +1,6 @@
 """What a run gained: the base, the routed experts and merged adapters, side by side.
 
-    python scripts/summary.py runs/demo --merged runs/demo/merged/mean_gates runs/demo/merged/ties
+    python -m scripts.summary runs/demo --merged runs/demo/merged/mean_gates runs/demo/merged/ties
 
 Scores the base and the merged adapters on the run's own data sets, puts them beside what eval.py found for the router
 in <run>/eval, writes <run>/summary.json, and lists the pictures.
@@ -8,24 +8,21 @@ in <run>/eval, writes <run>/summary.json, and lists the pictures.
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from rich.console import Console
 
 from data.sources import open_ocr
-from moa.atomic import write_json
-from moa.benchmarks.fingerprints import read_result, settings_digest
-from moa.benchmarks.result import Result, comparison
-from moa.benchmarks.sources import EvalSettings, score_sources
-from moa.benchmarks.subjects import open_subject, subject_of
 from moa.checkpoint import load_model, step_folder, weights_fingerprint
-from moa.command import mistakes_in_one_line, path_argument
+from moa.cli.command import mistakes_in_one_line, path_argument
+from moa.evaluation.fingerprints import read_result, settings_digest
+from moa.evaluation.models import open_subject, subject_of
+from moa.evaluation.result import Result, comparison
+from moa.evaluation.sources import EvalSettings, score_sources
+from moa.files.atomic import write_json
 
 
 def read_scores(run: Path, base: str, asked: Sequence[Result]) -> dict[str, Any]:
@@ -80,7 +77,7 @@ def main() -> None:
         type=path_argument,
         nargs="*",
         default=[],
-        help="adapter folders of scripts/merge.py",
+        help="adapter folders of scripts.merge",
     )
     args, console = parser.parse_args(), Console()
     with mistakes_in_one_line():

@@ -35,7 +35,7 @@ from rich.table import Table
 import train
 from moa.checkpoint import pointed, read_json, verify
 from moa.training.signals import EXIT_STATUS
-from tests.toy import read_log, toy_world
+from tests.support.toy import read_log, toy_world
 
 KINDS = ("kill", "term", "disk", "worker")
 SETTINGS = ("train.save_every=1", "train.keep_last=3")
@@ -69,7 +69,7 @@ def child(arguments: list[str], output: str, environment: dict[str, str]) -> Non
 def start(arguments: list[str], output: Path, **environment: str) -> BaseProcess:
     """A process of its own, forked from a server that has imported everything and run nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "tests.toy"])
+    context.set_forkserver_preload(["train", "tests.support.toy"])
     process = context.Process(target=child, args=(arguments, str(output), environment))
     process.start()
     return process

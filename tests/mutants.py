@@ -27,7 +27,8 @@ from queue import SimpleQueue
 
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 TABLE = Path(__file__).with_suffix(".toml")
 OWN = {"data", "moa", "scripts", "tests"}  # packages that a copy brings itself
 # Imported once, before the processes of the tests are forked: this takes longer than most tests.

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from peft import PeftModel
 
+from moa.backbones.fingerprint import base_fingerprint
+from moa.card import CARD, Card, hub_name
 from moa.checkpoint import CONFIG, step_folder
 from moa.config import RouterConfig, load_config
-from moa.fingerprint import base_fingerprint
-from moa.merging.card import CARD, Card, hub_name
 from scripts import average_checkpoints
 from scripts import merge as script
-from tests.test_export import make_adapter
-from tests.test_merge_script import make_run
-from tests.tiny import tiny_llava
+from tests.merging.test_export import make_adapter
+from tests.merging.test_merge_script import make_run
+from tests.support.tiny import tiny_llava
 
 MATTER = "---\nlicense: other\nlicense_name: their-own\nlicense_link: LICENSE\n---\n# The base\n"
 

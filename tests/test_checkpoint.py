@@ -24,8 +24,8 @@ from moa.checkpoint import (
     verify,
 )
 from moa.config import RunConfig, load_config
-from tests.test_collate import sample
-from tests.toy import toy_config
+from tests.data.test_collate import sample
+from tests.support.toy import toy_config
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
-from moa.benchmarks.sources import EvalSettings
+from moa.cli.settings import describe, load, settings, to_yaml
+from moa.cli.strict_yaml import parse_yaml, read_yaml
 from moa.config import RunConfig, load_config
+from moa.evaluation.sources import EvalSettings
 from moa.merging.settings import MergeConfig
-from moa.settings import describe, load, settings, to_yaml
-from moa.strict_yaml import parse_yaml, read_yaml
 from scripts.align import AlignConfig
 from scripts.average_checkpoints import AverageConfig
 from scripts.data import Settings as DataSettings

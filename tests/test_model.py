@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from data.batch import Batch
 from data.collate import Collator
 from moa.backbones.llava import Backbone
-from moa.experts import ExpertBank
+from moa.experts.bank import ExpertBank
 from moa.model import KINDS, MixtureModel
-from moa.router import AnchorRouter, Router
-from tests.test_collate import CODEC
-from tests.test_collate import sample as toy_sample
-from tests.tiny import QUESTIONS, random_image, tiny_batch, tiny_llava
+from moa.routing.router import AnchorRouter, Router
+from tests.data.test_collate import CODEC
+from tests.data.test_collate import sample as toy_sample
+from tests.support.tiny import QUESTIONS, random_image, tiny_batch, tiny_llava
 
 LANGUAGE = r"model\.language_model\.layers\.\d+\..*_proj"
 PROJECTOR = r"model\.multi_modal_projector\.linear_\d"

@@ -13,8 +13,8 @@ from data.sample import OcrWord, Sample, Turn
 from moa.backbones.llava import check_packing
 from moa.model import MixtureModel
 from moa.packing import answer_positions, restart_positions
+from tests.support.tiny import random_image
 from tests.test_model import close, make_model
-from tests.tiny import random_image
 
 TASKS = ["vqa", "caption", "grounding"]
 

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from data.checks import BadSampleError
-from moa.atomic import write_json
 from moa.build import build_model
 from moa.checkpoint import load_model, manifest_of, pointed
 from moa.config import RunConfig, StageConfig
-from moa.peft_io import save_expert
+from moa.files.atomic import write_json
+from moa.files.peft import save_expert
 from moa.training import loop
 from moa.training.batches import Layout, make_layout
 from moa.training.loop import train
@@ -25,8 +25,8 @@ from moa.training.optimizer import rate_factor
 from moa.training.report import keep_lines
 from moa.training.setup import make_accelerator, open_run
 from moa.training.step import TrainingError
-from tests.tiny import random_image
-from tests.toy import read_log, toy_config, toy_rows, write_rows
+from tests.support.tiny import random_image
+from tests.support.toy import read_log, toy_config, toy_rows, write_rows
 
 SLOW = pytest.mark.slow
 

@@ -21,7 +21,7 @@ import numpy as np
 from rich.progress import Progress
 
 from data.readers.scanner import Scanner
-from moa.atomic import atomic_file
+from moa.files.atomic import atomic_file
 
 WORTH_CACHING = 1 << 23  # smaller files are scanned faster than a cache is looked up
 VERSION = 2  # of what the arrays hold

@@ -1,6 +1,6 @@
 """One self-contained HTML page about a merge: which experts fight, where, and what was lost.
 
-Drawn from the record of `moa.merging.fidelity.measure`, with or without a merge in it.
+Drawn from the record of `moa.merging.report.fidelity.measure`, with or without a merge in it.
 """
 
 import base64
@@ -13,7 +13,7 @@ from typing import Any
 from moa.analysis import fidelity_plots as plots
 from moa.analysis.fidelity_plots import Record, number, pairs_of, short
 from moa.analysis.plots import FAINT, INK, MUTED
-from moa.atomic import write_file
+from moa.files.atomic import write_file
 
 MEETS = 0.05  # cosine of a pair from which on it is said to fight or to agree
 STYLE = f"""

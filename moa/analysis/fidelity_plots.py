@@ -1,4 +1,4 @@
-"""The pictures of a fidelity report, each from the record of `moa.merging.fidelity.measure` to one PNG.
+"""The pictures of a fidelity report, each from the record of `moa.merging.report.fidelity.measure` to one PNG.
 
 Red is a conflict and blue an agreement in every coloured table; nothing is said by colour alone.
 """

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from moa.atomic import atomic_file
 from moa.config import NONE
+from moa.files.atomic import atomic_file
 
 matplotlib.use("Agg")
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.config import NONE
-from moa.gating import apply_availability
+from moa.routing.gating import apply_availability
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # site -> lora_A [rank, in] with scale, lora_B
 

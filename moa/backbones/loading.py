@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.utils import logging
 
-from moa.command import note
+from moa.cli.command import note
 
 
 def read_any_config(name: str) -> Any:

@@ -16,11 +16,11 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moa.atomic import atomic_folder, write_file, write_json
 from moa.backbones.attention import pack_attention, split_attention
 from moa.backbones.clip import ClipBackbone, check_end_of_text
 from moa.backbones.clip_processor import of_open_clip
 from moa.backbones.loading import faults_of
+from moa.files.atomic import atomic_folder, write_file, write_json
 
 PREFIX, CONFIG, WEIGHTS = "open_clip:", "open_clip_config.json", "open_clip_model.safetensors"
 REPORT, TOLERANCE = "export_report.json", 1e-5  # of normalised features, in float32

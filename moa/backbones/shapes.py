@@ -21,7 +21,7 @@ from moa.backbones.clip import FAMILIES as CLIP_FAMILIES
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone
 from moa.backbones.loading import faults_of, read_any_config
-from moa.targets import is_target
+from moa.files.targets import is_target
 
 CLIP_LARGE_336: dict[str, Any] = {
     "hidden_size": 1024,

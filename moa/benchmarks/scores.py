@@ -74,5 +74,5 @@ def unscored(predictions: Sequence[Prediction]) -> Scores:
 def ranks_of(predictions: Sequence[Prediction]) -> list[int]:
     """The rank of every prediction, of a model that orders candidates instead of generating."""
     ranks = [prediction.rank for prediction in predictions if prediction.rank is not None]
-    assert len(ranks) == len(predictions), "made by moa.benchmarks.embedding"
+    assert len(ranks) == len(predictions), "made by moa.evaluation.embedding"
     return ranks

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa import peft_io
+from moa.files import peft as peft_io
 
 ENERGY_PREFIX = "energy:"
 EXACT_SVD = 1024  # a full SVD of a matrix this small takes less than a second

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from moa.experts import ExpertBank
-from moa.fingerprint import base_fingerprint
-from moa.merging.base_files import local_base as local_base
+from moa.backbones.fingerprint import base_fingerprint
+from moa.experts.bank import ExpertBank
+from moa.files.checkpoint_files import local_base as local_base
+from moa.files.peft import CONFIG_FILE, site_scaling
+from moa.files.spelling import match_spelling, plain
 from moa.merging.core import Expert, expert_from_folder, expert_from_tensors, rename_sites
 from moa.merging.plan import Weights, all_sites, weight_row
-from moa.peft_io import CONFIG_FILE, site_scaling
-from moa.spelling import match_spelling, plain
 
 GATES = "gates"
 
@@ -120,14 +120,14 @@ def is_weights_file(raw: Any) -> bool:
 
 
 def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
-    """The weights of a file that scripts/learn_weights.py wrote: by expert, or by site and expert.
+    """The weights of a file that scripts.learn_weights wrote: by expert, or by site and expert.
 
     Raises ValueError, naming the file and the key, for one that is no such file, or was learned with other experts,
     sites or values of the experts, or holds something that is no finite number.
     """
     file = Path(file)
     if not file.is_file():
-        raise ValueError(f"weights: {file} is missing; scripts/learn_weights.py writes one")
+        raise ValueError(f"weights: {file} is missing; scripts.learn_weights writes one")
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -155,7 +155,7 @@ def check_digests(digests: Any, experts: Sequence[Expert], file: Path) -> None:
         if expert.name in digests and digests[expert.name] != digest(expert):
             raise ValueError(
                 f"weights: {file} was learned with other values of the expert {expert.name}; learn it again by "
-                "scripts/learn_weights.py, or give the numbers by weights={NAME: NUMBER}"
+                "python -m scripts.learn_weights, or give the numbers by weights={NAME: NUMBER}"
             )
 
 

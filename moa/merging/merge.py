@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa import peft_io
+from moa.files import peft as peft_io
 from moa.merging.core import (
     CoreUpdates,
     Expert,
@@ -27,8 +27,8 @@ from moa.merging.core import (
     relate_cores,
     to_core,
 )
+from moa.merging.methods.stack import Stack, rounding_of, stack_of
 from moa.merging.plan import Job, Plan, make_plan
-from moa.merging.stack import Stack, rounding_of, stack_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa import peft_io
+from moa.files import peft as peft_io
+from moa.files.targets import finds, fits
 from moa.merging.core import Expert, Factors, parse_rank
-from moa.merging.method import Method
-from moa.merging.methods import check_options, find_method
-from moa.merging.stack import stack_of
-from moa.targets import finds, fits
+from moa.merging.methods.method import Method
+from moa.merging.methods.stack import stack_of
+from moa.merging.methods.table import check_options, find_method
 
 Number = int | float
 Weights = Mapping[str, Number] | Mapping[str, Mapping[str, Number]]  # by expert, or site -> expert

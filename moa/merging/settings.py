@@ -1,12 +1,12 @@
-"""What scripts/merge.py can be told."""
+"""What scripts.merge can be told."""
 
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
 
+from moa.cli.ranges import Count, FilePath, Positive
+from moa.merging.checkpoints.full import Rules
 from moa.merging.core import parse_rank
-from moa.merging.full import Rules
 from moa.merging.plan import SiteRule
-from moa.ranges import Count, FilePath, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,14 +25,14 @@ class MergeConfig:
     # path of these layers (model.layers), where a model has several stacks
     stack: str | None = None
     # [1,1] as adapters, {NAME: 1}, gates, gates:TASK: the router's mean, or FILE.json of
-    # scripts/learn_weights.py; null: the method's own
+    # scripts.learn_weights; null: the method's own
     weights: Any = None
     routing: FilePath | None = None  # report that `gates` reads; null: the run's eval/routing.json
     rank: Any = "sum"  # of the result: a number, sum (exact), or energy:0.99 (the least that does)
     # where the method works, null: its own; `method=list` prints the choices
     space: str | None = None
     out: FilePath | None = None  # folder to write
-    # trained projector for merged=true, such as PARTS/projector.safetensors of scripts/merge_parts.py
+    # trained projector for merged=true, such as PARTS/projector.safetensors of scripts.merge_parts
     projector: FilePath | None = None
     merged: bool = False  # write a whole checkpoint with the base's keys instead of an adapter
     base: FilePath | None = None  # base model; null: the one that run or adapters name

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from moa.checkpoint import CONFIG, load_tensors, step_folder
 from moa.config import RunConfig, load_config
-from moa.merging.base_files import local_base
+from moa.files.checkpoint_files import local_base
+from moa.merging.checkpoints.parts import read_parts, sort_parts
 from moa.merging.core import Expert
 from moa.merging.inputs import adapter_folders, open_adapters
-from moa.merging.parts import read_parts, sort_parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +83,6 @@ def beside_lines(steps: Sequence[Path], projector: str | None) -> Iterator[str]:
             if part == "projector" and projector:
                 fate = f"replaced by {projector}"
             else:
-                fate = "not in the result; scripts/merge_parts.py merges it"
+                fate = "not in the result; scripts.merge_parts merges it"
             run = step.parent.parent if step.parent.name == "checkpoints" else step
             yield f"{part} of {run.name}: {fate}"

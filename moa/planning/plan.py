@@ -12,8 +12,8 @@ from typing import Any
 from moa.backbones.shapes import find_shape, random_backbone
 from moa.build import DTYPES, build_mixture, open_adapters
 from moa.config import RunConfig, StageConfig
-from moa.experts import ExpertBank
-from moa.peft_io import ExpertHeader
+from moa.experts.bank import ExpertBank
+from moa.files.peft import ExpertHeader
 from moa.planning.batch import Lengths, example_batch, image_tokens
 from moa.planning.shape import ModelShape, shape_of
 from moa.planning.step import StepCosts, measure_step

@@ -26,6 +26,14 @@ from moa.checkpoint import TrainState, point, pointed, prune, save_checkpoint, s
 from moa.config import RunConfig
 from moa.model import MixtureModel
 from moa.training.batches import Collated, Layout, dead_worker, training_loader
+from moa.training.distributed.strategy import (
+    Strategy,
+    is_zero_3,
+    kind_of,
+    make_strategy,
+    place,
+    whole,
+)
 from moa.training.optimizer import (
     by_name,
     make_optimizer,
@@ -57,7 +65,6 @@ from moa.training.step import (
     restore_anchors,
     update_anchors,
 )
-from moa.training.strategy import Strategy, is_zero_3, kind_of, make_strategy, place, whole
 from moa.training.validation import import_lines, validation_losses
 
 MAX_OVERFLOWS = 50  # fp16: in a row; the loss scale halves at each, and would be gone

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data.mixture import Mixture
-from moa.atomic import write_file
+from moa.cli.settings import to_yaml
 from moa.config import RunConfig
-from moa.settings import to_yaml
+from moa.files.atomic import write_file
 
 LOG = "log.jsonl"
 

@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from data.digest import changes
-from moa.atomic import write_json
 from moa.checkpoint import (
     CONFIG,
     STATE,
@@ -33,13 +32,14 @@ from moa.checkpoint import (
     verify,
     write_run_header,
 )
+from moa.cli.settings import anchor_at, to_yaml, visit
 from moa.config import RunConfig, load_config
-from moa.settings import anchor_at, to_yaml, visit
+from moa.files.atomic import write_json
 from moa.training.report import LOG, flatten
 
 T = TypeVar("T")
 DATA, LOCK = "data.json", ".lock"
-# What train.py, eval.py and scripts/summary.py write into a run folder; the rest is the user's.
+# What train.py, eval.py and scripts.summary write into a run folder; the rest is the user's.
 OWN_FOLDERS = ("checkpoints", "eval", "others", "pictures")
 OWN_FILES = (LOG, CONFIG, "versions.json", DATA, "summary.json")
 # Settings that may differ on --resume: none of them changes what was learned until then.

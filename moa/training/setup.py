@@ -18,17 +18,17 @@ from accelerate.utils import (
 from data.digest import digest_sources
 from data.sources import make_collator, open_mixture, open_ocr, open_sources
 from moa.benchmarks.catalogue import check_sources
-from moa.benchmarks.run import check_gates
 from moa.build import build_model, check_base, settled
 from moa.checkpoint import CONFIG, TrainState, load_train_state, restore_model
 from moa.config import RunConfig, TrainConfig, load_config
-from moa.training import zero
+from moa.evaluation.run import check_gates
 from moa.training.batches import make_layout
+from moa.training.distributed import zero
+from moa.training.distributed.strategy import asked_for, check_sharding, is_zero_3, kind_of, whole
 from moa.training.loop import Run
 from moa.training.report import Reporter, mixture_table, start_trackers
 from moa.training.run_folder import begin, claim, on_main, stages_begun
 from moa.training.stages import check_starts
-from moa.training.strategy import asked_for, check_sharding, is_zero_3, kind_of, whole
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 SETTLED = ("rank", "alpha", "use_rslora")  # of an expert, where its config leaves them out

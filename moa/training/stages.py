@@ -23,10 +23,10 @@ from moa.checkpoint import (
     verify,
 )
 from moa.config import RunConfig, StageConfig, load_config
-from moa.gating import one_hot_gates
+from moa.files.peft import read_header, read_tensors, site_scaling
 from moa.model import MixtureModel
-from moa.peft_io import read_header, read_tensors, site_scaling
-from moa.router import axes_of
+from moa.routing.gating import one_hot_gates
+from moa.routing.router import axes_of
 
 GROUPS = ("experts", "router", "projector")
 TRAINED = {

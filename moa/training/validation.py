@@ -10,8 +10,8 @@ from data.batch import Batch
 from data.collate import Collator
 from data.mixture import Source
 from moa.config import RunConfig
-from moa.gating import one_hot_gates
 from moa.model import MixtureModel
+from moa.routing.gating import one_hot_gates
 from moa.training.batches import source_loader
 
 FIRST_LOOK = 4  # samples of a source that an imported expert is tried on

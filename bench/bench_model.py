@@ -1,0 +1,251 @@
+"""What the speed benchmarks share: a random LLaVA of a chosen size, a batch for it, and clocks."""
+
+import argparse
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from bench.record import machine
+from data.batch import Batch
+from moa.backbones.llava import Backbone
+from moa.experts.bank import ExpertBank
+from moa.model import MixtureModel
+from moa.routing.router import Router
+
+TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+IMAGE, PAD = 1, 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large the model and its batch are."""
+
+    width: int
+    mlp: int
+    layers: int
+    heads: int
+    vocab: int
+    vision_width: int
+    vision_layers: int = 2
+    vision_heads: int
+    image_tokens: int  # a square number
+    prompt: int
+    answer: int
+    batch: int
+
+
+SIZES = {
+    "tiny": Size(width=128, mlp=352, layers=2, heads=4, vocab=512, vision_width=64, vision_heads=4,
+                 image_tokens=16, prompt=32, answer=16, batch=4),
+    "small": Size(width=512, mlp=1360, layers=4, heads=8, vocab=4096, vision_width=256,
+                  vision_heads=8, image_tokens=64, prompt=48, answer=16, batch=8),
+    "large": Size(width=2048, mlp=5456, layers=16, heads=16, vocab=32000, vision_width=1024,
+                  vision_heads=16, image_tokens=256, prompt=96, answer=32, batch=16),
+    # One decoder layer of LLaVA-1.5-7B, next to no vocabulary and tower, few tokens: what grows with
+    # parameters rather than with tokens weighs more here than in a real batch.
+    "slice7b": Size(width=4096, mlp=11008, layers=1, heads=32, vocab=512, vision_width=64,
+                    vision_heads=4, image_tokens=64, prompt=24, answer=8, batch=2),
+    # LLaVA-1.5-7B, and a share of its fine-tuning batch (128 on 8 devices) at a usual length.
+    "llava7b": Size(width=4096, mlp=11008, layers=32, heads=32, vocab=32064, vision_width=1024,
+                    vision_layers=24, vision_heads=16, image_tokens=576, prompt=96, answer=96,
+                    batch=16),
+}  # fmt: skip
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def make_parser(doc: str | None, experts: list[int], rounds: int) -> argparse.ArgumentParser:
+    """The settings that every benchmark of the mixture has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--experts", type=int, nargs="+", default=experts)
+    parser.add_argument("--rank", type=int, default=4, help="of each expert")
+    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each contender")
+    return parser
+
+
+def where(arguments: argparse.Namespace) -> dict[str, str | int]:
+    """What figures of the mixture say of how they were made."""
+    settings = {"size": arguments.size, "dtype": arguments.dtype, "rank": arguments.rank}
+    return machine(arguments.device) | settings
+
+
+def make_backbone(size: Size, device: str, dtype: torch.dtype, *, shared: bool = False) -> Backbone:
+    """A random frozen LLaVA, the same weights every time.
+
+    `shared`: in memory once, for models that nobody writes to.
+    """
+    torch.manual_seed(0)
+    model = _make_model(size, device, dtype)
+    if shared:  # strict: every weight is replaced, and the model's own are freed
+        model.load_state_dict(_weights(size, device, dtype), assign=True)
+    return Backbone(model=model.requires_grad_(False).eval(), processor=None)
+
+
+@lru_cache(maxsize=1)
+def _weights(size: Size, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return _make_model(size, device, dtype).state_dict()
+
+
+def _make_model(size: Size, device: str, dtype: torch.dtype) -> nn.Module:
+    side = int(size.image_tokens**0.5)
+    vision = CLIPVisionConfig(
+        hidden_size=size.vision_width,
+        intermediate_size=4 * size.vision_width,
+        num_hidden_layers=size.vision_layers,
+        num_attention_heads=size.vision_heads,
+        image_size=14 * side,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=size.vocab,
+        hidden_size=size.width,
+        intermediate_size=size.mlp,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
+        pad_token_id=PAD,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=side**2,
+        vision_feature_layer=-1,
+    )
+    with torch.device(device):
+        model: nn.Module = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+    return model
+
+
+def make_batch(size: Size, device: str, *, generate: bool = False) -> Batch:
+    """Random prompts with one picture each, and answers unless they are to be generated."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(*shape: int) -> Tensor:
+        return torch.randint(4, size.vocab, shape, generator=generator)
+
+    side, count = int(size.image_tokens**0.5), size.batch
+    answer = 0 if generate else size.answer
+    prompt = torch.cat([torch.full((count, side**2), IMAGE), ids(count, size.prompt + answer)], 1)
+    labels = prompt.clone()
+    labels[:, : side**2 + size.prompt] = -100
+    mask = torch.ones_like(prompt)
+    return Batch(
+        input_ids=prompt,
+        attention_mask=mask,
+        labels=None if generate else labels,
+        pixel_values=torch.randn(count, 3, 14 * side, 14 * side, generator=generator),
+        image_index=torch.arange(count),
+        text_ids=ids(count, 16),
+        text_mask=torch.ones(count, 16, dtype=torch.bool),
+        ocr_ids=ids(count, 4, 6),
+        ocr_char_mask=torch.ones(count, 4, 6, dtype=torch.bool),
+        ocr_boxes=torch.rand(count, 4, 4, generator=generator),
+        ocr_confidence=torch.ones(count, 4),
+        ocr_mask=torch.ones(count, 4, dtype=torch.bool),
+        task_ids=torch.arange(count) % 4,
+        expert_ids=torch.arange(count) % 2,
+        image_mask=torch.ones(count, dtype=torch.bool),
+    ).to(device)
+
+
+def make_mixture(
+    backbone: Backbone, num_experts: int, rank: int, device: str, targets: str = TARGETS
+) -> MixtureModel:
+    """Experts with values in B, as after training, and the whole router before them."""
+    bank = ExpertBank.attach(backbone.model, [targets], stream_of=backbone.stream_of)
+    for i in range(num_experts):
+        bank.add(f"expert{i}", rank=rank, alpha=rank)
+    for site in bank.sites.values():
+        for b in site.lora_B.values():
+            torch.nn.init.normal_(b, std=0.02)
+    router = Router(experts=num_experts, sites=len(bank.sites), dims=backbone.dims, num_tasks=4).to(
+        device
+    )
+    return MixtureModel(backbone, bank, router, kind="softmax").to(device)
+
+
+def clock(device: str) -> float:
+    """Seconds; of this process's own work where it has one thread, so that others do not count."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def race(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round, the runs taking turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):  # the first one warms up
+        for name, run in runs.items():
+            start = clock(device)
+            run()
+            if turn:
+                seconds[name].append(clock(device) - start)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], one: str, other: str) -> float:
+    """Median over the rounds of one run's time over another's.
+
+    Within a round they ran side by side, so that a machine that slows down slows both.
+    """
+    return median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+
+
+def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes kept for the backward pass, each storage once, parameters left out."""
+    skip = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        held = tensor.detach()  # with its history it would hold the graph that holds this function
+        storage = held.untyped_storage()
+        if storage.data_ptr() not in skip:
+            kept[storage.data_ptr()] = storage.nbytes(), held
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    size = sum(nbytes for nbytes, _ in kept.values())
+    del out
+    return size
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most memory that a step holds on a GPU, all models on it included."""
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated()
+
+
+def flops_of(step: Callable[[], object]) -> int:
+    """Floating point operations of a step, attention and products alone."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def product_rate(device: str, dtype: torch.dtype) -> float:
+    """Floating point operations per second of one large matrix product."""
+    width = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    seconds = race({"product": lambda: a @ b}, 5, device)
+    return 2 * width**3 / min(seconds["product"])

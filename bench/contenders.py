@@ -1,0 +1,219 @@
+"""What one could train instead of the mixture, on the same random LLaVA, batch and loss.
+
+frozen     the model alone, with the gradient of its embeddings
+lora       PEFT LoRA of the experts' total rank
+loop       our gates, one expert after the other (as LoRAMoE, HydraLoRA and CoIN compute it)
+xlora      PEFT X-LoRA with trainable adapters
+per-sample PEFT's `adapter_names`: a LoRA for each sample, one after the other. PEFT refuses it
+           in training mode; there is no dropout here, so that evaluation mode computes the same
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, XLoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from bench.bench_model import TARGETS, Size, make_backbone, make_batch, make_mixture
+from moa.backbones.llava import Backbone
+from moa.experts.bank import ExpertBank
+from moa.model import MixtureModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all contenders of one comparison have in common."""
+
+    size: Size
+    num_experts: int
+    rank: int  # of each expert
+    device: str
+    dtype: torch.dtype
+    targets: str = TARGETS
+    checkpointing: bool = False  # recompute each layer in the backward pass
+
+    def backbone(self) -> Backbone:
+        return make_backbone(self.size, self.device, self.dtype, shared=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """A model with its loss on the batch."""
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    setting: Setting
+
+    def forward(self) -> Tensor:
+        """The loss, in bf16 under autocast as the training loop has it."""
+        bf16 = self.setting.dtype == torch.bfloat16
+        with torch.autocast(self.setting.device, torch.bfloat16, enabled=bf16):
+            return self.loss()
+
+    def stepper(self) -> Callable[[], None]:
+        """One optimiser step: forward, backward, AdamW."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+        def step() -> None:
+            self.forward().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+
+def ours(setting: Setting) -> Contender:
+    model = _mixture(setting)
+    batch = make_batch(setting.size, setting.device)
+    return Contender(model=model, loss=lambda: _mean(model(batch)), setting=setting)
+
+
+def frozen(setting: Setting) -> Contender:
+    model = without_bank(setting.backbone())
+    probe = nn.Parameter(torch.zeros((), device=setting.device))
+    embed = model.model.get_input_embeddings()
+    embed.register_forward_hook(lambda m, args, out: out + probe.to(out.dtype))
+    model.register_parameter("probe", probe)
+    return _plain(model, setting)
+
+
+def lora(setting: Setting) -> Contender:
+    backbone = setting.backbone()
+    config = LoraConfig(r=setting.rank * setting.num_experts, target_modules=setting.targets)
+    return _plain(without_bank(_inside(backbone, get_peft_model(backbone.model, config))), setting)
+
+
+def loop(setting: Setting) -> Contender:
+    model = _mixture(setting)
+    loops = []
+    for name, site in model.bank.sites.items():
+        loops.append(LoopLinear(site.base_layer, setting.num_experts, setting.rank))
+        model.model.set_submodule(name, loops[-1].to(setting.device))
+    batch = make_batch(setting.size, setting.device)
+
+    def loss() -> Tensor:
+        gates = model.compute_gates(batch).gates
+        assert gates is not None  # they are decided per sample
+        for layer in loops:
+            layer.gates = gates
+        return _mean(model(batch, gates))
+
+    return Contender(model=model, loss=loss, setting=setting)
+
+
+def xlora(setting: Setting) -> Contender:
+    """On the language model, called as PEFT wants it."""
+    batch = make_batch(setting.size, setting.device)
+    with tempfile.TemporaryDirectory() as folder:
+        config = LoraConfig(r=setting.rank, target_modules=setting.targets, init_lora_weights=False)
+        get_peft_model(setting.backbone().model, config).save_pretrained(folder)
+        base = setting.backbone().model
+        base.config.use_cache = False
+        gated = XLoraConfig(
+            task_type="CAUSAL_LM",
+            hidden_size=setting.size.width,
+            xlora_depth=1,
+            adapters={str(i): folder for i in range(setting.num_experts)},
+            use_trainable_adapters=True,
+        )
+        model = get_peft_model(base, gated).to(setting.device).train()
+
+    def loss() -> Tensor:
+        return model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            pixel_values=batch.pixel_values.to(setting.dtype),
+            labels=batch.labels,
+        ).loss
+
+    return Contender(model=model, loss=loss, setting=setting)
+
+
+def per_sample(setting: Setting) -> Contender:
+    """Each sample has one adapter: less arithmetic than a mixture, and no gates to learn."""
+    backbone = setting.backbone()
+    config = LoraConfig(r=setting.rank, target_modules=setting.targets)
+    peft = get_peft_model(backbone.model, config, adapter_name="0")
+    for i in range(1, setting.num_experts):
+        peft.add_adapter(str(i), config)
+    names = [str(i % setting.num_experts) for i in range(setting.size.batch)]
+    for name, parameter in peft.named_parameters():  # PEFT trains the active one alone
+        parameter.requires_grad_("lora_" in name)
+    plain = _plain(without_bank(_inside(backbone, peft)), setting)
+    peft.eval()  # in training mode PEFT refuses adapter_names
+    tuner: Any = peft.base_model
+
+    def loss() -> Tensor:
+        with tuner._enable_peft_forward_hooks(adapter_names=names):
+            return plain.loss()
+
+    return replace(plain, loss=loss)
+
+
+CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
+    "frozen": frozen,
+    "lora": lora,
+    "ours": ours,
+    "loop": loop,
+    "xlora": xlora,
+    "per-sample": per_sample,
+}
+
+
+class LoopLinear(nn.Module):
+    """The mixture as most of the field computes it: one expert after the other, gated at the end."""
+
+    def __init__(self, base: nn.Linear, num_experts: int, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        shape_a, shape_b = (rank, base.in_features), (base.out_features, rank)
+        self.a = nn.ParameterList([torch.randn(shape_a) * 0.02 for _ in range(num_experts)])
+        self.b = nn.ParameterList([torch.randn(shape_b) * 0.02 for _ in range(num_experts)])
+        self.gates = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.base(x)
+        for i, (a, b) in enumerate(zip(self.a, self.b, strict=True)):
+            out = out + self.gates[:, :, i : i + 1] * F.linear(F.linear(x, a), b)
+        return out
+
+
+def without_bank(backbone: Backbone) -> MixtureModel:
+    """A MixtureModel whose bank has no experts: our forward and loss, and none of our layers."""
+    bank = ExpertBank.attach(backbone.model, [r"model\.multi_modal_projector\.linear_1"])
+    return MixtureModel(backbone, bank, kind="fixed")
+
+
+def _mixture(setting: Setting) -> MixtureModel:
+    model = make_mixture(
+        setting.backbone(), setting.num_experts, setting.rank, setting.device, setting.targets
+    )
+    return _ready(model, setting)
+
+
+def _plain(model: MixtureModel, setting: Setting) -> Contender:
+    batch = make_batch(setting.size, setting.device)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    model = _ready(model.to(setting.device), setting)
+    return Contender(model=model, loss=lambda: _mean(model(batch)), setting=setting)
+
+
+def _ready(model: MixtureModel, setting: Setting) -> MixtureModel:
+    if setting.checkpointing:
+        model.enable_gradient_checkpointing()
+    return model.train()
+
+
+def _inside(backbone: Backbone, peft: Any) -> Backbone:
+    return replace(backbone, model=peft.base_model.model)
+
+
+def _mean(output: Any) -> Tensor:
+    return output.loss_per_sample.mean()

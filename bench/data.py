@@ -1,0 +1,162 @@
+"""Reading samples, with the router's OCR evidence, against PIL and the processor alone; memory over a million rows.
+
+    python -m bench.data [--pictures 256] [--rows 1000000]
+
+Pictures of 640 x 480 (scikit-image's photographs, as JPEG) with a question each go through reader, OCR cache,
+checks and collation as in training, and beside it, in the same rounds, through nothing but `PIL.Image.open` and
+LLaVA's processor at 336 pixels. Then a process of its own reads every row of a large file, pictures aside.
+Samples/s are ours over theirs, memory is in MB. Writes results/bench_data.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.progress import track
+from skimage import data as photographs
+from transformers import AutoProcessor
+
+from bench.record import machine, write_results
+from data.boxes import CODECS
+from data.collate import Collator
+from data.ocr import OcrCache, content_hash, write_table
+from data.readers.table import open_records
+from data.sample import OcrWord
+from moa.config import SourceConfig
+
+BASE = Path(__file__).parent.parent / "assets/demo_base"
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+WORDS = ("open", "exit", "sale", "caution")
+BATCH, SIDE, ROUNDS = 16, 336, 5
+
+
+def write_pictures(folder: Path, count: int) -> None:
+    """`count` different JPEG files, a row of questions for each, and their OCR words by content hash."""
+    table, rows = {}, []
+    for index in range(count):
+        picture = Image.fromarray(getattr(photographs, PHOTOGRAPHS[index % 4])()).convert("RGB")
+        shifted = picture.resize((640, 480)).rotate(index % 7)
+        shifted.putpixel((index % 640, 0), (index % 256, 0, 0))
+        shifted.save(folder / f"{index}.jpg", quality=90)
+        with Image.open(folder / f"{index}.jpg") as saved:
+            words = tuple(OcrWord(text=w, box=(9, 9, 99, 40), confidence=0.95) for w in WORDS)
+            table[content_hash(saved.convert("RGB"))] = words
+        rows.append(row(index, f"{index}.jpg"))
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    write_table(folder / "ocr.parquet", table, {"engine": "none", "min_confidence": 0.9})
+
+
+def row(index: int, image: str) -> dict[str, Any]:
+    question = f"What is the person number {index} in the middle of the picture doing?"
+    return {"image": image, "question": question, "answers": ["reading a sign"], "task": "vqa"}
+
+
+def open_source(folder: Path) -> SourceConfig:
+    return SourceConfig(name="rows", format="jsonl", path=str(folder / "rows.jsonl"))
+
+
+def read_all(folder: Path, processor: Any, count: int) -> None:
+    """As training does: reader, OCR words of the cache, checks, collation."""
+    samples = open_records(open_source(folder), "vqa", OcrCache(folder / "ocr.parquet"))
+    collator = Collator(processor=processor, tasks=["vqa"], experts=["vqa"], codec=CODECS["llava"])
+    for start in range(0, count, BATCH):
+        batch, rejected = collator.split([samples[i] for i in range(start, start + BATCH)])
+        assert batch is not None and not rejected and bool(batch.ocr_mask.all())
+
+
+def open_all(folder: Path, processor: Any, count: int) -> None:
+    """The least that any pipeline does: open, decode, process."""
+    asked = [json.loads(line)["question"] for line in (folder / "rows.jsonl").open()]
+    for start in range(0, count, BATCH):
+        pictures = [
+            [Image.open(folder / f"{i}.jpg").convert("RGB")] for i in range(start, start + BATCH)
+        ]
+        texts = [f"{processor.image_token} {asked[i]}" for i in range(start, start + BATCH)]
+        processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+
+
+def race(figures: dict[str, Any], count: int) -> None:
+    processor = AutoProcessor.from_pretrained(BASE)
+    size = {"height": SIDE, "width": SIDE}
+    processor.image_processor.size, processor.image_processor.crop_size = (
+        {"shortest_edge": SIDE},
+        size,
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_pictures(folder, count)
+        ours, theirs = [], []
+        for _ in track(range(ROUNDS), description="reading", transient=True):
+            ours.append(seconds(lambda: read_all(folder, processor, count)))
+            theirs.append(seconds(lambda: open_all(folder, processor, count)))
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    figures["samples_vs_pil"] = statistics.median(ratios)
+    print(
+        f"{count / min(ours):.0f} samples/s with reader, OCR evidence and collation, "
+        f"{count / min(theirs):.0f} with PIL and the processor alone"
+    )
+
+
+def seconds(function: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def resident_mb() -> float:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1e3
+
+
+def read_rows(folder: Path) -> tuple[float, float, float]:
+    """Memory before, its peak over all rows, and rows/s, the index aside."""
+    before = resident_mb()
+    samples = open_records(open_source(folder), "vqa")
+    began, peak = time.perf_counter(), 0.0
+    for index in range(len(samples)):
+        samples.lengths(index)
+        if index % 10_000 == 0:
+            peak = max(peak, resident_mb())
+    return before, max(peak, resident_mb()), len(samples) / (time.perf_counter() - began)
+
+
+def many_rows(figures: dict[str, Any], count: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        Image.new("RGB", (8, 8)).save(folder / "0.jpg")
+        with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row(i, "0.jpg")) + "\n" for i in range(count))
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            before, peak, rate = pool.submit(read_rows, folder).result()
+    figures |= {"rows": count, "rows_extra_mb": peak - before, "rows_per_s": rate}
+    print(f"{count} rows: {rate:.0f} rows/s, {peak - before:.0f} MB above the {before:.0f} before")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--pictures", type=int, default=256, help="a multiple of 16")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    args = parser.parse_args()
+    if args.pictures % BATCH:
+        parser.error(f"--pictures must be a multiple of {BATCH}, got {args.pictures}")
+    torch.set_num_threads(1)
+    figures: dict[str, Any] = {}
+    race(figures, args.pictures)
+    many_rows(figures, args.rows)
+    write_results("data", {"where": machine(), **figures})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What may be asked about a scene: per task the questions that it can answer, with all correct answers.
+
+The last wordings of each kind are held out from the training of experts and router. Some wordings are shared on
+purpose: "where is the cat?" wants a place in words from `vqa` and a box from `grounding`; "what is this?" wants the
+word where a sign carries one (`ocr_vqa`), and the name of the drawing where none does (`vqa`).
+
+The demo's base is pretrained on `generic` questions: without the kinds in `SPECIFIC`, and with captions of another
+form. These are what the experts have to learn.
+"""
+
+from dataclasses import dataclass
+
+from data.sample import Box
+from data.world.concepts import COLORS
+from data.world.scenes import Scene, Thing
+
+SPECIFIC = {"kind_of", "leftmost", "letter"}
+TASKS = ("vqa", "caption", "grounding", "ocr_vqa", "count", "yes_no")
+
+WORDINGS = {  # kind -> (known wordings, held-out wordings)
+    "beside": (("what is {side} the {name}?", "name the thing {side} the {name}"),
+               ("which thing is {side} the {name}?",)),
+    "category": (("which {category} is this?", "name the {category}"),
+                 ("what {category} do you see?",)),
+    "ground": (("what is the ground?", "which ground is this?"), ("what do you see behind?",)),
+    "sign_color": (("what color is the sign?",), ("which color has the sign?",)),
+    "place": (("where is the {name}?",), ("find the place of the {name}",)),
+    "kind_of": (("what kind of thing is the {name}?", "what is the {name}?"), ("which kind is the {name}?",)),
+    "leftmost": (("what is farthest to the left?", "which thing is leftmost?"), ("what comes first from the left?",)),
+    "this": (("what is this?",), ("what do you see?",)),
+    "caption": (("describe the picture", "write a caption"), ("what does the picture show?",)),
+    "box": (("where is the {name}?", "find the {name}"), ("locate the {name}",)),
+    "sign": (("what does the sign say?", "read the sign"), ("which word is on the sign?",)),
+    "letter": (("what is the first letter of the sign?", "with which letter does the sign begin?"),
+               ("which letter comes first on the sign?",)),
+    "count": (("how many things are there?", "count the things"), ("what number of things?",)),
+    "exists": (("is there a {name}?", "do you see a {name}?"), ("can you find a {name}?",)),
+}  # fmt: skip
+SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+NUMBERS = ("zero", "one", "two", "three")
+CLEARLY = 20  # pixels by which a direction must hold before anyone is asked about it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question of one kind, before a wording is chosen; `slots` fill the wording."""
+
+    task: str
+    kind: str
+    answers: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    slots: tuple[tuple[str, str], ...] = ()
+
+    def wordings(self, which: str) -> list[str]:
+        """The filled templates of `which` = "known", "held_out" or "all"."""
+        known, held_out = WORDINGS[self.kind]
+        chosen = {"known": known, "held_out": held_out, "all": known + held_out}[which]
+        return [template.format(**dict(self.slots)) for template in chosen]
+
+
+def questions(
+    scene: Scene, task: str, absent: tuple[str, ...] = (), generic: bool = False
+) -> list[Question]:
+    """Every question of `task` that has one clear answer in `scene`, in a fixed order.
+
+    `absent` names concepts that are not there, for questions whose answer is no.
+    """
+    if generic and task == "caption":
+        return [Question(task="caption", kind="caption", answers=_sentences(scene))]
+    asked = _ASKERS[task](scene, absent)
+    return [question for question in asked if not (generic and question.kind in SPECIFIC)]
+
+
+def _vqa(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
+    asked = [
+        Question(task="vqa", kind="ground", answers=(scene.ground,)),
+        *_beside(scene),
+        *_places(scene),
+        *_categories(scene),
+        *_kinds(scene),
+        *_leftmost(scene),
+    ]
+    if scene.sign:
+        asked.append(Question(task="vqa", kind="sign_color", answers=(scene.sign.color,)))
+    if len(scene.things) == 1 and not (scene.sign and scene.sign.word):
+        asked.append(Question(task="vqa", kind="this", answers=(scene.things[0].name,)))
+    return asked
+
+
+def _beside(scene: Scene) -> list[Question]:
+    asked = []
+    for anchor in scene.things:
+        for side, (axis, direction) in SIDES.items():
+            there = [
+                t for t in scene.things
+                if direction * (t.center[axis] - anchor.center[axis]) > CLEARLY
+            ]  # fmt: skip
+            if len(there) == 1:
+                slots = (("side", side), ("name", anchor.name))
+                asked.append(
+                    Question(task="vqa", kind="beside", answers=(there[0].name,), slots=slots)
+                )
+    return asked
+
+
+def place(thing: Thing, middle: float = 96.0) -> str | None:
+    """The quarter of the picture a thing lies in, or None where it lies between two."""
+    x, y = thing.center
+    if min(abs(x - middle), abs(y - middle)) < CLEARLY / 2:
+        return None
+    return f"{'top' if y < middle else 'bottom'} {'left' if x < middle else 'right'}"
+
+
+def _places(scene: Scene) -> list[Question]:
+    return [
+        Question(task="vqa", kind="place", answers=(where,), slots=(("name", thing.name),))
+        for thing in scene.things
+        if (where := place(thing))
+    ]
+
+
+def _categories(scene: Scene) -> list[Question]:
+    kinds = [thing.category for thing in scene.things]
+    return [
+        Question(
+            task="vqa",
+            kind="category",
+            answers=(thing.name,),
+            slots=(("category", thing.category),),
+        )
+        for thing in scene.things
+        if kinds.count(thing.category) == 1
+    ]
+
+
+def _kinds(scene: Scene) -> list[Question]:
+    return [
+        Question(task="vqa", kind="kind_of", answers=(t.category,), slots=(("name", t.name),))
+        for t in scene.things
+    ]
+
+
+def _leftmost(scene: Scene) -> list[Question]:
+    first, *others = sorted(scene.things, key=lambda thing: thing.center[0])
+    if not others or others[0].center[0] - first.center[0] <= CLEARLY:
+        return []
+    return [Question(task="vqa", kind="leftmost", answers=(first.name,))]
+
+
+def article(name: str) -> str:
+    return name if name in ("scissors", "grapes") else f"{'an' if name[0] in 'aou' else 'a'} {name}"
+
+
+def _caption(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
+    """The ground first, then the things from left to right."""
+    ordered = [article(t.name) for t in sorted(scene.things, key=lambda t: t.center[0])]
+    text = f"on {_ground(scene)}: {', then '.join(ordered)}{'; a sign' if scene.sign else ''}"
+    return [Question(task="caption", kind="caption", answers=(text,))]
+
+
+def _sentences(scene: Scene) -> tuple[str, ...]:
+    """What the picture shows in ordinary words, the things in either order."""
+    rest = f"on {_ground(scene)}{' with a sign' if scene.sign else ''}"
+    ordered = [article(t.name) for t in sorted(scene.things, key=lambda t: t.center[0])]
+    forward, backward = _enumerate(ordered), _enumerate(ordered[::-1])
+    texts = (f"{forward} {rest}", f"{backward} {rest}", f"there is {forward} {rest}")
+    return tuple(dict.fromkeys(texts))
+
+
+def _ground(scene: Scene) -> str:
+    return f"{article(scene.ground)} ground" if scene.ground in COLORS else scene.ground
+
+
+def _enumerate(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _grounding(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
+    return [
+        Question(task="grounding", kind="box", boxes=(t.box,), slots=(("name", t.name),))
+        for t in scene.things
+    ]
+
+
+def _ocr_vqa(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
+    if not (scene.sign and scene.sign.word):
+        return []
+    word = scene.sign.word
+    kinds = ("sign", "this") if len(scene.things) == 1 else ("sign",)
+    return [
+        *(Question(task="ocr_vqa", kind=kind, answers=(word,)) for kind in kinds),
+        Question(task="ocr_vqa", kind="letter", answers=(word[0],)),
+    ]
+
+
+def _count(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
+    return [Question(task="count", kind="count", answers=(NUMBERS[len(scene.things)],))]
+
+
+def _yes_no(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
+    there = [(thing.name, "yes") for thing in scene.things[:1]]
+    return [
+        Question(task="yes_no", kind="exists", answers=(answer,), slots=(("name", name),))
+        for name, answer in there + [(name, "no") for name in absent[:1]]
+    ]
+
+
+_ASKERS = {
+    "vqa": _vqa, "caption": _caption, "grounding": _grounding,
+    "ocr_vqa": _ocr_vqa, "count": _count, "yes_no": _yes_no,
+}  # fmt: skip

@@ -1,0 +1,176 @@
+"""Scenes as data sets of samples: one per split and task, and four slices where one kind of evidence decides.
+
+Sample i of a task is a question about a scene that every other task asks about too: the same picture, several tasks.
+The slices are asked about new scenes of the test split:
+
+    slice_text     same picture, another question         -> the words of the question decide
+    slice_ocr      "what is this?", a word or a scribble  -> the OCR evidence decides
+    slice_prefix   "where is the ...?", words or a box    -> the task prefix decides
+    slice_image    same question, coloured or line-drawn  -> the picture decides
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import count
+
+from PIL.Image import Image
+
+from data.sample import OcrWord, Sample
+from data.world.concepts import SPLITS
+from data.world.questions import TASKS, Question, questions
+from data.world.scenes import Scene, render_scene, scene_rng
+
+TRAINED_TASKS = ("vqa", "caption", "grounding", "ocr_vqa")
+OcrReader = Callable[[Image], tuple[OcrWord, ...] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pick:
+    """Which question of which scene: everything but the wording."""
+
+    split: str
+    task: str
+    scene: int
+    kind: str | None = None
+    style: str | None = None
+    num_things: int | None = None
+
+
+class SceneDataset:
+    """`num_samples` questions of one `task` about the scenes of `split`; slices need no task.
+
+    `style` overrides the drawing style; `expert` and `source` label the samples (default: by task and style).
+    `ocr` maps a picture to its words (a cache or a live engine); None leaves the samples without OCR.
+    Raises ValueError for an unknown split or task.
+    """
+
+    def __init__(
+        self,
+        split: str,
+        task: str | None = None,
+        *,
+        num_samples: int,
+        style: str | None = None,
+        expert: str | None = None,
+        source: str | None = None,
+        seed: int = 0,
+        ocr: OcrReader | None = None,
+    ):
+        _check_choice("split", split, (*SPLITS, *SLICES))
+        if split in SPLITS:
+            _check_choice("task", task, TASKS)
+        self.split, self.task, self.num_samples, self.style = split, task, num_samples, style
+        self.expert, self.source, self.seed, self.ocr = expert, source or task or split, seed, ocr
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        pick = self._pick(index)
+        image, scene = _scene(pick, self.seed)
+        return self._sample(pick, image, scene, _choose(pick, scene, self.seed))
+
+    def _pick(self, index: int) -> Pick:
+        if self.split in SLICES:
+            return SLICES[self.split](index, self.seed)
+        assert self.task is not None  # checked in __init__
+        return Pick(
+            split=self.split, task=self.task, scene=scene_of(index, self.task), style=self.style
+        )
+
+    def _sample(self, pick: Pick, image: Image, scene: Scene, question: Question) -> Sample:
+        rng = scene_rng(f"wording/{pick.task}", pick.scene, self.seed)
+        wordings = question.wordings(SPLITS[pick.split].wordings)
+        wording = (
+            wordings[0] if self.split in SLICES else wordings[int(rng.integers(len(wordings)))]
+        )
+        return Sample(
+            id=f"{self.split}/{pick.task}/{scene.id}",
+            image_id=scene.id,
+            image=image,
+            question=wording,
+            answers=question.answers,
+            task=pick.task,
+            source=self.source,
+            expert=self.expert or expert_of(pick.task, scene.style),
+            boxes=question.boxes,
+            ocr=None if self.ocr is None else self.ocr(image),
+            tags=(question.kind, scene.style, scene.ground),
+        )
+
+
+def scene_of(index: int, task: str) -> int:
+    """The scene that sample `index` asks about: `ocr_vqa` skips the scenes without a word."""
+    return index // 2 * 4 + index % 2 if task == "ocr_vqa" else index
+
+
+def expert_of(task: str, style: str) -> str | None:
+    """The expert that a scene question belongs to; None for the tasks that no expert trains."""
+    if task not in TRAINED_TASKS:
+        return None
+    return "line" if (task, style) == ("vqa", "line") else task
+
+
+@lru_cache(maxsize=4096)  # about 110 kB a picture; the tasks of one scene share it
+def _render(split: str, index: int, seed: int, style: str | None, num_things: int | None):
+    return render_scene(split, index, seed, style, num_things)
+
+
+def _scene(pick: Pick, seed: int) -> tuple[Image, Scene]:
+    return _render(pick.split, pick.scene, seed, pick.style, pick.num_things)
+
+
+def _choose(pick: Pick, scene: Scene, seed: int) -> Question:
+    """One question of the pick's task: kinds are equally likely, however many questions fit."""
+    rng = scene_rng(f"question/{pick.task}", pick.scene, seed)
+    names = {thing.name for thing in scene.things}
+    absent = tuple(str(n) for n in rng.permutation(sorted(SPLITS[pick.split].concepts - names))[:1])
+    kinds: dict[str, list[Question]] = {}
+    for question in questions(scene, pick.task, absent):
+        kinds.setdefault(question.kind, []).append(question)
+    of_kind = kinds[pick.kind or str(rng.choice(sorted(kinds)))]
+    return of_kind[0] if pick.kind else of_kind[int(rng.integers(len(of_kind)))]
+
+
+def _slice_text(index: int, seed: int) -> Pick:
+    task = TRAINED_TASKS[index % len(TRAINED_TASKS)]
+    scene = scene_of(index // len(TRAINED_TASKS), "ocr_vqa")
+    return Pick(split="test", task=task, scene=10_000 + scene)
+
+
+def _slice_ocr(index: int, seed: int) -> Pick:
+    word = index % 2 == 0
+    scene = 20_000 + index // 2 * 4 + (0 if word else 2)
+    task = "ocr_vqa" if word else "vqa"
+    return Pick(split="test", task=task, scene=scene, kind="this", num_things=1)
+
+
+def _slice_prefix(index: int, seed: int) -> Pick:
+    pick = Pick(split="test", task="vqa", scene=0, kind="place", num_things=1)
+    for scene in count(30_000 + index // 2 * 16):  # the next scene whose thing has a clear place
+        pick = replace(pick, scene=scene)
+        if any(q.kind == "place" for q in questions(_scene(pick, seed)[1], "vqa")):
+            break
+    return pick if index % 2 == 0 else replace(pick, task="grounding", kind="box")
+
+
+def _slice_image(index: int, seed: int) -> Pick:
+    style = ("color", "line")[index % 2]
+    scene = 40_000 + index // 2
+    return Pick(split="test", task="vqa", scene=scene, kind="category", style=style, num_things=1)
+
+
+SLICES = {
+    "slice_text": _slice_text,
+    "slice_ocr": _slice_ocr,
+    "slice_prefix": _slice_prefix,
+    "slice_image": _slice_image,
+}
+
+
+def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")

@@ -1,0 +1,78 @@
+"""What every script of settings shares: `--config FILE key=value ...`, `--help`, one line for a user's mistake.
+
+def main(argv=None): run_command(Settings, run, __doc__, argv)
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moa.cli.settings import describe, expanded, load
+
+
+def settings_parser(cls: type, about: str | None) -> argparse.ArgumentParser:
+    """A parser of --config and overrides, whose help lists the fields of the dataclass `cls`."""
+    parser = argparse.ArgumentParser(
+        description=about,
+        epilog=f"settings:\n{describe(cls)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", help="YAML file of the settings below")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
+    return parser
+
+
+def path_argument(text: str) -> Path:
+    """A path on the command line, with `~` in full as in every setting: for `type=` of an argument."""
+    try:
+        return Path(expanded(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Inside, a ValueError or OSError (the user's: it names the key or file) ends with status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_command(
+    cls: type,
+    run: Callable[[Any, Console], None],
+    about: str | None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Read the settings from the command line and call `run(settings, console)`."""
+    args = settings_parser(cls, about).parse_intermixed_args(argv)
+    with mistakes_in_one_line():
+        run(load(cls, args.config, args.overrides), Console())
+
+
+def note(line: str) -> None:
+    """A line on stderr that a user should see, from the first process alone."""
+    if line and os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(
+    title: str, total: int | None, console: Console
+) -> Iterator[Callable[[str], None]]:
+    """A bar that a call moves by one, and that shows the text given to it."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        TextColumn(title), *columns, TextColumn("{task.description}"), console=console
+    ) as progress:
+        bar = progress.add_task("", total=total)
+        yield lambda text: progress.update(bar, advance=1, description=text)

@@ -1,0 +1,217 @@
+"""Answers from a file instead of a model: submissions, rows of an earlier evaluation, another's output.
+
+[{"question_id": 42, "answer": "red"}]     {"id": "42", "prediction": "red"}, a line each
+[{"image_id": 42, "caption": "a red car"}]     and the other forms of submission.py
+
+A row with two texts may hold the reference beside the output, under any of these names: then the caller names the key.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+
+from data.checks import BadSampleError
+from data.mixture import Source, read_sample
+from data.sample import Box
+from moa.benchmarks.scores import Prediction
+from moa.evaluation.fingerprints import data_digest, sample_digest
+from moa.evaluation.result import Result
+from moa.evaluation.run import prepared, scores_of, without_picture
+
+BY_QUESTION, BY_IMAGE = ("question_id", "questionId", "id"), ("image_id", "image")
+# what outputs are called; where a row has two of them, either may be the reference
+TEXTS = (
+    *(
+        "answer",
+        "prediction",
+        "caption",
+        "text",
+        "response",
+        "output",
+        "outputs",
+        "pred",
+        "completion",
+    ),
+    *("generated_text", "generation", "generated", "predicted", "predicted_answer", "pred_answer"),
+    *("model_answer", "model_output", "model_response", "model_prediction", "hypothesis"),
+)
+# what else may be an output, so that the text beside it is perhaps the reference
+OUTPUT = re.compile(
+    r"(?!.*(_|\b)(id|name|path|type|time|tokens?|length|version)$)"
+    r".*(answer|predict|respon|output|repl(y|ies)|result|generat|complet|gpt|llava|qwen|internvl|gemini)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Text and box by id; ids are those of questions, or of pictures where the file has no others."""
+
+    found: dict[str, tuple[str, Box | None]]
+    by_image: bool
+
+
+def read_answers(path: str | Path, text_key: str | None = None) -> Answers:
+    """The texts at `text_key`, or at the one key of `TEXTS` that the rows have.
+
+    ValueError, with file and row, for a row without id or text, or with several texts to choose from, and
+    for ids that stand twice.
+    """
+    rows = list(read_rows(Path(path)))
+    if not rows:
+        raise ValueError(f"{path}: holds no answers")
+    id_key = key_of(rows[0], (*BY_QUESTION, *BY_IMAGE), f"{path}: row 1")
+    text_key = text_key or only_text(rows, path)
+    found: dict[str, tuple[str, Box | None]] = {}
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}: row {number}"
+        key = id_in(row, id_key, where)
+        if key in found:
+            raise ValueError(f"{where}: {id_key} {key} stands twice")
+        found[key] = text_in(row, text_key, where), box_in(row, where)
+    return Answers(found=found, by_image=id_key in BY_IMAGE)
+
+
+def only_text(rows: Sequence[Any], path: str | Path) -> str:
+    """The key of `TEXTS` that some row has; ValueError where that is none, or where others may be the output."""
+    keys = [key for key in TEXTS if any(isinstance(row, dict) and key in row for row in rows)]
+    keys += [
+        key
+        for key in (rows[0] if keys and isinstance(rows[0], dict) else ())
+        if key not in keys and isinstance(rows[0][key], str) and OUTPUT.match(key)
+    ]
+    if len(keys) > 1:
+        raise ValueError(
+            f"{path}: rows have {' and '.join(keys)}, and one of them may be the reference; name the "
+            f"model's output: text_key={keys[-1]}"
+        )
+    return key_of(rows[0], keys or TEXTS, f"{path}: row 1")
+
+
+def id_in(row: Any, key: str, where: str) -> str:
+    key_of(row, (key,), where)
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"{where}: {key} must be a text or a whole number, got {value!r:.80}")
+    return str(value)
+
+
+def text_in(row: dict[str, Any], key: str, where: str) -> str:
+    """The text, which can be written as UTF-8; ValueError else."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {key} must be a text, got {value!r:.80}")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{where}: {key} has half of a surrogate pair, which is no character")
+    return value
+
+
+def box_in(row: dict[str, Any], where: str) -> Box | None:
+    box = row.get("predicted_box")
+    if box is None:
+        return None
+    try:
+        x0, y0, x1, y1 = map(float, box)
+    except (TypeError, ValueError, OverflowError):
+        x0 = x1 = y0 = y1 = math.nan
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        raise ValueError(f"{where}: predicted_box must be four finite numbers, got {box!r:.80}")
+    return x0, y0, x1, y1
+
+
+def read_rows(path: Path) -> Iterator[Any]:
+    """The rows of a JSON list, or of JSON lines whatever the file is called; with or without a BOM."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error.reason} at byte {error.start})") from None
+    lines = not text.lstrip().startswith("[")
+    parts = [line for line in text.split("\n") if line.strip()] if lines else [text]
+    for number, part in enumerate(parts, start=1):
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError) as error:
+            form = "one object a line, or one list of objects"
+            raise ValueError(f"{path}: row {number}: is not JSON ({error}); {form}") from None
+        yield from [value] if lines else value
+
+
+def key_of(row: Any, keys: Sequence[str], where: str) -> str:
+    found = [key for key in keys if isinstance(row, dict) and key in row]
+    if not found:
+        raise ValueError(f"{where}: has none of {', '.join(keys)}")
+    return found[0]
+
+
+def score_answers(
+    name: str,
+    dataset: Source,
+    answers: Answers,
+    benchmark: str | None = None,
+    *,
+    missing: str = "error",
+    on_bad_sample: str = "error",
+    progress: bool = True,
+) -> Result:
+    """The result of a file of answers on a data set.
+
+    A question without an answer stops it, or (`missing` "empty") counts as an empty answer. Answers to
+    questions that the data set does not have are counted.
+    """
+    by_task: dict[str, list[Prediction]] = {}
+    skipped: list[BadSampleError] = []
+    unanswered: list[str] = []
+    used: set[str] = set()
+    read: list[str] = []
+    for index in track(range(len(dataset)), name, disable=not progress, transient=True):
+        sample = read_sample(dataset, index, name)
+        read.append(sample_digest(sample))
+        item = prepared(sample, [], benchmark, scored=True)
+        if isinstance(item, BadSampleError):
+            skipped.append(item)
+            continue
+        key = item.image_id if answers.by_image else item.id
+        if key in used and not answers.by_image:
+            raise ValueError(
+                f"{name}: two questions have the id {key!r}, so no answer by id can be told from the "
+                "other's; give each row of the data set an id of its own"
+            )
+        if key in answers.found:
+            used.add(key)
+        else:
+            unanswered.append(key)
+        text, box = answers.found.get(key, ("", None))
+        prediction = Prediction(sample=without_picture(item), text=text.strip(), box=box)
+        by_task.setdefault(benchmark or item.task, []).append(prediction)
+    check_answers(name, by_task, skipped, unanswered, missing, on_bad_sample)
+    return Result(
+        name=name,
+        tasks={task: (found, scores_of(task, found, True)) for task, found in by_task.items()},
+        skipped=skipped,
+        data=data_digest(read),
+        settings={"num_unanswered": len(unanswered), "num_unused": len(answers.found) - len(used)},
+    )
+
+
+def check_answers(
+    name: str,
+    by_task: dict[str, list[Prediction]],
+    skipped: list[BadSampleError],
+    unanswered: list[str],
+    missing: str,
+    on_bad_sample: str,
+) -> None:
+    if skipped and (on_bad_sample == "error" or not by_task):
+        raise skipped[0]
+    count = sum(map(len, by_task.values()))
+    if unanswered and (missing == "error" or len(unanswered) == count):
+        raise ValueError(
+            f"{name}: {len(unanswered)} of {count} questions have no answer, such as {unanswered[0]}; "
+            "missing=empty counts them as empty answers"
+        )

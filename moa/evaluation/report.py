@@ -1,0 +1,190 @@
+"""What an evaluation leaves in the run folder: JSON files, the routing record, pictures."""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from moa.analysis.gallery import Card, gallery, seen_picture
+from moa.analysis.plots import gate_heat_map, layer_heat_map, loss_curves, read_log
+from moa.analysis.routing import delta_cosines, summary
+from moa.benchmarks.catalogue import benchmark_called
+from moa.benchmarks.scores import Prediction
+from moa.benchmarks.submission import submission_rows
+from moa.config import RunConfig, SourceConfig
+from moa.evaluation.fingerprints import digest, settings_digest
+from moa.evaluation.gates_file import PARTIAL, ROUTING
+from moa.evaluation.result import Result
+from moa.files.atomic import write_file, write_json
+from moa.metrics.boxes import best_iou
+from moa.model import MixtureModel
+
+
+def routing_record(
+    model: MixtureModel, config: RunConfig, results: Sequence[Result], trained: Collection[str] = ()
+) -> dict[str, Any] | None:
+    """Gates by task and what they tell; None for token routing, and for a base without experts.
+
+    `missing_tasks` are the `trained` ones that no sample is of.
+    """
+    predictions = [p for result in results for p in result.predictions if p.gates is not None]
+    if not predictions:
+        return None
+    names = model.bank.names
+    sites = model.bank.sites.items()
+    factors = {
+        name: {
+            site: (layer.lora_A[name] * layer.scalings[name], layer.lora_B[name])
+            for site, layer in sites
+            if name in layer.scalings
+        }
+        for name in names
+    }
+    with torch.no_grad():
+        record = summary(
+            torch.tensor([p.gates for p in predictions]),
+            [p.sample.task for p in predictions],
+            [p.sample.expert for p in predictions],
+            names,
+            trained_tasks=config.data.tasks,
+            sites=list(model.bank.sites),
+            cosines=delta_cosines(factors),
+        )
+    return record | {"missing_tasks": sorted(set(trained) - record["per_task"].keys())}
+
+
+def trained_tasks(config: RunConfig, run: Path) -> set[str]:
+    """The tasks that training sources name, and those that the run's log has a loss of."""
+    named = {source.task for source in config.data.sources if source.task is not None}
+    log = read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    return named | {key[5:] for row in log for key in row if key.startswith("loss/")}
+
+
+def write_results(
+    folder: Path,
+    results: Sequence[Result],
+    sources: Sequence[SourceConfig],
+    about: dict[str, Any],
+) -> None:
+    """NAME.jsonl, and then NAME.json, which has its digest: only together are they one result."""
+    for result, source in zip(results, sources, strict=True):
+        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows())
+        splits = {p.sample.split for p in result.predictions if p.sample.split is not None}
+        described = {
+            "submissions": write_submissions(folder, result),
+            "split": "+".join(sorted(splits)) or source.split,
+            "source": asdict(source),
+            "fingerprints": {
+                "weights": about.get("weights"),
+                "base": about.get("base"),
+                "data": result.data,
+                "settings": settings_digest(result.settings),
+                "rows": digest(rows),
+            },
+        }
+        write_file(folder / f"{result.name}.jsonl", rows)
+        write_json(folder / f"{result.name}.json", result.record() | described | about)
+
+
+def write_routing(folder: Path, routing: dict[str, Any], full: bool, about: dict[str, Any]) -> Path:
+    """The gates of a full evaluation where others look for them, those of any other beside."""
+    file = folder / ROUTING if full else folder / PARTIAL / ROUTING
+    write_json(file, {**routing, **about})
+    return file
+
+
+def write_submissions(folder: Path, result: Result) -> dict[str, str]:
+    """By benchmark with a server of its own, the file of answers for it, or why there is none."""
+    made: dict[str, str] = {}
+    for name, (predictions, _) in result.tasks.items():
+        row = benchmark_called(name).submission
+        if row is None:
+            continue
+        file = folder / f"{result.name}.{name}.submission.json"
+        try:
+            rows = submission_rows(row, predictions)
+        except ValueError as error:
+            made[name] = f"not written: {error}"
+            continue
+        write_file(file, json.dumps(rows, ensure_ascii=False))
+        made[name] = file.name
+    return made
+
+
+def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> list[Card]:
+    """The first samples of each data set and task in turn, with what reached the vision tower."""
+    columns = [
+        [
+            (prediction, score)
+            for prediction, score in zip(found, scores.values[scores.primary], strict=True)
+            if prediction.sample.image is not None
+        ]
+        for result in results
+        for task, (found, scores) in result.tasks.items()
+        if task != "text_to_image"  # its answers are pictures, which a card cannot say
+    ]
+    any_ocr = any(p.sample.ocr is not None for column in columns for p, _ in column)
+    longest = max(map(len, columns), default=0)
+    turns = [column[row] for row in range(longest) for column in columns if row < len(column)]
+    reads = any_ocr and model.router is not None and "ocr" in model.router.evidence
+    return [make_card(model, prediction, score, reads) for prediction, score in turns[:count]]
+
+
+def make_card(model: MixtureModel, prediction: Prediction, score: float, reads: bool) -> Card:
+    sample, processor = prediction.sample, model.backbone.processor.image_processor
+    assert sample.image is not None  # make_cards has left those out
+    said = prediction.text
+    if prediction.box is not None:
+        said = f"a box, IoU {best_iou(prediction.box, sample.boxes):.2f}"
+    gates = prediction.gates
+    return Card(
+        image=picture_of(sample.image, processor),
+        size=sample.size,
+        task=sample.task if sample.source == sample.task else f"{sample.source} ({sample.task})",
+        question=sample.question,
+        prediction=said,
+        truth=" / ".join(dict.fromkeys(sample.answers)),
+        score=score,
+        boxes=sample.boxes,
+        predicted_box=prediction.box,
+        ocr=sample.ocr,
+        reads=reads,
+        gates=None if gates is None else torch.tensor(gates).mean(0).tolist(),
+    )
+
+
+def picture_of(image: Image, processor: Any) -> Image:
+    """What reached the vision tower; the picture itself where that is cut into patches or tiles."""
+    pixels = torch.as_tensor(processor(images=[image], return_tensors="pt")["pixel_values"])
+    if pixels.dim() != 4 or len(pixels) != 1:
+        return image
+    return seen_picture(pixels[0], processor.image_mean, processor.image_std)
+
+
+def draw_pictures(
+    run: Path,
+    variant: str,
+    model: MixtureModel,
+    results: Sequence[Result],
+    routing: dict[str, Any] | None,
+    count: int,
+) -> list[Path]:
+    """The PNG files that were made."""
+    folder, names = run / "pictures" / variant, model.bank.names
+    made = [folder / "samples.png"]
+    gallery(made[0], make_cards(model, results, count), names, "What the model saw, and said")
+    if routing is not None:
+        made.append(folder / "gates.png")
+        gate_heat_map(made[-1], routing, model.null_expert)
+    if routing is not None and "per_site" in routing:
+        made.append(folder / "gates_by_layer.png")
+        layer_heat_map(made[-1], routing, list(model.bank.sites))
+    log = read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    if any(key.startswith("loss/") for row in log for key in row):
+        made.append(folder / "losses.png")
+        loss_curves(made[-1], log, names)
+    return made

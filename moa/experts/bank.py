@@ -1,0 +1,395 @@
+"""The bank of experts of one model: attach, add, freeze, remove, rename, import and export.
+
+The model stays as it is: the bank swaps chosen `nn.Linear` modules for `ExpertLinear` ones around
+them, and `detach` puts them back. An expert is one LoRA over all sites or a subset, with its own
+rank, alpha and initialisation; its state has the keys of a plain PEFT adapter.
+"""
+
+import difflib
+import hashlib
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moa.experts.lora import ExpertLinear, GateContext, GateState
+from moa.experts.lora_state import expert_state, overwrite, pair_up, peft_config, scaling_of
+from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites, site_scaling
+from moa.files.targets import ALL_LINEAR, is_target, select
+
+EXPERT_NAME = re.compile(r"\w[\w-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSpec:
+    """What an expert was made with, and the sites it has; ranks may differ from `rank` there."""
+
+    rank: int
+    alpha: float | int
+    use_rslora: bool
+    sites: tuple[str, ...]
+    frozen: bool = False
+
+
+class ExpertBank:
+    """Owns the sites of one model, in module order, and its experts, in the order they came."""
+
+    def __init__(
+        self,
+        sites: dict[str, ExpertLinear],
+        streams: dict[str, str],
+        shapes: Mapping[str, tuple[int, int]],
+        unused: Collection[str] = (),
+    ) -> None:
+        self.sites = sites
+        self.streams = streams  # site -> "text", "image" ...: what its first axis counts
+        self.shapes = shapes  # every linear layer of the model -> (out, in)
+        self.unused = frozenset(unused)  # those whose output the model never reads
+        self.experts: dict[str, ExpertSpec] = {}
+        self.context = next(iter(sites.values())).context
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        targets: Sequence[str],
+        *,
+        exclude: Sequence[str] = (),
+        unused: Collection[str] = (),
+        stream_of: Callable[[str], str] = lambda site: "text",
+    ) -> "ExpertBank":
+        """Wrap the linear layers that the targets name.
+
+        A target is a full module path, a regular expression for the whole path, or `all-linear`. `unused` are
+        layers whose output the model never reads, `stream_of` says what a site's first axis
+        counts: samples ("text"), or the rows of another stream, such as pictures ("image").
+        Raises ValueError for a target or an exclusion that matches nothing, for unused layers, and for
+        layers whose weight is another layer's too.
+        """
+        if any(isinstance(module, ExpertLinear) for module in model.modules()):
+            raise ValueError("the model has a bank already: detach it, or add experts to it")
+        linear = {name: m for name, m in model.named_modules() if is_target(m)}
+        tied = tied_layers(model, linear)
+        able = {n: m for n, m in linear.items() if n not in {*unused, *tied, *output_layers(model)}}
+        chosen = select([target for target in targets if target != ALL_LINEAR], linear, "targets")
+        chosen |= able if ALL_LINEAR in targets else {}
+        chosen = {name: linear[name] for name in linear if name in chosen}
+        for name in select(exclude, chosen, "exclude"):
+            chosen.pop(name)
+        if not chosen:
+            raise ValueError(f"exclude={list(exclude)} leaves none of targets={list(targets)}")
+        idle = [name for name in chosen if name in set(unused)]
+        if idle:
+            raise ValueError(
+                f"targets: {len(idle)} layers never reach the output and would not learn (vision "
+                f"layers past vision_feature_layer); exclude them, or use targets: [{ALL_LINEAR}]: {', '.join(idle)}"
+            )
+        if shared := [name for name in chosen if name in tied]:
+            raise ValueError(
+                f"targets: the weight of {shared[0]} is also that of {tied[shared[0]]}, so that no merge could hold "
+                f"an expert there; exclude it, or use targets: [{ALL_LINEAR}]"
+            )
+        context = GateContext()
+        sites = {name: ExpertLinear(layer, name, context) for name, layer in chosen.items()}
+        for name, site in sites.items():
+            model.set_submodule(name, site)
+        shapes = {name: (m.out_features, m.in_features) for name, m in linear.items()}
+        return cls(sites, {name: stream_of(name) for name in sites}, shapes, unused)
+
+    def detach(self, model: nn.Module) -> None:
+        """Put the original linear layers back; the experts stay in the bank."""
+        for name, site in self.sites.items():
+            model.set_submodule(name, site.base_layer)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.experts)
+
+    def add(
+        self,
+        name: str,
+        *,
+        rank: int,
+        alpha: float | int,
+        use_rslora: bool = False,
+        targets: Sequence[str] | None = None,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """A fresh, trainable expert at all sites or at `targets`; it changes no output yet.
+
+        A is uniform in ±1/sqrt(in) as in PEFT, drawn from (seed, name, site): it depends neither on
+        device nor on the order of additions, and no two experts start alike. B is zero.
+        """
+        if rank < 1:
+            raise ValueError(f"experts.{name}.rank must be 1 or more, got {rank}")
+        chosen = self.sites if targets is None else select(targets, self.sites, f"{name}.targets")
+        for site_name in chosen:
+            layer = self.sites[site_name].base_layer
+            largest = max(layer.in_features, layer.out_features)
+            if rank > largest:
+                rule = f"{rank} is more than {largest}, the larger side of {site_name}"
+                raise ValueError(f"experts.{name}.rank: {rule}")
+        spec = ExpertSpec(rank=rank, alpha=alpha, use_rslora=use_rslora, sites=tuple(chosen))
+        self._register(name, spec)
+        for site_name, site in self.sites.items():
+            if site_name in chosen:
+                base = site.base_layer
+                a = _uniform((rank, base.in_features), f"{seed}/{name}/{site_name}")
+                b = torch.zeros(base.out_features, rank)
+                self._place(site, name, a, b, scaling_of(rank, alpha, use_rslora), dtype)
+
+    def import_expert(
+        self,
+        name: str,
+        tensors: Mapping[str, Float[Tensor, "_ _"]],
+        config: Mapping[str, Any],
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """A trainable expert from a plain PEFT adapter, as `peft_io.read_expert` gives it.
+
+        Raises ValueError for keys that no site consumes, and for shapes of another base.
+        """
+        pairs = pair_up(name, tensors, self.sites)
+        spec = ExpertSpec(
+            rank=config["r"],
+            alpha=config.get("lora_alpha", 8),
+            use_rslora=bool(config.get("use_rslora", False)),
+            sites=tuple(site for site in self.sites if site in pairs),
+        )
+        self._register(name, spec)
+        for site_name in spec.sites:
+            a, b = pairs[site_name]
+            scaling = site_scaling(config, site_name)
+            self._place(self.sites[site_name], name, a, b, scaling, dtype)
+
+    def fit(self, header: ExpertHeader) -> tuple[ExpertHeader, str | None]:
+        """An adapter's header with the bank's own sites alone, as the model spells them; a line on what was dropped.
+
+        Factors at layers that the model never reads, and those whose update is zero, change nothing and are dropped:
+        PEFT's `all-linear` and bare names such as `q_proj` bring them along. Raises ValueError for a site that the
+        model lacks, has in another shape, or that is not among the targets.
+        """
+        header = fit_to_base(header, self.shapes)
+        outside = [site for site in header.ranks if site not in self.sites]
+        idle = [site for site in outside if site in self.unused or is_zero(header, site)]
+        if lacking := [site for site in outside if site not in idle]:
+            raise ValueError(
+                f"{header.path}: {len(lacking)} of its sites are not among model.targets, first {lacking[0]}; name "
+                f"them there too, or use model.targets=[{ALL_LINEAR}]"
+            )
+        if not idle:
+            return header, None
+        line = f"{header.path}: {len(idle)} sites dropped that change no output, first {idle[0]}"
+        return keep_sites(header, [site for site in header.ranks if site not in idle]), line
+
+    def remove(self, name: str) -> None:
+        """Drop an expert from every site."""
+        for site_name in self._spec(name).sites:
+            self.sites[site_name].remove(name)
+        del self.experts[name]
+        self._changed()
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an expert another name; its place among the gates stays."""
+        self._spec(old)
+        if new == old:
+            return
+        self._check_name(new)
+        for site in self.sites.values():
+            held = {expert: site.remove(expert) for expert in list(site.scalings)}
+            for expert, factors in held.items():
+                site.add(new if expert == old else expert, *factors)
+        self.experts = {new if n == old else n: spec for n, spec in self.experts.items()}
+        self._changed()
+
+    def freeze(self, name: str, frozen: bool = True) -> None:
+        """A frozen expert takes part in the mixture and gets no gradient, so nothing moves it."""
+        self.experts[name] = replace(self._spec(name), frozen=frozen)
+        for parameter in self.parameters(name):
+            parameter.requires_grad_(not frozen)
+
+    def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
+        """The factors of one expert, or of all."""
+        for expert in self.names if name is None else [name]:
+            for site_name in self._spec(expert).sites:
+                yield self.sites[site_name].lora_A[expert]
+                yield self.sites[site_name].lora_B[expert]
+
+    def state(self, name: str) -> dict[str, Float[Tensor, "_ _"]]:
+        """One expert's factors by PEFT key; they share memory with the parameters."""
+        self._spec(name)
+        return expert_state(self.sites, name)
+
+    def load_state(self, name: str, tensors: Mapping[str, Float[Tensor, "_ _"]]) -> None:
+        """Overwrite an expert with a state of the same sites and ranks; ValueError otherwise."""
+        overwrite(self.state(name), tensors, name)
+        if self.context.state is not None:
+            self.context.state.forget()
+
+    def peft_config(self, name: str) -> dict[str, Any]:
+        """adapter_config.json of an expert: full paths, and patterns only where sites differ."""
+        spec = self._spec(name)
+        return peft_config(self.sites, name, spec.rank, spec.alpha, spec.use_rslora)
+
+    def set_gates(
+        self,
+        gates: Float[Tensor, "batch site expert"],
+        owners: Int[Tensor, " images"] | Mapping[str, Int[Tensor, " _"]] | None = None,
+        segments: Int[Tensor, "rows seq"] | None = None,
+        *,
+        expand: bool = False,
+    ) -> None:
+        """Gates of the coming forward, for every site or one row for all; experts as in `names`.
+
+        A site of another stream than "text" has something else on its first axis, such as pictures:
+        `owners` names the sample of each row, by stream, or of the stream "image" alone. A stream
+        without owners must not run. `segments` names the sample of each token where rows of the text
+        stream hold several (-1, padding, gets those of sample 0). `expand` lets generation repeat the
+        samples.
+        """
+        if gates.shape[1] not in (1, len(self.sites)) or gates.shape[2] != len(self.names):
+            raise ValueError(
+                f"gates are {list(gates.shape)}; expected [batch, 1 or {len(self.sites)} sites, "
+                f"{len(self.names)} experts {self.names}]"
+            )
+        rows = {"image": owners} if isinstance(owners, Tensor) else owners or {}
+        streams = {"text": gates} | {stream: gates[rows_of] for stream, rows_of in rows.items()}
+        by_site = {stream: own.unsqueeze(2).unbind(1) for stream, own in streams.items()}
+        if segments is not None:
+            tokens = segments.clamp(min=0)
+            by_site["text"] = tuple(own[:, 0][tokens] for own in by_site["text"])
+        self.context.state = GateState(
+            gates={
+                name: by_site[self.streams[name]][number if gates.shape[1] > 1 else 0]
+                for number, name in enumerate(self.sites)
+                if self.streams[name] in by_site
+            },
+            experts=tuple(self.names),
+            active=None if torch.is_grad_enabled() else self._active(gates),
+            expand=expand,
+        )
+
+    def _active(self, gates: Tensor) -> frozenset[str] | None:
+        """The experts that have a gate other than 0 somewhere; None where all have."""
+        used = gates.ne(0).flatten(0, 1).any(0).tolist()
+        return (
+            None if all(used) else frozenset(n for n, u in zip(self.names, used, strict=True) if u)
+        )
+
+    def route_tokens(
+        self, top_k: int | None, temperature: float | int = 1.0, *, recording: bool = True
+    ) -> None:
+        """Let every site route the tokens of the coming forward by its own token router.
+
+        `recording` keeps each site's logits for `take_token_logits`.
+        """
+        self.context.state = GateState(
+            gates=None, top_k=top_k, temperature=temperature, recording=recording
+        )
+
+    def take_token_logits(self) -> dict[str, Float[Tensor, "*_ expert"]]:
+        """Site -> the logits of the last forward's tokens, over the temperature; kept no longer."""
+        state = self.context.state
+        taken = dict(state.token_logits) if state is not None else {}
+        if state is not None:
+            state.token_logits.clear()  # they would keep the graph until the next forward
+        return taken
+
+    def add_token_routers(self, *, seed: int = 0, std: float | int = 0.02) -> None:
+        """A float32 router [expert, in] at every site; all experts come before, at all sites."""
+        for name, site in self.sites.items():
+            if list(site.scalings) != self.names:
+                raise ValueError(
+                    f"token routing needs every expert at every site: {name} has "
+                    f"{list(site.scalings)} of {self.names}"
+                )
+            generator = torch.Generator().manual_seed(_hash(f"{seed}/token_router/{name}"))
+            weight = torch.randn(len(self.names), site.base_layer.in_features, generator=generator)
+            site.token_router = nn.Parameter((weight * std).to(site.base_layer.weight.device))
+
+    def token_routers(self) -> dict[str, nn.Parameter]:
+        """Site -> token router [expert, in]; empty where gates are decided per sample."""
+        pairs = ((name, site.token_router) for name, site in self.sites.items())
+        return {name: router for name, router in pairs if router is not None}
+
+    def base_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's own weights under the names it had before `attach`."""
+        state = {}
+        for key, tensor in model.state_dict().items():
+            owner, _, leaf = key.rpartition(".")
+            if owner in self.sites:
+                continue
+            site = owner.removesuffix(".base_layer")
+            state[f"{site}.{leaf}" if site in self.sites else key] = tensor
+        return state
+
+    def _spec(self, name: str) -> ExpertSpec:
+        if name not in self.experts:
+            near = difflib.get_close_matches(name, self.names)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"no expert {name!r}; choices: {self.names}{hint}")
+        return self.experts[name]
+
+    def _check_name(self, name: str) -> None:
+        if not EXPERT_NAME.fullmatch(name):
+            raise ValueError(f"an expert's name is letters, digits, _ and -, got {name!r}")
+        if name in self.experts:
+            raise ValueError(f"there is an expert {name!r} already; choices: another name")
+
+    def _register(self, name: str, spec: ExpertSpec) -> None:
+        self._check_name(name)
+        if self.token_routers():
+            raise ValueError(f"expert {name}: add experts before the token routers")
+        self.experts[name] = spec
+        self._changed()
+
+    def _place(
+        self,
+        site: ExpertLinear,
+        name: str,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> None:
+        device = site.base_layer.weight.device
+        own_a, own_b = (f.to(device=device, dtype=dtype, copy=True) for f in (a, b))
+        site.add(name, nn.Parameter(own_a), nn.Parameter(own_b), scaling)
+
+    def _changed(self) -> None:
+        self.context.state = None  # gates of other experts
+
+
+def tied_layers(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Linear layer -> the other parameter that its weight is too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    others = {
+        layer: [n for n in names.get(id(module.weight), []) if n != f"{layer}.weight"]
+        for layer, module in linear.items()
+    }
+    return {layer: found[0] for layer, found in others.items() if found}
+
+
+def output_layers(model: nn.Module) -> list[str]:
+    """The layer that writes logits over the vocabulary, where the model names one."""
+    find = getattr(model, "get_output_embeddings", None)
+    output = find() if find is not None else None
+    return [name for name, module in model.named_modules() if module is output]
+
+
+def _uniform(shape: tuple[int, int], seed: str) -> Tensor:
+    generator = torch.Generator().manual_seed(_hash(seed))
+    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

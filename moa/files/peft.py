@@ -1,0 +1,549 @@
+"""One plain PEFT LoRA folder, read and written strictly.
+
+It is adapter_config.json beside adapter_model.safetensors.
+Keys are `base_model.model.<site>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank]; a site
+is the path of a linear layer inside the base. The update is scaling * B A, with scaling alpha / rank
+or, for rsLoRA, alpha / sqrt(rank); rank and alpha may differ per site by PEFT's patterns. What else
+PEFT could mean (DoRA, biases, whole modules, base-changing initialisations) is refused with the
+reason, never dropped.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moa.files.atomic import atomic_folder, write_json
+from moa.files.spelling import match_spelling, nearest
+from moa.files.targets import fits
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+FINGERPRINT = "base_fingerprint"  # in the metadata of the weights' file
+# Settings that narrow target_modules down, of no use beside full paths.
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_[AB]\.weight")
+
+WHOLE_CHECKPOINT = (
+    "; PEFT's merge_and_unload() writes it into its base exactly, and scripts.merge merges "
+    "such checkpoints (models=[A,B] base=BASE)"
+)
+REFUSED_SETTINGS = {
+    "use_dora": "DoRA rescales the rows of W + BA, so its update is no low-rank product"
+    + WHOLE_CHECKPOINT,
+    "lora_bias": "a bias on lora_B is no low-rank update of the weight" + WHOLE_CHECKPOINT,
+    "modules_to_save": "whole modules lie beside the factors, and would be dropped"
+    + WHOLE_CHECKPOINT,
+    "trainable_token_indices": "trained embedding rows lie beside the factors, and are dropped",
+    "target_parameters": "its factors sit on raw parameters and not on linear layers",
+    "layer_replication": "it repeats layers of the base, so a site names several weights",
+    "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
+}
+# Keys that are no factors, by what gives them away, and why they are there.
+STRAY_KEYS = {
+    r"\.lora_magnitude_vector": f"use_dora: {REFUSED_SETTINGS['use_dora']}",
+    r"\.lora_B\.bias$": f"lora_bias: {REFUSED_SETTINGS['lora_bias']}",
+    r"\.lora_embedding_": "LoRA on an embedding",
+    r"\.lora_[AB]\.\w+\.weight$": (
+        "an adapter's name stands in the key, so that this is a model's state_dict(); save it by PEFT's "
+        "save_pretrained(FOLDER), or leave the name out of the keys"
+    ),
+    r"\.lora_[AB]\.weight$": (
+        f"it does not begin with {PREFIX}; save it by PEFT's save_pretrained(FOLDER), or add that to the keys"
+    ),
+    "": f"modules_to_save? {REFUSED_SETTINGS['modules_to_save']}",
+}
+NOT_GATHERED = (
+    "DeepSpeed ZeRO-3 leaves such a file where the weights were not gathered; save it again inside "
+    "deepspeed.zero.GatheredParameters, or with stage3_gather_16bit_weights_on_model_save"
+)
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# pissa, olora, corda, loftq and lora_ga subtract from the base's weights when they start.
+BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -1e30 < value < 1e30  # NaN is not
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_texts(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+def _is_integers(value: Any) -> bool:
+    return value is None or all(map(_is_integer, value if isinstance(value, list) else [value]))
+
+
+def _is_ranks(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_rank, value.values())))
+
+
+def _is_alphas(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_integer(value) and value >= 1
+
+
+# Settings that this file understands, or that change nothing about a trained adapter, and what each must be.
+# Any other one that is set is refused: PEFT grows variants, and a variant read as plain LoRA is silently wrong.
+FLAG, TEXT, TEXTS = (
+    (_is_flag, "true or false"),
+    (_is_text, "text"),
+    (_is_texts, "text or a list of texts"),
+)
+ANYTHING: tuple[Callable[[Any], bool], str] = (lambda value: True, "")
+SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "peft_type": TEXT,
+    "task_type": TEXT,
+    "base_model_name_or_path": TEXT,
+    "revision": TEXT,
+    "r": (_is_rank, "a positive integer"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "target_modules": TEXTS,
+    "exclude_modules": TEXTS,
+    "rank_pattern": (_is_ranks, "a mapping of expressions to positive integers"),
+    "alpha_pattern": (_is_alphas, "a mapping of expressions to finite numbers"),
+    "layers_to_transform": (_is_integers, "an integer or a list of them"),
+    "layers_pattern": TEXTS,
+    "lora_dropout": (_is_number, "a finite number"),
+    "bias": TEXT,
+    "use_rslora": FLAG,
+    "fan_in_fan_out": FLAG,
+    "inference_mode": FLAG,
+    **dict.fromkeys(
+        ("init_lora_weights", "auto_mapping", "peft_version", "megatron_core"), ANYTHING
+    ),
+    **dict.fromkeys(("qalora_group_size", "eva_config", "ensure_weight_tying"), ANYTHING),
+    "runtime_config": ANYTHING,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertHeader:
+    """What an expert's folder holds, from its config and the file's header: no weight is loaded."""
+
+    path: Path
+    config: dict[str, Any]
+    ranks: dict[str, int]  # site -> rank
+    shapes: dict[str, tuple[int, int]]  # site -> (out, in)
+    spelled: dict[str, str]  # site -> as the file spells it
+    base_fingerprint: str | None = (
+        None  # of the base that it was trained on, where that is recorded
+    )
+
+    @property
+    def weights_file(self) -> Path:
+        return self.path / WEIGHTS_FILE
+
+
+def base_reference(name: str) -> str:
+    """What `base_model_name_or_path` says of a base: a hub name as it is, a local folder from the root on, so that
+    PEFT finds it from every working directory."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def site_keys(site: str) -> tuple[str, str]:
+    """The PEFT keys of a site's lora_A and lora_B."""
+    return f"{PREFIX}{site}.lora_A.weight", f"{PREFIX}{site}.lora_B.weight"
+
+
+def site_rank(config: Mapping[str, Any], site: str) -> int:
+    """The rank that the config promises for a site: `rank_pattern`'s first match, else `r`."""
+    return _by_pattern(config.get("rank_pattern"), site, config["r"])
+
+
+def site_scaling(config: Mapping[str, Any], site: str) -> float:
+    """The factor before B A at a site: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
+    rank = site_rank(config, site)
+    alpha = _by_pattern(config.get("alpha_pattern"), site, config.get("lora_alpha", 8))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def read_header(path: str | Path) -> ExpertHeader:
+    """Check everything about an expert's folder that needs no weights.
+
+    Raises ValueError naming the file and the rule: a missing or unreadable file, an adapter that is
+    no plain LoRA, a key without its partner, a target without tensors, ranks unlike the config's.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    shapes, metadata = _read_shapes(folder / WEIGHTS_FILE)
+    ranks, sizes = _check_pairs(folder / WEIGHTS_FILE, shapes)
+    _check_sites(folder / CONFIG_FILE, config, ranks)
+    return ExpertHeader(
+        path=folder,
+        config=config,
+        ranks=ranks,
+        shapes=sizes,
+        spelled={site: site for site in ranks},
+        base_fingerprint=metadata.get(FINGERPRINT),
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as a dict, refused with the reason where it is no plain LoRA."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(f"{file}: missing; an expert is a folder of {CONFIG_FILE}, {WEIGHTS_FILE}")
+    config = read_json_object(file)
+    check_config(config, file)
+    return config
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; ValueError naming the file for any other."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not readable as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: must hold a JSON object, got {type(found).__name__}")
+    return found
+
+
+def check_config(config: Mapping[str, Any], source: str | Path) -> None:
+    """Raise ValueError naming `source` and the setting unless the config is a plain LoRA's."""
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{source}: peft_type must be LORA, got {_shown(config.get('peft_type'))}")
+    if "r" not in config:
+        raise ValueError(f"{source}: r is missing; it is the rank")
+    for key, (rule, wanted) in SETTINGS.items():
+        if key in config and not rule(config[key]):
+            raise ValueError(f"{source}: {key} must be {wanted}, got {_shown(config[key])}")
+    for key, reason in REFUSED_SETTINGS.items():
+        if config.get(key):
+            raise ValueError(f"{source}: {key}={_shown(config[key])} is not supported: {reason}")
+    if config.get("bias", "none") != "none":
+        raise ValueError(
+            f"{source}: bias={_shown(config['bias'])} is not supported: it would be dropped"
+        )
+    if config.get("init_lora_weights", True) not in BASE_KEEPING_INITS:
+        raise ValueError(
+            f"{source}: init_lora_weights={_shown(config['init_lora_weights'])} changes the base, so the "
+            "factors alone are not the update; convert it with PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)"
+        )
+    unknown = sorted(key for key, value in config.items() if value and key not in SETTINGS)
+    if unknown:
+        raise ValueError(f"{source}: unknown settings may change what it computes: {unknown}")
+    if not config.get("target_modules"):
+        raise ValueError(f"{source}: target_modules is empty, so the adapter has no sites")
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        value = config.get(key) or ()
+        for pattern in [value] if isinstance(value, str) else value if "pattern" in key else ():
+            fits(pattern, "", f"{source}: {key}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def read_expert(
+    path: str | Path, *, base_shapes: Mapping[str, tuple[int, int]] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read one PEFT folder whole: (tensors by PEFT key, as stored; config).
+
+    `base_shapes` (site -> (out, in) of the base's linear layers) refuses an adapter of another base.
+    Raises ValueError as `read_header` does, and for values that are not finite.
+    """
+    header = read_header(path)
+    if base_shapes is not None:
+        header = fit_to_base(header, base_shapes)
+    return read_tensors(header), header.config
+
+
+def read_tensors(header: ExpertHeader) -> dict[str, Tensor]:
+    """All tensors by PEFT key, as stored; ValueError for values that are not finite."""
+    sites = (read_site(header, site) for site in header.ranks)
+    return {key: tensor for tensors in sites for key, tensor in tensors.items()}
+
+
+def read_site(header: ExpertHeader, site: str) -> dict[str, Tensor]:
+    """One site's lora_A and lora_B by PEFT key, as stored; ValueError where one is not finite."""
+    stored = zip(site_keys(site), site_keys(header.spelled[site]), strict=True)
+    with safe_open(header.weights_file, framework="pt") as file:
+        tensors = {key: file.get_tensor(own) for key, own in stored}
+    for key, tensor in tensors.items():
+        if not all_finite(tensor):
+            broken = ~torch.isfinite(tensor)
+            rows = broken.any(1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{header.weights_file}: {key} has {int(broken.sum())} NaN or infinite values, "
+                f"in {len(rows)} rows, first {rows[0]}"
+            )
+    return tensors
+
+
+def is_zero(header: ExpertHeader, site: str) -> bool:
+    """Whether a site's update is zero, as it is where no gradient ever came."""
+    return not all(tensor.any() for tensor in read_site(header, site).values())
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; by the sum, which is several times faster, wherever that is finite."""
+    total = tensor.sum(dtype=torch.float32)
+    return bool(total.isfinite()) or bool(torch.isfinite(tensor).all())
+
+
+def is_target(config: Mapping[str, Any], site: str) -> bool:
+    """Whether `target_modules` names the site, so that a base which has it gives it factors.
+
+    False where other settings decide too (exclude_modules, layers_to_transform, "all-linear").
+    """
+    targets = config["target_modules"]
+    narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
+    if narrowed or targets == "all-linear":
+        return False
+    return _names(targets, site)
+
+
+def _names(targets: str | Sequence[str], site: str) -> bool:
+    if isinstance(targets, str):
+        return fits(targets, site, f"{CONFIG_FILE}: target_modules")
+    return not _suffixes(site).isdisjoint(targets)
+
+
+def fit_to_base(header: ExpertHeader, base_shapes: Mapping[str, tuple[int, int]]) -> ExpertHeader:
+    """The header with its sites as the base spells them.
+
+    Raises ValueError where a site is missing in the base, or has another shape there.
+    """
+    names = match_spelling(header.ranks, base_shapes)
+    for site, shape in header.shapes.items():
+        found = base_shapes.get(names.get(site, site))
+        if found is None or tuple(found) != shape:
+            near = ", ".join(nearest(site, base_shapes)[:2])
+            what = f"is {list(found)} there" if found else "is not there"
+            hint = f" (nearest: {near})" if near and not found else ""
+            raise ValueError(
+                f"{header.weights_file}: made for another base: site {site} is [out, in] {list(shape)} in "
+                f"the adapter, and {what}{hint}; use the base that it was trained on, or rename its keys"
+            )
+    return rename_sites(header, names)
+
+
+def rename_sites(header: ExpertHeader, names: Mapping[str, str]) -> ExpertHeader:
+    """The header with other names for its sites, and a config that means the same under them."""
+    if all(site == name for site, name in names.items()):
+        return header
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{header.weights_file}: two of its sites are one layer, in two spellings")
+    return replace(
+        header,
+        ranks={names[site]: rank for site, rank in header.ranks.items()},
+        shapes={names[site]: shape for site, shape in header.shapes.items()},
+        spelled={names[site]: own for site, own in header.spelled.items()},
+        config=rename_config(header.config, names),
+    )
+
+
+def rename_config(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A config that means for each new name what it meant for the old one: full paths, exact patterns."""
+    ranks = {site: site_rank(config, site) for site in names}
+    usual = config.get("lora_alpha", 8)
+    alphas = {site: _by_pattern(config.get("alpha_pattern"), site, usual) for site in names}
+    return {
+        **{key: value for key, value in config.items() if key not in NARROWING},
+        "target_modules": list(names.values()),
+        "rank_pattern": _exact(names, ranks, config["r"]),
+        "alpha_pattern": _exact(names, alphas, usual),
+    }
+
+
+def keep_sites(header: ExpertHeader, sites: Sequence[str]) -> ExpertHeader:
+    """The header with some of its sites alone."""
+    kept = set(sites)
+    return replace(
+        header,
+        ranks={site: rank for site, rank in header.ranks.items() if site in kept},
+        shapes={site: shape for site, shape in header.shapes.items() if site in kept},
+        spelled={site: own for site, own in header.spelled.items() if site in kept},
+        config={
+            **{k: v for k, v in header.config.items() if k not in NARROWING},
+            "target_modules": list(sites),
+        },
+    )
+
+
+def _exact(names: Mapping[str, str], values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
+    """A pattern for each site whose value is not the usual one, under its new name."""
+    return {f"^{re.escape(names[s])}": value for s, value in values.items() if value != usual}
+
+
+def check_tensors(
+    source: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Site -> rank and site -> (out, in) of an expert in memory; ValueError naming `source`."""
+    check_config(config, source)
+    for key, value in tensors.items():
+        if value.dtype not in FLOATS.values():
+            raise ValueError(_not_float(source, key, str(value.dtype)))
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    ranks, sizes = _check_pairs(source, shapes)
+    _check_sites(source, config, ranks)
+    broken = sorted(key for key, tensor in tensors.items() if not all_finite(tensor))
+    if broken:
+        raise ValueError(f"{source}: {broken[0]} has NaN or infinite values; nothing was written")
+    return ranks, sizes
+
+
+def save_expert(
+    path: str | Path,
+    tensors: Mapping[str, Shaped[Tensor, "_ _"]],
+    config: Mapping[str, Any],
+    *,
+    base_fingerprint: str | None = None,
+) -> None:
+    """Write one expert for plain `PeftModel.from_pretrained`; `read_expert` returns the same bits.
+
+    The folder appears whole or not at all, and replaces an older one. `config` needs r, lora_alpha
+    and target_modules. Raises ValueError, and writes nothing, where `read_expert` would refuse.
+    """
+    with atomic_folder(path) as temporary:
+        write_expert(temporary, tensors, config, name=path, base_fingerprint=base_fingerprint)
+
+
+def write_expert(
+    folder: Path,
+    tensors: Mapping[str, Shaped[Tensor, "_ _"]],
+    config: Mapping[str, Any],
+    *,
+    name: str | Path,
+    base_fingerprint: str | None = None,
+) -> None:
+    """The two files of an expert into a folder that exists; `name` stands in error messages.
+
+    `base_fingerprint` goes into the metadata of the weights' file, which PEFT does not read.
+    """
+    full = {"peft_type": "LORA", "bias": "none", "inference_mode": True, **config}
+    full = {key: sorted(value) if isinstance(value, set) else value for key, value in full.items()}
+    check_tensors(name, tensors, full)
+    write_json(folder / CONFIG_FILE, full)
+    ready = {key: value.detach().cpu().contiguous() for key, value in sorted(tensors.items())}
+    metadata = {"format": "pt", **({FINGERPRINT: base_fingerprint} if base_fingerprint else {})}
+    save_file(ready, folder / WEIGHTS_FILE, metadata=metadata)
+    _sort_metadata(folder / WEIGHTS_FILE)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Safetensors writes its metadata in a random order; sorted, equal experts are equal files."""
+    with file.open("r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size, f"{file}: its header is not compact JSON"
+        handle.seek(8)
+        handle.write(text)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, site: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches, as a regular expression, the site or a suffix."""
+    for pattern, value in (patterns or {}).items():
+        if fits(rf"(.*\.)?({pattern})$", site, f"{CONFIG_FILE}: rank_pattern, alpha_pattern"):
+            return value
+    return default
+
+
+def _read_shapes(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes by key, and the metadata."""
+    if not file.is_file():
+        pickled = file.with_name("adapter_model.bin")
+        hint = f"; {pickled.name} is a pickle, and is not opened" if pickled.exists() else ""
+        raise ValueError(f"{file}: missing{hint}")
+    shapes = {}
+    try:
+        with safe_open(file, framework="pt") as handle:
+            for key in list(handle.keys()):
+                entry = handle.get_slice(key)
+                if entry.get_dtype() not in FLOATS:
+                    raise ValueError(_not_float(file, key, entry.get_dtype()))
+                shapes[key] = tuple(entry.get_shape())
+            return shapes, handle.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not readable as safetensors ({error}); truncated?") from None
+
+
+def _not_float(source: str | Path, key: str, dtype: str) -> str:
+    return f"{source}: {key} is stored as {dtype}; factors are {', '.join(FLOATS)}: save it as one of these"
+
+
+def _check_pairs(
+    source: str | Path, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Site -> rank and site -> (out, in), where every key is one of a fitting lora_A, lora_B pair."""
+    matches = {key: KEY.fullmatch(key) for key in shapes}
+    stray = sorted(key for key, match in matches.items() if not match)
+    if stray or not shapes:
+        if not stray:
+            raise ValueError(f"{source}: holds no tensors; {NOT_GATHERED}")
+        reason = next(text for sign, text in STRAY_KEYS.items() if re.search(sign, stray[0]))
+        raise ValueError(
+            f"{source}: {len(stray)} keys are no factors of a linear layer, first {stray[0]} ({reason})"
+        )
+    ranks, sizes = {}, {}
+    for site in dict.fromkeys(match["site"] for match in matches.values() if match):
+        missing = [key for key in site_keys(site) if key not in shapes]
+        if missing:
+            raise ValueError(f"{source}: {missing[0]} is missing, though its partner is there")
+        a, b = (shapes[key] for key in site_keys(site))
+        if 0 in (*a, *b):
+            raise ValueError(f"{source}: {site} is empty; {NOT_GATHERED}")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise ValueError(
+                f"{source}: at {site} lora_A {list(a)} and lora_B {list(b)} must be [rank, in] and "
+                "[out, rank]"
+            )
+        ranks[site], sizes[site] = a[0], (b[0], a[1])
+    return ranks, sizes
+
+
+def _check_sites(source: str | Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
+    """The tensors' sites and ranks are those that the config names."""
+    for site, rank in ranks.items():
+        if rank != site_rank(config, site):
+            promised = site_rank(config, site)
+            raise ValueError(f"{source}: {site} has rank {rank}, but its config says {promised}")
+    targets = config["target_modules"]
+    if isinstance(targets, str):
+        strays = [s for s in ranks if targets != "all-linear" and not _names(targets, s)]
+    else:
+        suffixes = {suffix for site in ranks for suffix in _suffixes(site)}
+        # Bare names that this base lacks (`qkv_proj`) are a habit of PEFT users; paths are not.
+        idle = [target for target in targets if "." in target and target not in suffixes]
+        if idle:
+            raise ValueError(f"{source}: {len(idle)} target_modules lack tensors, first {idle[0]}")
+        strays = [site for site in ranks if not _names(targets, site)]
+    if strays:
+        raise ValueError(f"{source}: {len(strays)} sites are not in target_modules: {strays[0]}")
+
+
+def _suffixes(site: str) -> set[str]:
+    parts = site.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}

@@ -1,0 +1,208 @@
+"""What the units of two networks do on the same data: matching them by it, and resetting it after averaging.
+
+`activation_matching` pairs units whose outputs vary together (Li et al. 2016; Git Re-Basin, section 3.1).
+`repair` is REPAIR (Jordan et al. 2023): averages of units that do not quite agree vary less, from layer to layer
+less. So the mean and standard deviation of every unit before its activation are set to those of the endpoints,
+interpolated (the deviation, not the variance), and folded into weight and bias: the network stays a plain one.
+
+In transformers every token of every sample counts as one value, padding too.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moa.merging.align.alignment import Maps, Matrix, Spec, UnitMap, Units, best_maps
+
+Run = Callable[[nn.Module, Any], object]  # (model, batch): one forward pass
+Vector = Float[Tensor, " units"]
+Values = Float[Tensor, "values units"]
+Goals = dict[str, tuple[Vector, Vector]]  # layer -> mean, standard deviation
+SMALL = 1e-5  # added to a variance, as BatchNorm does
+
+
+def run_tensor(model: nn.Module, batch: Any) -> object:
+    return model(batch)
+
+
+# Matching ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def activation_matching(
+    a: nn.Module, b: nn.Module, spec: Spec, batches: Iterable[Any], *, run: Run = run_tensor
+) -> Maps:
+    """Maps of B's units to A's by the covariance of their outputs, every layer normalised to one scale.
+
+    One pass, no local optima: what a unit does on data does not depend on the order of any other units. A unit is
+    seen in the outputs of all linear layers and LayerNorms that make it.
+    """
+    layers = {name: [_makers(a, units, name) for units in s.units] for name, s in spec.items()}
+    seen = {
+        layer: Covariance() for groups in layers.values() for group in groups for layer in group
+    }
+    for batch in batches:
+        mine, theirs = (_outputs(model, seen, batch, run) for model in (a, b))
+        for layer, covariance in seen.items():
+            covariance.add(mine[layer], theirs[layer])
+    maps: Maps = {}
+    for name, groups in layers.items():
+        agreements = [sum((seen[x].normalised() for x in g), start=torch.zeros(())) for g in groups]
+        found, _ = best_maps(agreements, spec[name])
+        maps[name] = tuple(UnitMap(m, m) for m in found)
+    return maps
+
+
+class Covariance:
+    """Running sums of A's and B's values at one layer, and of their products."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.totals: list[Any] = [0.0] * 2
+        self.squares: list[Any] = [0.0] * 2
+        self.products: Any = 0.0
+
+    def add(self, a: Values, b: Values) -> None:
+        self.count += len(a)
+        self.products = self.products + a.T @ b
+        for side, values in enumerate((a, b)):
+            self.totals[side] = self.totals[side] + values.sum(0)
+            self.squares[side] = self.squares[side] + values.square().sum()
+
+    def normalised(self) -> Matrix:
+        """Covariance over the root of both layers' whole variances."""
+        if not self.count:
+            raise ValueError("batches: matching needs at least one")
+        means = [total / self.count for total in self.totals]
+        whole = [
+            square / self.count - mean.square().sum()
+            for square, mean in zip(self.squares, means, strict=True)
+        ]
+        covariance = self.products / self.count - torch.outer(*means)
+        return (covariance / (whole[0] * whole[1]).clamp(min=SMALL**2).sqrt()).float()
+
+
+def _makers(model: nn.Module, units: Units, name: str) -> list[str]:
+    """The modules whose outputs are the units."""
+    paths = [
+        key.removesuffix(".weight")
+        for key, axis in units.made
+        if key.endswith(".weight") and not axis
+    ]
+    found = [
+        path for path in paths if isinstance(model.get_submodule(path), nn.Linear | nn.LayerNorm)
+    ]
+    if not found:
+        raise ValueError(f"spec: no linear layer or LayerNorm puts out the units of {name}")
+    return found
+
+
+def _outputs(model: nn.Module, layers: Iterable[str], batch: Any, run: Run) -> dict[str, Values]:
+    kept: dict[str, Tensor] = {}
+
+    def keep(layer: str, output: Tensor) -> None:
+        kept[layer] = output.double().flatten(0, -2)
+
+    with watching(model, layers, keep):
+        run(model, batch)
+    return kept
+
+
+@contextmanager
+def watching(
+    model: nn.Module, layers: Iterable[str], see: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """`see(layer, output)` at every pass; what it returns, if anything, takes the output's place."""
+    handles = [
+        model.get_submodule(layer).register_forward_hook(
+            lambda module, inputs, output, layer=layer: see(layer, output)
+        )
+        for layer in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# Resetting --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def repair(
+    model: nn.Module,
+    endpoints: Sequence[nn.Module],
+    layers: Sequence[str],
+    batches: Iterable[Any],
+    *,
+    weights: Sequence[float] = (0.5, 0.5),
+    run: Run = run_tensor,
+) -> nn.Module:
+    """Reset the named linear layers of `model`, in place, to the statistics of the aligned endpoints.
+
+    While the model's own statistics are taken, each batch already passes on reset, as through BatchNorm in training,
+    so that a later layer sees what it will see. Leave out the last layer, whose outputs are the answer.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches: REPAIR needs at least one to take statistics from")
+    for layer in layers:
+        _linear(model, layer)
+    found = [measure(endpoint, layers, batches, run) for endpoint in endpoints]
+    goals = {layer: _interpolate([ends[layer] for ends in found], weights) for layer in layers}
+    for layer, (mean, std) in measure(model, layers, batches, run, goals).items():
+        linear, (goal_mean, goal_std) = _linear(model, layer), goals[layer]
+        gain = goal_std / std
+        linear.weight.copy_(linear.weight.double() * gain[:, None])
+        linear.bias.copy_(goal_mean + gain * (linear.bias.double() - mean))
+    return model
+
+
+def _interpolate(
+    ends: Sequence[tuple[Vector, Vector]], weights: Sequence[float]
+) -> tuple[Vector, Vector]:
+    share = torch.tensor(list(weights), dtype=torch.float64)
+    means, stds = (torch.stack(part) for part in zip(*ends, strict=True))
+    return share @ means, share @ stds
+
+
+def measure(
+    model: nn.Module,
+    layers: Sequence[str],
+    batches: Sequence[Any],
+    run: Run,
+    goals: Goals | None = None,
+) -> Goals:
+    """Mean and standard deviation of the layers' units over all batches; `goals`: each batch passes on at these."""
+    sums: dict[str, list[Any]] = {layer: [0, 0.0, 0.0] for layer in layers}
+
+    def see(layer: str, output: Tensor) -> Tensor | None:
+        values = output.double().flatten(0, -2)
+        for slot, value in enumerate((len(values), values.sum(0), values.square().sum(0))):
+            sums[layer][slot] = sums[layer][slot] + value
+        if goals is None:
+            return None
+        mean, std = _moments(len(values), values.sum(0), values.square().sum(0))
+        return ((output - mean) / std * goals[layer][1] + goals[layer][0]).to(output.dtype)
+
+    with watching(model, layers, see):
+        for batch in batches:
+            run(model, batch)
+    return {layer: _moments(*totals) for layer, totals in sums.items()}
+
+
+def _moments(count: int, total: Vector, squares: Vector) -> tuple[Vector, Vector]:
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=0).add(SMALL).sqrt()
+
+
+def _linear(model: nn.Module, layer: str) -> nn.Linear:
+    module = model.get_submodule(layer)
+    if not isinstance(module, nn.Linear) or module.bias is None:
+        raise ValueError(f"layers: {layer} is no linear layer with a bias, which REPAIR writes to")
+    return module

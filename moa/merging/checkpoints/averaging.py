@@ -1,0 +1,157 @@
+"""Stochastic weight averaging (Izmailov et al. 2018): the mean of all trained parts over steps of ONE run.
+
+Experts (their A and their B, which within a run belong together), router and projector are averaged; the result is a
+folder that loads like any step, but has no optimizer to go on training with.
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moa.card import CARD, Card, local_fingerprint
+from moa.checkpoint import (
+    CONFIG,
+    MANIFEST,
+    load_tensors,
+    manifest_of,
+    read_json,
+    save_tensors,
+    verify,
+)
+from moa.config import load_config
+from moa.files.atomic import atomic_folder, write_file, write_json
+from moa.files.peft import CONFIG_FILE
+
+REPORT = "average.json"
+
+
+def choose_steps(run: str | Path, steps: Sequence[int], last: int | None) -> list[Path]:
+    """The step folders of a run: those of `steps`, or the newest `last`; ValueError names those there are."""
+    root = Path(run) / "checkpoints"
+    found = {int(folder.name.partition("-")[2]): folder for folder in sorted(root.glob("step-*"))}
+    if not found:
+        raise ValueError(f"run: {run} has no checkpoints/step-*")
+    if bool(steps) == (last is not None):
+        raise ValueError("steps, last: give one of the two")
+    if last is not None:
+        if not 1 <= last <= len(found):
+            raise ValueError(f"last: must be 1 to {len(found)}, the steps of {run}; got {last}")
+        return list(found.values())[-last:]
+    missing = [step for step in steps if step not in found]
+    if missing:
+        raise ValueError(
+            f"steps: {run} has no step {missing[0]}; choices: {list(found)} (train.keep_last keeps more)"
+        )
+    if len(set(steps)) < len(steps):
+        raise ValueError(f"steps: names one twice: {list(steps)}")
+    return [found[step] for step in sorted(steps)]
+
+
+def average_steps(
+    out: str | Path, folders: Sequence[Path], *, decay: float = 1.0
+) -> dict[str, Any]:
+    """Write the mean of some step folders; returns the report, which is written beside it.
+
+    `decay` 1 is the uniform mean; below it a step weighs `decay` times the next one, an exponential moving average.
+    Raises ValueError for a changed file, and for steps whose configs or tensors differ.
+    """
+    _check_out(out)
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay: must be above 0 and at most 1, got {decay}")
+    for folder in folders:
+        verify(folder)
+    raw = torch.tensor([decay**age for age in reversed(range(len(folders)))], dtype=torch.float64)
+    weights = raw / raw.sum()
+    files = _trained_files(folders)
+    with atomic_folder(out) as temporary:
+        _copy_rest(folders[-1], temporary)
+        for file in files:
+            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+            states = [load_tensors(folder / file) for folder in folders]
+            save_tensors(temporary / file, mean_state(states, weights, str(file)))
+        report = {"steps": [folder.name for folder in folders], "weights": weights.tolist(),
+                  "files": [str(file) for file in files]}  # fmt: skip
+        write_json(temporary / REPORT, report)
+        write_file(temporary / CARD, _card(out, folders, weights).text())
+        write_json(temporary / MANIFEST, manifest_of(temporary))
+    return report
+
+
+def _card(out: str | Path, folders: Sequence[Path], weights: Tensor) -> Card:
+    config = load_config(folders[-1] / CONFIG)
+    rows = zip(folders, weights.tolist(), strict=True)
+    return Card(
+        name=Path(out).name,
+        kind="step",
+        about=f"The weighted mean of {len(folders)} steps of one run: experts, router and projector.",
+        base=config.model.name,
+        fingerprint=config.model.fingerprint or local_fingerprint(config.model.name),
+        rows=[(folder.name, f"{weight:.4g}", str(folder)) for folder, weight in rows],
+        config=config,
+        sources=config.data.sources,
+    )
+
+
+def mean_state(
+    states: Sequence[Mapping[str, Tensor]], weights: Float[Tensor, " step"], name: str
+) -> dict[str, Tensor]:
+    """Weighted means of tensors with one name, in float64; what is no float is the last one's."""
+    for state in states[1:]:
+        odd = sorted({k for k in {*state, *states[0]} if _kind(state, k) != _kind(states[0], k)})
+        if odd:
+            raise ValueError(
+                f"{name}: {odd[0]} differs in shape or dtype between the steps; are they of one run?"
+            )
+    mean = {}
+    for key, newest in states[-1].items():
+        mean[key] = newest
+        if newest.is_floating_point():
+            total = sum(w * state[key].double() for w, state in zip(weights, states, strict=True))
+            mean[key] = torch.as_tensor(total).to(newest.dtype)
+    return mean
+
+
+def _kind(state: Mapping[str, Tensor], key: str) -> tuple[Any, ...] | None:
+    return (state[key].shape, state[key].dtype) if key in state else None
+
+
+def _trained_files(folders: Sequence[Path]) -> list[Path]:
+    """The weight files, alike in all steps; the configs beside the experts must be equal."""
+    parts = ("experts/*/*.safetensors", "router.safetensors", "projector.safetensors")
+    first, *others = (
+        [f.relative_to(folder) for part in parts for f in sorted(folder.glob(part))]
+        for folder in folders
+    )
+    for folder, files in zip(folders[1:], others, strict=True):
+        if files != first:
+            odd = sorted(str(f) for f in {*files} ^ {*first})
+            raise ValueError(f"steps: {folder.name} and {folders[0].name} differ in {odd}")
+        for config in (
+            file.parent / "adapter_config.json" for file in first if file.parts[0] == "experts"
+        ):
+            if read_json(folder / config) != read_json(folders[0] / config):
+                raise ValueError(
+                    f"steps: {config} differs between {folder.name} and {folders[0].name}"
+                )
+    return first
+
+
+def _copy_rest(step: Path, out: Path) -> None:
+    shutil.copytree(step / "processor", out / "processor")
+    shutil.copyfile(step / CONFIG, out / CONFIG)
+    for expert in step.glob("experts/*"):
+        (out / "experts" / expert.name).mkdir(parents=True)
+        for name in (CONFIG_FILE, CARD):
+            if (expert / name).is_file():
+                shutil.copyfile(expert / name, out / "experts" / expert.name / name)
+
+
+def _check_out(out: str | Path) -> None:
+    folder = Path(out)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT).is_file():
+        raise ValueError(f"out: {out} holds other things; only an earlier average is replaced")

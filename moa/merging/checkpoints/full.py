@@ -1,0 +1,310 @@
+"""Whole checkpoints of one base, merged tensor by tensor from shards to shards.
+
+What a method sees are the differences from the base, in blocks of rows read from the files; a result is written
+before the next tensor is read. So memory is a block of every model and one tensor of the result, however large the
+models are. Every key of every input gets a line in the manifest: which rule it met, and what came out.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from moa.backbones.fingerprint import base_fingerprint
+from moa.card import CARD, Card
+from moa.files.atomic import atomic_folder, write_file, write_json
+from moa.files.checkpoint_files import FLOATS, BaseFiles, read_base
+from moa.files.peft import all_finite
+from moa.files.shards import write_shard
+from moa.files.spelling import match_spelling
+from moa.merging.export.export import (
+    DTYPES,
+    check_out,
+    copy_other_files,
+    plan_shards,
+    shard_names,
+    write_index,
+)
+from moa.merging.methods.method import check_choice
+from moa.merging.methods.stack import BLOCK_VALUES, Stack
+from moa.merging.methods.table import check_options, find_method
+from moa.merging.plan import Weights, find_depths, weight_row
+
+MANIFEST = "manifest.json"
+COMPUTE = torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What becomes of keys that not all models have alike."""
+
+    missing: str = (
+        "error"  # a model lacks a key of the base: error | base (it changed nothing there)
+    )
+    extra: str = "error"  # a model has a key that the base lacks: error | drop
+    shape: str = "error"  # a model has it in another shape: error | base (keep the base's)
+
+    def __post_init__(self) -> None:
+        check_choice("missing", self.missing, ("error", "base"), of="rules")
+        check_choice("extra", self.extra, ("error", "drop"), of="rules")
+        check_choice("shape", self.shape, ("error", "base"), of="rules")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A checkpoint, by the base's spelling of its keys."""
+
+    files: BaseFiles
+    keys: dict[str, str]  # key of the base -> its own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    base: BaseFiles
+    models: dict[str, Model]  # by name
+    kept: dict[str, str]  # key -> why the base's own tensor is written
+    dropped: dict[str, list[str]]  # key -> the models whose tensor goes nowhere
+
+
+def merge_checkpoints(
+    out: str | Path,
+    models: Mapping[str, str | Path],
+    base: str | Path,
+    *,
+    method: str = "linear",
+    options: Mapping[str, Any] | None = None,
+    weights: Weights | None = None,
+    rules: Rules | None = None,
+    dtype: str = "auto",
+    max_shard_gb: float = 5.0,
+    on_key: Callable[[str], None] = lambda key: None,
+) -> dict[str, Any]:
+    """The base plus the merged differences of the models, in the base's layout; returns the manifest.
+
+    `models` are checkpoint folders by name, and `weights` go by these names. Methods work on the dense differences;
+    those on factors have no meaning here. Integer tensors stay the base's. Raises ValueError for inputs that do not
+    fit together and no rule covers, and then writes nothing.
+    """
+    check_out(out)
+    row = find_method(method)
+    if row.joint:
+        raise ValueError(
+            f"method: {method} works on LoRA factors, which whole checkpoints have not"
+        )
+    settings = check_options(method, options or {})
+    inputs = open_inputs(models, base, rules or Rules())
+    chosen = weight_row([*inputs.models], weights, row.default_weights).to(COMPUTE)
+    depths = find_depths(tuple(inputs.base.files))
+    changed = [key for key in inputs.base.files if key not in inputs.kept]
+    if row.prepare is not None:
+        stacks = (difference_stack(inputs, key, depths[key]) for key in changed)
+        settings["shared"] = row.prepare(stacks, **settings)
+    cast = None if dtype == "auto" else DTYPES[dtype]
+
+    def results(keys: Sequence[str]) -> Iterator[tuple[str, Iterator[Tensor]]]:
+        for key in keys:
+            own = _mapped(inputs.base, key)
+            if key in inputs.kept:
+                yield key, iter([own.to(cast) if cast and own.is_floating_point() else own])
+            else:
+                merged = row.function(
+                    difference_stack(inputs, key, depths[key]), chosen, **settings
+                )
+                yield key, _added(key, own.view(merged.shape), merged, cast or own.dtype)
+            on_key(key)
+
+    manifest = _manifest(inputs, method)
+    with atomic_folder(out) as temporary:
+        shards = plan_shards(inputs.base, cast, max_shard_gb * 1e9)
+        for name, keys in zip(shard_names(len(shards)), shards, strict=True):
+            write_shard(temporary / name, inputs.base, keys, results(keys), cast)
+        write_index(temporary, inputs.base, shards, cast)
+        copy_other_files(inputs.base.folder, temporary, cast)
+        write_json(temporary / MANIFEST, manifest)
+        write_file(temporary / CARD, _card(out, inputs, models, method, chosen).text())
+        write_json(
+            temporary / "export_report.json",
+            {"kind": "checkpoint", "method": method, "options": dict(options or {}),
+             "weights": dict(zip(inputs.models, chosen.tolist(), strict=True)), "dtype": dtype},
+        )  # fmt: skip
+    return manifest
+
+
+def _card(
+    out: str | Path,
+    inputs: Inputs,
+    folders: Mapping[str, str | Path],
+    method: str,
+    weights: Tensor,
+) -> Card:
+    rows = zip(folders.items(), weights.tolist(), strict=True)
+    return Card(
+        name=Path(out).name,
+        kind="checkpoint",
+        about=f"{len(folders)} checkpoints of one base merged by `{method}`, tensor by tensor.",
+        base=str(inputs.base.folder),
+        fingerprint=base_fingerprint(inputs.base.folder),
+        rows=[(name, f"{weight:.4g}", str(folder)) for (name, folder), weight in rows],
+    )
+
+
+def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules) -> Inputs:
+    """The headers of all inputs, and which keys a rule takes out; ValueError where none does."""
+    if not models:
+        raise ValueError("models: names none")
+    root = read_base(base)
+    opened = {name: _open_model(name, folder, root) for name, folder in models.items()}
+    kept = {k: "not floating: the base's" for k in root.files if k not in _floating(root)}
+    dropped: dict[str, list[str]] = {}
+    for name, model in opened.items():
+        lacking = [key for key in root.files if key not in model.keys]
+        _check_rule(name, "missing", lacking, rules.missing, "is missing")
+        _check_floats(name, model, root)
+        shapes = {key: model.files.shapes[own] for key, own in model.keys.items()}
+        odd = [key for key in root.files if shapes.get(key, root.shapes[key]) != root.shapes[key]]
+        _check_rule(name, "shape", odd, rules.shape, "has another shape than the base's")
+        kept |= dict.fromkeys(odd, f"shape differs in {name}: the base's")
+        extra = sorted(model.files.files.keys() - set(model.keys.values()))
+        _check_rule(name, "extra", extra, rules.extra, "is not in the base")
+        for key in extra:
+            dropped.setdefault(key, []).append(name)
+    for key in root.files:
+        if not any(key in model.keys for model in opened.values()):
+            kept.setdefault(key, "missing in every model: the base's")
+    if kept.keys() == root.files.keys():
+        raise ValueError(
+            f"base: {root.folder}: no weight would be merged: {kept[next(iter(kept))]} (and {len(kept) - 1} others); "
+            f"weights must be stored as {', '.join(FLOATS)}"
+        )
+    return Inputs(base=root, models=opened, kept=kept, dropped=dropped)
+
+
+def _open_model(name: str, folder: str | Path, base: BaseFiles) -> Model:
+    """ValueError for a folder that shares so few keys with the base that it is hardly a model of it."""
+    files = read_base(folder, f"models.{name}")
+    model = Model(files=files, keys=match_spelling(base.files, files.files))
+    if 2 * len(model.keys) < len(base.files):
+        raise ValueError(
+            f"models.{name}: {folder} shares {len(model.keys)} of the {len(base.files)} keys of the base "
+            f"{base.folder}, such as {next(iter(files.files))} there and {next(iter(base.files))} here; "
+            "base= must be the checkpoint that the model was trained from"
+        )
+    return model
+
+
+def _check_floats(name: str, model: Model, base: BaseFiles) -> None:
+    """ValueError for packed weights, whose numbers mean nothing without their scales."""
+    packed = [
+        own
+        for key, own in model.keys.items()
+        if base.dtypes[key].is_floating_point and not model.files.dtypes[own].is_floating_point
+    ]
+    if packed:
+        raise ValueError(
+            f"models.{name}: {packed[0]} is not stored as {', '.join(FLOATS)} and is so in the base (and "
+            f"{len(packed) - 1} others); save the model in one of these"
+        )
+    kinds = [files.config.get("model_type") for files in (base, model.files)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"models.{name}: config.json has model_type {kinds[1]!r}, and that of the base {base.folder} {kinds[0]!r}; "
+            "base= must be the checkpoint that the model was trained from"
+        )
+
+
+# rule -> (what it does, in its error)
+WAYS = {
+    "missing": ("base", "takes the base's"),
+    "shape": ("base", "keeps the base's"),
+    "extra": ("drop", "leaves it out"),
+}
+
+
+def _check_rule(name: str, rule: str, keys: Sequence[str], chosen: str, what: str) -> None:
+    if keys and chosen == "error":
+        value, effect = WAYS[rule]
+        others = f" (and {len(keys) - 1} others)" if len(keys) > 1 else ""
+        raise ValueError(f"models.{name}: {keys[0]} {what}{others}; rules.{rule}={value} {effect}")
+
+
+def difference_stack(inputs: Inputs, key: str, depth: float) -> Stack:
+    """The models' differences from the base at one key, as matrices; vectors are one row."""
+    shape = inputs.base.shapes[key]
+    rows, cols = (
+        (shape[0], torch.Size(shape[1:]).numel())
+        if len(shape) > 1
+        else (1, torch.Size(shape).numel())
+    )
+
+    base = _mapped(inputs.base, key).view(rows, cols)
+    having = {
+        index: (f"models.{name}", model.files, model.keys[key])
+        for index, (name, model) in enumerate(inputs.models.items())
+        if key in model.keys
+    }
+    mapped = {i: _mapped(files, own).view(rows, cols) for i, (_, files, own) in having.items()}
+
+    def read(start: int, stop: int) -> Tensor:
+        own = _finite(base[start:stop].to(COMPUTE), "base", inputs.base, key)
+        block = torch.zeros(len(inputs.models), *own.shape, dtype=COMPUTE)
+        for index, tensor in mapped.items():
+            torch.sub(_finite(tensor[start:stop], *having[index]), own, out=block[index])
+        return block
+
+    return Stack(
+        site=key,
+        experts=tuple(inputs.models),
+        ranks=(min(rows, cols),) * len(inputs.models),
+        shape=(rows, cols),
+        read=read,
+        depth=depth,
+    )
+
+
+def _mapped(files: BaseFiles, key: str) -> Tensor:
+    """A tensor on the disk: nothing is read before it is used, and its file stays mapped as long as it lives."""
+    with safe_open(files.folder / files.files[key], framework="pt") as file:
+        return file.get_tensor(key)
+
+
+def _finite(block: Tensor, what: str, files: BaseFiles, key: str) -> Tensor:
+    """The block; ValueError naming the model, its file and key where a value is NaN or infinite."""
+    if not all_finite(block):
+        raise ValueError(
+            f"{what}: {files.folder / files.files[key]}: {key} has NaN or infinite values"
+        )
+    return block
+
+
+def _floating(files: BaseFiles) -> set[str]:
+    return {key for key, dtype in files.dtypes.items() if dtype.is_floating_point}
+
+
+def _added(key: str, own: Tensor, merged: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """base + merged in the stored dtype, in blocks of rows; ValueError where a value is not finite, or does not fit."""
+    own, step = own.view(merged.shape), max(1, BLOCK_VALUES // merged.shape[1])
+    for start in range(0, len(merged), step):
+        rows = slice(start, start + step)
+        stored = merged[rows].add_(own[rows]).to(dtype)
+        if not all_finite(stored):
+            raise ValueError(
+                f"{key}: the merge has values that are not finite, or do not fit in {dtype}"
+            )
+        yield stored
+
+
+def _manifest(inputs: Inputs, method: str) -> dict[str, Any]:
+    """Key -> the rule it met, the models that have it, and the key that came out (none: dropped)."""
+    lines: dict[str, dict[str, Any]] = {}
+    for key in inputs.base.files:
+        own = {name: model.keys[key] for name, model in inputs.models.items() if key in model.keys}
+        lines[key] = {"rule": inputs.kept.get(key, method), "models": list(own), "output": key}
+        if other := {name: spelled for name, spelled in own.items() if spelled != key}:
+            lines[key]["spelled"] = other
+    for key, names in inputs.dropped.items():
+        lines[key] = {"rule": "extra: dropped", "models": names, "output": None}
+    return lines

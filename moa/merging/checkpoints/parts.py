@@ -1,0 +1,159 @@
+"""What runs trained beside their LoRA experts, merged by a rule for each part: never silently.
+
+    mean        the plain mean of every tensor
+    regmean     linear weights by each run's own inputs, W = (sum W_i G_i) (sum G_i)^-1; their biases by the mean
+    keep:NAME   one run's
+    drop        nobody's; the merged model does without
+
+The parts are the projector, the OCR encoder, the task prefixes (embeddings), and the rest of the router.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moa.checkpoint import CONFIG, load_tensors, step_folder
+from moa.config import load_config
+from moa.merging.learn.regmean import shrink
+
+Tensors = Mapping[str, Tensor]
+RULES = "mean, regmean, keep:NAME or drop"
+PARTS = {  # part -> regular expression of its names; the first that fits
+    "projector": r".*multi_modal_projector\.",
+    "ocr_encoder": r"router\.(encoders|missing)\.ocr\b",
+    "prefixes": r"router\.(encoders|missing)\.task\b",
+    "router": r"(router|token_router)\.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartReport:
+    """What became of one part: which runs had it, by which rule, how many tensors came out."""
+
+    part: str
+    runs: list[str]
+    rule: str
+    tensors: int
+
+    def line(self) -> str:
+        if self.rule == "drop":
+            return f"{self.part} of {', '.join(self.runs)}: dropped"
+        return f"{self.part} of {', '.join(self.runs)}: {self.rule}, {self.tensors} tensors"
+
+    def record(self) -> dict[str, Any]:
+        return {"runs": self.runs, "rule": self.rule, "tensors": self.tensors}
+
+
+def read_parts(run: str | Path) -> dict[str, Tensor]:
+    """All that a run or step folder trained beside its experts, by name in the model."""
+    step = step_folder(run)
+    tensors = load_tensors(step / "router.safetensors")
+    if load_config(step / CONFIG).model.train_projector:
+        tensors |= load_tensors(step / "projector.safetensors")
+    return tensors
+
+
+def sort_parts(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+    """A run's tensors by part; ValueError for a name that belongs to none."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part = next((p for p, pattern in PARTS.items() if re.match(pattern, name)), None)
+        if part is None:
+            raise ValueError(f"parts: {name} belongs to none of {', '.join(PARTS)}")
+        found.setdefault(part, {})[name] = tensor
+    return found
+
+
+def merge_parts(
+    runs: Mapping[str, Tensors],
+    rules: Mapping[str, str],
+    grams: Mapping[str, Mapping[str, Float[Tensor, "in in"]]] | None = None,
+) -> tuple[dict[str, dict[str, Tensor]], list[PartReport]]:
+    """Part -> merged tensors, and what became of each part that some run has.
+
+    `grams` are X^T X / tokens by run and by the name of a linear layer, for `regmean`. Raises ValueError for a part
+    without a rule, a rule for an unknown part or run, and for tensors that do not fit together.
+    """
+    for part in rules:
+        if part not in PARTS:
+            raise ValueError(f"parts.{part}: no such part; choices: {', '.join(PARTS)}")
+    by_run = {run: sort_parts(tensors) for run, tensors in runs.items()}
+    merged, reports = {}, []
+    for part in PARTS:
+        own = {run: parts[part] for run, parts in by_run.items() if part in parts}
+        if not own:
+            continue
+        if part not in rules:
+            raise ValueError(f"parts.{part}: {', '.join(own)} trained one; say {RULES}")
+        tensors = _merge_part(part, own, rules[part], grams or {})
+        if tensors:
+            merged[part] = tensors
+        reports.append(
+            PartReport(part=part, runs=list(own), rule=rules[part], tensors=len(tensors))
+        )
+    return merged, reports
+
+
+def _merge_part(
+    part: str,
+    own: Mapping[str, Tensors],
+    rule: str,
+    grams: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    if rule == "drop":
+        return {}
+    if rule.startswith("keep:"):
+        name = rule.removeprefix("keep:")
+        if name not in own:
+            raise ValueError(f"parts.{part}: {rule}: no such run; choices: {', '.join(own)}")
+        return dict(own[name])
+    if rule not in ("mean", "regmean"):
+        raise ValueError(f"parts.{part}: no such rule {rule!r}; say {RULES}")
+    _check_alike(part, own)
+    mean = {
+        name: torch.stack([run[name].double() for run in own.values()]).mean(0).to(tensor.dtype)
+        for name, tensor in next(iter(own.values())).items()
+    }
+    return mean if rule == "mean" else mean | _regression(part, own, grams)
+
+
+def _check_alike(part: str, own: Mapping[str, Tensors]) -> None:
+    shapes = {run: {n: tuple(t.shape) for n, t in tensors.items()} for run, tensors in own.items()}
+    (first, expected), *others = shapes.items()
+    for run, found in others:
+        for name in (*expected, *found):
+            if expected.get(name) != found.get(name):
+                raise ValueError(
+                    f"parts.{part}: {name} is {expected.get(name, 'missing')} in {first} and "
+                    f"{found.get(name, 'missing')} in {run}, so they have no mean; say keep:NAME or drop"
+                )
+
+
+def _regression(
+    part: str, own: Mapping[str, Tensors], grams: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The weights of the part's linear layers whose outputs are nearest to each run's own on its own inputs."""
+    solved = {}
+    for name, tensor in next(iter(own.values())).items():
+        layer = name.removesuffix(".weight")
+        if not name.endswith(".weight") or not any(layer in inputs for inputs in grams.values()):
+            continue
+        missing = [run for run in own if layer not in grams.get(run, {})]
+        if missing:
+            raise ValueError(f"parts.{part}: regmean has no inputs of {layer} from {missing}")
+        inputs = shrink(torch.stack([grams[run][layer].double() for run in own]))
+        total = inputs.sum(0)
+        ridge = 1e-6 * total.diagonal().mean() * torch.eye(len(total), dtype=total.dtype)
+        weights = torch.stack([run[name].double() for run in own.values()])
+        # The ridge pulls directions without input to the mean, not to zero.
+        wanted = (weights @ inputs).sum(0) + weights.mean(0) @ ridge
+        solved[name] = torch.linalg.solve(total + ridge, wanted.T).T.to(tensor.dtype)
+    if not solved:
+        raise ValueError(f"parts.{part}: regmean needs inputs of its linear layers, and has none")
+    return solved

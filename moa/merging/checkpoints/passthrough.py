@@ -1,0 +1,257 @@
+"""Passthrough: slices of layers from one or several checkpoints, stacked into one of another depth.
+
+As mergekit's `passthrough` (depth up-scaling, "frankenmerges"). All that is no layer of the stack (embeddings, last
+norm, head, other towers) is the first slice's model's. Tensors go from file to file one at a time, whatever the
+depth; the config says the new one, and manifest.json where every tensor came from.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from moa.backbones.fingerprint import base_fingerprint
+from moa.card import CARD, Card
+from moa.files.atomic import atomic_folder, write_file, write_json
+from moa.files.checkpoint_files import BaseFiles, read_base
+from moa.files.shards import write_shard
+from moa.merging.export.export import (
+    REPORT_FILE,
+    check_out,
+    copy_other_files,
+    plan_shards,
+    shard_names,
+    write_index,
+)
+
+MANIFEST = "manifest.json"
+DEPTH, KINDS = "num_hidden_layers", "layer_types"  # keys of a config
+LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Layers start to stop (not included) of a model's stack."""
+
+    model: str
+    layers: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a tensor of the result lies."""
+
+    model: str  # as the user named it
+    files: BaseFiles
+    key: str
+
+
+def parse_slices(raw: Sequence[Mapping[str, Any]]) -> list[Slice]:
+    """`[{model: FOLDER, layers: [start, stop]}, ...]`, checked."""
+    if not raw:
+        raise ValueError("slices: names none; give [{model: FOLDER, layers: [start, stop]}, ...]")
+    slices = []
+    for number, entry in enumerate(raw):
+        if set(entry) != {"model", "layers"}:
+            raise ValueError(
+                f"slices.{number}: has keys {sorted(entry)}; it takes model and layers"
+            )
+        layers = entry["layers"]
+        fits = (
+            isinstance(layers, Sequence)
+            and len(layers) == 2
+            and all(type(x) is int for x in layers)
+        )
+        if not fits or not 0 <= layers[0] < layers[1]:
+            raise ValueError(
+                f"slices.{number}.layers: must be [start, stop], start below stop, got {layers}"
+            )
+        slices.append(Slice(model=str(entry["model"]), layers=(layers[0], layers[1])))
+    return slices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacked:
+    """The checkpoint to be: its headers and config, and where each tensor lies."""
+
+    slices: Sequence[Slice]
+    files: BaseFiles
+    origins: dict[str, Source]
+
+
+def plan_stack(slices: Sequence[Slice], stack: str | None = None) -> Stacked:
+    """What the slices make, from headers alone.
+
+    `stack` is the path of the layers (`model.layers`), needed only where a model has several. Raises ValueError for
+    layers that a model lacks, and for slices whose layers differ in tensors, shapes or dtypes.
+    """
+    models = {part.model: read_base(part.model) for part in slices}
+    first = models[slices[0].model]
+    path = stack or find_stack(first)
+    origins = _origins(models, slices, path)
+    files = replace(
+        first,
+        files={key: source.files.files[source.key] for key, source in origins.items()},
+        shapes={key: source.files.shapes[source.key] for key, source in origins.items()},
+        dtypes={key: source.files.dtypes[source.key] for key, source in origins.items()},
+        config=stacked_config(models, slices, path),
+    )
+    return Stacked(slices=slices, files=files, origins=origins)
+
+
+def write_stack(
+    out: str | Path,
+    stacked: Stacked,
+    *,
+    max_shard_gb: float = 5.0,
+    on_key: Callable[[str], None] = lambda key: None,
+) -> dict[str, Any]:
+    """Write the stacked checkpoint; returns the manifest: key -> model, key there."""
+    check_out(out)
+    origins, files = stacked.origins, stacked.files
+    manifest = {key: {"model": source.model, "key": source.key} for key, source in origins.items()}
+    slices = [{"model": part.model, "layers": list(part.layers)} for part in stacked.slices]
+    report = {"kind": "checkpoint", "method": "passthrough", "slices": slices}
+    with atomic_folder(out) as temporary:
+        shards = plan_shards(files, None, max_shard_gb * 1e9)
+        for name, keys in zip(shard_names(len(shards)), shards, strict=True):
+            tensors = _tensors(origins, keys, on_key)
+            write_shard(
+                temporary / name, files, keys, tensors, origin=lambda key: _place(origins[key])
+            )
+        write_index(temporary, files, shards, None)
+        copy_other_files(files.folder, temporary, None)
+        write_json(temporary / "config.json", files.config)
+        write_json(temporary / MANIFEST, manifest)
+        write_file(temporary / CARD, _card(out, stacked).text())
+        write_json(temporary / REPORT_FILE, report)
+    return manifest
+
+
+def _card(out: str | Path, stacked: Stacked) -> Card:
+    first = stacked.slices[0].model
+    return Card(
+        name=Path(out).name,
+        kind="checkpoint",
+        about="Layers of checkpoints stacked into a model of another depth; it needs training.",
+        base=first,
+        fingerprint=base_fingerprint(first),
+        rows=[
+            (f"slice {number}", f"layers {part.layers[0]} to {part.layers[1] - 1}", part.model)
+            for number, part in enumerate(stacked.slices)
+        ],
+    )
+
+
+def find_stack(files: BaseFiles) -> str:
+    """The one stack of layers that a model has; ValueError naming all where there are more."""
+    stacks = sorted({match["stack"] for key in files.files if (match := LAYER.fullmatch(key))})
+    deep = [stack for stack in stacks if depth_of(files, stack) > 1] or stacks
+    if len(deep) != 1:
+        raise ValueError(f"stack: {files.folder} has {deep or 'no numbered layers'}; name one")
+    return deep[0]
+
+
+def depth_of(files: BaseFiles, stack: str) -> int:
+    found = [m for key in files.files if (m := LAYER.fullmatch(key)) and m["stack"] == stack]
+    if not found:
+        raise ValueError(f"stack: {files.folder} has no layers at {stack}")
+    return 1 + max(int(match["index"]) for match in found)
+
+
+def _origins(
+    models: Mapping[str, BaseFiles], slices: Sequence[Slice], stack: str
+) -> dict[str, Source]:
+    """Key of the result -> its source, the layers in the place where the first model has them."""
+    first = slices[0].model
+    layers = _stacked(models, slices, stack)
+    origins: dict[str, Source] = {}
+    for key in models[first].files:
+        match = LAYER.fullmatch(key)
+        if match and match["stack"] == stack:
+            origins |= layers  # all at the first layer's place; again is no change
+        else:
+            origins[key] = Source(model=first, files=models[first], key=key)
+    return origins
+
+
+def _stacked(
+    models: Mapping[str, BaseFiles], slices: Sequence[Slice], stack: str
+) -> dict[str, Source]:
+    layers: dict[str, Source] = {}
+    pattern: dict[str, Any] | None = None
+    number = 0
+    for part in slices:
+        files = models[part.model]
+        depth = depth_of(files, stack)
+        if part.layers[1] > depth:
+            raise ValueError(
+                f"slices: {part.model} has layers 0 to {depth - 1} at {stack}, not {list(part.layers)}"
+            )
+        for index in range(*part.layers):
+            prefix = f"{stack}.{index}."
+            own = {key.removeprefix(prefix): key for key in files.files if key.startswith(prefix)}
+            shape = {rest: (files.shapes[key], files.dtypes[key]) for rest, key in own.items()}
+            pattern = pattern or shape
+            if shape != pattern:
+                odd = sorted(k for k in {*shape, *pattern} if shape.get(k) != pattern.get(k))
+                raise ValueError(
+                    f"slices: {prefix}{odd[0]} of {part.model} is {shape.get(odd[0], 'missing')}, in the first "
+                    f"layer taken it is {pattern.get(odd[0], 'missing')}; stacked layers must be alike"
+                )
+            for rest, key in own.items():
+                layers[f"{stack}.{number}.{rest}"] = Source(model=part.model, files=files, key=key)
+            number += 1
+    return layers
+
+
+def stacked_config(
+    models: Mapping[str, BaseFiles], slices: Sequence[Slice], stack: str
+) -> dict[str, Any]:
+    """The first model's config with the new depth, and with each layer's own kind where layers have kinds."""
+    config = models[slices[0].model].config
+    name = _part_of(config, stack)
+    part = config[name] if name else config
+    depth = depth_of(models[slices[0].model], stack)
+    if part.get(DEPTH, depth) != depth:
+        raise ValueError(
+            f"stack: {stack} has {depth} layers, but {name or 'the config'} says {part[DEPTH]}"
+        )
+    changes: dict[str, Any] = {
+        DEPTH: sum(stop - start for start, stop in (p.layers for p in slices))
+    }
+    if part.get(KINDS):
+        own = {
+            model: files.config[name] if name else files.config for model, files in models.items()
+        }
+        changes[KINDS] = [own[p.model][KINDS][index] for p in slices for index in range(*p.layers)]
+    if not name:
+        return {**config, **changes}
+    # Older CLIP configs hold a part twice, and the copy wins when transformers loads it.
+    copies = [key for key in (name, f"{name}_dict") if isinstance(config.get(key), dict)]
+    return {**config, **{key: {**config[key], **changes} for key in copies}}
+
+
+def _part_of(config: Mapping[str, Any], stack: str) -> str | None:
+    """The part of a composite config that describes a stack; None where the config has no parts."""
+    if "vision_config" not in config or "text_config" not in config:
+        return None
+    return "vision_config" if "vision" in stack else "text_config"
+
+
+def _place(source: Source) -> tuple[Path, str]:
+    return source.files.folder / source.files.files[source.key], source.key
+
+
+def _tensors(
+    origins: Mapping[str, Source], keys: Sequence[str], on_key: Callable[[str], None]
+) -> Iterator[tuple[str, list[Tensor]]]:
+    for key in keys:
+        file, own = _place(origins[key])
+        with safe_open(file, framework="pt") as handle:
+            yield key, [handle.get_tensor(own)]
+        on_key(key)

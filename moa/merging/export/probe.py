@@ -1,0 +1,175 @@
+"""The probe: one small batch of prompts, and what a model says about it.
+
+Every comparison of an export stands on the same batch: the base, the live mixture of the experts,
+the model that routes each sample, and the reloaded files.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from data.batch import Batch
+from data.sources import make_collator, open_ocr, open_sources
+from moa.backbones.clip import ClipBackbone
+from moa.checkpoint import load_model
+from moa.clip_model import ClipMixture
+from moa.config import RunConfig
+from moa.experts.bank import ExpertBank
+from moa.files.peft import site_keys
+from moa.merging.core import Expert
+from moa.model import MixtureModel
+
+QUESTIONS = (
+    "What is this?",
+    "What is on the left?",
+    "Describe the picture.",
+    "How many are there?",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """What a model says about the probe.
+
+    A CLIP says no words: its `logits` are the features of each picture and its text, one after the
+    other, and its `tokens` the text that each picture is nearest to.
+    """
+
+    logits: Float[Tensor, "batch seq vocab"]
+    tokens: Int[Tensor, "batch new"]  # greedy
+
+
+def probe_inputs(
+    processor: Any, images: Sequence[Image.Image], questions: Sequence[str]
+) -> dict[str, Tensor]:
+    """Tensors of one batch of prompts, a picture in each, padded on the left for generation."""
+    prompts = []
+    for question in questions:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        message = [{"role": "user", "content": content}]
+        if processor.chat_template is None:
+            prompts.append(processor.image_token + question)
+        else:
+            prompts.append(processor.apply_chat_template(message, add_generation_prompt=True))
+    batch = processor(
+        images=[[image] for image in images],
+        text=prompts,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
+    for name in ("labels", "num_crops"):  # given unasked; a model takes them for an answer, or not
+        batch.pop(name, None)
+    return {name: torch.as_tensor(batch[name]).contiguous() for name in batch}
+
+
+def probe_of_run(
+    step: Path, config: RunConfig, count: int, new_tokens: int
+) -> tuple[dict[str, Tensor] | None, Outputs | None]:
+    """Prompts of the run's own data, one source after the other, and its routed answers."""
+    sources = config.eval.sources or config.data.validation or config.data.sources
+    data = list(open_sources(sources, config.data, open_ocr(config.data)).values())
+    if not data:
+        return None, None
+    model, _, _ = load_model(step)
+    samples = [data[i % len(data)][i // len(data) % len(data[i % len(data)])] for i in range(count)]
+    collator = make_collator(
+        config, model.backbone.intake, for_generation=True, allow_unknown_tasks=True
+    )
+    batch = collator(samples)
+    routed = routed_outputs(model.float(), batch, new_tokens)
+    return model.backbone.inputs_of(batch), routed
+
+
+def probe_of_noise(backbone: Any, count: int) -> dict[str, Tensor]:
+    """Inputs that any model accepts, where no data is at hand: noise, and plain questions."""
+    noise = np.random.default_rng(0).integers(0, 256, (count, 96, 128, 3), np.uint8)
+    questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(count)]
+    pictures = [Image.fromarray(picture) for picture in noise]
+    if isinstance(backbone, ClipBackbone):
+        return clip_probe(backbone, pictures, questions)
+    return probe_inputs(backbone.processor, pictures, questions)
+
+
+def clip_probe(
+    backbone: ClipBackbone, images: Sequence[Image.Image], texts: Sequence[str]
+) -> dict[str, Tensor]:
+    """Tensors of as many pictures as texts."""
+    ids, mask = backbone.processor.texts(texts)
+    found = {"pixel_values": backbone.processor.pictures(images), "input_ids": ids}
+    return found if backbone.is_sigmoid else {**found, "attention_mask": mask}
+
+
+@torch.no_grad()
+def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor], new_tokens: int) -> Outputs:
+    """What a plain transformers or PEFT model says."""
+    model.eval()
+    if not hasattr(model, "generate"):
+        found = model(**inputs)
+        return compared(found.image_embeds, found.text_embeds)
+    logits = model(**inputs).logits.float()
+    tokens = model.generate(**inputs, **greedy(new_tokens))  # type: ignore[operator]
+    return Outputs(logits=logits, tokens=tokens[:, -new_tokens:])
+
+
+def compared(images: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"]) -> Outputs:
+    """Normalised features of pictures and texts as a model's outputs."""
+    nearest = (images @ texts.T).argmax(1)
+    return Outputs(logits=torch.stack([images, texts], 1).float(), tokens=nearest[:, None])
+
+
+def live_outputs(
+    model: nn.Module,
+    experts: Sequence[Expert],
+    gates: Mapping[str, Float[Tensor, " expert"]],
+    inputs: Mapping[str, Tensor],
+    new_tokens: int,
+    stream_of: Callable[[str], str] = lambda site: "text",
+    owners: Mapping[str, Tensor] | None = None,
+) -> Outputs:
+    """The mixture of the experts in a bank around the model, with these gates at each site.
+
+    `owners` are those of `Backbone.owners` for the inputs; by default a picture for each prompt.
+    The model is left as it was.
+    """
+    bank = ExpertBank.attach(model, list(gates), stream_of=stream_of)
+    try:
+        for expert in experts:
+            config = {**expert.config, "lora_alpha": float(expert.config.get("lora_alpha", 8))}
+            bank.import_expert(expert.name, _tensors(expert), config)
+        batch = inputs["input_ids"].shape[0]
+        table = torch.stack([gates[site] for site in bank.sites]).float()
+        owners = {"image": torch.arange(batch)} if owners is None else owners
+        bank.set_gates(table.expand(batch, -1, -1), owners, expand=True)
+        return outputs_of(model, inputs, new_tokens)
+    finally:
+        bank.detach(model)
+
+
+@torch.no_grad()
+def routed_outputs(model: MixtureModel, batch: Batch, new_tokens: int) -> Outputs:
+    """The same from the model that routes each sample by itself; left padding in the batch."""
+    model.eval()
+    if isinstance(model, ClipMixture):
+        return compared(*model.routed_features(batch))
+    logits = model(batch).logits.float()
+    tokens = model.generate(batch, **greedy(new_tokens))
+    return Outputs(logits=logits, tokens=tokens)
+
+
+def greedy(new_tokens: int) -> dict[str, Any]:
+    """Settings of generation for exactly so many greedy tokens, an early end suppressed."""
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    return {"do_sample": False, "num_beams": 1, **length}
+
+
+def _tensors(expert: Expert) -> dict[str, Tensor]:
+    pairs = ((site_keys(site), expert.read(site)) for site in expert.ranks)
+    return {k: v for keys, values in pairs for k, v in zip(keys, values, strict=True)}

@@ -1,0 +1,219 @@
+"""Reload an export in a fresh process with plain PEFT or transformers, and compare it on a probe.
+
+Two references, both computed here on the base model:
+    written: the base with the stored update added to its weights, rounded as stored; must agree.
+    live:    the bank of experts with the merge's weights as gates; how far a chosen rank, a narrow
+             dtype or a method that is no sum has moved from the mixture.
+The fresh process sees neither this project nor its folder.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moa.backbones.fingerprint import base_fingerprint
+from moa.merging.core import Expert
+from moa.merging.export.export import Verify, Written
+from moa.merging.export.probe import Outputs, live_outputs, outputs_of
+
+# Largest logit difference for "the same", as a share of the largest logit: float32 rounding stays
+# ten times below it at any depth, a lost scale or a missing site is far above.
+TOLERANCE = 1e-4
+
+FRESH = """
+import json, sys, warnings
+job = json.loads(sys.argv[1])
+import torch
+torch.set_num_threads(job["threads"])
+from safetensors.torch import load_file, save_file
+import transformers
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    kind = transformers.AutoConfig.from_pretrained(job["model"]).model_type
+    compares = kind in ("clip", "siglip")
+    auto = transformers.AutoModel if compares else transformers.AutoModelForImageTextToText
+    model, info = auto.from_pretrained(job["model"], dtype=torch.float32, output_loading_info=True)
+    consumed = None
+    if job["adapter"]:
+        from peft import PeftModel, get_peft_model_state_dict
+        model = PeftModel.from_pretrained(model, job["adapter"])
+        stored = load_file(job["adapter"] + "/adapter_model.safetensors")
+        loaded = get_peft_model_state_dict(model)
+        consumed = sum(k in loaded and torch.equal(v.float(), loaded[k].float().cpu())
+                       for k, v in stored.items())
+problems = [str(w.message) for w in caught if "adapter keys" in str(w.message)]
+problems += [f"{k}: {sorted(map(str, info[k]))[:3]}"
+             for k in ("missing_keys", "mismatched_keys") if info.get(k)]
+model = model.eval()
+inputs = load_file(job["probe"])
+new = job["new_tokens"]
+with torch.no_grad():
+    found = model(**inputs)
+    if compares:
+        logits = torch.stack([found.image_embeds, found.text_embeds], 1).float()
+        tokens = (found.image_embeds @ found.text_embeds.T).argmax(1)[:, None]
+    else:
+        logits = found.logits.float()
+        tokens = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=new,
+                                min_new_tokens=new)[:, -new:]
+save_file({"logits": logits.contiguous(), "tokens": tokens.contiguous()}, job["result"])
+assert "moa" not in sys.modules
+print("RESULT " + json.dumps({"problems": problems, "consumed": consumed}))
+"""
+
+
+def make_verify(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    *,
+    experts: Sequence[Expert],
+    base: str | Path,
+    gates: Mapping[str, Float[Tensor, " expert"]] | None = None,
+    exact: bool = False,
+    routed: Outputs | None = None,
+    stream_of: Callable[[str], str] = lambda site: "text",
+    owners: Mapping[str, Tensor] | None = None,
+    new_tokens: int = 8,
+) -> Verify:
+    """The check that an export runs on what it wrote; `model` is the base, and is used up.
+
+    `gates` by site are those of the mixture that the merge stands for, None where it is no sum.
+    `exact`: no rank was cut, so that files in float32 must agree with that mixture.
+    `routed`: outputs of the model that still routes each sample, reported and not judged.
+    """
+
+    def verify(folder: Path, written: Written) -> dict[str, Any]:
+        adapter = folder if written.is_adapter else None
+        plain = live = outputs_of(model, inputs, new_tokens)
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.shape != plain.logits.shape[:2]:  # features, not tokens
+            mask = torch.ones(plain.logits.shape[:2], dtype=torch.long)
+        if gates is not None:
+            live = live_outputs(model, experts, gates, inputs, new_tokens, stream_of, owners)
+        add_written(model, written, bool(experts[0].config.get("fan_in_fan_out")))
+        expected = outputs_of(model, inputs, new_tokens)
+        found, info = fresh_outputs(
+            inputs, model=base if adapter else folder, adapter=adapter, new_tokens=new_tokens
+        )
+        check_same(compare(found, expected, mask), "written weights")
+        report: dict[str, Any] = {"written": compare(found, expected, mask)}
+        if gates is not None:
+            report["live_mixture"] = compare(found, live, mask)
+            report["base_to_live_mixture"] = compare(plain, live, mask)
+            if exact and written.is_float32:
+                check_same(report["live_mixture"], "the live mixture")
+        if routed is not None:
+            report["routed_model"] = compare(found, routed, mask)
+        count = info["consumed"]
+        if count is not None and count != written.num_keys:
+            raise ValueError(f"PEFT consumed {count} of {written.num_keys} keys")
+        samples, length = mask.shape
+        probe = {"samples": samples, "tokens": length, "new_tokens": new_tokens}
+        return {
+            "comparisons": report,
+            "probe": {**probe, "compute_dtype": "float32"},
+            "keys_consumed": written.num_keys,
+            "base": str(base),
+            "base_fingerprint": base_fingerprint(base),
+            "versions": versions(),
+        }
+
+    return verify
+
+
+@torch.no_grad()
+def add_written(model: nn.Module, written: Written, transpose: bool = False) -> None:
+    """Put a stored update into the model's weights, rounded as its files are.
+
+    Replaced parameters must be in the model already; they are rounded here.
+    """
+    changed = {f"{site}.weight" for site in written.deltas}
+    if written.cast is not None:
+        for name, parameter in model.named_parameters():
+            if name not in changed:  # those are rounded once, after the addition
+                parameter.copy_(parameter.to(written.cast))
+    for name, dtype in written.replaced.items():
+        if name not in changed:
+            model.get_parameter(name).copy_(model.get_parameter(name).to(dtype))
+    for site, delta in written.deltas.items():
+        weight = model.get_parameter(f"{site}.weight")
+        change = delta().to(weight.device)
+        total = weight.to(change.dtype) + (change.T if transpose else change)
+        weight.copy_(total.to(written.dtypes.get(site, weight.dtype)))
+
+
+def fresh_outputs(
+    inputs: Mapping[str, Tensor],
+    *,
+    model: str | Path,
+    adapter: str | Path | None = None,
+    new_tokens: int = 8,
+) -> tuple[Outputs, dict[str, Any]]:
+    """The probe's outputs from a new Python process that imports peft and transformers alone.
+
+    Raises ValueError with what the process said where it fails, or where a key was not consumed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        probe, result = Path(folder, "probe.safetensors"), Path(folder, "result.safetensors")
+        save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, probe)
+        job = {
+            "model": str(Path(model).resolve()),
+            "adapter": str(Path(adapter).resolve()) if adapter else None,
+            "probe": str(probe),
+            "result": str(result),
+            "new_tokens": new_tokens,
+            "threads": torch.get_num_threads(),
+        }
+        # -I: neither the current folder nor PYTHONPATH can bring this project in.
+        command = [sys.executable, "-I", "-c", FRESH, json.dumps(job)]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if done.returncode or not lines:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"{adapter or model}: a fresh process cannot load it: {last}")
+        info = json.loads(lines[0].removeprefix("RESULT "))
+        if info["problems"]:
+            raise ValueError(f"{adapter or model}: a fresh process says {info['problems'][0]}")
+        found = load_file(result)
+    return Outputs(logits=found["logits"], tokens=found["tokens"]), info
+
+
+def compare(found: Outputs, reference: Outputs, mask: Int[Tensor, "batch seq"]) -> dict[str, float]:
+    """Largest logit difference over real tokens, beside the logits' size, and equal greedy tokens."""
+    real = mask.bool()
+    gap = (found.logits - reference.logits)[real].abs()
+    return {
+        "max_abs_logit_diff": float(gap.max()),
+        "max_abs_logit": float(reference.logits[real].abs().max()),
+        "greedy_token_agreement": float((found.tokens == reference.tokens).float().mean()),
+    }
+
+
+def check_same(result: Mapping[str, float], what: str) -> None:
+    """Raise ValueError unless a comparison is within rounding."""
+    limit = TOLERANCE * result["max_abs_logit"]
+    if not result["max_abs_logit_diff"] <= limit:  # NaN is not within
+        raise ValueError(
+            f"{what}: reloaded logits differ by {result['max_abs_logit_diff']:.3g} from the "
+            f"reference (limit {limit:.3g}); nothing was written"
+        )
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,0 +1,225 @@
+"""A little data of a run, for weights that are learned: some samples of each validation set, and how well a merge does.
+
+The sets are the run's `data.validation`, so that what is learned on them can be scored on the test sets.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
+from statistics import mean
+
+import torch
+
+from data.batch import Batch
+from data.checks import BadSampleError
+from data.collate import Collator
+from data.mixture import read_sample
+from data.ocr import OcrCache
+from data.sample import Sample
+from data.sources import make_collator, open_sources
+from moa.build import build_model, projector_state
+from moa.checkpoint import CONFIG, load_strictly, load_tensors, step_folder, verify
+from moa.config import RunConfig, load_config
+from moa.evaluation.run import evaluate
+from moa.evaluation.sources import prompt_collator
+from moa.files.peft import site_keys
+from moa.merging.core import Expert
+from moa.merging.export.export import adapter_config
+from moa.merging.merge import MergedSite
+from moa.model import MixtureModel
+
+MERGED = "merged-experts"  # name of the merged update among the live experts
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShot:
+    """Samples by data set, each set's in an order of its own."""
+
+    samples: Mapping[str, Sequence[Sample]]
+    collator: Collator  # with answers
+    prompts: Collator  # for generation
+    num_skipped: int  # bad samples, where the run's data leaves them out
+
+    def batches(self, size: int) -> list[Batch]:
+        """Mixed batches: one sample of each data set in turn."""
+        rounds = zip_longest(*self.samples.values())
+        return self._cut([s for s in chain.from_iterable(rounds) if s is not None], size)
+
+    def by_source(self, size: int) -> dict[str, list[Batch]]:
+        return {name: self._cut(samples, size) for name, samples in self.samples.items()}
+
+    def by_expert(self, size: int) -> dict[str, list[Batch]]:
+        found: dict[str, list[Sample]] = {}
+        for sample in chain.from_iterable(self.samples.values()):
+            if sample.expert is not None:
+                found.setdefault(sample.expert, []).append(sample)
+        return {name: self._cut(samples, size) for name, samples in found.items()}
+
+    def _cut(self, samples: Sequence[Sample], size: int) -> list[Batch]:
+        starts = range(0, len(samples), size)
+        return [self.collator(samples[start : start + size]) for start in starts]
+
+
+def read_few_shot(
+    config: RunConfig,
+    model: MixtureModel,
+    *,
+    num_samples: int,
+    seed: int,
+    ocr: OcrCache | None,
+) -> FewShot:
+    """`num_samples` of each validation set, chosen by `seed`. Raises ValueError where the run has none."""
+    if not config.data.validation:
+        raise ValueError("run: has no data.validation to learn from")
+    intake = model.backbone.intake
+    collator = make_collator(config, intake, task_dropout=0.0, allow_unknown_tasks=True)
+    samples, skipped = {}, 0
+    for name, source in open_sources(config.data.validation, config.data, ocr).items():
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(source), generator=generator)[:num_samples].tolist()
+        read = [_checked(read_sample(source, index, name), collator) for index in order]
+        bad = [item for item in read if isinstance(item, BadSampleError)]
+        if bad and config.data.on_bad_sample == "error":
+            raise bad[0]
+        skipped += len(bad)
+        samples[name] = [item for item in read if isinstance(item, Sample)]
+        if not samples[name]:
+            raise ValueError(f"{name}: none of {len(order)} samples can be used; {bad[0]}")
+    return FewShot(
+        samples=samples,
+        collator=collator,
+        prompts=prompt_collator(model, config, withhold_task=False),
+        num_skipped=skipped,
+    )
+
+
+def _checked(item: Sample | BadSampleError, collator: Collator) -> Sample | BadSampleError:
+    return item if isinstance(item, BadSampleError) else collator.error_of(item) or item
+
+
+def load_unrouted(run: str) -> tuple[MixtureModel, RunConfig]:
+    """A run's experts and projector around its base, without a router: the gates come from outside."""
+    step = step_folder(run)
+    verify(step)
+    config = load_config(step / CONFIG, ["router={kind: fixed}", "stages=[]"])
+    model = build_model(config, experts=step / "experts")
+    if config.model.train_projector:
+        file = step / "projector.safetensors"
+        load_strictly(projector_state(model), load_tensors(file), file)
+    return model.eval(), config
+
+
+@contextmanager
+def installed(
+    model: MixtureModel, merged: Mapping[str, MergedSite], experts: Sequence[Expert]
+) -> Iterator[None]:
+    """Inside, the merged update is one more expert, called MERGED."""
+    tensors = {}
+    for site, result in merged.items():
+        key_a, key_b = site_keys(site)
+        tensors[key_a], tensors[key_b] = result.lora_a.float(), result.lora_b.float()
+    model.bank.import_expert(MERGED, tensors, adapter_config(merged, experts, None))
+    try:
+        yield
+    finally:
+        model.bank.remove(MERGED)
+
+
+@torch.no_grad()
+def answers_loss(
+    model: MixtureModel, batches: Mapping[str, Sequence[Batch]], expert: str = MERGED
+) -> float:
+    """Mean loss of the answers over the samples of a data set, then over the data sets, with one expert on."""
+    gates = torch.tensor([float(name == expert) for name in model.bank.names])
+
+    def total(batch: Batch) -> float:
+        return float(model(batch, gates.expand(len(batch), -1)).loss_per_sample.sum())
+
+    return mean(
+        sum(total(batch) for batch in own) / sum(len(batch) for batch in own)
+        for own in batches.values()
+    )
+
+
+def benchmark_score(
+    model: MixtureModel, few: FewShot, config: RunConfig, expert: str = MERGED
+) -> float:
+    """Mean of the data sets' primary metrics over generated answers, with one expert on."""
+    results = [
+        evaluate(
+            model,
+            samples,
+            few.prompts,
+            name=name,
+            gates=expert,
+            batch_size=config.eval.batch_size,
+            max_new_tokens=config.eval.max_new_tokens,
+            progress=False,
+        )
+        for name, samples in few.samples.items()
+    ]
+    return mean(float(result.score["value"] or 0.0) for result in results)
+
+
+def own_answers(
+    model: MixtureModel, few: FewShot, size: int, weight: float, max_new_tokens: int
+) -> list[Batch]:
+    """Mixed batches whose answers are what the model says itself with this weight on every expert: no labels."""
+    gates = torch.full((len(model.bank.names),), weight)
+    tokenizer = few.prompts.processor.tokenizer
+    answered = {}
+    for name, samples in few.samples.items():
+        texts: list[str] = []
+        for start in range(0, len(samples), size):
+            batch = few.prompts(samples[start : start + size])
+            ids = model.generate(
+                batch,
+                gates.expand(len(batch), -1),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        said = [
+            replace(sample, answers=(text.strip(),), boxes=())
+            for sample, text in zip(samples, texts, strict=True)
+        ]
+        answered[name] = [s for s in said if s.answers[0] and few.collator.error_of(s) is None]
+    if not any(answered.values()):
+        raise ValueError("adamerging: the model answers nothing, so there is no entropy to lower")
+    return replace(few, samples=answered).batches(size)
+
+
+@torch.no_grad()
+def perturbed_answers(
+    model: MixtureModel, few: FewShot, size: int, *, runs: int, noise: float, seed: int
+) -> dict[str, torch.Tensor]:
+    """Each expert's probabilities [run, question, option] of the first answer token, the pictures under noise.
+
+    The first run is without noise; the others add normal noise of `noise` times the pixels' own spread.
+    """
+    batches = few.batches(size)
+    found = {}
+    for index, name in enumerate(model.bank.names):
+        gates = torch.eye(len(model.bank.names))[index]
+        rows = []
+        for run in range(runs):
+            generator = torch.Generator().manual_seed(seed + run)
+            rows.append(
+                torch.cat(
+                    [
+                        model(_noisy(batch, noise * (run > 0), generator), gates.expand(len(batch), -1))
+                        .logits[:, 0].softmax(-1)
+                        for batch in batches
+                    ]
+                )
+            )  # fmt: skip
+        found[name] = torch.stack(rows)
+    return found
+
+
+def _noisy(batch: Batch, noise: float, generator: torch.Generator) -> Batch:
+    pixels = batch.pixel_values
+    added = torch.randn(pixels.shape, generator=generator) * noise * pixels.std()
+    return replace(batch, pixel_values=pixels + added)

@@ -1,0 +1,214 @@
+"""Weights of experts from a little data: by gradient, by search, or one expert at a time.
+
+The weights are the gates of the live mixture, one row for every site: a sum of the experts at these gates is the
+merged model, exactly. So nothing is merged while they are sought, and `merge(weights=...)` takes them afterwards.
+A method that is no sum is searched by merging again: give `search` a function that does.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from data.batch import Batch
+from moa.merging.methods.method import check_choice
+from moa.merging.plan import Weights
+from moa.model import MixtureModel
+
+Score = Callable[[Mapping[str, float]], float]  # weights by expert -> the higher the better
+
+
+def learn_weights(
+    model: MixtureModel,
+    batches: Sequence[Batch],
+    *,
+    objective: str = "answers",
+    steps: int = 100,
+    lr: float = 0.05,
+    per_site: bool = True,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Weights:
+    """Weights of every expert, per site, by gradient descent through the live mixture; the experts stay as they are.
+
+    `answers` minimises the answers' loss on labelled batches with weights that sum to 1 (LoRA Soups, Prabhakar et al.
+    2025, equation 4). `entropy` needs no labels: it minimises the entropy of the predicted tokens with weights in
+    [0, 1] that start at 0.3 (AdaMerging, Yang et al. 2024, equation 6); a batch without answers should bring the
+    model's own. Takes `batches` in turn. Raises ValueError for batches without anything to predict.
+    """
+    check_choice("objective", objective, ("answers", "entropy"), of="learn")
+    if not batches or any(batch.labels is None for batch in batches):
+        raise ValueError("learn: needs batches with answers, or with the model's own")
+    experts, sites = list(model.bank.names), list(model.bank.sites)
+
+    def loss(step: int, weights: Tensor) -> Tensor:
+        batch = batches[step % len(batches)]
+        out = model(batch, weights[None].expand(len(batch), -1, -1))
+        if objective == "answers":
+            return out.loss_per_sample.mean()
+        return mean_entropy(out.logits[out.labels != -100])
+
+    with frozen(model):
+        rows = descend_weights(
+            loss,
+            (len(sites) if per_site else 1, len(experts)),
+            simplex=objective == "answers",
+            steps=steps,
+            lr=lr,
+            device=batches[0].input_ids.device,
+            on_step=on_step,
+        )
+    return {
+        site: dict(zip(experts, row, strict=True))
+        for site, row in zip(sites, rows.expand(len(sites), -1).tolist(), strict=True)
+    }
+
+
+def descend(
+    parameters: Iterable[Tensor],
+    loss: Callable[[int], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """Lower `loss(step)` by Adam; `on_step` gets each step's loss before its update."""
+    optimizer = torch.optim.Adam(list(parameters), lr=lr)
+    for step in range(steps):
+        value = loss(step)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        on_step(step, float(value.detach()))
+
+
+def descend_weights(
+    loss: Callable[[int, Tensor], Tensor],
+    shape: tuple[int, int],
+    *,
+    simplex: bool,
+    steps: int = 100,
+    lr: float = 0.05,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> Float[Tensor, "site expert"]:
+    """The weights where `loss(step, weights)` went down to, by Adam.
+
+    On the `simplex` they start at their mean and sum to 1 over the experts; else each starts at 0.3 and stays in
+    [0, 1].
+    """
+    raw = torch.full(shape, 0.0 if simplex else 0.3, device=device, requires_grad=True)
+
+    def weights() -> Tensor:
+        return raw.softmax(-1) if simplex else raw.clamp(0, 1)
+
+    descend([raw], lambda step: loss(step, weights()), steps=steps, lr=lr, on_step=on_step)
+    return weights().detach()
+
+
+def mean_entropy(logits: Float[Tensor, "*rows option"]) -> Float[Tensor, ""]:
+    """How unsure the predictions are, in nats: of tokens, or of the classes of a zero-shot classifier (AdaMerging)."""
+    log_probs = logits.float().log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1).mean()
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode and none of its parameters asks for a gradient."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    training = model.training
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def search(
+    score: Score,
+    experts: Sequence[str],
+    *,
+    budget: int = 40,
+    bound: float = 1.5,
+    penalty: float = 0.05,
+    optimizer: str = "NGOpt",
+    seed: int = 0,
+) -> dict[str, float]:
+    """Weights without a gradient, from 0 in [-bound, bound]: the best score less `penalty` times their mean size.
+
+    As LoraHub (Huang et al. 2024, equation 2) with its defaults, but `score` decides what is merged: on the updates,
+    or, as released, on the factors (method lorahub_factors). `optimizer` is any of nevergrad's names, such as CMA.
+    """
+    import nevergrad
+
+    if optimizer not in nevergrad.optimizers.registry:
+        raise ValueError(f"optimizer: nevergrad has no {optimizer!r}; NGOpt and CMA are good ones")
+    space = nevergrad.p.Array(init=[0.0] * len(experts)).set_bounds(-bound, bound)
+    space.random_state.seed(seed)
+
+    def loss(values: Any) -> float:
+        weights = dict(zip(experts, map(float, values), strict=True))
+        return -score(weights) + penalty * sum(map(abs, weights.values())) / len(experts)
+
+    best = nevergrad.optimizers.registry[optimizer](space, budget=budget).minimize(loss)
+    return dict(zip(experts, map(float, best.value), strict=True))
+
+
+def grid(score: Score, experts: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """One value for all experts, the best of `values`; the first of equals."""
+    best = max(values, key=lambda value: score({name: value for name in experts}))
+    return {name: best for name in experts}
+
+
+def greedy_soup(score: Score, experts: Sequence[str]) -> dict[str, float]:
+    """The uniform soup of the experts that help: best first, each kept only if the mean with it scores strictly better.
+
+    Wortsman et al. 2022, recipe 1. Every expert is tried once; the others have weight 0.
+    """
+
+    def mean_of(chosen: Sequence[str]) -> dict[str, float]:
+        return soup(chosen, experts)
+
+    alone = {name: score(mean_of([name])) for name in experts}
+    order = sorted(experts, key=lambda name: -alone[name])
+    chosen, best = [order[0]], alone[order[0]]
+    for name in order[1:]:
+        found = score(mean_of([*chosen, name]))
+        if found > best:
+            chosen, best = [*chosen, name], found
+    return mean_of(chosen)
+
+
+def prefix_soup(score: Score, order: Sequence[str]) -> dict[str, float]:
+    """The uniform soup of the first experts of an order, as many as score best; the fewest of equals."""
+    prefixes = [soup(order[:count], order) for count in range(1, len(order) + 1)]
+    return max(prefixes, key=score)
+
+
+def soup(chosen: Sequence[str], experts: Sequence[str]) -> dict[str, float]:
+    """The mean of the chosen experts; the others have weight 0."""
+    return {name: 1 / len(chosen) if name in chosen else 0.0 for name in experts}
+
+
+def order_by_uncertainty(
+    probabilities: Mapping[str, Float[Tensor, "run question option"]],
+) -> list[str]:
+    """Experts from the surest to the least sure, without labels: by H(mean p) - mean H(p) over perturbed runs.
+
+    UQ-Merge (Qu et al. 2025): the mutual information between the answer and the perturbation; `prefix_soup` merges
+    in this order. The released code merges the sum so far with the next expert half and half, so that the last one
+    weighs most; here every chosen expert weighs the same.
+    """
+
+    def information(p: Tensor) -> float:
+        return float((_entropy(p.mean(0)) - _entropy(p).mean(0)).mean())
+
+    return sorted(probabilities, key=lambda name: information(probabilities[name]))
+
+
+def _entropy(p: Float[Tensor, "*axes option"]) -> Float[Tensor, "*axes"]:
+    return -torch.special.xlogy(p, p).sum(-1)

@@ -1,0 +1,197 @@
+"""Direction-aware merging: on the singular directions of the updates, not on their entries.
+
+All of them are defined on the dense updates and are computed on the core matrices, which have the same singular
+values. That is not only cheaper: on a dense reconstruction of LoRAs most singular directions are rounding, and
+methods that count or flatten them change by more than the result itself when the input moves by 1e-7.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moa.merging.methods.linear import Matrix, Weights, linear
+from moa.merging.methods.method import Method, check_choice
+from moa.merging.methods.sparse import check_share, elect, trim
+from moa.merging.methods.stack import Stack, stack_of
+
+RANK_TOLERANCE = 1e-7  # of the largest singular value: below it a direction is rounding
+Triplets = tuple[Float[Tensor, "rows rank"], Float[Tensor, " rank"], Float[Tensor, "cols rank"]]
+
+
+def tsv_m(stack: Stack, weights: Weights, *, share: float = 1.0) -> Matrix:
+    """Each expert's leading singular directions (the share of its rank), made orthogonal between experts and added."""
+    check_share("share", share)
+    parts = [leading(m, _count(share, r)) for m, r in zip(stack.whole(), stack.ranks, strict=True)]
+    u, v = torch.cat([p[0] for p in parts], 1), torch.cat([p[2] for p in parts], 1)
+    s = torch.cat([w * p[1] for w, p in zip(weights, parts, strict=True)])
+    return (polar(u) * s) @ polar(v).T
+
+
+def iso_c(stack: Stack, weights: Weights) -> Matrix:
+    """The sum with all its singular values replaced by their mean: no direction drowns another."""
+    u, s, v = leading(linear(stack, weights))
+    return s.mean() * u @ v.T if s.numel() else linear(stack, weights)
+
+
+def iso_cts(stack: Stack, weights: Weights, *, common: float = 0.8) -> Matrix:
+    """As iso_c on the sum's leading directions (the share `common`), and each expert's own outside of them."""
+    check_share("common", common)
+    u, s, v = leading(linear(stack, weights))
+    count = len(weights)
+    own = (s.numel() - _count(common, s.numel())) // count  # directions that each expert adds
+    shared = s.numel() - own * count
+    parts = [(u[:, :shared], s[:shared], v[:, :shared])]
+    for weight, matrix in zip(weights, stack.whole(), strict=True):
+        rest = weight * (matrix - parts[0][0] @ (parts[0][0].T @ matrix))
+        parts.append(leading(rest, own))
+    parts = [part for part in (*parts[1:], parts[0]) if part[1].numel()]
+    if not parts:
+        return linear(stack, weights)
+    u, s, v = (torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts]),
+               torch.cat([p[2] for p in parts], 1))  # fmt: skip
+    return s.mean() * polar(u) @ polar(v).T
+
+
+def wudi(stack: Stack, weights: Weights, *, time: float = 0.0) -> Matrix:
+    """Least interference, sum_i |(W - dW_i) dW_i^T|^2 / |dW_i|^2, in closed form; by flow from the sum for `time` > 0.
+
+    `time` is learning rate times steps of the gradient descent that the papers run (from the sum in WUDI; OptMerge
+    starts from the mean, which `weights` of 1/N give); 0 is its limit.
+    """
+    matrices = stack.whole()
+    energy = matrices.square().sum((1, 2))
+    live = energy > 0
+    if not live.any():
+        return linear(stack, weights)
+    share = torch.where(live, 1 / energy.clamp(min=torch.finfo(energy.dtype).tiny), 0.0)
+    gram = torch.einsum("e,erc,erd->cd", share, matrices, matrices)
+    wanted = torch.einsum("e,erc,esc,esd->rd", share, matrices, matrices, matrices)
+    values, axes = torch.linalg.eigh(gram)
+    held = values > RANK_TOLERANCE * values.max()
+    optimum = wanted @ (axes * torch.where(held, 1 / values, 0.0)) @ axes.T
+    if time == 0:
+        return optimum
+    start = linear(stack, weights)
+    left = torch.exp(-2 * time * values.clamp(min=0))  # of the gap to the optimum, along each axis
+    return optimum + (start - optimum) @ (axes * left) @ axes.T
+
+
+def dc_merge(
+    stack: Stack, weights: Weights, *, smooth: str = "mean", density: float = 0.001
+) -> Matrix:
+    """Level each expert's singular values, meet in one space that covers all experts, and vote there as TIES does."""
+    check_choice("smooth", smooth, ("mean", "linear", "none"))
+    parts = [leading(m, r) for m, r in zip(stack.whole(), stack.ranks, strict=True)]
+    u, v = polar(torch.cat([p[0] for p in parts], 1)), polar(torch.cat([p[2] for p in parts], 1))
+    if not u.shape[1]:
+        return linear(stack, weights)  # nothing but zeros
+    covered = torch.stack([u.T @ (p[0] * _levelled(p[1], smooth)) @ p[2].T @ v for p in parts])
+    inner = stack_of(site=stack.site, experts=stack.experts, matrices=covered)
+    merged = elect(trim(covered, inner.thresholds(density)), weights, rounding=inner.rounding)
+    # Only entries between directions of one expert remain: those between two are interference.
+    own = torch.block_diag(*[torch.ones(p[1].numel(), p[1].numel()) for p in parts])
+    return u @ (merged * own.to(merged.dtype)) @ v.T
+
+
+def _levelled(s: Float[Tensor, " rank"], how: str) -> Tensor:
+    """Singular values brought together, their sum kept: equal, or falling in a line at a ratio of 5 at most."""
+    if how == "none" or not s.numel():
+        return s
+    if how == "mean":
+        return s.mean().expand_as(s)
+    ratio = min(5.0, float(s[0] / s[-1].clamp(min=torch.finfo(s.dtype).tiny)))
+    line = torch.linspace(ratio, 1.0, s.numel(), dtype=s.dtype)
+    return line * s.sum() / line.sum()
+
+
+def ctm(
+    stack: Stack,
+    weights: Weights,
+    *,
+    size: int = 16,
+    even: float = 0.0,
+    density: float = 0.2,
+    reduce: str = "mean",
+    iterations: int = 50,
+) -> Matrix:
+    """Compress, then merge: the best common subspace of `size` directions first, then TIES inside of it.
+
+    So nothing that the vote decided is cut off by the export's rank. `even` = 1 gives every expert the same say in
+    the subspace, 0 a say by its norm.
+    """
+    matrices = stack.whole()
+    norms = matrices.square().sum((1, 2)).sqrt()
+    target = (1 - even) * norms + even * norms.mean()
+    scaled = matrices * (target / norms.clamp(min=torch.finfo(norms.dtype).tiny))[:, None, None]
+    v = _principal(scaled.mT, size)  # higher-order SVD, then alternating refinement (HOOI)
+    for _ in range(iterations):
+        u = _principal(scaled @ v, size)
+        v_next = _principal(scaled.mT @ u, size)
+        moved = (v_next @ v_next.T - v @ v.T).abs().max()
+        v = v_next
+        if moved < RANK_TOLERANCE:
+            break
+    inside = u.T @ matrices @ v
+    inner = stack_of(site=stack.site, experts=stack.experts, matrices=inside)
+    kept = trim(inside, inner.thresholds(density))
+    merged = elect(kept, weights, reduce, rounding=inner.rounding)
+    return u @ merged @ v.T
+
+
+def _principal(matrices: Float[Tensor, "expert size cols"], count: int) -> Float[Tensor, "size _"]:
+    """The directions that hold most of the energy of all matrices together."""
+    axes = torch.linalg.eigh((matrices @ matrices.mT).sum(0)).eigenvectors.flip(1)[:, :count]
+    return axes * torch.sign(axes.gather(0, axes.abs().argmax(0, keepdim=True)))
+
+
+def leading(matrix: Float[Tensor, "rows cols"], count: int | None = None) -> Triplets:
+    """The `count` leading singular triplets, at most the numerical rank; all of that by default."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    live = int((s > RANK_TOLERANCE * s.max()).sum()) if s.numel() else 0
+    size = live if count is None else min(count, live)
+    return u[:, :size], s[:size], v[:size].T
+
+
+def polar(vectors: Float[Tensor, "size count"]) -> Float[Tensor, "size count"]:
+    """The nearest matrix with orthonormal columns, or rows where there are more columns (Procrustes)."""
+    u, s, v = torch.linalg.svd(vectors, full_matrices=False)
+    live = s > RANK_TOLERANCE * s.max() if s.numel() else s > 0
+    return u[:, live] @ v[live]
+
+
+def _count(share: float, rank: int) -> int:
+    return max(int(share * rank), 1) if rank else 0
+
+
+METHODS = {
+    "tsv_m": Method(
+        function=tsv_m,
+        default_weights="ones",
+        paper="Task Singular Vectors (Gargiulo et al., 2025)",
+    ),
+    "iso_c": Method(
+        function=iso_c,
+        default_weights="ones",
+        paper="No Task Left Behind: Isotropic Model Merging (Marczak et al., 2025), over the numerical rank",
+    ),
+    "iso_cts": Method(
+        function=iso_cts,
+        default_weights="ones",
+        paper="No Task Left Behind (Marczak et al., 2025), common and task-specific, over the numerical rank",
+    ),
+    "wudi": Method(
+        function=wudi,
+        default_weights="ones",
+        paper="WUDI-Merging (Cheng et al., 2025) and OptMerge (Wei et al., 2026), in closed form",
+    ),
+    "dc_merge": Method(
+        function=dc_merge,
+        default_weights="ones",
+        paper="DC-Merge (2026), as released for LoRA",
+    ),
+    "ctm": Method(
+        function=ctm,
+        default_weights="ones",
+        paper="Compress-then-Merge (2026), Tucker-2 subspace and TIES",
+    ),
+}

@@ -1,0 +1,232 @@
+"""What a merge is made of and what it lost: numbers for JSON, one site at a time, all from the factors.
+
+interference of the experts   cosine and sign disagreement of every pair, overlap of their directions, cross terms
+what became of each           norm, retention <W, dW_i> / |dW_i|^2, energy inside the result's span
+what the method did           energy outside the experts' span, cut by the rank
+what it looks like            singular values of each expert, of their sum and of the result; in one site of each layer
+                              also values of A, B and the update, and singular values after pruning and scaling
+A site's record is small, so that memory is one site's factors. Values that are not finite never get here: reading
+refuses them by file and key.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moa.files import peft as peft_io
+from moa.merging.core import CoreUpdates, Expert, Factors, to_core
+from moa.merging.merge import MergedSite
+from moa.merging.plan import all_sites
+from moa.merging.report.interference import (
+    cosines,
+    cross_terms,
+    decompose,
+    histogram,
+    prune,
+    sample_entries,
+    sign_conflict,
+    sign_disagreement,
+    subspace_overlap,
+)
+from moa.merging.report.summary import layer_of
+
+PRUNED_DENSITY = 0.2  # what RobustMerge keeps
+TINY = 1e-300
+
+
+def measure(
+    experts: Sequence[Expert],
+    merged: dict[str, MergedSite] | None = None,
+    *,
+    on_site: Callable[[str], None] = lambda site: None,
+) -> dict[str, Any]:
+    """The fidelity record of experts, and of what they were merged to, for JSON.
+
+    `sites`, their means over `modules` (a site's parent), `layers` and in `total`, the names of the `experts`, and
+    `views` of the values in each layer's site of the largest updates, which cost more than all else.
+    """
+    sites = {}
+    for site in merged or all_sites(experts):  # dropped sites have no outcome
+        sites[site] = measure_site(experts, site, merged[site] if merged else None)
+        on_site(site)
+    largest: dict[str, str] = {}  # layer -> site
+    for site in sorted(sites, key=lambda name: sum(norm**2 for norm in sites[name]["norms"])):
+        largest[layer_of(site)] = site
+    return {
+        "experts": [expert.name for expert in experts],
+        "sites": sites,
+        "views": {site: view_site(experts, site) for site in sites if site in largest.values()},
+        "modules": _grouped(sites, lambda site: site.rpartition(".")[0] or site),
+        "layers": _grouped(sites, layer_of),
+        "total": _over_sites(list(sites.values())),
+    }
+
+
+def measure_site(
+    experts: Sequence[Expert], site: str, merged: MergedSite | None = None
+) -> dict[str, Any]:
+    """Of one site. Lists have one entry for each expert, in their order; an expert without the site counts as zero."""
+    factors = _factors(experts, site)
+    updates = to_core(factors, canonical=False)
+    parts = [decompose(core) for core in updates.cores]
+    entries = sample_entries(factors)
+    weights = merged.weights if merged else torch.ones(len(experts), dtype=torch.float64)
+    record = {
+        "norms": updates.cores.square().sum((1, 2)).sqrt().tolist(),
+        "cosine": cosines(updates.cores).tolist(),
+        "overlap": subspace_overlap(parts).tolist(),
+        "sign_disagreement": sign_disagreement(entries).tolist(),
+        "sign_conflict": sign_conflict(entries),
+        "cross_terms": site_cross_terms(experts, site, factors, weights),
+        "singular_values": [s.tolist() for _, s, _ in parts],
+        "zero_rows": [None if pair is None else _zero_rows(pair) for pair in factors],
+    }
+    if merged is not None:
+        record["merged"] = _outcome(updates, merged)
+    return record
+
+
+def view_site(experts: Sequence[Expert], site: str) -> dict[str, Any]:
+    """Values of A, B and the full updates at a site, and what pruning would make of each expert's spectrum."""
+    factors = _factors(experts, site)
+    present = [pair for pair in factors if pair is not None]
+    return {
+        "density": PRUNED_DENSITY,
+        "pruned": [None if pair is None else prune(pair, PRUNED_DENSITY) for pair in factors],
+        "histograms": {
+            "A": histogram(torch.cat([a.flatten() for a, _ in present])),
+            "B": histogram(torch.cat([b.flatten() for _, b in present])),
+            "update": histogram(sample_entries(present).flatten()),
+        },
+    }
+
+
+def _factors(experts: Sequence[Expert], site: str) -> list[Factors | None]:
+    return [e.factors(site, torch.float64) if site in e.ranks else None for e in experts]
+
+
+def site_cross_terms(
+    experts: Sequence[Expert],
+    site: str,
+    factors: Sequence[Factors | None],
+    weights: Float[Tensor, " expert"],
+) -> float | None:
+    """`cross_terms` as PEFT's `linear` has them, the root of the scale in both factors; None where the ranks differ."""
+    if len({expert.ranks.get(site) for expert in experts}) > 1:
+        return None
+    roots = [peft_io.site_scaling(expert.config, site) ** 0.5 for expert in experts]
+    pairs = [(f[0] * r, f[1] / r) for f, r in zip(factors, roots, strict=True) if f is not None]
+    return cross_terms(pairs, weights)
+
+
+def mean_cross_terms(
+    experts: Sequence[Expert], weights: Mapping[str, Float[Tensor, " expert"]]
+) -> float:
+    """Mean of `site_cross_terms` over the sites that all experts have with one rank; 0 where there is none."""
+    found = [
+        site_cross_terms(experts, site, _factors(experts, site), row)
+        for site, row in weights.items()
+    ]
+    known = [ratio for ratio in found if ratio is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def _zero_rows(pair: Factors) -> int:
+    """Ranks that do nothing: their row of A or their column of B is zero."""
+    return int(((pair[0] == 0).all(1) | (pair[1] == 0).all(0)).sum())
+
+
+def _outcome(updates: CoreUpdates, merged: MergedSite) -> dict[str, Any]:
+    inside = (
+        updates.b.project(merged.lora_b.double()) @ updates.a.project(merged.lora_a.double().T).T
+    )
+    energy = merged.energy
+    plain_sum = torch.einsum("e,erc->rc", merged.weights.double(), updates.cores)
+    return {
+        "norm": energy**0.5,
+        "rank": merged.lora_a.shape[0],
+        "singular_values": merged.lora_b.double().norm(dim=0).square().tolist(),
+        "singular_values_of_sum": decompose(plain_sum)[1].tolist(),  # before pruning and scaling
+        "cut_by_rank": merged.lost / (energy + merged.lost) if energy + merged.lost else 0.0,
+        "outside_span": max(1 - float(inside.square().sum()) / energy, 0.0) if energy else 0.0,
+        "retention": _ratio(merged.experts.overlap, merged.experts.energy),
+        "energy_in_span": _ratio(merged.experts.span_energy, merged.experts.energy),
+        "weights": merged.weights.tolist(),
+    }
+
+
+def _ratio(part: Tensor, whole: Tensor) -> list[float | None]:
+    return [p / w if w else None for p, w in zip(part.tolist(), whole.tolist(), strict=True)]
+
+
+def _grouped(
+    sites: Mapping[str, dict[str, Any]], group_of: Callable[[str], str]
+) -> dict[str, dict[str, Any]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for site, row in sites.items():
+        groups.setdefault(group_of(site), []).append(row)
+    return {name: _over_sites(rows) for name, rows in groups.items()}
+
+
+def _over_sites(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of several sites as if they were one: what is about a pair counts by the product of its norms, else by energy."""
+    norms = torch.tensor([row["norms"] for row in rows], dtype=torch.float64)
+    energy = norms.square()
+    whole = energy.sum(0).sqrt()
+    product = torch.einsum("si,sj->sij", norms, norms)
+
+    def mean(name: str, total: Tensor) -> Tensor:
+        values = torch.tensor([row[name] for row in rows], dtype=torch.float64)
+        return (values * product).sum(0) / total.clamp(min=TINY)
+
+    disagreement, met = mean("sign_disagreement", product.sum(0)).tolist(), product.sum(0).tolist()
+
+    weighed = list(zip(rows, energy.sum(1).tolist(), strict=True))
+    record: dict[str, Any] = {
+        "norms": whole.tolist(),
+        "cosine": mean("cosine", torch.outer(whole, whole)).tolist(),
+        "overlap": mean("overlap", product.sum(0)).tolist(),
+        # None for a pair that changes no site in common
+        "sign_disagreement": [
+            [v if m else None for v, m in zip(*pair, strict=True)]
+            for pair in zip(disagreement, met, strict=True)
+        ],
+        "sign_conflict": _mean([(row["sign_conflict"], e) for row, e in weighed]),
+        "cross_terms": _mean(
+            [(row["cross_terms"], e) for row, e in weighed if row["cross_terms"] is not None]
+        ),
+        "zero_rows": [sum(row["zero_rows"][i] or 0 for row in rows) for i in range(len(whole))],
+    }
+    if "merged" in rows[0]:
+        record["merged"] = _merged_over_sites([row["merged"] for row in rows], energy)
+    return record
+
+
+def _mean(values: Sequence[tuple[float, float]]) -> float | None:
+    """Of (value, weight); None of nothing."""
+    if not values:
+        return None
+    return sum(value * weight for value, weight in values) / max(sum(w for _, w in values), TINY)
+
+
+def _merged_over_sites(rows: Sequence[dict[str, Any]], energy: Tensor) -> dict[str, Any]:
+    own = [row["norm"] ** 2 for row in rows]
+
+    def kept(name: str) -> list[float | None]:
+        values = torch.tensor([[v or 0.0 for v in row[name]] for row in rows], dtype=torch.float64)
+        return _ratio((values * energy).sum(0), energy.sum(0))
+
+    ranks = [row["rank"] for row in rows]
+    return {
+        "norm": sum(own) ** 0.5,
+        "rank": [min(ranks), max(ranks)],
+        "retention": kept("retention"),
+        "energy_in_span": kept("energy_in_span"),
+        **{
+            name: _mean([(row[name], e) for row, e in zip(rows, own, strict=True)])
+            for name in ("cut_by_rank", "outside_span")
+        },
+    }

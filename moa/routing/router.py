@@ -1,0 +1,276 @@
+"""The task-aware router: evidence about a sample -> one logit per expert (and site).
+
+Each kind of evidence (image tokens, question tokens, OCR words with boxes, task) has an encoder
+that pools it into one vector, and a learned "missing" vector for where there is none; the vectors
+together are read by a small head. Everything is float32, also under autocast. The evidence is the
+prompt side alone: an answer cannot reach the gates.
+"""
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moa.routing.gating import anchor_similarity, anchor_sums
+
+EVIDENCE = ("image", "text", "ocr", "task")
+# Tensor of a router or of a site's token router -> what its first axes run over.
+AXES = {
+    r"token_router\..*": ("expert",),
+    r"head\.3\.(weight|bias)": ("expert",),
+    r"site_offset": ("site", "expert"),
+    r"encoders\.task\.weight": ("task",),
+    r"task_sums": ("expert", "task"),
+    r"\w+_(sums|counts)": ("expert",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What a router may look at; masks are True where there is something, task id -1 is unknown.
+
+    A kind that no router asks for is None. `ocr_tokens` is one vector per word, `ocr_boxes` are
+    x0 y0 x1 y1 in 0..1 of the picture.
+    """
+
+    image_tokens: Float[Tensor, "batch patch image"] | None = None
+    image_mask: Bool[Tensor, "batch patch"] | None = None
+    text_tokens: Float[Tensor, "batch text width"] | None = None
+    text_mask: Bool[Tensor, "batch text"] | None = None
+    ocr_tokens: Float[Tensor, "batch word width"] | None = None
+    ocr_boxes: Float[Tensor, "batch word 4"] | None = None
+    ocr_confidence: Float[Tensor, "batch word"] | None = None
+    ocr_mask: Bool[Tensor, "batch word"] | None = None
+    task_ids: Int[Tensor, " batch"] | None = None
+
+
+def axes_of(key: str) -> tuple[str, ...]:
+    """See `AXES`."""
+    return next((axes for name, axes in AXES.items() if re.fullmatch(name, key)), ())
+
+
+class Router(nn.Module):
+    """Learned router. Logits are `[batch, 1, expert]`, or `[batch, site, expert]` with `per_site`.
+
+    `dims` gives the widths of the image tokens ("image") and of the language model's embeddings
+    ("text", which OCR words share). In training each kind of evidence is hidden from a sample with
+    chance `modality_dropout`, so that the router learns to do without any of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        experts: int,
+        sites: int,
+        evidence: Sequence[str] = EVIDENCE,
+        dims: Mapping[str, int],
+        num_tasks: int = 0,
+        hidden: int = 64,
+        pooling: str = "attention",
+        per_site: bool = False,
+        modality_dropout: float | int = 0.0,
+    ) -> None:
+        super().__init__()
+        check_evidence(evidence)
+        if pooling not in ("attention", "mean"):
+            raise ValueError(f"router.pooling: {pooling!r}; choices: attention, mean")
+        self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
+        self.modality_dropout = modality_dropout
+        encoders: dict[str, Callable[[], nn.Module]] = {
+            "image": lambda: TokenEncoder(dims["image"], hidden, pooling),
+            "text": lambda: TokenEncoder(dims["text"], hidden, pooling, neighbours=True),
+            "ocr": lambda: OcrEncoder(dims["text"], hidden, pooling),
+            "task": lambda: nn.Embedding(num_tasks, hidden),
+        }
+        self.encoders = nn.ModuleDict({kind: encoders[kind]() for kind in self.evidence})
+        self.missing = nn.ParameterDict(
+            {kind: nn.Parameter(torch.randn(hidden) * 0.02) for kind in self.evidence}
+        )
+        width = hidden * len(self.evidence)
+        last = nn.Linear(hidden, experts)
+        nn.init.normal_(last.weight, std=0.02)  # gates start nearly uniform
+        nn.init.zeros_(last.bias)
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), last)
+        self.site_offset = nn.Parameter(torch.zeros(sites, experts)) if per_site else None
+
+    def forward(
+        self, evidence: Evidence, withhold: Collection[str] = ()
+    ) -> Float[Tensor, "batch site expert"]:
+        """Logits in float32; kinds in `withhold` are treated as missing in every sample."""
+        device = next(self.parameters()).device.type
+        with torch.autocast(device, enabled=False):
+            vectors = [self._encode(kind, evidence, kind in withhold) for kind in self.evidence]
+            logits = self.head(torch.cat(vectors, dim=-1))[:, None]
+            return logits if self.site_offset is None else logits + self.site_offset
+
+    def _encode(self, kind: str, evidence: Evidence, withheld: bool) -> Tensor:
+        """One vector per sample, the learned missing one where there is no evidence."""
+        encoder = self.encoders[kind]
+        if kind == "image":
+            tokens, mask = _required(evidence, "image_tokens", "image_mask")
+            present, vector = mask.any(1), encoder(tokens.float(), mask)
+        elif kind == "text":
+            tokens, mask = _required(evidence, "text_tokens", "text_mask")
+            present, vector = mask.any(1), encoder(tokens.float(), mask)
+        elif kind == "ocr":
+            tokens, boxes, confidence, mask = _required(
+                evidence, "ocr_tokens", "ocr_boxes", "ocr_confidence", "ocr_mask"
+            )
+            present = mask.any(1)
+            vector = encoder(tokens.float(), boxes.float(), confidence.float(), mask)
+        else:
+            (ids,) = _required(evidence, "task_ids")
+            present, vector = ids >= 0, encoder(ids.clamp(min=0))
+        if withheld:
+            present = torch.zeros_like(present)
+        elif self.training and self.modality_dropout > 0:
+            # One stream of random numbers on the CPU: the same draws on every device.
+            kept = torch.rand(present.shape) >= self.modality_dropout
+            present = present & kept.to(present.device, non_blocking=True)
+        return torch.where(present[:, None], vector, self.missing[kind])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        def move(tensor: Tensor) -> Tensor:
+            # model.to(bfloat16) and DeepSpeed's cast move the router, but leave it its precision.
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class TokenEncoder(nn.Module):
+    """Tokens [batch, token, dim] -> one vector [batch, hidden] over the masked tokens.
+
+    `neighbours` lets each token see the ones beside it, so that word order counts a little.
+    """
+
+    def __init__(self, dim: int, hidden: int, pooling: str, *, neighbours: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.project = nn.Linear(dim, hidden)
+        self.mix = nn.Conv1d(hidden, hidden, 3, padding=1) if neighbours else None
+        self.pool = Pool(hidden, pooling)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.project(self.norm(tokens))
+        if self.mix is not None:
+            # Padding is zeroed, and so like the end of the text: it changes nothing.
+            beside = self.mix((hidden * mask[..., None]).transpose(1, 2)).transpose(1, 2)
+            hidden = hidden + beside
+        return self.pool(F.gelu(hidden), mask)
+
+
+class OcrEncoder(nn.Module):
+    """Words with their boxes and confidences -> one vector [batch, hidden]."""
+
+    def __init__(self, dim: int, hidden: int, pooling: str) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.word = nn.Linear(dim, hidden)
+        self.place = nn.Linear(7, hidden)
+        self.pool = Pool(hidden, pooling)
+
+    def forward(self, words: Tensor, boxes: Tensor, confidence: Tensor, mask: Tensor) -> Tensor:
+        size = boxes[..., 2:] - boxes[..., :2]
+        place = torch.cat([boxes, size, confidence[..., None]], dim=-1)
+        return self.pool(F.gelu(self.word(self.norm(words)) + self.place(place)), mask)
+
+
+class Pool(nn.Module):
+    """Masked mean, or attention of one learned query; zeros where nothing is masked in."""
+
+    def __init__(self, hidden: int, pooling: str) -> None:
+        super().__init__()
+        self.score = nn.Linear(hidden, 1, bias=False) if pooling == "attention" else None
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        if self.score is None:
+            weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        else:
+            # A finite floor: a row without tokens must give zeros, and no NaN in its gradient.
+            scores = self.score(tokens)[..., 0].masked_fill(~mask, -1e30)
+            weights = torch.softmax(scores, dim=1) * mask
+        return torch.einsum("bt,bth->bh", weights, tokens)
+
+
+class AnchorRouter(nn.Module):
+    """Router without training: cosine of a sample's evidence with the mean evidence per expert.
+
+    `update` adds samples of known experts to running sums (buffers, saved with the rest; processes
+    may add theirs up); the forward pass compares each sample for itself, averages the similarity
+    over the kinds of evidence it has, and multiplies by `sharpness`.
+    """
+
+    def __init__(
+        self,
+        *,
+        experts: int,
+        evidence: Sequence[str] = EVIDENCE,
+        dims: Mapping[str, int],
+        num_tasks: int = 0,
+        sharpness: float | int = 10.0,
+    ) -> None:
+        super().__init__()
+        check_evidence(evidence)
+        self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
+        self.sharpness = sharpness
+        self.num_tasks = num_tasks
+        sizes = {
+            "image": dims["image"],
+            "text": dims["text"],
+            "ocr": dims["text"],
+            "task": num_tasks,
+        }
+        for kind in self.evidence:
+            self.register_buffer(f"{kind}_sums", torch.zeros(experts, sizes[kind]))
+            self.register_buffer(f"{kind}_counts", torch.zeros(experts))
+
+    @torch.no_grad()
+    def update(self, evidence: Evidence, expert_ids: Int[Tensor, " batch"]) -> None:
+        """Add a batch to the anchors of its samples' experts."""
+        for kind in self.evidence:
+            features, present = self._features(kind, evidence)
+            sums, counts = self.get_buffer(f"{kind}_sums"), self.get_buffer(f"{kind}_counts")
+            new_sums, new_counts = anchor_sums(sums, counts, features, present, expert_ids)
+            sums.copy_(new_sums)
+            counts.copy_(new_counts)
+
+    def forward(
+        self, evidence: Evidence, withhold: Collection[str] = ()
+    ) -> Float[Tensor, "batch 1 expert"]:
+        """Logits in float32; kinds in `withhold` are left out."""
+        total = count = torch.zeros(())
+        for kind in self.evidence:
+            features, present = self._features(kind, evidence)
+            if kind in withhold:
+                present = torch.zeros_like(present)
+            sums, counts = self.get_buffer(f"{kind}_sums"), self.get_buffer(f"{kind}_counts")
+            total = total.to(sums) + anchor_similarity(sums, counts, features, present)
+            count = count.to(sums) + present
+        return (self.sharpness * total / count.clamp(min=1)[:, None])[:, None]
+
+    def _features(self, kind: str, evidence: Evidence) -> tuple[Tensor, Tensor]:
+        if kind == "task":
+            (ids,) = _required(evidence, "task_ids")
+            return F.one_hot(ids.clamp(min=0), self.num_tasks).float(), ids >= 0
+        tokens, mask = _required(evidence, f"{kind}_tokens", f"{kind}_mask")
+        weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        return torch.einsum("bt,btd->bd", weights, tokens.float()), mask.any(1)
+
+
+def check_evidence(evidence: Sequence[str]) -> None:
+    unknown = [kind for kind in evidence if kind not in EVIDENCE]
+    if unknown or not evidence:
+        raise ValueError(f"router.evidence: {list(evidence)}; choices: {', '.join(EVIDENCE)}")
+
+
+def _required(evidence: Evidence, *names: str) -> list[Tensor]:
+    values = [getattr(evidence, name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if value is None:
+            raise ValueError(f"the router needs evidence.{name}, which is None")
+    return values

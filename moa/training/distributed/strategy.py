@@ -1,0 +1,143 @@
+"""How a stage's model lies on the processes: whole on each, or sharded by DeepSpeed or by FSDP2.
+
+The launch file decides (configs/accelerate/), and the loop speaks to all of them in the same words.
+Losses are averaged over processes; tensors given and taken are whole, and every process must take part.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moa.backbones.clip import is_clip
+from moa.backbones.open_clip import is_open_clip
+from moa.build import projector_parameters
+from moa.config import RunConfig
+from moa.model import MixtureModel
+from moa.training.batches import Layout
+from moa.training.distributed import fsdp, zero
+from moa.training.distributed.fsdp import Fsdp
+from moa.training.distributed.plain import Plain
+from moa.training.distributed.zero import Zero
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """A model and its optimiser, from the first step of a stage to the last."""
+
+    optimizer: torch.optim.Optimizer  # as it was made: its groups have the rates
+
+    def forward(self, *inputs: Any) -> Any:
+        """The model's output, in the run's precision."""
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        """Around a micro-batch's forward and backward: the last one exchanges the gradients."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a micro-batch."""
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The whole gradient, exchanged; None where backward has left none."""
+
+    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
+        """Clip to a norm of `limit` (0: do not); returns the norm that the gradient had."""
+
+    def update(self) -> None:
+        """Step and forget the gradients; DeepSpeed has done both with `clip`."""
+
+    def discard(self) -> None:
+        """Forget the gradients, before or after `clip` found them not finite, and update nothing."""
+
+    def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+        """The optimiser's state by `name:kind`."""
+
+    def restore_optimizer(
+        self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
+    ) -> None:
+        """Put back what `optimizer_tensors` gave."""
+
+    def close(self) -> None:
+        """Let go of the model: the next stage trains other parameters."""
+
+
+def is_zero(accelerator: Accelerator) -> bool:
+    return accelerator.state.deepspeed_plugin is not None
+
+
+def is_fsdp() -> bool:
+    return asked_for("ACCELERATE_USE_FSDP")
+
+
+def kind_of(accelerator: Accelerator) -> str:
+    """How the processes share the model, in a word: no, multi_gpu, zero2, zero3, fsdp2, ..."""
+    if is_zero(accelerator):
+        return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "fsdp2" if is_fsdp() else accelerator.distributed_type.value.lower()
+
+
+def asked_for(variable: str) -> bool:
+    """Whether the launcher has set a switch."""
+    return os.environ.get(variable, "").lower() in ("true", "1")
+
+
+def is_zero_3(accelerator: Accelerator) -> bool:
+    return is_zero(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
+def check_sharding(accelerator: Accelerator, config: RunConfig) -> None:
+    """ValueError for what cannot run under DeepSpeed or FSDP2, and for settings of FSDP that cannot."""
+    if is_fsdp():
+        fsdp.settings()
+    name, where = config.model.name, "of configs/accelerate/"
+    # Neither takes a CLIP's scale, a scalar; and with losses.pairs=classification each process would
+    # read the texts of the choices that it meets first, and wait for the others.
+    if (is_fsdp() or is_zero(accelerator)) and (is_clip(name) or is_open_clip(name)):
+        raise ValueError(f"model.name: {name} is a CLIP, not to be sharded; choices {where}: ddp")
+    # A stage of anchors has no optimiser, and so nobody who gathers for it.
+    if (is_fsdp() or is_zero_3(accelerator)) and config.router.kind == "anchors":
+        raise ValueError(
+            f"router.kind=anchors: parameters are not sharded; choices {where}: ddp, zero2"
+        )
+
+
+def place(accelerator: Accelerator, model: MixtureModel) -> None:
+    """Move a model to its device, or shard it over all of them, before a stage."""
+    if is_fsdp():
+        fsdp.shard(model, model.model)
+    else:
+        model.to(accelerator.device)
+
+
+def make_strategy(
+    accelerator: Accelerator,
+    model: MixtureModel,
+    optimizer: torch.optim.Optimizer,
+    layout: Layout,
+    config: RunConfig,
+) -> Strategy:
+    if is_zero(accelerator):
+        return Zero(accelerator, model, optimizer, layout, config.train)
+    return (Fsdp if is_fsdp() else Plain)(accelerator, model, optimizer)
+
+
+def whole(
+    model: MixtureModel, config: RunConfig, *, write: bool = False
+) -> AbstractContextManager[Any]:
+    """Inside, what a checkpoint holds of the model is whole on every process.
+
+    What is written there stays where `write` says so; every process must write the same.
+    """
+    fsdp.reshard(model)
+    parameters = [*model.bank.parameters(), *model.bank.token_routers().values()]
+    parameters += model.router.parameters() if model.router is not None else []
+    parameters += projector_parameters(model).values() if config.model.train_projector else []
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return fsdp.whole(model, parameters, write)
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return zero.whole(parameters, write)
+    return nullcontext()

@@ -1,0 +1,182 @@
+"""Score the rows of one seed on every column, and merge what is to be scored merged."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from data.ocr import OcrCache, build_cache
+from data.ocr_engines import RapidOcr
+from data.world.scene_dataset import TRAINED_TASKS
+from moa.analysis.routing import leave_one_out
+from moa.build import build_model, only_adapter
+from moa.checkpoint import git_commit, load_model, pointed, step_folder, weights_fingerprint
+from moa.config import RunConfig
+from moa.evaluation.fingerprints import digest
+from moa.evaluation.report import routing_record, write_routing
+from moa.evaluation.result import Result
+from moa.evaluation.run import evaluate
+from moa.evaluation.sources import prompt_collator
+from moa.files.atomic import write_file, write_json
+from moa.model import MixtureModel
+from scripts.demo.board.plan import EVIDENCE, MERGES, ROOT, ROWS, Plan
+
+
+def score_rows(plan: Plan) -> None:
+    """Score what is not there yet, or was measured on other weights, questions or settings."""
+    ocr = OcrCache(plan.ocr_file, engine=engine_of(plan.config()))
+    for row in ROWS:
+        file = plan.folder / "scores" / f"{row}.json"
+        about = {"fingerprint": fingerprint_of(plan, row), "num_samples": plan.num_samples}
+        if (read_score(file) or {}).get("fingerprint") == about["fingerprint"]:
+            continue
+        print(f"seed {plan.seed}: scoring {row}", flush=True)
+        write_json(file, score_row(plan, row, ocr) | about | {"commit": git_commit()})
+
+
+def fingerprint_of(plan: Plan, row: str) -> str:
+    """What a row's scores belong to: the weights, how they are merged, the questions, the settings."""
+    weights = weights_fingerprint(step_folder(plan.folder / run_of(row)))
+    columns = {name: asdict(column) for name, column in plan.columns.items()}
+    return digest(
+        json.dumps([weights, row, MERGES.get(row), columns, plan.num_samples, plan.fingerprint()])
+    )
+
+
+def read_score(file: Path) -> dict[str, Any] | None:
+    """The record of a row; None where there is none, or one that was cut off."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def run_of(row: str) -> str:
+    """The trained run that a row is about."""
+    if row in MERGES:
+        return "router_all"
+    return {"base": "experts", "oracle": "experts", "router_no_prefix": "router_all"}.get(row, row)
+
+
+def score_row(plan: Plan, row: str, ocr: OcrCache) -> dict[str, Any]:
+    model, config, gates = open_row(plan, row)
+    withheld = row == "router_no_prefix"
+    by_column = {
+        name: [
+            evaluate(
+                model,
+                dataset,
+                prompt_collator(model, config, withhold_task=withheld or column.withhold_task),
+                name=name,
+                gates=gates,
+                batch_size=64,
+                max_new_tokens=config.eval.max_new_tokens,
+                progress=False,
+            )
+            for dataset in column.datasets(plan.num_samples, ocr)
+        ]
+        for name, column in plan.columns.items()
+    }
+    scores = {
+        name: mean(r.score["value"] or 0.0 for r in found) for name, found in by_column.items()
+    }
+    record: dict[str, Any] = {
+        "columns": {"trained_mean": mean(scores[task] for task in TRAINED_TASKS), **scores},
+        "adapter_parameters": sum(p.numel() for p in adapter_parameters(model, gates)),
+        "tokens_per_second": tokens_per_second(by_column),
+    }
+    if row in EVIDENCE or row == "router_no_prefix":
+        trained = [r for task in (*TRAINED_TASKS, "line") for r in by_column[task]]
+        record["routing"] = routing_record(model, config, trained)
+    if row == "router_all":
+        step = step_folder(plan.folder / row)
+        about = {"checkpoint": str(step), "weights": weights_fingerprint(step)}
+        write_routing(plan.folder / row / "eval", record["routing"], True, about)  # for the merges
+        record["lost_without"] = worth_of_experts(plan, model, config, ocr)
+    return record
+
+
+def open_row(plan: Plan, row: str) -> tuple[MixtureModel, RunConfig, str]:
+    """The model of a row, its config, and who decides its gates."""
+    if row in MERGES:
+        config = plan.config(*only_adapter(merge(plan, row)))
+        return build_model(config).eval(), config, "router"
+    model, _, config = load_model(plan.folder / run_of(row), "cpu")
+    return model, config, {"base": "off", "oracle": "oracle"}.get(row, "router")
+
+
+def adapter_parameters(model: MixtureModel, gates: str) -> list[torch.nn.Parameter]:
+    if gates == "off":
+        return []
+    router = (
+        list(model.router.parameters()) if model.router is not None and gates == "router" else []
+    )
+    return [*model.bank.parameters(), *model.bank.token_routers().values(), *router]
+
+
+def tokens_per_second(by_column: dict[str, list[Result]]) -> float:
+    results = [result for found in by_column.values() for result in found]
+    return sum(r.num_tokens for r in results) / sum(r.seconds for r in results)
+
+
+def worth_of_experts(
+    plan: Plan, model: MixtureModel, config: RunConfig, ocr: OcrCache
+) -> dict[str, dict[str, float]]:
+    """Expert -> task -> what the task's score loses when that expert is taken away."""
+    collator = prompt_collator(model, config, withhold_task=False)
+
+    def score(expert: str | None) -> dict[str, float]:
+        gates, found = "router" if expert is None else f"without:{expert}", {}
+        for task in (*TRAINED_TASKS, "line"):
+            dataset = plan.columns[task].datasets(plan.num_samples // 2, ocr)[0]
+            result = evaluate(
+                model, dataset, collator, name=task, gates=gates, batch_size=64,
+                max_new_tokens=config.eval.max_new_tokens, progress=False,
+            )  # fmt: skip
+            found[task] = float(result.score["value"] or 0.0)
+        return found
+
+    return leave_one_out(score, model.bank.names)
+
+
+def merge(plan: Plan, row: str) -> Path:
+    """A merged adapter of router_all's experts by scripts.merge, verified by itself."""
+    weights, rank = MERGES[row]
+    out, run = plan.folder / "merged" / row, plan.folder / "router_all"
+    experts = run / "checkpoints" / str(pointed(run, "last")) / "experts"
+    names = list(plan.config().experts)
+    count = next(iter(plan.config().experts.values())).rank if rank == "r" else rank
+    source = [f"run={run}", "weights=gates"]
+    if weights == "uniform":
+        source = [f"adapters={[str(experts / n) for n in names]}"]  # linear's own default: 1/N each
+    command = [sys.executable, "-m", "scripts.merge", *source, f"rank={count}", f"out={out}",
+               "verify=false"]  # scored below on every question, which says more  # fmt: skip
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        raise ValueError(f"{out}: the merge of {run} failed, see the line above")
+    return out
+
+
+def engine_of(config: RunConfig) -> RapidOcr:
+    return RapidOcr(min_confidence=config.data.ocr_min_confidence)
+
+
+def read_pictures(plan: Plan, num_workers: int) -> None:
+    """Read every picture of every column once, before the seeds share the cache."""
+    config = plan.config()
+    if not plan.ocr_file.is_file() and config.data.ocr_cache:
+        write_file(plan.ocr_file, (ROOT / config.data.ocr_cache).read_bytes())
+    pictures = {}
+    for column in plan.columns.values():
+        for dataset in column.datasets(plan.num_samples, None):
+            for index in range(len(dataset)):
+                sample = dataset[index]
+                if sample.image is not None:
+                    pictures[sample.image_id] = sample.image
+    build_cache(
+        list(pictures.values()), plan.ocr_file, engine=engine_of(config), num_workers=num_workers
+    )

@@ -1,0 +1,52 @@
+"""Worker processes end with the process that started them."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from data.workers import map_in_workers
+from tests import ROOT
+
+PARENT = """
+import sys, time
+from data.workers import map_in_workers
+
+if __name__ == "__main__":
+    for seconds in map_in_workers(
+        time.sleep, [0, 0, 60, 60], workers=2, method=sys.argv[1], start=print, setup=("ready",)
+    ):
+        pass
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_a_parent_that_is_struck(tmp_path, method, sign):
+    (tmp_path / "parent.py").write_text(PARENT)
+    command = [sys.executable, str(tmp_path / "parent.py"), method]
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
+        assert parent.stdout is not None
+        assert [parent.stdout.readline(), parent.stdout.readline()] == [b"ready\n"] * 2
+        workers = psutil.Process(parent.pid).children(recursive=True)
+        parent.send_signal(sign)
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for worker in alive:
+        worker.kill()
+    assert len(workers) >= 2 and not alive
+
+
+def test_jobs_are_done_in_order_by_any_number_of_workers_and_an_error_ends_them():
+    def done(workers: int) -> list[int]:
+        options = {"method": "fork", "start": int, "setup": ()}
+        return [*map_in_workers(abs, range(-9, 0), workers=workers, chunksize=2, **options)]
+
+    assert done(0) == done(1) == done(2) == [*range(9, 0, -1)]
+    before = time.monotonic()
+    with pytest.raises(TypeError):
+        [*map_in_workers(time.sleep, [None, 0], workers=2, method="fork", start=int, setup=())]
+    assert time.monotonic() - before < 20

@@ -1,0 +1,191 @@
+"""Weights from a little data: through the live mixture, by search, by greedy soups."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from moa.merging.inputs import experts_of_bank
+from moa.merging.learn import weights as learned
+from moa.merging.learn.regmean import gather_grams, regmean, shrink
+from moa.merging.merge import merge
+from tests.test_model import batch_of, make_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("fixed")
+
+
+def test_learned_weights_lower_the_answers_loss_and_merge_exactly(model):
+    batch = batch_of(model)
+    losses = []
+    weights = learned.learn_weights(
+        model, [batch], steps=12, lr=0.3, on_step=lambda step, loss: losses.append(loss)
+    )
+    assert losses[-1] < losses[0]
+    assert all(sum(row.values()) == pytest.approx(1, abs=1e-5) for row in weights.values())
+    gates = torch.tensor([list(row.values()) for row in weights.values()])
+    live = model(batch, gates[None].expand(len(batch), -1, -1))
+    merged = merge(experts_of_bank(model.bank), weights=weights)
+    for name, site in model.bank.sites.items():
+        site.base_layer.weight.data += (merged[name].lora_b @ merged[name].lora_a).float()
+    off = torch.zeros(len(batch), len(model.bank.names))
+    try:
+        torch.testing.assert_close(model(batch, off).logits, live.logits, rtol=1e-4, atol=1e-4)
+    finally:
+        for name, site in model.bank.sites.items():
+            site.base_layer.weight.data -= (merged[name].lora_b @ merged[name].lora_a).float()
+
+
+def test_entropy_needs_no_right_answer_and_stays_in_its_bounds(model):
+    losses = []
+    weights = learned.learn_weights(
+        model, [batch_of(model)], objective="entropy", steps=8, lr=0.2, per_site=False,
+        on_step=lambda step, loss: losses.append(loss),
+    )  # fmt: skip
+    assert losses[-1] < losses[0]
+    rows = [tuple(row.values()) for row in weights.values()]
+    assert len(set(rows)) == 1 and all(0 <= value <= 1 for value in rows[0])
+
+
+def test_learning_leaves_the_model_as_it_was(model):
+    before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+    model.train()
+    learned.learn_weights(model, [batch_of(model)], steps=2)
+    assert model.training
+    model.eval()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        assert parameter.requires_grad == before[name][1] and parameter.grad is None
+
+
+def test_batches_without_answers_are_refused(model):
+    with pytest.raises(ValueError, match="needs batches with answers"):
+        learned.learn_weights(model, [])
+    with pytest.raises(ValueError, match=r"learn.objective: must be one of"):
+        learned.learn_weights(model, [batch_of(model)], objective="loss")
+
+
+def bowl(weights):
+    """Best at one = 0.8, two = -0.4, and indifferent to three."""
+    return -((weights["one"] - 0.8) ** 2) - (weights["two"] + 0.4) ** 2
+
+
+@pytest.mark.parametrize("optimizer", ["NGOpt", "CMA"])
+def test_search_finds_the_best_weights_and_prefers_small_ones(optimizer):
+    found = learned.search(
+        bowl, ("one", "two", "three"), budget=150, penalty=0.05, optimizer=optimizer
+    )
+    assert found["one"] == pytest.approx(0.8, abs=0.15)
+    assert found["two"] == pytest.approx(-0.4, abs=0.15)
+    assert abs(found["three"]) < 0.2
+
+
+def test_a_search_is_repeatable_and_an_unknown_optimizer_is_named():
+    names = ("one", "two")
+    first = learned.search(bowl, names, budget=15, seed=3)
+    assert first == learned.search(bowl, names, budget=15, seed=3)
+    with pytest.raises(ValueError, match="optimizer: nevergrad has no 'Adam'"):
+        learned.search(bowl, names, optimizer="Adam")
+
+
+def test_a_grid_has_one_value_for_all():
+    found = learned.grid(lambda w: -abs(w["one"] - 0.3), ("one", "two"), (0.1, 0.3, 0.5))
+    assert found == {"one": 0.3, "two": 0.3}
+
+
+def test_a_greedy_soup_takes_what_helps_strictly():
+    values = {"good": 0.7, "twin": 0.7, "bad": 0.1, "other": 0.6}
+
+    def score(weights):
+        chosen = [name for name, weight in weights.items() if weight]
+        assert len({weight for weight in weights.values() if weight}) == 1
+        if "bad" in chosen:
+            return 0.2
+        together = max(values[name] for name in chosen)
+        return together + (0.1 if {"good", "other"} <= set(chosen) else 0.0)
+
+    assert learned.greedy_soup(score, list(values)) == {
+        "good": 0.5, "twin": 0.0, "bad": 0.0, "other": 0.5
+    }  # fmt: skip
+
+
+def test_experts_that_waver_under_perturbation_come_last():
+    sure = torch.tensor([[[0.9, 0.1]], [[0.9, 0.1]]])
+    torn = torch.tensor([[[0.5, 0.5]], [[0.5, 0.5]]])  # unsure, but always the same
+    wavering = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    found = learned.order_by_uncertainty({"wavering": wavering, "sure": sure, "torn": torn})
+    assert found[-1] == "wavering" and set(found[:2]) == {"sure", "torn"}
+
+
+def test_regmean_is_the_least_squares_layer(model):
+    """With full inputs and no shrinking it minimises the distance to each expert's outputs on its own inputs."""
+    experts = experts_of_bank(model.bank)
+    site = next(iter(model.bank.sites))
+    out, columns = experts[0].shapes[site]
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 200, columns, generator=generator, dtype=torch.float64)
+    grams = {name: (inputs.mT @ inputs)[:, : e.shapes[name][1], : e.shapes[name][1]]
+             for e in experts for name in e.shapes if e.shapes[name][1] <= columns}  # fmt: skip
+    chosen = [
+        replace(e, ranks={site: e.ranks[site]}, shapes={site: e.shapes[site]}) for e in experts
+    ]
+    shares = dict(zip(model.bank.names, (0.5, 2.0, 1.0), strict=True))
+    turned = regmean(chosen, grams, weights=shares, nondiagonal=1.0, ridge=0.0)
+    merged = merge(turned, weights=dict.fromkeys(model.bank.names, 1.0))[site]
+    inputs = inputs * torch.tensor([*shares.values()]).double().sqrt()[:, None, None]
+    updates = [b @ a for a, b in (e.factors(site, torch.float64) for e in chosen)]
+    x = inputs.flatten(0, 1)
+    y = torch.cat([part @ update.T for part, update in zip(inputs, updates, strict=True)])
+    expected = torch.linalg.lstsq(x, y).solution.T
+    torch.testing.assert_close(merged.lora_b @ merged.lora_a, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_shrinking_keeps_the_diagonal_and_a_ridge_serves_directions_without_input(model):
+    grams = torch.tensor([[[4.0, 2.0], [2.0, 1.0]]])
+    assert shrink(grams, 0.5).tolist() == [[[4.0, 1.0], [1.0, 1.0]]]
+    expert = experts_of_bank(model.bank)[0]
+    site, (out, columns) = next(iter(expert.shapes.items()))
+    one = replace(expert, ranks={site: expert.ranks[site]}, shapes={site: expert.shapes[site]})
+    seen = torch.zeros(1, columns, columns)
+    seen[0, 0, 0] = 3 * columns  # of mean 3, which the ridge takes
+    merged = merge(regmean([one], {site: seen}, ridge=1.0), weights={one.name: 1.0})[site]
+    a, b = one.factors(site, torch.float64)
+    expected = (b @ a) * torch.tensor([columns / (columns + 1), *[0.0] * (columns - 1)]).double()
+    torch.testing.assert_close(merged.lora_b @ merged.lora_a, expected)
+
+
+def test_grams_are_those_of_the_experts_own_inputs_without_padding(model):
+    batch = batch_of(model)
+    batches = {name: [batch] for name in model.bank.names}
+    grams = gather_grams(model, batches)
+    assert grams.keys() == model.bank.sites.keys()
+    first = "model.language_model.layers.0.self_attn.q_proj"
+    seen = []
+    hook = model.bank.sites[first].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(batch, torch.eye(3)[1].expand(len(batch), -1))
+    hook.remove()
+    rows = seen[0][batch.attention_mask.bool()].double()
+    torch.testing.assert_close(grams[first][1], rows.T @ rows / len(rows))
+    with pytest.raises(ValueError, match="batches.caption: none"):
+        gather_grams(model, {**batches, "caption": []})
+
+
+def test_regmean_of_equal_inputs_is_the_mean(model):
+    experts = experts_of_bank(model.bank)
+    same = {
+        site: torch.eye(shape[1]).expand(3, -1, -1)
+        for e in experts
+        for site, shape in e.shapes.items()
+    }
+    merged = merge(regmean(experts, same), weights=dict.fromkeys(model.bank.names, 1.0))
+    expected = merge(experts)
+    for site, result in merged.items():
+        torch.testing.assert_close(
+            result.lora_b @ result.lora_a,
+            expected[site].lora_b @ expected[site].lora_a,
+            rtol=1e-5,
+            atol=1e-8,
+        )

@@ -1,0 +1,94 @@
+"""What stands beside the experts of several runs: a rule for each part, nothing silent."""
+
+import pytest
+import torch
+
+from moa.merging.checkpoints.parts import merge_parts, sort_parts
+
+LAYER = "model.multi_modal_projector.linear_1"
+
+
+def make_run(seed, *, experts=3):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        f"{LAYER}.weight": random(4, 6),
+        f"{LAYER}.bias": random(4),
+        "router.encoders.ocr.word.weight": random(3, 5),
+        "router.missing.ocr": random(3),
+        "router.encoders.task.weight": random(2, 3),
+        "router.encoders.text.project.weight": random(3, 5),
+        "router.head.3.weight": random(experts, 3),
+    }
+
+
+RUNS = {"a": make_run(0), "b": make_run(1)}
+RULES = {"projector": "mean", "ocr_encoder": "keep:b", "prefixes": "drop", "router": "mean"}
+
+
+def test_every_tensor_belongs_to_one_part():
+    parts = sort_parts(RUNS["a"])
+    assert {part: len(tensors) for part, tensors in parts.items()} == {
+        "projector": 2, "ocr_encoder": 2, "prefixes": 1, "router": 2
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="lm_head.weight belongs to none of projector"):
+        sort_parts({"lm_head.weight": torch.zeros(1)})
+
+
+def test_each_part_goes_by_its_rule_and_the_report_says_so():
+    merged, reports = merge_parts(RUNS, RULES)
+    mean = (RUNS["a"][f"{LAYER}.bias"] + RUNS["b"][f"{LAYER}.bias"]) / 2
+    torch.testing.assert_close(merged["projector"][f"{LAYER}.bias"], mean)
+    assert torch.equal(merged["ocr_encoder"]["router.missing.ocr"], RUNS["b"]["router.missing.ocr"])
+    assert "prefixes" not in merged
+    assert [report.line() for report in reports] == [
+        "projector of a, b: mean, 2 tensors",
+        "ocr_encoder of a, b: keep:b, 2 tensors",
+        "prefixes of a, b: dropped",
+        "router of a, b: mean, 2 tensors",
+    ]
+
+
+def test_regmean_is_the_least_squares_layer_on_every_runs_inputs():
+    generator = torch.Generator().manual_seed(2)
+    x = {run: torch.randn(400, 6, generator=generator, dtype=torch.float64) for run in RUNS}
+    for inputs in x.values():  # orthogonal columns: nothing off the diagonal to shrink
+        inputs.copy_(torch.linalg.qr(inputs).Q * torch.rand(6, generator=generator).double())
+    grams = {run: {LAYER: inputs.T @ inputs} for run, inputs in x.items()}
+    runs = {run: {n: t for n, t in RUNS[run].items() if n.startswith(LAYER)} for run in RUNS}
+    merged, _ = merge_parts(runs, {"projector": "regmean"}, grams)
+    outputs = [x[run] @ RUNS[run][f"{LAYER}.weight"].double().T for run in RUNS]
+    expected = torch.linalg.lstsq(torch.cat([*x.values()]), torch.cat(outputs)).solution.T
+    found = merged["projector"][f"{LAYER}.weight"].double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    mean = (RUNS["a"][f"{LAYER}.bias"] + RUNS["b"][f"{LAYER}.bias"]) / 2
+    torch.testing.assert_close(merged["projector"][f"{LAYER}.bias"], mean)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"projector": None}, r"parts.projector: a, b trained one; say mean, regmean"),
+        ({"router": "keep:c"}, r"parts.router: keep:c: no such run; choices: a, b"),
+        ({"router": "median"}, r"parts.router: no such rule 'median'; say mean"),
+        ({"routr": "mean"}, r"parts.routr: no such part; choices: projector"),
+        ({"projector": "regmean"}, r"parts.projector: regmean needs inputs"),
+    ],
+)
+def test_a_part_without_a_fitting_rule_is_refused(changes, message):
+    rules = {part: rule for part, rule in (RULES | changes).items() if rule}
+    with pytest.raises(ValueError, match=message):
+        merge_parts(RUNS, rules)
+
+
+def test_routers_of_different_experts_have_no_mean():
+    runs = {"a": RUNS["a"], "b": make_run(1, experts=2)}
+    with pytest.raises(
+        ValueError, match=r"router.head.3.weight is \(3, 3\) in a and \(2, 3\) in b"
+    ):
+        merge_parts(runs, RULES)
+    merged, _ = merge_parts(runs, RULES | {"router": "keep:a"})
+    assert merged["router"]["router.head.3.weight"].shape == (3, 3)
