@@ -132,7 +132,7 @@ def _make_model(size: Size, device: str, dtype: torch.dtype) -> nn.Module:
 
 
 def make_batch(size: Size, device: str, *, generate: bool = False) -> Batch:
-    """Random prompts with one picture each, and answers unless they are to be generated."""
+    """Random prompts with one image each, and answers unless they are to be generated."""
     generator = torch.Generator().manual_seed(1)
 
     def ids(*shape: int) -> Tensor:

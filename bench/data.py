@@ -1,10 +1,10 @@
 """Reading samples, with the router's OCR evidence, against PIL and the processor alone; memory over a million rows.
 
-    python -m bench.data [--pictures 256] [--rows 1000000]
+    python -m bench.data [--images 256] [--rows 1000000]
 
-Pictures of 640 x 480 (scikit-image's photographs, as JPEG) with a question each go through reader, OCR cache,
+Images of 640 x 480 (scikit-image's photographs, as JPEG) with a question each go through reader, OCR cache,
 checks and collation as in training, and beside it, in the same rounds, through nothing but `PIL.Image.open` and
-LLaVA's processor at 336 pixels. Then a process of its own reads every row of a large file, pictures aside.
+LLaVA's processor at 336 pixels. Then a process of its own reads every row of a large file, images aside.
 Samples/s are ours over theirs, memory is in MB. Writes results/bench_data.json.
 """
 
@@ -39,12 +39,12 @@ WORDS = ("open", "exit", "sale", "caution")
 BATCH, SIDE, ROUNDS = 16, 336, 5
 
 
-def write_pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     """`count` different JPEG files, a row of questions for each, and their OCR words by content hash."""
     table, rows = {}, []
     for index in range(count):
-        picture = Image.fromarray(getattr(photographs, PHOTOGRAPHS[index % 4])()).convert("RGB")
-        shifted = picture.resize((640, 480)).rotate(index % 7)
+        image = Image.fromarray(getattr(photographs, PHOTOGRAPHS[index % 4])()).convert("RGB")
+        shifted = image.resize((640, 480)).rotate(index % 7)
         shifted.putpixel((index % 640, 0), (index % 256, 0, 0))
         shifted.save(folder / f"{index}.jpg", quality=90)
         with Image.open(folder / f"{index}.jpg") as saved:
@@ -56,7 +56,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def row(index: int, image: str) -> dict[str, Any]:
-    question = f"What is the person number {index} in the middle of the picture doing?"
+    question = f"What is the person number {index} in the middle of the image doing?"
     return {"image": image, "question": question, "answers": ["reading a sign"], "task": "vqa"}
 
 
@@ -77,11 +77,11 @@ def open_all(folder: Path, processor: Any, count: int) -> None:
     """The least that any pipeline does: open, decode, process."""
     asked = [json.loads(line)["question"] for line in (folder / "rows.jsonl").open()]
     for start in range(0, count, BATCH):
-        pictures = [
+        images = [
             [Image.open(folder / f"{i}.jpg").convert("RGB")] for i in range(start, start + BATCH)
         ]
         texts = [f"{processor.image_token} {asked[i]}" for i in range(start, start + BATCH)]
-        processor(images=pictures, text=texts, padding=True, return_tensors="pt")
+        processor(images=images, text=texts, padding=True, return_tensors="pt")
 
 
 def race(figures: dict[str, Any], count: int) -> None:
@@ -93,7 +93,7 @@ def race(figures: dict[str, Any], count: int) -> None:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_pictures(folder, count)
+        write_images(folder, count)
         ours, theirs = [], []
         for _ in track(range(ROUNDS), description="reading", transient=True):
             ours.append(seconds(lambda: read_all(folder, processor, count)))
@@ -146,14 +146,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--pictures", type=int, default=256, help="a multiple of 16")
+    parser.add_argument("--images", type=int, default=256, help="a multiple of 16")
     parser.add_argument("--rows", type=int, default=1_000_000)
     args = parser.parse_args()
-    if args.pictures % BATCH:
-        parser.error(f"--pictures must be a multiple of {BATCH}, got {args.pictures}")
+    if args.images % BATCH:
+        parser.error(f"--images must be a multiple of {BATCH}, got {args.images}")
     torch.set_num_threads(1)
     figures: dict[str, Any] = {}
-    race(figures, args.pictures)
+    race(figures, args.images)
     many_rows(figures, args.rows)
     write_results("data", {"where": machine(), **figures})
 

@@ -8,7 +8,7 @@ routed    each sample has its own gates of all experts, decided once from its pr
 peft      `generate(adapter_names=...)`: as many adapters of the same rank, one of them for each sample
 static    the first two with `cache_implementation="static"`, which is not compiled here
 
-Greedy decoding of prompts with a picture each, in turns; the routed model also looks at its evidence and decides.
+Greedy decoding of prompts with an image each, in turns; the routed model also looks at its evidence and decides.
 Figures are tokens/s over the merged model's, medians over the rounds. Writes results/bench_generation.json.
 """
 

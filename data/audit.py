@@ -1,6 +1,6 @@
 """Every sample of a data set before a run meets it: what is broken, repeated, or leaked.
 
-    rows --processes--> findings by rule, hashes of ids and pictures --> duplicates, leaks
+    rows --processes--> findings by rule, hashes of ids and images --> duplicates, leaks
 
 A single row is judged by the run's own reader and collator, so that what passes here passes there.
 What only shows between rows is kept as hashes: memory grows by 32 bytes a row.
@@ -23,7 +23,7 @@ CHUNK = 500  # rows that a process reports at once
 KEPT = 100  # examples of each rule
 HASHES = ("ids", "image_ids", "contents")
 DUPLICATE = "duplicate id"
-LEAKS = {"image_ids": "picture of training, by image id", "contents": "picture of training"}
+LEAKS = {"image_ids": "image of training, by image id", "contents": "image of training"}
 
 
 @dataclass
@@ -59,8 +59,8 @@ class Audit:
 class LengthCheck:
     """Finds samples that are too long, with as little tokenising as possible.
 
-    No tokenizer makes more tokens of a text than it has bytes: where template, picture and bytes
-    fit, the sample fits. What a template and a picture take is found once for each picture size.
+    No tokenizer makes more tokens of a text than it has bytes: where template, image and bytes
+    fit, the sample fits. What a template and an image take is found once for each image size.
     """
 
     def __init__(self, collator: Collator):
@@ -110,7 +110,7 @@ def audit_rows(source: Source, name: str, collator: Collator, rows: range) -> Au
 
 
 def hashes_of(sample: Sample) -> tuple[int, int, int]:
-    """Of the id, the picture's id and the picture's pixels; text alone has the picture of no other."""
+    """Of the id, the image's id and the image's pixels; text alone has the image of no other."""
     if sample.image is None:
         own = hash64(f"{sample.source}:{sample.id}".encode())
         return hash64(sample.id.encode()), own, own
@@ -186,7 +186,7 @@ def find_duplicates(audit: Audit) -> None:
 
 
 def find_leaks(training: Sequence[Audit], held_out: Audit) -> None:
-    """Note the rows of a data set that is scored whose picture is in one that is trained on."""
+    """Note the rows of a data set that is scored whose image is in one that is trained on."""
     for key, rule in LEAKS.items():
         for trained in training:
             leaked = np.isin(getattr(held_out, key), getattr(trained, key))

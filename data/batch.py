@@ -1,7 +1,7 @@
 """The batch that the collator hands to the model: tensors with masks, and their samples.
 
 Axis words: `batch` samples, `rows` of tokens (a sample each, or several where they are packed), `seq`
-tokens of prompt and answer, `images` pictures, `text` question tokens, `words` OCR words, `chars`
+tokens of prompt and answer, `images` images, `text` question tokens, `words` OCR words, `chars`
 token ids of one OCR word.
 """
 
@@ -20,13 +20,13 @@ class Batch:
     """What the backbone reads (first block) and what only the router sees (second block).
 
     `labels` are -100 where nothing is supervised, and None for generation. `pixel_values` are as the
-    processor gives them, [images, 3, height, width] for LLaVA-1.5, and `picture_inputs` what it gives
-    beside them (image_sizes, image_grid_thw ...). `image_index` names the sample of each picture; it
-    is empty where the only picture is a blank one that no prompt speaks of, which keeps the tower
+    processor gives them, [images, 3, height, width] for LLaVA-1.5, and `image_inputs` what it gives
+    beside them (image_sizes, image_grid_thw ...). `image_index` names the sample of each image; it
+    is empty where the only image is a blank one that no prompt speaks of, which keeps the tower
     at work on every rank. `segments` names the sample of each token where rows are packed (-1 at
     padding); then samples are numbered in the order in which they stand. `text_ids` is the question
     alone: no OCR words, no task prefix, no answer. `ocr_boxes` are x0 y0 x1 y1 in 0..1 of the
-    picture. `task_ids` is -1 where the task is unknown or withheld, `expert_ids` -1 where nobody
+    image. `task_ids` is -1 where the task is unknown or withheld, `expert_ids` -1 where nobody
     knows. Masks are True where there is something; a sample without OCR evidence has an all-False
     `ocr_mask`.
     """
@@ -36,7 +36,7 @@ class Batch:
     labels: Tensor | None = None  # [rows, seq] int64
     segments: Tensor | None = None  # [rows, seq] int64
     pixel_values: Tensor
-    picture_inputs: dict[str, Tensor] = field(default_factory=dict)
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)
     image_index: Tensor  # [images] int64
 
     text_ids: Tensor  # [batch, text] int64
@@ -64,7 +64,7 @@ class Batch:
 
     @property
     def is_blank(self) -> bool:
-        """Whether no prompt speaks of the picture in `pixel_values`."""
+        """Whether no prompt speaks of the image in `pixel_values`."""
         return len(self.image_index) == 0
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
@@ -81,5 +81,5 @@ class Batch:
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
-        inputs = {name: change(value) for name, value in self.picture_inputs.items()}
-        return replace(self, **tensors, picture_inputs=inputs)
+        inputs = {name: change(value) for name, value in self.image_inputs.items()}
+        return replace(self, **tensors, image_inputs=inputs)

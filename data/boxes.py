@@ -22,7 +22,7 @@ def check_box(box: Box, width: int, height: int) -> None:
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         raise ValueError(
-            f"box {tuple(box)} (x0, y0, x1, y1) must lie in its picture of {width}x{height} pixels,"
+            f"box {tuple(box)} (x0, y0, x1, y1) must lie in its image of {width}x{height} pixels,"
             " with x0 < x1 and y0 < y1"
         )
 
@@ -54,15 +54,15 @@ class BoxCodec:
         return (side if self.units is None else self.units) * 10**self.decimals
 
     def encode(self, boxes: Sequence[Box], geometry: Geometry) -> str:
-        """Boxes of the original picture as text.
+        """Boxes of the original image as text.
 
-        Raises ValueError for a box outside its picture, or of which the frame shows nothing.
+        Raises ValueError for a box outside its image, or of which the frame shows nothing.
         """
         texts = [self.box.format(*self._numbers(box, geometry)) for box in boxes]
         return self.around.format(self.joiner.join(texts))
 
     def decode(self, text: str, geometry: Geometry) -> Box | None:
-        """The first box in a text, in pixels of the original picture, cut at what the frame shows.
+        """The first box in a text, in pixels of the original image, cut at what the frame shows.
 
         None where there is no box, where nothing of it is in the frame, or where it has no area.
         """
@@ -124,7 +124,7 @@ JSON_BOX = '{{"bbox_2d": [{}, {}, {}, {}]}}'
 CODECS = {
     "location_tokens": location_tokens(32),  # of the embedded base
     "paligemma": location_tokens(1024),
-    # LLaVA-1.5: its frame is the square-padded picture where the processor pads (do_pad)
+    # LLaVA-1.5: its frame is the square-padded image where the processor pads (do_pad)
     "llava": BoxCodec(box="[{}, {}, {}, {}]", pattern=LIST, units=1, decimals=2, joiner="; "),
     # arXiv 2306.15195, 3.1
     "shikra": BoxCodec(

@@ -64,31 +64,29 @@ class ChatEncoder:
     stops: Collection[int] = ()
 
     def encode(
-        self, chats: list[Chat], pictures: Sequence[Sequence[Any]], *, prompts: bool
+        self, chats: list[Chat], images: Sequence[Sequence[Any]], *, prompts: bool
     ) -> dict[str, Any]:
-        """Token ids and assistant masks as lists of unequal length, and the pictures of each chat.
+        """Token ids and assistant masks as lists of unequal length, and the images of each chat.
 
         `prompts`: up to the first answer, without masks.
         """
         if prompts:
-            return self._encode_prompts([self._prompt(opening_of(c)) for c in chats], pictures)
+            return self._encode_prompts([self._prompt(opening_of(c)) for c in chats], images)
         dialogues = [self.dialogue(chat) for chat in chats]
-        encoded = self._encode_prompts([d.exchanges[0][0] for d in dialogues], pictures)
+        encoded = self._encode_prompts([d.exchanges[0][0] for d in dialogues], images)
         replies = [self._replies(dialogue) for dialogue in dialogues]
         pairs = list(zip(encoded["input_ids"], replies, strict=True))
         encoded["assistant_masks"] = [[0] * len(p) + mask for p, (_, mask) in pairs]
         encoded["input_ids"] = [[*p, *ids] for p, (ids, _) in pairs]
         return encoded
 
-    def _encode_prompts(
-        self, texts: list[str], pictures: Sequence[Sequence[Any]]
-    ) -> dict[str, Any]:
-        """The prompts' ids, exactly as generation will see them, and the pictures."""
+    def _encode_prompts(self, texts: list[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        """The prompts' ids, exactly as generation will see them, and the images."""
         begin = self.processor.tokenizer.bos_token
         begun = begin is not None and all(text.startswith(begin) for text in texts)
         encoded = self.processor(
             text=texts,
-            images=list(pictures) if any(pictures) else None,
+            images=list(images) if any(images) else None,
             padding=True,  # PaliGemma's processor cannot do without
             **({"add_special_tokens": False} if begun else {}),  # or the text would begin twice
         )
@@ -227,8 +225,8 @@ class ChatEncoder:
         return tokenizer.eos_token_id, ""
 
 
-def message(role: str, text: str, picture: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    return {"role": role, "content": [*picture, {"type": "text", "text": text}]}
+def message(role: str, text: str, image: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    return {"role": role, "content": [*image, {"type": "text", "text": text}]}
 
 
 def opening_of(chat: Chat) -> Chat:

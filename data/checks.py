@@ -15,9 +15,9 @@ from data.boxes import check_box
 from data.sample import OcrWord, Sample
 
 Rule = Literal[
-    "unreadable row", "missing image", "broken image", "picture outside folder", "picture too large",
+    "unreadable row", "missing image", "broken image", "image outside folder", "image too large",
     "empty question", "empty answer", "unknown task", "unknown expert", "unknown class",
-    "box outside picture", "box hidden by crop", "broken OCR word",
+    "box outside image", "box hidden by crop", "broken OCR word",
     "image token in text", "special token in text", "refused by processor", "too long",
 ]  # fmt: skip
 # What processors and templates raise for a sample that they cannot take.
@@ -88,7 +88,7 @@ def check_sample(
         try:
             check_box(box, *sample.size)
         except ValueError as error:
-            raise BadSampleError(where, "box outside picture", str(error)) from None
+            raise BadSampleError(where, "box outside image", str(error)) from None
     check_words(sample.ocr or (), where)
 
 

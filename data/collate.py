@@ -1,4 +1,4 @@
-"""Samples -> Batch: chat template, answer-only labels, pictures, and the router's evidence.
+"""Samples -> Batch: chat template, answer-only labels, images, and the router's evidence.
 
     [task] question <OCR words>  ->  processor.apply_chat_template  ->  input_ids, labels
     question | OCR words with boxes | task                          ->  what the router alone sees
@@ -30,7 +30,7 @@ from data.rows import fill_rows, joined, pad
 from data.sample import OcrWord, Sample
 
 IGNORED = -100  # label of a token that is not supervised
-# What a processor gives of the text; everything else is of the pictures.
+# What a processor gives of the text; everything else is of the images.
 TEXT_INPUTS = {
     "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "assistant_masks", "labels",
 }  # fmt: skip
@@ -59,7 +59,7 @@ class Collator:
     """Makes batches; the same object for any number of worker processes.
 
     `processor` is a Hugging Face processor; data/chat.py says how answers are found in its tokens.
-    `codec` writes boxes; None is for data without any. Without `text_only` a sample needs a picture.
+    `codec` writes boxes; None is for data without any. Without `text_only` a sample needs an image.
     `stops` are ids that end generation besides the tokenizer's own end token.
     `tasks` and `experts` are the names behind `task_ids` and `expert_ids`.
     With `withhold_task` neither prompt nor router learns the task. `allow_unknown_tasks` is for
@@ -146,7 +146,7 @@ class Collator:
         except BadSampleError as error:
             return error
         if sample.image is None and not self.text_only:
-            detail = "this base reads no text without a picture"
+            detail = "this base reads no text without an image"
             return BadSampleError(name_of(sample), "missing image", detail)
         return self._hidden_box(sample)
 
@@ -160,7 +160,7 @@ class Collator:
         if found is None:
             return None
         if found[0] == getattr(self.processor, "image_token", None):
-            detail = f"{found[0]!r} stands for a picture; rename it"
+            detail = f"{found[0]!r} stands for an image; rename it"
             return BadSampleError(name_of(sample), "image token in text", detail)
         detail = f"{found[0]!r} is a special token of the base, not text; rename or remove it"
         return BadSampleError(name_of(sample), "special token in text", detail)
@@ -187,7 +187,7 @@ class Collator:
         return self.codec
 
     def geometry(self, sample: Sample) -> Geometry:
-        """Where the sample's picture goes on its way to the model."""
+        """Where the sample's image goes on its way to the model."""
         return seen_by(self.processor.image_processor, *sample.size)
 
     def _hidden_box(self, sample: Sample) -> BadSampleError | None:
@@ -223,9 +223,9 @@ class Collator:
 
     def conversation(self, sample: Sample) -> list[dict[str, Any]]:
         """The whole conversation to learn from, or its first question to answer."""
-        picture = [] if sample.image is None else [{"type": "image", "image": sample.image}]
+        image = [] if sample.image is None else [{"type": "image", "image": sample.image}]
         system = [message("system", sample.system)] if sample.system else []
-        opening = [*system, message("user", self.prompt(sample), picture)]
+        opening = [*system, message("user", self.prompt(sample), image)]
         if self.for_generation:
             return opening
         answered = [*opening, message("assistant", self.target(sample).strip())]
@@ -234,7 +234,7 @@ class Collator:
         return answered
 
     def num_tokens(self, sample: Sample) -> int:
-        """Of the whole sequence: template, picture, prompt and answer. BadSampleError if refused."""
+        """Of the whole sequence: template, image, prompt and answer. BadSampleError if refused."""
         _, encoded, refused = self._encode_each([sample])
         if encoded is None:
             raise refused[0]
@@ -266,12 +266,12 @@ class Collator:
         return ChatEncoder(self.processor, self.stops)
 
     def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Token ids and assistant masks as lists of unequal length, and the pictures."""
+        """Token ids and assistant masks as lists of unequal length, and the images."""
         encoder = self._encoder
         chats = [self.conversation(sample) for sample in samples]
-        pictures = [[s.image] if s.image is not None else [] for s in samples]
+        images = [[s.image] if s.image is not None else [] for s in samples]
         with refusals():
-            return encoder.encode(chats, pictures, prompts=self.for_generation)
+            return encoder.encode(chats, images, prompts=self.for_generation)
 
     def _batch(self, samples: list[Sample], encoded: dict[str, Any]) -> Batch:
         tokenizer = self.processor.tokenizer
@@ -292,7 +292,7 @@ class Collator:
             attention_mask=mask.long(),
             labels=labels,
             segments=segments,
-            **self._pictures(samples, encoded),
+            **self._images(samples, encoded),
             text_ids=text_ids,
             text_mask=text_mask,
             task_ids=torch.tensor([self._task_id(sample) for sample in samples]),
@@ -307,8 +307,8 @@ class Collator:
             return [range(i, i + 1) for i in range(len(lengths))]
         return fill_rows(lengths, self.pack_length)
 
-    def _pictures(self, samples: list[Sample], encoded: dict[str, Any]) -> dict[str, Any]:
-        """What the processor made of the pictures, and whose they are.
+    def _images(self, samples: list[Sample], encoded: dict[str, Any]) -> dict[str, Any]:
+        """What the processor made of the images, and whose they are.
 
         A batch without any gets a blank one that no prompt speaks of: vision layers that learn must
         take part on every rank.
@@ -319,13 +319,13 @@ class Collator:
             blank = new_image("RGB", (64, 64), "gray")
             encoded = self.processor(text=[self.processor.image_token], images=[[blank]])
         inputs = {
-            name: stack_pictures(value)
+            name: stack_images(value)
             for name, value in encoded.items()
             if name not in TEXT_INPUTS and value is not None
         }
         return {
             "pixel_values": inputs.pop("pixel_values"),
-            "picture_inputs": inputs,
+            "image_inputs": inputs,
             **about,
         }
 
@@ -371,14 +371,14 @@ def position(names: Sequence[str], name: str | None) -> int:
     return names.index(name) if name in names else -1
 
 
-def stack_pictures(pictures: Any) -> Tensor:
+def stack_images(images: Any) -> Tensor:
     """`[images, 3, height, width]`, from what an image processor gives without `return_tensors`.
 
-    Pictures of unequally many tiles are filled up with zeros, as processors do for tensors.
+    Images of unequally many tiles are filled up with zeros, as processors do for tensors.
     """
-    if isinstance(pictures, Tensor):
-        return pictures
-    tensors = [torch.as_tensor(np.asarray(picture)) for picture in pictures]
+    if isinstance(images, Tensor):
+        return images
+    tensors = [torch.as_tensor(np.asarray(image)) for image in images]
     if any(tensor.shape != tensors[0].shape for tensor in tensors):
         return pad_sequence(tensors, batch_first=True)
     return torch.stack(tensors)

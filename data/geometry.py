@@ -1,6 +1,6 @@
-"""Where a picture's pixels go on their way to the model, for the pixels and for boxes alike.
+"""Where an image's pixels go on their way to the model, for the pixels and for boxes alike.
 
-    original picture --pad, resize, crop in any order--> frame: what the model sees
+    original image --pad, resize, crop in any order--> frame: what the model sees
     x' = scale * x + offset, on each axis;  `seen` is what is left of the original
 
 Boxes are data in original pixels; a codec (data/boxes.py) writes them in the frame's, and brings an
@@ -21,7 +21,7 @@ TILING = ("image_grid_pinpoints", "do_image_splitting", "crop_to_patches", "do_p
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """An axis-aligned map from the pixels of a picture to those of a frame, made by `whole`."""
+    """An axis-aligned map from the pixels of an image to those of a frame, made by `whole`."""
 
     source: Size
     size: Size  # of the frame
@@ -80,7 +80,7 @@ class Geometry:
         return 1.0 - area(intersect(box, self.seen)) / area(box)
 
     def pixels(self, image: Image.Image, fill: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
-        """The picture as the frame shows it; `fill` is the colour of padding."""
+        """The image as the frame shows it; `fill` is the colour of padding."""
         if image.size != self.source:
             raise ValueError(f"a geometry of {self.source} got a picture of {image.size}")
         frame = Image.new("RGB", self.size, fill)
@@ -92,7 +92,7 @@ class Geometry:
 
 
 def whole(width: int, height: int) -> Geometry:
-    """The picture as it is: where every geometry starts."""
+    """The image as it is: where every geometry starts."""
     return Geometry(
         source=(width, height),
         size=(width, height),
@@ -113,9 +113,9 @@ def area(box: Box) -> float:
 
 
 def seen_by(image_processor: Any, width: int, height: int) -> Geometry:
-    """The frame that a Hugging Face image processor makes of a picture, by its own settings.
+    """The frame that a Hugging Face image processor makes of an image, by its own settings.
 
-    Processors that cut pictures into tiles (any resolution) show all of it: their boxes refer to
+    Processors that cut images into tiles (any resolution) show all of it: their boxes refer to
     the original. Raises ValueError for settings that are not understood.
     """
     start = whole(width, height)

@@ -153,7 +153,7 @@ class Mixture:
 
 
 def check_lengths(sources: dict[str, Source]) -> None:
-    """ValueError for a source that cannot tell lengths without opening pictures."""
+    """ValueError for a source that cannot tell lengths without opening images."""
     mute = [name for name, source in sources.items() if not hasattr(source, "lengths")]
     if mute:
         raise ValueError(
@@ -163,7 +163,7 @@ def check_lengths(sources: dict[str, Source]) -> None:
 
 
 def lengths_of(source: Any, index: int) -> tuple[int, int]:
-    """Pictures and letters of a sample, by its reader; (0, 0) for a row that cannot be read.
+    """Images and letters of a sample, by its reader; (0, 0) for a row that cannot be read.
 
     Such a row raises its error when it is drawn.
     """
@@ -174,12 +174,12 @@ def lengths_of(source: Any, index: int) -> tuple[int, int]:
 
 
 def like_together(sizes: np.ndarray, batch_size: int, key: tuple[int, ...]) -> np.ndarray:
-    """The order of rows [pictures, letters] in which batches are alike, and come in any order.
+    """The order of rows [images, letters] in which batches are alike, and come in any order.
 
     Text alone stands with text alone: at most one batch has both.
     """
-    pictures, letters = sizes.T
-    by_length = np.lexsort((letters, pictures))
+    images, letters = sizes.T
+    by_length = np.lexsort((letters, images))
     batches = by_length.reshape(-1, batch_size)
     return batches[shuffle(len(batches), *key, crc32(b"batches"))].ravel()
 

@@ -1,10 +1,10 @@
 """OCR evidence: a real engine run over the pixels, cached on disk by content.
 
-The key of a cache row is the picture itself (sha256 over size and RGB bytes), so that a cache never
-answers for another picture, and pictures that several tasks share are read once. Cached and live
+The key of a cache row is the image itself (sha256 over size and RGB bytes), so that a cache never
+answers for another image, and images that several tasks share are read once. Cached and live
 readings are equal: the engine already rounds to what the Parquet file stores.
 
-    pictures -> build_cache (several processes, resumable) -> one Parquet -> OcrCache.get(picture)
+    images -> build_cache (several processes, resumable) -> one Parquet -> OcrCache.get(image)
              -> build_cache(shard=(i, n)), on n machines -> merge_shards ->
 """
 
@@ -20,21 +20,21 @@ import pyarrow.parquet as pq
 from PIL.Image import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.images import to_rgb
 from data.ocr_engines import Engine, RapidOcr, Words
-from data.pictures import to_rgb
 from data.sample import OcrWord
 from data.workers import map_in_workers
 from moa.files.atomic import atomic_file
 
 
-class Pictures(Protocol):
-    """A lazy sequence of pictures."""
+class Images(Protocol):
+    """A lazy sequence of images."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Image: ...
 
 
-# A cache or a live engine, from a picture; None = no OCR was run.
+# A cache or a live engine, from an image; None = no OCR was run.
 OcrSource = Callable[[Image], Words | None]
 Table = dict[str, Words]
 
@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
 
 
 def content_hash(image: Image) -> str:
-    """sha256 over the size and the RGB bytes: equal pictures, equal hash, whatever the file."""
+    """sha256 over the size and the RGB bytes: equal images, equal hash, whatever the file."""
     rgb = to_rgb(image)
     digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
     digest.update(rgb.tobytes())
@@ -60,7 +60,7 @@ def content_hash(image: Image) -> str:
 class OcrCache:
     """Words by content hash, held in memory.
 
-    `get` answers from the file; a picture that it lacks is read by `engine` and remembered, or,
+    `get` answers from the file; an image that it lacks is read by `engine` and remembered, or,
     where there is none, answered with None ("no OCR was run").
     """
 
@@ -79,7 +79,7 @@ class OcrCache:
         return len(self.table)
 
     def get(self, image: Image) -> Words | None:
-        """The words of the picture, or None where nobody has read it."""
+        """The words of the image, or None where nobody has read it."""
         key = content_hash(image)
         if key not in self.table and self.engine is not None:
             self.table[key] = self.engine.read(image)
@@ -127,7 +127,7 @@ def _words(row: dict[str, Any]) -> Words:
 
 
 def write_table(path: Path, table: Table, settings: dict[str, Any]) -> None:
-    """Write atomically; rows are sorted by hash, so that the same pictures give the same file."""
+    """Write atomically; rows are sorted by hash, so that the same images give the same file."""
     columns = [
         sorted(table),
         [[w.text for w in table[key]] for key in sorted(table)],
@@ -153,7 +153,7 @@ def check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
 
 @dataclass(kw_only=True)
 class BuildReport:
-    """What became of each picture: `read` by the engine, `known` before, or failed for a reason."""
+    """What became of each image: `read` by the engine, `known` before, or failed for a reason."""
 
     read: int = 0
     known: int = 0
@@ -165,7 +165,7 @@ class BuildReport:
 
 
 def build_cache(
-    images: Pictures | Iterable[Image],
+    images: Images,
     path: str | Path,
     *,
     num_workers: int = 2,
@@ -174,23 +174,22 @@ def build_cache(
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> BuildReport:
-    """Read every picture into the cache at `path`, `part_size` pictures at a time.
+    """Read every image into the cache at `path`, `part_size` images at a time.
 
     `images` is indexed inside the worker processes, so a lazy sequence renders or decodes there; it
-    must pickle. A killed build goes on from its last part; pictures already in the file are kept. A
-    picture that cannot be opened or read is counted by reason, and the others go on.
+    must pickle. A killed build goes on from its last part; images already in the file are kept. A
+    image that cannot be opened or read is counted by reason, and the others go on.
 
-    `shard` (i, n) reads only the pictures i, i + n, ..., into `shard_file(path, i, n)`; those that are
+    `shard` (i, n) reads only the images i, i + n, ..., into `shard_file(path, i, n)`; those that are
     in `path` already are known. `merge_shards` then writes what one build would have written.
     """
-    pictures: Any = images if hasattr(images, "__getitem__") else [*images]
     path, engine, report = Path(path), engine or RapidOcr(), BuildReport()
     before = _resume([path], engine.settings) if shard[1] > 1 else {}
     path = shard_file(path, *shard)
     table = _resume([path, *_parts(path)], engine.settings)
     known, fresh = frozenset(before | table), Table()
-    positions = range(shard[0], len(pictures), shard[1])
-    results = _read_all(pictures, positions, engine, known, num_workers, progress)
+    positions = range(shard[0], len(images), shard[1])
+    results = _read_all(images, positions, engine, known, num_workers, progress)
     for position, (key, words, reason) in zip(positions, results, strict=True):
         if reason is not None:
             report.failures.setdefault(reason, []).append(position)
@@ -217,7 +216,7 @@ def merge_shards(path: str | Path, count: int) -> None:
     """Write the `count` shard files beside `path`, and what it holds already, into it.
 
     The file is, byte by byte, that of one build. ValueError for a shard that is missing, was read
-    with other settings, or has other words for a picture.
+    with other settings, or has other words for an image.
     """
     path, table, settings = Path(path), Table(), None
     files = [shard_file(path, index, count) for index in range(count)]
@@ -230,9 +229,7 @@ def merge_shards(path: str | Path, count: int) -> None:
         check_settings(file, found, settings)
         for key, words in rows.items():
             if table.setdefault(key, words) != words:
-                raise ValueError(
-                    f"{file}: has other words than a shard before it for picture {key}"
-                )
+                raise ValueError(f"{file}: has other words than a shard before it for image {key}")
     write_table(path, table, settings or {})
 
 
@@ -255,23 +252,23 @@ def _resume(files: Iterable[Path], settings: dict[str, Any]) -> Table:
 
 
 def _read_all(
-    pictures: Any,
+    images: Any,
     positions: range,
     engine: Engine,
     known: frozenset,
     num_workers: int,
     progress: bool,
 ):
-    """(hash, words or None if known, reason or None) of the picture at each position, in order."""
+    """(hash, words or None if known, reason or None) of the image at each position, in order."""
     columns = (TextColumn("OCR"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("OCR", total=len(positions))
-        for result in _results(pictures, positions, engine, known, num_workers):
+        for result in _results(images, positions, engine, known, num_workers):
             bar.advance(task)
             yield result
 
 
-def _results(pictures: Any, positions: range, engine: Engine, known: frozenset, num_workers: int):
+def _results(images: Any, positions: range, engine: Engine, known: frozenset, num_workers: int):
     # spawn: a forked onnxruntime session may hang on locks that its parent held
     return map_in_workers(
         _read_one,
@@ -279,7 +276,7 @@ def _results(pictures: Any, positions: range, engine: Engine, known: frozenset, 
         workers=num_workers,
         method="spawn",
         start=_start_worker,
-        setup=(pictures, engine, known),
+        setup=(images, engine, known),
         chunksize=4,
     )
 
@@ -287,15 +284,15 @@ def _results(pictures: Any, positions: range, engine: Engine, known: frozenset, 
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(pictures: Any, engine: Engine, known: frozenset) -> None:
-    _worker.update(pictures=pictures, engine=engine, known=known)
+def _start_worker(images: Any, engine: Engine, known: frozenset) -> None:
+    _worker.update(images=images, engine=engine, known=known)
 
 
 def _read_one(position: int) -> tuple[str | None, Words | None, str | None]:
     try:
-        image = _worker["pictures"][position]
+        image = _worker["images"][position]
         key = content_hash(image)
         words = None if key in _worker["known"] else _worker["engine"].read(image)
-    except Exception as error:  # one bad picture must not stop the rest: it is counted and named
+    except Exception as error:  # one bad image must not stop the rest: it is counted and named
         return None, None, f"{type(error).__name__}: {error}"
     return key, words, None

@@ -1,4 +1,4 @@
-"""OCR engines: from a picture to its words in reading order, with boxes in its pixels."""
+"""OCR engines: from an image to its words in reading order, with boxes in its pixels."""
 
 import importlib.metadata
 import io
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL.Image import Image
 
-from data.pictures import to_rgb
+from data.images import to_rgb
 from data.sample import Box, OcrWord
 
 Words = tuple[OcrWord, ...]
-ONE_THREAD = {"OMP_THREAD_LIMIT": "1"}  # several pictures at once are faster than several threads
+ONE_THREAD = {"OMP_THREAD_LIMIT": "1"}  # several images at once are faster than several threads
 
 
 class Engine(Protocol):
@@ -74,7 +74,7 @@ def reading_order(boxes: Sequence[Box]) -> list[int]:
 class RapidOcr:
     """RapidOCR on one thread. The session is made at the first reading, so an engine pickles.
 
-    The detector's settings are for small pictures: the package's own upsize the short side to 736,
+    The detector's settings are for small images: the package's own upsize the short side to 736,
     which is five times slower and no more exact here. Lines under `min_confidence` are dropped.
     """
 
@@ -94,7 +94,7 @@ class RapidOcr:
         }
 
     def read(self, image: Image) -> Words:
-        """The words of a picture in reading order; boxes in its pixels."""
+        """The words of an image in reading order; boxes in its pixels."""
         pixels = np.asarray(to_rgb(image))[:, :, ::-1]  # the engine takes BGR
         result = self._started()(np.ascontiguousarray(pixels))
         if not result.txts:
@@ -131,16 +131,16 @@ class RapidOcr:
 
 
 def _bounds(corners: np.ndarray, size: tuple[int, int]) -> Box:
-    """The upright box around the engine's four corners, clipped to the picture."""
+    """The upright box around the engine's four corners, clipped to the image."""
     x0, y0 = np.clip(corners.min(axis=0), 0, size)
     x1, y1 = np.clip(corners.max(axis=0), 0, size)
     return float(x0), float(y0), float(x1), float(y1)
 
 
 class Tesseract:
-    """The `tesseract` program, one process a picture; words under `min_confidence` are dropped.
+    """The `tesseract` program, one process an image; words under `min_confidence` are dropped.
 
-    `layout` is its page segmentation mode: 11 finds sparse text in any order, as pictures have it.
+    `layout` is its page segmentation mode: 11 finds sparse text in any order, as images have it.
     Raises ValueError where the program is not installed.
     """
 

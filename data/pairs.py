@@ -1,10 +1,10 @@
-"""Samples -> PairBatch: pictures with their texts, for models of two towers such as CLIP.
+"""Samples -> PairBatch: images with their texts, for models of two towers such as CLIP.
 
     question "a photo of a {}" + answer "cat"      -> "a photo of a cat"
     question "describe the picture" + a caption    -> the caption
 
 A question of several lines is several templates. Gates must be decided for each tower by itself: if the
-text could reach a picture's gates, the loss would be won by comparing gates. `only_pictures` and
+text could reach an image's gates, the loss would be won by comparing gates. `only_images` and
 `only_texts` are the two halves of a batch, each without what the other one knows.
 """
 
@@ -25,7 +25,7 @@ from data.sample import Sample
 
 @dataclass(frozen=True, kw_only=True)
 class PairBatch(Batch):
-    """A batch whose row i is a picture and its text. Equal keys mean equal texts, pictures, sources."""
+    """A batch whose row i is an image and its text. Equal keys mean equal texts, images, sources."""
 
     text_keys: Tensor  # [batch] int64
     image_keys: Tensor  # [batch] int64
@@ -40,7 +40,7 @@ class PairCollator(Collator):
         if error := super().error_of(sample):
             return error
         if sample.image is None:
-            return BadSampleError(name_of(sample), "missing image", "a pair needs a picture")
+            return BadSampleError(name_of(sample), "missing image", "a pair needs an image")
         answer = sample.answers[0] if sample.answers else ""
         if not answer.strip():
             return BadSampleError(name_of(sample), "empty answer", "a pair needs a text")
@@ -54,7 +54,7 @@ class PairCollator(Collator):
         with refusals():
             return {
                 "input_ids": self.processor.tokens(texts),
-                "pixel_values": self.processor.pictures([sample.image for sample in samples]),
+                "pixel_values": self.processor.images([sample.image for sample in samples]),
                 "texts": texts,
             }
 
@@ -78,7 +78,7 @@ class PairCollator(Collator):
         )
 
     def text(self, sample: Sample) -> str:
-        """What the sample's picture is taught to match; which of its templates follows from its id."""
+        """What the sample's image is taught to match; which of its templates follows from its id."""
         found = templates(sample.question)
         template = found[crc32(sample.id.encode()) % len(found)]
         return fill(template, sample.answers[0])
@@ -127,13 +127,13 @@ def no_words(rows: int) -> dict[str, Any]:
     }
 
 
-def only_pictures(batch: Batch) -> Batch:
-    """The pictures with the OCR words that are on them and the task; no text."""
+def only_images(batch: Batch) -> Batch:
+    """The images with the OCR words that are on them and the task; no text."""
     return replace(batch, text_mask=torch.zeros_like(batch.text_mask))
 
 
 def only_texts(batch: Batch) -> Batch:
-    """The texts and the task; no picture, nor anything read from one."""
+    """The texts and the task; no image, nor anything read from one."""
     return replace(
         batch,
         pixel_values=batch.pixel_values[:0],

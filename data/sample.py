@@ -1,14 +1,14 @@
 """The typed sample that every reader yields and every benchmark scores.
 
-Boxes and OCR words stay data, in pixels of the original picture, until collation turns them into text or evidence:
-the same sample then serves any backbone, whatever its picture size and box convention.
+Boxes and OCR words stay data, in pixels of the original image, until collation turns them into text or evidence:
+the same sample then serves any backbone, whatever its image size and box convention.
 """
 
 from dataclasses import dataclass
 
 from PIL.Image import Image
 
-Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the original picture
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the original image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One question about one picture, or a conversation that begins with it.
+    """One question about one image, or a conversation that begins with it.
 
-    `id` is the data set's own question id, as text; `image_id` groups the questions of one picture:
+    `id` is the data set's own question id, as text; `image_id` groups the questions of one image:
     standard errors are clustered by it. `image` is None for text alone.
     `answers` are all reference answers; a grounding sample has none, and `boxes` instead.
     `instruction` says how to answer; it stands behind the question and the OCR words.
@@ -61,7 +61,7 @@ class Sample:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the picture; ValueError for text alone."""
+        """Width and height of the image; ValueError for text alone."""
         if self.image is None:
-            raise ValueError(f"sample {self.id} has no picture")
+            raise ValueError(f"sample {self.id} has no image")
         return self.image.size

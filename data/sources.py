@@ -47,7 +47,7 @@ def open_source(
 
 
 def open_ocr(data: DataConfig, path: str | None = None) -> OcrCache | None:
-    """The function from a picture to its OCR words, or None where the run has no OCR evidence.
+    """The function from an image to its OCR words, or None where the run has no OCR evidence.
 
     `path` is a source's own cache; None is that of the run.
     """

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from data.batch import Batch
-from data.pairs import PairBatch, fill, only_pictures, only_texts, templates
+from data.pairs import PairBatch, fill, only_images, only_texts, templates
 from moa.backbones.clip import ClipBackbone
 from moa.backbones.open_clip import OpenClipBackbone
 from moa.contrastive import (
@@ -76,7 +76,7 @@ class ClipMixture(MixtureModel):
         available: Tensor | None = None,
     ) -> MixtureOutput:
         """Loss per sample and what the router decided; see `compute_gates` for the arguments."""
-        sides = [only_pictures(batch)]
+        sides = [only_images(batch)]
         if self.objective == "contrastive":
             sides.append(only_texts(batch))
         decided = [
@@ -102,7 +102,7 @@ class ClipMixture(MixtureModel):
 
     def routed_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features of a batch's pictures and of its texts, each with its own gates."""
-        pictures, texts = (self.compute_gates(side(batch)) for side in (only_pictures, only_texts))
+        pictures, texts = (self.compute_gates(side(batch)) for side in (only_images, only_texts))
         assert pictures.gates is not None and texts.gates is not None  # routed by sample
         images = self.image_features(batch, pictures.gates)
         return images, self.text_features(batch, texts.gates)

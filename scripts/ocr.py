@@ -1,11 +1,11 @@
-"""Read pictures with the OCR engine into a cache file (data/ocr.py).
+"""Read images with the OCR engine into a cache file (data/ocr.py).
 
     python -m scripts.ocr --out assets/ocr.parquet --scenes train:3000 train:500:line
-    python -m scripts.ocr --out my.parquet --folder ~/pictures
+    python -m scripts.ocr --out my.parquet --folder ~/images
     python -m scripts.ocr --out vqa.parquet --config configs/mine.yaml --source vqav2 --workers 8
 
-A picture is read once, however many questions ask about it. A killed run goes on where it stopped;
-pictures already in the file are not read again. Several machines each read a shard, and one merges:
+An image is read once, however many questions ask about it. A killed run goes on where it stopped;
+images already in the file are not read again. Several machines each read a shard, and one merges:
 
     python -m scripts.ocr --out vqa.parquet --config configs/mine.yaml --source vqav2 --shard 0/4
     python -m scripts.ocr --out vqa.parquet --merge 4     # once vqa.0-of-4.parquet, ... lie beside it
@@ -23,9 +23,9 @@ from PIL import Image
 from rich.progress import track
 
 from data.checks import BadSampleError
+from data.images import is_hidden, open_image
 from data.ocr import BuildReport, build_cache, merge_shards, read_table, shard_file
 from data.ocr_engines import ENGINES, Engine
-from data.pictures import is_hidden, open_picture
 from data.readers.record import RecordDataset
 from data.readers.table import open_records
 from moa.cli.command import mistakes_in_one_line, path_argument
@@ -35,7 +35,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
-class ScenePictures:
+class SceneImages:
     """The scenes of some splits as a lazy sequence: each worker renders what it reads."""
 
     splits: Sequence[tuple[str, int, str | None]]
@@ -55,8 +55,8 @@ class ScenePictures:
 
 
 @dataclass(frozen=True)
-class FolderPictures:
-    """The picture files under a folder, decoded in the worker."""
+class FolderImages:
+    """The image files under a folder, decoded in the worker."""
 
     files: tuple[Path, ...]
 
@@ -64,15 +64,15 @@ class FolderPictures:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Image.Image:
-        return open_picture(self.files[index], str(self.files[index]))
+        return open_image(self.files[index], str(self.files[index]))
 
 
 @dataclass(frozen=True)
-class SourcePictures:
-    """The pictures of a data set, each once; a worker opens the files for itself."""
+class SourceImages:
+    """The images of a data set, each once; a worker opens the files for itself."""
 
     source: SourceConfig
-    positions: tuple[int, ...]  # of the first sample of each picture
+    positions: tuple[int, ...]  # of the first sample of each image
 
     @cached_property
     def dataset(self) -> RecordDataset:
@@ -83,46 +83,46 @@ class SourcePictures:
 
     def __getitem__(self, index: int) -> Image.Image:
         record, where = self.dataset.records.read(self.positions[index])
-        assert record.picture is not None  # first_samples has left those out
-        return open_picture(record.picture, where)
+        assert record.image is not None  # first_samples has left those out
+        return open_image(record.image, where)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "positions": self.positions}
 
 
-def source_pictures(config: RunConfig, name: str | None) -> SourcePictures:
-    """The pictures of the source of that name, or of the only one that has files."""
+def source_images(config: RunConfig, name: str | None) -> SourceImages:
+    """The images of the source of that name, or of the only one that has files."""
     every = [*config.data.sources, *config.data.validation, *config.eval.sources]
     found = {s.name: s for s in every if s.format != "scenes" and name in (None, s.name)}
     if len(found) != 1:
         names = sorted({s.name for s in every if s.format != "scenes"})
         raise ValueError(f"--source: name one of {', '.join(names) or 'none: all are scenes'}")
     (source,) = found.values()
-    return SourcePictures(source, first_samples(open_records(source, None)))
+    return SourceImages(source, first_samples(open_records(source, None)))
 
 
 def first_samples(dataset: RecordDataset) -> tuple[int, ...]:
-    """The first sample of each picture; rows that cannot be read stay, to be counted as failed."""
+    """The first sample of each image; rows that cannot be read stay, to be counted as failed."""
     first: dict[object, int] = {}
-    for index in track(range(len(dataset)), "pictures", transient=True):
+    for index in track(range(len(dataset)), "images", transient=True):
         try:
             record, _ = dataset.records.read(index)
         except BadSampleError:
             first[index] = index
             continue
-        if record.picture is not None:
-            key = record.picture if isinstance(record.picture, Path) else record.image_id
+        if record.image is not None:
+            key = record.image if isinstance(record.image, Path) else record.image_id
             first.setdefault(key, index)
     return tuple(first.values())
 
 
-def folder_pictures(folder: Path) -> FolderPictures:
-    """The pictures under a folder, sorted by path; an empty or missing folder is an error."""
+def folder_images(folder: Path) -> FolderImages:
+    """The images under a folder, sorted by path; an empty or missing folder is an error."""
     found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     files = sorted(p for p in found if not is_hidden(p.relative_to(folder)))
     if not files:
-        raise ValueError(f"--folder {folder}: no picture files ({', '.join(sorted(SUFFIXES))})")
-    return FolderPictures(tuple(files))
+        raise ValueError(f"--folder {folder}: no image files ({', '.join(sorted(SUFFIXES))})")
+    return FolderImages(tuple(files))
 
 
 def scene_split(text: str) -> tuple[str, int, str | None]:
@@ -150,19 +150,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--scenes", type=scene_split, nargs="+", metavar="SPLIT:COUNT[:STYLE]")
-    what.add_argument("--folder", type=path_argument, help="every picture file under this folder")
+    what.add_argument("--folder", type=path_argument, help="every image file under this folder")
     what.add_argument(
-        "--config", type=path_argument, help="a run's YAML: the pictures of its --source"
+        "--config", type=path_argument, help="a run's YAML: the images of its --source"
     )
     what.add_argument("--merge", type=int, metavar="N", help="make --out of its N shards")
     parser.add_argument(
-        "--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th picture from I on"
+        "--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th image from I on"
     )
     parser.add_argument("--source", help="name of a data source of the config")
     parser.add_argument("--engine", choices=ENGINES, default="rapidocr")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
-    parser.add_argument("--part", type=int, default=200, help="pictures a save (default: 200)")
+    parser.add_argument("--part", type=int, default=200, help="images a save (default: 200)")
     parser.add_argument(
         "--min-confidence", type=float, default=0.5, help="drop lines below it (default: 0.5)"
     )
@@ -183,7 +183,7 @@ def report_lines(report: BuildReport, out: Path) -> list[str]:
     words = sum(map(len, table.values()))
     size = out.stat().st_size / 1e6
     lines = [
-        f"{out}: {len(table)} pictures, {words} words, {size:.2f} MB; {settings}",
+        f"{out}: {len(table)} images, {words} words, {size:.2f} MB; {settings}",
         f"read {report.read}, known before {report.known}, failed {report.failed}",
     ]
     for reason, positions in report.failures.items():
@@ -191,10 +191,10 @@ def report_lines(report: BuildReport, out: Path) -> list[str]:
     return lines
 
 
-def pictures_of(args: argparse.Namespace) -> Any:
+def images_of(args: argparse.Namespace) -> Any:
     if args.config:
-        return source_pictures(load_config(args.config), args.source)
-    return folder_pictures(args.folder) if args.folder else ScenePictures(args.scenes, args.seed)
+        return source_images(load_config(args.config), args.source)
+    return folder_images(args.folder) if args.folder else SceneImages(args.scenes, args.seed)
 
 
 def check_out(out: Path) -> None:
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
             merge_shards(args.out, args.merge)
         else:
             report = build_cache(
-                pictures_of(args),
+                images_of(args),
                 args.out,
                 num_workers=args.workers,
                 part_size=args.part,

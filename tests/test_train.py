@@ -417,7 +417,7 @@ def poison(folder: Path) -> dict[str, str]:
     (folder / "empty.png").touch()
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")  # 400 million pixels in 50 kB
     return {"truncated.png": "broken image", "empty.png": "broken image",
-            "bomb.png": "picture too large", "nowhere.png": "missing image"}  # fmt: skip
+            "bomb.png": "image too large", "nowhere.png": "missing image"}  # fmt: skip
 
 
 @pytest.mark.slow

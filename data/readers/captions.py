@@ -1,10 +1,10 @@
-"""Pictures with several captions: COCO, the Karpathy splits, Flickr30k.
+"""Images with several captions: COCO, the Karpathy splits, Flickr30k.
 
     COCO      {"images": [{id, file_name}], "annotations": [{id, image_id, caption}]}
     Karpathy  {"images": [{filepath, filename, cocoid, split, sentences: [{raw, sentid}]}]}
     Flickr    1000092795.jpg#0<TAB>caption, or Kaggle's image_name| comment_number| comment
 
-`one_per: image` makes one sample of a picture with all its captions (to score), `one_per: caption`
+`one_per: image` makes one sample of an image with all its captions (to score), `one_per: caption`
 one of every caption (to learn from).
 """
 
@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-from data.pictures import find_picture
+from data.images import find_image
 from data.readers.fields import field, name, text
 from data.readers.record import Record, Records
 from data.readers.rows import JsonRows, ListRows, Row, text_lines
@@ -27,14 +27,14 @@ CSV_LINE = re.compile(r"(?P<image>[^|]+?)\s*\|\s*(?P<number>\d+)(?:\s*\|\s*|\s+)
 
 def read_coco(source: SourceConfig) -> Records:
     assert source.path and source.images
-    pictures = JsonRows(source.path, at="images", key="id")
+    named = JsonRows(source.path, at="images", key="id")
     if source.one_per == "caption":
         rows = JsonRows(source.path, at="annotations")
-        parse = partial(parse_coco_caption, pictures=pictures, images=source.images)
+        parse = partial(parse_coco_caption, named=named, images=source.images)
         return Records(rows=rows, parse=parse)
     captions = JsonRows(source.path, at="annotations", key="image_id")
     parse = partial(parse_coco_image, captions=captions, images=source.images)
-    return Records(rows=pictures, parse=parse)
+    return Records(rows=named, parse=parse)
 
 
 def parse_coco_image(row: Row, captions: JsonRows, images: str) -> Record:
@@ -42,17 +42,17 @@ def parse_coco_image(row: Row, captions: JsonRows, images: str) -> Record:
     return Record(
         id=number,
         image_id=number,
-        picture=find_picture(images, text(row.value, "file_name")),
+        image=find_image(images, text(row.value, "file_name")),
         answers=tuple(text(caption.value, "caption") for caption in captions.all(number)),
     )
 
 
-def parse_coco_caption(row: Row, pictures: JsonRows, images: str) -> Record:
+def parse_coco_caption(row: Row, named: JsonRows, images: str) -> Record:
     image_id = name(row.value, "image_id")
     return Record(
         id=name(row.value, "id"),
         image_id=image_id,
-        picture=find_picture(images, text(pictures.one(image_id), "file_name")),
+        image=find_image(images, text(named.one(image_id), "file_name")),
         answers=(text(row.value, "caption"),),
     )
 
@@ -74,7 +74,7 @@ def read_karpathy(source: SourceConfig) -> Records:
 
 
 def check_splits(rows: JsonRows, wanted: list[str]) -> None:
-    """ValueError, with how many pictures each split has, for one that the file does not have."""
+    """ValueError, with how many images each split has, for one that the file does not have."""
     found = Counter(key.decode() for key in rows.keys)
     for split in wanted:
         if split not in found:
@@ -94,14 +94,14 @@ def parse_karpathy(row: Row, images: str, single: bool) -> Record:
     return Record(
         id=name(chosen[0], "sentid") if single else image_id,
         image_id=image_id,
-        picture=find_picture(images, f"{folder}/{file}", file),
+        image=find_image(images, f"{folder}/{file}", file),
         answers=tuple(text(sentence, "raw") for sentence in chosen),
         split=text(value, "split"),
     )
 
 
 def read_flickr30k(source: SourceConfig) -> Records:
-    """The token file or Kaggle's CSV, whole: 32 thousand pictures are 20 MB of text."""
+    """The token file or Kaggle's CSV, whole: 32 thousand images are 20 MB of text."""
     assert source.path and source.images
     found = [parse_flickr_line(line, where) for line, where in flickr_lines(source.path)]
     by_image: dict[str, list[tuple[str, str, str]]] = {}
@@ -143,6 +143,6 @@ def parse_flickr(row: Row, images: str, single: bool) -> Record:
     return Record(
         id=f"{stem}#{captions[0][0]}" if single else stem,
         image_id=stem,
-        picture=find_picture(images, image),
+        image=find_image(images, image),
         answers=tuple(caption for _, caption, _ in captions),
     )

@@ -15,11 +15,11 @@ import re
 from functools import partial
 from typing import Any
 
-from data.pictures import coco_number
+from data.images import coco_number
 from data.readers.fields import field, name, text
 from data.readers.record import Record, Records
 from data.readers.rows import Row, Rows, json_rows
-from data.readers.tables import TableRows, open_table, picture_of
+from data.readers.tables import TableRows, image_of, open_table
 from data.sample import Turn
 from moa.config import SourceConfig
 
@@ -55,19 +55,19 @@ def conversation_rows(path: str) -> Rows:
 
 
 def parse_conversation(row: Row, images: str | None) -> Record:
-    messages, pictures = messages_of(row.value)
+    messages, found = messages_of(row.value)
     system, turns = turns_of(messages, row.value.get("system"))
-    check_places(turns, len(pictures))
+    check_places(turns, len(found))
     (question, answer), *later = [(clean(q), a) for q, a in turns]
     if any(a is None for _, a in later):
         raise ValueError("ends with a question that nobody answers")
-    image = pictures[0] if pictures else None
+    image = found[0] if found else None
     return Record(
         id=name(row.value, "id")
         if row.value.get("id") is not None
         else row.where.rpartition("/")[2],
         image_id=coco_number(image) if isinstance(image, str) else row.where,
-        picture=picture_of(image, images),
+        image=image_of(image, images),
         question=question,
         answers=() if answer is None else (answer,),
         system=system,
@@ -113,14 +113,14 @@ def messages_of(row: Any) -> tuple[list[tuple[str, str]], list[Any]]:
     for part in (row, *found):
         check_keys(part)
     beside = row.get("images") or row.get("image")
-    pictures = [] if beside is None else [*beside] if isinstance(beside, list) else [beside]
+    images = [] if beside is None else [*beside] if isinstance(beside, list) else [beside]
     if is_llava:
-        return [(text(message, "from"), text(message, "value")) for message in found], pictures
+        return [(text(message, "from"), text(message, "value")) for message in found], images
     inside: list[Any] = []
     messages = [(text(message, "role"), words_of(message, inside)) for message in found]
-    if pictures and inside:
+    if images and inside:
         raise ValueError("names images in the row and in its messages; name them in one place")
-    return messages, pictures or inside
+    return messages, images or inside
 
 
 def check_keys(value: Any) -> None:
@@ -135,10 +135,10 @@ def check_keys(value: Any) -> None:
             )
 
 
-def words_of(message: Any, pictures: list[Any]) -> str:
+def words_of(message: Any, images: list[Any]) -> str:
     """The content of a message: text, or a list of {"type": "text" | "image"} parts.
 
-    Images that the parts name are added to `pictures`.
+    Images that the parts name are added to `images`.
     """
     content = field(message, "content", str, list)
     if isinstance(content, str):
@@ -151,20 +151,20 @@ def words_of(message: Any, pictures: list[Any]) -> str:
         elif kind in ("image", "image_url"):
             words.append(PLACE)
             named = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
-            pictures.extend(n["url"] if isinstance(n, dict) and "url" in n else n for n in named)
+            images.extend(n["url"] if isinstance(n, dict) and "url" in n else n for n in named)
         else:
             raise ValueError(f"unknown part {kind!r}; choices: text, image, image_url")
     return "".join(words)
 
 
-def check_places(turns: list[tuple[str, str | None]], num_pictures: int) -> None:
-    """The number of places for pictures must be that of pictures, and one at the most."""
+def check_places(turns: list[tuple[str, str | None]], num_images: int) -> None:
+    """The number of places for images must be that of images, and one at the most."""
     words = [part for turn in turns for part in turn if part is not None]
     places = sum(part.count(PLACE) for part in words)
-    if places != num_pictures:
-        raise ValueError(f"has {places} times {PLACE} for {num_pictures} pictures")
-    if num_pictures > 1:
-        raise ValueError(f"has {num_pictures} pictures; a sample has one at the most")
+    if places != num_images:
+        raise ValueError(f"has {places} times {PLACE} for {num_images} images")
+    if num_images > 1:
+        raise ValueError(f"has {num_images} images; a sample has one at the most")
     if places and PLACE not in turns[0][0]:
         raise ValueError(f"has its {PLACE} behind the first question")
     for mark in UNREAD:

@@ -1,6 +1,6 @@
-"""Pictures for CLIP: a folder per class, and tar shards as webdataset writes them.
+"""Images for CLIP: a folder per class, and tar shards as webdataset writes them.
 
-    folder      <path>/<class>/<picture>
+    folder      <path>/<class>/<image>
     shards      000000.tar with 0001.jpg, 0001.txt (caption), 0001.cls (class) or 0001.json
 
 Shards are read through the standard library's tarfile: webdataset itself only streams, and here
@@ -19,29 +19,29 @@ from typing import Any
 import numpy as np
 
 from data.checks import BadSampleError
-from data.pictures import is_hidden
+from data.images import is_hidden
 from data.readers.fields import text
 from data.readers.index import Arrays, cached
 from data.readers.record import Record, Records
 from data.readers.rows import ListRows, Row
 from moa.config import SourceConfig
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 SPARSE = -1  # in place of the size of a file with holes, which a tar stores in pieces
 HUGE = 2**62  # more than any shard holds
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def read_image_folder(source: SourceConfig) -> Records:
-    """The answer to each picture is its class: the name of the folder it lies in."""
+    """The answer to each image is its class: the name of the folder it lies in."""
     assert source.path
     root = Path(source.path)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    found = (f for f in root.glob("*/*") if f.suffix.lower().lstrip(".") in PICTURES)
+    found = (f for f in root.glob("*/*") if f.suffix.lower().lstrip(".") in IMAGES)
     files = sorted(f for f in found if not is_hidden(f.relative_to(root)))
     if not files:
-        raise ValueError(f"{root}: holds no <class>/<picture> ({', '.join(PICTURES)})")
+        raise ValueError(f"{root}: holds no <class>/<image> ({', '.join(IMAGES)})")
     classes = tuple(sorted({file.parent.name for file in files}))
     parse = partial(parse_file, root=root, classes=classes)
     return Records(rows=ListRows(files, file_row), parse=parse)
@@ -56,7 +56,7 @@ def parse_file(row: Row, root: Path, classes: tuple[str, ...]) -> Record:
     return Record(
         id=number,
         image_id=number,
-        picture=row.value,
+        image=row.value,
         answers=(row.value.parent.name,),
         choices=classes,
     )
@@ -146,10 +146,10 @@ def shards_of(pattern: str) -> list[Path]:
 
 def parse_member(row: Row) -> Record:
     files: dict[str, bytes] = row.value
-    pictures = [files[suffix] for suffix in PICTURES if suffix in files]
-    if not pictures:
+    images = [files[suffix] for suffix in IMAGES if suffix in files]
+    if not images:
         raise BadSampleError(row.where, "missing image", f"among {', '.join(files)}")
-    return Record(id=row.key, image_id=row.key, picture=pictures[0], answers=(words_of(files),))
+    return Record(id=row.key, image_id=row.key, image=images[0], answers=(words_of(files),))
 
 
 def words_of(files: dict[str, bytes]) -> str:

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 
 from rich.progress import track
 
-from data.pictures import find_picture
+from data.images import find_image
 from data.readers.fields import box_of, box_of_xywh, field, name, text
 from data.readers.pickles import load_plain
 from data.readers.record import Record, Records
@@ -25,7 +25,7 @@ from data.sample import Box
 from moa.config import SourceConfig
 
 KEPT = ("ref_id", "ann_id", "image_id", "split")  # of a reference; the rest is large and unused
-ROUNDING = 1.0  # pixels by which these files' boxes may stick out of their pictures
+ROUNDING = 1.0  # pixels by which these files' boxes may stick out of their images
 PHRASE = re.compile(r"\[/EN#(?P<id>\d+)(?:/[^\s\]]+)+ (?P<text>[^\]]*)\]")
 
 
@@ -54,7 +54,7 @@ def read_refcoco(source: SourceConfig) -> Records:
     parse = partial(
         parse_refcoco,
         boxes=JsonRows(source.annotations, at="annotations", key="id"),
-        pictures=JsonRows(source.annotations, at="images", key="id"),
+        named=JsonRows(source.annotations, at="images", key="id"),
         images=source.images,
     )
     return Records(rows=ListRows(items, sentence_row), parse=parse)
@@ -72,18 +72,18 @@ def sentence_row(sentence: Sentence) -> Row:
     return Row(sentence, sentence.where)
 
 
-def parse_refcoco(row: Row, boxes: JsonRows, pictures: JsonRows, images: str) -> Record:
-    """The picture's name is that of instances.json: a reference's own carries the annotation."""
+def parse_refcoco(row: Row, boxes: JsonRows, named: JsonRows, images: str) -> Record:
+    """The image's name is that of instances.json: a reference's own carries the annotation."""
     ref, value, _ = row.value
     image_id = name(ref, "image_id")
-    picture = pictures.one(image_id)
+    image = named.one(image_id)
     return Record(
         id=name(value, "sent_id"),
         image_id=image_id,
-        picture=find_picture(images, text(picture, "file_name")),
+        image=find_image(images, text(image, "file_name")),
         question=text(value, "sent"),
         boxes=(box_of_xywh(field(boxes.one(name(ref, "ann_id")), "bbox", list)),),
-        frame=(field(picture, "width", int), field(picture, "height", int)),
+        frame=(field(image, "width", int), field(image, "height", int)),
         slack=ROUNDING,
         split=text(ref, "split"),
     )
@@ -102,7 +102,7 @@ class Phrase(NamedTuple):
 
 
 def read_entities(source: SourceConfig) -> Records:
-    """The phrases that have a box, of the pictures that `annotations` lists (or of all)."""
+    """The phrases that have a box, of the images that `annotations` lists (or of all)."""
     assert source.path and source.images
     root = Path(source.path)
     listed = source.annotations and " ".join(text_lines(source.annotations)).split()
@@ -132,7 +132,7 @@ def phrases_of(root: Path, stem: str) -> list[Phrase]:
 
 
 def entity_boxes(file: Path) -> tuple[dict[str, tuple[Box, ...]], tuple[int, int]]:
-    """Boxes by entity, and the picture's size; pixels count from 1 there and from 0 here."""
+    """Boxes by entity, and the image's size; pixels count from 1 there and from 0 here."""
     try:
         content = file.read_bytes()
         if b"<!DOCTYPE" in content:
@@ -164,7 +164,7 @@ def parse_phrase(row: Row, images: str) -> Record:
     return Record(
         id=f"{phrase.image}#{phrase.sentence}#{phrase.number}",
         image_id=phrase.image,
-        picture=find_picture(images, f"{phrase.image}.jpg"),
+        image=find_image(images, f"{phrase.image}.jpg"),
         question=phrase.text,
         boxes=tuple(box_of(box) for box in phrase.boxes),
         frame=phrase.size,
@@ -190,7 +190,7 @@ def parse_region(row: Row, images: str) -> Record:
     return Record(
         id=name(region, "region_id"),
         image_id=image_id,
-        picture=find_picture(images, f"VG_100K/{file}", f"VG_100K_2/{file}", file),
+        image=find_image(images, f"VG_100K/{file}", f"VG_100K_2/{file}", file),
         question=text(region, "phrase"),
         boxes=(box_of_xywh((x, y, width, height)),),
         slack=ROUNDING,

@@ -1,6 +1,6 @@
-"""The simplest data set of one's own: a JSON-lines file, one question about one picture a line.
+"""The simplest data set of one's own: a JSON-lines file, one question about one image a line.
 
-    {"image": "pictures/1.jpg", "question": "what is this?", "answers": ["a cat"], "task": "vqa"}
+    {"image": "images/1.jpg", "question": "what is this?", "answers": ["a cat"], "task": "vqa"}
 
 `image` lies below the source's `images`; where that is not set it is any path, from the file.
 Optional: `id`, `image_id`, `answers`, `boxes` ([[x0, y0, x1, y1], ...] in pixels), `ocr` ([{"text",
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.pictures import find_picture
+from data.images import find_image
 from data.readers.fields import box_of, boxes_of, field, frame_of, name, text, texts
 from data.readers.record import Record, Records
 from data.readers.rows import JsonLines, Row
@@ -47,7 +47,7 @@ def parse_own(row: Row, images: str | None, folder: Path) -> Record:
     return Record(
         id=name(value, "id") if "id" in value else file,
         image_id=name(value, "image_id") if "image_id" in value else image,
-        picture=find_picture(images, image) if images else folder / image,
+        image=find_image(images, image) if images else folder / image,
         question=text(value, "question"),
         answers=texts(value, "answers") if "answers" in value else (),
         task=text(value, "task"),

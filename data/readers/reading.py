@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data.pictures import coco_number, find_picture
+from data.images import coco_number, find_image
 from data.readers.fields import field, name, tags_of, text, texts
 from data.readers.record import Record, Records
 from data.readers.rows import JsonRows, Row, read_json
@@ -36,7 +36,7 @@ def parse_textvqa(row: Row, images: str, ocr: JsonRows | None) -> Record:
     return Record(
         id=name(value, "question_id"),
         image_id=image_id,
-        picture=find_picture(images, f"{image_id}.jpg"),
+        image=find_image(images, f"{image_id}.jpg"),
         question=text(value, "question"),
         answers=texts(value, "answers") if "answers" in value else (),
         ocr=None if ocr is None else rosetta_words(ocr.one(image_id)),
@@ -46,7 +46,7 @@ def parse_textvqa(row: Row, images: str, ocr: JsonRows | None) -> Record:
 
 
 def rosetta_words(row: Any) -> tuple[OcrWord, ...]:
-    """Rosetta's words, boxes in shares of the picture; it says nothing of its confidence."""
+    """Rosetta's words, boxes in shares of the image; it says nothing of its confidence."""
     return tuple(
         OcrWord(text=text(info, "word"), box=rosetta_box(info), confidence=1.0)
         for info in field(row, "ocr_info", list)
@@ -77,7 +77,7 @@ def parse_docvqa(row: Row, images: str, ocr: str | None) -> Record:
     return Record(
         id=name(value, "questionId"),
         image_id=image,
-        picture=find_picture(images, image, PurePosixPath(image).name),
+        image=find_image(images, image, PurePosixPath(image).name),
         question=text(value, "question"),
         answers=texts(value, "answers") if "answers" in value else (),
         ocr=words,
@@ -122,7 +122,7 @@ def parse_stvqa(row: Row, images: str) -> Record:
     return Record(
         id=name(value, "question_id"),
         image_id=coco_number(path),
-        picture=find_picture(images, path),
+        image=find_image(images, path),
         question=text(value, "question"),
         answers=texts(value, "answers") if "answers" in value else (),
         split=text(value, "set_name") if "set_name" in value else None,
@@ -152,7 +152,7 @@ def parse_ocrvqa(row: Row, images: str, split: str) -> Record:
     return Record(
         id=f"{row.key}/{row.part}",
         image_id=row.key,
-        picture=find_picture(images, f"{row.key}{suffix}", f"{row.key}.jpg"),
+        image=find_image(images, f"{row.key}{suffix}", f"{row.key}.jpg"),
         question=questions[row.part],
         answers=(answers[row.part],),
         split=split,
@@ -172,7 +172,7 @@ def parse_chartqa(row: Row, images: str, kind: str) -> Record:
     return Record(
         id=row.where.rpartition(": ")[2],
         image_id=image,
-        picture=find_picture(images, image),
+        image=find_image(images, image),
         question=text(row.value, "query"),
         answers=(text(row.value, "label"),),
         tags=(kind,),

@@ -1,6 +1,6 @@
 """What a file says of one sample, and the data set that turns records into samples.
 
-    rows (of a file)  --parse-->  Record (the picture is still a file)  --open-->  Sample
+    rows (of a file)  --parse-->  Record (the image is still a file)  --open-->  Sample
 
 A reader is a function from a source's config to `Records`. Whatever is wrong with a row ends in one
 BadSampleError that names the file and the row.
@@ -12,24 +12,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.checks import BadSampleError, check_sample, check_words
+from data.images import StoredImage, open_image
 from data.ocr import OcrSource
-from data.pictures import Picture, open_picture
 from data.readers.rows import Row, Rows
 from data.sample import Box, OcrWord, Sample, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A sample but for its picture; the fields are Sample's.
+    """A sample but for its image; the fields are Sample's.
 
-    `frame` is the width and height that boxes and OCR boxes are given in, None for the picture's
-    own pixels: (1, 1) for shares of the picture, or the size that the annotators saw. A box may stick
-    out of the picture by `slack` pixels, where the file is known to round; it is cut there.
+    `frame` is the width and height that boxes and OCR boxes are given in, None for the image's
+    own pixels: (1, 1) for shares of the image, or the size that the annotators saw. A box may stick
+    out of the image by `slack` pixels, where the file is known to round; it is cut there.
     """
 
     id: str
     image_id: str
-    picture: Picture | None
+    image: StoredImage | None
     question: str = ""
     answers: tuple[str, ...] = ()
     boxes: tuple[Box, ...] = ()
@@ -104,7 +104,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class RecordDataset:
-    """Map-style: `len`, `[i] -> Sample`; `records.read(i)` is the same without the picture.
+    """Map-style: `len`, `[i] -> Sample`; `records.read(i)` is the same without the image.
 
     `task` overrides what records say; `default_task` and `split` stand in where they say nothing.
     `prompt` is a template around `{question}`. `ocr` reads the words of samples whose file has none.
@@ -134,14 +134,14 @@ class RecordDataset:
         return sample
 
     def lengths(self, index: int) -> tuple[int, int]:
-        """Pictures, and letters of questions and answers, without opening the picture."""
+        """Images, and letters of questions and answers, without opening the image."""
         record, _ = self.records.read(index)
         said = [record.system, record.question, max(record.answers, key=len, default="")]
         said += [words for turn in record.turns for words in (turn.question, turn.answer)]
-        return int(record.picture is not None), sum(map(len, said))
+        return int(record.image is not None), sum(map(len, said))
 
     def _sample(self, record: Record, where: str) -> Sample:
-        image = None if record.picture is None else open_picture(record.picture, where)
+        image = None if record.image is None else open_image(record.image, where)
         size = image.size if image is not None else (1, 1)
         frame = record.frame or size
         check_words(record.ocr or (), where)  # before they are cut at the edges
@@ -169,7 +169,7 @@ class RecordDataset:
 
 
 def scaled(box: Box, frame: tuple[float, float], size: tuple[int, int]) -> Box:
-    """A box in pixels of a picture of `size`, from one in a frame of another size."""
+    """A box in pixels of an image of `size`, from one in a frame of another size."""
     if frame == size:
         return box
     x, y = size[0] / frame[0], size[1] / frame[1]
@@ -177,7 +177,7 @@ def scaled(box: Box, frame: tuple[float, float], size: tuple[int, int]) -> Box:
 
 
 def nudged(box: Box, size: tuple[int, int], slack: float) -> Box:
-    """The box cut at the picture's edges, where it sticks out by no more than `slack` pixels."""
+    """The box cut at the image's edges, where it sticks out by no more than `slack` pixels."""
     inside = clipped(box, size)
     near = all(abs(a - b) <= slack for a, b in zip(box, inside, strict=True))  # False for NaN
     return inside if near else box
@@ -191,6 +191,6 @@ def clipped(box: Box, size: tuple[int, int]) -> Box:
 
 
 def fitted(word: OcrWord, frame: tuple[float, float], size: tuple[int, int]) -> OcrWord:
-    """The word in the picture's pixels, its box cut at the edges: engines read past them."""
+    """The word in the image's pixels, its box cut at the edges: engines read past them."""
     box = clipped(scaled(word.box, frame, size), size)
     return OcrWord(text=word.text, box=box, confidence=word.confidence)

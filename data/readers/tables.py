@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.checks import BadSampleError
-from data.pictures import Picture, named_picture
+from data.images import StoredImage, named_image
 from data.readers.fields import boxes_of, cell_text, cell_texts, frame_of
 from data.readers.record import Record, Records, reason
 from data.readers.rows import CsvRows, Row, Rows, json_rows, require_file
@@ -194,7 +194,7 @@ def parse_table(
     number = re.findall(r"\d+", row.where)[-1]
     own = {"id": number, "image_id": image if isinstance(image, str) else number}
     return Record(
-        picture=picture_of(image, images),
+        image=image_of(image, images),
         answers=cell_texts(found.get("answers"), columns.get("answers", "answers")),
         boxes=boxes,
         frame=frame_of(found.get("frame"), boxes),
@@ -202,13 +202,13 @@ def parse_table(
     )
 
 
-def picture_of(value: Any, images: str | None) -> Picture | None:
+def image_of(value: Any, images: str | None) -> StoredImage | None:
     """The image of a cell: a name in the folder `images`, or as `datasets` stores it, or nothing."""
     if isinstance(value, dict) and value.get("bytes"):
         return bytes(value["bytes"])
     name = value.get("path") if isinstance(value, dict) else value
     if isinstance(name, str) and name:
-        return named_picture(name, images)
+        return named_image(name, images)
     if value is None:
         return None
     raise ValueError(f"no image in {value!r:.60}")

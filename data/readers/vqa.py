@@ -1,4 +1,4 @@
-"""Questions about pictures: VQAv2, OK-VQA, A-OKVQA, GQA, VizWiz, POPE, ScienceQA.
+"""Questions about images: VQAv2, OK-VQA, A-OKVQA, GQA, VizWiz, POPE, ScienceQA.
 
 VQAv2, OK-VQA  {"data_subtype": "train2014", "questions": [{question_id, image_id, question}]}
                {"annotations": [{question_id, answers: [{answer, ...}] x 10, ...}]}
@@ -14,7 +14,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from data.checks import BadSampleError
-from data.pictures import coco_number, find_picture
+from data.images import coco_number, find_image
 from data.readers.fields import answers_of, field, name, tags_of, text, texts
 from data.readers.record import Record, Records
 from data.readers.rows import JsonLines, JsonRows, ListRows, Row, read_json
@@ -46,7 +46,7 @@ def parse_vqa(row: Row, annotations: JsonRows | None, images: str, subset: str) 
     return Record(
         id=number,
         image_id=name(row.value, "image_id"),
-        picture=coco_picture(images, name(row.value, "image_id"), subset),
+        image=coco_image(images, name(row.value, "image_id"), subset),
         question=text(row.value, "question"),
         answers=answers,
         split=subset,
@@ -54,11 +54,11 @@ def parse_vqa(row: Row, annotations: JsonRows | None, images: str, subset: str) 
     )
 
 
-def coco_picture(images: str, number: str, subset: str) -> Path:
-    """COCO's file of a picture, by its name of 2014 (the folder may hold the subsets) or of 2017."""
+def coco_image(images: str, number: str, subset: str) -> Path:
+    """COCO's file of an image, by its name of 2014 (the folder may hold the subsets) or of 2017."""
     subset = subset.replace("test-dev", "test")
     old, new = f"COCO_{subset}_{int(number):012d}.jpg", f"{int(number):012d}.jpg"
-    return find_picture(images, old, f"{subset}/{old}", new, f"{subset}/{new}")
+    return find_image(images, old, f"{subset}/{old}", new, f"{subset}/{new}")
 
 
 def read_aokvqa(source: SourceConfig, choose: bool) -> Records:
@@ -82,7 +82,7 @@ def parse_aokvqa(row: Row, images: str, choose: bool) -> Record:
     return Record(
         id=name(value, "question_id"),
         image_id=number,
-        picture=coco_picture(images, number, f"{split}2017"),
+        image=coco_image(images, number, f"{split}2017"),
         question=question,
         answers=answers,
         split=split,
@@ -112,7 +112,7 @@ def parse_gqa(row: Row, images: str) -> Record:
     return Record(
         id=row.key,
         image_id=image_id,
-        picture=find_picture(images, f"{image_id}.jpg"),
+        image=find_image(images, f"{image_id}.jpg"),
         question=text(value, "question"),
         answers=() if answer is None else (answer,),
         tags=tags_of(value.get("types") or {}, "structural", "semantic"),
@@ -132,7 +132,7 @@ def parse_vizwiz(row: Row, images: str) -> Record:
     return Record(
         id=image,
         image_id=image,
-        picture=find_picture(images, image),
+        image=find_image(images, image),
         question=text(value, "question"),
         answers=answers_of(value, "answers") if "answers" in value else (),
         tags=(*kind, *tags_of(value, "answer_type")),
@@ -151,7 +151,7 @@ def parse_pope(row: Row, images: str, kind: str) -> Record:
     return Record(
         id=name(row.value, "question_id"),
         image_id=coco_number(image),
-        picture=find_picture(images, image),
+        image=find_image(images, image),
         question=text(row.value, "text"),
         answers=(text(row.value, "label"),),
         tags=(kind,),
@@ -159,7 +159,7 @@ def parse_pope(row: Row, images: str, kind: str) -> Record:
 
 
 def read_scienceqa(source: SourceConfig) -> Records:
-    """The problems of one split, in the order of pid_splits.json; some have no picture."""
+    """The problems of one split, in the order of pid_splits.json; some have no image."""
     assert source.path and source.annotations and source.images and source.split
     problems = JsonRows(source.path)
     splits = read_json(source.annotations)
@@ -187,7 +187,7 @@ def parse_scienceqa(row: Row, images: str) -> Record:
     return Record(
         id=row.key,
         image_id=row.key,
-        picture=find_picture(images, *names) if names else None,
+        image=find_image(images, *names) if names else None,
         question=f"Context: {hint}\n{question}" if hint else question,
         answers=(letter(value, "answer"),),
         split=split,

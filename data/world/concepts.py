@@ -1,6 +1,6 @@
 """What the demo's world is made of, and which split may use what.
 
-Drawings are OpenMoji's (openmoji.org, CC BY-SA 4.0); photographic grounds are scikit-image's sample pictures.
+Drawings are OpenMoji's (openmoji.org, CC BY-SA 4.0); photographic grounds are scikit-image's sample images.
 The held-out parts are held out from the experts' and the router's training; the base has met them.
 """
 

@@ -1,6 +1,6 @@
 """Single drawings with their names: what CLIP is pretrained on and tested with, without a download.
 
-A picture is an OpenMoji drawing (openmoji.org, CC BY-SA 4.0), turned and moved a little on a plain ground, or
+An image is an OpenMoji drawing (openmoji.org, CC BY-SA 4.0), turned and moved a little on a plain ground, or
 two of them side by side. It is a function of (split, index, seed); nothing is stored. Names are Unicode's.
 
     names    one drawing in a style          -> its name, among all names of the data set
@@ -120,7 +120,7 @@ class DrawingDataset:
 
 
 def drawing_rng(split: str, index: int, seed: int) -> np.random.Generator:
-    """The generator of one picture, equal on every machine and in every process."""
+    """The generator of one image, equal on every machine and in every process."""
     return np.random.default_rng([seed, zlib.crc32(f"drawing/{split}".encode()), index])
 
 
@@ -144,7 +144,7 @@ def draw_pair(left: str, right: str, style: str, rng: np.random.Generator) -> Im
 
 
 def _whole(canvas: Image.Image, style: str) -> Image.Image:
-    """What a style does to the whole picture."""
+    """What a style does to the whole image."""
     change = {"negative": ImageOps.invert, "turned": lambda image: image.rotate(180)}.get(style)
     return change(canvas) if change else canvas
 
@@ -164,14 +164,14 @@ def _paste(
     room: tuple[int, int, int, int],
 ) -> None:
     codes = concepts()[category_of(name)][name]
-    picture = _sprite(codes[int(rng.integers(len(codes)))], style)
+    image = _sprite(codes[int(rng.integers(len(codes)))], style)
     size = int(rng.integers(sizes[0], sizes[1] + 1))
-    picture = picture.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR)
-    picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+    image = image.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR)
+    image = image.resize((size, size), Image.Resampling.BILINEAR)
     x, y = (
         int(rng.integers(low, max(low, high - size) + 1)) for low, high in (room[::2], room[1::2])
     )
-    canvas.paste(picture, (x, y), picture)
+    canvas.paste(image, (x, y), image)
 
 
 @lru_cache(maxsize=4096)

@@ -104,7 +104,7 @@ def _beside(scene: Scene) -> list[Question]:
 
 
 def place(thing: Thing, middle: float = 96.0) -> str | None:
-    """The quarter of the picture a thing lies in, or None where it lies between two."""
+    """The quarter of the image a thing lies in, or None where it lies between two."""
     x, y = thing.center
     if min(abs(x - middle), abs(y - middle)) < CLEARLY / 2:
         return None
@@ -159,7 +159,7 @@ def _caption(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
 
 
 def _sentences(scene: Scene) -> tuple[str, ...]:
-    """What the picture shows in ordinary words, the things in either order."""
+    """What the image shows in ordinary words, the things in either order."""
     rest = f"on {_ground(scene)}{' with a sign' if scene.sign else ''}"
     ordered = [article(t.name) for t in sorted(scene.things, key=lambda t: t.center[0])]
     forward, backward = _enumerate(ordered), _enumerate(ordered[::-1])

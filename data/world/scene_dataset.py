@@ -1,12 +1,12 @@
 """Scenes as data sets of samples: one per split and task, and four slices where one kind of evidence decides.
 
-Sample i of a task is a question about a scene that every other task asks about too: the same picture, several tasks.
+Sample i of a task is a question about a scene that every other task asks about too: the same image, several tasks.
 The slices are asked about new scenes of the test split:
 
-    slice_text     same picture, another question         -> the words of the question decide
+    slice_text     same image, another question         -> the words of the question decide
     slice_ocr      "what is this?", a word or a scribble  -> the OCR evidence decides
     slice_prefix   "where is the ...?", words or a box    -> the task prefix decides
-    slice_image    same question, coloured or line-drawn  -> the picture decides
+    slice_image    same question, coloured or line-drawn  -> the image decides
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class SceneDataset:
     """`num_samples` questions of one `task` about the scenes of `split`; slices need no task.
 
     `style` overrides the drawing style; `expert` and `source` label the samples (default: by task and style).
-    `ocr` maps a picture to its words (a cache or a live engine); None leaves the samples without OCR.
+    `ocr` maps an image to its words (a cache or a live engine); None leaves the samples without OCR.
     Raises ValueError for an unknown split or task.
     """
 
@@ -114,7 +114,7 @@ def expert_of(task: str, style: str) -> str | None:
     return "line" if (task, style) == ("vqa", "line") else task
 
 
-@lru_cache(maxsize=4096)  # about 110 kB a picture; the tasks of one scene share it
+@lru_cache(maxsize=4096)  # about 110 kB an image; the tasks of one scene share it
 def _render(split: str, index: int, seed: int, style: str | None, num_things: int | None):
     return render_scene(split, index, seed, style, num_things)
 

@@ -63,7 +63,7 @@ class Sign:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What there is to know about one picture."""
+    """What there is to know about one image."""
 
     id: str
     things: tuple[Thing, ...]
@@ -129,10 +129,8 @@ def _texture(name: str) -> Image.Image:
     import skimage.data  # here, because its import takes a second that plain grounds need not pay
 
     file, tint = TEXTURES[name]
-    picture = (
-        Image.open(Path(skimage.data.__file__).parent / file).convert("RGB").resize((384, 384))
-    )
-    pixels = np.asarray(picture, dtype=np.float32) * np.array(tint, dtype=np.float32)
+    image = Image.open(Path(skimage.data.__file__).parent / file).convert("RGB").resize((384, 384))
+    pixels = np.asarray(image, dtype=np.float32) * np.array(tint, dtype=np.float32)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -148,19 +146,19 @@ def sprite(name: str, style: str, size: int) -> Image.Image:
         style_sheet=STYLES[style] or None,
         skip_system_fonts=True,
     )
-    picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    return picture.crop(picture.getchannel("A").point(lambda a: 255 * (a > 32)).getbbox())
+    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    return image.crop(image.getchannel("A").point(lambda a: 255 * (a > 32)).getbbox())
 
 
 def _draw_thing(
     canvas: Image.Image, name: str, style: str, rng: np.random.Generator, taken: list[Box]
 ) -> Thing | None:
     """Paste a drawing where nothing is yet; None if no place was found."""
-    picture = sprite(name, style, int(rng.choice(SPRITE_SIZES)))
-    box = _free_place(*picture.size, rng, taken)
+    image = sprite(name, style, int(rng.choice(SPRITE_SIZES)))
+    box = _free_place(*image.size, rng, taken)
     if box is None:
         return None
-    canvas.paste(picture, (int(box[0]), int(box[1])), picture)
+    canvas.paste(image, (int(box[0]), int(box[1])), image)
     return Thing(name=name, style=style, box=box)
 
 

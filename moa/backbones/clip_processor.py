@@ -46,7 +46,7 @@ class ClipProcessor:
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         return self.padded(self.tokens(texts))
 
-    def pictures(self, images: Sequence[Image]) -> Tensor:
+    def images(self, images: Sequence[Image]) -> Tensor:
         """[images, 3, height, width]"""
         found = self.image_processor(images=list(images), return_tensors="pt")
         return torch.as_tensor(found["pixel_values"])

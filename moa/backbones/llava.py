@@ -228,7 +228,7 @@ class Backbone:
 
     def _pictures(self, batch: Batch) -> dict[str, Tensor]:
         known = inspect.signature(self.model.model.get_image_features).parameters
-        further = {name: value for name, value in batch.picture_inputs.items() if name in known}
+        further = {name: value for name, value in batch.image_inputs.items() if name in known}
         return {"pixel_values": batch.pixel_values.to(self.dtype), **further}
 
     @contextmanager

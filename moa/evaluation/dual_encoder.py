@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from data.checks import BadSampleError
 from data.mixture import read_sample
-from data.pairs import PairCollator, fill, only_pictures, only_texts, templates
+from data.pairs import PairCollator, fill, only_images, only_texts, templates
 from data.sample import Sample
 from moa.benchmarks.scores import Prediction
 from moa.clip_model import CHUNK, ClipMixture
@@ -78,7 +78,7 @@ def evaluate_pairs(
             raise rejected[0]
         if batch is None:
             return Pictures(rejected=rejected, read=read)
-        batch = only_pictures(batch.to(device))
+        batch = only_images(batch.to(device))
         chosen = choose_gates(model, batch, gates).gates
         assert chosen is not None  # a CLIP is routed by sample
         features = model.image_features(batch, chosen).cpu()

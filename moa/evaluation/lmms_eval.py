@@ -21,8 +21,8 @@ from PIL.Image import Image
 from rich.progress import track
 
 from data.collate import Collator
+from data.images import to_rgb
 from data.ocr import OcrCache
-from data.pictures import to_rgb
 from data.sample import Sample
 from data.sources import open_ocr
 from moa.evaluation.models import open_subject, subject_of

@@ -46,7 +46,7 @@ def image_tokens(backbone: Backbone, model: ModelConfig) -> int:
 
 
 def blank_images(base: Any, model: ModelConfig, count: int) -> dict[str, Any]:
-    """`pixel_values` and `picture_inputs` of so many images of the size that costs most."""
+    """`pixel_values` and `image_inputs` of so many images of the size that costs most."""
     vision = base.vision_config
     if FAMILIES[base.model_type].rows == "patches":
         side = patches_per_side(base, model)
@@ -54,7 +54,7 @@ def blank_images(base: Any, model: ModelConfig, count: int) -> dict[str, Any]:
         width = channels * vision.temporal_patch_size * vision.patch_size**2
         grid = torch.tensor([[1, side, side]] * count)
         pixels = torch.zeros(count * side**2, width)
-        return {"pixel_values": pixels, "picture_inputs": {"image_grid_thw": grid}}
+        return {"pixel_values": pixels, "image_inputs": {"image_grid_thw": grid}}
     side = vision.image_size
     height, width = (side, side) if isinstance(side, int) else side
     return {"pixel_values": torch.zeros(count, 3, height, width)}

@@ -9,7 +9,7 @@
    are taught to look from a name, two more from the answer that places it, to the patches that show it. Without that
    a decoder this small takes very long to find the things that a question names, or to copy a word.
 
-Several questions about one picture share a row: each sees the picture and itself, nothing else.
+Several questions about one image share a row: each sees the image and itself, nothing else.
 The OCR words come from `python -m scripts.ocr --scenes pretrain:6000 --out OCR.parquet`.
 """
 

@@ -3,7 +3,7 @@
     python -m scripts.demo.pretrain_clip --out assets/clip_base
 
 Every step sees other drawings of `--batch` different names, and learns CLIP's loss by
-`moa.contrastive`. It meets one style, one drawing a picture, and no word for a category: line
+`moa.contrastive`. It meets one style, one drawing an image, and no word for a category: line
 drawings, flat ones, negatives, categories and pairs are what the experts of configs/clip_demo.yaml add.
 """
 

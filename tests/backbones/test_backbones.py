@@ -318,7 +318,7 @@ def test_several_pictures_in_a_sample_belong_to_it(name):
             input_ids=found["input_ids"],
             attention_mask=found["attention_mask"],
             pixel_values=found["pixel_values"],
-            picture_inputs={n: torch.as_tensor(v) for n, v in found.items() if n not in skip},
+            image_inputs={n: torch.as_tensor(v) for n, v in found.items() if n not in skip},
             image_index=torch.tensor(index),
         )
         same = dataclasses.replace(batch, text_ids=blank.text_ids[:1].expand(2, -1),

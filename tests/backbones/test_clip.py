@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from data.pairs import only_pictures, only_texts
+from data.pairs import only_images, only_texts
 from moa.backbones.attention import SplitAttention, pack_attention, split_attention
 from moa.backbones.clip import load_clip
 from moa.backbones.open_clip import load_open_clip
@@ -60,7 +60,7 @@ def features_of(model, texts=TEXTS, pictures=PICTURES, gates=None):
     samples = [pair(i, image=p, answers=(t,), question="{}", choices=(), task="name")
                for i, (p, t) in enumerate(zip(pictures, texts, strict=True))]  # fmt: skip
     batch = collator(samples)
-    sides = only_pictures(batch), only_texts(batch)
+    sides = only_images(batch), only_texts(batch)
     decided = [model.compute_gates(side, override=gates).gates for side in sides]
     return model.image_features(batch, decided[0]), model.text_features(batch, decided[1]), decided
 

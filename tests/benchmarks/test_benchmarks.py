@@ -6,14 +6,14 @@ from moa.benchmarks import captioning, grounding
 from moa.benchmarks.scores import Prediction, Scores, with_error
 from moa.benchmarks.short_answers import EXACT, OCR_VQA, VQA
 
-PICTURE = Image.new("RGB", (40, 30))
+IMAGE = Image.new("RGB", (40, 30))
 
 
 def prediction(text, answers=(), *, task="vqa", boxes=(), box=None, image_id="p", gates=None):
     sample = Sample(
         id=f"{image_id}/{task}",
         image_id=image_id,
-        image=PICTURE,
+        image=IMAGE,
         question="what is this?",
         answers=tuple(answers),
         task=task,
@@ -73,7 +73,7 @@ def test_grounding_lists_the_answers_without_a_box():
     assert scores.failures == {"no readable box": [0]}
 
 
-def test_standard_errors_are_clustered_by_picture():
+def test_standard_errors_are_clustered_by_image():
     samples = [prediction("", image_id=i).sample for i in "aabb"]
     assert with_error([1.0, 1.0, 0.0, 0.0], samples) == {"value": 0.5, "se": pytest.approx(0.5)}
 

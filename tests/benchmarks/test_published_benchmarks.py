@@ -146,7 +146,7 @@ def run(tmp_path_factory):
 
 def evaluate(run: Path, *overrides: str) -> dict:
     source = f"{{name: text, format: jsonl, path: {run.parent / 'text.jsonl'}, benchmark: textvqa}}"
-    options = ["progress=false", "max_new_tokens=4", "num_pictures=0", "on_bad_sample=skip"]
+    options = ["progress=false", "max_new_tokens=4", "num_images=0", "on_bad_sample=skip"]
     eval_script.main(["--checkpoint", str(run), f"sources=[{source}]", *options, *overrides])
     return json.loads((run / "eval" / "text.json").read_text())
 

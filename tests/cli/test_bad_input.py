@@ -70,7 +70,7 @@ def test_a_file_that_is_no_image_is_named_with_its_row(rows, tmp_path):
 @pytest.mark.parametrize("box", [[0, 0, 41, 10], [-1, 0, 5, 5], [9, 9, 3, 12]])
 def test_a_box_outside_its_picture_is_named_with_its_row(rows, box):
     error = error_of(rows({**GOOD, "boxes": [box]}))
-    assert error.rule == "box outside picture"
+    assert error.rule == "box outside image"
     assert "rows.jsonl:2" in str(error) and "40x30" in str(error)
 
 
@@ -115,7 +115,7 @@ def test_a_data_file_that_is_missing_or_empty_is_named(tmp_path):
         ({"turns": (Turn(question=" ", answer="b"),)}, "empty question", "turn 2"),
         ({"task": "cook"}, "unknown task", "choices: ['vqa', 'grounding']"),
         ({"expert": "cook"}, "unknown expert", "choices: ['one', 'two']"),
-        ({"boxes": ((0, 0, 99, 5),)}, "box outside picture", "40x30"),
+        ({"boxes": ((0, 0, 99, 5),)}, "box outside image", "40x30"),
         ({"question": "is <image> a picture?"}, "image token in text", "rename"),
         ({"answers": ("an <image>",)}, "image token in text", "rename"),
     ],

@@ -53,7 +53,7 @@ BAD = [
 ]  # fmt: skip
 FOUND = {
     "missing image": 1, "broken image": 2, "unknown task": 1, "too long": 1, DUPLICATE: 1,
-    "image token in text": 1, "empty answer": 1, "box outside picture": 1, "unreadable row": 1,
+    "image token in text": 1, "empty answer": 1, "box outside image": 1, "unreadable row": 1,
 }  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_a_clean_source_has_no_findings_and_a_limit_reads_no_further(tmp_path):
     assert audit.found == {} and audit.rows == 5
 
 
-def test_a_picture_of_training_is_found_by_its_pixels_and_by_its_id(tmp_path):
+def test_a_image_of_training_is_found_by_its_pixels_and_by_its_id(tmp_path):
     train = data_set(tmp_path / "train", [row(0), row(1)], "train")
     other = data_set(tmp_path / "test", [row(2), row(3, image_id="x"), row(4)], "test")
     (tmp_path / "test" / "1.png").write_bytes((tmp_path / "test" / "2.png").read_bytes())
@@ -98,7 +98,7 @@ def test_the_length_check_agrees_with_the_tokenizer_at_every_length(tmp_path):
         check = LengthCheck(replace(COLLATE, max_length=limit))
         found = [check(sample) is not None for sample in samples]
         assert found == [length > limit for length in lengths]
-        assert len(check.fixed) == 1  # one picture size was encoded for its fixed part
+        assert len(check.fixed) == 1  # one image size was encoded for its fixed part
 
 
 def test_the_page_shows_pixels_boxes_words_and_supervised_tokens(tmp_path):
@@ -113,10 +113,10 @@ def test_the_page_shows_pixels_boxes_words_and_supervised_tokens(tmp_path):
     text = html.unescape("".join(answers)).strip()
     assert text == "<loc0000><loc0000><loc0016><loc0016></s>"
     assert '<span class="image">&lt;image&gt; x 4</span>' in page
-    picture = Image.open(io.BytesIO(base64.b64decode(re.findall(r"base64,(.*?)'", page)[0])))
-    assert picture.size == (336, 336)  # 28 pixels, enlarged 12 times
-    assert picture.getpixel((3, 100)) == (0, 158, 115)  # the true box, beside what the target says
-    assert picture.getpixel((168, 250)) == (0, 114, 178)  # the word's box
+    image = Image.open(io.BytesIO(base64.b64decode(re.findall(r"base64,(.*?)'", page)[0])))
+    assert image.size == (336, 336)  # 28 pixels, enlarged 12 times
+    assert image.getpixel((3, 100)) == (0, 158, 115)  # the true box, beside what the target says
+    assert image.getpixel((168, 250)) == (0, 114, 178)  # the word's box
 
 
 def script() -> object:

@@ -15,7 +15,7 @@ def test_tokens_come_in_the_order_top_left_bottom_right():
     assert text == "<loc0000><loc0010><loc0020><loc0030>"
 
 
-def test_the_whole_picture_is_exact():
+def test_the_whole_image_is_exact():
     text = CODEC.encode([(0, 0, 640, 480)], whole(640, 480))
     assert text == "<loc0000><loc0000><loc0031><loc0031>"
     assert CODEC.decode(text, whole(640, 480)) == (0, 0, 640, 480)
@@ -104,7 +104,7 @@ def test_a_box_comes_back_within_half_a_step_and_is_always_readable(name, x, y, 
 @pytest.mark.parametrize(
     "box", [(-1, 0, 5, 5), (0, 0, 11, 5), (0, 0, 5, 11), (5, 0, 5, 5), (0, 6, 5, 5)]
 )
-def test_a_box_outside_its_picture_or_without_area_is_refused(box):
+def test_a_box_outside_its_image_or_without_area_is_refused(box):
     with pytest.raises(ValueError, match="10x10 pixels"):
         CODEC.encode([box], whole(10, 10))
 

@@ -104,7 +104,7 @@ def test_the_routers_text_is_the_question_alone():
     assert words == "what colour is the square?"
 
 
-def test_ocr_evidence_is_words_with_boxes_in_shares_of_the_picture():
+def test_ocr_evidence_is_words_with_boxes_in_shares_of_the_image():
     batch = COLLATE([sample(), sample(ocr=()), sample(ocr=None)])
     assert batch.ocr_mask.tolist() == [[True, True], [False, False], [False, False]]
     assert torch.allclose(batch.ocr_boxes[0, 0], torch.tensor([4 / 40, 3 / 30, 20 / 40, 15 / 30]))
@@ -212,12 +212,12 @@ def test_without_generation_marks_the_answer_is_what_follows_the_prompt():
 
 
 def test_without_marks_every_answer_of_a_conversation_is_supervised_and_no_question():
-    def said(role, text, *picture):
-        return {"role": role, "content": [*picture, {"type": "text", "text": text}]}
+    def said(role, text, *image):
+        return {"role": role, "content": [*image, {"type": "text", "text": text}]}
 
     collate = replace(COLLATE, processor=unmarked(tiny_processor()))
-    picture = {"type": "image", "image": random_image(0)}
-    chat = [said("user", "what?", picture), said("assistant", "red"),
+    image = {"type": "image", "image": random_image(0)}
+    chat = [said("user", "what?", image), said("assistant", "red"),
             said("user", "sure?"), said("assistant", "yes")]  # fmt: skip
     ids, mask = ChatEncoder(collate.processor).replies(chat)
     texts = [
@@ -307,7 +307,7 @@ def test_generation_answers_the_first_question_of_a_conversation():
     assert torch.equal(collate([sample(turns=turns)]).input_ids, collate([sample()]).input_ids)
 
 
-def test_text_alone_has_no_picture_in_the_batch():
+def test_text_alone_has_no_image_in_the_batch():
     text = sample(image=None, ocr=None)
     mixed = COLLATE([text, sample()])
     assert mixed.image_index.tolist() == [1] and mixed.image_mask.tolist() == [False, True]

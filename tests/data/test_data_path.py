@@ -1,4 +1,4 @@
-"""What a step waits for: samples made ahead, without pictures or OCR engines on the way."""
+"""What a step waits for: samples made ahead, without images or OCR engines on the way."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def toy_source(folder: Path):
     return open_sources(config.data.sources, config.data, None)["vqa"], collator
 
 
-def test_samples_leave_their_pictures_behind(tmp_path):
+def test_samples_leave_their_images_behind(tmp_path):
     source, collator = toy_source(tmp_path)
     batch, rejected = Collate(collator)([source[0], source[1]])
     assert batch is not None and not rejected

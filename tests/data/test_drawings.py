@@ -1,4 +1,4 @@
-"""The drawings of the CLIP demo: same pictures everywhere, balanced names, honest labels."""
+"""The drawings of the CLIP demo: same images everywhere, balanced names, honest labels."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from data.world.drawings import CATEGORIES, DrawingDataset, category_of, concepts, names
 
 
-def test_a_picture_is_a_function_of_split_index_and_seed():
+def test_a_image_is_a_function_of_split_index_and_seed():
     one, two = (DrawingDataset("test", "names", num_samples=9)[5] for _ in range(2))
     assert one.id == two.id and np.array_equal(np.asarray(one.image), np.asarray(two.image))
     for other in (

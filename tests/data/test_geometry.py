@@ -83,7 +83,7 @@ def test_padding_after_a_crop_does_not_bring_the_cropped_part_back():
     assert not (np.asarray(geometry.pixels(red)) == RED).all(-1).any()
 
 
-def test_tiles_show_the_whole_picture():
+def test_tiles_show_the_whole_image():
     class Tiling:
         image_grid_pinpoints = [[336, 672]]
 

@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from data.checks import BadSampleError
-from data.pictures import open_picture
+from data.images import open_image
 from data.readers.record import RecordDataset
 from tests.data.test_readers import error_of, no_caches, opened, written  # noqa: F401 - a fixture
 from tests.support.formats import CASES
 
 STAMPS = count(1)  # a file's index is kept until its time changes
 VALUES = (None, [], "x", float("nan"))
-WITH_FILES = [name for name in CASES if name not in ("webdataset", "table")]  # pictures in files
+WITH_FILES = [name for name in CASES if name not in ("webdataset", "table")]  # images in files
 
 
 def paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -82,31 +82,29 @@ def truncated(file: Path) -> None:
 
 
 def text(file: Path) -> None:
-    file.write_text("not a picture")
+    file.write_text("not an image")
 
 
 @pytest.mark.parametrize("damage", [empty, truncated, text, Path.unlink])
 @pytest.mark.parametrize("name", WITH_FILES)
-def test_a_picture_that_cannot_be_read_is_a_bad_sample_of_every_format(name, damage, tmp_path):
+def test_a_image_that_cannot_be_read_is_a_bad_sample_of_every_format(name, damage, tmp_path):
     dataset = opened(name, written(name, tmp_path / "data"))
-    picture = dataset.records.read(0)[0].picture
-    assert isinstance(picture, Path)
-    damage(picture)
+    image = dataset.records.read(0)[0].image
+    assert isinstance(image, Path)
+    damage(image)
     error = error_of(dataset, 0)
     rule = "missing image" if damage is Path.unlink else "broken image"
-    assert error.rule == rule and picture.stem in str(error)
+    assert error.rule == rule and image.stem in str(error)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_picture_that_would_fill_the_memory_is_refused_by_every_format(
-    name, tmp_path, monkeypatch
-):
+def test_a_image_that_would_fill_the_memory_is_refused_by_every_format(name, tmp_path, monkeypatch):
     dataset = opened(name, written(name, tmp_path / "data"))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    assert error_of(dataset, 0).rule == "picture too large"
+    assert error_of(dataset, 0).rule == "image too large"
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", b"text"])
-def test_bytes_that_are_no_picture_are_named_by_their_row(content):
-    with pytest.raises(BadSampleError, match="shard: row 3: broken image: picture in the file"):
-        open_picture(content, "shard: row 3")
+def test_bytes_that_are_no_image_are_named_by_their_row(content):
+    with pytest.raises(BadSampleError, match="shard: row 3: broken image: image in the file"):
+        open_image(content, "shard: row 3")

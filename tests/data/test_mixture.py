@@ -138,7 +138,7 @@ def grouped(seed: int = 0, grouping: Grouping | None = GROUPING) -> Mixture:
 
 
 def sizes(mixed: Mixture, count: int) -> np.ndarray:
-    """[batch, 8, (pictures, letters)] of the first `count` positions."""
+    """[batch, 8, (images, letters)] of the first `count` positions."""
     found = [mixed.sources[name].lengths(i) for name, i in map(mixed.locate, range(count))]
     return np.array(found).reshape(-1, 8, 2)
 

@@ -23,7 +23,7 @@ from data.sample import OcrWord
 from data.sources import open_sources
 from moa.config import DataConfig, SourceConfig, load_config
 from scripts import ocr as script
-from scripts.ocr import source_pictures
+from scripts.ocr import source_images
 from tests.support.toy import write_rows
 
 
@@ -69,7 +69,7 @@ def test_the_engine_reads_rendered_words_in_reading_order_with_boxes_around_them
     assert all(w.confidence > 0.8 for w in words)
 
 
-def test_a_picture_without_words_gives_an_empty_tuple():
+def test_a_image_without_words_gives_an_empty_tuple():
     assert RapidOcr().read(Image.new("RGB", (192, 192), "white")) == ()
 
 
@@ -101,11 +101,11 @@ def test_the_hash_sees_pixels_and_size_and_not_the_file_or_mode():
 
 
 def test_cached_words_equal_the_live_reading(tmp_path):
-    pictures, path = [sign("HELLO\ngood day"), sign("EXIT")], tmp_path / "ocr.parquet"
-    report = build_cache(pictures, path, num_workers=2, progress=False)
+    images, path = [sign("HELLO\ngood day"), sign("EXIT")], tmp_path / "ocr.parquet"
+    report = build_cache(images, path, num_workers=2, progress=False)
     cache = OcrCache(path)
     assert (report.read, report.known, report.failed) == (2, 0, 0)
-    assert [cache.get(p) for p in pictures] == [RapidOcr().read(p) for p in pictures]
+    assert [cache.get(p) for p in images] == [RapidOcr().read(p) for p in images]
     assert cache.get(sign("other")) is None
 
 
@@ -118,10 +118,10 @@ def test_a_cache_with_an_engine_reads_what_it_lacks_and_can_save_it(tmp_path):
 
 
 def test_a_killed_build_goes_on_from_its_parts_to_the_same_file(tmp_path, monkeypatch):
-    pictures = [plain(i) for i in range(7)]
+    images = [plain(i) for i in range(7)]
     whole, killed = tmp_path / "whole.parquet", tmp_path / "killed.parquet"
     options = {"num_workers": 1, "part_size": 2, "engine": FakeEngine(), "progress": False}
-    build_cache(pictures, whole, **options)
+    build_cache(images, whole, **options)
 
     read_one = ocr._read_one
 
@@ -132,10 +132,10 @@ def test_a_killed_build_goes_on_from_its_parts_to_the_same_file(tmp_path, monkey
 
     monkeypatch.setattr(ocr, "_read_one", dies)
     with pytest.raises(KeyboardInterrupt):
-        build_cache(pictures, killed, **options)
+        build_cache(images, killed, **options)
     monkeypatch.undo()
     assert not killed.exists()
-    report = build_cache(pictures, killed, **options)
+    report = build_cache(images, killed, **options)
     assert (report.read, report.known) == (3, 4)
     assert killed.read_bytes() == whole.read_bytes()
     assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
@@ -148,13 +148,13 @@ REDS = [3, 9, 3, 255, 7, 1, 9, 4, 5, 6]  # twice 3, twice 9, and one that cannot
 def test_shards_of_several_machines_merge_to_the_file_of_one_even_after_a_kill(
     tmp_path, monkeypatch
 ):
-    pictures = [plain(red) for red in REDS]
+    images = [plain(red) for red in REDS]
     whole, path = tmp_path / "whole.parquet", tmp_path / "ocr.parquet"
     for file in (whole, path):
         build_cache([plain(6)], file, **FAKE)  # a file that is extended
-    build_cache(pictures, whole, **FAKE)
+    build_cache(images, whole, **FAKE)
     for index in (0, 1):
-        build_cache(pictures, path, shard=(index, 3), **FAKE)
+        build_cache(images, path, shard=(index, 3), **FAKE)
 
     read_one = ocr._read_one
 
@@ -166,23 +166,23 @@ def test_shards_of_several_machines_merge_to_the_file_of_one_even_after_a_kill(
     with monkeypatch.context() as patch:
         patch.setattr(ocr, "_read_one", dies)
         with pytest.raises(KeyboardInterrupt):
-            build_cache(pictures, path, shard=(2, 3), **FAKE)
+            build_cache(images, path, shard=(2, 3), **FAKE)
     with pytest.raises(ValueError, match=r"ocr.2-of-3.parquet: missing; --shard 2/3 makes it"):
         merge_shards(path, 3)
-    assert build_cache(pictures, path, shard=(2, 3), **FAKE).known == 2  # from its saved part
+    assert build_cache(images, path, shard=(2, 3), **FAKE).known == 2  # from its saved part
     merge_shards(path, 3)
     assert path.read_bytes() == whole.read_bytes()
-    report = build_cache(pictures, path, shard=(0, 2), **FAKE)
+    report = build_cache(images, path, shard=(0, 2), **FAKE)
     assert (report.read, report.known) == (0, 5)
-    report = build_cache(pictures, path, shard=(1, 2), **FAKE)
-    assert report.failures == {"RuntimeError: engine failed": [3]}  # its place among all pictures
+    report = build_cache(images, path, shard=(1, 2), **FAKE)
+    assert report.failures == {"RuntimeError: engine failed": [3]}  # its place among all images
 
 
 def test_shards_that_do_not_belong_together_are_refused(tmp_path):
     path, word = tmp_path / "ocr.parquet", OcrWord(text="x", box=(0.0, 0.0, 1.0, 1.0), confidence=1)
     write_table(shard_file(path, 0, 2), {"a": ()}, {"engine": "one"})
     write_table(shard_file(path, 1, 2), {"a": (word,)}, {"engine": "one"})
-    with pytest.raises(ValueError, match=r"1-of-2.parquet: has other words .* for picture a"):
+    with pytest.raises(ValueError, match=r"1-of-2.parquet: has other words .* for image a"):
         merge_shards(path, 2)
     write_table(shard_file(path, 1, 2), {"a": ()}, {"engine": "two"})
     with pytest.raises(
@@ -202,8 +202,8 @@ def test_the_command_reads_shards_and_merges_them(tmp_path, monkeypatch, capsys)
         with pytest.raises(SystemExit, match="0"):
             script.main([out, "--workers=1", *what])
         said.append(capsys.readouterr().out)
-    assert "ocr.0-of-2.parquet: 3 pictures" in said[0] and "read 2, known" in said[1]
-    assert "ocr.parquet: 5 pictures" in said[2] and len(OcrCache(tmp_path / "ocr.parquet")) == 5
+    assert "ocr.0-of-2.parquet: 3 images" in said[0] and "read 2, known" in said[1]
+    assert "ocr.parquet: 5 images" in said[2] and len(OcrCache(tmp_path / "ocr.parquet")) == 5
     with pytest.raises(SystemExit):
         script.main([out, folder, "--shard=2/2"])
     assert "write I/N with 0 <= I < N" in capsys.readouterr().err
@@ -212,7 +212,7 @@ def test_the_command_reads_shards_and_merges_them(tmp_path, monkeypatch, capsys)
     assert "--merge N: takes N >= 1 shards, and no --shard" in capsys.readouterr().err
 
 
-def test_failures_are_counted_by_reason_and_the_other_pictures_are_read(tmp_path):
+def test_failures_are_counted_by_reason_and_the_other_images_are_read(tmp_path):
     path = tmp_path / "ocr.parquet"
     report = build_cache(Broken(), path, num_workers=1, engine=FakeEngine(), progress=False)
     assert report.failures == {"OSError: truncated": [1]} and report.read == 2
@@ -250,8 +250,8 @@ def test_three_thousand_rows_stay_under_a_megabyte(tmp_path):
     assert read_table(path)[0] == table
 
 
-def test_the_command_reads_a_folder_and_names_a_truncated_picture(tmp_path):
-    folder = tmp_path / "pictures"
+def test_the_command_reads_a_folder_and_names_a_truncated_image(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     sign("EXIT").save(folder / "exit.png")
     data = (folder / "exit.png").read_bytes()
@@ -277,7 +277,7 @@ def test_the_command_reads_a_folder_and_names_a_truncated_picture(tmp_path):
 def test_the_command_says_what_is_wrong_with_an_empty_folder(tmp_path):
     command = [sys.executable, "-m", "scripts.ocr", "--out", "x.parquet", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "no picture files" in done.stderr
+    assert done.returncode == 2 and "no image files" in done.stderr
 
 
 TABLE = """level\tpage_num\tblock_num\tpar_num\tline_num\tword_num\tleft\ttop\twidth\theight\tconf\ttext
@@ -309,7 +309,7 @@ def test_tesseract_reads_rendered_words_in_reading_order():
     assert engine.settings["version"][0].isdigit()
 
 
-def test_the_pictures_of_a_data_set_are_read_once_each(tmp_path):
+def test_the_images_of_a_data_set_are_read_once_each(tmp_path):
     for red, name in ((7, "a"), (9, "b")):
         plain(red).save(tmp_path / f"{name}.png")
     rows = [{"image": f"{name}.png", "question": f"{i}?", "task": "vqa", "answers": ["x"]}
@@ -319,17 +319,17 @@ def test_the_pictures_of_a_data_set_are_read_once_each(tmp_path):
     scenes = {"name": "scenes", "task": "vqa", "num_samples": 3}
     config = {"experts": {"one": {}}, "data": {"sources": [source, scenes]}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    pictures = source_pictures(load_config(tmp_path / "run.yaml"), None)
-    assert len(pictures) == 3 and len(pickle.loads(pickle.dumps(pictures))) == 3
+    images = source_images(load_config(tmp_path / "run.yaml"), None)
+    assert len(images) == 3 and len(pickle.loads(pickle.dumps(images))) == 3
     options = {"num_workers": 1, "engine": FakeEngine(), "progress": False}
-    report = build_cache(pictures, tmp_path / "words.parquet", **options)
+    report = build_cache(images, tmp_path / "words.parquet", **options)
     assert (report.read, report.failed) == (2, 1)
     assert "rows.jsonl:4: missing image" in next(iter(report.failures))
     cached = OcrCache(tmp_path / "words.parquet")
     dataset = open_records(SourceConfig(**source), None, cached)
     assert [dataset[i].ocr[0].text for i in range(3)] == ["7", "9", "7"]
     with pytest.raises(ValueError, match="--source: name one of mine"):
-        source_pictures(load_config(tmp_path / "run.yaml"), "your")
+        source_images(load_config(tmp_path / "run.yaml"), "your")
 
 
 def test_a_source_may_have_its_own_cache(tmp_path):

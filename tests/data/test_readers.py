@@ -14,7 +14,7 @@ from data.readers.record import RecordDataset
 from data.readers.table import FORMATS, open_records
 from data.sample import Sample
 from moa.config import MADE, Format, SourceConfig
-from tests.support.formats import CASES, SIZE, dump, dump_lines, edit, picture
+from tests.support.formats import CASES, SIZE, dump, dump_lines, edit, write_image
 
 PATHS = ("path", "images", "annotations", "ocr")
 
@@ -112,14 +112,14 @@ def test_a_test_split_has_no_answers(tmp_path):
     assert opened("aokvqa", folder)[0].answers == opened("aokvqa_choice", folder)[0].answers == ()
 
 
-def test_text_alone_is_a_sample_without_a_picture(tmp_path):
+def test_text_alone_is_a_sample_without_a_image(tmp_path):
     mixed = opened("llava", written("llava", tmp_path / "llava"))[1]
     assert mixed.image is None and (mixed.question, mixed.answers) == ("Where?", ("In Paris.",))
     science = opened("scienceqa", written("scienceqa", tmp_path / "science"))[1]
     assert science.image is None and science.tags[0] == "text"
 
 
-def test_lengths_are_told_without_opening_a_picture(tmp_path):
+def test_lengths_are_told_without_opening_a_image(tmp_path):
     folder = written("llava", tmp_path / "data")
     (folder / "images/coco/train2017/000000033471.jpg").unlink()
     dataset = opened("llava", folder)
@@ -139,7 +139,7 @@ def test_a_sources_task_overrides_the_rows_own(tmp_path):
     assert opened("gqa", written("gqa", tmp_path / "gqa"), task="yes_no")[0].task == "yes_no"
 
 
-def test_captions_are_one_sample_a_picture_or_one_a_caption(tmp_path):
+def test_captions_are_one_sample_a_image_or_one_a_caption(tmp_path):
     folder = written("coco_captions", tmp_path / "coco")
     each = opened("coco_captions", folder, one_per="caption")
     assert [(s.id, s.image_id, s.answers) for s in map(each.__getitem__, range(3))] == [
@@ -173,7 +173,7 @@ def test_karpathys_file_for_flickr_has_neither_folder_nor_number(tmp_path):
     row = {"sentids": [0], "imgid": 0, "split": "test", "filename": "1007129816.jpg",
            "sentences": [{"tokens": ["a"], "raw": "A man .", "imgid": 0, "sentid": 0}]}  # fmt: skip
     dump(tmp_path / "dataset_flickr30k.json", {"images": [row], "dataset": "flickr30k"})
-    picture(tmp_path / "images/1007129816.jpg")
+    write_image(tmp_path / "images/1007129816.jpg")
     sample = opened("karpathy", tmp_path, path="dataset_flickr30k.json", images="images",
                     split="test", one_per="image")[0]  # fmt: skip
     assert (sample.id, sample.answers) == ("1007129816", ("A man .",))
@@ -226,19 +226,19 @@ def test_a_pickle_that_is_cut_short_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/secret.jpg", "a/../../secret.jpg", "a\0b"])
-def test_a_picture_outside_its_folder_is_never_opened(tmp_path, name):
-    picture(tmp_path / "secret.jpg")
+def test_a_image_outside_its_folder_is_never_opened(tmp_path, name):
+    write_image(tmp_path / "secret.jpg")
     (tmp_path / "images").mkdir()
     dump_lines(tmp_path / "x.jsonl", [{"image": name, "question": "q", "task": "vqa"}])
     error = error_of(opened("jsonl", tmp_path, path="x.jsonl", images="images"), 0)
-    assert error.rule == "picture outside folder" and "x.jsonl:1" in str(error)
+    assert error.rule == "image outside folder" and "x.jsonl:1" in str(error)
 
 
-def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+def test_a_image_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     folder = written("jsonl", tmp_path / "data")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     error = error_of(opened("jsonl", folder), 0)
-    assert error.rule == "picture too large" and "rows.jsonl:1" in str(error)
+    assert error.rule == "image too large" and "rows.jsonl:1" in str(error)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
         ([("human", "<image>a"), ("gpt", "b"), ("gpt", "c")], "has two answers in a row"),
         ([("human", "a"), ("gpt", "b"), ("human", "<image>c"), ("gpt", "d")], "behind the first"),
         ([("human", "<image>a"), ("gpt", "b"), ("human", "c")], "ends with a question"),
-        ([("human", "<image><image>a"), ("gpt", "b")], "has 2 times <image> for 1 pictures"),
+        ([("human", "<image><image>a"), ("gpt", "b")], "has 2 times <image> for 1 images"),
         ([("human", "<image>where? <bbox>"), ("gpt", "b")], "has <bbox>"),
         ([("gpt", "<image>b")], "has no question"),
     ],
@@ -261,11 +261,11 @@ def test_a_conversation_of_another_shape_is_named_with_what_is_wrong(turns, comp
     assert "mix.json: [0]: unreadable row" in str(error) and complaint in str(error)
 
 
-def test_more_pictures_than_one_are_refused(tmp_path):
+def test_more_images_than_one_are_refused(tmp_path):
     folder = written("messages", tmp_path / "data")
     row = {"messages": [{"role": "user", "content": "<image><image>?"}], "images": ["1", "2"]}
     dump_lines(folder / "train.jsonl", [row])
-    assert "has 2 pictures; a sample has one" in str(error_of(opened("messages", folder), 0))
+    assert "has 2 images; a sample has one" in str(error_of(opened("messages", folder), 0))
 
 
 def test_messages_are_read_from_parquet_and_from_a_list_too(tmp_path):
@@ -294,9 +294,9 @@ def test_a_table_names_columns_that_it_lacks(tmp_path):
         opened("table", folder, columns={"queston": "query"})
 
 
-def test_open_clips_table_of_pictures_and_titles_is_read(tmp_path):
+def test_open_clips_table_of_images_and_titles_is_read(tmp_path):
     (tmp_path / "pairs.tsv").write_text("filepath\ttitle\na/1.jpg\ta cat\n")
-    picture(tmp_path / "images/a/1.jpg")
+    write_image(tmp_path / "images/a/1.jpg")
     columns = {"image": "filepath", "answers": "title"}
     sample = opened("table", tmp_path, path="pairs.tsv", images="images", columns=columns,
                     task="caption", prompt="Say what it is.")[0]  # fmt: skip

@@ -24,8 +24,8 @@ def test_a_scene_is_the_same_in_another_process():
 
 
 def test_scenes_of_another_index_split_or_seed_differ():
-    pictures = [("train", 0, 0), ("train", 1, 0), ("test", 0, 0), ("train", 0, 1)]
-    assert len({content_hash(render_scene(*which)[0]) for which in pictures}) == len(pictures)
+    images = [("train", 0, 0), ("train", 1, 0), ("test", 0, 0), ("train", 0, 1)]
+    assert len({content_hash(render_scene(*which)[0]) for which in images}) == len(images)
 
 
 def test_a_box_holds_the_drawing_and_nothing_of_it_lies_outside():
@@ -50,7 +50,7 @@ def test_things_and_sign_do_not_overlap():
                 assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def test_the_same_picture_is_asked_every_trained_task():
+def test_the_same_image_is_asked_every_trained_task():
     asked = {task: {s.image_id for s in map(SceneDataset("train", task, num_samples=40).__getitem__,
                                             range(40))} for task in TRAINED_TASKS}  # fmt: skip
     shared = set.intersection(*asked.values())
@@ -139,7 +139,7 @@ def test_the_prefix_slice_asks_one_question_with_two_answers():
         assert words.answers and not words.boxes and box.boxes and not box.answers
 
 
-def test_the_ocr_slice_shows_a_sign_in_both_kinds_of_picture():
+def test_the_ocr_slice_shows_a_sign_in_both_kinds_of_image():
     slice_ = SceneDataset("slice_ocr", num_samples=12)
     samples = [slice_[i] for i in range(12)]
     assert {s.question for s in samples} == {"what is this?"}

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.checks import BadSampleError
-from data.pictures import open_picture
+from data.images import open_image
 from data.readers.record import RecordDataset, texts_in
 from data.sample import Sample
 from tests.data.test_malformed import paths
@@ -241,6 +241,6 @@ def test_an_image_with_any_bytes_damaged_is_an_image_or_one_line(kind, seed):
     chance = random.Random(seed)
     content = damaged(stored(random_image(seed % 3, 24, 17), kind), chance)
     try:
-        assert open_picture(content, "row 1").mode == "RGB"
+        assert open_image(content, "row 1").mode == "RGB"
     except BadSampleError as error:
         assert str(error).startswith("row 1: ") and "\n" not in str(error)

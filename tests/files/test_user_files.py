@@ -14,9 +14,9 @@ from data.readers.record import RecordDataset, clipped
 from data.readers.table import open_records
 from data.sample import OcrWord
 from moa.config import SourceConfig
-from scripts.ocr import folder_pictures
+from scripts.ocr import folder_images
 from tests.data.test_readers import error_of, no_caches, opened, written  # noqa: F401 - a fixture
-from tests.support.formats import dump, dump_lines, picture, picture_bytes
+from tests.support.formats import dump, dump_lines, image_bytes, write_image
 from tests.support.tiny import random_image
 
 ROW = {"image": "a.png", "question": "q", "task": "vqa", "answers": ["a"]}
@@ -35,7 +35,7 @@ def said_of(dataset: RecordDataset, index: int = 0) -> str:
 
 def table(folder: Path, content: str, name: str = "t.csv", **changes) -> RecordDataset:
     (folder / name).write_text(content, encoding="utf-8")
-    picture(folder / "a.png")
+    write_image(folder / "a.png")
     return opened("table", folder, path=name, **{"columns": None, "images": ".", **changes})
 
 
@@ -131,7 +131,7 @@ def test_an_image_name_that_the_system_refuses_is_a_bad_sample(tmp_path):
 
 
 def test_a_broken_row_of_a_csv_leaves_the_others(tmp_path):
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     lines = [b"image,question,answers", b"a.png,q,good", b"a.png,caf\xe9,x", b"a.png,q",
              b'a.png,q,"5" inch', b"a.png,q,good", b'a.png,q,"open']  # fmt: skip
     (tmp_path / "t.csv").write_bytes(b"\n".join(lines))
@@ -175,7 +175,7 @@ def test_a_cell_is_text_or_is_refused_by_its_column_and_type(name, suffix, tmp_p
         pq.write_table(pa.Table.from_pylist([row]), tmp_path / file)
     else:
         (tmp_path / file).write_text(json.dumps([row] if suffix == "json" else row))
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     rows = opened("table", tmp_path, path=file, columns=None, images=".")
     if isinstance(right, tuple):
         assert rows[0].answers == right
@@ -186,7 +186,7 @@ def test_a_cell_is_text_or_is_refused_by_its_column_and_type(name, suffix, tmp_p
 def test_a_date_in_a_json_table_stays_text_and_a_column_may_appear_later(tmp_path):
     first = {"image": "a.png", "question": "2020-01-01", "answers": "2020-01-01T00:00:00"}
     dump(tmp_path / "t.json", [first, {**first, "id": "007", "boxes": [[1, 2, 3, 4]]}])
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     rows = opened("table", tmp_path, path="t.json", columns=None, images=".")
     assert (rows[0].question, rows[0].answers) == ("2020-01-01", ("2020-01-01T00:00:00",))
     assert (rows[1].id, rows[1].boxes) == ("007", ((1, 2, 3, 4),))
@@ -196,7 +196,7 @@ def test_a_date_in_a_json_table_stays_text_and_a_column_may_appear_later(tmp_pat
                                    {"id": 1.5}, {"boxes": 3}, {"boxes": "[[1, 2"}, {"frame": [1]}])  # fmt: skip
 def test_every_other_cell_of_a_table_is_checked_too(wrong, tmp_path):
     dump(tmp_path / "t.json", [{**ROW, **wrong}])
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     rows = opened("table", tmp_path, path="t.json", columns=None, images=".")
     assert next(iter(wrong)) in said_of(rows) and "t.json: [0]: unreadable row" in said_of(rows)
 
@@ -208,7 +208,7 @@ def test_class_labels_in_a_list_become_names_and_images_in_a_list_stay_as_they_a
     images = datasets.List(datasets.Image())
     messages = [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}]
     values = {"question": ["q"], "answers": [[1, 0]], "messages": [messages],
-              "images": [[{"bytes": picture_bytes(), "path": None}]]}  # fmt: skip
+              "images": [[{"bytes": image_bytes(), "path": None}]]}  # fmt: skip
     found = datasets.Dataset.from_dict(values)
     found.cast_column("answers", labels).cast_column("images", images).to_parquet(
         tmp_path / "t.parquet"
@@ -221,8 +221,8 @@ def test_class_labels_in_a_list_become_names_and_images_in_a_list_stay_as_they_a
 
 @pytest.mark.parametrize("images", [None, "images"])
 def test_a_path_in_a_cell_of_a_table_follows_the_rule_of_every_format(images, tmp_path):
-    picture(tmp_path / "secret.png")
-    picture(tmp_path / "images/a.png")
+    write_image(tmp_path / "secret.png")
+    write_image(tmp_path / "images/a.png")
     cells = [str(tmp_path / "secret.png"), "../secret.png", "a.png", str(tmp_path / "images/a.png")]
     rows = [{"image": {"bytes": None, "path": cell}, "question": "q"} for cell in cells]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
@@ -230,8 +230,8 @@ def test_a_path_in_a_cell_of_a_table_follows_the_rule_of_every_format(images, tm
     if images is None:
         assert "set the source's `images`" in said_of(found)
         return
-    assert "picture outside folder" in said_of(found, 0) and "`images: /`" in said_of(found, 0)
-    assert "picture outside folder" in said_of(found, 1)
+    assert "image outside folder" in said_of(found, 0) and "`images: /`" in said_of(found, 0)
+    assert "image outside folder" in said_of(found, 1)
     assert found[2].size == found[3].size == (40, 30)
 
 
@@ -257,7 +257,7 @@ def test_a_folder_of_csv_files_is_refused_with_a_way_out(tmp_path):
 
 def conversation(folder: Path, row: dict[str, Any], name: str = "llava") -> RecordDataset:
     dump(folder / "c.json", [{"image": "a.png", **row}])
-    picture(folder / "images/a.png")
+    write_image(folder / "images/a.png")
     return opened(name, folder, path="c.json", images="images")
 
 
@@ -332,7 +332,7 @@ def test_a_jsonl_that_is_a_list_or_printed_prettily_is_told_its_form(content, tm
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"])
 def test_only_a_line_feed_ends_a_line(mark, tmp_path):
-    picture(tmp_path / "a.jpg")
+    write_image(tmp_path / "a.jpg")
     for file, bom in (("f.token", ""), ("g.token", "\ufeff")):
         text = f"{bom}a.jpg#0\tA dog{mark}runs .\r\na.jpg#1\tA cat .\n"
         (tmp_path / file).write_bytes(text.encode())
@@ -351,7 +351,7 @@ def test_only_a_line_feed_ends_a_line(mark, tmp_path):
 
 
 def dump_of(folder: Path, question: str) -> RecordDataset:
-    picture(folder / "a.png")
+    write_image(folder / "a.png")
     row = json.dumps({**ROW, "question": question}, ensure_ascii=False)
     (folder / "x.jsonl").write_text(f"\ufeff{row}\r\n", encoding="utf-8")
     return opened("jsonl", folder, path="x.jsonl")
@@ -360,10 +360,10 @@ def dump_of(folder: Path, question: str) -> RecordDataset:
 def test_hidden_files_and_folders_are_left_out(tmp_path):
     names = ["cat/1.png", "dog/1.png", ".ipynb_checkpoints/1.png", "__MACOSX/1.png", "cat/._1.png"]
     for name in names:
-        picture(tmp_path / ".data" / name)  # a folder above may be hidden
+        write_image(tmp_path / ".data" / name)  # a folder above may be hidden
     assert opened("image_folder", tmp_path, path=".data")[0].choices == ("cat", "dog")
     assert len(opened("image_folder", tmp_path, path=".data")) == 2
-    assert [f.parent.name for f in folder_pictures(tmp_path / ".data").files] == ["cat", "dog"]
+    assert [f.parent.name for f in folder_images(tmp_path / ".data").files] == ["cat", "dog"]
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
         for name in ("./1.png", "._1.png", "__MACOSX/._1.png", ".DS_Store"):
             archive.add(tmp_path / ".data/cat/1.png", name)
@@ -397,7 +397,7 @@ def test_a_file_with_holes_in_a_shard_is_a_bad_sample(tmp_path):
 def test_half_a_character_is_refused_in_every_text_of_a_row(name, tmp_path):
     value = ["\ud800"] if name in ("answers", "tags") else "\ud800"
     dump_lines(tmp_path / "x.jsonl", [{**ROW, name: value}, ROW])
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     rows = opened("jsonl", tmp_path, path="x.jsonl")
     assert "x.jsonl:1: unreadable row" in said_of(rows) and name in said_of(rows)
     assert rows[1].question == "q"
@@ -411,7 +411,7 @@ WRONG_WORDS = [{"box": [float("nan"), 0, 5, 5]}, {"box": [0, 0, float("inf"), 5]
 def test_an_ocr_word_that_is_not_finite_is_a_bad_sample(wrong, tmp_path):
     word = {"text": "hi", "box": [0, 0, 5, 5], "confidence": 0.5}
     dump_lines(tmp_path / "x.jsonl", [{**ROW, "ocr": [word]}, {**ROW, "ocr": [word | wrong]}])
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     rows = opened("jsonl", tmp_path, path="x.jsonl")
     assert rows[0].ocr and error_of(rows, 1).rule == "broken OCR word"
     assert f"x.jsonl:2: broken OCR word: 'hi': {next(iter(wrong))} must" in said_of(rows, 1)
@@ -419,7 +419,7 @@ def test_an_ocr_word_that_is_not_finite_is_a_bad_sample(wrong, tmp_path):
 
 @pytest.mark.parametrize("wrong", WRONG_WORDS)
 def test_a_word_of_a_cache_that_is_not_finite_is_a_bad_sample(wrong, tmp_path):
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     dump_lines(tmp_path / "x.jsonl", [ROW])
     word = {"text": "hi", "box": (0.0, 0.0, 5.0, 5.0), "confidence": 0.5}
     key = content_hash(random_image(0, 40, 30))
@@ -464,7 +464,7 @@ def test_boxes_as_shares_are_refused_unless_the_row_says_so(boxes, key, tmp_path
     value = boxes if key == "boxes" else [{"text": "hi", "box": box} for box in boxes]
     rows = [{**ROW, key: value}, {**ROW, key: value, "frame": [1, 1]}]
     dump_lines(tmp_path / "x.jsonl", rows)
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     data = opened("jsonl", tmp_path, path="x.jsonl")
     assert "boxes are read in pixels" in said_of(data) and "`frame`: [1, 1]" in said_of(data)
     found = data[1].boxes if key == "boxes" else tuple(word.box for word in data[1].ocr)
@@ -478,7 +478,7 @@ def test_boxes_as_shares_are_refused_unless_the_row_says_so(boxes, key, tmp_path
 @pytest.mark.parametrize("number", [10**400, -(10**400)])
 def test_a_number_of_400_digits_is_a_bad_sample(number, tmp_path):
     dump_lines(tmp_path / "x.jsonl", [{**ROW, "boxes": [[0, 0, number, 5]]}, ROW])
-    picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     assert "a box is four numbers" in said_of(opened("jsonl", tmp_path, path="x.jsonl"))
 
 
@@ -494,7 +494,7 @@ def test_an_image_of_coco_without_a_size_is_a_bad_sample(side, tmp_path):
 def test_json_of_endless_brackets_in_a_shard_is_a_bad_sample(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
         (tmp_path / "1.json").write_text("[" * 200_000)
-        picture(tmp_path / "1.png")
+        write_image(tmp_path / "1.png")
         archive.add(tmp_path / "1.png", "1.png")
         archive.add(tmp_path / "1.json", "1.json")
     said = said_of(opened("webdataset", tmp_path, path="0.tar"))

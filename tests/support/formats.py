@@ -36,12 +36,12 @@ class Case:
     at: int = 1  # the sample that the damage is about
 
 
-def picture(path: Path) -> None:
+def write_image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     random_image(0, *SIZE).save(path)
 
 
-def picture_bytes() -> bytes:
+def image_bytes() -> bytes:
     stream = io.BytesIO()
     random_image(0, *SIZE).save(stream, "PNG")
     return stream.getvalue()
@@ -100,7 +100,7 @@ def write_vqav2(folder: Path) -> None:
          "answers": ten("red", "green"), "image_id": 42, "answer_type": "other",
          "question_id": 42000},
     ]})  # fmt: skip
-    picture(folder / "images/COCO_val2014_000000000042.jpg")
+    write_image(folder / "images/COCO_val2014_000000000042.jpg")
 
 
 def write_okvqa(folder: Path) -> None:
@@ -116,7 +116,7 @@ def write_okvqa(folder: Path) -> None:
         {"image_id": 51606, "answer_type": "other", "question_type": "four", "question_id": number,
          "answers": answers, "confidence": 3} for number in (516065, 516066)
     ]})  # fmt: skip
-    picture(folder / "images/train2014/COCO_train2014_000000051606.jpg")
+    write_image(folder / "images/train2014/COCO_train2014_000000051606.jpg")
 
 
 def write_aokvqa(folder: Path) -> None:
@@ -126,7 +126,7 @@ def write_aokvqa(folder: Path) -> None:
            "correct_choice_idx": 3, "direct_answers": ["cigarette"] * 9 + ["smoke"],
            "difficult_direct_answer": False, "rationales": ["He's smoking."]}  # fmt: skip
     dump(folder / "val.json", [row, {**row, "question_id": "2Aq5RiEn7eyfWjEbpuYy"}])
-    picture(folder / "images/000000461751.jpg")
+    write_image(folder / "images/000000461751.jpg")
 
 
 def write_gqa(folder: Path) -> None:
@@ -138,7 +138,7 @@ def write_gqa(folder: Path) -> None:
            "types": {"detailed": "verifyAttr", "semantic": "attr", "structural": "verify"},
            "fullAnswer": "Yes, the sky is dark."}  # fmt: skip
     dump(folder / "val.json", {"02930152": row, "07333408": {**row, "answer": "no"}})
-    picture(folder / "images/2354786.jpg")
+    write_image(folder / "images/2354786.jpg")
 
 
 def write_vizwiz(folder: Path) -> None:
@@ -146,15 +146,15 @@ def write_vizwiz(folder: Path) -> None:
            " is a better one.", "answers": [{"answer_confidence": "yes", "answer": "unanswerable"}]
            * 10, "answer_type": "unanswerable", "answerable": 0}  # fmt: skip
     dump(folder / "val.json", [row, {**row, "image": "VizWiz_val_00000001.jpg"}])
-    picture(folder / "images/VizWiz_val_00000000.jpg")
-    picture(folder / "images/VizWiz_val_00000001.jpg")
+    write_image(folder / "images/VizWiz_val_00000000.jpg")
+    write_image(folder / "images/VizWiz_val_00000001.jpg")
 
 
 def write_pope(folder: Path) -> None:
     row = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg",
            "text": "Is there a snowboard in the image?", "label": "yes"}  # fmt: skip
     dump_lines(folder / "coco_pope_random.json", [row, {**row, "question_id": 2, "label": "no"}])
-    picture(folder / "images/COCO_val2014_000000310196.jpg")
+    write_image(folder / "images/COCO_val2014_000000310196.jpg")
 
 
 def write_scienceqa(folder: Path) -> None:
@@ -166,7 +166,7 @@ def write_scienceqa(folder: Path) -> None:
     text = {**row, "hint": "", "image": None, "answer": 0, "subject": "language science"}
     dump(folder / "problems.json", {"1": {**row, "split": "train"}, "5": text, "4": row})
     dump(folder / "pid_splits.json", {"train": ["1"], "test": ["4", "5"], "minitest": ["4"]})
-    picture(folder / "images/test/4/image.png")
+    write_image(folder / "images/test/4/image.png")
 
 
 QUESTIONS = {
@@ -271,7 +271,7 @@ def write_textvqa(folder: Path) -> None:
             {"word": "dakota", "bounding_box": box},
             {"word": "DIGITAL", "bounding_box": {**box, "top_left_x": 0.9}}]},
     ]})  # fmt: skip
-    picture(folder / "images/003a8ae2ef43b901.jpg")
+    write_image(folder / "images/003a8ae2ef43b901.jpg")
 
 
 def write_docvqa(folder: Path) -> None:
@@ -287,7 +287,7 @@ def write_docvqa(folder: Path) -> None:
         {"page": 1, "clockwiseOrientation": 0.1, "width": 80, "height": 60, "unit": "pixel",
          "lines": [{"boundingBox": [8, 3, 39, 3, 39, 9, 8, 9], "text": "Value 0.28",
                     "words": words}]}]})  # fmt: skip
-    picture(folder / "spdocvqa_images/documents/pybv0228_81.png")
+    write_image(folder / "spdocvqa_images/documents/pybv0228_81.png")
 
 
 def write_stvqa(folder: Path) -> None:
@@ -297,7 +297,7 @@ def write_stvqa(folder: Path) -> None:
            "image_id": "COCO_train2014_000000456867"}  # fmt: skip
     dump(folder / "train_task_3.json", {"dataset_name": "st-vqa", "data": [
         row, {**row, "question_id": 9, "answers": ["nokia", "Nokia"]}]})  # fmt: skip
-    picture(folder / "images/coco-text/COCO_train2014_000000456867.jpg")
+    write_image(folder / "images/coco-text/COCO_train2014_000000456867.jpg")
 
 
 def write_ocrvqa(folder: Path) -> None:
@@ -306,14 +306,14 @@ def write_ocrvqa(folder: Path) -> None:
            "questions": ["Who wrote this book?", "Is this a games related book?"],
            "answers": ["Sandra Boynton", "No"], "split": 3}  # fmt: skip
     dump(folder / "dataset.json", {"0761183272": {**row, "split": 1}, "1449430000": row})
-    picture(folder / "images/1449430000.jpg")  # people save every cover as a JPEG
+    write_image(folder / "images/1449430000.jpg")  # people save every cover as a JPEG
 
 
 def write_chartqa(folder: Path) -> None:
     row = {"imgname": "41699051005347.png", "query": "How many food items are shown?",
            "label": "14"}  # fmt: skip
     dump(folder / "test_human.json", [row, {**row, "label": "0.57"}])
-    picture(folder / "png/41699051005347.png")
+    write_image(folder / "png/41699051005347.png")
 
 
 READING = {
@@ -349,7 +349,7 @@ READING = {
                "question": "What name is on the phone?", "answers": ("vanessa",),
                "task": "ocr_vqa", "split": "train", "tags": ("coco-text",)},
         broken=edit("train_task_3.json", lambda v: v["data"][1].update(file_path="../x.jpg")),
-        complaint=("train_task_3.json: data[1]: picture outside folder", "images: '../x.jpg'"),
+        complaint=("train_task_3.json: data[1]: image outside folder", "images: '../x.jpg'"),
     ),
     "ocrvqa": Case(
         write=write_ocrvqa,
@@ -386,8 +386,8 @@ def write_coco(folder: Path) -> None:
                         {"image_id": 391895, "id": 770337, "caption": "A man on a moped. "},
                         {"image_id": 391895, "id": 771687, "caption": "A bike on a dirt road."}],
         "type": "captions"})  # fmt: skip
-    picture(folder / "val2014/COCO_val2014_000000391895.jpg")
-    picture(folder / "val2014/COCO_val2014_000000522418.jpg")
+    write_image(folder / "val2014/COCO_val2014_000000391895.jpg")
+    write_image(folder / "val2014/COCO_val2014_000000522418.jpg")
 
 
 def write_karpathy(folder: Path) -> None:
@@ -401,7 +401,7 @@ def write_karpathy(folder: Path) -> None:
     rows = [image(1, "test", 10), image(2, "restval", 20), image(3, "train", 30)]
     dump(folder / "dataset_coco.json", {"images": rows, "dataset": "coco"})
     for number in (1, 2, 3):
-        picture(folder / f"images/val2014/COCO_val2014_{number:012d}.jpg")
+        write_image(folder / f"images/val2014/COCO_val2014_{number:012d}.jpg")
 
 
 def write_flickr(folder: Path) -> None:
@@ -411,15 +411,15 @@ def write_flickr(folder: Path) -> None:
         "1000092795.jpg| 1| Two men , in a yard .\n"
         "2199200615.jpg| 4   A dog runs across the grass .\n"
     )
-    picture(folder / "images/1000092795.jpg")
-    picture(folder / "images/2199200615.jpg")
+    write_image(folder / "images/1000092795.jpg")
+    write_image(folder / "images/2199200615.jpg")
 
 
 def write_shards(folder: Path) -> None:
     for shard, keys in (("00000", ("000000", "000001")), ("00001", ("000002",))):
         with tarfile.open(folder / f"{shard}.tar", "w") as archive:
             for key in keys:
-                files = {"png": picture_bytes(), "txt": f"a picture {key}".encode(),
+                files = {"png": image_bytes(), "txt": f"a picture {key}".encode(),
                          "json": b'{"width": 40}'}  # fmt: skip
                 for suffix, content in files.items():
                     member = tarfile.TarInfo(f"{key}.{suffix}")
@@ -490,7 +490,7 @@ def write_refcoco(folder: Path) -> None:
         "annotations": [{"segmentation": [[1.0, 2.0]], "area": 7, "iscrowd": 0, "id": 1719310,
                          "image_id": 581857, "bbox": [3.5, 4, 36.9, 20], "category_id": 1}],
         "categories": [{"supercategory": "person", "id": 1, "name": "person"}]})  # fmt: skip
-    picture(folder / "train2014/COCO_train2014_000000581857.jpg")
+    write_image(folder / "train2014/COCO_train2014_000000581857.jpg")
 
 
 ENTITY = """<annotation><filename>1000092795.jpg</filename>
@@ -511,7 +511,7 @@ def write_entities(folder: Path) -> None:
     )
     (folder / "Annotations/1000092795.xml").write_text(ENTITY)
     (folder / "test.txt").write_text("1000092795\n")
-    picture(folder / "images/1000092795.jpg")
+    write_image(folder / "images/1000092795.jpg")
 
 
 def break_entities(folder: Path) -> None:
@@ -524,8 +524,8 @@ def write_visual_genome(folder: Path) -> None:
     dump(folder / "region_descriptions.json", [
         {"regions": [region, {**region, "region_id": 1383, "phrase": "a shade"}], "id": 1},
         {"regions": [{**region, "region_id": 1384, "image_id": 2}], "id": 2}])  # fmt: skip
-    picture(folder / "images/VG_100K/1.jpg")
-    picture(folder / "images/VG_100K_2/2.jpg")
+    write_image(folder / "images/VG_100K/1.jpg")
+    write_image(folder / "images/VG_100K_2/2.jpg")
 
 
 def ask(phrase: str) -> str:
@@ -541,7 +541,7 @@ GROUNDING = {
         first={"id": "451", "image_id": "581857", "question": ask("the lady"), "answers": (),
                "task": "grounding", "split": "testA", "boxes": ((3.5, 4.0, 40.0, 24.0),)},
         broken=edit("instances.json", lambda v: v["annotations"][0].update(bbox=[3, 4, 45, 6])),
-        complaint=("refs(unc).p: [1].sentences[1]: box outside picture", "(3.0, 4.0, 48.0, 10.0)"),
+        complaint=("refs(unc).p: [1].sentences[1]: box outside image", "(3.0, 4.0, 48.0, 10.0)"),
     ),
     "flickr30k_entities": Case(
         write=write_entities,
@@ -551,7 +551,7 @@ GROUNDING = {
                "question": ask("Two young guys"), "task": "grounding",
                "boxes": ((5.0, 10.0, 15.0, 20.0), (0.0, 0.0, 2.0, 4.0))},
         broken=break_entities,
-        complaint=("Sentences/1000092795.txt:1: box outside picture",),
+        complaint=("Sentences/1000092795.txt:1: box outside image",),
     ),
     "visual_genome": Case(
         write=write_visual_genome,
@@ -575,7 +575,7 @@ def write_llava(folder: Path) -> None:
         {"id": "wgByO4Y_0", "model": "", "conversations": [
             {"from": "gpt", "value": "the end of an answer"}, *turns[2:]]},
     ])  # fmt: skip
-    picture(folder / "images/coco/train2017/000000033471.jpg")
+    write_image(folder / "images/coco/train2017/000000033471.jpg")
 
 
 def write_messages(folder: Path) -> None:
@@ -586,20 +586,20 @@ def write_messages(folder: Path) -> None:
     second = {"messages": [{"role": "user", "content": parts},
                            {"role": "assistant", "content": "A dog."}], "image": "a/1.jpg"}  # fmt: skip
     dump_lines(folder / "train.jsonl", [first, second])
-    picture(folder / "images/a/1.jpg")
+    write_image(folder / "images/a/1.jpg")
 
 
 def write_own(folder: Path) -> None:
     row = {"image": "a.png", "question": "what is it?", "task": "vqa", "answers": ["a cat"]}
     words = [{"text": "STOP", "box": [1, 2, 9, 8]}]
     dump_lines(folder / "rows.jsonl", [{**row, "id": 5, "ocr": words, "tags": ["x"]}, row])
-    picture(folder / "a.png")
+    write_image(folder / "a.png")
 
 
 def write_table(folder: Path) -> None:
-    rows = [{"picture": {"bytes": picture_bytes(), "path": "1.png"}, "query": "what?",
+    rows = [{"picture": {"bytes": image_bytes(), "path": "1.png"}, "query": "what?",
              "labels": ["a", "b"], "number": 7},
-            {"picture": {"bytes": picture_bytes(), "path": "2.png"}, "query": "who?",
+            {"picture": {"bytes": image_bytes(), "path": "2.png"}, "query": "who?",
              "labels": ["c"], "number": 8}]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
 
@@ -611,8 +611,8 @@ def break_table(folder: Path) -> None:
 
 
 def write_classes(folder: Path) -> None:
-    picture(folder / "cat/1.jpg")
-    picture(folder / "dog/2.png")
+    write_image(folder / "cat/1.jpg")
+    write_image(folder / "dog/2.png")
 
 
 OTHERS = {
@@ -624,7 +624,7 @@ OTHERS = {
                "question": "What is it?", "answers": ("A café.",),
                "turns": (Turn(question="Where?", answer="In Paris."),)},
         broken=edit("mix.json", lambda v: v[1].update(image="x.jpg")),
-        complaint=("mix.json: [1]: unreadable row: has 0 times <image> for 1 pictures",),
+        complaint=("mix.json: [1]: unreadable row: has 0 times <image> for 1 images",),
     ),
     "messages": Case(
         write=write_messages,
@@ -643,7 +643,7 @@ OTHERS = {
                "answers": ("a cat",), "tags": ("x",),
                "ocr": (OcrWord(text="STOP", box=(1.0, 2.0, 9.0, 8.0), confidence=1.0),)},
         broken=edit_line("rows.jsonl", 1, boxes=[[1, 2, float("nan"), 4]]),
-        complaint=("rows.jsonl:2: box outside picture: box (1.0, 2.0, nan, 4.0)",),
+        complaint=("rows.jsonl:2: box outside image: box (1.0, 2.0, nan, 4.0)",),
     ),
     "table": Case(
         write=write_table,
@@ -653,7 +653,7 @@ OTHERS = {
         first={"id": "7", "image_id": "1", "question": "what?", "answers": ("a", "b"),
                "task": "vqa"},
         broken=break_table,
-        complaint=("rows.parquet: row 2: broken image: picture in the file",),
+        complaint=("rows.parquet: row 2: broken image: image in the file",),
     ),
     "image_folder": Case(
         write=write_classes,
@@ -661,7 +661,7 @@ OTHERS = {
         count=2,
         first={"id": "cat/1.jpg", "image_id": "cat/1.jpg", "question": CLASS, "answers": ("cat",),
                "task": "classification", "choices": ("cat", "dog")},
-        broken=lambda folder: (folder / "dog/2.png").write_bytes(picture_bytes()[:80]),
+        broken=lambda folder: (folder / "dog/2.png").write_bytes(image_bytes()[:80]),
         complaint=("dog/2.png: broken image",),
     ),
 }  # fmt: skip

@@ -103,7 +103,7 @@ def clip_probe(
 ) -> dict[str, Tensor]:
     """Tensors of as many pictures as texts."""
     ids, mask = backbone.processor.texts(texts)
-    found = {"pixel_values": backbone.processor.pictures(images), "input_ids": ids}
+    found = {"pixel_values": backbone.processor.images(images), "input_ids": ids}
     return found if backbone.is_sigmoid else {**found, "attention_mask": mask}
 
 

@@ -16,9 +16,9 @@ from scripts.demo.base.world import LABELS, World
 POINTING, POINTING_HEADS = {"names": 1, "places": 2}, 2  # which tokens, in which layer
 
 
-def alignment_loss(model: Any, pictures: Tensor, names: Tensor) -> Tensor:
+def alignment_loss(model: Any, images: Tensor, names: Tensor) -> Tensor:
     """Cross-entropy of projected patches, read as hidden states, with the first token of their names."""
-    logits = model.lm_head(model.model.language_model.norm(pictures.float()))
+    logits = model.lm_head(model.model.language_model.norm(images.float()))
     return F.cross_entropy(logits.flatten(0, 1), names.flatten())
 
 
@@ -62,11 +62,11 @@ def answer_questions(
         prefix = NUM_PATCHES + 1
         before = torch.arange(prefix).expand(len(rows), -1)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            pictures = projector(features[chosen].to(args.device).float())
-            start = embed(begin.expand(len(rows), 1)).to(pictures.dtype)
-            text = embed(ids.to(args.device)).to(pictures.dtype)
+            images = projector(features[chosen].to(args.device).float())
+            start = embed(begin.expand(len(rows), 1)).to(images.dtype)
+            text = embed(ids.to(args.device)).to(images.dtype)
             out = language(
-                inputs_embeds=torch.cat([start, pictures, text], 1),
+                inputs_embeds=torch.cat([start, images, text], 1),
                 attention_mask=block_mask(segments.to(args.device), prefix),
                 position_ids=torch.cat([before, positions + prefix], 1).to(args.device),
                 use_cache=False,
@@ -79,7 +79,7 @@ def answer_questions(
         weight = weights[:, 1:][supervised].to(args.device)
         losses = F.cross_entropy(logits.float(), target, reduction="none")
         answered = (losses * weight).sum() / weight.sum()
-        aligned = alignment_loss(model, pictures, names[world.labels[chosen].to(args.device)])
+        aligned = alignment_loss(model, images, names[world.labels[chosen].to(args.device)])
         looks = [
             pointing_loss(
                 out.attentions[layer][:, :POINTING_HEADS, prefix:, :prefix].float(),

@@ -49,7 +49,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Pictures are squeezed to a square, so that boxes keep their place in parts of the side."""
+    """Images are squeezed to a square, so that boxes keep their place in parts of the side."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(size=size, do_center_crop=False),

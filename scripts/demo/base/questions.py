@@ -68,7 +68,7 @@ def ask(scene: Scene, words: str | None, rng: np.random.Generator) -> Asked | No
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Several questions about one picture, side by side after its tokens."""
+    """Several questions about one image, side by side after its tokens."""
 
     ids: list[int]
     labels: list[int]
@@ -120,9 +120,9 @@ def pad(rows: list[Row], name: str, value: float, dtype: torch.dtype) -> Tensor:
 
 
 def block_mask(segments: Tensor, prefix: int) -> Tensor:
-    """[batch, 1, seq, seq] 0 where a token may look, the picture and its own question before it, else -inf."""
-    picture = torch.full((segments.shape[0], prefix), -1, device=segments.device)
-    owner = torch.cat([picture, segments], 1)
+    """[batch, 1, seq, seq] 0 where a token may look, the image and its own question before it, else -inf."""
+    image = torch.full((segments.shape[0], prefix), -1, device=segments.device)
+    owner = torch.cat([image, segments], 1)
     same = (owner[:, :, None] == owner[:, None, :]) | (owner == -1)[:, None, :]
     causal = torch.ones(
         owner.shape[1], owner.shape[1], dtype=torch.bool, device=owner.device

@@ -47,7 +47,7 @@ class World:
     pixel_values: Tensor  # [scenes, 3, height, width] float16
     labels: Tensor  # [scenes, patches]
     boxes: Tensor  # [scenes, patches, 4] in parts of the side; NaN on the ground
-    hashes: list[str]  # of the pictures, as the OCR cache knows them
+    hashes: list[str]  # of the images, as the OCR cache knows them
 
 
 def draw_world(processor: LlavaProcessor, num_scenes: int, seed: int) -> World:

@@ -2,7 +2,7 @@
 
     file -> size checked -> greys of more bits scaled to 8 -> transparency on white -> RGB
 
-Every format, CLIP's too, and the OCR cache open images through `open_picture`.
+Every format, CLIP's too, and the OCR cache open images through `open_image`.
 """
 
 import io
@@ -15,7 +15,8 @@ from PIL import Image
 
 from data.checks import BadSampleError
 
-Picture = Path | bytes | Image.Image  # a file, the bytes of one, or pixels that are there already
+# A file, the bytes of one, or decoded pixels
+StoredImage = Path | bytes | Image.Image
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a TIFF tag, and its value in which 0 is white
 # Bits of a grey value by PIL's name of the stored form, where its mode does not tell
 STORED_BITS = {"I;12": 12, "I;16S": 15, "I;16BS": 15}
@@ -23,7 +24,7 @@ STORED_BITS = {"I;12": 12, "I;16S": 15, "I;16BS": 15}
 STORED_LEVELS = {"L;2": 3, "L;4": 15, "RGB;16B": 65535}
 
 
-def find_picture(folder: str | Path, *names: str) -> Path:
+def find_image(folder: str | Path, *names: str) -> Path:
     """The first of `names` that is a file below `folder`, or where the first would have been.
 
     A name may hold folders but not lead out of `folder` (links inside it are the user's own, and
@@ -36,7 +37,7 @@ def find_picture(folder: str | Path, *names: str) -> Path:
             inside = os.path.relpath(inside, folder)
         if inside.split(os.sep)[0] == os.pardir or "\0" in name:
             hint = "; `images: /` accepts every absolute name" if os.path.isabs(name) else ""
-            raise BadSampleError(str(folder), "picture outside folder", f"{name!r}{hint}")
+            raise BadSampleError(str(folder), "image outside folder", f"{name!r}{hint}")
         paths.append(Path(folder) / inside)
     return next((path for path in paths if is_readable(path)), paths[0])
 
@@ -60,33 +61,33 @@ def coco_number(image: str) -> str:
     return str(int(found[1])) if found else image
 
 
-def named_picture(name: str, folder: str | None) -> Path:
+def named_image(name: str, folder: str | None) -> Path:
     """An image that a row names, in the folder that the config should name."""
     name = name.removeprefix("file://")
     if "://" in name or name.startswith("data:"):
         raise ValueError(f"names an image by its URL, {name!r:.60}; store it as a file")
     if folder is None:
         raise ValueError(f"names an image, {name!r}; set the source's `images`, its folder")
-    return find_picture(folder, name)
+    return find_image(folder, name)
 
 
-def open_picture(picture: Picture, where: str) -> Image.Image:
+def open_image(stored: StoredImage, where: str) -> Image.Image:
     """The whole image as RGB (`to_rgb`), as it is stored (no turning by EXIF): boxes count its pixels.
 
     PIL reads lazily, and a truncated file shows only when it is converted. An image of more pixels
     than PIL's MAX_IMAGE_PIXELS is refused before it is decoded.
     """
-    if isinstance(picture, Path) and not is_readable(picture):
-        raise BadSampleError(where, "missing image", str(picture))
-    name = str(picture) if isinstance(picture, Path) else "picture in the file"
+    if isinstance(stored, Path) and not is_readable(stored):
+        raise BadSampleError(where, "missing image", str(stored))
+    name = str(stored) if isinstance(stored, Path) else "image in the file"
     try:
-        if isinstance(picture, Image.Image):
-            return to_rgb(picture)
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+        if isinstance(stored, Image.Image):
+            return to_rgb(stored)
+        with Image.open(io.BytesIO(stored) if isinstance(stored, bytes) else stored) as image:
             check_size(image)
             return to_rgb(image)
     except Image.DecompressionBombError as error:
-        raise BadSampleError(where, "picture too large", f"{name}: {error}") from None
+        raise BadSampleError(where, "image too large", f"{name}: {error}") from None
     except Exception as error:  # the decoders raise errors of any type for broken files
         detail = str(error) or type(error).__name__
         raise BadSampleError(where, "broken image", f"{name}: {detail}") from None

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.checks import BadSampleError
+from data.images import open_image, to_rgb
 from data.ocr import content_hash
-from data.pictures import open_picture, to_rgb
 from tests.support.tiny import random_image
 
 Pixels = np.ndarray  # [height, width] or [height, width, channel]
@@ -26,7 +26,7 @@ def stored(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def opened(content: bytes) -> Pixels:
-    return np.asarray(open_picture(content, "row 1")).astype(int)
+    return np.asarray(open_image(content, "row 1")).astype(int)
 
 
 def rgb(greys: Pixels) -> Pixels:
@@ -240,7 +240,5 @@ def test_an_image_of_too_many_pixels_is_refused_by_its_size_before_it_is_decoded
     content = content.replace(struct.pack(">II", 10_000, 1), struct.pack(">II", 10_000, 10_000), 1)
     crc = struct.pack(">I", zlib.crc32(content[12:29]))
     content = content[:29] + crc + content[33:]
-    with pytest.raises(
-        BadSampleError, match="picture too large: .*10000x10000 pixels; at most 89,"
-    ):
+    with pytest.raises(BadSampleError, match="image too large: .*10000x10000 pixels; at most 89,"):
         opened(content)
