@@ -20,7 +20,7 @@ $(VENV)/.installed: requirements.txt
 	$(BIN)/python -m pip install --requirement requirements.txt
 	@touch $@
 
-demo: setup  ## train, evaluate, merge and export the embedded default; ends with table and pictures
+demo: setup  ## train, evaluate, merge and export the embedded default; ends with table and images
 	rm -rf $(RUN)/merged
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train.py --config configs/demo.yaml out=$(RUN) --overwrite
@@ -43,10 +43,10 @@ check: lint  ## and the fast tests
 
 bench: setup  ## every speed and memory figure, its tables and charts: results/benchmarks.md; half an hour on one core
 	$(BENCH).mixture
-	$(BENCH).mixture --size slice7b --rank 8 --rounds 3
+	$(BENCH).mixture size=slice7b rank=8 rounds=3
 	$(BENCH).precision
 	$(BENCH).growth
-	$(BENCH).generation --experts 4 8 16
+	$(BENCH).generation experts=[4,8,16]
 	$(BENCH).data
 	$(BENCH).planning
 	$(BIN)/python -m bench.merging

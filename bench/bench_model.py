@@ -1,11 +1,11 @@
 """What the speed benchmarks share: a random LLaVA of a chosen size, a batch for it, and clocks."""
 
-import argparse
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import median
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from bench.record import machine
 from data.batch import Batch
 from moa.backbones.llava import Backbone
+from moa.cli.ranges import Count
 from moa.experts.bank import ExpertBank
 from moa.model import MixtureModel
 from moa.routing.router import Router
 
 TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-IMAGE, PAD = 1, 0
+PAD, IMAGE, BEGIN, END = range(4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +63,44 @@ SIZES = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def make_parser(doc: str | None, experts: list[int], rounds: int) -> argparse.ArgumentParser:
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all contenders of one comparison have in common."""
+
+    size: Size
+    num_experts: int
+    rank: int  # of each expert
+    device: str
+    dtype: torch.dtype
+    targets: str = TARGETS
+    checkpointing: bool = False  # recompute each layer in the backward pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
     """The settings that every benchmark of the mixture has."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--experts", type=int, nargs="+", default=experts)
-    parser.add_argument("--rank", type=int, default=4, help="of each expert")
-    parser.add_argument("--rounds", type=int, default=rounds, help="turns of each contender")
-    return parser
+
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    rank: Count = 4  # of each expert
+
+    def at(self, size: Size, num_experts: int) -> Setting:
+        dtype = DTYPES[self.dtype]
+        return Setting(
+            size=size, num_experts=num_experts, rank=self.rank, device=self.device, dtype=dtype
+        )
+
+    def where(self, size: str) -> dict[str, str | int]:
+        """How the numbers were taken."""
+        return machine(self.device) | {"size": size, "dtype": self.dtype, "rank": self.rank}
 
 
-def where(arguments: argparse.Namespace) -> dict[str, str | int]:
-    """What figures of the mixture say of how they were made."""
-    settings = {"size": arguments.size, "dtype": arguments.dtype, "rank": arguments.rank}
-    return machine(arguments.device) | settings
+@dataclass(frozen=True, kw_only=True)
+class Sized(Device):
+    """The same, and how large the model is."""
+
+    size: Literal["tiny", "small", "slice7b", "large", "llava7b"] = "small"
+    experts: list[Count] = field(default_factory=lambda: [8])
 
 
 def make_backbone(size: Size, device: str, dtype: torch.dtype, *, shared: bool = False) -> Backbone:
@@ -89,7 +112,9 @@ def make_backbone(size: Size, device: str, dtype: torch.dtype, *, shared: bool =
     model = _make_model(size, device, dtype)
     if shared:  # strict: every weight is replaced, and the model's own are freed
         model.load_state_dict(_weights(size, device, dtype), assign=True)
-    return Backbone(model=model.requires_grad_(False).eval(), processor=None)
+    backbone = Backbone(model=model.requires_grad_(False).eval(), processor=None)
+    vars(backbone)["_end"] = END  # the token that ends an answer, else read off the processor
+    return backbone
 
 
 @lru_cache(maxsize=1)
@@ -100,28 +125,22 @@ def _weights(size: Size, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _make_model(size: Size, device: str, dtype: torch.dtype) -> nn.Module:
     side = int(size.image_tokens**0.5)
-    vision = CLIPVisionConfig(
-        hidden_size=size.vision_width,
-        intermediate_size=4 * size.vision_width,
-        num_hidden_layers=size.vision_layers,
-        num_attention_heads=size.vision_heads,
-        image_size=14 * side,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=size.vocab,
-        hidden_size=size.width,
-        intermediate_size=size.mlp,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
-        pad_token_id=PAD,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
+    vision: dict[str, Any] = {
+        "image_size": 14 * side,
+        "patch_size": 14,
+        "num_hidden_layers": size.vision_layers,
+    }
+    vision |= {"hidden_size": size.vision_width, "intermediate_size": 4 * size.vision_width}
+    text: dict[str, Any] = {
+        "vocab_size": size.vocab,
+        "hidden_size": size.width,
+        "intermediate_size": size.mlp,
+    }
+    text |= {"num_hidden_layers": size.layers, "num_key_value_heads": size.heads}
+    text |= {"pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END}
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=CLIPVisionConfig(num_attention_heads=size.vision_heads, **vision),
+        text_config=LlamaConfig(num_attention_heads=size.heads, **text),
         image_token_index=IMAGE,
         image_seq_length=side**2,
         vision_feature_layer=-1,
@@ -173,9 +192,7 @@ def make_mixture(
     for site in bank.sites.values():
         for b in site.lora_B.values():
             torch.nn.init.normal_(b, std=0.02)
-    router = Router(experts=num_experts, sites=len(bank.sites), dims=backbone.dims, num_tasks=4).to(
-        device
-    )
+    router = Router(experts=num_experts, sites=len(bank.sites), dims=backbone.dims, num_tasks=4)
     return MixtureModel(backbone, bank, router, kind="softmax").to(device)
 
 
@@ -210,13 +227,19 @@ def ratio(seconds: Mapping[str, list[float]], one: str, other: str) -> float:
     return median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
 
+def ratios(
+    seconds: Mapping[str, list[float]], pairs: Iterable[tuple[str, str]]
+) -> dict[str, float]:
+    return {f"{one} / {other}": ratio(seconds, one, other) for one, other in pairs}
+
+
 def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     """Bytes kept for the backward pass, each storage once, parameters left out."""
     skip = {p.untyped_storage().data_ptr() for p in parameters}
     kept: dict[int, tuple[int, Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        held = tensor.detach()  # with its history it would hold the graph that holds this function
+        held = tensor.detach()  # its history would keep the graph alive, which holds this function
         storage = held.untyped_storage()
         if storage.data_ptr() not in skip:
             kept[storage.data_ptr()] = storage.nbytes(), held

@@ -18,26 +18,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, XLoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from bench.bench_model import TARGETS, Size, make_backbone, make_batch, make_mixture
+from bench.bench_model import Setting, make_backbone, make_batch, make_mixture
 from moa.backbones.llava import Backbone
 from moa.experts.bank import ExpertBank
 from moa.model import MixtureModel
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all contenders of one comparison have in common."""
-
-    size: Size
-    num_experts: int
-    rank: int  # of each expert
-    device: str
-    dtype: torch.dtype
-    targets: str = TARGETS
-    checkpointing: bool = False  # recompute each layer in the backward pass
-
-    def backbone(self) -> Backbone:
-        return make_backbone(self.size, self.device, self.dtype, shared=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +51,10 @@ class Contender:
         return step
 
 
+def backbone_of(setting: Setting) -> Backbone:
+    return make_backbone(setting.size, setting.device, setting.dtype, shared=True)
+
+
 def ours(setting: Setting) -> Contender:
     model = _mixture(setting)
     batch = make_batch(setting.size, setting.device)
@@ -74,7 +62,7 @@ def ours(setting: Setting) -> Contender:
 
 
 def frozen(setting: Setting) -> Contender:
-    model = without_bank(setting.backbone())
+    model = without_bank(backbone_of(setting))
     probe = nn.Parameter(torch.zeros((), device=setting.device))
     embed = model.model.get_input_embeddings()
     embed.register_forward_hook(lambda m, args, out: out + probe.to(out.dtype))
@@ -83,7 +71,7 @@ def frozen(setting: Setting) -> Contender:
 
 
 def lora(setting: Setting) -> Contender:
-    backbone = setting.backbone()
+    backbone = backbone_of(setting)
     config = LoraConfig(r=setting.rank * setting.num_experts, target_modules=setting.targets)
     return _plain(without_bank(_inside(backbone, get_peft_model(backbone.model, config))), setting)
 
@@ -111,8 +99,8 @@ def xlora(setting: Setting) -> Contender:
     batch = make_batch(setting.size, setting.device)
     with tempfile.TemporaryDirectory() as folder:
         config = LoraConfig(r=setting.rank, target_modules=setting.targets, init_lora_weights=False)
-        get_peft_model(setting.backbone().model, config).save_pretrained(folder)
-        base = setting.backbone().model
+        get_peft_model(backbone_of(setting).model, config).save_pretrained(folder)
+        base = backbone_of(setting).model
         base.config.use_cache = False
         gated = XLoraConfig(
             task_type="CAUSAL_LM",
@@ -136,7 +124,7 @@ def xlora(setting: Setting) -> Contender:
 
 def per_sample(setting: Setting) -> Contender:
     """Each sample has one adapter: less arithmetic than a mixture, and no gates to learn."""
-    backbone = setting.backbone()
+    backbone = backbone_of(setting)
     config = LoraConfig(r=setting.rank, target_modules=setting.targets)
     peft = get_peft_model(backbone.model, config, adapter_name="0")
     for i in range(1, setting.num_experts):
@@ -155,13 +143,8 @@ def per_sample(setting: Setting) -> Contender:
     return replace(plain, loss=loss)
 
 
-CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
-    "frozen": frozen,
-    "lora": lora,
-    "ours": ours,
-    "loop": loop,
-    "xlora": xlora,
-    "per-sample": per_sample,
+CONTENDERS = {
+    f.__name__.replace("_", "-"): f for f in (frozen, lora, ours, loop, xlora, per_sample)
 }
 
 
@@ -191,7 +174,7 @@ def without_bank(backbone: Backbone) -> MixtureModel:
 
 def _mixture(setting: Setting) -> MixtureModel:
     model = make_mixture(
-        setting.backbone(), setting.num_experts, setting.rank, setting.device, setting.targets
+        backbone_of(setting), setting.num_experts, setting.rank, setting.device, setting.targets
     )
     return _ready(model, setting)
 

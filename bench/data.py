@@ -1,6 +1,6 @@
 """Reading samples, with the router's OCR evidence, against PIL and the processor alone; memory over a million rows.
 
-    python -m bench.data [--images 256] [--rows 1000000]
+    python -m bench.data [images=256] [rows=1000000]
 
 Images of 640 x 480 (scikit-image's photographs, as JPEG) with a question each go through reader, OCR cache,
 checks and collation as in training, and beside it, in the same rounds, through nothing but `PIL.Image.open` and
@@ -8,7 +8,6 @@ LLaVA's processor at 336 pixels. Then a process of its own reads every row of a 
 Samples/s are ours over theirs, memory is in MB. Writes results/bench_data.json.
 """
 
-import argparse
 import json
 import multiprocessing
 import statistics
@@ -16,11 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 from skimage import data as photographs
 from transformers import AutoProcessor
@@ -31,6 +32,8 @@ from data.collate import Collator
 from data.ocr import OcrCache, content_hash, write_table
 from data.readers.table import open_records
 from data.sample import OcrWord
+from moa.cli.command import run_command
+from moa.cli.ranges import Count
 from moa.config import SourceConfig
 
 BASE = Path(__file__).parent.parent / "assets/demo_base"
@@ -84,13 +87,10 @@ def open_all(folder: Path, processor: Any, count: int) -> None:
         processor(images=images, text=texts, padding=True, return_tensors="pt")
 
 
-def race(figures: dict[str, Any], count: int) -> None:
+def race(results: dict[str, Any], count: int) -> None:
     processor = AutoProcessor.from_pretrained(BASE)
-    size = {"height": SIDE, "width": SIDE}
-    processor.image_processor.size, processor.image_processor.crop_size = (
-        {"shortest_edge": SIDE},
-        size,
-    )
+    processor.image_processor.size = {"shortest_edge": SIDE}
+    processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder, count)
@@ -98,8 +98,7 @@ def race(figures: dict[str, Any], count: int) -> None:
         for _ in track(range(ROUNDS), description="reading", transient=True):
             ours.append(seconds(lambda: read_all(folder, processor, count)))
             theirs.append(seconds(lambda: open_all(folder, processor, count)))
-    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
-    figures["samples_vs_pil"] = statistics.median(ratios)
+    results["samples_vs_pil"] = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
     print(
         f"{count / min(ours):.0f} samples/s with reader, OCR evidence and collation, "
         f"{count / min(theirs):.0f} with PIL and the processor alone"
@@ -129,7 +128,7 @@ def read_rows(folder: Path) -> tuple[float, float, float]:
     return before, max(peak, resident_mb()), len(samples) / (time.perf_counter() - began)
 
 
-def many_rows(figures: dict[str, Any], count: int) -> None:
+def many_rows(results: dict[str, Any], count: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         Image.new("RGB", (8, 8)).save(folder / "0.jpg")
@@ -138,25 +137,27 @@ def many_rows(figures: dict[str, Any], count: int) -> None:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             before, peak, rate = pool.submit(read_rows, folder).result()
-    figures |= {"rows": count, "rows_extra_mb": peak - before, "rows_per_s": rate}
+    results |= {"rows": count, "rows_extra_mb": peak - before, "rows_per_s": rate}
     print(f"{count} rows: {rate:.0f} rows/s, {peak - before:.0f} MB above the {before:.0f} before")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=256, help="a multiple of 16")
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    args = parser.parse_args()
-    if args.images % BATCH:
-        parser.error(f"--images must be a multiple of {BATCH}, got {args.images}")
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    images: Count = 256  # a multiple of 16
+    rows: Count = 1_000_000
+
+    def __post_init__(self) -> None:
+        if self.images % BATCH:
+            raise ValueError(f"images: must be a multiple of {BATCH}, got {self.images}")
+
+
+def run(settings: Settings, console: Console) -> None:
     torch.set_num_threads(1)
-    figures: dict[str, Any] = {}
-    race(figures, args.images)
-    many_rows(figures, args.rows)
-    write_results("data", {"where": machine(), **figures})
+    results: dict[str, Any] = {}
+    race(results, settings.images)
+    many_rows(results, settings.rows)
+    write_results("data", {"where": machine(), **results})
 
 
 if __name__ == "__main__":
-    main()
+    run_command(Settings, run, __doc__)

@@ -1,7 +1,7 @@
 """Decoding speed of the routed mixture over batch sizes, against the same mixture merged, and PEFT with many adapters.
 
-    python -m bench.generation [--size small|large] [--device cpu|cuda] [--dtype fp32|bf16]
-        [--batches 1 2 4 8 16 32] [--experts 4 8] [--new-tokens 32]
+    python -m bench.generation [size=small|large] [device=cpu|cuda] [dtype=fp32|bf16]
+        [batches=[1,2,4,8,16,32]] [experts=[4,8]] [new_tokens=32]
 
 merged    one gate for all samples, in the weights: what the same model costs without a mixture
 routed    each sample has its own gates of all experts, decided once from its prompt
@@ -9,35 +9,36 @@ peft      `generate(adapter_names=...)`: as many adapters of the same rank, one 
 static    the first two with `cache_implementation="static"`, which is not compiled here
 
 Greedy decoding of prompts with an image each, in turns; the routed model also looks at its evidence and decides.
-Figures are tokens/s over the merged model's, medians over the rounds. Writes results/bench_generation.json.
+The numbers are tokens/s over the merged model's, medians over the rounds. Writes results/bench_generation.json.
 """
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from torch import Tensor
 
 from bench.bench_model import (
-    DTYPES,
     SIZES,
     TARGETS,
-    Size,
+    Setting,
+    Sized,
     make_backbone,
     make_batch,
     make_mixture,
-    make_parser,
     race,
     ratio,
-    where,
 )
 from bench.record import write_results
 from data.batch import Batch
 from moa.backbones.llava import Backbone
+from moa.cli.command import run_command
+from moa.cli.ranges import Count
 from moa.model import MixtureModel
 
 Run = Callable[[Batch], Tensor]
@@ -75,63 +76,58 @@ def peft_run(backbone: Backbone, num_experts: int, rank: int, options: dict[str,
     return run
 
 
-def contenders(
-    num_experts: int, rank: int, size: Size, device: str, dtype: torch.dtype, new_tokens: int
-) -> dict[str, Run]:
-    options: dict[str, Any] = {
-        "max_new_tokens": new_tokens,
-        "min_new_tokens": new_tokens,
-        "do_sample": False,
-    }
-    routed = make_mixture(make_backbone(size, device, dtype), num_experts, rank, device).eval()
-    merged = make_backbone(size, device, dtype)
-    gates = routed.compute_gates(make_batch(size, device, generate=True)).gates
+def contenders(setting: Setting, new_tokens: int) -> dict[str, Run]:
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    options |= {"do_sample": False}
+    place = setting.size, setting.device, setting.dtype
+    count, rank = setting.num_experts, setting.rank
+    routed = make_mixture(make_backbone(*place), count, rank, setting.device).eval()
+    merged = make_backbone(*place)
+    gates = routed.compute_gates(make_batch(setting.size, setting.device, generate=True)).gates
     assert gates is not None  # they are decided per sample
     merge(routed, merged, gates.mean((0, 1)))
     return {
         "merged": lambda batch: decode(merged, batch, **options),
         "routed": lambda batch: routed.generate(batch, **options),
-        "peft": peft_run(make_backbone(size, device, dtype), num_experts, rank, options),
+        "peft": peft_run(make_backbone(*place), count, rank, options),
         "merged static": lambda batch: decode(merged, batch, **options, **STATIC),
         "routed static": lambda batch: routed.generate(batch, **options, **STATIC),
     }
 
 
-def measure(runs: dict[str, Run], batch: Batch, rounds: int, device: str) -> dict[str, float]:
-    """Tokens/s of each over those of the merged model."""
-    seconds = race({n: partial(run, batch) for n, run in runs.items()}, rounds, device)
-    return {name: ratio(seconds, "merged", name) for name in runs}
+@dataclass(frozen=True, kw_only=True)
+class Settings(Sized):
+    experts: list[Count] = field(default_factory=lambda: [4, 8])
+    batches: list[Count] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    new_tokens: Count = 32
+    rounds: Count = 5  # turns of each contender
 
 
-def main() -> None:
+def run(settings: Settings, console: Console) -> None:
     warnings.simplefilter("ignore")
-    parser = make_parser(__doc__, experts=[4, 8], rounds=5)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
-    arguments = parser.parse_args()
-    size, device, dtype = SIZES[arguments.size], arguments.device, DTYPES[arguments.dtype]
-    print(f"{size}, {device}, {arguments.dtype}, {torch.get_num_threads()} threads")
-
+    size, device = SIZES[settings.size], settings.device
+    print(f"{size}, {device}, {settings.dtype}, {torch.get_num_threads()} threads")
     over_merged: dict[int, dict[int, dict[str, float]]] = {}
-    for count in arguments.experts:
-        runs = contenders(count, arguments.rank, size, device, dtype, arguments.new_tokens)
-        for number in arguments.batches:
+    for count in settings.experts:
+        runs = contenders(settings.at(size, count), settings.new_tokens)
+        for number in settings.batches:
             batch = make_batch(replace(size, batch=number), device, generate=True)
-            found = measure(runs, batch, arguments.rounds, device)
+            turns = {name: partial(decoder, batch) for name, decoder in runs.items()}
+            seconds = race(turns, settings.rounds, device)
+            found = {name: ratio(seconds, "merged", name) for name in runs}
             over_merged.setdefault(count, {})[number] = found
             shown = "   ".join(f"{name} {value:.3f}" for name, value in found.items())
             print(f"{count} experts, batch {number:2d}, tokens/s over merged: {shown}", flush=True)
-    figures = {
-        "tokens_vs_merged": min(
-            f["routed"] for each in over_merged.values() for f in each.values()
-        ),
+    routed = [found["routed"] for each in over_merged.values() for found in each.values()]
+    results = {
+        "tokens_vs_merged": min(routed),
         "tokens_over_merged": over_merged,  # experts -> batch -> contender
-        "new_tokens": arguments.new_tokens,
-        "rank": arguments.rank,
-        "where": where(arguments),
+        "new_tokens": settings.new_tokens,
+        "rank": settings.rank,
+        "where": settings.where(settings.size),
     }
-    write_results("generation", figures)
+    write_results("generation", results)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(Settings, run, __doc__)

@@ -1,7 +1,7 @@
 """Training speed and activation memory of the mixture, against what else one could run.
 
-    python -m bench.mixture [--size tiny|small|slice7b|large|llava7b] [--rank 8]
-        [--device cpu|cuda] [--dtype fp32|bf16] [--checkpointing]
+    python -m bench.mixture [size=tiny|small|slice7b|large|llava7b] [rank=8]
+        [device=cpu|cuda] [dtype=fp32|bf16] [checkpointing=true]
 
 One expert layer, and one whole training step (router, forward, backward, AdamW), each beside its
 contenders (bench.contenders). Ratios are ours over theirs, the median over rounds in which
@@ -9,34 +9,60 @@ they took turns. `of peak` is the frozen model's arithmetic per second over that
 product. Writes results/bench_mixture_<size>[_<dtype>][_checkpointed].json.
 """
 
-import argparse
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from torch import Tensor, nn
 
 from bench.bench_model import (
-    DTYPES,
     SIZES,
-    Size,
+    Setting,
+    Sized,
     flops_of,
-    make_parser,
     peak_bytes,
     product_rate,
     race,
     ratio,
     saved_bytes,
-    where,
 )
-from bench.contenders import CONTENDERS, LoopLinear, Setting
+from bench.contenders import CONTENDERS, LoopLinear
 from bench.record import write_results
+from moa.cli.command import run_command
+from moa.cli.ranges import Count, CountOrZero
 from moa.experts.bank import ExpertBank
 
 SLOW = ("loop", "xlora", "per-sample")  # their time grows with the number of experts
 NOT_CHECKPOINTED = ("xlora", "per-sample")  # hooks that are gone when layers are recomputed
+Table = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Sized):
+    experts: list[Count] = field(default_factory=lambda: [2, 4, 8, 16, 32, 64])
+    rounds: Count = 8  # turns of each contender
+    # frozen and ours always run
+    contenders: list[str] = field(default_factory=lambda: [*CONTENDERS])
+    slow_experts: CountOrZero = 4  # loop, xlora and per-sample run for up to so many experts
+    checkpointing: bool = False  # recompute each layer in the backward pass
+
+    def __post_init__(self) -> None:
+        if unknown := {*self.contenders} - {*CONTENDERS}:
+            raise ValueError(f"contenders: no {unknown}; choices: {', '.join(CONTENDERS)}")
+
+    def chosen(self, num_experts: int) -> list[str]:
+        """The contenders that run with so many experts."""
+        left_out = {*(NOT_CHECKPOINTED if self.checkpointing else ())}
+        left_out |= {*(SLOW if num_experts > self.slow_experts else ())}
+        return [
+            n
+            for n in {**dict.fromkeys(self.contenders), "frozen": 0, "ours": 0}
+            if n not in left_out
+        ]
 
 
 def peft_layer(base: nn.Linear, rank: int) -> nn.Module:
@@ -46,31 +72,24 @@ def peft_layer(base: nn.Linear, rank: int) -> nn.Module:
     return model.get_submodule("base_model.model.site")
 
 
-def layer_figures(
-    num_experts: int, rank: int, size: Size, device: str, dtype: torch.dtype, rounds: int
-) -> tuple[dict[str, dict[str, float]], float]:
+def measure_layer(setting: Setting, rounds: int) -> tuple[Table, float]:
     """Milliseconds and saved MiB of one linear layer, forward and backward; its ratio to LoRA."""
     torch.manual_seed(0)
-    width = size.width
+    size, rank, count = setting.size, setting.rank, setting.num_experts
+    device, dtype, width = setting.device, setting.dtype, setting.size.width
     base = nn.Linear(width, width).requires_grad_(False).to(device, dtype)
     holder = nn.ModuleDict({"site": base})
     bank = ExpertBank.attach(holder, ["site"])
-    for i in range(num_experts):
+    for i in range(count):
         bank.add(f"expert{i}", rank=rank, alpha=rank)
     plain = nn.Linear(width, width).requires_grad_(False).to(dtype)
-    lora = peft_layer(plain, rank * num_experts)
-    loop = LoopLinear(base, num_experts, rank)
-    layers = {
-        "frozen": base,
-        "lora": lora.to(device),
-        "ours": holder["site"],
-        "loop": loop.to(device),
-    }
-    tokens = size.image_tokens + size.prompt + size.answer
-    x = torch.randn(size.batch, tokens, width, device=device, dtype=dtype, requires_grad=True)
-    gates = torch.rand(size.batch, 1, num_experts, device=device, requires_grad=True)
-    loop.gates = gates
-    grad = torch.randn(size.batch, tokens, width, device=device, dtype=dtype)
+    lora = peft_layer(plain, rank * count).to(device)
+    loop = LoopLinear(base, count, rank).to(device)
+    layers = {"frozen": base, "lora": lora, "ours": holder["site"], "loop": loop}
+    shape = size.batch, size.image_tokens + size.prompt + size.answer, width
+    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    loop.gates = gates = torch.rand(size.batch, 1, count, device=device, requires_grad=True)
+    grad = torch.randn(shape, device=device, dtype=dtype)
 
     def run(name: str) -> Tensor:
         bank.set_gates(gates)
@@ -83,91 +102,56 @@ def layer_figures(
     seconds = race({name: step(name) for name in layers}, rounds, device)
     owned = [p for layer in layers.values() for p in layer.parameters()]
     memory = {name: saved_bytes(partial(run, name), owned) for name in layers}
-    figures = {n: {"ms": min(seconds[n]) * 1e3, "MiB": memory[n] / 2**20} for n in layers}
-    return figures, ratio(seconds, "ours", "lora")
+    found = {n: {"ms": min(seconds[n]) * 1e3, "MiB": memory[n] / 2**20} for n in layers}
+    return found, ratio(seconds, "ours", "lora")
 
 
-def step_figures(
+def measure_step(
     names: list[str], setting: Setting, rounds: int, peak: float
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+) -> tuple[Table, dict[str, float]]:
     """Milliseconds and MiB of each contender's step, and the ratios of ours to the others'."""
     runs = {name: CONTENDERS[name](setting) for name in names}
     steps = {name: run.stepper() for name, run in runs.items()}
     seconds = race(steps, rounds, setting.device)
     work = flops_of(steps["frozen"])
-    figures = {}
+    found = {}
     for name, run in runs.items():
         best = min(seconds[name])
-        figures[name] = {"ms": best * 1e3, "of peak": work / best / peak}
+        found[name] = {"ms": best * 1e3, "of peak": work / best / peak}
         if setting.device == "cuda":
-            figures[name]["peak MiB"] = peak_bytes(steps[name]) / 2**20
+            found[name]["peak MiB"] = peak_bytes(steps[name]) / 2**20
         else:
-            figures[name]["MiB"] = saved_bytes(run.forward, run.model.parameters()) / 2**20
-    return figures, {name: ratio(seconds, "ours", name) for name in names if name != "ours"}
+            found[name]["MiB"] = saved_bytes(run.forward, run.model.parameters()) / 2**20
+    return found, {name: ratio(seconds, "ours", name) for name in names if name != "ours"}
 
 
-def print_rows(label: str, figures: Mapping[str, Mapping[str, float]]) -> None:
-    for name, values in figures.items():
+def print_rows(label: str, table: Mapping[str, Mapping[str, float]]) -> None:
+    for name, values in table.items():
         row = "".join(f"{unit} {value:9.2f}   " for unit, value in values.items())
         print(f"{label + ', ' + name:34s}{row}", flush=True)
 
 
-def chosen(arguments: argparse.Namespace, num_experts: int) -> list[str]:
-    """The contenders that run: slow ones for few experts, some not with recomputed layers."""
-    left_out = set(NOT_CHECKPOINTED) if arguments.checkpointing else set()
-    left_out |= set(SLOW) if num_experts > arguments.slow_experts else set()
-    return [name for name in arguments.contenders if name not in left_out]
-
-
-def main() -> None:
+def run(settings: Settings, console: Console) -> None:
     warnings.simplefilter("ignore")  # PEFT and transformers disagree on names
-    parser = make_parser(__doc__, experts=[2, 4, 8, 16, 32, 64], rounds=8)
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument(
-        "--slow-experts",
-        type=int,
-        default=4,
-        help=f"{', '.join(SLOW)} run for up to so many experts",
-    )
-    parser.add_argument("--checkpointing", action="store_true", help="recompute each layer")
-    arguments = parser.parse_args()
-    arguments.contenders += [n for n in ("frozen", "ours") if n not in arguments.contenders]
-    size, device, dtype = SIZES[arguments.size], arguments.device, DTYPES[arguments.dtype]
-    print(f"{size}, {device}, {arguments.dtype}, {torch.get_num_threads()} threads")
-
-    peak = product_rate(device, dtype)
-    layer, step = {}, {}
-    layer_ratio, step_ratio = {}, {}
-    for count in arguments.experts:
-        layer[count], layer_ratio[count] = layer_figures(
-            count, arguments.rank, size, device, dtype, arguments.rounds
-        )
+    size = SIZES[settings.size]
+    print(f"{size}, {settings.device}, {settings.dtype}, {torch.get_num_threads()} threads")
+    peak = product_rate(settings.device, settings.at(size, 1).dtype)
+    layer, step, layer_ratio, step_ratio = {}, {}, {}, {}
+    for count in settings.experts:
+        setting = replace(settings.at(size, count), checkpointing=settings.checkpointing)
+        layer[count], layer_ratio[count] = measure_layer(setting, settings.rounds)
         print_rows(f"layer, {count} experts", layer[count])
-        setting = Setting(
-            size=size,
-            num_experts=count,
-            rank=arguments.rank,
-            device=device,
-            dtype=dtype,
-            checkpointing=arguments.checkpointing,
-        )
-        names = chosen(arguments, count)
-        step[count], step_ratio[count] = step_figures(names, setting, arguments.rounds, peak)
+        names = settings.chosen(count)
+        step[count], step_ratio[count] = measure_step(names, setting, settings.rounds, peak)
         print_rows(f"step, {count} experts", step[count])
         print_rows(f"{count} experts, ours over", {"theirs": step_ratio[count]})
-    parts = [arguments.size, *([arguments.dtype] if arguments.dtype != "fp32" else [])]
-    parts += ["checkpointed"] if arguments.checkpointing else []
+    dtype = f"_{settings.dtype}" if settings.dtype != "fp32" else ""
+    name = f"mixture_{settings.size}{dtype}{'_checkpointed' if settings.checkpointing else ''}"
+    ratios = {"layer_ours_over_lora": layer_ratio, "step_ours_over": step_ratio}
     write_results(
-        "_".join(["mixture", *parts]),
-        {
-            "where": where(arguments),
-            "layer_ours_over_lora": layer_ratio,
-            "step_ours_over": step_ratio,
-            "layer": layer,
-            "step": step,
-        },
+        name, {"where": settings.where(settings.size), **ratios, "layer": layer, "step": step}
     )
 
 
 if __name__ == "__main__":
-    main()
+    run_command(Settings, run, __doc__)

@@ -1,6 +1,6 @@
 """The planner against the allocator: what a step takes, planned on shapes and measured on a device.
 
-    python -m bench.planning [--size small|large] [--device cpu|cuda] [--dtype fp32|bf16]
+    python -m bench.planning [size=small|large] [device=cpu|cuda] [dtype=fp32|bf16]
 
 A random LLaVA with its experts and router takes a training step, with and without gradient
 checkpointing. The plan comes from a copy of the model without data; what is measured is the peak of
@@ -11,23 +11,19 @@ measured. Writes results/bench_planning.json.
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
+from rich.console import Console
 from torch._subclasses.fake_tensor import FakeCopyMode
 from torch.profiler import ProfilerActivity, profile
 
-from bench.bench_model import (
-    DTYPES,
-    SIZES,
-    make_backbone,
-    make_batch,
-    make_mixture,
-    make_parser,
-    where,
-)
+from bench.bench_model import SIZES, Sized, make_backbone, make_batch, make_mixture
 from bench.record import write_results
 from data.batch import Batch
+from moa.cli.command import run_command
+from moa.cli.ranges import Count
 from moa.config import StageConfig, TrainConfig
 from moa.model import MixtureModel
 from moa.planning.step import StepCosts, autocast, bytes_of, measure_step
@@ -92,32 +88,37 @@ def optimizer_bytes(model: MixtureModel, train: TrainConfig) -> int:
     return bytes_of(value for state in optimizer.state.values() for value in state.values())
 
 
-def main() -> None:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Sized):
+    experts: list[Count] = field(default_factory=lambda: [4])
+
+
+def run(settings: Settings, console: Console) -> None:
     warnings.simplefilter("ignore")  # of the profiler, about what was allocated before it
-    arguments = make_parser(__doc__, experts=[4], rounds=1).parse_args()
-    size, device = SIZES[arguments.size], arguments.device
+    size, device = SIZES[settings.size], settings.device
     batch = make_batch(size, device)
     mask = batch.attention_mask.clone()
     mask[-1, -1] = 0  # a padded token, and so a mask, as in most batches
     batch = replace(batch, attention_mask=mask)
-    figures: dict[str, object] = {}
-    for count in arguments.experts:
-        for checkpointing in (False, True):
-            train = TrainConfig(precision=arguments.dtype, gradient_checkpointing=checkpointing)
-            backbone = make_backbone(size, device, DTYPES[arguments.dtype])
-            model = make_mixture(backbone, count, arguments.rank, device).train()
-            plan = planned(model, train, batch)
-            if checkpointing:
-                model.enable_gradient_checkpointing()
-            peak, states = measured_peak(model, train, batch, device), optimizer_bytes(model, train)
-            label = f"{count} experts{', checkpointing' if checkpointing else ''}"
-            print(
-                f"{label}: planned {plan.peak / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB; "
-                f"AdamW {plan.optimizer / 2**20:.2f} and {states / 2**20:.2f} MiB"
-            )
-            figures[label] = {"peak": plan.peak / peak, "optimizer": plan.optimizer / states}
-    write_results("planning", {"where": where(arguments), "planned_over_measured": figures})
+    found: dict[str, object] = {}
+    for count, checkpointing in product(settings.experts, (False, True)):
+        setting = settings.at(size, count)
+        train = TrainConfig(precision=settings.dtype, gradient_checkpointing=checkpointing)
+        backbone = make_backbone(size, device, setting.dtype)
+        model = make_mixture(backbone, count, setting.rank, device).train()
+        plan = planned(model, train, batch)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        peak, states = measured_peak(model, train, batch, device), optimizer_bytes(model, train)
+        label = f"{count} experts{', checkpointing' if checkpointing else ''}"
+        print(
+            f"{label}: planned {plan.peak / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB; "
+            f"AdamW {plan.optimizer / 2**20:.2f} and {states / 2**20:.2f} MiB"
+        )
+        found[label] = {"peak": plan.peak / peak, "optimizer": plan.optimizer / states}
+    where = settings.where(settings.size)
+    write_results("planning", {"where": where, "planned_over_measured": found})
 
 
 if __name__ == "__main__":
-    main()
+    run_command(Settings, run, __doc__)

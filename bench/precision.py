@@ -1,6 +1,6 @@
 """What bf16, recomputed layers and kept concatenations bring, each against the same without.
 
-    python -m bench.precision [--size small|slice7b|...] [--experts 8] [--device cpu|cuda]
+    python -m bench.precision [size=small|slice7b|...] [experts=[8]] [device=cpu|cuda]
 
 Training steps of ours and of PEFT LoRA of the same total rank: fp32, bf16 (frozen weights in bf16,
 autocast, experts and router in fp32, as train.precision=bf16 has it), and with gradient
@@ -10,50 +10,53 @@ made anew. Writes results/bench_precision_<size>.json.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from bench.bench_model import (
-    SIZES,
-    make_parser,
-    race,
-    ratio,
-    saved_bytes,
-    where,
-)
-from bench.contenders import CONTENDERS, Setting, ours
+from bench.bench_model import SIZES, Setting, Sized, race, ratios, saved_bytes
+from bench.contenders import CONTENDERS, ours
 from bench.record import write_results
+from moa.cli.command import run_command
+from moa.cli.ranges import Count
 from moa.model import MixtureModel
 
+TRAINING = (
+    ("ours bf16", "ours fp32"),
+    ("ours bf16", "lora bf16"),
+    ("ours fp32", "lora fp32"),
+    ("ours checkpointed", "ours fp32"),
+    ("ours checkpointed", "lora checkpointed"),
+)
+DECODING = (("kept", "anew"), ("kept", "frozen"), ("anew", "frozen"))
 
-def variants(setting: Setting) -> dict[str, Setting]:
-    return {
-        "fp32": setting,
-        "bf16": replace(setting, dtype=torch.bfloat16),
-        "checkpointed": replace(setting, checkpointing=True),
-    }
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Sized):
+    rounds: Count = 6  # turns of each contender
+
+    def __post_init__(self) -> None:
+        if self.dtype != "fp32":
+            raise ValueError("dtype: fp32 and bf16 are both measured; leave it out")
 
 
 def training(setting: Setting, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """Ratios of times, and of saved bytes, of what is compared."""
+    changed = replace(setting, dtype=torch.bfloat16), replace(setting, checkpointing=True)
+    variants = dict(zip(("fp32", "bf16", "checkpointed"), (setting, *changed), strict=True))
     runs = {
         f"{name} {variant}": CONTENDERS[name](own)
-        for variant, own in variants(setting).items()
+        for variant, own in variants.items()
         for name in ("ours", "lora")
     }
     seconds = race({name: run.stepper() for name, run in runs.items()}, rounds, setting.device)
     saved = {n: saved_bytes(run.forward, run.model.parameters()) for n, run in runs.items()}
-    pairs = [
-        ("ours bf16", "ours fp32"),
-        ("ours bf16", "lora bf16"),
-        ("ours fp32", "lora fp32"),
-        ("ours checkpointed", "ours fp32"),
-        ("ours checkpointed", "lora checkpointed"),
-    ]
-    times = {f"{one} / {other}": ratio(seconds, one, other) for one, other in pairs}
-    return times, {f"{one} / {other}": saved[one] / saved[other] for one, other in pairs}
+    shares = {f"{one} / {other}": saved[one] / saved[other] for one, other in TRAINING}
+    return ratios(seconds, TRAINING), shares
 
 
 @torch.no_grad()
@@ -62,56 +65,47 @@ def decoding(setting: Setting, rounds: int) -> dict[str, float]:
     model = ours(setting).model
     assert isinstance(model, MixtureModel)
     bank, batch = model.bank, setting.size.batch
-    dtype, device = setting.dtype, setting.device
-    gates = torch.rand(batch, 1, setting.num_experts, device=device)
+    make: dict[str, Any] = {"dtype": setting.dtype, "device": setting.device}
+    bank.set_gates(torch.rand(batch, 1, setting.num_experts, device=setting.device))
+    sites = [(site, site.base_layer) for site in bank.sites.values()]
     tokens: dict[int, Tensor] = {
-        site.base_layer.in_features: torch.randn(
-            batch, 1, site.base_layer.in_features, dtype=dtype, device=device
-        )
-        for site in bank.sites.values()
+        base.in_features: torch.randn(batch, 1, base.in_features, **make) for _, base in sites
     }
-    bank.set_gates(gates)
     state = bank.context.state
     assert state is not None
 
-    def step(keep: bool) -> Callable[[], None]:
-        def run() -> None:
-            if not keep:
-                state.prepared.clear()
-            for site in bank.sites.values():
-                site(tokens[site.base_layer.in_features])
-
-        return run
+    def step(keep: bool) -> None:
+        if not keep:
+            state.prepared.clear()
+        for site, base in sites:
+            site(tokens[base.in_features])
 
     def frozen() -> None:
-        for site in bank.sites.values():
-            site.base_layer(tokens[site.base_layer.in_features])
+        for _, base in sites:
+            base(tokens[base.in_features])
 
-    seconds = race({"kept": step(True), "anew": step(False), "frozen": frozen}, rounds, device)
-    pairs = [("kept", "anew"), ("kept", "frozen"), ("anew", "frozen")]
-    return {f"{one} / {other}": ratio(seconds, one, other) for one, other in pairs}
+    runs: dict[str, Callable[[], None]] = {
+        "kept": partial(step, True),
+        "anew": partial(step, False),
+        "frozen": frozen,
+    }
+    return ratios(race(runs, rounds, setting.device), DECODING)
 
 
-def main() -> None:
+def run(settings: Settings, console: Console) -> None:
     warnings.simplefilter("ignore")  # PEFT and transformers disagree on names
-    arguments = make_parser(__doc__, experts=[8], rounds=6).parse_args()
-    figures = {}
-    for count in arguments.experts:
-        setting = Setting(
-            size=SIZES[arguments.size],
-            num_experts=count,
-            rank=arguments.rank,
-            device=arguments.device,
-            dtype=torch.float32,
-        )
-        times, saved = training(setting, arguments.rounds)
-        tables = {"time": times, "saved": saved, "decoding": decoding(setting, arguments.rounds)}
+    found = {}
+    for count in settings.experts:
+        setting = settings.at(SIZES[settings.size], count)
+        times, saved = training(setting, settings.rounds)
+        tables = {"time": times, "saved": saved, "decoding": decoding(setting, settings.rounds)}
         for title, rows in tables.items():
             for name, value in rows.items():
                 print(f"{count} experts, {title:9s} {name:36s} {value:6.3f}")
-        figures[count] = tables
-    write_results(f"precision_{arguments.size}", {"where": where(arguments), "experts": figures})
+        found[count] = tables
+    where = settings.where(settings.size)
+    write_results(f"precision_{settings.size}", {"where": where, "experts": found})
 
 
 if __name__ == "__main__":
-    main()
+    run_command(Settings, run, __doc__)

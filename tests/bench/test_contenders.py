@@ -6,12 +6,10 @@ import weakref
 import torch
 from torch import nn
 
-from bench.bench_model import SIZES, make_batch, saved_bytes
-from bench.contenders import LoopLinear, Setting, loop, ours, per_sample
+from bench.bench_model import SIZES, Setting, make_batch, saved_bytes
+from bench.contenders import LoopLinear, loop, ours, per_sample
 
-SETTING = Setting(
-    size=SIZES["tiny"], num_experts=3, rank=4, device="cpu", dtype=torch.float32
-)  # fmt: skip
+SETTING = Setting(size=SIZES["tiny"], num_experts=3, rank=4, device="cpu", dtype=torch.float32)
 
 
 def test_the_loop_over_experts_has_the_loss_of_ours():
