@@ -25,7 +25,11 @@ def parse_arguments() -> argparse.Namespace:
         epilog="settings, with their defaults:\n\n" + describe(RunConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", help="YAML file of settings")
+    parser.add_argument(
+        "--config",
+        action="append",
+        help="YAML file of settings; a second one is laid over the first",
+    )
     known = parser.add_mutually_exclusive_group()
     known.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     known.add_argument(

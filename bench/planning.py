@@ -74,7 +74,7 @@ def measured_peak(model: MixtureModel, train: TrainConfig, batch: Batch, device:
 
     def step() -> None:
         with autocast(device, train):
-            output = model(batch, stage_gates(model, batch, STAGE.name))
+            output = model(batch, stage_gates(model, batch, STAGE.kind))
             loss = output.loss_per_sample.sum() + sum(output.aux.values())
         loss.backward()
 

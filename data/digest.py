@@ -27,11 +27,11 @@ FILES = ("path", "annotations", "ocr", "ocr_cache")
 def digest_sources(sources: Mapping[str, Source], data: DataConfig) -> dict[str, dict[str, Any]]:
     """The digest of each training source, by name."""
     found = {}
-    for config in data.sources:
+    for name, config in data.sources.items():
         words = (
             None if data.ocr_engine else config.ocr_cache or data.ocr_cache
         )  # an engine adds words
-        found[config.name] = digest_source(sources[config.name], replace(config, ocr_cache=words))
+        found[name] = digest_source(sources[name], replace(config, ocr_cache=words))
     return found
 
 

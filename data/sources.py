@@ -1,6 +1,6 @@
 """From the config's source entries to map-style data sets."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from data.boxes import CODECS
@@ -59,11 +59,12 @@ def open_ocr(data: DataConfig, path: str | None = None) -> OcrCache | None:
 
 
 def open_sources(
-    sources: Sequence[SourceConfig],
+    sources: Iterable[SourceConfig],
     data: DataConfig,
     ocr: OcrCache | None,
 ) -> dict[str, Source]:
     """One data set per entry, by name; caches are shared, since they hold their words in memory."""
+    sources = [*sources]
     caches: dict[str | None, OcrCache | None] = {None: ocr}
     for path in {source.ocr_cache for source in sources if source.ocr_cache}:
         caches[path] = open_ocr(data, path)
@@ -73,14 +74,14 @@ def open_sources(
 def open_mixture(config: RunConfig, ocr: OcrCache | None) -> Mixture:
     """The training mixture of a run."""
     data = config.data
-    sources = open_sources(data.sources, data, ocr)
+    sources = open_sources(data.sources.values(), data, ocr)
     grouping = None
     if data.group_by_length:
         grouping = Grouping(batch_size=config.train.batch_size, window=data.group_window)
-    if any(source.counts_draws for source in data.sources):
-        draws = {s.name: draws_of(s, len(sources[s.name])) for s in data.sources}
+    if any(source.counts_draws for source in data.sources.values()):
+        draws = {n: draws_of(s, len(sources[n])) for n, s in data.sources.items()}
         return Mixture(sources, draws=draws, seed=config.seed, grouping=grouping)
-    weights = {s.name: 1.0 if s.weight is None else s.weight for s in data.sources}
+    weights = {n: 1.0 if s.weight is None else s.weight for n, s in data.sources.items()}
     return Mixture(sources, weights, seed=config.seed, grouping=grouping)
 
 

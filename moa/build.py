@@ -221,7 +221,7 @@ def only_adapter(folder: str | Path) -> list[Override]:
     return [
         ("data.expert", "merged"),
         ("router", {"kind": "fixed"}),
-        ("stages", []),
+        ("stages", {}),
         ("experts", {"merged": {"init_from": str(folder)}}),
     ]
 

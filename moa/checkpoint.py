@@ -106,7 +106,7 @@ def expert_card(model: MixtureModel, config: RunConfig, name: str) -> Card:
         base=model.backbone.name,
         fingerprint=model.backbone.fingerprint,
         config=config,
-        sources=[s for s in config.data.sources if config.data.expert or s.expert == name],
+        sources=[s for s in config.data.sources.values() if config.data.expert or s.expert == name],
     )
 
 

@@ -6,7 +6,7 @@ Nothing is changed after loading. The comment beside or above a field is its lin
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
@@ -148,7 +148,7 @@ def is_file_name(name: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    name: str  # stands in logs and tables
+    name: str = "source"  # in logs and tables: its key, where sources have keys
     format: Format = "scenes"  # how its files are written
     path: FilePath | None = None  # file of the questions, captions or rows; or a folder
     images: FilePath | None = None  # folder that the pictures' names are relative to
@@ -199,8 +199,9 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    sources: list[SourceConfig] = field(default_factory=list)  # the training mixture
-    validation: list[SourceConfig] = field(default_factory=list)  # scored by loss during training
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # the training mixture, by name
+    # scored by loss during training, by name
+    validation: dict[str, SourceConfig] = field(default_factory=dict)
     # tasks known to the router, in the order of their ids
     tasks: list[str] = field(default_factory=lambda: ["vqa", "caption", "grounding", "ocr_vqa"])
     expert: str | None = None  # overrides every source's expert: the baseline with a single adapter
@@ -250,8 +251,9 @@ class RateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    # experts: all at once, each on its samples; router: experts frozen; joint: both
-    name: Literal["experts", "router", "joint"]
+    name: str = ""  # in logs: its key
+    # experts: all at once, each on its samples; router: experts frozen; joint: both; null: as its key
+    trains: Literal["experts", "router", "joint"] | None = None
     steps: Count  # optimiser steps
     lr: RateConfig = field(default_factory=RateConfig)
     warmup_steps: CountOrZero = 0  # linear from 0
@@ -261,7 +263,13 @@ class StageConfig:
     # names of data.sources that the stage draws from, in their relative shares; null: all of them
     sources: list[str] | None = None
 
+    @property
+    def kind(self) -> str:
+        return self.trains or self.name
+
     def __post_init__(self) -> None:
+        rule = f"{self.name!r} is neither experts, router nor joint: set trains= to one of them"
+        check(self.kind in ("experts", "router", "joint"), "", rule)
         inside = self.warmup_steps <= self.steps
         check(inside, "warmup_steps", f"must be in 0..{self.steps}, got {self.warmup_steps}")
         known = self.init_from is None or isinstance(self.init_from, str | dict)
@@ -298,7 +306,7 @@ class EvalConfig:
     # steps between validations during training; 0: only at the end of a stage
     every: CountOrZero = 100
     batch_size: Size = 32  # samples per forward
-    sources: list[SourceConfig] = field(default_factory=list)  # what eval.py scores
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # what eval.py scores, by name
     max_new_tokens: Size = 32  # of a generated answer
     num_beams: Size = 1  # 1: greedy
     # eval.py shows beside the router: other gates (off, oracle, uniform, an expert)
@@ -328,7 +336,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    stages: list[StageConfig] = field(default_factory=list)  # of the training, in order
+    stages: dict[str, StageConfig] = field(default_factory=dict)  # of the training, in order
 
     @property
     def routes(self) -> list[str]:
@@ -358,28 +366,25 @@ def check_experts(config: RunConfig) -> None:
 
 def check_sources(config: RunConfig) -> None:
     data, names = config.data, config.routes
-    used = [(f"data.sources.{s.name}.expert", s.expert) for s in data.sources]
-    used += [(f"data.validation.{s.name}.expert", s.expert) for s in data.validation]
-    used += [(f"eval.sources.{s.name}.expert", s.expert) for s in config.eval.sources]
+    used = [(f"data.sources.{n}.expert", s.expert) for n, s in data.sources.items()]
+    used += [(f"data.validation.{n}.expert", s.expert) for n, s in data.validation.items()]
+    used += [(f"eval.sources.{n}.expert", s.expert) for n, s in config.eval.sources.items()]
     used = [("data.expert", data.expert)] if data.expert else used
     for key, expert in used:
         hint = " (none: with router.null_expert=true)" if expert == NONE else ""
         rule = f"no such expert {expert!r}; choices: {names}{hint}"
         check(expert is None or expert in names, key, rule)
     for key, sources in (("data.sources", data.sources), ("data.validation", data.validation)):
-        labels = [s.name for s in sources]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        check(not twice, key, f"two sources have the name {', '.join(twice)}")
-        for source in sources:
+        for name, source in sources.items():
             known = source.task is None or source.task in data.tasks
             choices = f"not in data.tasks; choices: {list(data.tasks)}"
-            check(known, f"{key}.{source.name}.task", f"{source.task!r} is {choices}")
-    check_shares(data.sources)
+            check(known, f"{key}.{name}.task", f"{source.task!r} is {choices}")
+    check_shares(data.sources.values())
     engine = not data.ocr_engine or data.ocr_cache is not None
     check(engine, "data.ocr_engine", "needs data.ocr_cache, the file that its words go to")
 
 
-def check_shares(sources: list[SourceConfig]) -> None:
+def check_shares(sources: Iterable[SourceConfig]) -> None:
     """Draws say how long an epoch is, weights do not: a mixture has one or the other."""
     counted = [s.name for s in sources if s.counts_draws]
     rest = [s.name for s in sources if not s.counts_draws]
@@ -389,17 +394,17 @@ def check_shares(sources: list[SourceConfig]) -> None:
 
 def check_stages(config: RunConfig) -> None:
     kind = config.router.kind
-    for stage in config.stages:
+    for stage in config.stages.values():
         key = f"stages.{stage.name}"
         sources = stage_sources(config, stage)
         check(bool(sources), "data.sources", f"names none, and {key} has {stage.steps} steps")
-        if stage.name == "router":
+        if stage.kind == "router":
             check(kind in (*TRAINED_KINDS, "anchors"), key, f"router.kind={kind} learns nothing")
-        if stage.name == "experts" and config.data.expert is None:
+        if stage.kind == "experts" and config.data.expert is None:
             nobody = [s.name for s in sources if s.expert is None and s.format != "scenes"]
             rule = f"{key} trains each expert on its own samples, and these name none"
             check(not nobody, f"data.sources.{', '.join(nobody)}.expert", rule)
-        if stage.name == "experts":
+        if stage.kind == "experts":
             reached = {config.data.expert or s.expert for s in sources} - {NONE}
             frozen = all(name in config.experts and config.experts[name].frozen for name in reached)
             rule = f"its samples are of frozen experts alone: {sorted(map(str, reached))}"
@@ -413,15 +418,17 @@ def check_stages(config: RunConfig) -> None:
 def stage_sources(config: RunConfig, stage: StageConfig) -> list[SourceConfig]:
     """What the stage draws from; ValueError for a name that is not in data.sources."""
     if stage.sources is None:
-        return config.data.sources
-    key, known = f"stages.{stage.name}.sources", [s.name for s in config.data.sources]
+        return [*config.data.sources.values()]
+    key, known = f"stages.{stage.name}.sources", [*config.data.sources]
     check(bool(stage.sources), key, "names none; null draws from all of data.sources")
     for name in stage.sources:
         check(name in known, key, f"no such source {name!r}; choices: {known}")
         check(stage.sources.count(name) == 1, key, f"names {name!r} twice")
-    return [s for s in config.data.sources if s.name in stage.sources]
+    return [s for name, s in config.data.sources.items() if name in stage.sources]
 
 
-def load_config(path: str | Path | None, overrides: Sequence[Override] = ()) -> RunConfig:
-    """The run's config from a YAML file and `key.sub=value` overrides; see `moa.cli.settings.load`."""
+def load_config(
+    path: str | Path | Sequence[str | Path] | None, overrides: Sequence[Override] = ()
+) -> RunConfig:
+    """The run's config from YAML files and `key.sub=value` overrides; see `moa.cli.settings.load`."""
     return load(RunConfig, path, overrides)

@@ -131,7 +131,7 @@ def scores_of(
 
 def trained_sets(results: Iterable[Result], config: RunConfig) -> set[str]:
     """The data sets with samples of an expert: they name it, or it was trained on a source of their name or task."""
-    own = [s for s in config.data.sources if config.data.expert or s.expert]
+    own = [s for s in config.data.sources.values() if config.data.expert or s.expert]
     names, tasks = {s.name for s in own}, {s.task for s in own if s.task}
     samples = {r.name: [p.sample for p in r.predictions] for r in results}
     return {

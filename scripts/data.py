@@ -88,10 +88,10 @@ def read_settings(arguments: list[str]) -> tuple[Settings, RunConfig, bool]:
         raise ValueError("give either a run's config file or source.path=FILE")
     if files:
         return load(Settings, None, mine), load_config(files[0], rest), True
-    settings = load(Settings, None, ["source.name=source", "source.format=jsonl", *mine])
+    settings = load(Settings, None, ["source.format=jsonl", *mine])
     assert settings.source is not None  # it has a name at least
     source = {k: v for k, v in asdict(settings.source).items() if v is not None}
-    entry = yaml.safe_dump([source], default_flow_style=True, width=10**6)
+    entry = yaml.safe_dump({source.pop("name"): source}, default_flow_style=True, width=10**6)
     config = load_config(None, ["experts={any: {}}", f"data.sources={entry}", *rest])
     return settings, config, False
 
@@ -108,7 +108,7 @@ def collator_of(config: RunConfig, known: bool) -> Collator:
 def chosen(config: RunConfig, only: list[str] | None) -> dict[str, list[SourceConfig]]:
     """Part of the config -> its sources; each data set once, however many parts it is in."""
     parts = (config.data.sources, config.data.validation, config.eval.sources)
-    names = [source.name for part in parts for source in part]
+    names = [name for part in parts for name in part]
     for name in only or ():
         if name not in names:
             raise ValueError(
@@ -116,7 +116,7 @@ def chosen(config: RunConfig, only: list[str] | None) -> dict[str, list[SourceCo
             )
     found: dict[str, list[SourceConfig]] = {}
     for key, part in zip(PARTS, parts, strict=True):
-        fresh = [s for s in part if s not in sum(found.values(), [])]
+        fresh = [s for s in part.values() if s not in sum(found.values(), [])]
         found[key] = [s for s in fresh if only is None or s.name in only]
     return found
 
@@ -126,7 +126,7 @@ def opened(config: RunConfig, settings: Settings) -> dict[str, dict[str, Source]
     data = replace(config.data, ocr_engine=False)
     has_words = data.ocr_cache is not None and Path(data.ocr_cache).is_file()
     ocr = open_ocr(data) if has_words else None
-    check_sources(config.eval.sources)
+    check_sources(config.eval.sources.values())
     parts = chosen(config, settings.only)
     return {key: open_sources(part, data, ocr) for key, part in parts.items()}
 

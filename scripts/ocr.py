@@ -92,7 +92,8 @@ class SourceImages:
 
 def source_images(config: RunConfig, name: str | None) -> SourceImages:
     """The images of the source of that name, or of the only one that has files."""
-    every = [*config.data.sources, *config.data.validation, *config.eval.sources]
+    parts = (config.data.sources, config.data.validation, config.eval.sources)
+    every = [source for part in parts for source in part.values()]
     found = {s.name: s for s in every if s.format != "scenes" and name in (None, s.name)}
     if len(found) != 1:
         names = sorted({s.name for s in every if s.format != "scenes"})

@@ -20,7 +20,7 @@ from scripts.learn_weights import LearnConfig
 from scripts.merge_parts import PartsConfig
 
 EXPERTS = "experts={a: {rank: 2}, b: {rank: 3}}"
-SOURCE = "data.sources=[{name: s, task: vqa, num_samples: 4, expert: a}]"
+SOURCE = "data.sources={s: {task: vqa, num_samples: 4, expert: a}}"
 
 
 def error_of(*overrides: str, path: Path | None = None) -> str:
@@ -47,16 +47,52 @@ def test_an_override_replaces_what_stands_at_its_key(tmp_path):
     assert load_config(file, ["experts.b.rank=5"]).experts["b"].rank == 5
 
 
-def test_a_list_entry_is_named_by_its_number_or_its_name():
-    config = load_config(
-        None, [EXPERTS, SOURCE, "data.sources.s.weight=2", "data.sources.0.seed=7"]
+def test_an_entry_of_a_mapping_has_its_key_as_its_name_and_keeps_its_place():
+    config = load_config(None, [EXPERTS, SOURCE, "data.sources.t={num_samples: 3}",
+                                "data.sources.s.weight=2"])  # fmt: skip
+    assert list(config.data.sources) == ["s", "t"] and config.data.sources["t"].name == "t"
+    assert config.data.sources["s"].weight == 2.0
+    stages = "stages={late: {trains: joint, steps: 3}, joint: {steps: 2}}"
+    assert [s.kind for s in load_config(None, [*RUN, stages]).stages.values()] == ["joint"] * 2
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("stages=[{name: joint, steps: 3}]",
+         "stages: is a mapping by name: write 'joint:' instead of '- name: joint'"),
+        ("data.sources=[{name: a b}]",
+         "data.sources: is a mapping by name: write 'a b:' instead of '- name: a b'"),
+        ("data.sources.t={name: t, num_samples: 3}",
+         "data.sources.t.name: leave it out: 't' is the name already"),
+    ],
+)  # fmt: skip
+def test_a_list_of_an_older_file_is_refused_by_a_line_with_the_way_to_write_it(override, line):
+    assert error_of(SOURCE, override) == line
+
+
+def test_a_second_file_is_laid_over_the_first(tmp_path):
+    first, second = tmp_path / "run.yaml", tmp_path / "preset.yaml"
+    first.write_text(
+        "experts: {a: {rank: 2, alpha: 4}, b: {}}\nrouter: {hidden: 8}\nseed: 1\n"
+        "data: {tasks: [vqa, caption], sources: {s: {num_samples: 4, expert: a}}}\n"
     )
-    assert (config.data.sources[0].weight, config.data.sources[0].seed) == (2.0, 7)
-    assert "choices: [0, 's']" in error_of(SOURCE, "data.sources.t.weight=2")
+    second.write_text(
+        "experts: {a: {rank: 3}}\nrouter: {kind: top_k}\nseed: 2\n"
+        "data: {tasks: [vqa], sources: {t: {num_samples: 5}, s: {weight: 2}}}\n"
+    )
+    config = load_config([first, second], ["seed=3"])
+    assert (config.experts["a"].rank, config.experts["a"].alpha) == (3, 4.0)
+    assert (config.router.kind, config.router.hidden, config.seed) == ("top_k", 8, 3)
+    assert config.data.tasks == ["vqa"] and list(config.data.sources) == ["s", "t"]
+    assert config.data.sources["s"].expert == "a" and config.data.sources["s"].weight == 2.0
+    second.write_text("routr: {kind: top_k}\n")
+    with pytest.raises(ValueError, match=r"run.yaml, .*preset.yaml: routr: Key 'routr' not in"):
+        load_config([first, second])
 
 
 def test_the_resolved_config_reads_back_as_itself(tmp_path):
-    config = load_config(None, [EXPERTS, SOURCE, "stages=[{name: joint, steps: 3}]"])
+    config = load_config(None, [EXPERTS, SOURCE, "stages={joint: {steps: 3}}"])
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     assert load_config(file) == config
@@ -66,15 +102,15 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path):
     ("override", "expected"),
     [
         ("router.topk=1", ["router.topk", "Did you mean: 'top_k'"]),
-        ("stages=[{name: joint, step: 3}]", ["stages.0.step", "'steps'"]),
+        ("stages={joint: {step: 3}}", ["stages.joint.step", "'steps'"]),
         ("experts.a.rnk=3", ["experts.a.rnk", "'rank'"]),
         ("routr.kind=softmax", ["routr", "'router'"]),
         ("router.kind=hard", ["router.kind", "'hard'", "softmax", "anchors"]),
         ("router.evidence=[image, sound]", ["router.evidence", "'sound'", "ocr"]),
         ("train.batch_size=many", ["train.batch_size", "'many'"]),
-        ("stages={joint: {steps: 3}}", ["stages", "list"]),
+        ("data.tasks={a: 1}", ["data.tasks", "list"]),
         ("router=[1]", ["router", "mapping"]),
-        ("stages=[{name: joint}]", ["stages.0.steps", "missing"]),
+        ("stages={joint: {}}", ["stages.joint.steps", "missing"]),
         ("train.batch_size", ["'train.batch_size'", "key.sub=value"]),
     ],
 )
@@ -94,12 +130,12 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         (["train.micro_batch_size=5"], ["train.micro_batch_size", "batch_size=32"]),
         ([SOURCE, "data.sources.s.expert=c"], ["data.sources.s.expert", "'c'", "['a', 'b']"]),
         ([SOURCE, "data.sources.s.task=cook"], ["data.sources.s.task", "'cook'", "caption"]),
-        ([SOURCE, "data.sources.s.weight=0"], ["data.sources.0.weight", "above 0"]),
-        ([SOURCE, "data.sources.s.path=x"], ["data.sources.0.path", "format=scenes"]),
-        (["stages=[{name: router, steps: 2}]"], ["data.sources", "names none"]),
-        ([SOURCE, "router.kind=one_hot", "stages=[{name: router, steps: 2}]"],
+        ([SOURCE, "data.sources.s.weight=0"], ["data.sources.s.weight", "above 0"]),
+        ([SOURCE, "data.sources.s.path=x"], ["data.sources.s.path", "format=scenes"]),
+        (["stages={router: {steps: 2}}"], ["data.sources", "names none"]),
+        ([SOURCE, "router.kind=one_hot", "stages={router: {steps: 2}}"],
          ["stages.router", "one_hot learns nothing"]),
-        ([SOURCE, "stages=[{name: joint, steps: 2, warmup_steps: 3}]"], ["warmup_steps", "0..2"]),
+        ([SOURCE, "stages={joint: {steps: 2, warmup_steps: 3}}"], ["warmup_steps", "0..2"]),
         (["data.tasks=[vqa, vqa]"], ["data.tasks", "vqa twice"]),
         ([SOURCE, "data.ocr_engine=true"], ["data.ocr_engine", "data.ocr_cache"]),
         (["experts={}"], ["experts", "names none"]),
@@ -127,7 +163,7 @@ def test_help_lists_every_setting_with_a_line_of_doc():
     text = describe(RunConfig)
     for key in (
         "router.top_k=2",
-        "stages.N.lr.experts=",
+        "stages.NAME.lr.experts=",
         "experts.NAME.rank=null",
         "train.precision=",
     ):
@@ -143,14 +179,16 @@ def test_every_shipped_run_config_loads(file):
 
 
 def test_the_share_of_a_source_is_a_weight_or_a_number_of_draws():
-    entry = "{{name: {}, task: vqa, num_samples: 4, expert: a, {}}}"
+    entry = "{}: {{task: vqa, num_samples: 4, expert: a, {}}}"
     both = entry.format("s", "weight: 2.0, count: 3")
-    assert "data.sources.0: has weight and count; choose one" in error_of(f"data.sources=[{both}]")
+    assert "data.sources.s: has weight and count; choose one" in error_of(
+        f"data.sources={{{both}}}"
+    )
     mixed = f"{entry.format('s', 'count: 3')}, {entry.format('t', 'weight: 2.0')}"
     message = "data.sources.t: count or epochs of s need count or epochs here too"
-    assert message in error_of(f"data.sources=[{mixed}]")
-    assert "data.sources.0.epochs: must be above 0" in error_of(
-        f"data.sources=[{entry.format('s', 'epochs: 0')}]"
+    assert message in error_of(f"data.sources={{{mixed}}}")
+    assert "data.sources.s.epochs: must be above 0" in error_of(
+        f"data.sources={{{entry.format('s', 'epochs: 0')}}}"
     )
 
 
@@ -160,13 +198,13 @@ def test_off_and_no_are_words_where_words_are_asked_for_and_false_where_booleans
 
 
 def test_an_unknown_key_of_a_list_entry_is_named_there_and_not_where_its_name_stands_elsewhere():
-    entry = "data.sources=[{name: s, task: vqa, num_samples: 4, kind: scenes}]"
-    with pytest.raises(ValueError, match=r"data\.sources\.0\.kind: Key 'kind' not in"):
+    entry = "data.sources={s: {task: vqa, num_samples: 4, kind: scenes}}"
+    with pytest.raises(ValueError, match=r"data\.sources\.s\.kind: Key 'kind' not in"):
         load(RunConfig, None, ["router.kind=softmax", entry])
 
 
-RUN = [EXPERTS, SOURCE, "stages=[{name: joint, steps: 4}]"]
-CLASSES = {RunConfig: RUN, EvalSettings: ["sources=[{name: s, num_samples: 4}]"], MergeConfig: [],
+RUN = [EXPERTS, SOURCE, "stages={joint: {steps: 4}}"]
+CLASSES = {RunConfig: RUN, EvalSettings: ["sources={s: {num_samples: 4}}"], MergeConfig: [],
            AlignConfig: [], AverageConfig: [], DataSettings: [], LearnConfig: [], PartsConfig: []}  # fmt: skip
 # Parts of the keys that take each number; every other pair is an error.
 ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "modality_dropout",
@@ -185,7 +223,8 @@ def numbers() -> Iterator[tuple[type, str, str]]:
     """Every setting of every class that holds numbers: its class, its key, how it is written."""
     for cls in CLASSES:
         for key, kind, *_ in settings(cls, ""):
-            key = key.replace("NAME", "a").replace(".N.", ".0.")
+            key = key.replace("stages.NAME", "stages.joint").replace("sources.NAME", "sources.s")
+            key = key.replace("NAME", "a")
             if kind.startswith(("int", "float")):
                 yield cls, key, "{}"
             elif kind.startswith(("list of int", "list of float")):
@@ -250,7 +289,7 @@ def test_words_and_numbers_are_those_of_yaml_1_2(text, value):
     assert parse_yaml(text) == value
 
 
-KEYS = ["out", "experts", "experts.a.rank", "stages", "stages.0.init_from", "data.sources.0", "seed",
+KEYS = ["out", "experts", "experts.a.rank", "stages", "stages.joint.init_from", "data.sources.s", "seed",
         "model.image_processor", "router.weights", "a.b", "prompt.task_template"]  # fmt: skip
 
 
@@ -274,18 +313,19 @@ def test_a_text_is_taken_as_it_is_and_never_from_the_environment():
 def test_the_home_folder_of_a_path_is_written_out_everywhere(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.yaml").write_text("out: ~/x\nexperts: {a: {init_from: ~/a}}\n")
-    stage = "stages=[{name: joint, steps: 4, init_from: {a: ~/b}}]"
+    stage = "stages={joint: {steps: 4, init_from: {a: ~/b}}}"
     config = load_config("~/run.yaml", [SOURCE, stage])
-    paths = (config.out, config.experts["a"].init_from, config.stages[0].init_from["a"])
+    paths = (config.out, config.experts["a"].init_from, config.stages["joint"].init_from["a"])
     assert paths == tuple(str(tmp_path / name) for name in "xab")
     assert load(MergeConfig, None, ["adapters=[~/*]"]).adapters == [f"{tmp_path}/*"]
     assert "out: must name a file or folder, got ''" in error_of("out=''")
 
 
 def test_an_error_names_the_entry_that_it_is_about():
-    entry = "{name: s, format: jsonl}"
-    assert "eval.sources.0.path: format jsonl needs" in error_of(f"eval.sources=[{entry}]")
-    assert "stages.0.name: Invalid value 'routr'" in error_of("stages=[{name: routr, steps: 2}]")
+    assert "eval.sources.s.path: format jsonl needs" in error_of("eval.sources.s.format=jsonl")
+    assert "stages.routr: 'routr' is neither experts, router nor joint" in error_of(
+        "stages={routr: {steps: 2}}"
+    )
     assert "data.tasks: must be a list, [...], got 'vqa'" in error_of("data.tasks=vqa")
 
 

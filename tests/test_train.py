@@ -110,9 +110,9 @@ def test_the_stage_experts_uses_the_samples_own_expert(unbroken):
 @pytest.mark.slow
 def test_training_lowers_the_loss_and_the_router_learns_its_guidance(world):
     config = toy_config(
-        world, out=str(world / "longer"), data__validation=[], losses__load_balancing=0,
-        stages=[{"name": "experts", "steps": 30, "lr": {"experts": 0.05}},
-                {"name": "router", "steps": 20, "lr": {"router": 0.02}}],
+        world, out=str(world / "longer"), data__validation={}, losses__load_balancing=0,
+        stages={"experts": {"steps": 30, "lr": {"experts": 0.05}},
+                "router": {"steps": 20, "lr": {"router": 0.02}}},
     )  # fmt: skip
     run_once(config)
     losses = [line["loss"] for line in steps_of(config)]
@@ -154,7 +154,7 @@ def test_a_killed_run_goes_on_to_the_losses_of_the_unbroken_one(
 
 
 def test_two_runs_of_one_seed_are_bit_identical_and_of_another_seed_are_not(world, tmp_path):
-    changes = {"stages": [{"name": "joint", "steps": 2}], "data__validation": []}
+    changes = {"stages": {"joint": {"steps": 2}}, "data__validation": {}}
     one, two, other = (
         toy_config(world, out=str(tmp_path / name), seed=seed, **changes)
         for name, seed in (("one", 1), ("two", 1), ("other", 2))
@@ -173,7 +173,7 @@ def test_the_best_checkpoints_of_a_stage_are_kept_and_best_names_the_first(
     monkeypatch.setattr(loop, "validation_losses", lambda *a, **k: {"validation": next(losses)})
     config = toy_config(
         world, out=str(tmp_path / "run"), eval__every=1, train__keep_best=2, train__keep_last=1,
-        train__save_every=100, stages=[{"name": "joint", "steps": 5}],
+        train__save_every=100, stages={"joint": {"steps": 5}},
     )  # fmt: skip
     run_once(config)
     folders = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
@@ -233,7 +233,7 @@ def assert_close(lines: list[dict], others: list[dict]) -> None:
 
 @pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_losses(world, tmp_path):
-    changes = {"stages": [{"name": "joint", "steps": 3}], "data__validation": []}
+    changes = {"stages": {"joint": {"steps": 3}}, "data__validation": {}}
     plain = toy_config(world, out=str(tmp_path / "plain"), **changes)
     saving = toy_config(
         world, out=str(tmp_path / "saving"), train__gradient_checkpointing=True, **changes
@@ -256,7 +256,7 @@ KINDS = [
 
 @pytest.mark.parametrize("router", KINDS, ids=str)
 def test_every_router_kind_trains_and_resumes_exactly(world, tmp_path, monkeypatch, router):
-    stages = [{"name": "experts", "steps": 1}, {"name": "router", "steps": 3}]
+    stages = {"experts": {"steps": 1}, "router": {"steps": 3}}
     changes = {"router": {"hidden": 8, **router}, "stages": stages, "train__save_every": 1}
     whole = toy_config(world, out=str(tmp_path / "whole"), **changes)
     broken = toy_config(world, out=str(tmp_path / "broken"), **changes)
@@ -273,14 +273,14 @@ def test_every_router_kind_trains_and_resumes_exactly(world, tmp_path, monkeypat
 @pytest.mark.slow
 def test_the_stage_router_moves_the_router_alone_and_a_frozen_expert_never_moves(world, tmp_path):
     frozen = {"vqa": {"rank": 2, "alpha": 4, "frozen": True}, "grounding": {"rank": 3, "alpha": 3}}
-    config = toy_config(world, out=str(tmp_path / "run"), experts=frozen, data__validation=[],
+    config = toy_config(world, out=str(tmp_path / "run"), experts=frozen, data__validation={},
                         train__weight_decay=0.1)  # fmt: skip
     before = build_model(config)
     run_once(config)
     after, *_ = load_model(config.out)
     assert same_expert(before, after, "vqa") and not same_expert(before, after, "grounding")
-    router_only = toy_config(world, out=str(tmp_path / "second"), data__validation=[],
-                             stages=[{"name": "router", "steps": 2}])  # fmt: skip
+    router_only = toy_config(world, out=str(tmp_path / "second"), data__validation={},
+                             stages={"router": {"steps": 2}})  # fmt: skip
     before = build_model(router_only)
     run_once(router_only)
     after, *_ = load_model(router_only.out)
@@ -297,8 +297,8 @@ def same_expert(one, other, name: str) -> bool:
 
 @pytest.mark.slow
 def test_the_projector_is_trained_saved_and_resumed_where_asked_for(world, tmp_path, monkeypatch):
-    changes = {"model__train_projector": True, "train__save_every": 1, "data__validation": [],
-               "stages": [{"name": "joint", "steps": 3, "lr": {"projector": 0.01}}]}  # fmt: skip
+    changes = {"model__train_projector": True, "train__save_every": 1, "data__validation": {},
+               "stages": {"joint": {"steps": 3, "lr": {"projector": 0.01}}}}  # fmt: skip
     whole = toy_config(world, out=str(tmp_path / "whole"), **changes)
     broken = toy_config(world, out=str(tmp_path / "broken"), **changes)
     run_once(whole)
@@ -316,7 +316,7 @@ def test_the_projector_is_trained_saved_and_resumed_where_asked_for(world, tmp_p
 def test_a_stage_starts_from_a_run_and_a_router_of_another_config_starts_fresh(
     world, unbroken, tmp_path
 ):
-    stages = [{"name": "router", "steps": 1, "init_from": unbroken.out}]
+    stages = {"router": {"steps": 1, "init_from": unbroken.out}}
     config = toy_config(world, out=str(tmp_path / "same"), stages=stages)
     assert same_expert(load_model(unbroken.out)[0], run_once(config).model, "grounding")
     other = toy_config(world, out=str(tmp_path / "other"), stages=stages,
@@ -330,7 +330,7 @@ def test_a_stage_starts_from_peft_folders_and_refuses_one_of_another_scale(
 ):
     last = Path(unbroken.out) / "checkpoints" / pointed(Path(unbroken.out), "last")
     source = {"vqa": str(last / "experts" / "vqa")}
-    stages = [{"name": "router", "steps": 1, "init_from": source}]
+    stages = {"router": {"steps": 1, "init_from": source}}
     config = toy_config(world, out=str(tmp_path / "run"), stages=stages)
     model = run_once(config).model
     assert same_expert(load_model(last)[0], model, "vqa")
@@ -346,8 +346,8 @@ def test_an_expert_starts_from_its_own_peft_folder(world, unbroken, tmp_path):
     last = Path(unbroken.out) / "checkpoints" / pointed(Path(unbroken.out), "last")
     experts = {"new": {"init_from": str(last / "experts" / "vqa")}}
     config = toy_config(world, out=str(tmp_path / "run"), experts=experts, data__expert="new",
-                        router__kind="fixed", stages=[{"name": "experts", "steps": 1}],
-                        data__validation=[])  # fmt: skip
+                        router__kind="fixed", stages={"experts": {"steps": 1}},
+                        data__validation={})  # fmt: skip
     model = build_model(config)
     assert torch.equal(next(model.bank.parameters("new")),
                        next(load_model(last)[0].bank.parameters("vqa")))  # fmt: skip
@@ -356,7 +356,7 @@ def test_an_expert_starts_from_its_own_peft_folder(world, unbroken, tmp_path):
 
 
 def test_a_trainable_tensor_without_a_gradient_stops_the_run_by_name(world, tmp_path):
-    config = toy_config(world, out=str(tmp_path / "run"), stages=[{"name": "joint", "steps": 2}])
+    config = toy_config(world, out=str(tmp_path / "run"), stages={"joint": {"steps": 2}})
     AcceleratorState._reset_state(reset_partial_state=True)
     run, state = open_run(config, make_accelerator(config))
     run.model.router.forgotten = torch.nn.Parameter(torch.zeros(3))
@@ -378,17 +378,17 @@ def test_a_loss_that_is_not_finite_names_step_rank_and_samples(world, tmp_path):
 def with_bad_rows(world: Path, folder: Path, policy: str) -> RunConfig:
     """The toy world, where every third vqa row has no picture."""
     config = toy_config(world)
-    source = Path(config.data.sources[0].path)
+    source = Path(config.data.sources["vqa"].path)
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     for i, row in enumerate(rows):
         row["image"] = "nowhere.png" if i % 3 == 0 else row["image"]
     path = write_rows(folder / "vqa.jsonl", rows)
-    sources = [{"name": "vqa", "format": "jsonl", "path": str(path), "expert": "vqa",
-                "images": str(source.parent)}]  # fmt: skip
+    sources = {"vqa": {"format": "jsonl", "path": str(path), "expert": "vqa",
+                "images": str(source.parent)}}  # fmt: skip
     return toy_config(
         world, out=str(folder / "run"), data__sources=sources, data__on_bad_sample=policy,
-        data__validation=[{**sources[0], "num_samples": 4}],
-        stages=[{"name": "experts", "steps": 6}],
+        data__validation={"vqa": {**sources["vqa"], "num_samples": 4}},
+        stages={"experts": {"steps": 6}},
     )  # fmt: skip
 
 
@@ -433,8 +433,8 @@ def test_a_source_with_one_percent_of_broken_pictures_trains_to_the_end_with_exa
     path = write_rows(tmp_path / "vqa.jsonl", rows)
     config = toy_config(
         world, out=str(tmp_path / "run"), data__on_bad_sample="skip", data__num_workers=num_workers,
-        data__sources=[{"name": "vqa", "format": "jsonl", "path": str(path), "expert": "vqa"}],
-        data__validation=[], train__batch_size=20, stages=[{"name": "experts", "steps": 36}],
+        data__sources={"vqa": {"format": "jsonl", "path": str(path), "expert": "vqa"}},
+        data__validation={}, train__batch_size=20, stages={"experts": {"steps": 36}},
     )  # fmt: skip
     run = run_once(config)
     drawn = Counter(run.mixture.locate(position)[1] for position in range(36 * 20))
@@ -504,7 +504,7 @@ def test_a_resume_from_an_older_versions_state_says_what_to_do(unbroken, tmp_pat
 
 def test_bf16_trains_and_keeps_what_it_trains_in_fp32(world, tmp_path):
     config = toy_config(world, out=str(tmp_path / "run"), train__precision="bf16",
-                        model__dtype="bf16", data__validation=[])  # fmt: skip
+                        model__dtype="bf16", data__validation={})  # fmt: skip
     run = run_once(config)
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in steps_of(config))
     trained = [*run.model.bank.parameters(), *run.model.router.parameters()]
@@ -540,9 +540,9 @@ def test_a_step_has_the_same_samples_however_they_are_dealt(world, processes, mi
 def test_trackers_work_without_an_account(world, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    config = toy_config(world, out=str(tmp_path / "run"), data__validation=[],
+    config = toy_config(world, out=str(tmp_path / "run"), data__validation={},
                         logging__trackers=["tensorboard", "wandb"],
-                        stages=[{"name": "experts", "steps": 2}])  # fmt: skip
+                        stages={"experts": {"steps": 2}})  # fmt: skip
     run = run_once(config)
     run.accelerator.end_training()
     assert list(Path(config.out).rglob("events.out.tfevents.*"))

@@ -4,7 +4,7 @@
 one of its task, or by exact match where its task has another name. The others are published ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from moa.benchmarks.benchmark import Benchmark
 from moa.benchmarks.captioning import CAPTION, COCO_CAPTIONS
@@ -70,8 +70,9 @@ def benchmark_of(source: SourceConfig) -> str | None:
     return source.benchmark or BY_FORMAT.get(source.format)
 
 
-def check_sources(sources: Sequence[SourceConfig], only: Sequence[str] = ()) -> None:
+def check_sources(sources: Iterable[SourceConfig], only: Sequence[str] = ()) -> None:
     """ValueError for names that the files of results cannot have, and for an unknown benchmark."""
+    sources = [*sources]
     names = [source.name for source in sources]
     folded = [name.casefold() for name in names]
     for name in names:

@@ -24,7 +24,11 @@ def settings_parser(cls: type, about: str | None) -> argparse.ArgumentParser:
         epilog=f"settings:\n{describe(cls)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", help="YAML file of the settings below")
+    parser.add_argument(
+        "--config",
+        action="append",
+        help="YAML file of settings; a second one is laid over the first",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
     return parser
 

@@ -1,7 +1,7 @@
 """How a config dataclass is filled from a file and the command line, and described by `--help`.
 
-An override replaces what stands at its key, so that `experts={lora: {rank: 8}}` leaves one expert.
-A list entry is named by its number or its `name`: `stages.router.steps=100`.
+An override replaces the value at its key, so that `experts={lora: {rank: 8}}` leaves one expert.
+In a mapping of records, such as `stages`, the key of an entry is the record's `name`.
 """
 
 import ast
@@ -46,14 +46,22 @@ class Wrong(ValueError):
         return Wrong(".".join(filter(None, (parent, self.key))), self.message)
 
 
-def load(cls: type[T], path: str | Path | None, overrides: Sequence[Override] = ()) -> T:
-    """Defaults of `cls`, then the YAML file, then `key.sub=value`, as a checked dataclass.
+def load(
+    cls: type[T],
+    path: str | Path | Sequence[str | Path] | None,
+    overrides: Sequence[Override] = (),
+) -> T:
+    """Defaults of `cls`, then the YAML files in turn, then `key.sub=value`, as a checked dataclass.
 
     Raises ValueError naming the file or override, the key, and near or possible choices.
     """
-    raw = read_yaml(expanded(path)) if path is not None else {}
-    if isinstance(raw.get(ROOT), str):
-        raw = visit(cls, raw, "", anchor_at(raw[ROOT]))
+    raw: dict[str, Any] = {}
+    paths = [path] if isinstance(path, str | Path) else path or ()
+    for file in paths:
+        layer = read_yaml(expanded(file))
+        if isinstance(layer.get(ROOT), str):
+            layer = visit(cls, layer, "", anchor_at(layer[ROOT]))
+        raw = laid_over(raw, layer)
     for override in overrides:
         apply_override(raw, override)
     try:
@@ -64,7 +72,17 @@ def load(cls: type[T], path: str | Path | None, overrides: Sequence[Override] = 
             visit(cls, checked, "", check_object)  # slower: finds the whole key
             raise
     except Wrong as error:
-        raise ValueError(f"{path}: {error}" if path is not None else str(error)) from None
+        raise ValueError(
+            ": ".join([*[", ".join(map(str, paths))] * bool(paths), str(error)])
+        ) from None
+
+
+def laid_over(below: Any, above: Any) -> Any:
+    """Mappings joined key by key, in the order of the lower one; anything else is replaced."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    joined = {key: laid_over(below.get(key), value) for key, value in above.items()}
+    return {**below, **joined}
 
 
 def to_object(cls: type[T], raw: dict[Any, Any]) -> T:
@@ -116,13 +134,38 @@ def check_value(kind: Any, marks: Sequence[Any], value: Any, key: str) -> Any:
     outer = dict if dataclasses.is_dataclass(kind) else typing.get_origin(kind)
     if outer in (dict, list) and value is not None:
         if not isinstance(value, outer):
-            one, two = ("mapping", "{...}") if outer is dict else ("list", "[...]")
-            raise Wrong(key, f"must be a {one}, {two}, got {shortened(value)}")
-        return value  # its parts were looked at
+            raise Wrong(key, wrong_container(kind, outer, value))
+        return named(kind, value, key)  # its parts have been checked
     check_texts(value, key)
     if kind in (int, float):
         check_range(next((m for m in marks if isinstance(m, Range)), FINITE), value, key)
     return full_paths(value, key) if PATH in marks else value
+
+
+def wrong_container(kind: Any, outer: type, value: Any) -> str:
+    """The rule that a value breaks which is not a mapping or not a list."""
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, dict) and "name" in first and is_by_name(kind):
+        name = first["name"]
+        return f"is a mapping by name: write '{name}:' instead of '- name: {name}'"
+    one, two = ("mapping", "{...}") if outer is dict else ("list", "[...]")
+    return f"must be a {one}, {two}, got {shortened(value)}"
+
+
+def is_by_name(kind: Any) -> bool:
+    """Whether a type is a mapping of records that have their key as their `name`."""
+    inner = typing.get_args(kind)[1:] if typing.get_origin(kind) is dict else ()
+    return any(isinstance(cls, type) and "name" in type_hints(cls) for cls in inner)
+
+
+def named(kind: Any, value: Any, key: str) -> Any:
+    """A mapping of records, each with its key as its name; any other value as it is."""
+    if not is_by_name(kind):
+        return value
+    for name, entry in value.items():
+        if isinstance(entry, dict) and "name" in entry:
+            raise Wrong(f"{key}.{name}.name", f"leave it out: {name!r} is the name already")
+    return {n: {**e, "name": n} if isinstance(e, dict) else e for n, e in value.items()}
 
 
 def shortened(value: Any) -> str:
@@ -204,16 +247,19 @@ def anchor_at(root: str) -> Leaf:
 
 
 def apply_override(raw: dict[str, Any], override: Override) -> None:
-    """Put the value of `key.sub=value` into nested mappings and lists, in place."""
+    """Put the value of `key.sub=value` into nested mappings, in place."""
     key, value = read_override(override) if isinstance(override, str) else override
-    override = override if isinstance(override, str) else key
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
-        if isinstance(node, dict) and node.get(part) is None:
+        if node.get(part) is None:
             node[part] = {}
-        node = node[entry(node, part, override)]
-    node[entry(node, last, override)] = value
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ValueError(
+                f"{override!r}: {part} is {shortened(node)}, which has no keys; give it whole"
+            )
+    node[last] = value
 
 
 def read_override(override: str) -> tuple[str, Any]:
@@ -241,25 +287,19 @@ def spaced(value: Any) -> Any:
     return found
 
 
-def entry(node: Any, part: str, override: str) -> Any:
-    """The index or key of `part` in a list (by number or `name`) or a mapping."""
-    if isinstance(node, dict):
-        return part
-    if not isinstance(node, list):
-        raise ValueError(f"{override!r}: nothing lies below {node!r}, so it has no {part!r}")
-    names = [item.get("name") if isinstance(item, dict) else None for item in node]
-    found = [i for i, name in enumerate(names) if name == part]
-    if part.isdecimal() and len(part) < 10 and int(part) < len(node):
-        found = [int(part)]
-    if len(found) != 1:
-        choices = [*range(len(node)), *(name for name in names if name)]
-        raise ValueError(f"{override!r}: {part!r} is not one entry; choices: {choices}")
-    return found[0]
-
-
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML that `load` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=100)
+    return yaml.safe_dump(plain(config), sort_keys=False, width=100)
+
+
+def plain(value: Any, *, entry: bool = False) -> Any:
+    """A config as nested mappings; an `entry` of a mapping leaves its name to the key."""
+    if dataclasses.is_dataclass(value):
+        names = [item.name for item in dataclasses.fields(value)]
+        return {n: plain(getattr(value, n)) for n in names if not (entry and n == "name")}
+    if isinstance(value, dict):
+        return {key: plain(inner, entry=True) for key, inner in value.items()}
+    return value
 
 
 def describe(cls: type) -> str:
@@ -284,8 +324,8 @@ def settings(cls: type, prefix: str) -> list[tuple[str, str, str | None, str]]:
             continue
         rows.append((key, type_name(hint), default_of(item), docs.get(item.name, "")))
         if inner and key in ("experts", "stages", "data.sources", "sources"):
-            mark = "NAME" if typing.get_origin(hint) is dict else "N"
-            rows += settings(typing.cast(type, inner[0]), f"{key}.{mark}.")
+            within = settings(typing.cast(type, inner[0]), f"{key}.NAME.")
+            rows += [row for row in within if row[0] != f"{key}.NAME.name"]
     return rows
 
 

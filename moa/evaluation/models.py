@@ -29,7 +29,7 @@ ALONE: tuple[Override, ...] = (
     ("data.expert", "base"),
     ("experts", {"base": {"rank": 1}}),
     ("router", {"kind": "fixed"}),
-    ("stages", []),
+    ("stages", {}),
     ("model.fingerprint", None),  # it is another base than that of the config
 )
 

@@ -59,7 +59,7 @@ def routing_record(
 
 def trained_tasks(config: RunConfig, run: Path) -> set[str]:
     """The tasks that training sources name, and those that the run's log has a loss of."""
-    named = {source.task for source in config.data.sources if source.task is not None}
+    named = {source.task for source in config.data.sources.values() if source.task is not None}
     log = read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
     return named | {key[5:] for row in log for key in row if key.startswith("loss/")}
 

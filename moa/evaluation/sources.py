@@ -30,7 +30,7 @@ from moa.model import MixtureModel
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings:
     # data sets to score; null: the run's eval.sources, or else its data.validation
-    sources: list[SourceConfig] | None = None
+    sources: dict[str, SourceConfig] | None = None
     only: list[str] | None = None  # names of the data sets to score; null: all
     num_samples: Count | None = None  # at most so many of each data set; null: all
     score: bool = True  # false: only write the answers, for splits whose references are secret
@@ -76,11 +76,11 @@ def chosen_sources(config: RunConfig, settings: EvalSettings) -> list[SourceConf
     sources = settings.sources or config.eval.sources or config.data.validation
     if not sources:
         raise ValueError("sources: names none, and the run has neither eval.sources nor validation")
-    check_sources(sources, settings.only or ())
+    check_sources(sources.values(), settings.only or ())
     return [
         replace(source, num_samples=fewest(source.num_samples, settings.num_samples))
-        for source in sources
-        if settings.only is None or source.name in settings.only
+        for name, source in sources.items()
+        if settings.only is None or name in settings.only
     ]
 
 
@@ -160,7 +160,7 @@ def trained_experts(config: RunConfig) -> Callable[[Sample], str | None]:
     """
     by_source: dict[str, set[str]] = {}
     by_task: dict[str, set[str]] = {}
-    for source in config.data.sources:
+    for source in config.data.sources.values():
         if source.expert is not None:
             by_source.setdefault(source.name, set()).add(source.expert)
             for task in tasks_of(source):

@@ -266,7 +266,7 @@ def card_of(
     count, kind = len(source.experts), "a checkpoint" if settings.merged else "one LoRA adapter"
     base = source.base_name(settings.base)
     experts = {expert.name for expert in source.experts}
-    sources = source.config.data.sources if source.config else []
+    sources = [*source.config.data.sources.values()] if source.config else []
     return {
         "base": base,
         "fingerprint": source.base_fingerprint or local_fingerprint(base),

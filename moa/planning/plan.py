@@ -143,7 +143,7 @@ def add_fresh(bank: ExpertBank, name: str, header: ExpertHeader) -> None:
 
 def stage_of(config: RunConfig) -> StageConfig:
     """The config's own stage that trains most; joint where it names none."""
-    by_name = {stage.name: stage for stage in config.stages}
+    by_name = {stage.kind: stage for stage in config.stages.values()}
     found = [by_name[name] for name in ("joint", "experts", "router") if name in by_name]
     return found[0] if found else StageConfig(name="joint", steps=1)
 

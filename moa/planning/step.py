@@ -68,7 +68,7 @@ def measure_step(
     static, visited = live.now, Visited(model)
     with RealMasks(), flops, live, visited:
         with autocast(batch.input_ids.device.type, train):
-            output = model(batch, stage_gates(model, batch, stage.name))
+            output = model(batch, stage_gates(model, batch, stage.kind))
             loss = output.loss_per_sample.sum() + sum(output.aux.values())
         kept = live.now - static
         loss.backward()

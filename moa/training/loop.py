@@ -133,7 +133,7 @@ def train(run: Run, state: TrainState | None) -> None:
 
     Raises TrainingError, BadSampleError or OSError where it cannot go on; the last checkpoint is whole.
     """
-    run.reporter.start(run.step, sum(stage.steps for stage in run.config.stages))
+    run.reporter.start(run.step, sum(stage.steps for stage in run.config.stages.values()))
     try:
         while not run.done and not run.stopping:
             Stage(run, state).run_steps()
@@ -158,7 +158,7 @@ class Stage:
 
     def __init__(self, run: Run, state: TrainState | None):
         """From the stage's start, or from its middle where `state` was saved there."""
-        self.run, self.config = run, run.config.stages[run.stage]
+        self.run, self.config = run, [*run.config.stages.values()][run.stage]
         self.mixture = run.mixture.only(self.config.sources)
         self.first_position = first_position(run.config, run.stage, run.layout.batch_size)
         in_the_middle = state is not None and run.stage_step > 0
@@ -269,7 +269,7 @@ class Stage:
             last = number == len(batches)  # gradients are exchanged once, with the last
             batch = batch.to(run.accelerator.device, non_blocking=True)
             with strategy.accumulating(last):
-                output = strategy.forward(batch, stage_gates(run.model, batch, self.config.name))
+                output = strategy.forward(batch, stage_gates(run.model, batch, self.config.kind))
                 loss = objective(output, counts, weights, run.config.losses.reduction)
                 # gradients are averaged over processes; the shares are to be added up
                 strategy.backward(loss * run.layout.num_processes, last)
@@ -356,7 +356,7 @@ class Stage:
             batch_size=run.config.eval.batch_size,
             num_workers=run.config.data.num_workers,
             on_bad_sample=run.config.data.on_bad_sample,
-            gates=lambda batch: stage_gates(run.model, batch, self.config.name),
+            gates=lambda batch: stage_gates(run.model, batch, self.config.kind),
         )
         run.reporter.validation(self.header() | losses)
         score = {"step": run.step, "validation": losses["validation"]}

@@ -160,7 +160,7 @@ def stages_begun(step: Path | None) -> int:
 def same_config(config: RunConfig, run: Path, begun: int) -> None:
     """ValueError naming the settings in which a resumed run differs from its beginning."""
     before, now = (anchored(c) for c in (load_config(run / CONFIG), config))
-    later = [f"stages.{number}.init_from" for number in range(begun, len(config.stages))]
+    later = [f"stages.{name}.init_from" for name in [*config.stages][begun:]]
     free = [*FREE_ON_RESUME, *later]
     if before["model.fingerprint"] or now["model.other_base"]:  # so that its folder may have moved
         free.append("model.name")
@@ -177,7 +177,9 @@ def same_config(config: RunConfig, run: Path, begun: int) -> None:
 def anchored(config: RunConfig) -> dict[str, Any]:
     """The settings by their whole keys, with relative paths in full where something is there."""
     raw = yaml.safe_load(to_yaml(config))
-    return flatten(visit(RunConfig, raw, "", anchor_at(os.getcwd())))
+    flat = flatten(visit(RunConfig, raw, "", anchor_at(os.getcwd())))
+    order = {"experts": raw["experts"], "sources": raw["data"]["sources"], "stages": raw["stages"]}
+    return flat | {f"the order of {key}": [*names] for key, names in order.items()}
 
 
 def same_data(run: Path, data: Mapping[str, Any]) -> None:

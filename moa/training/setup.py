@@ -107,7 +107,7 @@ def open_run(
         accelerator=accelerator,
         model=model,
         mixture=open_mixture(config, ocr),
-        validation=open_sources(config.data.validation, config.data, ocr),
+        validation=open_sources(config.data.validation.values(), config.data, ocr),
         collator=make_collator(
             config,
             model.backbone.intake,
@@ -163,10 +163,10 @@ def filled(config: RunConfig, before: RunConfig) -> RunConfig:
 
 def check_evaluation(config: RunConfig) -> None:
     """ValueError for data sets that eval.py could not open or score, and for gates that it does not have."""
-    check_sources(config.eval.sources or config.data.validation)
+    check_sources((config.eval.sources or config.data.validation).values())
     for gates in config.eval.compare:
         check_gates(gates, list(config.experts), config.router.granularity)
-    open_sources(config.eval.sources, config.data, None)
+    open_sources(config.eval.sources.values(), config.data, None)
 
 
 def changed_launch(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -187,7 +187,7 @@ def changed_launch(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def draws(config: RunConfig) -> Counter[tuple[str, ...] | None]:
     """How many samples the stages of each choice of sources draw together."""
     number: Counter[tuple[str, ...] | None] = Counter()
-    for stage in config.stages:
+    for stage in config.stages.values():
         sources = tuple(stage.sources) if stage.sources is not None else None
         number[sources] += config.train.batch_size * stage.steps
     return number

@@ -64,7 +64,7 @@ def set_trainable(
     Raises ValueError for a stage without anything to train (anchors learn without gradients).
     """
     model.requires_grad_(False)
-    chosen = {name: groups[name] for name in TRAINED[stage.name] if groups[name]}
+    chosen = {name: groups[name] for name in TRAINED[stage.kind] if groups[name]}
     for parameters in chosen.values():
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -84,9 +84,9 @@ def stage_gates(
 
 def first_position(config: RunConfig, number: int, batch_size: int) -> int:
     """Where stage `number` begins in its mixture: earlier stages of the same sources go before it."""
-    sources = set(config.stages[number].sources or ())
-    before = [stage for stage in config.stages[:number] if set(stage.sources or ()) == sources]
-    return batch_size * sum(stage.steps for stage in before)
+    *earlier, stage = [*config.stages.values()][: number + 1]
+    before = [s for s in earlier if set(s.sources or ()) == set(stage.sources or ())]
+    return batch_size * sum(s.steps for s in before)
 
 
 def start_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) -> list[str]:
@@ -113,18 +113,18 @@ def check_starts(model: MixtureModel, config: RunConfig, begun: int) -> None:
 
     Each loads it once, and the model's weights are put back.
     """
-    if all(stage.init_from is None for stage in config.stages[begun:]):
+    stages = [*config.stages.values()][begun:]
+    if all(stage.init_from is None for stage in stages):
         return
     own = [*(model.bank.state(name) for name in model.bank.names), router_state(model)]
     own += [projector_state(model)] if config.model.train_projector else []
     kept = [{key: tensor.clone() for key, tensor in state.items()} for state in own]
-    for number, stage in enumerate(config.stages):
+    for stage in stages:
+        key = f"stages.{stage.name}.init_from: "
         try:
-            if number >= begun:
-                start_weights(model, config, stage)
+            start_weights(model, config, stage)
         except (ValueError, OSError) as error:
-            reason = str(error).removeprefix(f"stages.{stage.name}.init_from: ")
-            raise ValueError(f"stages.{number}.init_from: {reason}") from None
+            raise ValueError(key + str(error).removeprefix(key)) from None
         finally:
             for state, before in zip(own, kept, strict=True):
                 put_back(state, before)

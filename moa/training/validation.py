@@ -75,7 +75,7 @@ def import_lines(
     """
     model.eval()
     lines, names = [], model.bank.names
-    for source in config.data.sources:
+    for source in config.data.sources.values():
         expert = config.data.expert or source.expert
         if expert not in names or config.experts[expert].init_from is None:
             continue

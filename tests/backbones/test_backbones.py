@@ -407,7 +407,7 @@ def test_a_run_trains_projector_too_is_saved_reloaded_and_evaluated(name, tmp_pa
         model__targets=[r"model\..*"],
         model__exclude=backbone.unused_sites(),
         model__train_projector=True,
-        stages=[{"name": "joint", "steps": 2}],
+        stages={"joint": {"steps": 2}},
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     run, state = open_run(config, make_accelerator(config))

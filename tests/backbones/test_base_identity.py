@@ -127,7 +127,7 @@ def test_an_adapter_that_wraps_the_towers_unused_layer_becomes_an_expert(tmp_pat
         experts={"vqa": {"init_from": str(tmp_path / "plain")}},
         data__expert="vqa",
         router={"kind": "fixed"},
-        stages=[],
+        stages={},
     )
     bank = build_model(config).bank
     assert re.search(

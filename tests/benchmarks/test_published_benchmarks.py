@@ -145,9 +145,11 @@ def run(tmp_path_factory):
 
 
 def evaluate(run: Path, *overrides: str) -> dict:
-    source = f"{{name: text, format: jsonl, path: {run.parent / 'text.jsonl'}, benchmark: textvqa}}"
+    source = f"{{format: jsonl, path: {run.parent / 'text.jsonl'}, benchmark: textvqa}}"
     options = ["progress=false", "max_new_tokens=4", "num_images=0", "on_bad_sample=skip"]
-    eval_script.main(["--checkpoint", str(run), f"sources=[{source}]", *options, *overrides])
+    eval_script.main(
+        ["--checkpoint", str(run), f"sources={{text: {source}}}", *options, *overrides]
+    )
     return json.loads((run / "eval" / "text.json").read_text())
 
 
@@ -180,10 +182,3 @@ def test_an_unknown_benchmark_is_named_with_the_choices(run, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate(run, "sources.text.benchmark=txtvqa")
     assert "sources.text.benchmark: no benchmark 'txtvqa'; choices: " in capsys.readouterr().err
-
-
-def test_two_data_sets_of_one_name_are_refused(run, capsys):
-    source = f"{{name: a, format: jsonl, path: {run.parent / 'text.jsonl'}}}"
-    with pytest.raises(SystemExit, match="2"):
-        eval_script.main(["--checkpoint", str(run), f"sources=[{source}, {source}]"])
-    assert "two data sets have the name a" in capsys.readouterr().err

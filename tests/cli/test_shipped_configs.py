@@ -22,17 +22,15 @@ def on_tiny(name: str, folder) -> RunConfig:
     backbone = tiny_family(FAMILY[name])
     backbone.model.save_pretrained(folder / "base")
     backbone.processor.save_pretrained(folder / "base")
-    shipped, sources = load_config(f"configs/{name}.yaml"), []
-    for source in shipped.data.sources:
-        rows = toy_rows(folder, source.name, 12)
-        path = write_rows(folder / f"{source.name}.jsonl", rows)
-        entry = {"name": source.name, "format": "jsonl", "path": str(path)}
-        sources.append({**entry, "expert": source.expert, "weight": source.weight})
+    shipped, sources = load_config(f"configs/{name}.yaml"), {}
+    for key, source in shipped.data.sources.items():
+        path = write_rows(folder / f"{key}.jsonl", toy_rows(folder, key, 12))
+        sources[key] = {"format": "jsonl", "path": str(path),
+                        "expert": source.expert, "weight": source.weight}  # fmt: skip
     changes = {
         "out": str(folder / "run"), "model.name": str(folder / "base"), "data.sources": sources,
-        "eval.sources": [],
-        "stages.0.steps": 1, "stages.1.steps": 1, "stages.2.steps": 1, "stages.0.warmup_steps": 0,
-        "stages.1.warmup_steps": 0, "stages.2.warmup_steps": 0, "train.batch_size": 8,
+        "eval.sources": {},
+        **{f"stages.{stage}": {"steps": 1} for stage in shipped.stages}, "train.batch_size": 8,
         "train.micro_batch_size": 4, "data.num_workers": 0, "logging.progress": False,
     }  # fmt: skip
     if name == "qwen2_5_vl_3b":  # whose patches are smaller too

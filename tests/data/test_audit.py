@@ -131,7 +131,7 @@ def test_settings_of_the_script_and_of_the_run_are_told_apart(tmp_path):
     read = script().read_settings
     settings, config, known = read(["source.path=a.jsonl", "workers=3", "prompt.max_length=99"])
     assert (settings.workers, config.prompt.max_length, known) == (3, 99, False)
-    assert config.data.sources[0].path == "a.jsonl"
+    assert config.data.sources["source"].path == "a.jsonl"
     settings, config, known = read(["configs/demo.yaml", "only=[vqa]"])
     assert known and settings.only == ["vqa"] and len(config.data.sources) == 5
     for wrong in ([], ["configs/demo.yaml", "source.path=a.jsonl"]):

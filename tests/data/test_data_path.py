@@ -25,7 +25,7 @@ sys.exit(f"imported {found}" if found else 0)
 
 
 def test_the_log_says_what_each_step_waited_and_the_end_of_a_run_its_share(tmp_path, capsys):
-    config = toy_config(tmp_path, stages=[{"name": "joint", "steps": 3}], data__validation=[])
+    config = toy_config(tmp_path, stages={"joint": {"steps": 3}}, data__validation={})
     run_once(config)
     lines = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
     assert all(0 < line["data_wait_s"] < line["step_s"] for line in lines)
@@ -39,7 +39,7 @@ def toy_source(folder: Path):
     collator = Collator(
         processor=tiny_processor(), tasks=["vqa"], experts=["vqa"], codec=CODECS["location_tokens"]
     )
-    return open_sources(config.data.sources, config.data, None)["vqa"], collator
+    return open_sources(config.data.sources.values(), config.data, None)["vqa"], collator
 
 
 def test_samples_leave_their_images_behind(tmp_path):
@@ -62,8 +62,8 @@ def test_a_loader_keeps_a_step_of_micro_batches_ready(tmp_path):
 def test_training_with_a_warm_cache_imports_no_ocr_engine(tmp_path):
     command = [
         sys.executable, "-c", WITHOUT_ENGINES, "--config", "configs/demo.yaml",
-        f"out={tmp_path / 'run'}", "stages=[{name: joint, steps: 1}]", "train.batch_size=4",
-        "data.validation=[]", "data.num_workers=0", "data.ocr_engine=true",
+        f"out={tmp_path / 'run'}", "stages={joint: {steps: 1}}", "train.batch_size=4",
+        "data.validation={}", "data.num_workers=0", "data.ocr_engine=true",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

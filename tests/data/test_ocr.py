@@ -315,9 +315,9 @@ def test_the_images_of_a_data_set_are_read_once_each(tmp_path):
     rows = [{"image": f"{name}.png", "question": f"{i}?", "task": "vqa", "answers": ["x"]}
             for i, name in enumerate(("a", "b", "a", "nowhere"))]  # fmt: skip
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    source = {"name": "mine", "format": "jsonl", "path": str(file)}
-    scenes = {"name": "scenes", "task": "vqa", "num_samples": 3}
-    config = {"experts": {"one": {}}, "data": {"sources": [source, scenes]}}
+    source = {"format": "jsonl", "path": str(file)}
+    scenes = {"task": "vqa", "num_samples": 3}
+    config = {"experts": {"one": {}}, "data": {"sources": {"mine": source, "scenes": scenes}}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     images = source_images(load_config(tmp_path / "run.yaml"), None)
     assert len(images) == 3 and len(pickle.loads(pickle.dumps(images))) == 3
@@ -340,6 +340,6 @@ def test_a_source_may_have_its_own_cache(tmp_path):
     sources = [SourceConfig(name="own", format="jsonl", path=path,
                             ocr_cache=str(tmp_path / "words.parquet")),
                SourceConfig(name="none", format="jsonl", path=path)]  # fmt: skip
-    opened = open_sources(sources, DataConfig(sources=sources), None)
+    opened = open_sources(sources, DataConfig(), None)
     assert [word.text for word in opened["own"][0].ocr] == ["7"]
     assert opened["none"][0].ocr is None

@@ -363,20 +363,23 @@ def test_a_shard_that_is_missing_or_compressed_is_named(tmp_path):
 
 def all_formats(folder: Path, toy: dict) -> dict:
     """The toy world's config with every format as a training source and, where it can be scored, as a test."""
-    sources = []
+    sources = {}
     for name, case in CASES.items():
         written(name, folder / name)
         paths = {
             key: str(folder / name / value) for key, value in case.config.items() if key in PATHS
         }
-        sources.append({**case.config, **paths, "name": name, "format": name, "expert": "vqa"})
+        sources[name] = {**case.config, **paths, "format": name, "expert": "vqa"}
     toy["data"] = {
         "sources": sources,
         "tasks": ["vqa", "ocr_vqa", "caption", "grounding", "classification"],
     }
-    toy["eval"] = {"sources": [s for s in sources if s["name"] != "image_folder"], "batch_size": 8}
+    toy["eval"] = {
+        "sources": {n: s for n, s in sources.items() if n != "image_folder"},
+        "batch_size": 8,
+    }
     toy["train"]["batch_size"] = 64
-    toy["stages"] = [{"name": "joint", "steps": 1}]
+    toy["stages"] = {"joint": {"steps": 1}}
     return toy
 
 

@@ -264,13 +264,13 @@ def test_a_withheld_task_reaches_neither_prompt_nor_router(loaded):
 
 def test_held_out_tasks_are_scored_and_get_no_task_id(loaded, tmp_path):
     model, config = loaded
-    source = config.data.validation[0]
+    source = config.data.validation["vqa"]
     rows = [json.loads(line) for line in Path(source.path).read_text().splitlines()]
     rows = [{**r, "task": "count", "answers": ["two"], "image": str(Path(source.path).parent / r["image"])}
             for r in rows]  # fmt: skip
     path = write_rows(tmp_path / "count.jsonl", rows)
     counted = replace(source, name="count", path=str(path), expert=None)
-    results = score_sources(model, config, replace(SETTINGS, sources=[counted]))
+    results = score_sources(model, config, replace(SETTINGS, sources={"count": counted}))
     assert results[0].tasks["count"][1].primary == "exact_match"
     routing = routing_record(model, config, results)
     assert routing["routing_accuracy"] is None and set(routing["per_task"]) == {"count"}
@@ -278,7 +278,7 @@ def test_held_out_tasks_are_scored_and_get_no_task_id(loaded, tmp_path):
 
 def test_samples_that_cannot_be_scored_stop_it_or_are_counted_by_rule(loaded, tmp_path):
     model, config = loaded
-    source = config.data.validation[0]
+    source = config.data.validation["vqa"]
     image = str(Path(source.path).parent / "0.png")
     row = {"image": image, "question": "what?", "task": "vqa", "answers": ["red"]}
     path = write_rows(
@@ -293,8 +293,8 @@ def test_samples_that_cannot_be_scored_stop_it_or_are_counted_by_rule(loaded, tm
     )
     bad = replace(source, name="bad", path=str(path), num_samples=None)
     with pytest.raises(ValueError, match="empty answer: vqa needs a reference answer"):
-        score_sources(model, config, replace(SETTINGS, sources=[bad]))
-    skipping = replace(SETTINGS, sources=[bad], on_bad_sample="skip")
+        score_sources(model, config, replace(SETTINGS, sources={"bad": bad}))
+    skipping = replace(SETTINGS, sources={"bad": bad}, on_bad_sample="skip")
     record = score_sources(model, config, skipping)[0].record()
     assert record["n"] == 1 and record["num_skipped"] == 4
     assert record["skipped"] == {"empty answer": 2, "unknown task": 1, "missing image": 1}
@@ -305,9 +305,11 @@ def test_a_set_in_which_nothing_can_be_scored_is_an_error(loaded, tmp_path):
     model, config = loaded
     row = {"image": "gone.png", "question": "what?", "task": "vqa", "answers": ["red"]}
     path = write_rows(tmp_path / "none.jsonl", [row])
-    gone = replace(config.data.validation[0], name="none", path=str(path))
+    gone = replace(config.data.validation["vqa"], name="none", path=str(path))
     with pytest.raises(ValueError, match="none of 1 samples can be scored"):
-        score_sources(model, config, replace(SETTINGS, sources=[gone], on_bad_sample="skip"))
+        score_sources(
+            model, config, replace(SETTINGS, sources={"none": gone}, on_bad_sample="skip")
+        )
 
 
 def test_token_routed_runs_are_scored_without_a_routing_record(tmp_path, capsys):
@@ -373,10 +375,12 @@ def test_a_part_of_an_evaluation_leaves_the_gates_of_the_whole_one_alone(run, pa
 
 
 def test_gates_without_a_trained_task_are_not_those_of_the_run(tmp_path, capsys):
-    (vqa, grounding) = toy_world(tmp_path)["data"]["sources"]
-    data = {"sources": [{**vqa, "task": "vqa"}, {**grounding, "task": "grounding"}],
-            "validation": [], "tasks": ["vqa", "grounding"]}  # fmt: skip
-    run = make_run(tmp_path, data=data, eval={"sources": [{**vqa, "num_samples": 2}]})
+    sources = toy_world(tmp_path)["data"]["sources"]
+    data = {"sources": {task: {**source, "task": task} for task, source in sources.items()},
+            "validation": {}, "tasks": ["vqa", "grounding"]}  # fmt: skip
+    run = make_run(
+        tmp_path, data=data, eval={"sources": {"vqa": {**sources["vqa"], "num_samples": 2}}}
+    )
     eval_script.main([f"--checkpoint={run}", *FAST])
     assert not (run / "eval" / "routing.json").exists()
     report = json.loads((run / "eval" / "partial" / "routing.json").read_text())
@@ -414,15 +418,15 @@ def test_results_are_refused_for_other_weights_data_or_settings(tmp_path, capsys
         read_routing(routing_file(step_folder(run)), step_folder(run))
 
 
-def oracle_world(folder: Path, *, expert: str | None, task: str) -> list[dict]:
+def oracle_world(folder: Path, *, expert: str | None, task: str) -> dict[str, dict]:
     """An eval source called apart from the training sources, whose rows may be of a task of theirs."""
     rows = [
         {"image": f"{i}.png", "task": task, "question": "what?", "answers": ["red"]}
         for i in range(3)
     ]
     path = write_rows(folder / f"{task}_test.jsonl", rows)
-    source = {"name": f"{task}_test", "format": "jsonl", "path": str(path)}
-    return [source | ({"expert": expert} if expert else {})]
+    source = {"format": "jsonl", "path": str(path)}
+    return {f"{task}_test": source | ({"expert": expert} if expert else {})}
 
 
 def test_the_oracle_takes_the_expert_of_the_training_source_of_a_name_or_task(loaded, run):
@@ -433,7 +437,8 @@ def test_the_oracle_takes_the_expert_of_the_training_source_of_a_name_or_task(lo
             EvalSettings, None, [("sources", oracle_world(run.parent, expert=None, task=task))]
         ).sources
         if task == "grounding":
-            sources = [replace(sources[0], name="grounding", benchmark="vqa")]
+            (source,) = sources.values()
+            sources = {"grounding": replace(source, name="grounding", benchmark="vqa")}
         (result,) = score_sources(model, config, replace(SETTINGS, sources=sources, gates="oracle"))
         found[task] = [p.gates[0] for p in result.predictions]
     assert found == {"vqa": [[1.0, 0.0]] * 3, "grounding": [[0.0, 1.0]] * 3}
@@ -453,8 +458,8 @@ def test_a_task_of_ones_own_is_scored_by_exact_match_and_named_so(tmp_path, caps
     rows = [{"image": "0.png", "task": "signs", "question": "what?", "answers": ["red"]}] * 2
     toy_world(tmp_path)
     path = write_rows(tmp_path / "signs.jsonl", rows)
-    source = {"name": "signs", "format": "jsonl", "path": str(path), "expert": "vqa"}
-    data = {"sources": [source], "validation": [source], "tasks": ["signs"]}
+    sources = {"signs": {"format": "jsonl", "path": str(path), "expert": "vqa"}}
+    data = {"sources": sources, "validation": sources, "tasks": ["signs"]}
     run = make_run(tmp_path, data=data)
     eval_script.main([f"--checkpoint={run}", *FAST])
     assert (
@@ -498,24 +503,23 @@ def test_a_model_that_computes_nan_is_an_error_that_names_model_and_sample(tmp_p
     "name", ["../x", "/tmp/x", "routing", "Routing", ".hidden", "", "a/b", "a\\b", "x" * 300]
 )
 def test_names_of_data_sets_stay_inside_the_run(run, capsys, name):
-    source = {**toy_world(run.parent)["data"]["sources"][0], "name": name}
+    sources = {name: toy_world(run.parent)["data"]["sources"]["vqa"]}
     before = sorted(run.parent.rglob("*"))
-    shown = refused(capsys, f"--checkpoint={run}", *FAST, f"sources={json.dumps([source])}")
+    shown = refused(capsys, f"--checkpoint={run}", *FAST, f"sources={json.dumps(sources)}")
     assert repr(name) in shown or "name" in shown
     assert sorted(run.parent.rglob("*")) == before
 
 
 def test_two_names_that_one_file_would_have_are_refused(run, capsys):
-    sources = [
-        {**toy_world(run.parent)["data"]["sources"][0], "name": name} for name in ("Vqa", "vqa")
-    ]
+    source = toy_world(run.parent)["data"]["sources"]["vqa"]
+    sources = {"Vqa": source, "vqa": source}
     shown = refused(capsys, f"--checkpoint={run}", *FAST, f"sources={json.dumps(sources)}")
     assert "two data sets have the name" in shown
 
 
 def test_settings_are_checked_for_all_models_before_the_first_is_scored(run, tmp_path, capsys):
-    (vqa, _) = toy_world(tmp_path)["data"]["sources"]
-    other = make_run(tmp_path, eval={"sources": [{**vqa, "num_samples": 1}]})
+    vqa = toy_world(tmp_path)["data"]["sources"]["vqa"]
+    other = make_run(tmp_path, eval={"sources": {"vqa": {**vqa, "num_samples": 1}}})
     for file in (run / "eval").glob("*.json"):
         file.unlink()
     models = [f"--checkpoint={run}", f"--checkpoint={other}"]

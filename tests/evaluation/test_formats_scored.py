@@ -37,7 +37,7 @@ def test_a_published_file_is_asked_scored_and_handed_in(name, loaded, tmp_path, 
     CASES[name].write(folder)
     paths = {key: str(folder / given[key]) for key in PATHS if given.get(key)}
     source = SourceConfig(name="set", format=name, **given | paths)
-    results = score_sources(*loaded, replace(SETTINGS, sources=[source]))
+    results = score_sources(*loaded, replace(SETTINGS, sources={"set": source}))
     write_results(tmp_path / "eval", results, [source], {})
     record = json.loads((tmp_path / "eval" / "set.json").read_text())
     assert list(record["tasks"]) == [BY_FORMAT[name]] and record["n"] == CASES[name].count

@@ -30,8 +30,8 @@ def llava_run(folder: Path) -> Path:
     rows = [json.loads(line) for line in (folder / "vqa.jsonl").read_text().splitlines()]
     rows[1]["task"], rows[4]["image"] = "dance", "gone.png"
     bad = write_rows(folder / "bad.jsonl", rows)
-    source = {"name": "bad", "format": "jsonl", "path": str(bad), "expert": "vqa"}
-    sources = [*world["data"]["sources"], source]
+    source = {"format": "jsonl", "path": str(bad), "expert": "vqa"}
+    sources = world["data"]["sources"] | {"bad": source}
     return make_run(folder, eval={"batch_size": 3, "sources": sources, "compare": ["off"]})
 
 

@@ -46,11 +46,11 @@ def test_a_data_set_is_trained_by_its_expert_source_or_task_not_by_an_experts_na
         experts={"color": ExpertConfig(), "chat": ExpertConfig()},
         data=DataConfig(
             tasks=["vqa", "caption", "count"],
-            sources=[
-                SourceConfig(name="colors", task="vqa", expert="color", num_samples=1),
-                SourceConfig(name="own", task="caption", expert="chat", num_samples=1),
-                SourceConfig(name="left", task="count", num_samples=1),
-            ],
+            sources={
+                "colors": SourceConfig(name="colors", task="vqa", expert="color", num_samples=1),
+                "own": SourceConfig(name="own", task="caption", expert="chat", num_samples=1),
+                "left": SourceConfig(name="left", task="count", num_samples=1),
+            },
         ),
     )
     results = [

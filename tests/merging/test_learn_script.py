@@ -40,10 +40,12 @@ def make_run(run, base, seed):
         model=ModelConfig(name=str(base), targets=TARGETS, train_projector=True),
         experts={name: ExpertConfig(rank=2, alpha=4.0) for name in NAMES},
         data=DataConfig(
-            validation=[
-                SourceConfig(name=name, split="validation", task=name, expert=name, num_samples=4)
+            validation={
+                name: SourceConfig(
+                    name=name, split="validation", task=name, expert=name, num_samples=4
+                )
                 for name in NAMES
-            ]
+            }
         ),
         eval=EvalConfig(max_new_tokens=4),
     )

@@ -49,7 +49,9 @@ def make_run(run, base, router):
         experts={name: ExpertConfig(rank=2, alpha=4.0) for name in ("vqa", "caption")},
         router=router,
         data=DataConfig(
-            validation=[SourceConfig(name="scenes", split="validation", task="vqa", num_samples=4)]
+            validation={
+                "scenes": SourceConfig(name="scenes", split="validation", task="vqa", num_samples=4)
+            }
         ),
     )
     model = build_model(config)

@@ -32,7 +32,7 @@ MILLION = 10**6
 def real_step(config, lengths: Lengths, count: int) -> StepCosts:
     """The same step on the real model."""
     model = build_model(config)
-    run = config.stages[-1]
+    run = config.stages["joint"]
     groups = set_trainable(model, parameter_groups(model, config), run)
     if config.train.gradient_checkpointing:
         model.enable_gradient_checkpointing()

@@ -40,10 +40,10 @@ def toy_world(folder: Path, count: int = 24) -> dict:
         model, processor = tiny_llava()
         model.save_pretrained(folder / "base")
         processor.save_pretrained(folder / "base")
-    sources = []
+    sources = {}
     for task in ("vqa", "grounding"):
         path = write_rows(folder / f"{task}.jsonl", toy_rows(folder, task, count))
-        sources.append({"name": task, "format": "jsonl", "path": str(path), "expert": task})
+        sources[task] = {"format": "jsonl", "path": str(path), "expert": task}
     return {
         "out": str(folder / "run"),
         "model": {
@@ -53,16 +53,16 @@ def toy_world(folder: Path, count: int = 24) -> dict:
         "experts": {"vqa": {"rank": 2, "alpha": 4}, "grounding": {"rank": 3, "alpha": 3}},
         "router": {"hidden": 8, "modality_dropout": 0.3},
         "losses": {"z": 0.01, "load_balancing": 0.01},
-        "data": {"sources": sources, "validation": [{**s, "num_samples": 4} for s in sources],
-                 "tasks": ["vqa", "grounding"]},
+        "data": {"sources": sources, "tasks": ["vqa", "grounding"],
+                 "validation": {n: {**s, "num_samples": 4} for n, s in sources.items()}},
         "train": {"batch_size": 4, "save_every": 3},
         "eval": {"every": 4, "batch_size": 4},
         "logging": {"progress": False},
-        "stages": [
-            {"name": "experts", "steps": 5, "lr": {"experts": 1e-2}, "warmup_steps": 2},
-            {"name": "router", "steps": 4, "lr": {"router": 1e-2}},
-            {"name": "joint", "steps": 3},
-        ],
+        "stages": {
+            "experts": {"steps": 5, "lr": {"experts": 1e-2}, "warmup_steps": 2},
+            "router": {"steps": 4, "lr": {"router": 1e-2}},
+            "joint": {"steps": 3},
+        },
     }  # fmt: skip
 
 

@@ -215,7 +215,7 @@ def clip_world(folder: Path, base: Path, kind: str) -> dict:
     folder.mkdir(exist_ok=True)
     for number in range(6):
         random_image(number).save(folder / f"{number}.png")
-    sources = []
+    sources = {}
     for expert in EXPERTS:
         rows = [
             {"image": f"{i % 6}.png", "question": "a photo of a {}", "task": "name",
@@ -227,7 +227,7 @@ def clip_world(folder: Path, base: Path, kind: str) -> dict:
         ]  # fmt: skip
         file = folder / f"{expert}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        sources.append({"name": expert, "format": "jsonl", "path": str(file), "expert": expert})
+        sources[expert] = {"format": "jsonl", "path": str(file), "expert": expert}
     return {
         "out": str(folder / "run"),
         "model": {"name": str(base), "targets": TARGETS[kind]},
@@ -237,11 +237,11 @@ def clip_world(folder: Path, base: Path, kind: str) -> dict:
         "train": {"batch_size": 6, "micro_batch_size": 3},
         "eval": {"every": 2, "batch_size": 4, "compare": ["off", "uniform"]},
         "logging": {"progress": False},
-        "stages": [
-            {"name": "experts", "steps": 2, "lr": {"experts": 5e-2}},
-            {"name": "router", "steps": 1, "lr": {"router": 1e-2}},
-            {"name": "joint", "steps": 1},
-        ],
+        "stages": {
+            "experts": {"steps": 2, "lr": {"experts": 5e-2}},
+            "router": {"steps": 1, "lr": {"router": 1e-2}},
+            "joint": {"steps": 1},
+        },
     }
 
 

@@ -28,7 +28,7 @@ from tests.support.ranks import SECONDS, free_port
 from tests.support.toy import read_log, toy_config
 from tests.test_train import assert_same_weights, log_of, run_once
 
-SHORT = {"stages": [{"name": "joint", "steps": 4}], "data__validation": [], "train__save_every": 2}
+SHORT = {"stages": {"joint": {"steps": 4}}, "data__validation": {}, "train__save_every": 2}
 SETTINGS = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in SHORT.items()]
 
 

@@ -126,17 +126,18 @@ def apart(folder: Path) -> dict:
         for i in range(24)
     ]  # fmt: skip
     path = write_rows(folder / "talk.jsonl", talk)
-    first = {"name": "talk", "format": "llava", "path": str(path), "task": "vqa", "expert": "vqa"}
-    world["data"]["sources"][0] = first
-    names = [source["name"] for source in world["data"]["sources"]]
+    talk = {"format": "llava", "path": str(path), "task": "vqa", "expert": "vqa"}
+    grounding = world["data"]["sources"]["grounding"]
+    world["data"]["sources"] = {"talk": talk, "grounding": grounding}
+    names = ["talk", "grounding"]
     world["model"]["targets"] += [
         r"model\.vision_tower\..*layers\.[01]\.mlp\.fc\d", r"model\.multi_modal_projector\..*",
     ]  # fmt: skip
-    world["stages"] = [
-        {"name": "experts", "steps": 2, "lr": {"experts": 0.01}},
-        {"name": "router", "steps": 1, "lr": {"router": 0.01}},
-        {"name": "joint", "steps": 1, "lr": {"experts": 0.01}},
-    ]
+    world["stages"] = {
+        "experts": {"steps": 2, "lr": {"experts": 0.01}},
+        "router": {"steps": 1, "lr": {"router": 0.01}},
+        "joint": {"steps": 1, "lr": {"experts": 0.01}},
+    }
     world["train"] = {"batch_size": 2, "micro_batch_size": 1, "save_every": 1}
     world["seed"] = next(seed for seed in range(9999) if deals_in_turn(names, seed, num_steps=4))
     return world
@@ -159,11 +160,11 @@ def together(folder: Path) -> dict:
         "batch_size": 8, "micro_batch_size": 2, "gradient_checkpointing": True, "clip_norm": 0.05,
         "weight_decay": 0.1, "save_every": 1, "keep_last": 9,
     }  # fmt: skip
-    world["stages"] = [
-        {"name": "experts", "steps": 1, "lr": {"experts": 0.01, "projector": 0.01}},
-        {"name": "joint", "steps": 3, "lr": {"experts": 0.01, "router": 0.01},
-         "init_from": {"vqa": str(folder / "adapter")}},
-    ]  # fmt: skip
+    world["stages"] = {
+        "experts": {"steps": 1, "lr": {"experts": 0.01, "projector": 0.01}},
+        "joint": {"steps": 3, "lr": {"experts": 0.01, "router": 0.01},
+                  "init_from": {"vqa": str(folder / "adapter")}},
+    }  # fmt: skip
     config = read({**world, "experts": {"vqa": world["experts"]["vqa"]}, "data": {
         **world["data"], "expert": "vqa"}})  # fmt: skip
     bank = build_model(config).bank
@@ -177,8 +178,8 @@ def pairs(folder: Path) -> dict:
     folder.mkdir()
     world = clip_world(folder, save_tiny("clip", folder / "base"), "clip")
     world["train"] = {"batch_size": 6}
-    world["data"]["validation"] = []  # whose negatives are those of a process's own batches
-    world["stages"] = [{"name": "joint", "steps": 2, "lr": {"experts": 0.05, "router": 0.01}}]
+    world["data"]["validation"] = {}  # whose negatives are those of a process's own batches
+    world["stages"] = {"joint": {"steps": 2, "lr": {"experts": 0.05, "router": 0.01}}}
     return world
 
 

@@ -24,19 +24,19 @@ OLD = ("vqa", "caption", "grounding", "ocr_vqa")
 def four_experts(folder: Path) -> dict:
     """A config of four experts, each with its own source and task, as plain data."""
     world = toy_world(folder)
-    sources = []
+    sources = {}
     for number, task in enumerate((*OLD, "count")):
         rows = [row | {"task": task, "question": f"{task}? {number}"}
                 for row in toy_rows(folder, "vqa", 12)]  # fmt: skip
         path = write_rows(folder / f"{task}.jsonl", rows)
-        sources.append({"name": task, "format": "jsonl", "path": str(path), "expert": task})
+        sources[task] = {"format": "jsonl", "path": str(path), "expert": task}
     return world | {
         "out": str(folder / "four"),
         "experts": {name: {"rank": 2, "alpha": 4} for name in OLD},
         "router": {"hidden": 8, "modality_dropout": 0.0},
-        "data": {"sources": sources[:4], "tasks": list(OLD)},
+        "data": {"sources": {name: sources[name] for name in OLD}, "tasks": list(OLD)},
         "train": {"batch_size": 8, "save_every": 100},
-        "stages": [{"name": "joint", "steps": 30, "lr": {"experts": 0.01, "router": 0.03}}],
+        "stages": {"joint": {"steps": 30, "lr": {"experts": 0.01, "router": 0.03}}},
         "every_source": sources,
     }
 
@@ -49,11 +49,9 @@ def read(world: dict, file: Path) -> RunConfig:
 def with_a_fifth(world: dict, folder: Path, out: str = "five") -> RunConfig:
     """The stages and the frozen experts of configs/new_expert.yaml, on the run of four."""
     recipe = yaml.safe_load(Path("configs/new_expert.yaml").read_text())
-    first, second = recipe["stages"]
-    stages = [
-        first | {"init_from": world["out"], "steps": 4, "warmup_steps": 0},
-        second | {"steps": 12, "warmup_steps": 0, "lr": {"router": 0.01}},
-    ]
+    stages = recipe["stages"]
+    stages["experts"] |= {"init_from": world["out"], "steps": 4, "warmup_steps": 0}
+    stages["router"] |= {"steps": 12, "warmup_steps": 0, "lr": {"router": 0.01}}
     old = {name: {**world["experts"][name], "frozen": recipe["experts"][name]["frozen"]}
            for name in OLD}  # fmt: skip
     five = world | {
@@ -116,7 +114,7 @@ def test_a_run_whose_stages_name_their_sources_resumes_exactly(five, world, tmp_
 def test_before_training_the_old_experts_have_the_old_logits(world, tmp_path):
     config = with_a_fifth(world, tmp_path)
     grown, old = build_model(config), load_model(world["out"])[0]
-    lines = start_weights(grown, config, config.stages[0])
+    lines = start_weights(grown, config, config.stages["experts"])
     assert lines[-1].startswith("router from ") and lines[-1].endswith(
         ", fresh for expert count, task count"
     )
@@ -142,16 +140,18 @@ def test_a_run_that_lacks_an_expert_of_the_checkpoint_is_refused(world, tmp_path
     fewer = replace(
         config,
         experts={name: e for name, e in config.experts.items() if name != "vqa"},
-        data=replace(config.data, sources=[s for s in config.data.sources if s.expert != "vqa"]),
+        data=replace(
+            config.data, sources={n: s for n, s in config.data.sources.items() if n != "vqa"}
+        ),
     )
     with pytest.raises(ValueError, match=r"stages.experts.init_from: .* has the experts .*'vqa'"):
-        start_weights(build_model(fewer), fewer, config.stages[0])
+        start_weights(build_model(fewer), fewer, config.stages["experts"])
 
 
 def test_a_router_of_other_settings_starts_fresh_and_names_them(world, tmp_path):
     config = with_a_fifth(world, tmp_path)
     other = replace(config, router=replace(config.router, hidden=16))
-    lines = start_weights(build_model(other), other, config.stages[0])
+    lines = start_weights(build_model(other), other, config.stages["experts"])
     assert lines[-1].endswith("has another router.hidden")
 
 
@@ -186,14 +186,14 @@ def test_every_tensor_of_every_router_grows_by_experts_and_tasks():
      (["vqa", "vqa"], "names 'vqa' twice")],
 )  # fmt: skip
 def test_a_stage_names_sources_that_there_are(world, tmp_path, sources, message):
-    changed = world | {"stages": [{"name": "joint", "steps": 1, "sources": sources}]}
+    changed = world | {"stages": {"joint": {"steps": 1, "sources": sources}}}
     with pytest.raises(ValueError, match=f"stages.joint.sources: {message}"):
         read(changed, tmp_path / "run.json")
 
 
 def test_a_stage_of_experts_draws_from_one_that_learns(world, tmp_path):
     frozen = {"rank": 2, "alpha": 4, "frozen": True}
-    stages = [{"name": "experts", "steps": 1, "sources": ["vqa"]}]
+    stages = {"experts": {"steps": 1, "sources": ["vqa"]}}
     changed = world | {"stages": stages, "experts": world["experts"] | {"vqa": frozen}}
     with pytest.raises(ValueError, match=r"stages.experts: .* frozen experts alone: \['vqa'\]"):
         read(changed, tmp_path / "run.json")
@@ -209,9 +209,8 @@ def test_some_sources_of_a_mixture_keep_their_relative_shares():
 
 
 def test_stages_of_the_same_sources_walk_on_and_others_begin_at_theirs(world, tmp_path):
-    stages = [
-        {"name": "joint", "steps": steps, "sources": sources}
-        for steps, sources in ((2, None), (3, ["vqa"]), (4, None), (5, ["vqa"]), (1, ["caption"]))
-    ]
+    drawn = ((2, None), (3, ["vqa"]), (4, None), (5, ["vqa"]), (1, ["caption"]))
+    stages = {f"stage_{number}": {"trains": "joint", "steps": steps, "sources": sources}
+              for number, (steps, sources) in enumerate(drawn)}  # fmt: skip
     config = read(world | {"stages": stages}, tmp_path / "run.json")
     assert [first_position(config, n, 10) for n in range(5)] == [0, 0, 20, 30, 0]

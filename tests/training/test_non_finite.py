@@ -18,7 +18,7 @@ from tests.support.launching import launch, launch_command
 from tests.support.toy import read_log, toy_config
 from tests.test_train import assert_close, steps_of
 
-JOINT = {"stages": [{"name": "joint", "steps": 4}], "data__validation": [], "train__save_every": 1,
+JOINT = {"stages": {"joint": {"steps": 4}}, "data__validation": {}, "train__save_every": 1,
          "train__keep_last": 9}  # fmt: skip
 SKIP = {"train__on_non_finite": "skip", **JOINT}
 
@@ -117,7 +117,7 @@ def test_a_stage_whose_first_step_is_left_out_resumes_exactly(world, tmp_path):
 @pytest.mark.slow
 def test_anchors_are_put_back_where_a_step_is_left_out(world, tmp_path):
     config = toy_config(
-        world, out=str(tmp_path / "run"), **SKIP | {"stages": [{"name": "router", "steps": 3}]},
+        world, out=str(tmp_path / "run"), **SKIP | {"stages": {"router": {"steps": 3}}},
         router={"hidden": 8, "kind": "anchors"},
     )  # fmt: skip
     run_spoiled(config, loss=2)

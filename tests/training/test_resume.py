@@ -19,8 +19,8 @@ from tests.test_train import run_once, steps_of
 
 # no draws: they belong to a process; and losses that are sums over samples
 CHANGES = {"router__modality_dropout": 0, "losses__load_balancing": 0, "train__save_every": 1,
-           "train__keep_last": 9, "train__micro_batch_size": 1, "data__validation": [],
-           "stages": [{"name": "experts", "steps": 1}, {"name": "joint", "steps": 6}]}  # fmt: skip
+           "train__keep_last": 9, "train__micro_batch_size": 1, "data__validation": {},
+           "stages": {"experts": {"steps": 1}, "joint": {"steps": 6}}}  # fmt: skip
 
 
 def go_on(out: str, file: str, overrides: list[str], environment: dict[str, str]) -> None:

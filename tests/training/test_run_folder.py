@@ -20,7 +20,7 @@ from moa.training.setup import make_accelerator, open_run
 from tests.support.tiny import random_image
 from tests.support.toy import toy_config, write_rows
 
-SHORT = {"data__validation": [], "stages": [{"name": "experts", "steps": 1}]}
+SHORT = {"data__validation": {}, "stages": {"experts": {"steps": 1}}}
 
 
 def start(config: RunConfig, **flags: bool):
@@ -60,11 +60,11 @@ def content(out: str) -> dict[str, bytes]:
             r"experts\.vqa\.rank: 1000 is more than \d+, the larger side",
         ),
         ({"model__name": "no/such/base/here"}, "no/such/base/here"),
-        ({"data__sources__0__path": "no.jsonl"}, "no.jsonl"),
+        ({"data__sources__vqa__path": "no.jsonl"}, "no.jsonl"),
         ({"experts__vqa__init_from": "no_adapter"}, "no_adapter"),
-        ({"stages__0__init_from": "no_run"}, r"stages\.0\.init_from: no_run"),
-        ({"eval__sources": [{"name": "e", "format": "jsonl", "path": "none.jsonl"}]}, "none.jsonl"),
-        ({"eval__sources": [{"name": "e", "num_samples": 2, "benchmark": "x"}]}, "benchmark 'x'"),
+        ({"stages__experts__init_from": "no_run"}, r"stages\.experts\.init_from: no_run"),
+        ({"eval__sources": {"e": {"format": "jsonl", "path": "none.jsonl"}}}, "none.jsonl"),
+        ({"eval__sources": {"e": {"num_samples": 2, "benchmark": "x"}}}, "benchmark 'x'"),
         ({"eval__compare": ["nobody"]}, "gates=nobody: unknown; choices"),
     ],
 )
@@ -96,29 +96,30 @@ def test_overwrite_removes_all_that_the_old_run_wrote_and_nothing_else(old, tmp_
 
 def test_a_later_stages_start_is_checked_first_and_may_be_corrected_by_resume(old, tmp_path):
     world = Path(old.out).parent
-    stages = [{"name": "experts", "steps": 1}, {"name": "joint", "steps": 1}]
+    stages = {"experts": {"steps": 1}, "joint": {"steps": 1}}
     for source, expected in (
         ("no_run", "neither a run with checkpoints/last"),
         ({"vqa": f"{old.out}/checkpoints/step-000001/experts/grounding"}, "scaling"),
         ({"vqa": str(world)}, "adapter_config.json: missing"),
     ):
-        later = [stages[0], {**stages[1], "init_from": source}]
-        config = toy_config(world, out=str(tmp_path / "x"), data__validation=[], stages=later)
-        with pytest.raises(ValueError, match=rf"^stages\.1\.init_from: .*{expected}"):
+        later = stages | {"joint": {"steps": 1, "init_from": source}}
+        config = toy_config(world, out=str(tmp_path / "x"), data__validation={}, stages=later)
+        with pytest.raises(ValueError, match=rf"^stages\.joint\.init_from: .*{expected}"):
             start(config)
-    good = toy_config(world, out=str(tmp_path / "x"), data__validation=[],
-                      stages=[stages[0], {**stages[1], "init_from": old.out}])  # fmt: skip
+    good = toy_config(world, out=str(tmp_path / "x"), data__validation={},
+                      stages=stages | {"joint": {"steps": 1, "init_from": old.out}})  # fmt: skip
     run, state = start(good)
     run.stop.signal = signal.SIGTERM  # stops after the first step
     train(run, state)
     corrected = f"{old.out}/checkpoints/{pointed(Path(old.out), 'last')}"
-    good = replace(good, stages=[good.stages[0], replace(good.stages[1], init_from=corrected)])
+    joint = replace(good.stages["joint"], init_from=corrected)
+    good = replace(good, stages=good.stages | {"joint": joint})
     run, state = start(good, resume=True)
     train(run, state)
     assert run.done
-    with pytest.raises(ValueError, match=r"stages\.1\.init_from was"):  # it has begun
-        start(replace(good, stages=[good.stages[0], replace(good.stages[1], init_from=old.out)]),
-              resume=True)  # fmt: skip
+    with pytest.raises(ValueError, match=r"stages\.joint\.init_from was"):  # it has begun
+        joint = replace(joint, init_from=old.out)
+        start(replace(good, stages=good.stages | {"joint": joint}), resume=True)
 
 
 def reorder(world: Path) -> None:
@@ -195,7 +196,7 @@ def test_a_run_of_relative_paths_is_found_from_any_folder(tmp_path, monkeypatch)
     toy_config(tmp_path, **SHORT)  # writes the world
     file = tmp_path / "run.yaml"
     file.write_text(file.read_text().replace(f"{tmp_path}/", ""))
-    overrides = ["data.validation=[]", "stages=[{name: experts, steps: 1}]"]
+    overrides = ["data.validation={}", "stages={experts: {steps: 1}}"]
     monkeypatch.chdir(tmp_path)
     config = load_config("run.yaml", overrides)
     train(*start(config))
@@ -205,7 +206,7 @@ def test_a_run_of_relative_paths_is_found_from_any_folder(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "elsewhere")
     model, _, found = load_model("../run")
     assert found.model.name == str(tmp_path / "base") and model.bank.names
-    assert found.data.sources[0].path == str(tmp_path / "vqa.jsonl")
+    assert found.data.sources["vqa"].path == str(tmp_path / "vqa.jsonl")
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path, moved, ignore=shutil.ignore_patterns("moved"))
     for name in ("base", "run"):

@@ -93,7 +93,7 @@ def _card(out: str | Path, folders: Sequence[Path], weights: Tensor) -> Card:
         fingerprint=config.model.fingerprint or local_fingerprint(config.model.name),
         rows=[(folder.name, f"{weight:.4g}", str(folder)) for folder, weight in rows],
         config=config,
-        sources=config.data.sources,
+        sources=[*config.data.sources.values()],
     )
 
 

@@ -75,7 +75,7 @@ def probe_of_run(
 ) -> tuple[dict[str, Tensor] | None, Outputs | None]:
     """Prompts of the run's own data, one source after the other, and its routed answers."""
     sources = config.eval.sources or config.data.validation or config.data.sources
-    data = list(open_sources(sources, config.data, open_ocr(config.data)).values())
+    data = list(open_sources(sources.values(), config.data, open_ocr(config.data)).values())
     if not data:
         return None, None
     model, _, _ = load_model(step)

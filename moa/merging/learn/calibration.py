@@ -75,7 +75,7 @@ def read_few_shot(
     intake = model.backbone.intake
     collator = make_collator(config, intake, task_dropout=0.0, allow_unknown_tasks=True)
     samples, skipped = {}, 0
-    for name, source in open_sources(config.data.validation, config.data, ocr).items():
+    for name, source in open_sources(config.data.validation.values(), config.data, ocr).items():
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(source), generator=generator)[:num_samples].tolist()
         read = [_checked(read_sample(source, index, name), collator) for index in order]
@@ -102,7 +102,7 @@ def load_unrouted(run: str) -> tuple[MixtureModel, RunConfig]:
     """A run's experts and projector around its base, without a router: the gates come from outside."""
     step = step_folder(run)
     verify(step)
-    config = load_config(step / CONFIG, ["router={kind: fixed}", "stages=[]"])
+    config = load_config(step / CONFIG, ["router={kind: fixed}", "stages={}"])
     model = build_model(config, experts=step / "experts")
     if config.model.train_projector:
         file = step / "projector.safetensors"

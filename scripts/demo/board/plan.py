@@ -80,4 +80,4 @@ class Plan:
 
     def steps(self) -> dict[str, int]:
         """Optimiser steps by stage name; every row but `base` trains for their sum."""
-        return {stage.name: stage.steps for stage in self.config().stages}
+        return {name: stage.steps for name, stage in self.config().stages.items()}

@@ -21,27 +21,26 @@ def train_rows(plan: Plan) -> None:
         alpha = (first.alpha or ALPHA) / ranks[0] * rank
         stage = rates["experts"] | {"steps": sum(steps.values())}
         train(plan, row, f"experts={{lora: {{rank: {rank}, alpha: {alpha}}}}}", "data.expert=lora",
-              "router={kind: fixed}", f"stages={json.dumps([stage])}")  # fmt: skip
-    train(plan, "experts", f"stages={json.dumps([rates['experts']])}")
+              "router={kind: fixed}", f"stages={json.dumps({'experts': stage})}")  # fmt: skip
+    train(plan, "experts", f"stages={json.dumps({'experts': rates['experts']})}")
     start = {"init_from": str(plan.folder / "experts")}
-    routed = json.dumps([rates["router"] | start, rates["joint"]])
+    routed = json.dumps({"router": rates["router"] | start, "joint": rates["joint"]})
     for row, evidence in EVIDENCE.items():
         train(plan, row, f"router.evidence={json.dumps(evidence)}", f"stages={routed}")
     joint = rates["joint"] | start | {"steps": steps["router"] + steps["joint"]}
     token = "{kind: top_k, top_k: 2, granularity: token}"
-    train(plan, "router_token_top2", f"router={token}", f"stages={json.dumps([joint])}")
+    train(plan, "router_token_top2", f"router={token}", f"stages={json.dumps({'joint': joint})}")
 
 
 def stage_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
     return {
-        stage.name: {
-            "name": stage.name,
+        name: {
             "steps": stage.steps,
             "lr": vars(stage.lr),
             "warmup_steps": stage.warmup_steps,
             "lr_end": stage.lr_end,
         }
-        for stage in config.stages
+        for name, stage in config.stages.items()
     }
 
 
