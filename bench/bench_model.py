@@ -17,7 +17,7 @@ from data.batch import Batch
 from moa.backbones.llava import Backbone
 from moa.cli.ranges import Count
 from moa.experts.bank import ExpertBank
-from moa.model import MixtureModel
+from moa.model import LanguageMixture, MixtureModel
 from moa.routing.router import Router
 
 TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -193,7 +193,7 @@ def make_mixture(
         for b in site.lora_B.values():
             torch.nn.init.normal_(b, std=0.02)
     router = Router(experts=num_experts, sites=len(bank.sites), dims=backbone.dims, num_tasks=4)
-    return MixtureModel(backbone, bank, router, kind="softmax").to(device)
+    return LanguageMixture(backbone, bank, router, kind="softmax").to(device)
 
 
 def clock(device: str) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bench.bench_model import Setting, make_backbone, make_batch, make_mixture
 from moa.backbones.llava import Backbone
 from moa.experts.bank import ExpertBank
-from moa.model import MixtureModel
+from moa.model import LanguageMixture, MixtureModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ class LoopLinear(nn.Module):
 def without_bank(backbone: Backbone) -> MixtureModel:
     """A MixtureModel whose bank has no experts: our forward and loss, and none of our layers."""
     bank = ExpertBank.attach(backbone.model, [r"model\.multi_modal_projector\.linear_1"])
-    return MixtureModel(backbone, bank, kind="fixed")
+    return LanguageMixture(backbone, bank, kind="fixed")
 
 
 def _mixture(setting: Setting) -> MixtureModel:

@@ -88,10 +88,10 @@ def contenders(setting: Setting, new_tokens: int) -> dict[str, Run]:
     merge(routed, merged, gates.mean((0, 1)))
     return {
         "merged": lambda batch: decode(merged, batch, **options),
-        "routed": lambda batch: routed.generate(batch, **options),
+        "routed": lambda batch: routed.answering().generate(batch, **options),
         "peft": peft_run(make_backbone(*place), count, rank, options),
         "merged static": lambda batch: decode(merged, batch, **options, **STATIC),
-        "routed static": lambda batch: routed.generate(batch, **options, **STATIC),
+        "routed static": lambda batch: routed.answering().generate(batch, **options, **STATIC),
     }
 
 

@@ -10,18 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from data.collate import Intake
-from moa.backbones.clip import ClipBackbone, is_clip, load_clip
 from moa.backbones.fingerprint import base_fingerprint
-from moa.backbones.llava import Backbone, load_backbone, open_intake
-from moa.backbones.open_clip import is_open_clip, load_open_clip
+from moa.backbones.llava import open_intake
+from moa.backbones.opening import AnyBackbone, class_of, open_backbone
 from moa.cli.command import note
 from moa.cli.settings import Override
 from moa.clip_model import ClipMixture
 from moa.config import ExpertConfig, ModelConfig, RunConfig
 from moa.experts.bank import ExpertBank
 from moa.files.peft import ExpertHeader, read_header, read_tensors
-from moa.model import MixtureModel
-from moa.routing.router import AnchorRouter, Router
+from moa.model import LanguageMixture, MixtureModel
 
 RANK, ALPHA = 8, 16.0  # of a fresh expert whose config names none
 OTHER_BASE = "model.other_base=true (eval.py and scripts.merge: other_base=true)"
@@ -55,7 +53,7 @@ def import_adapter(bank: ExpertBank, name: str, header: ExpertHeader) -> None:
 
 def build_mixture(
     config: RunConfig,
-    backbone: Backbone | ClipBackbone,
+    backbone: AnyBackbone,
     adapters: Mapping[str, ExpertHeader],
     place: Callable[[ExpertBank, str, ExpertHeader], None] = import_adapter,
 ) -> MixtureModel:
@@ -98,13 +96,11 @@ def build_mixture(
         "granularity": config.router.granularity,
         "weights": [weights.get(name, 0.0) for name in config.experts] if weights else None,
     }
-    if not isinstance(backbone, ClipBackbone):
-        return MixtureModel(backbone, bank, router, **routing)
+    if not backbone.compares:
+        return LanguageMixture(backbone, bank, router, **routing)
     check_for_clip(config)
-    losses = config.losses
-    return ClipMixture(
-        backbone, bank, router, objective=losses.pairs, negatives=losses.negatives, **routing
-    )
+    pairs = {"objective": config.losses.pairs, "negatives": config.losses.negatives}
+    return ClipMixture(backbone, bank, router, **pairs, **routing)
 
 
 def build_base(config: RunConfig) -> MixtureModel:
@@ -115,12 +111,10 @@ def build_base(config: RunConfig) -> MixtureModel:
     # a bank wants a site; one without experts is the layer that it wraps
     site = next(n for n, m in layers if isinstance(m, nn.Linear) and n not in idle)
     bank = ExpertBank.attach(backbone.model, [re.escape(site)], stream_of=backbone.stream_of)
-    if isinstance(backbone, ClipBackbone):
-        return ClipMixture(backbone, bank, kind="fixed")
-    return MixtureModel(backbone, bank, kind="fixed")
+    return (ClipMixture if backbone.compares else LanguageMixture)(backbone, bank, kind="fixed")
 
 
-def open_base(model: ModelConfig) -> Backbone | ClipBackbone:
+def open_base(model: ModelConfig) -> AnyBackbone:
     """The base of a config; ValueError where it is another one than the config wants."""
     found = check_base(model)
     dtype = DTYPES[model.dtype]
@@ -140,9 +134,7 @@ def check_base(model: ModelConfig) -> str:
     return found
 
 
-def check_adapter(
-    header: ExpertHeader, backbone: Backbone | ClipBackbone, model: ModelConfig
-) -> None:
+def check_adapter(header: ExpertHeader, backbone: AnyBackbone, model: ModelConfig) -> None:
     """ValueError for an adapter that was trained on another base, where it records which."""
     own, trained = backbone.fingerprint, header.base_fingerprint
     if own and trained not in (None, own) and not model.other_base:
@@ -183,35 +175,17 @@ def _settled_expert(name: str, expert: ExpertConfig, header: ExpertHeader | None
 
 def intake_of(model: ModelConfig) -> Intake:
     """What data must know of a base; a CLIP is small, and loaded for it."""
-    if is_open_clip(model.name) or is_clip(model.name):
+    if class_of(model.name).compares:
         return open_base(model).intake
     return open_intake(model.name, model.image_processor)
-
-
-def open_backbone(
-    name: str,
-    dtype: torch.dtype = torch.float32,
-    quantization: str | None = None,
-    image_processor: Mapping[str, Any] | None = None,
-) -> Backbone | ClipBackbone:
-    """The base model that a name means: open_clip's, a dual encoder of transformers, or a LLaVA."""
-    if not is_open_clip(name) and not is_clip(name):
-        return load_backbone(name, dtype, quantization, image_processor)
-    if image_processor is not None:
-        raise ValueError(
-            "model.image_processor: has no effect on a CLIP, which crops as it learned"
-        )
-    if quantization is not None:
-        raise ValueError(
-            f"model.quantization: {quantization} is for language models; a CLIP is small"
-        )
-    return load_open_clip(name, dtype) if is_open_clip(name) else load_clip(name, dtype)
 
 
 def check_for_clip(config: RunConfig) -> None:
     """ValueError for settings that mean nothing where there is no language model."""
     if config.model.train_projector:
         raise ValueError("model.train_projector: a CLIP has no projector")
+    if config.router.granularity == "token":
+        raise ValueError("router.granularity: a CLIP is routed by sample; choices: sample")
     if config.losses.reduction == "token":
         raise ValueError("losses.reduction=token: a CLIP answers with no tokens; choices: sample")
 
@@ -226,28 +200,19 @@ def only_adapter(folder: str | Path) -> list[Override]:
     ]
 
 
-def build_router(
-    config: RunConfig, bank: ExpertBank, dims: dict[str, int]
-) -> Router | AnchorRouter | None:
-    router, num_tasks = config.router, len(config.data.tasks)
-    if router.kind == "anchors":
-        return AnchorRouter(
-            experts=len(bank.names), evidence=router.evidence, dims=dims, num_tasks=num_tasks
-        )
-    if router.kind in ("one_hot", "fixed") or router.granularity == "token":
+def build_router(config: RunConfig, bank: ExpertBank, dims: dict[str, int]) -> nn.Module | None:
+    """The module of the config's kind; None for a kind without one, and where tokens are routed."""
+    router, row = config.router, config.router.row
+    if row.router is None or router.granularity == "token":
         return None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Router(
+        return row.router(
             experts=len(bank.names),
             sites=len(bank.sites),
-            evidence=router.evidence,
             dims=dims,
-            num_tasks=num_tasks,
-            hidden=router.hidden,
-            pooling=router.pooling,
-            per_site=router.per_site,
-            modality_dropout=router.modality_dropout,
+            num_tasks=len(config.data.tasks),
+            **{name: getattr(router, name) for name in row.module_options},
         )
 
 

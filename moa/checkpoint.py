@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moa.backbones.clip import ClipBackbone
 from moa.build import build_model, projector_state, router_state
 from moa.card import CARD, Card
 from moa.cli.settings import to_yaml
@@ -112,10 +111,8 @@ def expert_card(model: MixtureModel, config: RunConfig, name: str) -> Card:
 
 def peft_config(model: MixtureModel, name: str) -> dict[str, Any]:
     base = base_reference(model.backbone.name)
-    described = {**model.bank.peft_config(name), "base_model_name_or_path": base}
-    if isinstance(model.backbone, ClipBackbone):
-        described["task_type"] = None  # PEFT would look for a language model's methods
-    return described
+    own = {"base_model_name_or_path": base, "task_type": model.backbone.task_type}
+    return {**model.bank.peft_config(name), **own}
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,10 +1,10 @@
-"""Two towers + experts + router: pictures and texts, each gated by itself, compared once.
+"""A dual encoder + experts + routing: images and texts, each gated by itself, compared once.
 
-    pictures -> vision tower, frozen -> router -> gates -> vision tower with experts -> features
-    texts    -> token embeddings     -> router -> gates -> text tower with experts   -> features
+    images -> vision tower, frozen -> router -> gates -> vision tower with experts -> features
+    texts  -> token embeddings     -> router -> gates -> text tower with experts   -> features
 
-A picture's gates are decided without any text and a text's without any picture, so that features can be
-computed once and compared with anything; what the other side would tell the router is "missing" there.
+An image's gates are decided without any text and a text's without any image, so that features can be
+computed once and compared with anything; the router treats the other side's evidence as missing.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,56 +18,42 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.pairs import PairBatch, fill, only_images, only_texts, templates
-from moa.backbones.clip import ClipBackbone
-from moa.backbones.open_clip import OpenClipBackbone
 from moa.contrastive import (
     batch_sizes,
+    compared,
     gather_rows,
     not_negatives,
     sigmoid_loss,
     softmax_loss,
 )
-from moa.experts.bank import ExpertBank
-from moa.model import Gates, MixtureModel, MixtureOutput
-from moa.routing.decisions import router_losses
-from moa.routing.router import AnchorRouter, Router
+from moa.model import MixtureModel, MixtureOutput
+from moa.routing.routing import Gates
 
 CHUNK = 256  # texts encoded at a time
 
 
 class ClipMixture(MixtureModel):
-    """A dual encoder with its bank of experts and the router.
+    """A mixture around a dual encoder, which compares images with texts.
 
-    objective: `contrastive`, every text of the batch on all processes a negative of every picture (or,
+    objective: `contrastive`, every text of the batch on all processes a negative of every image (or,
     with `negatives` "source", those of the same data set); `classification`, against the frozen
     texts of the sample's choices, computed once without experts.
     """
 
-    backbone: ClipBackbone
-
     def __init__(
-        self,
-        backbone: ClipBackbone,
-        bank: ExpertBank,
-        router: Router | AnchorRouter | None = None,
-        *,
-        objective: str = "contrastive",
-        negatives: str = "all",
-        **kwargs: Any,
+        self, *parts: Any, objective: str = "contrastive", negatives: str = "all", **settings: Any
     ) -> None:
-        super().__init__(backbone, bank, router, **kwargs)
+        super().__init__(*parts, **settings)
         self.objective, self.negatives = objective, negatives
         self._heads: dict[tuple[str, tuple[str, ...]], Tensor] = {}
-        if self.granularity == "token":
-            raise ValueError("router.granularity: a CLIP is routed by sample; choices: sample")
-        texts = [name for name, stream in bank.streams.items() if stream == "text"]
+        texts = [name for name, stream in self.bank.streams.items() if stream == "text"]
         if objective == "classification" and texts:
             raise ValueError(
                 f"losses.pairs=classification has a frozen text head: {len(texts)} of model.targets lie "
                 f"in the text tower and would never learn, first {texts[0]}"
             )
 
-    def forward(  # type: ignore[override]  # pairs alone
+    def forward(
         self,
         batch: PairBatch,
         gates: Tensor | None = None,
@@ -83,45 +69,46 @@ class ClipMixture(MixtureModel):
             self.compute_gates(side, override=gates, withhold=withhold, available=available)
             for side in sides
         ]
-        gates_of = [side.gates for side in decided if side.gates is not None]
-        images = self.image_features(batch, gates_of[0])
+        used = [_of_samples(side) for side in decided]
+        images = self.image_features(batch, used[0])
         if self.objective == "contrastive":
-            texts = self.text_features(batch, gates_of[1])
-            logits, loss = self._contrast(batch, images, texts)
+            logits, loss = self._contrast(batch, images, self.text_features(batch, used[1]))
         else:
             logits, loss = self._classify(batch, images)
+        ids, tasks = (ids.repeat(len(sides)) for ids in (batch.expert_ids, batch.task_ids))
         return MixtureOutput(
             loss_per_sample=loss,
             num_tokens=torch.ones_like(loss, dtype=torch.long),
             logits=logits[:, None],
             labels=None,
-            gates=torch.stack(gates_of).mean(0),
+            gates=torch.stack(used).mean(0),
             router_logits=decided[0].logits,
-            aux=self._side_losses(batch, decided),
+            aux=self.routing.losses(decided, ids, tasks),
         )
 
     def routed_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Features of a batch's pictures and of its texts, each with its own gates."""
-        pictures, texts = (self.compute_gates(side(batch)) for side in (only_images, only_texts))
-        assert pictures.gates is not None and texts.gates is not None  # routed by sample
-        images = self.image_features(batch, pictures.gates)
-        return images, self.text_features(batch, texts.gates)
+        """Features of a batch's images and of its texts, each with its own gates."""
+        images, texts = (
+            _of_samples(self.compute_gates(side(batch))) for side in (only_images, only_texts)
+        )
+        return self.image_features(batch, images), self.text_features(batch, texts)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("a CLIP generates no text")
+    def probe(self, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
+        """What an export must reproduce: features [batch, side, dim] and each image's nearest text [batch, 1]."""
+        return compared(*self.routed_features(batch))
 
     def image_features(
         self, batch: Batch, gates: Float[Tensor, "batch site expert"]
     ) -> Float[Tensor, "batch dim"]:
-        """Normalised features of the pictures with these gates."""
-        self._set(Gates(gates=gates), batch, False)
+        """Normalised features of the images with these gates."""
+        self.set_gates(Gates(gates=gates), batch)
         return self.backbone.image_features(batch.pixel_values)
 
     def text_features(
         self, batch: Batch, gates: Float[Tensor, "batch site expert"]
     ) -> Float[Tensor, "batch dim"]:
         """Normalised features of the texts with these gates."""
-        self._set(Gates(gates=gates), batch, False)
+        self.set_gates(Gates(gates=gates), batch)
         return self.backbone.text_features(batch.input_ids, batch.attention_mask)
 
     @torch.no_grad()
@@ -134,13 +121,6 @@ class ClipMixture(MixtureModel):
                 rows = [self._plain_texts(t, choices, device) for t in templates(question)]
             self._heads[key] = F.normalize(torch.stack(rows).mean(0), dim=-1)
         return self._heads[key]
-
-    def enable_gradient_checkpointing(self, *, compare: bool = True) -> None:
-        if isinstance(self.backbone, OpenClipBackbone):
-            raise ValueError(
-                "train.gradient_checkpointing: open_clip recomputes without a place for the gates"
-            )
-        super().enable_gradient_checkpointing(compare=compare)
 
     def _contrast(self, batch: PairBatch, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [batch, all] and the loss; in training over the samples of all processes."""
@@ -187,16 +167,7 @@ class ClipMixture(MixtureModel):
             parts.append(self.backbone.text_features(ids.to(device), mask.to(device)))
         return torch.cat(parts)
 
-    def _side_losses(self, batch: PairBatch, sides: Sequence[Gates]) -> dict[str, Tensor]:
-        """Losses on the decisions of both sides, each row a decision."""
-        if self.kind == "anchors" or any(s.logits is None or s.probs is None for s in sides):
-            return {}
-        logits = torch.cat([side.logits for side in sides if side.logits is not None])
-        probs = torch.cat([side.probs for side in sides if side.probs is not None])
-        return router_losses(
-            logits.transpose(0, 1),
-            probs.transpose(0, 1),
-            batch.expert_ids.repeat(len(sides)),
-            batch.task_ids.repeat(len(sides)),
-            top_k=self.top_k if self.kind == "top_k" else None,
-        )
+
+def _of_samples(decided: Gates) -> Tensor:
+    assert decided.gates is not None  # a dual encoder is routed by sample
+    return decided.gates

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from moa.cli.ranges import (
     PATH,
@@ -27,6 +27,8 @@ from moa.cli.ranges import (
     Size,
 )
 from moa.cli.settings import Override, Wrong, load
+from moa.routing import kinds
+from moa.routing.losses import GateLosses
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Format = Literal[  # how a data set's files are written; docs/data.md says which files each one takes
@@ -37,8 +39,11 @@ Format = Literal[  # how a data set's files are written; docs/data.md says which
     "refcoco", "flickr30k_entities", "visual_genome",
     "image_folder", "webdataset", "table",
 ]  # fmt: skip
+if TYPE_CHECKING:
+    RouterKind = str
+else:
+    RouterKind = Literal[tuple(kinds.KINDS)]
 MADE = ("scenes", "drawings")  # formats without files, of as many samples as one asks for
-TRAINED_KINDS = ("softmax", "top_k", "sigmoid")  # routers whose logits are learned by gradient
 NONE = "none"  # where a sample names its expert: the base alone, with router.null_expert
 
 
@@ -93,7 +98,7 @@ class ExpertConfig:
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     # how logits become gates; one_hot: by the sample's expert, fixed: by weights, anchors: untrained
-    kind: Literal["softmax", "top_k", "sigmoid", "one_hot", "fixed", "anchors"] = "softmax"
+    kind: RouterKind = "softmax"
     granularity: Literal["sample", "token"] = "sample"  # decided once per sample, or at each token
     # what the router sees
     evidence: list[Literal["image", "text", "ocr", "task"]] = field(
@@ -109,33 +114,33 @@ class RouterConfig:
     modality_dropout: ShareBelowOne = 0.1  # chance in training that one kind of evidence is hidden
     weights: dict[str, float] | None = None  # of kind fixed: expert -> gate; null: all equal
 
+    @property
+    def row(self) -> kinds.Kind:
+        """What the kind is and needs."""
+        return kinds.KINDS[self.kind]
+
     def __post_init__(self) -> None:
         check(bool(self.evidence), "evidence", "names nothing; choose of image text ocr task")
         unique = len(set(self.evidence)) == len(self.evidence)
         check(unique, "evidence", f"names one kind twice: {list(self.evidence)}")
-        possible = self.granularity == "sample" or self.kind in ("softmax", "top_k")
-        check(possible, "granularity", f"token needs kind softmax or top_k, got {self.kind}")
-        possible = self.kind in ("softmax", "top_k") and self.granularity == "sample"
-        rule = f"needs kind softmax or top_k and granularity sample, got {self.kind}, {self.granularity}"
-        check(possible or not self.null_expert, "null_expert", rule)
-        fits = self.weights is None or self.kind == "fixed"
+        by_token, got = self.granularity == "token", f"got {self.kind}, {self.granularity}"
+        able = kinds.names(lambda kind: kind.per_token)
+        check(self.row.per_token or not by_token, "granularity", f"token needs kind {able}; {got}")
+        able = kinds.names(lambda kind: kind.null_expert)
+        fits = self.row.null_expert and not by_token
+        rule = f"needs kind {able} and granularity sample; {got}"
+        check(fits or not self.null_expert, "null_expert", rule)
+        fits = self.weights is None or "weights" in self.row.options
         check(fits, "weights", f"have no effect with router.kind={self.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(GateLosses):
     # what the language loss is a mean over: samples count alike, or answer tokens do
     reduction: Literal["sample", "token"] = "sample"
-    # of a CLIP: pictures against all texts, or against the frozen texts of the sample's choices
+    # of a CLIP: images against all texts, or against the frozen texts of the sample's choices
     pairs: Literal["contrastive", "classification"] = "contrastive"
     negatives: Literal["all", "source"] = "all"  # contrastive: of the batch, or of one data set
-    # cross-entropy of the router with the sample's expert, at the first step
-    guidance: NotNegative = 1.0
-    guidance_end: NotNegative = 0.1  # its weight at the last step of the stage; linear between
-    load_balancing: NotNegative = 0.0  # equal use of the experts over the batch
-    within_task_balancing: NotNegative = 0.0  # equal use of the experts within each task
-    z: NotNegative = 0.0  # keeps router logits small
-    entropy: float = 0.0  # above 0: sharper gates; below 0: softer gates
 
 
 def is_file_name(name: str) -> bool:
@@ -358,7 +363,7 @@ def check_experts(config: RunConfig) -> None:
     for name in names:
         check(re.fullmatch(r"\w[\w-]*", name) is not None, f"experts.{name}", "is no folder name")
         check(name != NONE, f"experts.{name}", "means no expert (router.null_expert)")
-    possible = router.kind != "top_k" or router.top_k <= len(names)
+    possible = "top_k" not in router.row.options or router.top_k <= len(names)
     check(possible, "router.top_k", f"is {router.top_k}, but there are {len(names)} experts")
     for name in router.weights or {}:
         check(name in names, f"router.weights.{name}", f"no such expert; choices: {names}")
@@ -393,13 +398,13 @@ def check_shares(sources: Iterable[SourceConfig]) -> None:
 
 
 def check_stages(config: RunConfig) -> None:
-    kind = config.router.kind
     for stage in config.stages.values():
         key = f"stages.{stage.name}"
         sources = stage_sources(config, stage)
         check(bool(sources), "data.sources", f"names none, and {key} has {stage.steps} steps")
         if stage.kind == "router":
-            check(kind in (*TRAINED_KINDS, "anchors"), key, f"router.kind={kind} learns nothing")
+            rule = f"router.kind={config.router.kind} learns nothing"
+            check(config.router.row.learns is not None, key, rule)
         if stage.kind == "experts" and config.data.expert is None:
             nobody = [s.name for s in sources if s.expert is None and s.format != "scenes"]
             rule = f"{key} trains each expert on its own samples, and these name none"

@@ -1,10 +1,10 @@
-"""Losses of picture-text pairs, one value per sample, over the negatives of all processes.
+"""Losses of image-text pairs, one value per sample, over the negatives of all processes.
 
-    CLIP (Radford et al. 2021)     1/2 (CE of a picture's own text among all + CE of a text's own picture)
+    CLIP (Radford et al. 2021)     1/2 (CE of an image's own text among all + CE of a text's own image)
     SigLIP (Zhai et al. 2023)      -log sigmoid(+-logit), summed over all texts
 
-A pair that is no true negative, because another sample has the very same text or picture, is left out.
-With all texts and pictures distinct these are the published losses.
+A pair that is not a true negative, because another sample has the same text or image, is left out.
+With all texts and images distinct these are the published losses.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ def softmax_loss(
     own: Int[Tensor, " batch"],
     ignored: Bool[Tensor, "batch all"],
 ) -> Float[Tensor, " batch"]:
-    """CLIP's loss. `image_logits` are pictures against all texts, `text_logits` texts against all
-    pictures; `own` is the column of a sample's partner, which `ignored` never names."""
+    """CLIP's loss. `image_logits` are images against all texts, `text_logits` texts against all
+    images; `own` is the column of a sample's partner, which `ignored` never names."""
     losses = [
         F.cross_entropy(logits.float().masked_fill(ignored, -torch.inf), own, reduction="none")
         for logits in (image_logits, text_logits)
@@ -36,7 +36,7 @@ def sigmoid_loss(
     own: Int[Tensor, " batch"],
     ignored: Bool[Tensor, "batch all"],
 ) -> Float[Tensor, " batch"]:
-    """SigLIP's loss of each picture with all texts."""
+    """SigLIP's loss of each image with all texts."""
     positive = F.one_hot(own, image_logits.shape[1]).bool()
     sign = torch.where(positive, 1.0, -1.0)
     return -F.logsigmoid(sign * image_logits.float()).masked_fill(ignored, 0.0).sum(1)
@@ -45,9 +45,17 @@ def sigmoid_loss(
 def not_negatives(
     texts: Int[Tensor, " all"], images: Int[Tensor, " all"], own: Int[Tensor, " batch"]
 ) -> Bool[Tensor, "batch all"]:
-    """Where another sample has the same text or picture (by key), so that it is no negative."""
+    """Where another sample has the same text or image (by key), so that it is not a negative."""
     same = (texts[own, None] == texts) | (images[own, None] == images)
     return same & ~F.one_hot(own, len(texts)).bool()
+
+
+def compared(
+    images: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"]
+) -> tuple[Float[Tensor, "batch 2 dim"], Int[Tensor, "batch 1"]]:
+    """Normalised features side by side, and the nearest text of each image."""
+    nearest = (images @ texts.T).argmax(1)
+    return torch.stack([images, texts], 1).float(), nearest[:, None]
 
 
 def batch_sizes(count: int, device: torch.device) -> list[int]:
@@ -61,9 +69,9 @@ def batch_sizes(count: int, device: torch.device) -> list[int]:
 
 
 def gather_rows(rows: Shaped[Tensor, "_ ..."], sizes: list[int]) -> Shaped[Tensor, "_ ..."]:
-    """The rows of all processes in their order; the gradient of a row is what all processes ask of it.
+    """The rows of all processes in their order; a row's gradient is the sum over all processes.
 
-    `sizes` are the numbers of rows of each process, as `batch_sizes` tells them.
+    `sizes` are the numbers of rows of each process, from `batch_sizes`.
     """
     gathered: Tensor = rows if len(sizes) == 1 else _GatherRows.apply(rows, sizes)
     return gathered

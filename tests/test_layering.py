@@ -41,7 +41,15 @@ MATH = (
     *("moa.routing", "moa.experts", "moa.metrics", "moa.packing", "moa.contrastive"),
     *("moa.merging.methods", "moa.merging.core", "moa.merging.learn.regmean"),
 )
-NOT_IN_MATH = ("moa.config", "moa.cli", "logging", "accelerate", "omegaconf", "rich")
+NOT_IN_MATH = (
+    "moa.config",
+    "moa.cli.settings",
+    "moa.cli.command",
+    "logging",
+    "accelerate",
+    "omegaconf",
+    "rich",
+)
 
 
 @cache

@@ -1,9 +1,9 @@
 """CLIP and SigLIP of transformers behind the few operations that the mixture needs: two towers, each
 run by itself, and a processor that pads texts as the text tower was taught."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,13 @@ class ClipBackbone:
     dims: dict[str, int]  # widths of the towers' tokens: image, text
     name: str = ""
     fingerprint: str | None = None  # of its weights and config
+
+    compares: ClassVar[bool] = True
+    # Neither DeepSpeed nor FSDP2 takes the scale of the logits, a scalar. And with losses.pairs=classification
+    # each process would read the texts of the choices that it meets first, and wait for the others.
+    shardable: ClassVar[bool] = False
+    recomputes: ClassVar[bool] = True
+    task_type: ClassVar[str | None] = None  # PEFT would look for a language model's methods
 
     @property
     def intake(self) -> Intake:
@@ -78,6 +85,12 @@ class ClipBackbone:
         """What the model's own forward takes; SigLIP learned without a mask."""
         names = ("input_ids", "pixel_values", *(() if self.is_sigmoid else ("attention_mask",)))
         return {name: getattr(batch, name) for name in names}
+
+    def probe(self, images: Sequence[Any], texts: Sequence[str]) -> dict[str, Tensor]:
+        """The model's own inputs for as many images as texts."""
+        ids, mask = self.processor.texts(texts)
+        inputs = {"pixel_values": self.processor.images(images), "input_ids": ids}
+        return inputs if self.is_sigmoid else inputs | {"attention_mask": mask}
 
     def look(self, batch: Batch) -> Look:
         """What the router sees: the vision tower's last hidden states; call it inside `context.disabled()`."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -56,6 +56,13 @@ class Backbone:
     processor: Any
     name: str = ""
     fingerprint: str | None = None  # of its weights and config
+
+    compares: ClassVar[bool] = False  # images with texts; else it answers in tokens
+    shardable: ClassVar[bool] = True  # by DeepSpeed ZeRO and FSDP2
+    recomputes: ClassVar[bool] = (
+        True  # in the backward pass, each layer with the gates it first had
+    )
+    task_type: ClassVar[str | None] = "CAUSAL_LM"  # PEFT's word in an adapter's config
 
     @property
     def family(self) -> Family:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,8 @@ class OpenClipBackbone(ClipBackbone):
     """open_clip's CLIP or CustomTextCLIP; `config` is what its folder's config file would hold."""
 
     config: dict[str, Any] = field(default_factory=dict)
+
+    recomputes: ClassVar[bool] = False  # open_clip's own checkpointing has no place for the gates
 
     @property
     def embedding(self) -> Any:

@@ -358,13 +358,14 @@ def type_name(hint: Any) -> str:
 
 def field_comments(cls: type) -> dict[str, str]:
     """Field -> its comments: on the lines above that hold nothing else, and those beside its parts."""
+    inherited = [field_comments(base) for base in cls.__bases__ if dataclasses.is_dataclass(base)]
     source = textwrap.dedent(inspect.getsource(cls))
     tokens = tokenize.generate_tokens(StringIO(source).readline)
     found = [(t.start[0], t.string[1:].strip(), t.line) for t in tokens if t.type == COMMENT]
     comments = {line: re.sub(r"\s*#?\s*(fmt: skip|noqa.*)$", "", text) for line, text, _ in found}
     alone = {line for line, _, text in found if text.lstrip().startswith("#")}
     body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
-    docs: dict[str, str] = {}
+    docs = {name: text for found in inherited for name, text in found.items()}
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             first, last = node.lineno, node.end_lineno or node.lineno

@@ -79,7 +79,7 @@ class Moa(lmms):
     ) -> None:
         super().__init__()
         self.model, config, _ = open_subject(subject_of(checkpoint), like, device)
-        check_gates(gates, self.model.bank.names, self.model.granularity)
+        check_gates(gates, self.model.bank.names, self.model.routing.granularity)
         if gates == "oracle":
             raise ValueError(
                 "gates=oracle: questions of lmms-eval name no expert; name one: gates=NAME"

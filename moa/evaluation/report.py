@@ -179,7 +179,7 @@ def draw_pictures(
     gallery(made[0], make_cards(model, results, count), names, "What the model saw, and said")
     if routing is not None:
         made.append(folder / "gates.png")
-        gate_heat_map(made[-1], routing, model.null_expert)
+        gate_heat_map(made[-1], routing, model.routing.null_expert)
     if routing is not None and "per_site" in routing:
         made.append(folder / "gates_by_layer.png")
         layer_heat_map(made[-1], routing, list(model.bank.sites))

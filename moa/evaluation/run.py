@@ -73,7 +73,7 @@ def evaluate(
 
     Of several `processes` all must call it; the main one has the result, the others one without tasks.
     """
-    check_gates(gates, model.bank.names, model.granularity)
+    check_gates(gates, model.bank.names, model.routing.granularity)
     device = next(model.parameters()).device
     thinned = thinner(num_pictures, benchmark)  # no more pictures than this process might need
 
@@ -214,7 +214,7 @@ def answer(
 ) -> tuple[torch.Tensor, Gates]:
     """New token ids, and the gates that they were generated with; ValueError for NaN or infinity in either."""
     logits = FiniteLogits()
-    ids, decided = model.generate_routed(
+    ids, decided = model.answering().generate_routed(
         batch,
         **gate_rule(model, batch, gates),
         max_new_tokens=max_new_tokens,

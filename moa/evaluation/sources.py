@@ -130,7 +130,7 @@ def open_datasets(
 ) -> Sequence[Source]:
     """The data set of each source; where their experts decide, ValueError if they are unknown."""
     opened: Sequence[Source] = [*open_sources(sources, config.data, ocr).values()]
-    if settings.gates == "oracle" or model.kind == "one_hot":
+    if settings.gates == "oracle" or model.routing.kind.by_expert:
         expert_of = trained_experts(config)
         opened = [Guided(dataset=dataset, expert_of=expert_of) for dataset in opened]
     if settings.gates == "oracle":

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moa.experts.lora import ExpertLinear, GateContext, GateState
+from moa.experts.lora import Decide, ExpertLinear, GateContext, GateState
 from moa.experts.lora_state import expert_state, overwrite, pair_up, peft_config, scaling_of
 from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites, site_scaling
 from moa.files.targets import ALL_LINEAR, is_target, select
@@ -284,14 +284,15 @@ class ExpertBank:
         )
 
     def route_tokens(
-        self, top_k: int | None, temperature: float | int = 1.0, *, recording: bool = True
+        self, decide: Decide, temperature: float | int = 1.0, *, recording: bool = True
     ) -> None:
         """Let every site route the tokens of the coming forward by its own token router.
 
-        `recording` keeps each site's logits for `take_token_logits`.
+        `decide` turns logits, divided by the temperature, into gates and probabilities. `recording`
+        keeps each site's logits for `take_token_logits`.
         """
         self.context.state = GateState(
-            gates=None, top_k=top_k, temperature=temperature, recording=recording
+            gates=None, decide=decide, temperature=temperature, recording=recording
         )
 
     def take_token_logits(self) -> dict[str, Float[Tensor, "*_ expert"]]:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moa.experts.lora_product import add_mixture, concatenate, mix, widen
-from moa.routing.gating import softmax_gates, top_k_gates
+
+Decide = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> gates and probabilities
 
 
 @dataclass(kw_only=True)
@@ -31,7 +32,7 @@ class GateState:
     experts: tuple[str, ...] = ()
     active: frozenset[str] | None = None  # in inference: those that some sample uses; None: all
     expand: bool = False  # generation repeats each sample for its beams and return sequences
-    top_k: int | None = None  # of token routing; None: softmax over all experts
+    decide: Decide | None = None  # of token routing
     temperature: float | int = 1.0  # of token routing
     recording: bool = True
     # site -> [batch, seq, expert], divided by the temperature
@@ -236,12 +237,11 @@ class ExpertLinear(nn.Module):
 
     def _token_gates(self, x: Tensor, state: GateState) -> Tensor:
         """Gates [batch, seq, expert] of each token by itself, decided in float32."""
-        if self.token_router is None:
+        if self.token_router is None or state.decide is None:
             raise ValueError(f"{self.name}: has no token router; call bank.add_token_routers()")
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.token_router.float()) / state.temperature
-            top_k = state.top_k
-            gates = softmax_gates(logits) if top_k is None else top_k_gates(logits, top_k)
+            gates, _ = state.decide(logits)
         if state.recording:
             state.token_logits[self.name] = logits  # by site: a second call replaces the first
         return gates

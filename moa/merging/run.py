@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moa.analysis.fidelity_page import write_page
 from moa.backbones.open_clip import export_open_clip, is_open_clip, load_open_clip
+from moa.backbones.opening import open_backbone
 from moa.backbones.shapes import layer_shapes
-from moa.build import open_backbone
 from moa.card import Card, local_fingerprint
 from moa.cli.command import progress_bar
 from moa.evaluation.gates_file import read_routing, routing_file

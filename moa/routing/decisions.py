@@ -1,6 +1,6 @@
 """Routing decisions -> the losses on them and the gates that were used, per sample or per token."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moa.routing import losses
-from moa.routing.gating import softmax_gates, top_k_gates
+from moa.routing.losses import gate_losses
+
+Decide = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> gates and probabilities
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,25 +23,6 @@ class TokenDecisions:
     logits: Float[Tensor, "site token expert"]  # divided by the temperature
     owner: Int[Tensor, " token"]
     mask: Bool[Tensor, " token"]
-
-
-def router_losses(
-    logits: Float[Tensor, "site token expert"],
-    probs: Float[Tensor, "site token expert"],
-    expert_ids: Int[Tensor, " token"],
-    task_ids: Int[Tensor, " token"],
-    *,
-    top_k: int | None = None,
-    mask: Bool[Tensor, " token"] | None = None,
-) -> dict[str, Float[Tensor, ""]]:
-    """Every auxiliary loss by its name in the config, unweighted."""
-    return {
-        "load_balancing": losses.load_balancing_loss(probs, top_k, mask),
-        "within_task_balancing": losses.within_task_balancing_loss(probs, task_ids, top_k, mask),
-        "z": losses.z_loss(logits, mask),
-        "entropy": losses.entropy_loss(probs, mask),
-        "guidance": losses.task_guidance_loss(logits, expert_ids, mask),
-    }
 
 
 def token_decisions(
@@ -70,15 +52,16 @@ def token_losses(
     groups: list[TokenDecisions],
     expert_ids: Int[Tensor, " batch"],
     task_ids: Int[Tensor, " batch"],
+    decide: Decide,
     top_k: int | None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """The losses of `router_losses` over valid tokens, averaged over all sites."""
+    """The losses on gates over valid tokens, averaged over all sites."""
     num_sites = sum(group.logits.shape[0] for group in groups)
     total: dict[str, Tensor] = {}
     for group in groups:
-        found = router_losses(
+        found = gate_losses(
             group.logits,
-            softmax_gates(group.logits),
+            decide(group.logits)[1],
             expert_ids[group.owner],
             task_ids[group.owner],
             top_k=top_k,
@@ -92,14 +75,12 @@ def token_losses(
 
 @torch.no_grad()
 def mean_token_gates(
-    groups: list[TokenDecisions], num_samples: int, top_k: int | None
+    groups: list[TokenDecisions], num_samples: int, decide: Decide
 ) -> Float[Tensor, "batch 1 expert"]:
     """Each sample's gates, averaged over its valid tokens at all sites: for reading, not for use."""
     total = count = torch.zeros(())
     for group in groups:
-        gates = softmax_gates(group.logits)
-        if top_k is not None:
-            gates = top_k_gates(group.logits, min(top_k, gates.shape[-1]))
+        gates, _ = decide(group.logits)
         member = F.one_hot(group.owner, num_samples).float() * group.mask[:, None]
         total = total.to(gates.device) + torch.einsum("tb,ste->be", member, gates)
         count = count.to(gates.device) + member.sum(0) * gates.shape[0]

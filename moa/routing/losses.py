@@ -1,14 +1,63 @@
-"""Auxiliary losses on routing decisions, each defined once.
+"""Auxiliary losses on routing decisions. A new one is a function, a weight and a row, all in this file.
 
 Decisions are `[site, token, expert]`, where a "token" is whatever is routed: a sample, or a token.
 Each loss is computed per site over the valid tokens (`mask`) and averaged over sites, so that its
 size depends on neither depth, padding nor batch size.
 """
 
-import torch
-import torch.nn.functional as F
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+
+from moa.cli.ranges import NotNegative
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:  # the config reads the weights below, and must not wait for torch
+    Tensor = Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateLosses:
+    """The weight of each loss on gates; `NAME_end` is its weight at the last step of a stage, linear between."""
+
+    load_balancing: NotNegative = 0.0  # equal use of the experts over the batch
+    within_task_balancing: NotNegative = 0.0  # equal use of the experts within each task
+    z: NotNegative = 0.0  # keeps router logits small
+    entropy: float = 0.0  # above 0: sharper gates; below 0: softer gates
+    # cross-entropy of the router with the sample's expert, at the first step
+    guidance: NotNegative = 1.0
+    guidance_end: NotNegative = 0.1  # its weight at the last step of the stage; linear between
+
+
+AUX = tuple(f.name for f in fields(GateLosses) if not f.name.endswith("_end"))
+
+
+def gate_losses(
+    logits: Float[Tensor, "site token expert"],
+    probs: Float[Tensor, "site token expert"],
+    expert_ids: Int[Tensor, " token"],
+    task_ids: Int[Tensor, " token"],
+    *,
+    top_k: int | None = None,
+    mask: Bool[Tensor, " token"] | None = None,
+) -> dict[str, Float[Tensor, ""]]:
+    """Every loss by the name of its weight, unweighted."""
+    return {
+        "load_balancing": load_balancing_loss(probs, top_k, mask),
+        "within_task_balancing": within_task_balancing_loss(probs, task_ids, top_k, mask),
+        "z": z_loss(logits, mask),
+        "entropy": entropy_loss(probs, mask),
+        "guidance": task_guidance_loss(logits, expert_ids, mask),
+    }
+
+
+def weights_at(losses: GateLosses, progress: float) -> dict[str, float]:
+    """The weight of each loss where `progress`, from 0 to 1, of a stage is done."""
+    start = {name: getattr(losses, name) for name in AUX}
+    ends = {name: getattr(losses, f"{name}_end", start[name]) for name in AUX}
+    return {name: start[name] + (ends[name] - start[name]) * progress for name in AUX}
 
 
 def load_balancing_loss(
@@ -49,13 +98,15 @@ def z_loss(
     logits: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None
 ) -> Float[Tensor, ""]:
     """Mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, eq. 5): keeps them small."""
-    return _mean(torch.logsumexp(logits, dim=-1).square(), _weights(logits, mask))
+    return _mean(logits.logsumexp(-1).square(), _weights(logits, mask))
 
 
 def entropy_loss(
     probs: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None
 ) -> Float[Tensor, ""]:
     """Mean entropy of the decisions in nats; a positive weight sharpens them, a negative softens."""
+    import torch
+
     return _mean(torch.special.entr(probs).sum(-1), _weights(probs, mask))
 
 
@@ -68,6 +119,8 @@ def task_guidance_loss(
 
     Zero, and still connected to the logits, where no expert is known.
     """
+    import torch.nn.functional as F
+
     weights = _weights(logits, mask) * (expert_ids >= 0)
     targets = expert_ids.clamp(min=0).expand(logits.shape[:2])
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -89,11 +142,13 @@ def _places(probs: Tensor, top_k: int | None) -> Tensor:
     if top_k is None:
         return probs
     chosen = probs.detach().topk(top_k, dim=-1).indices
-    return torch.zeros_like(probs).scatter(-1, chosen, 1.0 / top_k)
+    return probs.new_zeros(probs.shape).scatter(-1, chosen, 1.0 / top_k)
 
 
 def _balance(probs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """[site, token, expert] x2, group weights [group, token] -> [site, group]."""
+    import torch
+
     total = weights.sum(1).clamp(min=1)[:, None]
     share = torch.einsum("gt,ste->sge", weights, places) / total
     mean = torch.einsum("gt,ste->sge", weights, probs) / total

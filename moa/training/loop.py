@@ -25,6 +25,7 @@ from data.mixture import Mixture, Source
 from moa.checkpoint import TrainState, point, pointed, prune, save_checkpoint, step_name
 from moa.config import RunConfig
 from moa.model import MixtureModel
+from moa.routing.losses import weights_at
 from moa.training.batches import Collated, Layout, dead_worker, training_loader
 from moa.training.distributed.strategy import (
     Strategy,
@@ -56,7 +57,6 @@ from moa.training.step import (
     Counts,
     Figures,
     TrainingError,
-    aux_weights,
     check_gradients,
     count_step,
     non_finite,
@@ -264,7 +264,7 @@ class Stage:
     ) -> None:
         run = self.run
         progress = (run.stage_step - 1) / max(self.config.steps - 1, 1)
-        weights = aux_weights(run.config.losses, progress)
+        weights = weights_at(run.config.losses, progress)
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)  # gradients are exchanged once, with the last
             batch = batch.to(run.accelerator.device, non_blocking=True)

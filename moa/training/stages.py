@@ -61,15 +61,17 @@ def set_trainable(
 ) -> dict[str, Parameters]:
     """Let exactly the stage's groups require gradients, and return them.
 
-    Raises ValueError for a stage without anything to train (anchors learn without gradients).
+    Raises ValueError for a stage without anything to train (means of samples are learned without gradients).
     """
     model.requires_grad_(False)
     chosen = {name: groups[name] for name in TRAINED[stage.kind] if groups[name]}
     for parameters in chosen.values():
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-    if not chosen and model.kind != "anchors":
-        raise ValueError(f"stages.{stage.name}: nothing to train with router.kind={model.kind}")
+    if not chosen and model.routing.kind.learns != "means":
+        raise ValueError(
+            f"stages.{stage.name}: nothing to train: no expert, router or projector learns"
+        )
     return chosen
 
 

@@ -21,14 +21,13 @@ from data.batch import Batch
 from data.checks import BadSampleError, Rule, name_of
 from data.collate import IGNORED
 from data.sample import Sample
-from moa.config import LossConfig
 from moa.model import MixtureModel, MixtureOutput
+from moa.routing.losses import AUX
 from moa.training.batches import Collated
 from moa.training.optimizer import names_of
 from moa.training.stages import Parameters
 
 RULES: tuple[str, ...] = get_args(Rule)
-AUX = ("load_balancing", "within_task_balancing", "z", "entropy", "guidance")
 
 
 class TrainingError(RuntimeError):
@@ -64,13 +63,6 @@ def refuse_bad_samples(micro_batches: Sequence[Collated], policy: str, step: int
             raise BadSampleError(errors[0].where, errors[0].rule, f"{errors[0].detail} ({hint})")
         if batch is None:
             raise TrainingError(f"step {step}: every sample of a micro-batch is bad: {errors[0]}")
-
-
-def aux_weights(losses: LossConfig, progress: float) -> dict[str, float]:
-    """Weight of each loss on the gates; `progress` runs from 0 to 1 over a stage."""
-    fixed = {name: getattr(losses, name) for name in AUX}
-    guidance = losses.guidance + (losses.guidance_end - losses.guidance) * progress
-    return fixed | {"guidance": guidance}
 
 
 def objective(

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from data.sources import make_collator, open_mixture
 from moa.backbones.fingerprint import base_fingerprint
+from moa.backbones.opening import open_backbone
 from moa.backbones.shapes import layer_shapes
-from moa.build import build_model, open_backbone, settled
+from moa.build import build_model, settled
 from moa.checkpoint import CONFIG, TrainState, load_model, save_checkpoint, write_run_header
 from moa.config import RunConfig, load_config
 from moa.files.peft import read_header, read_tensors, rename_sites, save_expert, site_keys

@@ -13,7 +13,7 @@ from data.pairs import only_images, only_texts
 from moa.backbones.attention import SplitAttention, pack_attention, split_attention
 from moa.backbones.clip import load_clip
 from moa.backbones.open_clip import load_open_clip
-from moa.build import open_backbone
+from moa.backbones.opening import open_backbone
 from tests.support.tiny import random_image
 from tests.support.tiny_clip import KINDS, NAMES, collator_of, mixture_of, pair, save_tiny
 

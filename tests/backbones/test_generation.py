@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moa.experts.bank import ExpertBank
-from moa.model import MixtureModel
+from moa.model import LanguageMixture, MixtureModel
 from moa.routing.router import Router
 from tests.support.tiny import tiny_batch, tiny_llava
 
@@ -29,7 +29,7 @@ def world() -> tuple[MixtureModel, object]:
     torch.manual_seed(0)
     router = Router(experts=2, sites=len(bank.sites), dims=backbone.dims, num_tasks=3, hidden=8)
     torch.nn.init.normal_(router.head[-1].weight)
-    return MixtureModel(backbone, bank, router).eval(), processor
+    return LanguageMixture(backbone, bank, router).eval(), processor
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moa.build import open_backbone
+from moa.backbones.opening import open_backbone
 from tests.support.tiny import tiny_llava
 from tests.support.tiny_clip import save_tiny
 

@@ -11,8 +11,8 @@ from data.geometry import seen_by
 from data.sources import make_collator
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone, load_backbone, open_intake
+from moa.backbones.opening import open_backbone
 from moa.backbones.processors import adjusted, box_convention
-from moa.build import open_backbone
 from moa.config import load_config
 from tests.backbones.test_backbones import samples_for
 from tests.support.families import tiny_family, tokenizer_with

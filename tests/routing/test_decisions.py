@@ -9,14 +9,21 @@ import torch.nn.functional as F
 from moa.routing.decisions import (
     TokenDecisions,
     mean_token_gates,
-    router_losses,
     token_decisions,
     token_losses,
 )
+from moa.routing.losses import gate_losses
+from moa.routing.routing import Routing
 
 OWNER = torch.tensor([0, 0, 1, 2, 2, 0])
 MASK = torch.tensor([True, True, True, True, True, False])
 EXPERTS, TASKS = torch.tensor([2, 0, 1]), torch.tensor([0, 0, 1])
+
+
+def decide(top_k: int | None):
+    """The rule of kind softmax, or top_k."""
+    kind = "softmax" if top_k is None else "top_k"
+    return Routing(experts=3, kind=kind, top_k=top_k or 1, granularity="token").token_gates
 
 
 def decisions(num_sites: int, seed: int = 0) -> TokenDecisions:
@@ -29,15 +36,15 @@ def test_balance_within_a_task_goes_by_tasks_and_counts_the_places_of_top_k():
     """Four samples of two tasks, each task its own expert: balanced as a whole, collapsed within each task."""
     probs = torch.tensor([[[0.75, 0.25]] * 2 + [[0.25, 0.75]] * 2])
     tasks, experts = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 0, 1])
-    found = router_losses(probs.log(), probs, experts, tasks, top_k=1)
+    found = gate_losses(probs.log(), probs, experts, tasks, top_k=1)
     assert found["load_balancing"].item() == pytest.approx(1)  # 2 * (0.5 * 0.5 + 0.5 * 0.5)
     assert found["within_task_balancing"].item() == pytest.approx(1.5)  # 2 * 1 * 0.75
-    soft = router_losses(probs.log() + 2, probs, experts, tasks)
+    soft = gate_losses(probs.log() + 2, probs, experts, tasks)
     assert soft["z"].item() == pytest.approx(4)  # log of the sum of e^2 * probs, squared
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     assert soft["entropy"].item() == pytest.approx(entropy)
     assert soft["within_task_balancing"].item() == pytest.approx(1.25)  # 2 * (0.75^2 + 0.25^2)
-    uneven = router_losses(probs[:, :3].log(), probs[:, :3], experts[:3], tasks[:3], top_k=1)
+    uneven = gate_losses(probs[:, :3].log(), probs[:, :3], experts[:3], tasks[:3], top_k=1)
     mean = torch.tensor([1.75, 1.25]) / 3
     expected = 2 * (mean * torch.tensor([2 / 3, 1 / 3])).sum()
     torch.testing.assert_close(uneven["load_balancing"], expected)
@@ -45,7 +52,7 @@ def test_balance_within_a_task_goes_by_tasks_and_counts_the_places_of_top_k():
 
 def test_the_guidance_of_tokens_is_by_the_experts_of_their_samples():
     group = decisions(2)
-    found = token_losses([group], EXPERTS, TASKS, None)["guidance"]
+    found = token_losses([group], EXPERTS, TASKS, decide(None), None)["guidance"]
     valid, wanted = group.logits[:, MASK], EXPERTS[OWNER[MASK]]
     expected = F.cross_entropy(valid.flatten(0, 1), wanted.repeat(2))
     torch.testing.assert_close(found, expected)
@@ -55,12 +62,12 @@ def test_the_guidance_of_tokens_is_by_the_experts_of_their_samples():
 def test_sites_count_alike_however_they_are_grouped(top_k):
     one, three = decisions(1), decisions(3, seed=1)
     whole = TokenDecisions(logits=torch.cat([one.logits, three.logits]), owner=OWNER, mask=MASK)
-    apart = token_losses([one, three], EXPERTS, TASKS, top_k)
-    together = token_losses([whole], EXPERTS, TASKS, top_k)
+    apart = token_losses([one, three], EXPERTS, TASKS, decide(top_k), top_k)
+    together = token_losses([whole], EXPERTS, TASKS, decide(top_k), top_k)
     assert apart.keys() == together.keys()
     for key, value in together.items():
         torch.testing.assert_close(apart[key], value)
-    gates = (mean_token_gates(groups, 3, top_k) for groups in ([one, three], [whole]))
+    gates = (mean_token_gates(groups, 3, decide(top_k)) for groups in ([one, three], [whole]))
     torch.testing.assert_close(*gates)
 
 
@@ -72,12 +79,11 @@ def test_the_gates_of_a_sample_are_the_mean_over_its_tokens_and_sites():
                        mask=torch.tensor([True, True, True, False])),
         TokenDecisions(logits=second, owner=torch.tensor([0]), mask=torch.tensor([True])),
     ]  # fmt: skip
-    found = mean_token_gates(groups, 3, top_k=1)
+    found = mean_token_gates(groups, 3, decide(1))
     # sample 0: experts 0 and 1 at the first site, 0 and 2 at the others; sample 2 has no token
     assert found.tolist() == [[[0.5, 0.25, 0.25]], [[0.0, 0.0, 1.0]], [[0.0, 0.0, 0.0]]]
-    every = mean_token_gates(groups, 3, None)
+    every = mean_token_gates(groups, 3, decide(None))
     torch.testing.assert_close(every[1, 0], torch.tensor([0.0, 0.0, 9.0]).softmax(-1))
-    torch.testing.assert_close(mean_token_gates(groups, 3, top_k=9), every)
 
 
 def test_tokens_are_stacked_where_sites_have_the_same_ones_and_keep_their_owners():

@@ -26,7 +26,7 @@ from data.boxes import CODECS
 from data.pairs import PairCollator
 from data.sample import Sample
 from moa.backbones.clip import ClipBackbone
-from moa.build import open_backbone
+from moa.backbones.opening import open_backbone
 from moa.clip_model import ClipMixture
 from moa.experts.bank import ExpertBank
 from moa.routing.router import Router

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from data.sources import make_collator, open_ocr, open_sources
-from moa.backbones.clip import ClipBackbone
 from moa.checkpoint import load_model
-from moa.clip_model import ClipMixture
 from moa.config import RunConfig
+from moa.contrastive import compared
 from moa.experts.bank import ExpertBank
 from moa.files.peft import site_keys
 from moa.merging.core import Expert
@@ -93,18 +92,10 @@ def probe_of_noise(backbone: Any, count: int) -> dict[str, Tensor]:
     noise = np.random.default_rng(0).integers(0, 256, (count, 96, 128, 3), np.uint8)
     questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(count)]
     pictures = [Image.fromarray(picture) for picture in noise]
-    if isinstance(backbone, ClipBackbone):
-        return clip_probe(backbone, pictures, questions)
+    if backbone.compares:
+        inputs: dict[str, Tensor] = backbone.probe(pictures, questions)
+        return inputs
     return probe_inputs(backbone.processor, pictures, questions)
-
-
-def clip_probe(
-    backbone: ClipBackbone, images: Sequence[Image.Image], texts: Sequence[str]
-) -> dict[str, Tensor]:
-    """Tensors of as many pictures as texts."""
-    ids, mask = backbone.processor.texts(texts)
-    found = {"pixel_values": backbone.processor.images(images), "input_ids": ids}
-    return found if backbone.is_sigmoid else {**found, "attention_mask": mask}
 
 
 @torch.no_grad()
@@ -113,16 +104,11 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor], new_tokens: int) 
     model.eval()
     if not hasattr(model, "generate"):
         found = model(**inputs)
-        return compared(found.image_embeds, found.text_embeds)
+        logits, tokens = compared(found.image_embeds, found.text_embeds)
+        return Outputs(logits=logits, tokens=tokens)
     logits = model(**inputs).logits.float()
     tokens = model.generate(**inputs, **greedy(new_tokens))  # type: ignore[operator]
     return Outputs(logits=logits, tokens=tokens[:, -new_tokens:])
-
-
-def compared(images: Float[Tensor, "batch dim"], texts: Float[Tensor, "batch dim"]) -> Outputs:
-    """Normalised features of pictures and texts as a model's outputs."""
-    nearest = (images @ texts.T).argmax(1)
-    return Outputs(logits=torch.stack([images, texts], 1).float(), tokens=nearest[:, None])
 
 
 def live_outputs(
@@ -157,10 +143,7 @@ def live_outputs(
 def routed_outputs(model: MixtureModel, batch: Batch, new_tokens: int) -> Outputs:
     """The same from the model that routes each sample by itself; left padding in the batch."""
     model.eval()
-    if isinstance(model, ClipMixture):
-        return compared(*model.routed_features(batch))
-    logits = model(batch).logits.float()
-    tokens = model.generate(batch, **greedy(new_tokens))
+    logits, tokens = model.probe(batch, **greedy(new_tokens))
     return Outputs(logits=logits, tokens=tokens)
 
 

@@ -173,7 +173,7 @@ def own_answers(
         texts: list[str] = []
         for start in range(0, len(samples), size):
             batch = few.prompts(samples[start : start + size])
-            ids = model.generate(
+            ids = model.answering().generate(
                 batch,
                 gates.expand(len(batch), -1),
                 max_new_tokens=max_new_tokens,

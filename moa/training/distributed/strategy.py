@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moa.backbones.clip import is_clip
-from moa.backbones.open_clip import is_open_clip
+from moa.backbones.opening import class_of
 from moa.build import projector_parameters
 from moa.config import RunConfig
 from moa.model import MixtureModel
@@ -94,14 +93,12 @@ def check_sharding(accelerator: Accelerator, config: RunConfig) -> None:
     if is_fsdp():
         fsdp.settings()
     name, where = config.model.name, "of configs/accelerate/"
-    # Neither takes a CLIP's scale, a scalar; and with losses.pairs=classification each process would
-    # read the texts of the choices that it meets first, and wait for the others.
-    if (is_fsdp() or is_zero(accelerator)) and (is_clip(name) or is_open_clip(name)):
+    if (is_fsdp() or is_zero(accelerator)) and not class_of(name).shardable:
         raise ValueError(f"model.name: {name} is a CLIP, not to be sharded; choices {where}: ddp")
-    # A stage of anchors has no optimiser, and so nobody who gathers for it.
-    if (is_fsdp() or is_zero_3(accelerator)) and config.router.kind == "anchors":
+    # Such a stage has no optimiser, and so nothing that gathers for it.
+    if (is_fsdp() or is_zero_3(accelerator)) and config.router.row.learns == "means":
         raise ValueError(
-            f"router.kind=anchors: parameters are not sharded; choices {where}: ddp, zero2"
+            f"router.kind={config.router.kind}: parameters are not sharded; choices {where}: ddp, zero2"
         )
 
 

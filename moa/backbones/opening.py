@@ -1,0 +1,38 @@
+"""Which backbone a name or folder is, and how it is opened: open_clip's, a dual encoder of transformers, or a LLaVA."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from moa.backbones.clip import ClipBackbone, is_clip, load_clip
+from moa.backbones.llava import Backbone, load_backbone
+from moa.backbones.open_clip import OpenClipBackbone, is_open_clip, load_open_clip
+
+AnyBackbone = Backbone | ClipBackbone
+
+
+def class_of(name: str) -> type[AnyBackbone]:
+    """The class of a base, by its name and config alone."""
+    if is_open_clip(name):
+        return OpenClipBackbone
+    return ClipBackbone if is_clip(name) else Backbone
+
+
+def open_backbone(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    quantization: str | None = None,
+    image_processor: Mapping[str, Any] | None = None,
+) -> AnyBackbone:
+    """The frozen base model that a name means; ValueError for settings without effect on it."""
+    kind = class_of(name)
+    if not kind.compares:
+        return load_backbone(name, dtype, quantization, image_processor)
+    if image_processor is not None:
+        rule = "has no effect on a CLIP, which crops as it learned"
+        raise ValueError(f"model.image_processor: {rule}")
+    if quantization is not None:
+        rule = f"{quantization} is for language models; a CLIP is small"
+        raise ValueError(f"model.quantization: {rule}")
+    return load_open_clip(name, dtype) if kind is OpenClipBackbone else load_clip(name, dtype)

@@ -1,0 +1,114 @@
+"""The kinds of router, a row each. Config, model, build and training ask this table; none knows a kind by name.
+
+    kind       its logits come from                gates
+    softmax    a learned Router                    all experts, sum 1
+    top_k      a learned Router                    the k largest, sum 1
+    sigmoid    a learned Router                    each expert by itself
+    anchors    the likeness to experts' means      as softmax
+    one_hot    -                                   the sample's own expert, uniform where it is unknown
+    fixed      -                                   the same for every sample
+
+A new kind is a row and its function. The config reads the rows, so that torch is imported in functions alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What gates are decided from. Logits are divided by the temperature; a null expert is their last choice."""
+
+    logits: Any = None  # [batch, site, choice]; None for a kind without a router
+    mask: Any = None  # False where an expert may not be used; None: all may
+    top_k: int = 0
+    expert_ids: Any = None  # [batch]; -1 is unknown
+    weights: Any = None  # [expert]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One kind: its function, and what the others must know of it."""
+
+    # gates as logits, and of learned kinds the probabilities that losses read (before top-k, sum 1)
+    gates: "Callable[[Given], tuple[Tensor, Tensor | None]]"
+    # makes the module with the logits from experts, sites, dims, num_tasks and the options
+    router: "Callable[..., nn.Module] | None" = None
+    learns: Literal["gradient", "means"] | None = None  # by an optimiser, or by adding samples up
+    per_token: bool = False  # may decide for each token by itself
+    null_expert: bool = False  # may have one choice more, no expert at all
+    by_expert: bool = False  # decides by the sample's own expert
+    module_options: tuple[str, ...] = ()  # settings in the config that `router` takes
+    options: tuple[str, ...] = ()  # settings that the function reads from `Given`
+
+
+def softmax(given: Given) -> "tuple[Tensor, Tensor | None]":
+    from moa.routing.gating import softmax_gates, top_k_gates
+
+    probs, mask = softmax_gates(given.logits), given.mask
+    return (probs if mask is None else top_k_gates(given.logits, probs.shape[-1], mask)), probs
+
+
+def top_k(given: Given) -> "tuple[Tensor, Tensor | None]":
+    from moa.routing.gating import softmax_gates, top_k_gates
+
+    return top_k_gates(given.logits, given.top_k, given.mask), softmax_gates(given.logits)
+
+
+def sigmoid(given: Given) -> "tuple[Tensor, Tensor | None]":
+    from moa.routing.gating import sigmoid_gates
+
+    gates = sigmoid_gates(given.logits)
+    probs = gates / gates.sum(-1, keepdim=True)
+    return (gates if given.mask is None else gates * given.mask), probs
+
+
+def one_hot(given: Given) -> "tuple[Tensor, Tensor | None]":
+    from moa.routing.gating import apply_availability, one_hot_gates
+
+    gates = one_hot_gates(given.expert_ids, len(given.weights))[:, None]
+    return (gates if given.mask is None else apply_availability(gates, given.mask)), None
+
+
+def fixed(given: Given) -> "tuple[Tensor, Tensor | None]":
+    gates = given.weights.expand(len(given.expert_ids), 1, -1)
+    return (gates if given.mask is None else gates * given.mask), None
+
+
+def learned_router(**options: Any) -> "nn.Module":
+    from moa.routing.router import Router
+
+    return Router(**options)
+
+
+def anchor_router(*, sites: int, **options: Any) -> "nn.Module":
+    from moa.routing.router import AnchorRouter
+
+    return AnchorRouter(**options)
+
+
+LEARNED: dict[str, Any] = {
+    "router": learned_router,
+    "learns": "gradient",
+    "module_options": ("evidence", "hidden", "pooling", "per_site", "modality_dropout"),
+}
+SOFTMAX: dict[str, Any] = LEARNED | {"per_token": True, "null_expert": True}
+KINDS = {
+    "softmax": Kind(gates=softmax, **SOFTMAX),
+    "top_k": Kind(gates=top_k, **SOFTMAX, options=("top_k",)),
+    "sigmoid": Kind(gates=sigmoid, **LEARNED),
+    "one_hot": Kind(gates=one_hot, by_expert=True),
+    "fixed": Kind(gates=fixed, options=("weights",)),
+    "anchors": Kind(
+        gates=softmax, router=anchor_router, learns="means", module_options=("evidence",)
+    ),
+}
+
+
+def names(which: Callable[[Kind], bool]) -> str:
+    """The kinds that a rule allows, for a message."""
+    return ", ".join(name for name, kind in KINDS.items() if which(kind))
