@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from bench.record import machine, write_results
 from moa.files.peft import WEIGHTS_FILE, save_expert, site_keys
 from moa.files.spool import open_spool
+from moa.merging.adapters import expert_from_folder
 from moa.merging.checkpoints.full import merge_checkpoints
-from moa.merging.core import compress, expert_from_folder, to_core
+from moa.merging.core import compress, to_core
 from moa.merging.export.export import export_adapter, stored_dtype
 from moa.merging.merge import merge
-from moa.merging.methods import sparse
 from moa.merging.methods.stack import Stack, stack_of
 from moa.merging.methods.table import METHODS
 
@@ -153,7 +153,7 @@ def dense_ties(figures: dict[str, Any]) -> None:
         shape=(SIZE, SIZE),
         read=lambda start, stop: torch.stack([b[start:stop] @ a for a, b in factors]),
     )
-    ours, merged = wall_seconds(lambda: sparse.ties(stack, torch.ones(NUM_EXPERTS)))
+    ours, merged = wall_seconds(lambda: METHODS["ties"].function(stack, torch.ones(NUM_EXPERTS)))
     theirs, expected = wall_seconds(lambda: argsort_ties(stack.whole(), 0.2))
     different = float((merged != expected).float().mean())
     figures["ties_dense_vs_argsort"] = theirs / ours

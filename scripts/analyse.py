@@ -25,10 +25,9 @@ from moa.analysis.fidelity_page import details, summary, write_page
 from moa.cli.command import run_command
 from moa.cli.ranges import FilePath
 from moa.files.atomic import write_json
-from moa.merging.inputs import adapter_folders, open_adapters
-from moa.merging.plan import all_sites, check_experts
+from moa.merging.adapters import adapter_folders, all_sites, check_experts, open_adapters
+from moa.merging.report.console import interference_tables
 from moa.merging.report.fidelity import measure
-from moa.merging.report.tables import interference_tables
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
     python -m scripts.average_checkpoints run=runs/demo last=3 out=runs/demo-swa
     python -m scripts.average_checkpoints run=runs/demo steps=[100,200] decay=0.5 out=OUT
-    python eval.py --checkpoint OUT;  python -m scripts.merge run=OUT out=MERGED
+    python eval.py run=OUT;  python -m scripts.merge run=OUT out=MERGED
 
 Experts, router and projector are averaged; OUT loads like any step folder. A run keeps as many steps as its
 `train.keep_last`.
@@ -15,7 +15,6 @@ from rich.console import Console
 
 from moa.cli.command import run_command
 from moa.cli.ranges import Count, CountOrZero, FilePath, ShareAboveZero
-from moa.merging.checkpoints.averaging import average_steps, choose_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def average(settings: AverageConfig, console: Console) -> None:
+    from moa.merging.checkpoints.averaging import average_steps, choose_steps
+
     if settings.run is None or settings.out is None:
         raise ValueError("run, out: each names a folder")
     folders = choose_steps(settings.run, settings.steps, settings.last)

@@ -7,31 +7,23 @@
 
 The data are `num_samples` of each of the run's validation sets. Most methods write the weight of every expert, per
 site where they learn it so, for `python -m scripts.merge run=runs/demo weights=weights.json`; regmean and ziplora
-yield other experts, and write the merged adapter. Both say how a merge scores before (at its own weights) and after.
+make other experts, and write the merged adapter. Both print the score of a merge before (at its own weights) and after.
 """
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.sources import open_ocr
-from moa.cli.command import run_command
+from moa.cli.command import progress_bar, run_command
 from moa.cli.ranges import Count, FilePath, NotNegative, Positive, Seed, Share, Size
-from moa.files.atomic import write_json
-from moa.merging.core import parse_rank
-from moa.merging.export.export import check_out, export_adapter
-from moa.merging.inputs import digest
-from moa.merging.learn.calibration import load_unrouted, read_few_shot
-from moa.merging.learn.table import LEARNERS, Learned, Learner, Session, Tick, num_ticks
+from moa.merging.learn.learners import LEARNERS
 from moa.merging.methods.table import check_options, find_method
-from moa.merging.source import open_run
+from moa.merging.rank import parse_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,16 +51,13 @@ class LearnConfig:
     bound: Positive | None = None  # of lorahub: weights lie in [-bound, bound]
     penalty: NotNegative | None = None  # of lorahub: on the mean size of the weights
     values: list[float] | None = None  # of grid
-    runs: Count | None = None  # of uq_merge: looks at each picture
-    noise: NotNegative | None = None  # of uq_merge: on the pictures, as a share of their spread
+    runs: Count | None = None  # of uq_merge: passes over each image
+    noise: NotNegative | None = None  # of uq_merge: on the images, as a share of their spread
 
     def __post_init__(self) -> None:
         parse_rank(self.rank)
         if self.values is not None and not self.values:
             raise ValueError("values: names none")
-
-
-OPTIONS = sorted({key for learner in LEARNERS.values() for key in learner.options})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,30 +73,27 @@ def learn(settings: LearnConfig, console: Console) -> None:
 
 
 def run_learner(settings: LearnConfig, console: Console) -> None:
-    learner, options = check_settings(settings)
-    model, config = load_unrouted(str(settings.run))
-    few = read_few_shot(
-        config,
-        model,
-        num_samples=settings.num_samples,
-        seed=settings.seed,
-        ocr=open_ocr(config.data),
-    )
-    total = num_ticks(settings.method, options, len(model.bank.names))
-    with learning_progress(settings.method, total, console) as tick:
+    options = check_settings(settings)
+    from data.sources import open_ocr
+    from moa.merging.learn.calibration import load_unrouted, read_calibration
+    from moa.merging.learn.session import Session
+
+    learner, run = LEARNERS[settings.method], str(settings.run)
+    model, config = load_unrouted(run)
+    chosen = {"num_samples": settings.num_samples, "seed": settings.seed}
+    data = read_calibration(config, model, ocr=open_ocr(config.data), **chosen)
+    merge = {"method": settings.merge, "options": settings.merge_options, "rank": settings.rank}
+    total = learner.ticks(options, len(model.bank.names))
+    with progress_bar(settings.method, total, console) as advance:
         session = Session(
             model=model,
             config=config,
-            few=few,
-            merge={
-                "method": settings.merge,
-                "options": settings.merge_options,
-                "rank": settings.rank,
-            },
+            data=data,
+            merge=merge,
             metric=settings.metric,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            tick=tick,
+            tick=lambda number, value: advance(f"{value:.4f}"),
         )
         before = session.value(session.remerge(None))
         start = time.perf_counter()
@@ -117,33 +103,42 @@ def run_learner(settings: LearnConfig, console: Console) -> None:
     record = {
         "method": settings.method,
         "options": options,
-        "merge": dict(session.merge),
-        "run": str(settings.run),
-        "experts": {expert.name: digest(expert) for expert in open_run(str(settings.run)).experts},
-        "data": {name: len(samples) for name, samples in few.samples.items()},
-        "num_skipped": few.num_skipped,
+        "merge": merge,
+        "run": run,
+        "experts": digests(run),
+        "data": {name: len(samples) for name, samples in data.samples.items()},
+        "num_skipped": data.num_skipped,
         "seed": settings.seed,
         "score": {"metric": settings.metric, "before": before, "after": after},
         "seconds": round(seconds, 2),
         **found.about,
     }
-    write(settings, found, record)
+    write(Path(str(settings.out)), found, record)
     console.print(
-        f"{settings.metric} on {sum(map(len, few.samples.values()))} validation samples: {before:.4f} before, "
+        f"{settings.metric} on {sum(record['data'].values())} validation samples: {before:.4f} before, "
         f"{after:.4f} after, {seconds:.1f} s\nwritten: {settings.out}",
         soft_wrap=True,
     )
 
 
-def check_settings(settings: LearnConfig) -> tuple[Learner, dict[str, Any]]:
-    """The learner and its options; ValueError for what is missing, unknown or without effect."""
+def digests(run: str) -> dict[str, str]:
+    """Of the experts that the weights are learned with, so that they are not used with others."""
+    from moa.merging.source import open_run
+    from moa.merging.weights import digest
+
+    return {expert.name: digest(expert) for expert in open_run(run).experts}
+
+
+def check_settings(settings: LearnConfig) -> dict[str, Any]:
+    """The learner's options; ValueError for what is missing, unknown or without effect."""
     if settings.method not in LEARNERS:
         raise ValueError(f"method: no such method {settings.method!r}; choices: {[*LEARNERS]}")
     for key in ("run", "out"):
         if getattr(settings, key) is None:
             raise ValueError(f"{key}: names no {'folder' if key == 'run' else 'file'}")
     learner = LEARNERS[settings.method]
-    given = {key: getattr(settings, key) for key in OPTIONS if getattr(settings, key) is not None}
+    options = {key for row in LEARNERS.values() for key in row.options}
+    given = {k: v for k in sorted(options) if (v := getattr(settings, k)) is not None}
     for key in given:
         if key not in learner.options:
             choices = list(learner.options) or "none"
@@ -155,38 +150,29 @@ def check_settings(settings: LearnConfig) -> tuple[Learner, dict[str, Any]]:
     find_method(settings.merge)
     check_options(settings.merge, settings.merge_options)
     if learner.makes_experts:
+        from moa.merging.export.export import check_out
+
         check_out(str(settings.out))
     elif not str(settings.out).endswith(".json"):
         raise ValueError(
             f"out: {settings.method} writes weights to a file .json, got {settings.out}"
         )
-    return learner, {**learner.options, **given}
+    return {**learner.options, **given}
 
 
-def write(settings: LearnConfig, found: Learned, record: dict[str, Any]) -> None:
-    out = Path(str(settings.out))
+def write(out: Path, found: Any, record: Mapping[str, Any]) -> None:
+    """The weights as a file, or the merge of the learned experts as an adapter."""
+    from moa.files.atomic import write_json
+    from moa.merging.export.export import export_adapter
+
     if found.weights is not None:
         write_json(out, {**record, "weights": found.weights})
         return
     base = found.experts[0].config.get("base_model_name_or_path")
-    report = {"merge": record}
     count = sum(record["data"].values())
     about = f"LoRA experts merged by `{record['method']}`, learned from {count} validation samples."
-    export_adapter(out, found.merged, found.experts, base=base, dtype="float32", report=report,
-                   card={"about": about})  # fmt: skip
-
-
-@contextmanager
-def learning_progress(name: str, total: int | None, console: Console) -> Iterator[Tick]:
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[value]}"),
-    )
-    with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
-        bar = progress.add_task(name, total=total, value="")
-        yield lambda number, value: progress.update(bar, completed=number + 1, value=f"{value:.4f}")
+    shared: dict[str, Any] = {"report": {"merge": record}, "card": {"about": about}}
+    export_adapter(out, found.merged, found.experts, base=base, dtype="float32", **shared)
 
 
 def learner_lines() -> Iterator[str]:

@@ -7,11 +7,10 @@
     python -m scripts.merge method=passthrough slices=[{model: A, layers: [0, 8]}, {model: B, layers: [4, 12]}] out=OUT
     python -m scripts.merge method=list
 
-`models` are whole checkpoints of one base, merged tensor by tensor: see manifest.json in OUT.
-Any set of PEFT LoRA folders of one base will do, whatever their ranks, alphas and rsLoRA flags. What
-is written is reloaded in a fresh process with PEFT or transformers alone and compared with the live
-mixture; OUT gets export_report.json, merge_report.json (what was kept, by expert, layer, site), and
-fidelity.json and fidelity.html: which experts fight, where, and what was lost, in numbers and pictures.
+`models` are whole checkpoints of one base, merged tensor by tensor: see manifest.json in OUT. Experts are any PEFT LoRA
+folders of one base, whatever their ranks, alphas and rsLoRA flags. The result is loaded in a fresh process by PEFT or
+transformers alone and compared with the live mixture. OUT gets export_report.json, merge_report.json (what was kept, by
+expert, layer, site), and fidelity.json and fidelity.html: which experts conflict, where, and what was lost.
 """
 
 import logging
@@ -19,72 +18,84 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from moa.cli.command import mistakes_in_one_line, progress_bar, settings_parser
-from moa.cli.settings import load
-from moa.files.checkpoint_files import read_base
-from moa.merging.checkpoints.full import merge_checkpoints
-from moa.merging.checkpoints.passthrough import parse_slices, plan_stack, write_stack
-from moa.merging.inputs import local_base, parse_weights
-from moa.merging.learn.table import LEARNERS
-from moa.merging.report.tables import method_lines
-from moa.merging.run import merge_adapters
-from moa.merging.settings import MergeConfig
+from moa.cli.settings import describe
+from moa.merging.learn.learners import LEARNERS
+from moa.merging.methods.method import SPACES
+from moa.merging.methods.table import METHODS
+from moa.merging.settings import MergeExperts, MergeModels, StackLayers, load_command
+
+DEFAULT_WEIGHTS = {"mean": "1/N each", "ones": "1 each"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = settings_parser(MergeConfig, __doc__)
-    parser.add_argument(
-        "--approximate",
-        action="store_true",
-        help="merge a run whose router gates every token, which no single adapter equals",
+    parser = settings_parser(MergeExperts, __doc__)
+    parser.epilog = "\n\n".join(
+        f"settings with {inputs}:\n{describe(cls)}"
+        for inputs, cls in (
+            ("adapters= or run=", MergeExperts),
+            ("models=", MergeModels),
+            ("slices=", StackLayers),
+        )
     )
     args = parser.parse_intermixed_args(argv)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with mistakes_in_one_line():
-        merge(load(MergeConfig, args.config, args.overrides), args.approximate, Console())
+        merge(load_command(args.config, args.overrides), Console())
 
 
-def merge(settings: MergeConfig, approximate: bool, console: Console) -> None:
+def merge(settings: Any, console: Console) -> None:
     if settings.method == "list":
         console.print(*all_lines(), sep="\n", highlight=False, soft_wrap=True)
-    elif settings.slices or settings.method == "passthrough":
-        stack_models(settings, console)
     elif settings.method in LEARNERS:
         raise ValueError(
             f"method: {settings.method} learns from data: python -m scripts.learn_weights method={settings.method} "
-            "run=RUN out=OUT; an adapter, or weights for this script, come out"
+            "run=RUN out=OUT writes an adapter, or weights for this script"
         )
-    elif settings.models:
+    elif isinstance(settings, StackLayers):
+        stack_layers(settings, console)
+    elif isinstance(settings, MergeModels):
         merge_models(settings, console)
     else:
-        merge_adapters(settings, approximate, console)
+        from moa.merging.run import merge_experts
+
+        merge_experts(settings, console)
 
 
 def all_lines() -> Iterator[str]:
     """Every method: of this script, from data, and of layers."""
-    yield from method_lines()
+    for name, row in METHODS.items():
+        options = ", ".join(f"options.{key}={value}" for key, value in row.options.items())
+        yield f"{name}: {row.about}"
+        yield f"    options: {options or 'none'}; weights default to {DEFAULT_WEIGHTS[row.weights]}"
+        yield f"    space: {', '.join(row.spaces)}; {row.paper}"
+    yield "\nspaces:"
+    yield from (f"    {name}: {text}" for name, text in SPACES.items())
     yield "\nfrom a little data, by scripts.learn_weights:"
-    for name, learner in LEARNERS.items():
-        yield f"    {name}: {learner.paper}"
+    yield from (f"    {name}: {learner.paper}" for name, learner in LEARNERS.items())
     yield "\nlayers of whole checkpoints, one slice on the other:"
     yield "    passthrough: slices=[{model: A, layers: [0, 8]}, ...]; mergekit's passthrough, depth up-scaling"
 
 
-def merge_models(settings: MergeConfig, console: Console) -> None:
+def merge_models(settings: MergeModels, console: Console) -> None:
     """Whole checkpoints instead of adapters."""
-    for key in ("out", "base"):
-        if getattr(settings, key) is None:
-            raise ValueError(f"{key}: names no folder")
+    from moa.files.checkpoint_files import local_base, read_base
+    from moa.merging.checkpoints.full import merge_checkpoints
+    from moa.merging.weights import parse_weights
+
+    if settings.out is None or settings.base is None:
+        raise ValueError(f"{'out' if settings.out is None else 'base'}: names no folder")
     folders = {Path(name).resolve().name: local_base(name, "models") for name in settings.models}
     if len(folders) < len(settings.models):
         raise ValueError("models: two folders have one name; rename one")
-    base = local_base(str(settings.base))
+    base = local_base(settings.base)
     with progress_bar("merging", len(read_base(base).files), console) as advance:
         manifest = merge_checkpoints(
-            str(settings.out),
+            settings.out,
             folders,
             base,
             method=settings.method,
@@ -100,10 +111,11 @@ def merge_models(settings: MergeConfig, console: Console) -> None:
     console.print(f"checkpoint: {settings.out}", soft_wrap=True)
 
 
-def stack_models(settings: MergeConfig, console: Console) -> None:
+def stack_layers(settings: StackLayers, console: Console) -> None:
     """Layers of whole checkpoints, one slice on the other."""
-    if settings.method != "passthrough":
-        raise ValueError(f"slices: are stacked by method=passthrough, not {settings.method}")
+    from moa.files.checkpoint_files import local_base
+    from moa.merging.checkpoints.passthrough import parse_slices, plan_stack, write_stack
+
     if settings.out is None:
         raise ValueError("out: names no folder")
     slices = [

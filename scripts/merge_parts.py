@@ -12,21 +12,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
-from data.sources import open_ocr
-from moa.build import projector_parameters
-from moa.checkpoint import load_model, save_tensors
 from moa.cli.command import run_command
 from moa.cli.ranges import Count, FilePath, Seed, Size
-from moa.files.atomic import atomic_folder, write_json
-from moa.merging.checkpoints.parts import merge_parts, read_parts
-from moa.merging.export.export import REPORT_FILE, check_out
-from moa.merging.learn.calibration import read_few_shot
-from moa.merging.learn.regmean import input_grams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_merge(settings: PartsConfig, console: Console) -> None:
+    from moa.checkpoint import save_tensors
+    from moa.files.atomic import atomic_folder, write_json
+    from moa.merging.checkpoints.parts import merge_parts, read_parts
+    from moa.merging.export.export import REPORT_FILE, check_out
+
     if settings.out is None:
         raise ValueError("out: names no folder")
     check_out(settings.out)
@@ -52,7 +49,7 @@ def run_merge(settings: PartsConfig, console: Console) -> None:
     if len(settings.runs) < 2 or len(folders) < len(settings.runs):
         raise ValueError(f"runs: needs two or more of different names, got {settings.runs}")
     runs = {name: read_parts(run) for name, run in folders.items()}
-    grams: Mapping[str, Mapping[str, Tensor]] = {}
+    grams: Mapping[str, Mapping[str, Any]] = {}
     if "regmean" in settings.parts.values():
         grams = {
             name: projector_grams(run, settings)
@@ -69,20 +66,21 @@ def run_merge(settings: PartsConfig, console: Console) -> None:
     console.print(*lines, f"written: {settings.out}", sep="\n", highlight=False, soft_wrap=True)
 
 
-def projector_grams(run: str, settings: PartsConfig) -> dict[str, Tensor]:
+def projector_grams(run: str, settings: PartsConfig) -> dict[str, Any]:
     """X^T X / tokens of the linear layers of a run's projector, on its own validation data, by its own gates."""
+    from data.sources import open_ocr
+    from moa.build import projector_parameters
+    from moa.checkpoint import load_model
+    from moa.merging.learn.calibration import read_calibration
+    from moa.merging.learn.regmean import input_grams
+
     model, _, config = load_model(run)
-    few = read_few_shot(
-        config,
-        model,
-        num_samples=settings.num_samples,
-        seed=settings.seed,
-        ocr=open_ocr(config.data),
-    )
+    chosen = {"num_samples": settings.num_samples, "seed": settings.seed}
+    data = read_calibration(config, model, ocr=open_ocr(config.data), **chosen)
     matrices = {name for name, p in projector_parameters(model).items() if p.dim() == 2}
     layers = {name.removesuffix(".weight") for name in matrices}
     modules = {name: model.model.get_submodule(name) for name in layers}
-    return input_grams(model, modules, few.batches(settings.batch_size))
+    return input_grams(model, modules, data.batches(settings.batch_size))
 
 
 if __name__ == "__main__":

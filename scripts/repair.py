@@ -10,24 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
-from torch import nn
 
 from moa.cli.command import run_command
 from moa.cli.ranges import Count, FilePath
-from moa.files.atomic import atomic_folder, write_json
-from moa.merging.align.activations import repair
-from moa.merging.export.export import REPORT_FILE, check_out
-from scripts.align import caption_batches, load_clip, run_clip, write_clip
+from scripts.align import caption_batches, load_clip, write_clip
 
 
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig:
     model: FilePath | None = None  # the merged checkpoint
-    endpoints: list[FilePath] = field(
-        default_factory=list
-    )  # the aligned checkpoints it was merged from
+    # the aligned checkpoints it was merged from
+    endpoints: list[FilePath] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)  # theirs in the merge; empty: 1/N each
-    data: FilePath | None = None  # jsonl file of pictures and captions
+    data: FilePath | None = None  # jsonl file of images and captions
     num_samples: Count = 512  # at most so many of it
     out: FilePath | None = None  # folder to write
 
@@ -37,6 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_repair(settings: RepairConfig, console: Console) -> None:
+    from torch import nn
+
+    from moa.files.atomic import atomic_folder, write_json
+    from moa.merging.align.activations import repair
+    from moa.merging.align.clip import run_clip
+    from moa.merging.export.export import REPORT_FILE, check_out
+
     if settings.model is None or settings.data is None or settings.out is None:
         raise ValueError("model, data, out: each names a file or folder")
     count = len(settings.endpoints)

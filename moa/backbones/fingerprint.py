@@ -66,7 +66,7 @@ def fingerprint_of(files: Sequence[Path], config: dict[str, Any]) -> str:
     digest = sha256()
     for row in sorted(_without_tied(rows)):
         digest.update(repr(row).encode())
-    digest.update(json.dumps(_computing(config), sort_keys=True).encode())
+    digest.update(json.dumps(computing(config), sort_keys=True).encode())
     return digest.hexdigest()[:32]
 
 
@@ -110,7 +110,8 @@ def _without_tied(rows: set[tuple[str, str, str]]) -> set[tuple[str, str, str]]:
     return {row for row in rows if row[0] != "lm_head.weight" or row[1:] not in embeddings}
 
 
-def _computing(config: Any) -> Any:
+def computing(config: Any) -> Any:
+    """A config without the keys that do not change what the model computes."""
     if isinstance(config, dict):
-        return {key: _computing(value) for key, value in config.items() if key not in COSMETIC}
+        return {key: computing(value) for key, value in config.items() if key not in COSMETIC}
     return config

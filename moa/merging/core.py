@@ -11,42 +11,18 @@ takes the axes from the stacked factors instead, which depend on the factoring).
 The best rank-r result is an SVD of an R x R matrix (reference: PEFT's `svd`, of the dense update).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa.files import peft as peft_io
+from moa.merging.rank import parse_energy
 
-ENERGY_PREFIX = "energy:"
 EXACT_SVD = 1024  # a full SVD of a matrix this small takes less than a second
 SPAN_TOLERANCE = 1e-7  # of the largest singular value: below it a direction is rounding
 Factors = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank], all scale folded into B
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expert:
-    """One adapter whose weights are read a site at a time, so that memory is one site's."""
-
-    name: str
-    config: Mapping[str, Any]
-    ranks: Mapping[str, int]  # site -> rank
-    shapes: Mapping[str, tuple[int, int]]  # site -> (out, in)
-    read: Callable[[str], tuple[Tensor, Tensor]]  # site -> lora_A, lora_B as stored
-    base_fingerprint: str | None = (
-        None  # of the base that it was trained on, where that is recorded
-    )
-
-    def factors(
-        self, site: str, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
-        """(A, scaling * B): the product B A is the expert's update, all scale folded in."""
-        lora_a, lora_b = self.read(site)
-        return lora_a.to(dtype), lora_b.to(dtype) * peft_io.site_scaling(self.config, site)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,62 +76,8 @@ class LowRank:
     lora_b: Float[Tensor, "out rank"]
     singular_values: Float[Tensor, " rank"]  # kept
     lost: float  # squared Frobenius norm of what the rank cut off
-    core: Factors | None = (
-        None  # right and left singular vectors in core axes, [rank, cols] and [rows, rank]
-    )
-
-
-def expert_from_folder(path: str | Path, name: str | None = None) -> Expert:
-    """An expert that is read lazily from its PEFT folder; named after the folder by default.
-
-    Raises ValueError as `peft_io.read_header` does.
-    """
-    header = peft_io.read_header(path)
-
-    def read(site: str) -> tuple[Tensor, Tensor]:
-        key_a, key_b = peft_io.site_keys(site)
-        tensors = peft_io.read_site(header, site)
-        return tensors[key_a], tensors[key_b]
-
-    return Expert(
-        name=name or header.path.resolve().name,
-        config=header.config,
-        ranks=header.ranks,
-        shapes=header.shapes,
-        read=read,
-        base_fingerprint=header.base_fingerprint,
-    )
-
-
-def rename_sites(expert: Expert, names: Mapping[str, str]) -> Expert:
-    """The expert with other names for its sites."""
-    if all(site == name for site, name in names.items()):
-        return expert
-    own = {name: site for site, name in names.items()}
-    if len(own) < len(names):
-        raise ValueError(
-            f"adapters: {expert.name}: two of its sites are one layer, in two spellings"
-        )
-    return replace(
-        expert,
-        config=peft_io.rename_config(expert.config, names),
-        ranks={name: expert.ranks[site] for name, site in own.items()},
-        shapes={name: expert.shapes[site] for name, site in own.items()},
-        read=lambda name: expert.read(own[name]),
-    )
-
-
-def expert_from_tensors(
-    name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> Expert:
-    """An expert in memory, such as a live bank's `state(name)` and `peft_config(name)`."""
-    ranks, shapes = peft_io.check_tensors(name, tensors, config)
-
-    def read(site: str) -> tuple[Tensor, Tensor]:
-        key_a, key_b = peft_io.site_keys(site)
-        return tensors[key_a].detach().cpu(), tensors[key_b].detach().cpu()
-
-    return Expert(name=name, config=config, ranks=ranks, shapes=shapes, read=read)
+    # right and left singular vectors in core axes, [rank, cols] and [rows, rank]
+    core: Factors | None = None
 
 
 def to_core(factors: Sequence[Factors | None], *, canonical: bool = True) -> CoreUpdates:
@@ -270,31 +192,8 @@ def choose_rank(singular_values: Float[Tensor, " rank"], rank: int | str, total_
     if isinstance(rank, int):
         return rank
     energy = singular_values.square().cumsum(0)
-    share = parse_rank_energy(rank)
+    share = parse_energy(rank)
     return 1 + int((energy < share * energy[-1]).sum())
-
-
-def parse_rank(rank: Any) -> int | str:
-    """`rank` as the number, "sum" or "energy:x" that it means; ValueError with the choices."""
-    text = str(rank).strip()
-    if text.isdigit() and int(text) > 0:
-        return int(text)
-    if text == "sum":
-        return text
-    if text.startswith(ENERGY_PREFIX):
-        parse_rank_energy(text)
-        return text
-    raise ValueError(f"rank: must be a positive number, 'sum' or 'energy:0.99', got {rank!r}")
-
-
-def parse_rank_energy(rank: str) -> float:
-    try:
-        share = float(rank.removeprefix(ENERGY_PREFIX))
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise ValueError(f"rank: the x of 'energy:x' must be in (0, 1], got {rank!r}")
-    return share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,9 +202,8 @@ class Relation:
 
     energy: Float[Tensor, " expert"]  # |dW_i|^2
     overlap: Float[Tensor, " expert"]  # <dW_merged, dW_i>
-    span_energy: Float[
-        Tensor, " expert"
-    ]  # |P dW_i P'|^2, P and P' on the result's columns and rows
+    # |P dW_i P'|^2, P and P' on the result's columns and rows
+    span_energy: Float[Tensor, " expert"]
 
 
 def relate_cores(low: LowRank, cores: Float[Tensor, "expert rows cols"]) -> Relation:

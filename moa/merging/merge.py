@@ -14,9 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.files import peft as peft_io
+from moa.merging.adapters import Expert, factors_of
 from moa.merging.core import (
     CoreUpdates,
-    Expert,
     Factors,
     LowRank,
     Relation,
@@ -27,8 +27,9 @@ from moa.merging.core import (
     relate_cores,
     to_core,
 )
+from moa.merging.functions import import_function
 from moa.merging.methods.stack import Stack, rounding_of, stack_of
-from moa.merging.plan import Job, Plan, make_plan
+from moa.merging.site_plan import Job, Plan, make_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +101,15 @@ def run_plan(
 
 def with_shared(job: Job, dtype: torch.dtype) -> Job:
     """The job with its method's statistics over all its sites."""
-    if job.method.prepare is None:
+    if not job.method.prepare:
         return job
     stacks = (open_stack(job, site, dtype) for site in job.weights)
-    shared = job.method.prepare(stacks, **job.options)
+    shared = import_function(f"methods.{job.method.prepare}")(stacks, **job.options)
     return replace(job, options={**job.options, "shared": shared})
 
 
 def open_site(job: Job, site: str, dtype: torch.dtype) -> OpenSite:
-    factors = job.factors(site, dtype)
+    factors = factors_of(job.experts, site, dtype)
     if job.space not in ("core", "rows"):
         return OpenSite(factors=factors, updates=None)
     canonical = job.space == "rows" or not job.method.is_sum
@@ -188,11 +189,13 @@ _SPACES = {"core": _in_core, "rows": _in_rows, "dense": _in_dense, "factor": _in
 def open_stack(job: Job, site: str, dtype: torch.dtype) -> Stack:
     """A site's stack for statistics over the whole model."""
     if job.space in ("core", "rows"):
-        updates = to_core(job.factors(site, dtype))
+        updates = to_core(factors_of(job.experts, site, dtype))
         matrices = updates.cores if job.space == "core" else updates.cores @ updates.q_a.T
         return stack_of(matrices=matrices, **job.about(site))
     if job.space == "dense":
-        return dense_stack(job, site, lru_cache(1)(lambda: job.factors(site, dtype)), dtype)
+        return dense_stack(
+            job, site, lru_cache(1)(lambda: factors_of(job.experts, site, dtype)), dtype
+        )
     raise ValueError("options.scope: 'model' has no meaning in space factor; use scope=tensor")
 
 

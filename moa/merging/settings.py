@@ -1,33 +1,63 @@
-"""What scripts.merge can be told."""
+"""The settings of scripts.merge: of merging experts, of merging whole checkpoints, and of stacking layers."""
 
-from dataclasses import MISSING, dataclass, field, fields
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from moa.cli.ranges import Count, FilePath, Positive
-from moa.merging.checkpoints.full import Rules
-from moa.merging.core import parse_rank
-from moa.merging.plan import SiteRule
+from moa.cli.settings import Override, apply_override, expanded, load
+from moa.cli.strict_yaml import read_yaml
+from moa.merging.rank import parse_rank
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeConfig:
-    method: str = "linear"  # `method=list` prints all, with their options and papers
-    options: dict[str, Any] = field(default_factory=dict)  # of the method: options.scale=0.3
+class SiteRule:
+    """Other settings for the sites that `match`; what is null is the merge's own."""
+
+    # regular expression, found anywhere in a site's path; the first rule that fits decides
+    match: str
+    method: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # null method: on top of the merge's own
+    weights: Any = None
+    rank: Any = None
+    space: str | None = None
+    # of the result, along the depth: [0.2, 1] rises from the first layer to the last
+    scale: list[float] = field(default_factory=lambda: [1.0])
+    drop: bool = False  # leave the base as it is at these sites
+
+    def __post_init__(self) -> None:
+        if self.match:
+            from moa.files.targets import fits
+
+            fits(self.match, "", "sites.match")
+        if self.rank is not None:
+            parse_rank(self.rank)
+        if not self.scale or not all(map(math.isfinite, self.scale)):
+            raise ValueError(
+                f"sites.scale: of {self.match!r} must be one finite number, or several along the depth, "
+                f"got {self.scale}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeExperts:
+    """LoRA experts, of folders or of a run, become one adapter or a whole checkpoint."""
+
     adapters: list[FilePath] = field(default_factory=list)  # PEFT folders; A/* means every one in A
     # instead of adapters: a run or step folder, whose experts are merged
     run: FilePath | None = None
-    models: list[FilePath] = field(default_factory=list)  # or whole checkpoints, with base=
-    rules: Rules = field(default_factory=Rules)  # for keys that not all models have alike
+    method: str = "linear"  # `method=list` prints all, with their options and papers
+    options: dict[str, Any] = field(default_factory=dict)  # of the method: options.scale=0.3
     # other settings for some sites, the first match counts: [{match: mlp, method: ties, rank: 8}]
     sites: list[SiteRule] = field(default_factory=list)
-    # method=passthrough: [{model: FOLDER, layers: [start, stop]}, ...], stacked into one checkpoint
-    slices: list[dict[str, Any]] = field(default_factory=list)
-    # path of these layers (model.layers), where a model has several stacks
-    stack: str | None = None
     # [1,1] as adapters, {NAME: 1}, gates, gates:TASK: the router's mean, or FILE.json of
     # scripts.learn_weights; null: the method's own
     weights: Any = None
     routing: FilePath | None = None  # report that `gates` reads; null: the run's eval/routing.json
+    approximate: bool = False  # a run that routes each token: merge by its mean gates all the same
     rank: Any = "sum"  # of the result: a number, sum (exact), or energy:0.99 (the least that does)
     # where the method works, null: its own; `method=list` prints the choices
     space: str | None = None
@@ -37,7 +67,7 @@ class MergeConfig:
     merged: bool = False  # write a whole checkpoint with the base's keys instead of an adapter
     base: FilePath | None = None  # base model; null: the one that run or adapters name
     other_base: bool = False  # go on with a base that the experts were not trained on
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the inputs
+    dtype: Dtype = "auto"  # auto: as the inputs
     max_shard_gb: Positive = 5.0  # largest file of a checkpoint
     verify: bool = True  # reload in a fresh process and compare
     num_probes: Count = 4  # prompts in that comparison
@@ -46,43 +76,95 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         parse_rank(self.rank)
-        check_effects(self)
+        if self.adapters and self.run:
+            raise ValueError("adapters, run: give one of them")
+        if self.adapters or self.run:
+            self.check_effects()
+        if self.projector is not None and self.run is not None:
+            raise ValueError("projector: a run has its own; name its experts by adapters=")
+        if self.projector is not None and not self.merged:
+            raise ValueError("projector: no LoRA adapter can hold it; use merged=true")
+
+    def check_effects(self) -> None:
+        """ValueError for a setting that would change nothing beside the others."""
+        unused = {}
+        if not self.merged:
+            unused["max_shard_gb"] = "on an adapter, which is one file; merged=true writes shards"
+        if not self.verify:
+            unused |= dict.fromkeys(("num_probes", "new_tokens"), "with verify=false")
+        if not str(self.weights).startswith("gates"):
+            unused["routing"] = "without weights=gates"
+        for item in fields(self):
+            if item.name in unused and getattr(self, item.name) != item.default:
+                raise ValueError(f"{item.name}: has no effect {unused[item.name]}; leave it out")
 
 
-INPUTS = ("adapters", "run", "models", "slices")
-# What is merged -> the settings, beside method and out, that have no effect on it.
-WITHOUT_EFFECT = {
-    "adapters": {"rules", "stack"},
-    "run": {"rules", "stack"},
-    "models": {
-        *("stack", "sites", "rank", "space", "routing", "projector", "merged", "verify"),
-        "other_base",
-        *("num_probes", "new_tokens", "fidelity"),
-    },
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What becomes of keys that not all models have alike."""
+
+    # a model lacks a key of the base: error, or base (it changed nothing there)
+    missing: Literal["error", "base"] = "error"
+    extra: Literal["error", "drop"] = "error"  # a model has a key that the base lacks
+    # a model has a key in another shape: error, or base (keep the base's)
+    shape: Literal["error", "base"] = "error"
+    # a model's config.json differs from the base's: error, or base (the result gets the base's)
+    config: Literal["error", "base"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeModels:
+    """Whole checkpoints of one base become one, tensor by tensor."""
+
+    models: list[FilePath] = field(default_factory=list)  # checkpoint folders
+    base: FilePath | None = None  # the checkpoint that they were trained from
+    method: str = "linear"
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: Any = None  # [1,1] as models, or {NAME: 1}; null: the method's own
+    rules: Rules = field(default_factory=Rules)  # for what not all models have alike
+    out: FilePath | None = None
+    dtype: Dtype = "auto"
+    max_shard_gb: Positive = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackLayers:
+    """Layers of whole checkpoints, one slice on the other, become a checkpoint of another depth."""
+
+    # [{model: FOLDER, layers: [start, stop]}, ...]
+    slices: list[dict[str, Any]] = field(default_factory=list)
+    # path of these layers (model.layers), where a model has several stacks
+    stack: str | None = None
+    method: Literal["passthrough"] = "passthrough"
+    out: FilePath | None = None
+    max_shard_gb: Positive = 5.0
+
+
+# What is merged -> the settings of that command.
+COMMANDS: Mapping[str, type] = {
+    "adapters": MergeExperts,
+    "run": MergeExperts,
+    "models": MergeModels,
+    "slices": StackLayers,
 }
-WITHOUT_EFFECT["slices"] = (WITHOUT_EFFECT["models"] - {"stack"}) | {
-    *("options", "rules", "weights", "base", "dtype"),
-}
 
 
-def check_effects(config: MergeConfig) -> None:
-    """ValueError for two kinds of input at once, and for a setting that would change nothing."""
-    given = [key for key in INPUTS if getattr(config, key)]
+def load_command(path: str | None, overrides: Sequence[Override]) -> Any:
+    """The settings of the command that the inputs choose; ValueError for a setting of another one, which it ignores."""
+    raw = read_yaml(expanded(path)) if path is not None else {}
+    for override in overrides:
+        apply_override(raw, override)
+    given = [key for key in COMMANDS if raw.get(key)]
     if len(given) > 1:
         raise ValueError(f"{', '.join(given)}: give one of them")
-    changed = [item.name for item in fields(config) if getattr(config, item.name) != _default(item)]
-    unused = dict.fromkeys(WITHOUT_EFFECT[given[0]], f"with {given[0]}=") if given else {}
-    if given and given[0] in ("adapters", "run"):
-        if not config.merged:
-            unused["max_shard_gb"] = "on an adapter, which is one file; merged=true writes shards"
-        if not config.verify:
-            unused |= dict.fromkeys(("num_probes", "new_tokens"), "with verify=false")
-        if not str(config.weights).startswith("gates"):
-            unused["routing"] = "without weights=gates"
-    for key in changed:
-        if key in unused:
-            raise ValueError(f"{key}: has no effect {unused[key]}; leave it out")
+    chosen = given[0] if given else "slices" if raw.get("method") == "passthrough" else "adapters"
+    for key in raw.keys() - _keys(COMMANDS[chosen]):
+        if others := [f"{name}=" for name, cls in COMMANDS.items() if key in _keys(cls)]:
+            raise ValueError(
+                f"{key}: has no effect with {chosen}=; it belongs to {' and '.join(others)}"
+            )
+    return load(COMMANDS[chosen], path, overrides)
 
 
-def _default(item: Any) -> Any:
-    return item.default if item.default_factory is MISSING else item.default_factory()
+def _keys(cls: Any) -> set[str]:
+    return {item.name for item in fields(cls)}

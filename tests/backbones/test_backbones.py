@@ -28,10 +28,10 @@ from moa.evaluation.models import subject_of
 from moa.evaluation.report import picture_of
 from moa.evaluation.sources import EvalSettings
 from moa.experts.bank import ExpertBank
+from moa.merging.adapters import experts_of_bank
 from moa.merging.export import verify as verifying
 from moa.merging.export.export import export_adapter, export_checkpoint
 from moa.merging.export.probe import outputs_of, probe_inputs
-from moa.merging.inputs import experts_of_bank
 from moa.merging.merge import merge
 from moa.model import LanguageMixture, MixtureModel
 from moa.routing.router import Router

@@ -10,8 +10,9 @@ import torch
 from moa.analysis.fidelity_page import details, summary, write_page
 from moa.analysis.fidelity_plots import pairwise
 from moa.files.peft import save_expert, site_keys
-from moa.merging.core import expert_from_tensors
+from moa.merging.adapters import expert_from_tensors
 from moa.merging.merge import merge
+from moa.merging.report.console import interference_tables, report_lines
 from moa.merging.report.fidelity import measure
 from moa.merging.report.interference import (
     cross_terms,
@@ -20,7 +21,6 @@ from moa.merging.report.interference import (
     sign_conflict,
     sign_disagreement,
 )
-from moa.merging.report.tables import interference_tables, report_lines
 from scripts import analyse
 from tests.merging.test_merge_identities import experts_of
 

@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 from moa.build import build_model
 from moa.checkpoint import TrainState, save_checkpoint
 from moa.config import DataConfig, EvalConfig, ExpertConfig, ModelConfig, RunConfig, SourceConfig
-from moa.merging.core import expert_from_folder
-from moa.merging.inputs import experts_of_bank
-from moa.merging.learn.calibration import load_unrouted, read_few_shot
+from moa.merging.adapters import expert_from_folder, experts_of_bank
+from moa.merging.learn.calibration import load_unrouted, read_calibration
 from moa.merging.learn.regmean import gather_grams, regmean
 from moa.merging.merge import merge
 from scripts import learn_weights as script
@@ -113,7 +112,7 @@ def test_regmean_from_the_command_line_is_the_function(world, tmp_path):
     out = tmp_path / "adapter"
     script.main([f"run={world}/A", f"out={out}", "num_samples=2", "method=regmean"])
     model, config = load_unrouted(str(world / "A"))
-    few = read_few_shot(config, model, num_samples=2, seed=0, ocr=None)
+    few = read_calibration(config, model, num_samples=2, seed=0, ocr=None)
     grams = gather_grams(model, few.by_expert(16))
     expected = merge(regmean(experts_of_bank(model.bank), grams), method="task_arithmetic")
     written = expert_from_folder(out)

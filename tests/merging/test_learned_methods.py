@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from moa.experts.bank import ExpertBank
-from moa.merging.inputs import experts_of_bank, read_weights
+from moa.merging.adapters import experts_of_bank
 from moa.merging.learn import ziplora
 from moa.merging.learn.cached import CachedMerge
 from moa.merging.learn.fusion import AdapterFusion, learn_fusion
-from moa.merging.learn.weights import descend_weights, mean_entropy, prefix_soup
+from moa.merging.learn.gradient import descend_weights, mean_entropy
+from moa.merging.learn.search import prefix_soup
 from moa.merging.merge import merge
+from moa.merging.weights import read_weights
 from tests.test_model import LANGUAGE, batch_of, make_model
 
 NAMES = ("vqa", "caption", "grounding")

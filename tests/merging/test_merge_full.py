@@ -7,8 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from moa.cli.settings import load
 from moa.merging.checkpoints import full
-from moa.merging.checkpoints.full import Rules, merge_checkpoints
+from moa.merging.checkpoints.full import merge_checkpoints
+from moa.merging.settings import MergeModels, Rules
 from scripts import merge as script
 from tests.merging.test_merge_sparse import ties_merging
 from tests.support.tiny import tiny_llava
@@ -319,10 +321,34 @@ def test_a_model_whose_config_is_of_another_kind_is_refused(config, message, tmp
 
 
 def test_an_unknown_rule_is_named():
+    with pytest.raises(ValueError, match=r"rules.extra: .*'keep'.*error.*drop"):
+        load(MergeModels, None, ["rules.extra=keep"])
+
+
+def test_a_config_that_computes_otherwise_is_named_and_taken_only_on_demand(tmp_path):
+    for name, theta in (("base", 10000.0), ("one", 500000.0)):
+        save_model(tmp_path / name, w=torch.ones(2, 2))
+        config = {"text_config": {"rope_theta": theta, "dtype": name}, "_name_or_path": name}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    inputs = tmp_path / "out", {"one": tmp_path / "one"}, tmp_path / "base"
     with pytest.raises(
-        ValueError, match=r"rules.extra: must be one of \['error', 'drop'\], got 'keep'"
+        ValueError, match=r"models.one: .* text_config.rope_theta=500000.0, .*10000.0"
     ):
-        Rules(extra="keep")
+        merge_checkpoints(*inputs)
+    merge_checkpoints(*inputs, rules=Rules(config="base"))
+    assert "10000.0" in (tmp_path / "out" / "config.json").read_text()
+
+
+def test_keys_of_a_model_that_ran_distributed_are_the_bases(tmp_path):
+    """DistributedDataParallel calls every key module.KEY; no rule may lose them."""
+    save_model(tmp_path / "base", w=torch.ones(2, 2), v=torch.ones(2, 2))
+    save_model(tmp_path / "one", **{"module.w": torch.full((2, 2), 3.0), "v": torch.ones(2, 2)})
+    rules = Rules(missing="base", extra="drop")
+    manifest = merge_checkpoints(
+        tmp_path / "out", {"one": tmp_path / "one"}, tmp_path / "base", rules=rules
+    )
+    assert manifest["w"]["spelled"] == {"one": "module.w"} and len(manifest) == 2
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].eq(3).all()
 
 
 def test_a_model_that_is_cut_off_leaves_nothing_behind(world, tmp_path, capsys):

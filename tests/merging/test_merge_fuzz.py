@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from moa.files.peft import save_expert, site_keys
-from moa.merging.core import expert_from_folder
+from moa.merging.adapters import expert_from_folder
 from scripts import merge as script
 
 SITES = ("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa.files.peft import site_keys
-from moa.merging.core import Expert, expert_from_tensors
+from moa.merging.adapters import Expert, expert_from_tensors
 from moa.merging.merge import merge
 from moa.merging.methods.table import METHODS
 from tests.merging.test_merge_sparse import ties_merging

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moa.merging.inputs import experts_of_bank
-from moa.merging.learn import weights as learned
+from moa.merging.adapters import experts_of_bank
+from moa.merging.learn import gradient, search
 from moa.merging.learn.regmean import gather_grams, regmean, shrink
 from moa.merging.merge import merge
 from tests.test_model import batch_of, make_model
@@ -20,7 +20,7 @@ def model():
 def test_learned_weights_lower_the_answers_loss_and_merge_exactly(model):
     batch = batch_of(model)
     losses = []
-    weights = learned.learn_weights(
+    weights = gradient.learn_weights(
         model, [batch], steps=12, lr=0.3, on_step=lambda step, loss: losses.append(loss)
     )
     assert losses[-1] < losses[0]
@@ -40,7 +40,7 @@ def test_learned_weights_lower_the_answers_loss_and_merge_exactly(model):
 
 def test_entropy_needs_no_right_answer_and_stays_in_its_bounds(model):
     losses = []
-    weights = learned.learn_weights(
+    weights = gradient.learn_weights(
         model, [batch_of(model)], objective="entropy", steps=8, lr=0.2, per_site=False,
         on_step=lambda step, loss: losses.append(loss),
     )  # fmt: skip
@@ -52,7 +52,7 @@ def test_entropy_needs_no_right_answer_and_stays_in_its_bounds(model):
 def test_learning_leaves_the_model_as_it_was(model):
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
     model.train()
-    learned.learn_weights(model, [batch_of(model)], steps=2)
+    gradient.learn_weights(model, [batch_of(model)], steps=2)
     assert model.training
     model.eval()
     for name, parameter in model.named_parameters():
@@ -62,9 +62,9 @@ def test_learning_leaves_the_model_as_it_was(model):
 
 def test_batches_without_answers_are_refused(model):
     with pytest.raises(ValueError, match="needs batches with answers"):
-        learned.learn_weights(model, [])
+        gradient.learn_weights(model, [])
     with pytest.raises(ValueError, match=r"learn.objective: must be one of"):
-        learned.learn_weights(model, [batch_of(model)], objective="loss")
+        gradient.learn_weights(model, [batch_of(model)], objective="loss")
 
 
 def bowl(weights):
@@ -74,7 +74,7 @@ def bowl(weights):
 
 @pytest.mark.parametrize("optimizer", ["NGOpt", "CMA"])
 def test_search_finds_the_best_weights_and_prefers_small_ones(optimizer):
-    found = learned.search(
+    found = search.search(
         bowl, ("one", "two", "three"), budget=150, penalty=0.05, optimizer=optimizer
     )
     assert found["one"] == pytest.approx(0.8, abs=0.15)
@@ -84,14 +84,14 @@ def test_search_finds_the_best_weights_and_prefers_small_ones(optimizer):
 
 def test_a_search_is_repeatable_and_an_unknown_optimizer_is_named():
     names = ("one", "two")
-    first = learned.search(bowl, names, budget=15, seed=3)
-    assert first == learned.search(bowl, names, budget=15, seed=3)
+    first = search.search(bowl, names, budget=15, seed=3)
+    assert first == search.search(bowl, names, budget=15, seed=3)
     with pytest.raises(ValueError, match="optimizer: nevergrad has no 'Adam'"):
-        learned.search(bowl, names, optimizer="Adam")
+        search.search(bowl, names, optimizer="Adam")
 
 
 def test_a_grid_has_one_value_for_all():
-    found = learned.grid(lambda w: -abs(w["one"] - 0.3), ("one", "two"), (0.1, 0.3, 0.5))
+    found = search.grid(lambda w: -abs(w["one"] - 0.3), ("one", "two"), (0.1, 0.3, 0.5))
     assert found == {"one": 0.3, "two": 0.3}
 
 
@@ -106,7 +106,7 @@ def test_a_greedy_soup_takes_what_helps_strictly():
         together = max(values[name] for name in chosen)
         return together + (0.1 if {"good", "other"} <= set(chosen) else 0.0)
 
-    assert learned.greedy_soup(score, list(values)) == {
+    assert search.greedy_soup(score, list(values)) == {
         "good": 0.5, "twin": 0.0, "bad": 0.0, "other": 0.5
     }  # fmt: skip
 
@@ -115,7 +115,7 @@ def test_experts_that_waver_under_perturbation_come_last():
     sure = torch.tensor([[[0.9, 0.1]], [[0.9, 0.1]]])
     torn = torch.tensor([[[0.5, 0.5]], [[0.5, 0.5]]])  # unsure, but always the same
     wavering = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
-    found = learned.order_by_uncertainty({"wavering": wavering, "sure": sure, "torn": torn})
+    found = search.order_by_uncertainty({"wavering": wavering, "sure": sure, "torn": torn})
     assert found[-1] == "wavering" and set(found[:2]) == {"sure", "torn"}
 
 

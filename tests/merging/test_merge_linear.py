@@ -8,7 +8,7 @@ import torch
 from moa.merging.merge import merge
 from moa.merging.methods import linear
 from moa.merging.methods.stack import stack_of
-from moa.merging.plan import find_depths, make_plan, sum_gates
+from moa.merging.site_plan import find_depths, make_plan, sum_gates
 from tests.merging.test_merge_identities import experts_of, make_expert, update_of
 
 NAMES = ("one", "two", "three")

@@ -5,8 +5,9 @@ import torch
 
 from moa.files.spool import open_spool
 from moa.merging.merge import merge, run_plan
-from moa.merging.plan import SiteRule, make_plan, sum_gates
-from moa.merging.report.summary import summarise
+from moa.merging.report.retention import summarise
+from moa.merging.settings import SiteRule
+from moa.merging.site_plan import make_plan, sum_gates
 from tests.merging.test_merge_identities import experts_of, update_of
 
 SITES = ["model.layers.0.q", "model.layers.1.q", "model.layers.2.q", "model.layers.0.up", "head"]
@@ -107,7 +108,7 @@ def test_a_rule_that_cannot_work_is_named(rules, message):
     "fields, message",
     [
         ({"match": "("}, "'\\(' is not a regular expression"),
-        ({"match": "", "scale": []}, "is empty"),
+        ({"match": "", "scale": []}, "must be one finite"),
         ({"match": "", "rank": 0}, "rank: must be a positive number"),
     ],
 )

@@ -15,12 +15,12 @@ from transformers import AutoModelForImageTextToText
 
 from moa.build import build_model
 from moa.checkpoint import TrainState, save_checkpoint, weights_fingerprint
-from moa.cli.settings import load
 from moa.config import DataConfig, ExpertConfig, ModelConfig, RouterConfig, RunConfig, SourceConfig
 from moa.files.peft import site_keys
 from moa.merging.export import verify as verifying
 from moa.merging.export.probe import outputs_of
-from moa.merging.inputs import parse_weights
+from moa.merging.settings import COMMANDS, load_command
+from moa.merging.weights import parse_weights
 from scripts import merge as script
 from tests.merging.test_export import make_adapter
 from tests.support.tiny import tiny_llava
@@ -199,8 +199,8 @@ def test_a_token_level_run_needs_to_be_told_that_it_is_approximate(
 ):
     arguments = [f"run={world}/token", "weights=gates", f"out={tmp_path / 'out'}"]
     message = refused(capsys, *arguments)
-    assert "its router gates every token" in message and "--approximate" in message
-    script.main(["fidelity=false", *arguments, "--approximate"])
+    assert "its router gates every token" in message and "approximate=true" in message
+    script.main(["fidelity=false", *arguments, "approximate=true"])
     report = json.loads((tmp_path / "out" / "export_report.json").read_text())
     assert report["comparisons"]["routed_model"]["max_abs_logit_diff"] > 1e-4
 
@@ -240,17 +240,15 @@ def test_a_checkpoint_takes_the_runs_processor_and_the_bases_keys(world, tmp_pat
         (["adapters=[/tmp]", "out=x"], "/tmp/adapter_config.json: missing"),
         (["adapters=[ONE]", "run=ONE", "out=x"], "adapters, run: give one of them"),
         (["adapters=[ONE]", "models=[ONE]", "out=x"], "adapters, models: give one of them"),
-        (["models=[ONE]", "rank=8", "out=x"], "rank: has no effect with models="),
+        (
+            ["models=[ONE]", "rank=8", "out=x"],
+            "rank: has no effect with models=; it belongs to adapters= and run=",
+        ),
         (["models=[ONE]", "merged=true", "out=x"], "merged: has no effect with models="),
         (["models=[ONE]", "verify=false", "out=x"], "verify: has no effect with models="),
         (
-            [
-                "slices=[{model: ONE, layers: [0, 1]}]",
-                "method=passthrough",
-                "dtype=float16",
-                "out=x",
-            ],
-            "dtype: has no effect with slices=",
+            ["slices=[{model: ONE, layers: [0, 1]}]", "dtype=float16", "out=x"],
+            "dtype: has no effect with slices=; it belongs to adapters= and run= and models=",
         ),
         (["adapters=[ONE]", "stack=a", "out=x"], "stack: has no effect with adapters="),
         (["adapters=[ONE]", "max_shard_gb=1", "out=x"], "max_shard_gb: .* on an adapter"),
@@ -489,14 +487,15 @@ def test_weights_must_be_numbers():
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_shipped_config_loads(file):
-    load(script.MergeConfig, file)
+    load_command(str(file), [])
 
 
 def test_help_names_every_setting(capsys):
     with pytest.raises(SystemExit):
         script.main(["--help"])
     text = capsys.readouterr().out
-    for key in script.MergeConfig.__dataclass_fields__:
-        assert f"\n{key}" in text
+    for command in COMMANDS.values():
+        for key in command.__dataclass_fields__:
+            assert f"\n{key}" in text
     script.main(["method=list"])
     assert "options.scale=1.0" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import torch
 
 from moa.merging.methods import sparse
 from moa.merging.methods.stack import magnitudes_above, stack_of
+from moa.merging.methods.table import METHODS
 
 NAMES = ("one", "two", "three")
 ONES = torch.ones(3)
@@ -51,7 +52,7 @@ def ties_merging(rows, keep):
 
 @pytest.mark.parametrize("block_rows", [0, 1, 7])
 def test_ties_is_the_released_procedure(matrices, block_rows):
-    merged = sparse.ties(stack(matrices, block_rows=block_rows), ONES)
+    merged = METHODS["ties"].function(stack(matrices, block_rows=block_rows), ONES)
     expected = ties_merging(matrices.flatten(1), 0.2).view_as(merged)
     torch.testing.assert_close(merged, expected)
 
@@ -59,7 +60,7 @@ def test_ties_is_the_released_procedure(matrices, block_rows):
 def test_ties_over_the_model_is_the_released_procedure_on_the_flattened_model(matrices):
     sites = [stack(matrices), stack(matrices.flip(1)[:, :, :5] * 3)]
     shared = sparse.model_thresholds(sites, density=0.2, scope="model")
-    merged = torch.cat([sparse.ties(s, ONES, shared=shared).flatten() for s in sites])
+    merged = torch.cat([METHODS["ties"].function(s, ONES, shared=shared).flatten() for s in sites])
     rows = torch.cat([s.whole().flatten(1) for s in sites], 1)
     torch.testing.assert_close(merged, ties_merging(rows, 0.2))
 
@@ -68,9 +69,9 @@ def test_a_negative_weight_subtracts():
     block = torch.tensor([[[1.0, 0, 2, -1]], [[0.0, 3, -2, -1]]])
     weights = torch.tensor([1.0, -1])
     # where the two pull the same way once the second is negated, both count; where they cancel, nothing is elected
-    assert sparse.elect(block, weights, "sum").tolist() == [[1.0, -3.0, 4.0, 0.0]]
-    assert sparse.elect(block, weights, "mean").tolist() == [[1.0, -3.0, 2.0, 0.0]]
-    assert sparse.elect(block, weights, "max").tolist() == [[1.0, -3.0, 2.0, 0.0]]
+    assert sparse.elect(block, weights, reduce="sum").tolist() == [[1.0, -3.0, 4.0, 0.0]]
+    assert sparse.elect(block, weights, reduce="mean").tolist() == [[1.0, -3.0, 2.0, 0.0]]
+    assert sparse.elect(block, weights, reduce="max").tolist() == [[1.0, -3.0, 2.0, 0.0]]
     assert sparse.elect(block[:1], -torch.ones(1)).tolist() == (-block[0]).tolist()
 
 
@@ -79,8 +80,8 @@ def test_a_weight_counts_in_the_vote_and_in_the_mean():
     weights = torch.tensor([0.5, 1.0, 2.0])
     # first entry: 0.5 + 3 against 2; second: 0.5 + 1 against 2
     assert sparse.elect(block, weights).tolist() == [[pytest.approx(3.5 / 1.5), -1.0]]
-    assert sparse.elect(block, weights, "sum").tolist() == [[3.5, -2.0]]
-    assert sparse.elect(block, weights, "max").tolist() == [[3.0, -2.0]]
+    assert sparse.elect(block, weights, reduce="sum").tolist() == [[3.5, -2.0]]
+    assert sparse.elect(block, weights, reduce="max").tolist() == [[3.0, -2.0]]
     # raw: 1 + 3 against 1, 1 + 1 against 1, and the mean is over heads
     assert sparse.elect(block, weights, vote="raw").tolist() == [[1.75, 0.75]]
 
@@ -90,7 +91,7 @@ def test_a_raw_vote_is_pefts(matrices):
 
     weights = torch.tensor([0.5, 1.0, 2.0])
     density = 0.2
-    merged = sparse.ties(stack(matrices), weights, density=density, vote="raw")
+    merged = METHODS["ties"].function(stack(matrices), weights, density=density, vote="raw")
     # PEFT keeps int(density * size) values, the released procedure one more
     size = matrices[0].numel()
     theirs = pefts(list(matrices), weights, (int(density * size) + 1.5) / size)
@@ -101,12 +102,17 @@ def test_pruning_by_magnitude_is_pefts(matrices):
     from peft.utils.merge_utils import magnitude_prune as pefts
 
     size, weights = matrices[0].numel(), torch.tensor([0.5, 1.0, -2.0])
-    merged = sparse.magnitude_prune(stack(matrices), weights, density=0.3)
+    merged = METHODS["magnitude_prune"].function(stack(matrices), weights, density=0.3)
     theirs = pefts(list(matrices), weights, (int(0.3 * size) + 1.5) / size)
     torch.testing.assert_close(merged, theirs)
 
 
-RANDOM = [sparse.dare_linear, sparse.dare_ties, sparse.della, sparse.della_linear]
+RANDOM = [
+    METHODS["dare_linear"].function,
+    METHODS["dare_ties"].function,
+    METHODS["della"].function,
+    METHODS["della_linear"].function,
+]
 
 
 @pytest.mark.parametrize("method", RANDOM)
@@ -121,7 +127,9 @@ def test_random_masks_depend_on_seed_and_names_alone(matrices, method):
     assert not torch.equal(merged, method(elsewhere, weights))
 
 
-@pytest.mark.parametrize("method", [sparse.dare_linear, sparse.della_linear])
+@pytest.mark.parametrize(
+    "method", [METHODS["dare_linear"].function, METHODS["della_linear"].function]
+)
 def test_the_expectation_over_masks_is_the_sum(method):
     matrices = torch.tensor([[[1.0, 0.5, -1.0, 0.5]], [[0.5, 0.1, 1.0, 0.7]]])
     draws = [method(stack(matrices), torch.ones(2), seed=seed) for seed in range(1000)]
@@ -130,7 +138,7 @@ def test_the_expectation_over_masks_is_the_sum(method):
 
 
 def test_dare_keeps_the_share_and_divides_by_it(matrices):
-    merged = sparse.dare_linear(stack(matrices[:1]), torch.ones(1), density=0.25)
+    merged = METHODS["dare_linear"].function(stack(matrices[:1]), torch.ones(1), density=0.25)
     kept = merged != 0
     assert 0.15 < kept.float().mean() < 0.35
     torch.testing.assert_close(merged[kept], 4 * matrices[0][kept])
@@ -139,13 +147,18 @@ def test_dare_keeps_the_share_and_divides_by_it(matrices):
 @pytest.mark.parametrize("block_rows", [0, 3])
 def test_rescaling_by_l1_gives_the_norm_back(matrices, block_rows):
     one = stack(matrices[:1], block_rows=block_rows)
-    merged = sparse.dare_linear(one, torch.ones(1), density=0.25, rescale="l1")
+    merged = METHODS["dare_linear"].function(one, torch.ones(1), density=0.25, rescale="l1")
     torch.testing.assert_close(merged.abs().sum(), matrices[0].abs().sum())
 
 
 def test_della_keeps_large_values_more_often():
     ramp = stack(torch.arange(1.0, 101.0).expand(1, 400, 100).contiguous())
-    kept = sparse.della_linear(ramp, torch.ones(1), density=0.5, spread=0.4, rescale="none") != 0
+    kept = (
+        METHODS["della_linear"].function(
+            ramp, torch.ones(1), density=0.5, spread=0.4, rescale="none"
+        )
+        != 0
+    )
     share = kept.float().mean(0)
     assert share[:10].mean() < 0.2 < 0.8 < share[-10:].mean()
     assert abs(share.mean() - 0.5) < 0.02
@@ -155,22 +168,26 @@ def test_della_at_full_spread_keeps_the_largest_of_a_row_and_drops_its_smallest(
     """Chances 0, 1/2 and 1 in a row of three, wherever its largest magnitude stands."""
     rows = torch.tensor([[2.0, -3.0, 1.0], [-1.0, 2.0, 3.0], [-3.0, 1.0, 2.0]]).repeat(100, 1)
     one = stack(rows[None])
-    merged = sparse.della_linear(one, torch.ones(1), density=0.5, spread=0.5)
+    merged = METHODS["della_linear"].function(one, torch.ones(1), density=0.5, spread=0.5)
     size = rows.abs()
     assert merged[size == 3].equal(rows[size == 3]) and not merged[size == 1].any()
     middle = merged[size == 2]
     assert set(middle.tolist()) == {0.0, 4.0} and 110 < (middle == 4).sum() < 190
-    assert sparse.della(one, torch.ones(1), density=0.5, spread=0.5).equal(merged)
+    assert METHODS["della"].function(one, torch.ones(1), density=0.5, spread=0.5).equal(merged)
 
 
 def test_breadcrumbs_drop_both_ends():
     signs = torch.tensor([1.0, -1.0]).repeat(50).view(1, 10, 10)
     matrices = signs * torch.arange(1.0, 101.0).view(1, 10, 10)
-    merged = sparse.breadcrumbs(stack(matrices), torch.tensor([2.0]), density=0.5, outliers=0.1)
+    merged = METHODS["breadcrumbs"].function(
+        stack(matrices), torch.tensor([2.0]), density=0.5, outliers=0.1
+    )
     # the ten largest are gone, and below them int(0.6 * 100) + 1 - 10 stay
     assert (merged[merged != 0] / 2).tolist() == matrices.flatten()[39:90].tolist()
     small = torch.arange(1.0, 10.0).view(1, 3, 3)  # a share of less than one value drops none
-    merged = sparse.breadcrumbs(stack(small), torch.ones(1), density=0.9, outliers=0.01)
+    merged = METHODS["breadcrumbs"].function(
+        stack(small), torch.ones(1), density=0.9, outliers=0.01
+    )
     assert merged.max() == 9
 
 
@@ -178,9 +195,9 @@ def test_breadcrumbs_drop_both_ends():
 @pytest.mark.parametrize(
     ("method", "alone"),
     [
-        (sparse.breadcrumbs_ties, sparse.breadcrumbs),
-        (sparse.dare_ties, sparse.dare_linear),
-        (sparse.della, sparse.della_linear),
+        (METHODS["breadcrumbs_ties"].function, METHODS["breadcrumbs"].function),
+        (METHODS["dare_ties"].function, METHODS["dare_linear"].function),
+        (METHODS["della"].function, METHODS["della_linear"].function),
     ],
 )
 def test_every_update_is_thinned_by_itself_and_then_they_vote(matrices, method, alone, reduce):
@@ -191,7 +208,7 @@ def test_every_update_is_thinned_by_itself_and_then_they_vote(matrices, method, 
         for name, m in zip(NAMES, matrices, strict=True)
     ]
     found = method(stack(matrices), weights, reduce=reduce, **options)
-    torch.testing.assert_close(found, sparse.elect(torch.stack(thinned), weights, reduce))
+    torch.testing.assert_close(found, sparse.elect(torch.stack(thinned), weights, reduce=reduce))
 
 
 def pcb_merging(rows, ratio, weights):
@@ -215,32 +232,44 @@ def pcb_merging(rows, ratio, weights):
 
 def test_pcb_is_the_released_procedure(matrices):
     for weights in (ONES, torch.tensor([1.0, -1.0, 0.5])):
-        merged = sparse.pcb(stack(matrices), weights, ratio=0.1)
+        merged = METHODS["pcb"].function(stack(matrices), weights, ratio=0.1)
         expected = pcb_merging(matrices.flatten(1), 0.1, weights).view_as(merged)
         torch.testing.assert_close(merged, expected)
 
 
 def test_consensus_keeps_what_enough_experts_need():
     block = torch.tensor([[[1.0, 1.0, 5.0]], [[1.0, 0.1, 0.0]], [[1.0, 0.1, 0.1]]])
-    merged = sparse.consensus(stack(block), ONES, threshold=0.4, at_least=2)
+    merged = METHODS["consensus"].function(stack(block), ONES, threshold=0.4, at_least=2)
     assert merged.tolist() == [[3.0, 0.0, 0.0]]
     weights = torch.tensor(
         [1.0, -1.0, 1.0]
     )  # now the first entry's total is 1, and all three need it
-    merged = sparse.consensus(stack(block), weights, threshold=0.4, at_least=3)
+    merged = METHODS["consensus"].function(stack(block), weights, threshold=0.4, at_least=3)
     assert merged.tolist() == [[1.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        (sparse.ties, {"reduce": "median"}, r"options.reduce: must be one of \['mean'"),
-        (sparse.ties, {"vote": "all"}, "options.vote: must be one of"),
-        (sparse.dare_linear, {"density": 0.0}, r"options.density: must be in \(0, 1\], got 0.0"),
-        (sparse.dare_linear, {"rescale": "l2"}, "options.rescale: must be one of"),
-        (sparse.della, {"density": 0.9, "spread": 0.2}, "options.spread: must keep"),
-        (sparse.breadcrumbs, {"density": 0.9, "outliers": 0.2}, "options.outliers: must be in"),
-        (sparse.pcb, {"ratio": 2.0}, "options.ratio: must be in"),
+        (
+            METHODS["ties"].function,
+            {"reduce": "median"},
+            r"options.reduce: must be one of \['mean'",
+        ),
+        (METHODS["ties"].function, {"vote": "all"}, "options.vote: must be one of"),
+        (
+            METHODS["dare_linear"].function,
+            {"density": 0.0},
+            r"options.density: must be in \(0, 1\], got 0.0",
+        ),
+        (METHODS["dare_linear"].function, {"rescale": "l2"}, "options.rescale: must be one of"),
+        (METHODS["della"].function, {"density": 0.9, "spread": 0.2}, "options.spread: must keep"),
+        (
+            METHODS["breadcrumbs"].function,
+            {"density": 0.9, "outliers": 0.2},
+            "options.outliers: must be in",
+        ),
+        (METHODS["pcb"].function, {"ratio": 2.0}, "options.ratio: must be in"),
     ],
 )
 def test_an_odd_option_is_named(matrices, method, options, message):

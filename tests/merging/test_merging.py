@@ -6,18 +6,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from moa.files.peft import save_expert, site_keys
-from moa.merging.core import (
-    Expert,
-    choose_rank,
-    compress_dense,
-    expert_from_folder,
-    expert_from_tensors,
-    parse_rank,
-    to_core,
-)
+from moa.merging.adapters import Expert, check_base_names, expert_from_folder, expert_from_tensors
+from moa.merging.core import choose_rank, compress_dense, to_core
 from moa.merging.merge import merge
-from moa.merging.plan import check_base_names
-from moa.merging.report.summary import layer_of, summarise
+from moa.merging.rank import parse_rank
+from moa.merging.report.retention import layer_of, summarise
 from tests.support.tiny import tiny_llava
 
 SITES = {"a.layers.0.q": (6, 5), "a.layers.0.v": (4, 5), "a.layers.1.q": (6, 5), "head": (3, 7)}

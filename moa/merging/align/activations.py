@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moa.merging.align.alignment import Maps, Matrix, Spec, UnitMap, Units, best_maps
+from moa.merging.align.alignment import Maps, Matrix, Spec, Units, best_maps
 
 Run = Callable[[nn.Module, Any], object]  # (model, batch): one forward pass
 Vector = Float[Tensor, " units"]
@@ -53,7 +53,7 @@ def activation_matching(
     for name, groups in layers.items():
         agreements = [sum((seen[x].normalised() for x in g), start=torch.zeros(())) for g in groups]
         found, _ = best_maps(agreements, spec[name])
-        maps[name] = tuple(UnitMap(m, m) for m in found)
+        maps[name] = tuple(found)
     return maps
 
 
@@ -97,7 +97,7 @@ def _makers(model: nn.Module, units: Units, name: str) -> list[str]:
         path for path in paths if isinstance(model.get_submodule(path), nn.Linear | nn.LayerNorm)
     ]
     if not found:
-        raise ValueError(f"spec: no linear layer or LayerNorm puts out the units of {name}")
+        raise ValueError(f"spec: no linear layer or LayerNorm outputs the units of {name}")
     return found
 
 
@@ -204,5 +204,7 @@ def _moments(count: int, total: Vector, squares: Vector) -> tuple[Vector, Vector
 def _linear(model: nn.Module, layer: str) -> nn.Linear:
     module = model.get_submodule(layer)
     if not isinstance(module, nn.Linear) or module.bias is None:
-        raise ValueError(f"layers: {layer} is no linear layer with a bias, which REPAIR writes to")
+        raise ValueError(
+            f"layers: {layer} is not a linear layer with a bias, which REPAIR writes to"
+        )
     return module

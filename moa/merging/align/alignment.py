@@ -11,7 +11,6 @@ base are aligned already.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,20 +54,19 @@ class Symmetry:
 Spec = Mapping[str, Symmetry]
 
 
-class UnitMap(NamedTuple):
-    """B's units in terms of A's. For permutations and rotations both are the same; soft maps of unequal widths
-    average what makes the units and sum what reads them."""
-
-    made: Tensor
-    used: Tensor
-
-
-Maps = dict[str, tuple[UnitMap, ...]]  # as the specification, one map for each group of units
+# As the specification: B's units in terms of A's, one map for each group of units.
+Maps = dict[str, tuple[Tensor, ...]]
 
 
 def align(state: State, spec: Spec, maps: Maps) -> dict[str, Tensor]:
     """The network in the frame that the maps lead to; tensors that no axis of `maps` names are the given ones."""
-    return {key: _moved(state[key], moves) for key, moves in _moves(state, spec, maps).items()}
+    moved = dict(state)
+    for name, group in maps.items():
+        for units, map in zip(spec[name].units, group, strict=True):
+            for key, axis in units.axes:
+                if key in moved:
+                    moved[key] = move(moved[key], axis, map)
+    return moved
 
 
 def weight_matching(
@@ -84,8 +82,8 @@ def weight_matching(
     """Maps of B's units to A's, one symmetry after the other in random order until none improves.
 
     Coordinate ascent on the inner product of all weights: Git Re-Basin (Ainsworth et al. 2023), algorithm 1. The
-    result is a local optimum; `start` (none: B as it is) and the seed decide which. `on_sweep` is told after each
-    sweep how many maps it changed.
+    result is a local optimum; `start` (none: B as it is) and the seed decide which. `on_sweep` gets each sweep's number
+    and how many maps it changed.
     """
     check_pair(a, b, spec)
     rng = np.random.default_rng(seed)
@@ -96,10 +94,10 @@ def weight_matching(
         changed = 0
         for name in rng.permutation(list(spec)):
             agreements = agreement(a, b, spec, maps, name)
-            before = sum(value_of(g, m.made) for g, m in zip(agreements, maps[name], strict=True))
+            before = sum(value_of(g, m) for g, m in zip(agreements, maps[name], strict=True))
             found, after = best_maps(agreements, spec[name])
             if after > before + PROGRESS * abs(before):
-                maps[name] = tuple(UnitMap(m, m) for m in found)
+                maps[name] = tuple(found)
                 changed += 1
         on_sweep(sweep, changed)
         if not changed:
@@ -162,9 +160,9 @@ def value_of(matrix: Matrix, map: Tensor) -> float:
     return float((matrix * map).double().sum())
 
 
-def identity(state: State, symmetry: Symmetry) -> tuple[UnitMap, ...]:
+def identity(state: State, symmetry: Symmetry) -> tuple[Tensor, ...]:
     sizes = (state[key].shape[axis] for key, axis in (units.made[0] for units in symmetry.units))
-    return tuple(UnitMap(torch.arange(size), torch.arange(size)) for size in sizes)
+    return tuple(map(torch.arange, sizes))
 
 
 def rows(tensor: Tensor, axis: int) -> Float[Tensor, "units rest"]:
@@ -188,27 +186,8 @@ def check_pair(a: State, b: State, spec: Spec) -> None:
                 raise ValueError(f"{name}: {key} is missing, which the specification names")
         if a[key].shape != b[key].shape:
             raise ValueError(
-                f"{key}: is {list(a[key].shape)} in A and {list(b[key].shape)} in B; weight matching "
-                "needs equal widths, and transport does not"
+                f"{key}: is {list(a[key].shape)} in A and {list(b[key].shape)} in B; only equal widths are aligned"
             )
-
-
-def _moves(state: State, spec: Spec, maps: Maps) -> dict[str, list[tuple[int, Tensor]]]:
-    """Key -> (axis, map) of every move that it takes part in."""
-    moves: dict[str, list[tuple[int, Tensor]]] = {key: [] for key in state}
-    for name, group in maps.items():
-        for units, map in zip(spec[name].units, group, strict=True):
-            for axes, chosen in ((units.made, map.made), (units.used, map.used)):
-                for key, axis in axes:
-                    if key in moves:
-                        moves[key].append((axis, chosen))
-    return moves
-
-
-def _moved(tensor: Tensor, moves: list[tuple[int, Tensor]]) -> Tensor:
-    for axis, map in moves:
-        tensor = move(tensor, axis, map)
-    return tensor
 
 
 def cut(matrix: Matrix, count: int) -> Float[Tensor, "i j a b"]:

@@ -1,4 +1,4 @@
-"""Where networks are free: the specifications of MLPs and of Hugging Face CLIP, for `alignment.py`."""
+"""Where a Hugging Face CLIP is free: its specification for `alignment.py`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,6 @@ from collections.abc import Mapping, Sequence
 from moa.merging.align.alignment import Axis, Symmetry, Units
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-def mlp_spec(layers: Sequence[str]) -> dict[str, Symmetry]:
-    """Linear layers one after the other, with activations that act on each unit alone between them."""
-    return {
-        f"hidden {index}": Symmetry(units=(Units(made=_linear(one), used=((f"{two}.weight", 1),)),))
-        for index, (one, two) in enumerate(zip(layers, layers[1:], strict=False))
-    }
 
 
 def clip_spec(
@@ -25,7 +17,7 @@ def clip_spec(
     - every block's attention heads as wholes, and inside each head what queries and keys share, and what values hand
       to the output: nothing nonlinear stands between, so these may rotate;
     - every block's hidden units of the MLP: permutations;
-    - the space where pictures and texts meet: both projections have no bias, so it may rotate, and with it the
+    - the space where images and texts meet: both projections have no bias, so it may rotate, and with it the
       embeddings, but no similarity.
 
     With `rotate` false all are permutations.

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moa.backbones.fingerprint import base_fingerprint
+from moa.backbones.fingerprint import base_fingerprint, computing
 from moa.card import CARD, Card
 from moa.files.atomic import atomic_folder, write_file, write_json
 from moa.files.checkpoint_files import FLOATS, BaseFiles, read_base
@@ -23,35 +23,22 @@ from moa.files.shards import write_shard
 from moa.files.spelling import match_spelling
 from moa.merging.export.export import (
     DTYPES,
+    REPORT_FILE,
     check_out,
     copy_other_files,
     plan_shards,
     shard_names,
     write_index,
 )
-from moa.merging.methods.method import check_choice
+from moa.merging.functions import import_function
 from moa.merging.methods.stack import BLOCK_VALUES, Stack
 from moa.merging.methods.table import check_options, find_method
-from moa.merging.plan import Weights, find_depths, weight_row
+from moa.merging.settings import Rules
+from moa.merging.site_plan import find_depths
+from moa.merging.weights import Weights, weight_row
 
 MANIFEST = "manifest.json"
 COMPUTE = torch.float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What becomes of keys that not all models have alike."""
-
-    missing: str = (
-        "error"  # a model lacks a key of the base: error | base (it changed nothing there)
-    )
-    extra: str = "error"  # a model has a key that the base lacks: error | drop
-    shape: str = "error"  # a model has it in another shape: error | base (keep the base's)
-
-    def __post_init__(self) -> None:
-        check_choice("missing", self.missing, ("error", "base"), of="rules")
-        check_choice("extra", self.extra, ("error", "drop"), of="rules")
-        check_choice("shape", self.shape, ("error", "base"), of="rules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +80,16 @@ def merge_checkpoints(
     row = find_method(method)
     if row.joint:
         raise ValueError(
-            f"method: {method} works on LoRA factors, which whole checkpoints have not"
+            f"method: {method} works on LoRA factors, which whole checkpoints do not have"
         )
     settings = check_options(method, options or {})
     inputs = open_inputs(models, base, rules or Rules())
-    chosen = weight_row([*inputs.models], weights, row.default_weights).to(COMPUTE)
+    chosen = weight_row([*inputs.models], weights, row.weights).to(COMPUTE)
     depths = find_depths(tuple(inputs.base.files))
     changed = [key for key in inputs.base.files if key not in inputs.kept]
-    if row.prepare is not None:
+    if row.prepare:
         stacks = (difference_stack(inputs, key, depths[key]) for key in changed)
-        settings["shared"] = row.prepare(stacks, **settings)
+        settings["shared"] = import_function(f"methods.{row.prepare}")(stacks, **settings)
     cast = None if dtype == "auto" else DTYPES[dtype]
 
     def results(keys: Sequence[str]) -> Iterator[tuple[str, Iterator[Tensor]]]:
@@ -127,7 +114,7 @@ def merge_checkpoints(
         write_json(temporary / MANIFEST, manifest)
         write_file(temporary / CARD, _card(out, inputs, models, method, chosen).text())
         write_json(
-            temporary / "export_report.json",
+            temporary / REPORT_FILE,
             {"kind": "checkpoint", "method": method, "options": dict(options or {}),
              "weights": dict(zip(inputs.models, chosen.tolist(), strict=True)), "dtype": dtype},
         )  # fmt: skip
@@ -158,12 +145,15 @@ def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules
         raise ValueError("models: names none")
     root = read_base(base)
     opened = {name: _open_model(name, folder, root) for name, folder in models.items()}
-    kept = {k: "not floating: the base's" for k in root.files if k not in _floating(root)}
+    kept = {
+        k: "not floating: the base's" for k, d in root.dtypes.items() if not d.is_floating_point
+    }
     dropped: dict[str, list[str]] = {}
     for name, model in opened.items():
         lacking = [key for key in root.files if key not in model.keys]
         _check_rule(name, "missing", lacking, rules.missing, "is missing")
         _check_floats(name, model, root)
+        _check_config(name, model, root, rules.config)
         shapes = {key: model.files.shapes[own] for key, own in model.keys.items()}
         odd = [key for key in root.files if shapes.get(key, root.shapes[key]) != root.shapes[key]]
         _check_rule(name, "shape", odd, rules.shape, "has another shape than the base's")
@@ -186,7 +176,10 @@ def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules
 def _open_model(name: str, folder: str | Path, base: BaseFiles) -> Model:
     """ValueError for a folder that shares so few keys with the base that it is hardly a model of it."""
     files = read_base(folder, f"models.{name}")
-    model = Model(files=files, keys=match_spelling(base.files, files.files))
+    # DistributedDataParallel puts `module.` before every key.
+    stripped = {k if k in base.files else k.removeprefix("module."): k for k in files.files}
+    matched = match_spelling(base.files, stripped)
+    model = Model(files=files, keys={key: stripped[own] for key, own in matched.items()})
     if 2 * len(model.keys) < len(base.files):
         raise ValueError(
             f"models.{name}: {folder} shares {len(model.keys)} of the {len(base.files)} keys of the base "
@@ -208,12 +201,36 @@ def _check_floats(name: str, model: Model, base: BaseFiles) -> None:
             f"models.{name}: {packed[0]} is not stored as {', '.join(FLOATS)} and is so in the base (and "
             f"{len(packed) - 1} others); save the model in one of these"
         )
+
+
+def _check_config(name: str, model: Model, base: BaseFiles, rule: str) -> None:
+    """ValueError for another architecture, or a value by which the model computes otherwise than the base.
+
+    A key that only one of them has is no difference: versions of transformers store more or fewer defaults.
+    """
+    where = f"models.{name}: config.json has"
     kinds = [files.config.get("model_type") for files in (base, model.files)]
     if None not in kinds and kinds[0] != kinds[1]:
         raise ValueError(
-            f"models.{name}: config.json has model_type {kinds[1]!r}, and that of the base {base.folder} {kinds[0]!r}; "
+            f"{where} model_type {kinds[1]!r}, and that of the base {base.folder} {kinds[0]!r}; "
             "base= must be the checkpoint that the model was trained from"
         )
+    odd = next(_differences(computing(base.config), computing(model.files.config)), None)
+    if odd is not None and rule == "error":
+        key, wanted, found = odd
+        raise ValueError(
+            f"{where} {key}={found!r}, and that of the base {base.folder} {wanted!r}, which the result would get; "
+            "rules.config=base goes on with the base's"
+        )
+
+
+def _differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, value of the one, of the other) of what two configs both have and hold otherwise."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in one.keys() & other.keys():
+            yield from _differences(one[name], other[name], f"{key}.{name}".lstrip("."))
+    elif one != other:
+        yield key, one, other
 
 
 # rule -> (what it does, in its error)
@@ -234,12 +251,8 @@ def _check_rule(name: str, rule: str, keys: Sequence[str], chosen: str, what: st
 def difference_stack(inputs: Inputs, key: str, depth: float) -> Stack:
     """The models' differences from the base at one key, as matrices; vectors are one row."""
     shape = inputs.base.shapes[key]
-    rows, cols = (
-        (shape[0], torch.Size(shape[1:]).numel())
-        if len(shape) > 1
-        else (1, torch.Size(shape).numel())
-    )
-
+    rows = shape[0] if len(shape) > 1 else 1
+    cols = torch.Size(shape[1:] if len(shape) > 1 else shape).numel()
     base = _mapped(inputs.base, key).view(rows, cols)
     having = {
         index: (f"models.{name}", model.files, model.keys[key])
@@ -278,10 +291,6 @@ def _finite(block: Tensor, what: str, files: BaseFiles, key: str) -> Tensor:
             f"{what}: {files.folder / files.files[key]}: {key} has NaN or infinite values"
         )
     return block
-
-
-def _floating(files: BaseFiles) -> set[str]:
-    return {key for key, dtype in files.dtypes.items() if dtype.is_floating_point}
 
 
 def _added(key: str, own: Tensor, merged: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

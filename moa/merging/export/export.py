@@ -31,9 +31,9 @@ from moa.files.checkpoint_files import (
 )
 from moa.files.peft import base_reference, site_keys, write_expert
 from moa.files.shards import write_shard
-from moa.merging.core import Expert
+from moa.merging.adapters import Expert
 from moa.merging.merge import MergedSite, update_shape
-from moa.merging.report.tables import comparison_lines
+from moa.merging.report.console import comparison_lines
 
 REPORT_FILE, BASE = "export_report.json", "base_model_name_or_path"
 ABOUT = {

@@ -22,7 +22,7 @@ from moa.config import RunConfig
 from moa.contrastive import compared
 from moa.experts.bank import ExpertBank
 from moa.files.peft import site_keys
-from moa.merging.core import Expert
+from moa.merging.adapters import Expert
 from moa.model import MixtureModel
 
 QUESTIONS = (

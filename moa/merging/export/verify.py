@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moa.backbones.fingerprint import base_fingerprint
-from moa.merging.core import Expert
+from moa.merging.adapters import Expert
 from moa.merging.export.export import Verify, Written
 from moa.merging.export.probe import Outputs, live_outputs, outputs_of
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from moa.merging.core import Expert
+from moa.merging.adapters import Expert
 from moa.merging.merge import MergedSite, merge_site, open_site, with_shared
-from moa.merging.plan import Weights, make_plan
+from moa.merging.site_plan import make_plan
+from moa.merging.weights import Weights
 
 
 class CachedMerge:

@@ -1,4 +1,4 @@
-"""A little data of a run, for weights that are learned: some samples of each validation set, and how well a merge does.
+"""Calibration data of a run: some samples of each validation set, and how well a merge does on them.
 
 The sets are the run's `data.validation`, so that what is learned on them can be scored on the test sets.
 """
@@ -24,7 +24,7 @@ from moa.config import RunConfig, load_config
 from moa.evaluation.run import evaluate
 from moa.evaluation.sources import prompt_collator
 from moa.files.peft import site_keys
-from moa.merging.core import Expert
+from moa.merging.adapters import Expert
 from moa.merging.export.export import adapter_config
 from moa.merging.merge import MergedSite
 from moa.model import MixtureModel
@@ -33,7 +33,7 @@ MERGED = "merged-experts"  # name of the merged update among the live experts
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShot:
+class CalibrationData:
     """Samples by data set, each set's in an order of its own."""
 
     samples: Mapping[str, Sequence[Sample]]
@@ -61,14 +61,14 @@ class FewShot:
         return [self.collator(samples[start : start + size]) for start in starts]
 
 
-def read_few_shot(
+def read_calibration(
     config: RunConfig,
     model: MixtureModel,
     *,
     num_samples: int,
     seed: int,
     ocr: OcrCache | None,
-) -> FewShot:
+) -> CalibrationData:
     """`num_samples` of each validation set, chosen by `seed`. Raises ValueError where the run has none."""
     if not config.data.validation:
         raise ValueError("run: has no data.validation to learn from")
@@ -86,7 +86,7 @@ def read_few_shot(
         samples[name] = [item for item in read if isinstance(item, Sample)]
         if not samples[name]:
             raise ValueError(f"{name}: none of {len(order)} samples can be used; {bad[0]}")
-    return FewShot(
+    return CalibrationData(
         samples=samples,
         collator=collator,
         prompts=prompt_collator(model, config, withhold_task=False),
@@ -111,7 +111,7 @@ def load_unrouted(run: str) -> tuple[MixtureModel, RunConfig]:
 
 
 @contextmanager
-def installed(
+def with_merged(
     model: MixtureModel, merged: Mapping[str, MergedSite], experts: Sequence[Expert]
 ) -> Iterator[None]:
     """Inside, the merged update is one more expert, called MERGED."""
@@ -143,36 +143,36 @@ def answers_loss(
 
 
 def benchmark_score(
-    model: MixtureModel, few: FewShot, config: RunConfig, expert: str = MERGED
+    model: MixtureModel, data: CalibrationData, config: RunConfig, expert: str = MERGED
 ) -> float:
     """Mean of the data sets' primary metrics over generated answers, with one expert on."""
     results = [
         evaluate(
             model,
             samples,
-            few.prompts,
+            data.prompts,
             name=name,
             gates=expert,
             batch_size=config.eval.batch_size,
             max_new_tokens=config.eval.max_new_tokens,
             progress=False,
         )
-        for name, samples in few.samples.items()
+        for name, samples in data.samples.items()
     ]
     return mean(float(result.score["value"] or 0.0) for result in results)
 
 
 def own_answers(
-    model: MixtureModel, few: FewShot, size: int, weight: float, max_new_tokens: int
+    model: MixtureModel, data: CalibrationData, size: int, weight: float, max_new_tokens: int
 ) -> list[Batch]:
     """Mixed batches whose answers are what the model says itself with this weight on every expert: no labels."""
     gates = torch.full((len(model.bank.names),), weight)
-    tokenizer = few.prompts.processor.tokenizer
+    tokenizer = data.prompts.processor.tokenizer
     answered = {}
-    for name, samples in few.samples.items():
+    for name, samples in data.samples.items():
         texts: list[str] = []
         for start in range(0, len(samples), size):
-            batch = few.prompts(samples[start : start + size])
+            batch = data.prompts(samples[start : start + size])
             ids = model.answering().generate(
                 batch,
                 gates.expand(len(batch), -1),
@@ -185,21 +185,21 @@ def own_answers(
             replace(sample, answers=(text.strip(),), boxes=())
             for sample, text in zip(samples, texts, strict=True)
         ]
-        answered[name] = [s for s in said if s.answers[0] and few.collator.error_of(s) is None]
+        answered[name] = [s for s in said if s.answers[0] and data.collator.error_of(s) is None]
     if not any(answered.values()):
         raise ValueError("adamerging: the model answers nothing, so there is no entropy to lower")
-    return replace(few, samples=answered).batches(size)
+    return replace(data, samples=answered).batches(size)
 
 
 @torch.no_grad()
 def perturbed_answers(
-    model: MixtureModel, few: FewShot, size: int, *, runs: int, noise: float, seed: int
+    model: MixtureModel, data: CalibrationData, size: int, *, runs: int, noise: float, seed: int
 ) -> dict[str, torch.Tensor]:
     """Each expert's probabilities [run, question, option] of the first answer token, the pictures under noise.
 
     The first run is without noise; the others add normal noise of `noise` times the pixels' own spread.
     """
-    batches = few.batches(size)
+    batches = data.batches(size)
     found = {}
     for index, name in enumerate(model.bank.names):
         gates = torch.eye(len(model.bank.names))[index]

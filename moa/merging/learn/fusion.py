@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from moa.experts.bank import ExpertBank
 from moa.experts.lora import ExpertLinear
-from moa.merging.learn.weights import descend, frozen
+from moa.merging.learn.gradient import descend, frozen
 from moa.model import MixtureModel
 
 

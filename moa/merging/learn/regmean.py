@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from data.batch import Batch
-from moa.merging.core import Expert
+from moa.merging.adapters import Expert
 from moa.model import MixtureModel
 
 Grams = dict[str, Float[Tensor, "expert in in"]]  # by site

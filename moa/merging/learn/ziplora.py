@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from data.batch import Batch
-from moa.merging.core import Expert
-from moa.merging.learn.weights import descend, frozen
+from moa.merging.adapters import Expert
+from moa.merging.learn.gradient import descend, frozen
 from moa.model import MixtureModel
 
 Mergers = dict[str, dict[str, Tensor]]  # site -> expert -> [in]

@@ -13,8 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moa.merging.methods.linear import Weights
-from moa.merging.methods.method import Method, check_choice
-from moa.merging.methods.sparse import check_share
+from moa.merging.methods.method import check_choice, check_share
 from moa.merging.methods.stack import Stack
 
 Pair = tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]
@@ -163,35 +162,3 @@ def _clusters(parts: np.ndarray, count: int, restarts: int, seed: int) -> Tensor
         if spread < least:
             best, least = label, spread
     return torch.from_numpy(best)
-
-
-METHODS = {
-    "robustmerge": Method(
-        function=robustmerge,
-        default_weights="ones",
-        spaces=("factor",),
-        joint=True,
-        paper="RobustMerge (Zeng et al., 2025)",
-    ),
-    "lorahub_factors": Method(
-        function=lorahub_factors,
-        default_weights="mean",
-        spaces=("factor",),
-        joint=True,
-        paper="LoraHub (Huang et al., 2024), the released combination of factors",
-    ),
-    "aligned_linear": Method(
-        function=aligned_linear,
-        default_weights="mean",
-        spaces=("factor",),
-        joint=True,
-        paper="Git Re-Basin's weight matching (Ainsworth et al., 2023), on the rank axis",
-    ),
-    "lego": Method(
-        function=lego,
-        default_weights="mean",
-        spaces=("factor",),
-        joint=True,
-        paper="LoRA-LEGO (Zhao et al., 2025): rank-wise clustering, as the CtM authors re-implement it",
-    ),
-}

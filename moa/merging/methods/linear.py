@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.files.targets import finds
-from moa.merging.methods.method import Method
 from moa.merging.methods.stack import Stack
 
 Weights = Float[Tensor, " expert"]
@@ -123,47 +122,3 @@ def inner_products(stack: Stack) -> Float[Tensor, "expert expert"]:
         (torch.einsum("erc,frc->ef", block, block) for _, block in stack.blocks()),
         start=torch.zeros(()),
     )
-
-
-METHODS = {
-    "linear": Method(
-        function=linear,
-        default_weights="mean",
-        is_sum=True,
-        spaces=("core", "factor"),
-        paper="Model Soups (Wortsman et al., 2022), on updates",
-    ),
-    "task_arithmetic": Method(
-        function=task_arithmetic,
-        default_weights="ones",
-        is_sum=True,
-        paper="Editing Models with Task Arithmetic (Ilharco et al., 2023)",
-    ),
-    "lines": Method(
-        function=lines,
-        default_weights="ones",
-        is_sum=True,
-        paper="LiNeS: Post-training Layer Scaling (Wang et al., 2025), equation 3",
-    ),
-    "sa_merge": Method(
-        function=sa_merge,
-        default_weights="ones",
-        is_sum=True,
-        paper="Selective Attention Merging (Shankar et al., 2025)",
-    ),
-    "slerp": Method(
-        function=slerp,
-        default_weights="mean",
-        paper="Spherical linear interpolation (Shoemake, 1985), as mergekit's slerp, on updates",
-    ),
-    "karcher": Method(
-        function=karcher,
-        default_weights="mean",
-        paper="Karcher mean on the sphere (Karcher, 1977), as mergekit's karcher, on updates",
-    ),
-    "model_stock": Method(
-        function=model_stock,
-        default_weights="mean",
-        paper="Model Stock (Jang et al., 2024), equation 5, per tensor",
-    ),
-}

@@ -1,8 +1,11 @@
-"""What a merging method is: a function of tensors, and what the command line must know about it."""
+"""What a merging method is: names of functions of tensors, and what the command line must know about them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from typing import Any, Literal
+
+from moa.merging.functions import import_function, read_function
 
 SPACES = {
     "core": "the small matrices in the experts' common directions: exact, whatever the factors",
@@ -12,26 +15,65 @@ SPACES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """A row of a method table.
+Weights = Literal["mean", "ones"]  # where the user gives none: 1/N each, or 1 each
 
-    `function(stack, weights, **options)` returns the merged matrix [rows, cols] of a Stack: of the core matrices, of
-    the dense updates, or, in `factor` space, once of all A and once of all B. A `joint` method takes (stack of A,
-    stack of B, weights) and returns both. The keyword arguments of a function are the method's options.
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the method table.
+
+    `name(stack, weights, **options)` returns the merged matrix [rows, cols] of a Stack: of the core matrices, of the
+    dense updates, or, in `factor` space, once of all A and once of all B. A `joint` method takes (stack of A, stack of
+    B, weights) and returns both. In place of `name`, a sparse method has `thin`, which drops values of each update, and
+    `combine`, which makes one matrix of what is left. Keyword arguments of the functions are the method's options.
     """
 
-    function: Callable[..., Any]
-    default_weights: Literal["mean", "ones"]  # where the user gives none: 1/N each, or 1 each
+    name: str  # MODULE.FUNCTION in this folder
+    weights: Weights
     paper: str
+    _: KW_ONLY
+    thin: str = ""
+    combine: str = ""
     spaces: tuple[str, ...] = ("core",)  # the first is the default
     is_sum: bool = False  # the result is a weighted sum of the updates, so some mixture equals it
     joint: bool = False
     # (every site's stack, **options) -> what the function gets as `shared`: statistics over the whole model
-    prepare: Callable[..., Any] | None = None
+    prepare: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # where the functions have others
+
+    @property
+    def parts(self) -> list[str]:
+        return [f"methods.{name}" for name in (self.name, self.thin, self.combine) if name]
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        functions = [import_function(part) for part in self.parts]
+        if self.name:
+            return functions[0]
+        own = frozenset(read_function(self.parts[0])[1]) | ({"shared"} if self.prepare else set())
+        return partial(
+            import_function("methods.sparse.thin_and_combine"), *functions, own, **self.defaults
+        )
+
+    @property
+    def about(self) -> str:
+        """What it does, in a line."""
+        first, *then = [read_function(part)[0].rstrip(".") for part in self.parts]
+        return ", then ".join([first, *(text[0].lower() + text[1:] for text in then)]) + "."
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options and their defaults: the keyword arguments of its functions."""
+        found = [read_function(part)[1] for part in self.parts]
+        return {key: value for part in found for key, value in part.items()} | dict(self.defaults)
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...], of: str = "options") -> None:
     """ValueError with the choices, unless the value of `of`.`key` is one of them."""
     if value not in choices:
         raise ValueError(f"{of}.{key}: must be one of {list(choices)}, got {value!r}")
+
+
+def check_share(key: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"options.{key}: must be in (0, 1], got {value}")

@@ -1,7 +1,7 @@
-"""Sparse merging methods: drop most values of each update, then settle whose sign wins.
+"""Sparse merging methods: drop most values of each update, then add what is left, or let it vote.
 
-The pruning and the vote are apart: every method is a way to thin the updates, followed by `elect` or by a plain sum.
-A value's weight enters before the vote, so a negative weight subtracts (mergekit's `ties` at its defaults adds it).
+A thinning and what follows it are functions apart, and a method of the table names one of each. A value's weight enters
+before the vote, so a negative weight subtracts (mergekit's `ties` at its defaults adds it).
 """
 
 from collections.abc import Callable, Iterable
@@ -11,33 +11,58 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moa.merging.methods.linear import Matrix, Weights
-from moa.merging.methods.method import SPACES, Method, check_choice
+from moa.merging.methods.method import check_choice, check_share
 from moa.merging.methods.stack import Stack, magnitudes_above, rounding_of
 
 Block = Float[Tensor, "expert rows cols"]
-REDUCTIONS = ("mean", "sum", "max")
-VOTES = ("weighted", "raw")
-SCOPES = ("tensor", "model")
-RESCALES = ("inverse", "l1", "none")
+Thin = Callable[[int, Tensor], Tensor]  # (first row, block) -> the block with values dropped
+# (first row, block) -> which values stay, and with which probability each would have
+Keep = Callable[[int, Tensor], tuple[Bool[Tensor, "expert rows cols"], Tensor | float]]
+
+
+def thin_and_combine(
+    thin: Callable[..., Thin],
+    combine: Callable[..., Matrix],
+    own: frozenset[str],
+    stack: Stack,
+    weights: Weights,
+    **options: object,
+) -> Matrix:
+    """A method of two parts; the options named in `own` are those of `thin`, the others those of `combine`."""
+    thinned = thin(stack, **{key: value for key, value in options.items() if key in own})
+    rest = {key: value for key, value in options.items() if key not in own}
+    return stack.map(
+        lambda start, block: combine(thinned(start, block), weights, stack.rounding, **rest)
+    )
 
 
 # From thinned updates to one ------------------------------------------------------------------------
 
 
+def add(
+    block: Block, weights: Weights, rounding: Tensor | None = None
+) -> Float[Tensor, "rows cols"]:
+    """Take the weighted sum."""
+    return torch.einsum("e,erc->rc", weights, block)
+
+
 def elect(
     block: Block,
     weights: Weights,
+    rounding: Float[Tensor, " expert"] | None = None,
+    *,
     reduce: str = "mean",
     vote: str = "weighted",
-    rounding: Float[Tensor, " expert"] | None = None,
 ) -> Float[Tensor, "rows cols"]:
-    """Per entry, the sign with more mass wins, and the values that agree with it are reduced (TIES, steps 2 and 3).
+    """Elect a sign per entry, and reduce (mean | sum | max) what agrees with it.
 
-    `weighted` votes on weight * value; mean divides by the weights' sum of the agreeing. `raw` votes before the
-    weights, and mean divides by the number of the agreeing, as ties-merging and PEFT do; at weights of 1 they agree.
-    Where the votes cancel, but for their own rounding and that of each expert's values (Stack.rounding), nothing is
-    elected and the entry is 0.
+    TIES, steps 2 and 3: the sign with more mass wins. `weighted` votes on weight * value; mean divides by the weights'
+    sum of the agreeing. `raw` votes before the weights, and mean divides by the number of the agreeing, as ties-merging
+    and PEFT do; at weights of 1 they agree. Where the votes cancel, but for their own rounding and that of each
+    expert's values (Stack.rounding), nothing is elected and the entry is 0.
     """
+    check_choice("reduce", reduce, ("mean", "sum", "max"))
+    check_choice("vote", vote, ("weighted", "raw"))
     weighted = weights[:, None, None] * block
     share = weights.abs() if vote == "weighted" else torch.ones_like(weights)
     voters = weighted if vote == "weighted" else block
@@ -55,176 +80,59 @@ def elect(
     return kept.sum(0) / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
-def add(block: Block, weights: Weights) -> Float[Tensor, "rows cols"]:
-    return torch.einsum("e,erc->rc", weights, block)
+# What stays of each update --------------------------------------------------------------------------
 
 
-# By magnitude ---------------------------------------------------------------------------------------
+def largest(
+    stack: Stack, *, density: float = 0.2, scope: str = "tensor", shared: Tensor | None = None
+) -> Thin:
+    """Keep each update's largest values (the share `density`)."""
+    check_share("density", density)
+    limits = stack.thresholds(density) if shared is None else shared
+    return lambda start, block: trim(block, limits)
+
+
+def model_thresholds(stacks: Iterable[Stack], *, density: float, scope: str, **_) -> Tensor | None:
+    """One threshold per expert over all sites, as ties-merging trims; None where each tensor has its own."""
+    check_share("density", density)
+    check_choice("scope", scope, ("tensor", "model"))
+    return magnitudes_above(list(stacks), density) if scope == "model" else None
 
 
 def trim(block: Block, thresholds: Float[Tensor, " expert"]) -> Block:
     return block * (block.abs() >= thresholds[:, None, None])
 
 
-def model_thresholds(stacks: Iterable[Stack], *, density: float, scope: str, **_) -> Tensor | None:
-    """One threshold per expert over all sites, as ties-merging trims; None where each tensor has its own."""
-    check_share("density", density)
-    check_choice("scope", scope, SCOPES)
-    return magnitudes_above(list(stacks), density) if scope == "model" else None
-
-
-def ties(
-    stack: Stack,
-    weights: Weights,
-    *,
-    density: float = 0.2,
-    scope: str = "tensor",
-    vote: str = "weighted",
-    reduce: str = "mean",
-    shared: Tensor | None = None,
-) -> Matrix:
-    """Keep each update's largest values, elect a sign per entry, reduce (mean | sum | max) those that agree."""
-    check_choice("reduce", reduce, REDUCTIONS)
-    check_choice("vote", vote, VOTES)
-    limits = _limits(stack, density, shared)
-    return stack.map(
-        lambda start, block: elect(trim(block, limits), weights, reduce, vote, stack.rounding)
-    )
-
-
-def magnitude_prune(
-    stack: Stack,
-    weights: Weights,
-    *,
-    density: float = 0.2,
-    scope: str = "tensor",
-    shared: Tensor | None = None,
-) -> Matrix:
-    """Keep each update's largest values, then the weighted sum."""
-    limits = _limits(stack, density, shared)
-    return stack.map(lambda start, block: add(trim(block, limits), weights))
-
-
-def _limits(stack: Stack, density: float, shared: Tensor | None) -> Tensor:
-    return stack.thresholds(density) if shared is None else shared
-
-
-def breadcrumbs(
-    stack: Stack, weights: Weights, *, density: float = 0.85, outliers: float = 0.01
-) -> Matrix:
-    """Drop each update's largest values (the share `outliers`) and its smallest, then the weighted sum."""
-    return stack.map(_between(stack, density, outliers, lambda block: add(block, weights)))
-
-
-def breadcrumbs_ties(
-    stack: Stack,
-    weights: Weights,
-    *,
-    density: float = 0.85,
-    outliers: float = 0.01,
-    reduce: str = "mean",
-) -> Matrix:
-    """Drop each update's largest and smallest values, then elect a sign per entry as TIES does."""
-    check_choice("reduce", reduce, REDUCTIONS)
-    return stack.map(
-        _between(
-            stack,
-            density,
-            outliers,
-            lambda block: elect(block, weights, reduce, rounding=stack.rounding),
-        )
-    )
-
-
-def _between(
-    stack: Stack, density: float, outliers: float, reduce: Callable[[Tensor], Tensor]
-) -> Callable[[int, Tensor], Tensor]:
+def without_outliers(stack: Stack, *, density: float = 0.85, outliers: float = 0.01) -> Thin:
+    """Drop each update's largest values (the share `outliers`) and its smallest."""
     check_share("density", density)
     if not 0 <= outliers <= 1 - density:
         raise ValueError(f"options.outliers: must be in [0, 1 - density], got {outliers}")
     low, high = stack.thresholds(density + outliers), stack.thresholds(outliers)
-
-    def merge_block(start: int, block: Tensor) -> Tensor:
-        return reduce(torch.where(block.abs() <= high[:, None, None], trim(block, low), 0.0))
-
-    return merge_block
-
-
-# At random ------------------------------------------------------------------------------------------
-
-
-def dare_linear(
-    stack: Stack,
-    weights: Weights,
-    *,
-    density: float = 0.5,
-    rescale: str = "inverse",
-    seed: int = 0,
-) -> Matrix:
-    """Keep each value with probability `density`, rescale, then the weighted sum: unbiased with rescale=inverse."""
-    thinned = _dropped(stack, rescale, _keep_evenly(stack, density, seed))
-    return stack.map(lambda start, block: add(thinned(start, block), weights))
-
-
-def dare_ties(
-    stack: Stack,
-    weights: Weights,
-    *,
-    density: float = 0.5,
-    rescale: str = "inverse",
-    reduce: str = "sum",
-    seed: int = 0,
-) -> Matrix:
-    """Keep each value with probability `density`, rescale, then elect a sign per entry as TIES does."""
-    check_choice("reduce", reduce, REDUCTIONS)
-    thinned = _dropped(stack, rescale, _keep_evenly(stack, density, seed))
-    return stack.map(
-        lambda start, block: elect(thinned(start, block), weights, reduce, rounding=stack.rounding)
+    return lambda start, block: torch.where(
+        block.abs() <= high[:, None, None], trim(block, low), 0.0
     )
 
 
-def della(
-    stack: Stack,
-    weights: Weights,
-    *,
-    density: float = 0.5,
-    spread: float = 0.15,
-    rescale: str = "inverse",
-    reduce: str = "sum",
-    seed: int = 0,
-) -> Matrix:
-    """Keep larger values of a row more likely (density - spread to density + spread), rescale, elect as TIES does."""
-    check_choice("reduce", reduce, REDUCTIONS)
-    thinned = _dropped(stack, rescale, _keep_by_rank(stack, density, spread, seed))
-    return stack.map(
-        lambda start, block: elect(thinned(start, block), weights, reduce, rounding=stack.rounding)
-    )
-
-
-def della_linear(
-    stack: Stack,
-    weights: Weights,
-    *,
-    density: float = 0.5,
-    spread: float = 0.15,
-    rescale: str = "inverse",
-    seed: int = 0,
-) -> Matrix:
-    """Keep larger values of a row more likely (density - spread to density + spread), rescale, then the sum."""
-    thinned = _dropped(stack, rescale, _keep_by_rank(stack, density, spread, seed))
-    return stack.map(lambda start, block: add(thinned(start, block), weights))
-
-
-# (first row, block) -> which values stay, and with which probability each would have
-Keep = Callable[[int, Tensor], tuple[Bool[Tensor, "expert rows cols"], Tensor | float]]
-
-
-def _keep_evenly(stack: Stack, density: float, seed: int) -> Keep:
+def at_random(
+    stack: Stack, *, density: float = 0.5, rescale: str = "inverse", seed: int = 0
+) -> Thin:
+    """Keep each value with probability `density`, and rescale."""
     check_share("density", density)
-    return lambda start, block: (_draws(stack, seed, start, block) < density, density)
+    return _dropped(
+        stack, rescale, lambda start, block: (_draws(stack, seed, start, block) < density, density)
+    )
 
 
-def _keep_by_rank(stack: Stack, density: float, spread: float, seed: int) -> Keep:
+def by_rank(
+    stack: Stack,
+    *,
+    density: float = 0.5,
+    spread: float = 0.15,
+    rescale: str = "inverse",
+    seed: int = 0,
+) -> Thin:
+    """Keep larger values of a row more likely (density - spread to density + spread), and rescale."""
     check_share("density", density)
     if not 0 <= spread <= min(density, 1 - density):
         raise ValueError(f"options.spread: must keep density ± spread in [0, 1], got {spread}")
@@ -234,7 +142,7 @@ def _keep_by_rank(stack: Stack, density: float, spread: float, seed: int) -> Kee
         probability = density - spread + 2 * spread * order / max(block.shape[-1] - 1, 1)
         return _draws(stack, seed, start, block) < probability, probability
 
-    return keep
+    return _dropped(stack, rescale, keep)
 
 
 def _draws(stack: Stack, seed: int, start: int, block: Tensor) -> Block:
@@ -243,13 +151,13 @@ def _draws(stack: Stack, seed: int, start: int, block: Tensor) -> Block:
     )
 
 
-def _dropped(stack: Stack, rescale: str, keep: Keep) -> Callable[[int, Tensor], Tensor]:
+def _dropped(stack: Stack, rescale: str, keep: Keep) -> Thin:
     """The block with some values dropped and the rest rescaled.
 
     `inverse` divides by each value's probability, so the expectation is the update's; `l1` gives each update its L1
     norm back, as mergekit does, which is biased for small tensors; `none` leaves the survivors.
     """
-    check_choice("rescale", rescale, RESCALES)
+    check_choice("rescale", rescale, ("inverse", "l1", "none"))
     factor = _l1_factor(stack, keep) if rescale == "l1" else None
 
     def thin(start: int, block: Tensor) -> Tensor:
@@ -312,81 +220,3 @@ def consensus(
         return torch.where(matters.sum(0) >= at_least, total, 0.0)
 
     return stack.map(merge_block)
-
-
-def check_share(key: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise ValueError(f"options.{key}: must be in (0, 1], got {value}")
-
-
-METHODS = {
-    "ties": Method(
-        function=ties,
-        prepare=model_thresholds,
-        default_weights="ones",
-        spaces=tuple(SPACES),
-        paper="TIES-Merging (Yadav et al., 2023)",
-    ),
-    "knots": Method(
-        function=ties,
-        prepare=model_thresholds,
-        default_weights="ones",
-        spaces=("rows",),
-        paper="KnOTS (Stoica et al., 2025): TIES on the experts' common output directions",
-    ),
-    "magnitude_prune": Method(
-        function=magnitude_prune,
-        prepare=model_thresholds,
-        default_weights="ones",
-        spaces=tuple(SPACES),
-        paper="PEFT's magnitude_prune: task arithmetic on the largest values",
-    ),
-    "dare_linear": Method(
-        function=dare_linear,
-        default_weights="mean",
-        spaces=tuple(SPACES),
-        paper="DARE: Language Models are Super Mario (Yu et al., 2024)",
-    ),
-    "dare_ties": Method(
-        function=dare_ties,
-        default_weights="mean",
-        spaces=tuple(SPACES),
-        paper="DARE (Yu et al., 2024) with the vote of TIES",
-    ),
-    "della": Method(
-        function=della,
-        default_weights="mean",
-        spaces=tuple(SPACES),
-        paper="DELLA-Merging (Deep et al., 2024)",
-    ),
-    "della_linear": Method(
-        function=della_linear,
-        default_weights="mean",
-        spaces=tuple(SPACES),
-        paper="DELLA-Merging (Deep et al., 2024), without the vote",
-    ),
-    "breadcrumbs": Method(
-        function=breadcrumbs,
-        default_weights="mean",
-        spaces=tuple(SPACES),
-        paper="Model Breadcrumbs (Davari and Belilovsky, 2024)",
-    ),
-    "breadcrumbs_ties": Method(
-        function=breadcrumbs_ties,
-        default_weights="mean",
-        spaces=tuple(SPACES),
-        paper="Model Breadcrumbs (Davari and Belilovsky, 2024) with the vote of TIES",
-    ),
-    "pcb": Method(
-        function=pcb,
-        default_weights="ones",
-        spaces=tuple(SPACES),
-        paper="Parameter Competition Balancing (Du et al., 2024)",
-    ),
-    "consensus": Method(
-        function=consensus,
-        default_weights="ones",
-        spaces=tuple(SPACES),
-        paper="TALL masks and Consensus Merging (Wang et al., 2024)",
-    ),
-}

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.merging.methods.linear import Matrix, Weights, linear
-from moa.merging.methods.method import Method, check_choice
-from moa.merging.methods.sparse import check_share, elect, trim
+from moa.merging.methods.method import check_choice, check_share
+from moa.merging.methods.sparse import elect, trim
 from moa.merging.methods.stack import Stack, stack_of
 
 RANK_TOLERANCE = 1e-7  # of the largest singular value: below it a direction is rounding
@@ -87,7 +87,7 @@ def dc_merge(
         return linear(stack, weights)  # nothing but zeros
     covered = torch.stack([u.T @ (p[0] * _levelled(p[1], smooth)) @ p[2].T @ v for p in parts])
     inner = stack_of(site=stack.site, experts=stack.experts, matrices=covered)
-    merged = elect(trim(covered, inner.thresholds(density)), weights, rounding=inner.rounding)
+    merged = elect(trim(covered, inner.thresholds(density)), weights, inner.rounding)
     # Only entries between directions of one expert remain: those between two are interference.
     own = torch.block_diag(*[torch.ones(p[1].numel(), p[1].numel()) for p in parts])
     return u @ (merged * own.to(merged.dtype)) @ v.T
@@ -134,7 +134,7 @@ def ctm(
     inside = u.T @ matrices @ v
     inner = stack_of(site=stack.site, experts=stack.experts, matrices=inside)
     kept = trim(inside, inner.thresholds(density))
-    merged = elect(kept, weights, reduce, rounding=inner.rounding)
+    merged = elect(kept, weights, inner.rounding, reduce=reduce)
     return u @ merged @ v.T
 
 
@@ -161,37 +161,3 @@ def polar(vectors: Float[Tensor, "size count"]) -> Float[Tensor, "size count"]:
 
 def _count(share: float, rank: int) -> int:
     return max(int(share * rank), 1) if rank else 0
-
-
-METHODS = {
-    "tsv_m": Method(
-        function=tsv_m,
-        default_weights="ones",
-        paper="Task Singular Vectors (Gargiulo et al., 2025)",
-    ),
-    "iso_c": Method(
-        function=iso_c,
-        default_weights="ones",
-        paper="No Task Left Behind: Isotropic Model Merging (Marczak et al., 2025), over the numerical rank",
-    ),
-    "iso_cts": Method(
-        function=iso_cts,
-        default_weights="ones",
-        paper="No Task Left Behind (Marczak et al., 2025), common and task-specific, over the numerical rank",
-    ),
-    "wudi": Method(
-        function=wudi,
-        default_weights="ones",
-        paper="WUDI-Merging (Cheng et al., 2025) and OptMerge (Wei et al., 2026), in closed form",
-    ),
-    "dc_merge": Method(
-        function=dc_merge,
-        default_weights="ones",
-        paper="DC-Merge (2026), as released for LoRA",
-    ),
-    "ctm": Method(
-        function=ctm,
-        default_weights="ones",
-        paper="Compress-then-Merge (2026), Tucker-2 subspace and TIES",
-    ),
-}

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.files import peft as peft_io
-from moa.merging.core import CoreUpdates, Expert, Factors, to_core
+from moa.merging.adapters import Expert, all_sites
+from moa.merging.core import CoreUpdates, Factors, to_core
 from moa.merging.merge import MergedSite
-from moa.merging.plan import all_sites
 from moa.merging.report.interference import (
     cosines,
     cross_terms,
@@ -31,7 +31,7 @@ from moa.merging.report.interference import (
     sign_disagreement,
     subspace_overlap,
 )
-from moa.merging.report.summary import layer_of
+from moa.merging.report.retention import layer_of
 
 PRUNED_DENSITY = 0.2  # what RobustMerge keeps
 TINY = 1e-300

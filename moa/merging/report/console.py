@@ -1,15 +1,10 @@
-"""What a merge and its export say on the console."""
+"""What a merge and its export print on the console."""
 
-import inspect
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from moa.merging.methods.method import SPACES
-from moa.merging.methods.table import METHODS, method_options
-
-WORDS = {"mean": "1/N each", "ones": "1 each"}
 MODELS = {"routed_model": "the model that routes each sample", "live_mixture": "the live mixture"}
 LOW_AGREEMENT = 0.5  # of greedy tokens
 MANY_PAIRS = 10  # more are in fidelity.json
@@ -109,7 +104,7 @@ def agreement_line(report: dict[str, Any]) -> str | None:
 
 
 def advice(report: dict[str, Any]) -> str | None:
-    """What to try first where the merge says other things than what it stands for."""
+    """What to try first where the merge answers differently from what it stands for."""
     line = agreement_line(report)
     found = report.get("comparisons", {})
     row = found.get("routed_model") or found.get("live_mixture")
@@ -120,16 +115,3 @@ def advice(report: dict[str, Any]) -> str | None:
         "learned from a little data (scripts.learn_weights method=lora_soups), then compare "
         "methods with scripts.compare_merges"
     )
-
-
-def method_lines() -> list[str]:
-    """Every method: what it does, its options with their defaults, its spaces, its paper."""
-    lines = []
-    for name, row in METHODS.items():
-        options = [f"options.{key}={value}" for key, value in method_options(name).items()]
-        lines += [
-            f"{name}: {inspect.cleandoc(row.function.__doc__ or '').splitlines()[0]}",
-            f"    options: {', '.join(options) or 'none'}; weights default to {WORDS[row.default_weights]}",
-            f"    space: {', '.join(row.spaces)}; {row.paper}",
-        ]
-    return [*lines, "", "spaces:", *(f"    {name}: {text}" for name, text in SPACES.items())]

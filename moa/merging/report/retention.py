@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moa.merging.core import Expert
+from moa.merging.adapters import Expert
 from moa.merging.merge import MergedSite
 
 

@@ -1,99 +1,21 @@
-"""Adapters, weights and bases as a user writes them, resolved to experts, numbers and folders."""
+"""Weights of experts: a list, a mapping, a file of scripts.learn_weights, or the gates that eval.py measured."""
 
-import glob
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from moa.backbones.fingerprint import base_fingerprint
-from moa.experts.bank import ExpertBank
-from moa.files.checkpoint_files import local_base as local_base
-from moa.files.peft import CONFIG_FILE, site_scaling
-from moa.files.spelling import match_spelling, plain
-from moa.merging.core import Expert, expert_from_folder, expert_from_tensors, rename_sites
-from moa.merging.plan import Weights, all_sites, weight_row
+from moa.files.peft import site_scaling
+from moa.merging.adapters import Expert, all_sites
 
 GATES = "gates"
-
-
-def adapter_folders(patterns: Sequence[str]) -> list[Path]:
-    """A pattern with * stands for every adapter folder it meets; ValueError where it meets none."""
-    return [folder for pattern in patterns for folder in _folders(pattern)]
-
-
-def open_adapters(folders: Sequence[str | Path]) -> list[Expert]:
-    """The experts in the given folders, called after them; of two with one name the later gets a number.
-
-    Raises ValueError as `peft_io.read_header` does.
-    """
-    experts: list[Expert] = []
-    for folder in map(Path, folders):
-        stem = re.sub(r"[^\w-]", "_", folder.resolve().name)
-        taken = {expert.name for expert in experts}
-        names = (stem, *(f"{stem}_{number}" for number in range(2, len(folders) + 2)))
-        experts.append(expert_from_folder(folder, next(n for n in names if n not in taken)))
-    return experts
-
-
-def respell(experts: Sequence[Expert], layers: Iterable[str] | None) -> list[Expert]:
-    """The experts with sites as the base's model spells them, or, where it is not at hand, in one spelling.
-
-    A site that no layer is stays as it is; matching it with the base's weights names it.
-    """
-    if layers is None:
-        spellings: dict[str, list[str]] = {}
-        for site in all_sites(experts):
-            spellings.setdefault(plain(site), []).append(site)
-        layers = [max(found, key=lambda s: s.startswith("model.")) for found in spellings.values()]
-    matches = [match_spelling(expert.ranks, layers) for expert in experts]
-    return [
-        rename_sites(expert, {site: found.get(site, site) for site in expert.ranks})
-        for expert, found in zip(experts, matches, strict=True)
-    ]
-
-
-def common_fingerprint(
-    experts: Sequence[Expert], base: str | Path | None, other_base: bool
-) -> str | None:
-    """The fingerprint of the experts' base: the base's own where it is at hand, else what they record.
-
-    Raises ValueError where an expert was trained on another base, unless `other_base`.
-    """
-    own = base_fingerprint(base) if base is not None else None
-    recorded = {e.name: e.base_fingerprint for e in experts if e.base_fingerprint is not None}
-    wanted = own or next(iter(recorded.values()), None)
-    wrong = [name for name, found in recorded.items() if found != wanted]
-    if wrong and not other_base:
-        theirs = {e.name: e.config.get("base_model_name_or_path") for e in experts}[wrong[0]]
-        other = f"the base {base}" if own else next(iter(recorded))
-        raise ValueError(
-            f"adapters: {wrong[0]} was trained on the base {theirs} with the fingerprint {recorded[wrong[0]]}, and "
-            f"{other} has {wanted}; name the right base by base=, or go on by other_base=true"
-        )
-    return wanted
-
-
-def _folders(pattern: Any) -> list[Path]:
-    if not isinstance(pattern, str):
-        raise ValueError(f"adapters: each must be a folder, got {pattern!r}")
-    path = Path(pattern).expanduser()
-    if path.is_dir() or not glob.has_magic(pattern):
-        return [path]
-    found = sorted(Path(name) for name in glob.glob(str(path)))
-    found = [folder for folder in found if (folder / CONFIG_FILE).is_file()]
-    if not found:
-        raise ValueError(f"adapters: {pattern} matches no folder with {CONFIG_FILE}")
-    return found
-
-
-def experts_of_bank(bank: ExpertBank) -> list[Expert]:
-    """The experts of a live model, as they are now; merge them as any others."""
-    return [expert_from_tensors(n, bank.state(n), bank.peft_config(n)) for n in bank.names]
+Number = int | float
+Weights = Mapping[str, Number] | Mapping[str, Mapping[str, Number]]  # by expert, or site -> expert
 
 
 def parse_weights(raw: Any, names: Sequence[str]) -> Weights | None:
@@ -215,3 +137,41 @@ def gates_of(report: dict[str, Any], experts: Sequence[Expert], tasks: Sequence[
 
 def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
     return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def weight_table(
+    experts: Sequence[Expert],
+    weights: Weights | None,
+    default: str = "ones",
+    sites: Sequence[str] | None = None,
+) -> dict[str, Float[Tensor, " expert"]]:
+    """Site -> weight of each expert, float64; ValueError names a missing, unknown or odd weight."""
+    names = [expert.name for expert in experts]
+    sites = all_sites(experts) if sites is None else sites
+    if weights is None or not any(isinstance(value, Mapping) for value in weights.values()):
+        row = weight_row(names, weights, default)
+        return dict.fromkeys(sites, row)
+    table: dict[str, Tensor] = {}
+    for site in sites:
+        given: Any = weights.get(site)
+        if given is None:
+            raise ValueError(f"weights.{site}: missing; weights per site must cover every site")
+        table[site] = weight_row(names, given, default, where=f"weights.{site}")
+    return table
+
+
+def weight_row(
+    names: Sequence[str], weights: Any, default: str = "ones", where: str = "weights"
+) -> Float[Tensor, " expert"]:
+    """The weight of each name, float64; ValueError names a missing, unknown or odd weight."""
+    if weights is None:
+        weights = dict.fromkeys(names, 1 / len(names) if default == "mean" else 1.0)
+    for name in (*weights, *names):
+        if name not in names:
+            raise ValueError(f"{where}.{name}: no such expert; choices: {list(names)}")
+        if name not in weights:
+            raise ValueError(f"{where}.{name}: missing; weights must cover every expert")
+    values = torch.tensor([float(weights[name]) for name in names], dtype=torch.float64)
+    if not torch.isfinite(values).all():
+        raise ValueError(f"{where}: must be finite, got {dict(weights)}")
+    return values

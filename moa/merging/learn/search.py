@@ -1,0 +1,96 @@
+"""Weights of experts without a gradient: by a search, or one expert at a time. A score decides, by merging again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Score = Callable[[Mapping[str, float]], float]  # weights by expert -> the higher the better
+
+
+def search(
+    score: Score,
+    experts: Sequence[str],
+    *,
+    budget: int = 40,
+    bound: float = 1.5,
+    penalty: float = 0.05,
+    optimizer: str = "NGOpt",
+    seed: int = 0,
+) -> dict[str, float]:
+    """Weights without a gradient, from 0 in [-bound, bound]: the best score less `penalty` times their mean size.
+
+    As LoraHub (Huang et al. 2024, equation 2) with its defaults, but `score` decides what is merged: on the updates,
+    or, as released, on the factors (method lorahub_factors). `optimizer` is any of nevergrad's names, such as CMA.
+    """
+    import nevergrad
+
+    if optimizer not in nevergrad.optimizers.registry:
+        raise ValueError(f"optimizer: nevergrad has no {optimizer!r}; NGOpt and CMA are good ones")
+    space = nevergrad.p.Array(init=[0.0] * len(experts)).set_bounds(-bound, bound)
+    space.random_state.seed(seed)
+
+    def loss(values: Any) -> float:
+        weights = dict(zip(experts, map(float, values), strict=True))
+        return -score(weights) + penalty * sum(map(abs, weights.values())) / len(experts)
+
+    best = nevergrad.optimizers.registry[optimizer](space, budget=budget).minimize(loss)
+    return dict(zip(experts, map(float, best.value), strict=True))
+
+
+def grid(score: Score, experts: Sequence[str], values: Sequence[float]) -> dict[str, float]:
+    """One value for all experts, the best of `values`; the first of equals."""
+    best = max(values, key=lambda value: score({name: value for name in experts}))
+    return {name: best for name in experts}
+
+
+def greedy_soup(score: Score, experts: Sequence[str]) -> dict[str, float]:
+    """The uniform soup of the experts that help: best first, each kept only if the mean with it scores strictly better.
+
+    Wortsman et al. 2022, recipe 1. Every expert is tried once; the others have weight 0.
+    """
+
+    def mean_of(chosen: Sequence[str]) -> dict[str, float]:
+        return soup(chosen, experts)
+
+    alone = {name: score(mean_of([name])) for name in experts}
+    order = sorted(experts, key=lambda name: -alone[name])
+    chosen, best = [order[0]], alone[order[0]]
+    for name in order[1:]:
+        found = score(mean_of([*chosen, name]))
+        if found > best:
+            chosen, best = [*chosen, name], found
+    return mean_of(chosen)
+
+
+def prefix_soup(score: Score, order: Sequence[str]) -> dict[str, float]:
+    """The uniform soup of the first experts of an order, as many as score best; the fewest of equals."""
+    prefixes = [soup(order[:count], order) for count in range(1, len(order) + 1)]
+    return max(prefixes, key=score)
+
+
+def soup(chosen: Sequence[str], experts: Sequence[str]) -> dict[str, float]:
+    """The mean of the chosen experts; the others have weight 0."""
+    return {name: 1 / len(chosen) if name in chosen else 0.0 for name in experts}
+
+
+def order_by_uncertainty(
+    probabilities: Mapping[str, Float[Tensor, "run question option"]],
+) -> list[str]:
+    """Experts from the surest to the least sure, without labels: by H(mean p) - mean H(p) over perturbed runs.
+
+    UQ-Merge (Qu et al. 2025): the mutual information between the answer and the perturbation; `prefix_soup` merges
+    in this order. The released code merges the sum so far with the next expert half and half, so that the last one
+    weighs most; here every chosen expert weighs the same.
+    """
+
+    def information(p: Tensor) -> float:
+        return float((_entropy(p.mean(0)) - _entropy(p).mean(0)).mean())
+
+    return sorted(probabilities, key=lambda name: information(probabilities[name]))
+
+
+def _entropy(p: Float[Tensor, "*axes option"]) -> Float[Tensor, "*axes"]:
+    return -torch.special.xlogy(p, p).sum(-1)
