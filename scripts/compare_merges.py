@@ -79,7 +79,11 @@ def compare(settings: CompareConfig, console: Console) -> None:
     step = step_folder(settings.run)
     model, _, config = load_model(settings.run, "cpu")
     ocr, trained = open_ocr(config.data), set[str]()
-    shown = {"num_pictures": 0, "num_samples": settings.num_samples, "progress": False}
+    shown: dict[str, Any] = {
+        "num_pictures": 0,
+        "num_samples": settings.num_samples,
+        "progress": False,
+    }
 
     def scores_of(model: Any, config: Any, gates: str = "router") -> dict[str, float]:
         results = score_sources(model, config, EvalSettings(gates=gates, **shown), ocr)
@@ -135,7 +139,7 @@ def score_learned(
     model, config = load_unrouted(str(settings.run))
     data = read_calibration(config, model, num_samples=settings.num_learn, seed=0, ocr=ocr)
     session = Session(model=model, config=config, data=data, merge={"rank": settings.rank})
-    steps = {} if settings.steps is None else {"steps": settings.steps}
+    steps: dict[str, Any] = {} if settings.steps is None else {"steps": settings.steps}
     for name in track(settings.learned, description="learning and scoring"):
         row: Row = {"method": name, "options": {"samples": settings.num_learn}}
         began = time.perf_counter()

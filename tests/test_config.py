@@ -12,7 +12,7 @@ from moa.cli.settings import describe, load, settings, to_yaml
 from moa.cli.strict_yaml import parse_yaml, read_yaml
 from moa.config import RunConfig, load_config
 from moa.evaluation.sources import EvalSettings
-from moa.merging.settings import MergeConfig
+from moa.merging.settings import MergeExperts
 from scripts.align import AlignConfig
 from scripts.average_checkpoints import AverageConfig
 from scripts.data import Settings as DataSettings
@@ -204,7 +204,7 @@ def test_an_unknown_key_of_a_list_entry_is_named_there_and_not_where_its_name_st
 
 
 RUN = [EXPERTS, SOURCE, "stages={joint: {steps: 4}}"]
-CLASSES = {RunConfig: RUN, EvalSettings: ["sources={s: {num_samples: 4}}"], MergeConfig: [],
+CLASSES = {RunConfig: RUN, EvalSettings: ["sources={s: {num_samples: 4}}"], MergeExperts: [],
            AlignConfig: [], AverageConfig: [], DataSettings: [], LearnConfig: [], PartsConfig: []}  # fmt: skip
 # Parts of the keys that take each number; every other pair is an error.
 ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "modality_dropout",
@@ -317,7 +317,7 @@ def test_the_home_folder_of_a_path_is_written_out_everywhere(tmp_path, monkeypat
     config = load_config("~/run.yaml", [SOURCE, stage])
     paths = (config.out, config.experts["a"].init_from, config.stages["joint"].init_from["a"])
     assert paths == tuple(str(tmp_path / name) for name in "xab")
-    assert load(MergeConfig, None, ["adapters=[~/*]"]).adapters == [f"{tmp_path}/*"]
+    assert load(MergeExperts, None, ["adapters=[~/*]"]).adapters == [f"{tmp_path}/*"]
     assert "out: must name a file or folder, got ''" in error_of("out=''")
 
 
@@ -330,7 +330,7 @@ def test_an_error_names_the_entry_that_it_is_about():
 
 
 def test_help_holds_comments_of_several_lines_and_beside_parts_and_no_marks_of_tools():
-    docs = {key: doc for cls in (MergeConfig, RunConfig) for key, _, _, doc in settings(cls, "")}
+    docs = {key: doc for cls in (MergeExperts, RunConfig) for key, _, _, doc in settings(cls, "")}
     assert docs["weights"].startswith("[1,1] as adapters") and docs["weights"].endswith("own")
     assert docs["stack"].startswith("path of these layers")
     assert (

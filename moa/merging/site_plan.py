@@ -71,7 +71,7 @@ def make_plan(
     decides no site.
     """
     check_experts(experts)
-    given = {"method": method, "options": dict(options or {}), "weights": weights}
+    given: dict[str, Any] = {"method": method, "options": dict(options or {}), "weights": weights}
     own = SiteRule(match="", rank=rank, space=space, **given)
     chosen = {site: _first_match(rules, site) for site in all_sites(experts)}
     if all(index is not None and rules[index].drop for index in chosen.values()):

@@ -145,9 +145,8 @@ def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules
         raise ValueError("models: names none")
     root = read_base(base)
     opened = {name: _open_model(name, folder, root) for name, folder in models.items()}
-    kept = {
-        k: "not floating: the base's" for k, d in root.dtypes.items() if not d.is_floating_point
-    }
+    floating = {key for key, dtype in root.dtypes.items() if dtype.is_floating_point}
+    kept = {key: "not floating: the base's" for key in root.files if key not in floating}
     dropped: dict[str, list[str]] = {}
     for name, model in opened.items():
         lacking = [key for key in root.files if key not in model.keys]
