@@ -12,7 +12,7 @@ from moa.cli.settings import describe, load, settings, to_yaml
 from moa.cli.strict_yaml import parse_yaml, read_yaml
 from moa.config import RunConfig, load_config
 from moa.evaluation.sources import EvalSettings
-from moa.merging.settings import MergeExperts
+from moa.merging.settings import MergeExperts, StackLayers
 from scripts.align import AlignConfig
 from scripts.average_checkpoints import AverageConfig
 from scripts.data import Settings as DataSettings
@@ -330,7 +330,11 @@ def test_an_error_names_the_entry_that_it_is_about():
 
 
 def test_help_holds_comments_of_several_lines_and_beside_parts_and_no_marks_of_tools():
-    docs = {key: doc for cls in (MergeExperts, RunConfig) for key, _, _, doc in settings(cls, "")}
+    docs = {
+        key: doc
+        for cls in (StackLayers, MergeExperts, RunConfig)
+        for key, _, _, doc in settings(cls, "")
+    }
     assert docs["weights"].startswith("[1,1] as adapters") and docs["weights"].endswith("own")
     assert docs["stack"].startswith("path of these layers")
     assert (

@@ -149,9 +149,9 @@ COMMANDS: Mapping[str, type] = {
 }
 
 
-def load_command(path: str | None, overrides: Sequence[Override]) -> Any:
+def load_command(paths: Sequence[str] | None, overrides: Sequence[Override]) -> Any:
     """The settings of the command that the inputs choose; ValueError for a setting of another one, which it ignores."""
-    raw = read_yaml(expanded(path)) if path is not None else {}
+    raw = {key: value for path in paths or () for key, value in read_yaml(expanded(path)).items()}
     for override in overrides:
         apply_override(raw, override)
     given = [key for key in COMMANDS if raw.get(key)]
@@ -163,7 +163,7 @@ def load_command(path: str | None, overrides: Sequence[Override]) -> Any:
             raise ValueError(
                 f"{key}: has no effect with {chosen}=; it belongs to {' and '.join(others)}"
             )
-    return load(COMMANDS[chosen], path, overrides)
+    return load(COMMANDS[chosen], paths, overrides)
 
 
 def _keys(cls: Any) -> set[str]:

@@ -487,7 +487,7 @@ def test_weights_must_be_numbers():
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_shipped_config_loads(file):
-    load_command(str(file), [])
+    load_command([str(file)], [])
 
 
 def test_help_names_every_setting(capsys):
