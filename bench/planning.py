@@ -26,10 +26,11 @@ from moa.cli.command import run_command
 from moa.cli.ranges import Count
 from moa.config import StageConfig, TrainConfig
 from moa.model import MixtureModel
+from moa.parts import Parameters
 from moa.planning.step import StepCosts, autocast, bytes_of, measure_step
 from moa.planning.tensors import fake_mode
 from moa.training.optimizer import make_optimizer
-from moa.training.stages import Parameters, stage_gates
+from moa.training.stages import stage_gates
 
 STAGE = StageConfig(name="joint", steps=1)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data.collate import Intake
 from moa.backbones.fingerprint import base_fingerprint
@@ -214,25 +214,3 @@ def build_router(config: RunConfig, bank: ExpertBank, dims: dict[str, int]) -> n
             num_tasks=len(config.data.tasks),
             **{name: getattr(router, name) for name in row.module_options},
         )
-
-
-def projector_parameters(model: MixtureModel) -> dict[str, nn.Parameter]:
-    """The projector's own parameters, under the names that they have in the base."""
-    experts = {id(p) for p in (*model.bank.parameters(), *model.bank.token_routers().values())}
-    starts = tuple(f"{path}." for path in model.backbone.family.projectors)
-    return {
-        name.replace(".base_layer.", "."): parameter
-        for name, parameter in model.model.named_parameters()
-        if name.startswith(starts) and id(parameter) not in experts
-    }
-
-
-def projector_state(model: MixtureModel) -> dict[str, Tensor]:
-    return {name: p.detach() for name, p in projector_parameters(model).items()}
-
-
-def router_state(model: MixtureModel) -> dict[str, Tensor]:
-    """All that decides gates: the router's parameters and buffers, and the sites' token routers."""
-    state = model.router.state_dict(prefix="router.") if model.router is not None else {}
-    tokens = model.bank.token_routers()
-    return dict(state) | {f"token_router.{site}": p.detach() for site, p in tokens.items()}

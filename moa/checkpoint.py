@@ -25,13 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moa.build import build_model, projector_state, router_state
+from moa.build import build_model
 from moa.card import CARD, Card
 from moa.cli.settings import to_yaml
 from moa.config import RunConfig, load_config
 from moa.files.atomic import atomic_folder, remove_folder, write_file, write_json
 from moa.files.peft import base_reference, write_expert
 from moa.model import MixtureModel
+from moa.parts import beside_experts
 
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
 NO_MODEL = (STATE, "optimizer.safetensors", "rng.safetensors")  # only training reads these
@@ -89,9 +90,8 @@ def write_model(folder: Path, model: MixtureModel, config: RunConfig) -> None:
             base_fingerprint=model.backbone.fingerprint,
         )
         write_file(folder / "experts" / name / CARD, expert_card(model, config, name).text())
-    save_tensors(folder / "router.safetensors", router_state(model))
-    if config.model.train_projector:
-        save_tensors(folder / "projector.safetensors", projector_state(model))
+    for part in beside_experts(config).values():
+        save_tensors(folder / part.file, part.state(model))
     model.backbone.processor.save_pretrained(folder / "processor")
     (folder / CONFIG).write_text(stored(config))
 
@@ -264,11 +264,9 @@ def read_json(file: Path) -> Any:
 
 def restore_model(model: MixtureModel, folder: Path, config: RunConfig) -> None:
     """Router and projector of a step folder into a model built with its experts."""
-    file = folder / "router.safetensors"
-    load_strictly(router_state(model), load_tensors(file), file)
-    if config.model.train_projector:
-        file = folder / "projector.safetensors"
-        load_strictly(projector_state(model), load_tensors(file), file)
+    for part in beside_experts(config).values():
+        file = folder / part.file
+        load_strictly(part.state(model), load_tensors(file), file)
 
 
 @torch.no_grad()

@@ -69,15 +69,15 @@ def run_merge(settings: PartsConfig, console: Console) -> None:
 def projector_grams(run: str, settings: PartsConfig) -> dict[str, Any]:
     """X^T X / tokens of the linear layers of a run's projector, on its own validation data, by its own gates."""
     from data.sources import open_ocr
-    from moa.build import projector_parameters
     from moa.checkpoint import load_model
     from moa.merging.learn.calibration import read_calibration
     from moa.merging.learn.regmean import input_grams
+    from moa.parts import PARTS
 
     model, _, config = load_model(run)
     chosen = {"num_samples": settings.num_samples, "seed": settings.seed}
     data = read_calibration(config, model, ocr=open_ocr(config.data), **chosen)
-    matrices = {name for name, p in projector_parameters(model).items() if p.dim() == 2}
+    matrices = {name for name, p in PARTS["projector"].parameters(model).items() if p.dim() == 2}
     layers = {name.removesuffix(".weight") for name in matrices}
     modules = {name: model.model.get_submodule(name) for name in layers}
     return input_grams(model, modules, data.batches(settings.batch_size))

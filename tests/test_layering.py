@@ -17,7 +17,7 @@ LEVELS = (
     ("data",),
     ("moa.backbones", "moa.benchmarks", "moa.analysis"),
     ("moa.model",),
-    ("moa.clip_model",),
+    ("moa.clip_model", "moa.parts"),
     ("moa.build",),
     ("moa.card", "moa.checkpoint"),
     ("moa.training", "moa.evaluation"),

@@ -12,18 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from moa.build import (
-    build_base,
-    build_model,
-    only_adapter,
-    projector_state,
-    router_state,
-)
+from moa.build import build_base, build_model, only_adapter
 from moa.checkpoint import CONFIG, load_model, sha256, step_folder, weights_fingerprint
 from moa.cli.settings import Override
 from moa.config import RunConfig, load_config
 from moa.evaluation.fingerprints import digest
 from moa.model import MixtureModel
+from moa.parts import beside_experts
 
 ALONE: tuple[Override, ...] = (
     ("data.expert", "base"),
@@ -151,9 +146,7 @@ def config_file(like: str) -> Path:
 def checked(model: MixtureModel, config: RunConfig, path: str | Path) -> MixtureModel:
     """The model; ValueError for a trained tensor or a scaling that is NaN or infinite."""
     parts = {f"expert {name}": model.bank.state(name) for name in model.bank.names}
-    parts["router"] = router_state(model)
-    if config.model.train_projector:
-        parts["projector"] = projector_state(model)
+    parts |= {name: part.state(model) for name, part in beside_experts(config).items()}
     for part, tensors in parts.items():
         for key, tensor in tensors.items():
             if not tensor.isfinite().all():

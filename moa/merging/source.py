@@ -11,7 +11,8 @@ from moa.config import RunConfig, load_config
 from moa.evaluation.gates_file import run_of
 from moa.files.checkpoint_files import local_base
 from moa.merging.adapters import Expert, adapter_folders, open_adapters
-from moa.merging.checkpoints.parts import read_parts, sort_parts
+from moa.merging.checkpoints.parts import read_parts
+from moa.parts import PARTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ def open_run(run: str | Path, base: str | None = None) -> Source:
         base_name=base or config.model.name,
         step=step,
         config=config,
-        projector=load_tensors(step / "projector.safetensors") if trained else {},
+        projector=load_tensors(step / PARTS["projector"].file) if trained else {},
     )
 
 
@@ -80,7 +81,7 @@ def open_folders(
 def beside_lines(steps: Sequence[Path], projector: str | None) -> Iterator[str]:
     """One line for each part that a run trained: whether the merge has it."""
     for step in steps:
-        for part in sort_parts(read_parts(step)):
+        for part in read_parts(step):
             if part == "projector" and projector:
                 fate = f"replaced by {projector}"
             else:

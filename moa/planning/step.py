@@ -19,9 +19,10 @@ from data.batch import Batch
 from moa.build import DTYPES
 from moa.config import StageConfig, TrainConfig
 from moa.model import MixtureModel
+from moa.parts import Parameters
 from moa.planning.tensors import Flops, LiveBytes, RealMasks
 from moa.training.optimizer import make_optimizer
-from moa.training.stages import Parameters, stage_gates
+from moa.training.stages import stage_gates
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moa.config import RateConfig, StageConfig, TrainConfig
 from moa.model import MixtureModel
-from moa.training.stages import Parameters
+from moa.parts import PARTS, Parameters
 
 
 def make_optimizer(
@@ -120,14 +120,13 @@ def parameter_table(
     for name in model.bank.names:
         sites = str(len(model.bank.experts[name].sites))
         add_row(table, f"expert {name}", [*model.bank.parameters(name)], rates.experts, sites)
-    router = [*model.router.parameters()] if model.router is not None else []
-    tokens = [*model.bank.token_routers().values()]
-    add_row(table, "router", router + tokens, rates.router, str(len(tokens)) if tokens else "")
-    grouped = {id(p) for p in (*model.bank.parameters(), *router, *tokens)}
+    router = [*PARTS["router"].parameters(model).values()]
+    sites = str(len(model.bank.token_routers()) or "")
+    add_row(table, "router", router, rates.router, sites)
     projector = [*groups.get("projector", {}).values()]
     if projector:
         add_row(table, "projector", projector, rates.projector, "")
-    grouped |= {id(p) for p in projector}
+    grouped = {id(p) for p in (*model.bank.parameters(), *router, *projector)}
     base = [p for p in model.model.parameters() if id(p) not in grouped]
     add_row(table, "base", base, 0.0, "")
     return table

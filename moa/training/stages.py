@@ -11,31 +11,23 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.batch import Batch
-from moa.build import check_adapter, projector_parameters, projector_state, router_state
-from moa.checkpoint import (
-    CONFIG,
-    load_strictly,
-    load_tensors,
-    step_folder,
-    verify,
-)
+from moa.build import check_adapter
+from moa.checkpoint import CONFIG, load_strictly, load_tensors, step_folder, verify
 from moa.config import RunConfig, StageConfig, load_config
 from moa.files.peft import read_header, read_tensors, site_scaling
 from moa.model import MixtureModel
+from moa.parts import PARTS, Parameters, trained_parts
 from moa.routing.gating import one_hot_gates
 from moa.routing.router import axes_of
 
-GROUPS = ("experts", "router", "projector")
 TRAINED = {
     "experts": ("experts", "projector"),
     "router": ("router",),
     "joint": ("experts", "router", "projector"),
 }
-
-Parameters = dict[str, nn.Parameter]
 
 
 def parameter_groups(model: MixtureModel, config: RunConfig) -> dict[str, Parameters]:
@@ -44,16 +36,13 @@ def parameter_groups(model: MixtureModel, config: RunConfig) -> dict[str, Parame
     Frozen experts are in no group, nor is the base, nor a projector that the config leaves alone.
     """
     bank = model.bank
-    trained = [name for name in bank.names if not config.experts[name].frozen]
-    experts = {
-        f"{name}.{key.removeprefix('base_model.model.')}": parameter
-        for name in trained
-        for key, parameter in zip(bank.state(name), bank.parameters(name), strict=True)
+    names = [name for name in bank.names if bank.experts[name].frozen]
+    frozen = {id(parameter) for name in names for parameter in bank.parameters(name)}
+    parts = trained_parts(config)
+    return {
+        name: {key: p for key, p in part.parameters(model).items() if id(p) not in frozen}
+        for name, part in parts.items()
     }
-    router = dict(model.router.named_parameters()) if model.router is not None else {}
-    router |= {f"token_router.{site}": p for site, p in bank.token_routers().items()}
-    projector = projector_parameters(model) if config.model.train_projector else {}
-    return {"experts": experts, "router": router, "projector": projector}
 
 
 def set_trainable(
@@ -64,7 +53,7 @@ def set_trainable(
     Raises ValueError for a stage without anything to train (means of samples are learned without gradients).
     """
     model.requires_grad_(False)
-    chosen = {name: groups[name] for name in TRAINED[stage.kind] if groups[name]}
+    chosen = {name: groups[name] for name in TRAINED[stage.kind] if groups.get(name)}
     for parameters in chosen.values():
         for parameter in parameters.values():
             parameter.requires_grad_(True)
@@ -118,8 +107,7 @@ def check_starts(model: MixtureModel, config: RunConfig, begun: int) -> None:
     stages = [*config.stages.values()][begun:]
     if all(stage.init_from is None for stage in stages):
         return
-    own = [*(model.bank.state(name) for name in model.bank.names), router_state(model)]
-    own += [projector_state(model)] if config.model.train_projector else []
+    own = [part.state(model) for part in trained_parts(config).values()]
     kept = [{key: tensor.clone() for key, tensor in state.items()} for state in own]
     for stage in stages:
         key = f"stages.{stage.name}.init_from: "
@@ -166,15 +154,16 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
 
     Experts and tasks that the checkpoint lacks keep their fresh rows of the router.
     """
-    if config.model.train_projector and (folder / "projector.safetensors").is_file():
-        file = folder / "projector.safetensors"
-        load_strictly(projector_state(model), load_tensors(file), file)
+    router, projector = PARTS["router"], PARTS["projector"]
+    file = folder / projector.file
+    if projector.is_trained(config) and file.is_file():
+        load_strictly(projector.state(model), load_tensors(file), file)
     other = load_config(folder / CONFIG)
     if different := router_differences(config, other):
         return f"router starts fresh: {folder} has another {', '.join(different)}"
     now, then = choices_of(config), choices_of(other)
     places = {kind: [now[kind].index(name) for name in names] for kind, names in then.items()}
-    file, own = folder / "router.safetensors", router_state(model)
+    file, own = folder / router.file, router.state(model)
     found = {
         key: in_places(own.get(key, tensor), tensor, axes_of(key.removeprefix("router.")), places)
         for key, tensor in load_tensors(file).items()

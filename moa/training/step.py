@@ -22,10 +22,10 @@ from data.checks import BadSampleError, Rule, name_of
 from data.collate import IGNORED
 from data.sample import Sample
 from moa.model import MixtureModel, MixtureOutput
+from moa.parts import Parameters
 from moa.routing.losses import AUX
 from moa.training.batches import Collated
 from moa.training.optimizer import names_of
-from moa.training.stages import Parameters
 
 RULES: tuple[str, ...] = get_args(Rule)
 

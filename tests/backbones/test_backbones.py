@@ -22,7 +22,6 @@ from data.sample import OcrWord, Sample
 from eval import run_evaluation
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone, load_backbone
-from moa.build import projector_state
 from moa.checkpoint import load_model
 from moa.evaluation.models import subject_of
 from moa.evaluation.report import picture_of
@@ -34,6 +33,7 @@ from moa.merging.export.export import export_adapter, export_checkpoint
 from moa.merging.export.probe import outputs_of, probe_inputs
 from moa.merging.merge import merge
 from moa.model import LanguageMixture, MixtureModel
+from moa.parts import PARTS
 from moa.routing.router import Router
 from moa.training.loop import train
 from moa.training.setup import make_accelerator, open_run
@@ -416,7 +416,7 @@ def test_a_run_trains_projector_too_is_saved_reloaded_and_evaluated(name, tmp_pa
     batch = batch_of(backbone, samples_for(name))
     with torch.no_grad():
         assert reloaded(batch).loss_per_sample.equal(trained(batch).loss_per_sample)
-    moved = projector_state(trained)
+    moved = PARTS["projector"].state(trained)
     assert moved
     assert not any(t.equal(backbone.model.get_parameter(n)) for n, t in moved.items())
     run_evaluation(subject_of(config.out), None, EvalSettings(num_pictures=2, max_new_tokens=4))

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from moa.merging.checkpoints.parts import merge_parts, sort_parts
+from moa.build import build_model
+from moa.checkpoint import TrainState, save_checkpoint
+from moa.config import ExpertConfig, ModelConfig, RunConfig
+from moa.merging.checkpoints.parts import merge_parts, read_parts, split_router
+from moa.parts import PARTS
+from tests.support.families import tiny_family
 
 LAYER = "model.multi_modal_projector.linear_1"
 
@@ -14,35 +19,53 @@ def make_run(seed, *, experts=3):
     def random(*shape):
         return torch.randn(*shape, generator=generator)
 
-    return {
-        f"{LAYER}.weight": random(4, 6),
-        f"{LAYER}.bias": random(4),
+    projector = {f"{LAYER}.weight": random(4, 6), f"{LAYER}.bias": random(4)}
+    router = {
         "router.encoders.ocr.word.weight": random(3, 5),
         "router.missing.ocr": random(3),
         "router.encoders.task.weight": random(2, 3),
         "router.encoders.text.project.weight": random(3, 5),
         "router.head.3.weight": random(experts, 3),
     }
+    return split_router({"projector": projector, "router": router})
 
 
 RUNS = {"a": make_run(0), "b": make_run(1)}
+BESIDE = {run: parts["projector"] for run, parts in RUNS.items()}
 RULES = {"projector": "mean", "ocr_encoder": "keep:b", "prefixes": "drop", "router": "mean"}
 
 
 def test_every_tensor_belongs_to_one_part():
-    parts = sort_parts(RUNS["a"])
-    assert {part: len(tensors) for part, tensors in parts.items()} == {
+    assert {part: len(tensors) for part, tensors in RUNS["a"].items()} == {
         "projector": 2, "ocr_encoder": 2, "prefixes": 1, "router": 2
     }  # fmt: skip
-    with pytest.raises(ValueError, match="lm_head.weight belongs to none of projector"):
-        sort_parts({"lm_head.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
+def test_the_projector_of_any_family_is_its_part(tmp_path, family):
+    base = tiny_family(family)
+    base.model.save_pretrained(tmp_path / "base")
+    base.processor.save_pretrained(tmp_path / "base")
+    config = RunConfig(
+        model=ModelConfig(
+            name=str(tmp_path / "base"), targets=["all-linear"], train_projector=True
+        ),
+        experts={"a": ExpertConfig(rank=1)},
+    )
+    model = build_model(config)
+    save_checkpoint(tmp_path / "run", 1, model, config, TrainState(progress={"step": 1}))
+    found = read_parts(tmp_path / "run")["projector"]
+    assert found.keys() == PARTS["projector"].parameters(model).keys() and found
+    assert all(name.startswith(model.backbone.family.projectors) for name in found)
 
 
 def test_each_part_goes_by_its_rule_and_the_report_says_so():
     merged, reports = merge_parts(RUNS, RULES)
-    mean = (RUNS["a"][f"{LAYER}.bias"] + RUNS["b"][f"{LAYER}.bias"]) / 2
+    mean = (BESIDE["a"][f"{LAYER}.bias"] + BESIDE["b"][f"{LAYER}.bias"]) / 2
     torch.testing.assert_close(merged["projector"][f"{LAYER}.bias"], mean)
-    assert torch.equal(merged["ocr_encoder"]["router.missing.ocr"], RUNS["b"]["router.missing.ocr"])
+    assert torch.equal(
+        merged["ocr_encoder"]["router.missing.ocr"], RUNS["b"]["ocr_encoder"]["router.missing.ocr"]
+    )
     assert "prefixes" not in merged
     assert [report.line() for report in reports] == [
         "projector of a, b: mean, 2 tensors",
@@ -58,13 +81,13 @@ def test_regmean_is_the_least_squares_layer_on_every_runs_inputs():
     for inputs in x.values():  # orthogonal columns: nothing off the diagonal to shrink
         inputs.copy_(torch.linalg.qr(inputs).Q * torch.rand(6, generator=generator).double())
     grams = {run: {LAYER: inputs.T @ inputs} for run, inputs in x.items()}
-    runs = {run: {n: t for n, t in RUNS[run].items() if n.startswith(LAYER)} for run in RUNS}
+    runs = {run: {"projector": BESIDE[run]} for run in RUNS}
     merged, _ = merge_parts(runs, {"projector": "regmean"}, grams)
-    outputs = [x[run] @ RUNS[run][f"{LAYER}.weight"].double().T for run in RUNS]
+    outputs = [x[run] @ BESIDE[run][f"{LAYER}.weight"].double().T for run in RUNS]
     expected = torch.linalg.lstsq(torch.cat([*x.values()]), torch.cat(outputs)).solution.T
     found = merged["projector"][f"{LAYER}.weight"].double()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    mean = (RUNS["a"][f"{LAYER}.bias"] + RUNS["b"][f"{LAYER}.bias"]) / 2
+    mean = (BESIDE["a"][f"{LAYER}.bias"] + BESIDE["b"][f"{LAYER}.bias"]) / 2
     torch.testing.assert_close(merged["projector"][f"{LAYER}.bias"], mean)
 
 

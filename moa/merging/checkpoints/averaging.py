@@ -26,6 +26,7 @@ from moa.checkpoint import (
 from moa.config import load_config
 from moa.files.atomic import atomic_folder, write_file, write_json
 from moa.files.peft import CONFIG_FILE
+from moa.parts import PARTS
 
 REPORT = "average.json"
 
@@ -122,9 +123,8 @@ def _kind(state: Mapping[str, Tensor], key: str) -> tuple[Any, ...] | None:
 
 def _trained_files(folders: Sequence[Path]) -> list[Path]:
     """The weight files, alike in all steps; the configs beside the experts must be equal."""
-    parts = ("experts/*/*.safetensors", "router.safetensors", "projector.safetensors")
     first, *others = (
-        [f.relative_to(folder) for part in parts for f in sorted(folder.glob(part))]
+        [f.relative_to(folder) for part in PARTS.values() for f in sorted(folder.glob(part.file))]
         for folder in folders
     )
     for folder, files in zip(folders[1:], others, strict=True):

@@ -21,15 +21,16 @@ from torch import Tensor
 from moa.checkpoint import CONFIG, load_tensors, step_folder
 from moa.config import load_config
 from moa.merging.learn.regmean import shrink
+from moa.parts import beside_experts
 
 Tensors = Mapping[str, Tensor]
 RULES = "mean, regmean, keep:NAME or drop"
-PARTS = {  # part -> regular expression of its names; the first that fits
-    "projector": r".*multi_modal_projector\.",
+# Parts of the router that have a rule of their own -> regular expression of their tensors' names.
+ROUTER_PARTS = {
     "ocr_encoder": r"router\.(encoders|missing)\.ocr\b",
     "prefixes": r"router\.(encoders|missing)\.task\b",
-    "router": r"(router|token_router)\.",
 }
+BESIDE = ("projector", *ROUTER_PARTS, "router")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,43 +51,39 @@ class PartReport:
         return {"runs": self.runs, "rule": self.rule, "tensors": self.tensors}
 
 
-def read_parts(run: str | Path) -> dict[str, Tensor]:
-    """All that a run or step folder trained beside its experts, by name in the model."""
+def read_parts(run: str | Path) -> dict[str, dict[str, Tensor]]:
+    """Part -> tensors by name, of all that a run or step folder trained beside its experts."""
     step = step_folder(run)
-    tensors = load_tensors(step / "router.safetensors")
-    if load_config(step / CONFIG).model.train_projector:
-        tensors |= load_tensors(step / "projector.safetensors")
-    return tensors
+    parts = beside_experts(load_config(step / CONFIG))
+    tensors = {name: load_tensors(step / part.file) for name, part in parts.items()}
+    return {part: own for part, own in split_router(tensors).items() if own}
 
 
-def sort_parts(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
-    """A run's tensors by part; ValueError for a name that belongs to none."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        part = next((p for p, pattern in PARTS.items() if re.match(pattern, name)), None)
-        if part is None:
-            raise ValueError(f"parts: {name} belongs to none of {', '.join(PARTS)}")
-        found.setdefault(part, {})[name] = tensor
+def split_router(parts: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
+    """The parts of a run, with those of ROUTER_PARTS taken out of the router."""
+    found = {part: dict(tensors) for part, tensors in parts.items()}
+    router = found.get("router", {})
+    for part, pattern in ROUTER_PARTS.items():
+        found[part] = {name: router.pop(name) for name in [*router] if re.match(pattern, name)}
     return found
 
 
 def merge_parts(
-    runs: Mapping[str, Tensors],
+    runs: Mapping[str, Mapping[str, Tensors]],
     rules: Mapping[str, str],
     grams: Mapping[str, Mapping[str, Float[Tensor, "in in"]]] | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], list[PartReport]]:
-    """Part -> merged tensors, and what became of each part that some run has.
+    """Part -> merged tensors, and what became of each part that some run has; `runs` are as `read_parts` reads them.
 
     `grams` are X^T X / tokens by run and by the name of a linear layer, for `regmean`. Raises ValueError for a part
     without a rule, a rule for an unknown part or run, and for tensors that do not fit together.
     """
     for part in rules:
-        if part not in PARTS:
-            raise ValueError(f"parts.{part}: no such part; choices: {', '.join(PARTS)}")
-    by_run = {run: sort_parts(tensors) for run, tensors in runs.items()}
+        if part not in BESIDE:
+            raise ValueError(f"parts.{part}: no such part; choices: {', '.join(BESIDE)}")
     merged, reports = {}, []
-    for part in PARTS:
-        own = {run: parts[part] for run, parts in by_run.items() if part in parts}
+    for part in BESIDE:
+        own = {run: parts[part] for run, parts in runs.items() if part in parts}
         if not own:
             continue
         if part not in rules:

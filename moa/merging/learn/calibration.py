@@ -18,7 +18,7 @@ from data.mixture import read_sample
 from data.ocr import OcrCache
 from data.sample import Sample
 from data.sources import make_collator, open_sources
-from moa.build import build_model, projector_state
+from moa.build import build_model
 from moa.checkpoint import CONFIG, load_strictly, load_tensors, step_folder, verify
 from moa.config import RunConfig, load_config
 from moa.evaluation.run import evaluate
@@ -28,6 +28,7 @@ from moa.merging.adapters import Expert
 from moa.merging.export.export import adapter_config
 from moa.merging.merge import MergedSite
 from moa.model import MixtureModel
+from moa.parts import PARTS
 
 MERGED = "merged-experts"  # name of the merged update among the live experts
 
@@ -104,9 +105,10 @@ def load_unrouted(run: str) -> tuple[MixtureModel, RunConfig]:
     verify(step)
     config = load_config(step / CONFIG, ["router={kind: fixed}", "stages={}"])
     model = build_model(config, experts=step / "experts")
-    if config.model.train_projector:
-        file = step / "projector.safetensors"
-        load_strictly(projector_state(model), load_tensors(file), file)
+    projector = PARTS["projector"]
+    if projector.is_trained(config):
+        file = step / projector.file
+        load_strictly(projector.state(model), load_tensors(file), file)
     return model.eval(), config
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moa.backbones.opening import class_of
-from moa.build import projector_parameters
 from moa.config import RunConfig
 from moa.model import MixtureModel
+from moa.parts import trained_parts
 from moa.training.batches import Layout
 from moa.training.distributed import fsdp, zero
 from moa.training.distributed.fsdp import Fsdp
@@ -130,9 +130,8 @@ def whole(
     What is written there stays where `write` says so; every process must write the same.
     """
     fsdp.reshard(model)
-    parameters = [*model.bank.parameters(), *model.bank.token_routers().values()]
-    parameters += model.router.parameters() if model.router is not None else []
-    parameters += projector_parameters(model).values() if config.model.train_projector else []
+    parts = trained_parts(config).values()
+    parameters = [p for part in parts for p in part.parameters(model).values()]
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return fsdp.whole(model, parameters, write)
     if any(hasattr(parameter, "ds_id") for parameter in parameters):

@@ -24,6 +24,7 @@ from moa.evaluation.run import evaluate
 from moa.evaluation.sources import prompt_collator
 from moa.files.atomic import write_file, write_json
 from moa.model import MixtureModel
+from moa.parts import PARTS
 from scripts.demo.board.plan import EVIDENCE, MERGES, ROOT, ROWS, Plan
 
 
@@ -113,10 +114,8 @@ def open_row(plan: Plan, row: str) -> tuple[MixtureModel, RunConfig, str]:
 def adapter_parameters(model: MixtureModel, gates: str) -> list[torch.nn.Parameter]:
     if gates == "off":
         return []
-    router = (
-        list(model.router.parameters()) if model.router is not None and gates == "router" else []
-    )
-    return [*model.bank.parameters(), *model.bank.token_routers().values(), *router]
+    parts = ("experts", "router") if gates == "router" else ("experts",)
+    return [p for part in parts for p in PARTS[part].parameters(model).values()]
 
 
 def tokens_per_second(by_column: dict[str, list[Result]]) -> float:

@@ -1,0 +1,93 @@
+"""What a run trains beside the frozen base: one row per part.
+
+    experts     lora_A and lora_B of every expert, each in a PEFT folder of its own
+    router      all that decides gates: the router, its buffers, and the token routers of the sites
+    projector   the layers between vision tower and language model, with `model.train_projector`
+
+Stages, optimiser, checkpoints, sharding, averaging and merging read this table.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moa.config import RunConfig
+from moa.model import MixtureModel
+
+Parameters = dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part; the names of its parameters are those of the optimiser's file."""
+
+    parameters: Callable[[MixtureModel], Parameters]
+    state: Callable[[MixtureModel], dict[str, Tensor]]  # as in the file; shares the model's memory
+    file: str  # in a step folder; * stands for the name of each expert
+    is_trained: Callable[[RunConfig], bool] = lambda config: True
+
+
+def expert_parameters(model: MixtureModel) -> Parameters:
+    bank = model.bank
+    return {
+        f"{name}.{key.removeprefix('base_model.model.')}": parameter
+        for name in bank.names
+        for key, parameter in zip(bank.state(name), bank.parameters(name), strict=True)
+    }
+
+
+def expert_state(model: MixtureModel) -> dict[str, Tensor]:
+    bank = model.bank
+    return {f"{name}.{key}": t for name in bank.names for key, t in bank.state(name).items()}
+
+
+def router_parameters(model: MixtureModel) -> Parameters:
+    own = dict(model.router.named_parameters()) if model.router is not None else {}
+    return own | {f"token_router.{site}": p for site, p in model.bank.token_routers().items()}
+
+
+def router_state(model: MixtureModel) -> dict[str, Tensor]:
+    own = model.router.state_dict(prefix="router.") if model.router is not None else {}
+    tokens = model.bank.token_routers()
+    return dict(own) | {f"token_router.{site}": p.detach() for site, p in tokens.items()}
+
+
+def projector_parameters(model: MixtureModel) -> Parameters:
+    """The projector's own parameters, under the names that they have in the base."""
+    others = {id(p) for p in (*model.bank.parameters(), *model.bank.token_routers().values())}
+    starts = tuple(f"{path}." for path in model.backbone.family.projectors)
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.model.named_parameters()
+        if name.startswith(starts) and id(parameter) not in others
+    }
+
+
+def projector_state(model: MixtureModel) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in projector_parameters(model).items()}
+
+
+PARTS = {
+    "experts": Part(
+        parameters=expert_parameters,
+        state=expert_state,
+        file="experts/*/adapter_model.safetensors",
+    ),
+    "router": Part(parameters=router_parameters, state=router_state, file="router.safetensors"),
+    "projector": Part(
+        parameters=projector_parameters,
+        state=projector_state,
+        file="projector.safetensors",
+        is_trained=lambda config: config.model.train_projector,
+    ),
+}
+
+
+def trained_parts(config: RunConfig) -> dict[str, Part]:
+    return {name: part for name, part in PARTS.items() if part.is_trained(config)}
+
+
+def beside_experts(config: RunConfig) -> dict[str, Part]:
+    """The trained parts that have one file in a step folder: all but the experts."""
+    return {name: part for name, part in trained_parts(config).items() if "*" not in part.file}
