@@ -1,25 +1,26 @@
 """The bank of experts of one model: attach, add, freeze, remove, rename, import and export.
 
 The model stays as it is: the bank swaps chosen `nn.Linear` modules for `ExpertLinear` ones around
-them, and `detach` puts them back. An expert is one LoRA over all sites or a subset, with its own
-rank, alpha and initialisation; its state has the keys of a plain PEFT adapter.
+them, and `detach` puts them back. An expert is of one kind, a row of moa/experts/kinds.py, over all
+sites or a subset, with its own settings and initialisation.
 """
 
 import difflib
-import hashlib
-import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moa.experts.lora import Decide, ExpertLinear, GateContext, GateState
-from moa.experts.lora_state import expert_state, overwrite, pair_up, peft_config, scaling_of
-from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites, site_scaling
+from moa.experts.context import Decide, GateContext, GateState
+from moa.experts.kinds import KINDS
+from moa.experts.lora import ExpertLinear
+from moa.experts.lora_state import hashed
+from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites
 from moa.files.targets import ALL_LINEAR, is_target, select
 
 EXPERT_NAME = re.compile(r"\w[\w-]*")
@@ -27,31 +28,24 @@ EXPERT_NAME = re.compile(r"\w[\w-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSpec:
-    """What an expert was made with, and the sites it has; ranks may differ from `rank` there."""
+    """An expert's kind, what it was made with (for LoRA its usual rank and alpha), and the sites it has."""
 
-    rank: int
-    alpha: float | int
-    use_rslora: bool
+    kind: str
+    settings: dict[str, Any]
     sites: tuple[str, ...]
     frozen: bool = False
 
 
+@dataclass(kw_only=True)
 class ExpertBank:
     """Owns the sites of one model, in module order, and its experts, in the order they came."""
 
-    def __init__(
-        self,
-        sites: dict[str, ExpertLinear],
-        streams: dict[str, str],
-        shapes: Mapping[str, tuple[int, int]],
-        unused: Collection[str] = (),
-    ) -> None:
-        self.sites = sites
-        self.streams = streams  # site -> "text", "image" ...: what its first axis counts
-        self.shapes = shapes  # every linear layer of the model -> (out, in)
-        self.unused = frozenset(unused)  # those whose output the model never reads
-        self.experts: dict[str, ExpertSpec] = {}
-        self.context = next(iter(sites.values())).context
+    sites: dict[str, ExpertLinear]
+    context: GateContext
+    streams: dict[str, str]  # site -> "text", "image" ...: what its first axis counts
+    shapes: dict[str, tuple[int, int]]  # every linear layer of the model -> (out, in)
+    unused: frozenset[str]  # those whose output the model never reads
+    experts: dict[str, ExpertSpec] = field(default_factory=dict)
 
     @classmethod
     def attach(
@@ -62,16 +56,18 @@ class ExpertBank:
         exclude: Sequence[str] = (),
         unused: Collection[str] = (),
         stream_of: Callable[[str], str] = lambda site: "text",
+        kind: str = "lora",
     ) -> "ExpertBank":
         """Wrap the linear layers that the targets name.
 
         A target is a full module path, a regular expression for the whole path, or `all-linear`. `unused` are
-        layers whose output the model never reads, `stream_of` says what a site's first axis
-        counts: samples ("text"), or the rows of another stream, such as pictures ("image").
+        layers whose output the model never reads, `stream_of` gives what a site's first axis
+        counts: samples ("text"), or the rows of another stream, such as images ("image").
         Raises ValueError for a target or an exclusion that matches nothing, for unused layers, and for
         layers whose weight is another layer's too.
         """
-        if any(isinstance(module, ExpertLinear) for module in model.modules()):
+        layer_of = KINDS[kind].layer
+        if any(isinstance(module, layer_of) for module in model.modules()):
             raise ValueError("the model has a bank already: detach it, or add experts to it")
         linear = {name: m for name, m in model.named_modules() if is_target(m)}
         tied = tied_layers(model, linear)
@@ -83,8 +79,7 @@ class ExpertBank:
             chosen.pop(name)
         if not chosen:
             raise ValueError(f"exclude={list(exclude)} leaves none of targets={list(targets)}")
-        idle = [name for name in chosen if name in set(unused)]
-        if idle:
+        if idle := [name for name in chosen if name in set(unused)]:
             raise ValueError(
                 f"targets: {len(idle)} layers never reach the output and would not learn (vision "
                 f"layers past vision_feature_layer); exclude them, or use targets: [{ALL_LINEAR}]: {', '.join(idle)}"
@@ -95,11 +90,16 @@ class ExpertBank:
                 f"an expert there; exclude it, or use targets: [{ALL_LINEAR}]"
             )
         context = GateContext()
-        sites = {name: ExpertLinear(layer, name, context) for name, layer in chosen.items()}
+        sites = {name: layer_of(layer, name, context) for name, layer in chosen.items()}
         for name, site in sites.items():
             model.set_submodule(name, site)
-        shapes = {name: (m.out_features, m.in_features) for name, m in linear.items()}
-        return cls(sites, {name: stream_of(name) for name in sites}, shapes, unused)
+        return cls(
+            sites=sites,
+            context=context,
+            streams={name: stream_of(name) for name in sites},
+            shapes={name: (m.out_features, m.in_features) for name, m in linear.items()},
+            unused=frozenset(unused),
+        )
 
     def detach(self, model: nn.Module) -> None:
         """Put the original linear layers back; the experts stay in the bank."""
@@ -114,60 +114,36 @@ class ExpertBank:
         self,
         name: str,
         *,
-        rank: int,
-        alpha: float | int,
-        use_rslora: bool = False,
+        kind: str = "lora",
         targets: Sequence[str] | None = None,
         seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        **settings: Any,
     ) -> None:
         """A fresh, trainable expert at all sites or at `targets`; it changes no output yet.
 
-        A is uniform in ±1/sqrt(in) as in PEFT, drawn from (seed, name, site): it depends neither on
-        device nor on the order of additions, and no two experts start alike. B is zero.
+        `settings` are those of the kind's fresh start, such as rank and alpha.
         """
-        if rank < 1:
-            raise ValueError(f"experts.{name}.rank must be 1 or more, got {rank}")
+        self._check_new(name)
         chosen = self.sites if targets is None else select(targets, self.sites, f"{name}.targets")
-        for site_name in chosen:
-            layer = self.sites[site_name].base_layer
-            largest = max(layer.in_features, layer.out_features)
-            if rank > largest:
-                rule = f"{rank} is more than {largest}, the larger side of {site_name}"
-                raise ValueError(f"experts.{name}.rank: {rule}")
-        spec = ExpertSpec(rank=rank, alpha=alpha, use_rslora=use_rslora, sites=tuple(chosen))
-        self._register(name, spec)
-        for site_name, site in self.sites.items():
-            if site_name in chosen:
-                base = site.base_layer
-                a = _uniform((rank, base.in_features), f"{seed}/{name}/{site_name}")
-                b = torch.zeros(base.out_features, rank)
-                self._place(site, name, a, b, scaling_of(rank, alpha, use_rslora), dtype)
+        made = KINDS[kind].fresh(chosen, name, seed=seed, **settings)
+        self._register(name, kind, made)
 
     def import_expert(
         self,
         name: str,
-        tensors: Mapping[str, Float[Tensor, "_ _"]],
+        tensors: Mapping[str, Tensor],
         config: Mapping[str, Any],
         *,
-        dtype: torch.dtype = torch.float32,
+        kind: str = "lora",
+        **options: Any,
     ) -> None:
-        """A trainable expert from a plain PEFT adapter, as `peft_io.read_expert` gives it.
+        """A trainable expert from its file, for LoRA a plain PEFT adapter as `read_expert` gives it.
 
         Raises ValueError for keys that no site consumes, and for shapes of another base.
         """
-        pairs = pair_up(name, tensors, self.sites)
-        spec = ExpertSpec(
-            rank=config["r"],
-            alpha=config.get("lora_alpha", 8),
-            use_rslora=bool(config.get("use_rslora", False)),
-            sites=tuple(site for site in self.sites if site in pairs),
-        )
-        self._register(name, spec)
-        for site_name in spec.sites:
-            a, b = pairs[site_name]
-            scaling = site_scaling(config, site_name)
-            self._place(self.sites[site_name], name, a, b, scaling, dtype)
+        self._check_new(name)
+        made = KINDS[kind].load(self.sites, name, tensors, config, **options)
+        self._register(name, kind, made)
 
     def fit(self, header: ExpertHeader) -> tuple[ExpertHeader, str | None]:
         """An adapter's header with the bank's own sites alone, as the model spells them; a line on what was dropped.
@@ -194,7 +170,7 @@ class ExpertBank:
         for site_name in self._spec(name).sites:
             self.sites[site_name].remove(name)
         del self.experts[name]
-        self._changed()
+        self.context.state = None  # gates of other experts
 
     def rename(self, old: str, new: str) -> None:
         """Give an expert another name; its place among the gates stays."""
@@ -203,11 +179,11 @@ class ExpertBank:
             return
         self._check_name(new)
         for site in self.sites.values():
-            held = {expert: site.remove(expert) for expert in list(site.scalings)}
+            held = {expert: site.remove(expert) for expert in site.experts}
             for expert, factors in held.items():
                 site.add(new if expert == old else expert, *factors)
         self.experts = {new if n == old else n: spec for n, spec in self.experts.items()}
-        self._changed()
+        self.context.state = None  # gates of other experts
 
     def freeze(self, name: str, frozen: bool = True) -> None:
         """A frozen expert takes part in the mixture and gets no gradient, so nothing moves it."""
@@ -216,27 +192,24 @@ class ExpertBank:
             parameter.requires_grad_(not frozen)
 
     def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
-        """The factors of one expert, or of all."""
+        """Those of one expert, or of all."""
         for expert in self.names if name is None else [name]:
             for site_name in self._spec(expert).sites:
-                yield self.sites[site_name].lora_A[expert]
-                yield self.sites[site_name].lora_B[expert]
+                yield from self.sites[site_name].own(expert)
 
-    def state(self, name: str) -> dict[str, Float[Tensor, "_ _"]]:
-        """One expert's factors by PEFT key; they share memory with the parameters."""
-        self._spec(name)
-        return expert_state(self.sites, name)
+    def state(self, name: str) -> dict[str, Tensor]:
+        """What one expert's file holds, by key; the tensors share memory with the parameters."""
+        return KINDS[self._spec(name).kind].state(self.sites, name)
 
-    def load_state(self, name: str, tensors: Mapping[str, Float[Tensor, "_ _"]]) -> None:
-        """Overwrite an expert with a state of the same sites and ranks; ValueError otherwise."""
-        overwrite(self.state(name), tensors, name)
-        if self.context.state is not None:
-            self.context.state.forget()
+    def load_state(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite an expert with a state of the same sites and shapes; ValueError otherwise."""
+        KINDS[self._spec(name).kind].overwrite(self.state(name), tensors, name)
+        self.context.forget()
 
     def peft_config(self, name: str) -> dict[str, Any]:
-        """adapter_config.json of an expert: full paths, and patterns only where sites differ."""
+        """The settings in an expert's file, adapter_config.json."""
         spec = self._spec(name)
-        return peft_config(self.sites, name, spec.rank, spec.alpha, spec.use_rslora)
+        return KINDS[spec.kind].config(self.sites, name, **spec.settings)
 
     def set_gates(
         self,
@@ -248,7 +221,7 @@ class ExpertBank:
     ) -> None:
         """Gates of the coming forward, for every site or one row for all; experts as in `names`.
 
-        A site of another stream than "text" has something else on its first axis, such as pictures:
+        A site of another stream than "text" has something else on its first axis, such as images:
         `owners` names the sample of each row, by stream, or of the stream "image" alone. A stream
         without owners must not run. `segments` names the sample of each token where rows of the text
         stream hold several (-1, padding, gets those of sample 0). `expand` lets generation repeat the
@@ -261,26 +234,26 @@ class ExpertBank:
             )
         rows = {"image": owners} if isinstance(owners, Tensor) else owners or {}
         streams = {"text": gates} | {stream: gates[rows_of] for stream, rows_of in rows.items()}
+        # stream -> for each site (or once, for all) its gates [rows, 1, expert]
         by_site = {stream: own.unsqueeze(2).unbind(1) for stream, own in streams.items()}
         if segments is not None:
+            # A packed row holds several samples, so that here each token has gates: [rows, seq, expert].
             tokens = segments.clamp(min=0)
             by_site["text"] = tuple(own[:, 0][tokens] for own in by_site["text"])
+        per_site = gates.shape[1] > 1
+        # In training every expert takes part, also with gate 0: each rank must have the same
+        # gradients to exchange. Inference leaves out experts that no sample of the batch uses.
+        used = None if torch.is_grad_enabled() else gates.ne(0).flatten(0, 1).any(0).tolist()
+        everyone = used is None or all(used)
         self.context.state = GateState(
             gates={
-                name: by_site[self.streams[name]][number if gates.shape[1] > 1 else 0]
+                name: by_site[self.streams[name]][number if per_site else 0]
                 for number, name in enumerate(self.sites)
                 if self.streams[name] in by_site
             },
             experts=tuple(self.names),
-            active=None if torch.is_grad_enabled() else self._active(gates),
+            active=None if everyone else frozenset(compress(self.names, used or ())),
             expand=expand,
-        )
-
-    def _active(self, gates: Tensor) -> frozenset[str] | None:
-        """The experts that have a gate other than 0 somewhere; None where all have."""
-        used = gates.ne(0).flatten(0, 1).any(0).tolist()
-        return (
-            None if all(used) else frozenset(n for n, u in zip(self.names, used, strict=True) if u)
         )
 
     def route_tokens(
@@ -292,7 +265,11 @@ class ExpertBank:
         keeps each site's logits for `take_token_logits`.
         """
         self.context.state = GateState(
-            gates=None, decide=decide, temperature=temperature, recording=recording
+            gates=None,
+            experts=tuple(self.names),
+            decide=decide,
+            temperature=temperature,
+            recording=recording,
         )
 
     def take_token_logits(self) -> dict[str, Float[Tensor, "*_ expert"]]:
@@ -306,12 +283,12 @@ class ExpertBank:
     def add_token_routers(self, *, seed: int = 0, std: float | int = 0.02) -> None:
         """A float32 router [expert, in] at every site; all experts come before, at all sites."""
         for name, site in self.sites.items():
-            if list(site.scalings) != self.names:
+            if site.experts != self.names:
                 raise ValueError(
                     f"token routing needs every expert at every site: {name} has "
-                    f"{list(site.scalings)} of {self.names}"
+                    f"{site.experts} of {self.names}"
                 )
-            generator = torch.Generator().manual_seed(_hash(f"{seed}/token_router/{name}"))
+            generator = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}"))
             weight = torch.randn(len(self.names), site.base_layer.in_features, generator=generator)
             site.token_router = nn.Parameter((weight * std).to(site.base_layer.weight.device))
 
@@ -319,17 +296,6 @@ class ExpertBank:
         """Site -> token router [expert, in]; empty where gates are decided per sample."""
         pairs = ((name, site.token_router) for name, site in self.sites.items())
         return {name: router for name, router in pairs if router is not None}
-
-    def base_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's own weights under the names it had before `attach`."""
-        state = {}
-        for key, tensor in model.state_dict().items():
-            owner, _, leaf = key.rpartition(".")
-            if owner in self.sites:
-                continue
-            site = owner.removesuffix(".base_layer")
-            state[f"{site}.{leaf}" if site in self.sites else key] = tensor
-        return state
 
     def _spec(self, name: str) -> ExpertSpec:
         if name not in self.experts:
@@ -344,27 +310,14 @@ class ExpertBank:
         if name in self.experts:
             raise ValueError(f"there is an expert {name!r} already; choices: another name")
 
-    def _register(self, name: str, spec: ExpertSpec) -> None:
+    def _check_new(self, name: str) -> None:
         self._check_name(name)
         if self.token_routers():
             raise ValueError(f"expert {name}: add experts before the token routers")
-        self.experts[name] = spec
-        self._changed()
 
-    def _place(
-        self,
-        site: ExpertLinear,
-        name: str,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-        dtype: torch.dtype,
-    ) -> None:
-        device = site.base_layer.weight.device
-        own_a, own_b = (f.to(device=device, dtype=dtype, copy=True) for f in (a, b))
-        site.add(name, nn.Parameter(own_a), nn.Parameter(own_b), scaling)
-
-    def _changed(self) -> None:
+    def _register(self, name: str, kind: str, settings: dict[str, Any]) -> None:
+        sites = tuple(site for site, layer in self.sites.items() if name in layer.experts)
+        self.experts[name] = ExpertSpec(kind=kind, settings=settings, sites=sites)
         self.context.state = None  # gates of other experts
 
 
@@ -385,12 +338,3 @@ def output_layers(model: nn.Module) -> list[str]:
     find = getattr(model, "get_output_embeddings", None)
     output = find() if find is not None else None
     return [name for name, module in model.named_modules() if module is output]
-
-
-def _uniform(shape: tuple[int, int], seed: str) -> Tensor:
-    generator = torch.Generator().manual_seed(_hash(seed))
-    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

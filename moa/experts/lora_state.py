@@ -1,5 +1,6 @@
-"""An expert's factors as the tensors and settings of a plain PEFT adapter, and back."""
+"""LoRA as a kind of expert: a fresh start, a state, and a plain PEFT folder's tensors and settings."""
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -7,10 +8,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from moa.experts.lora import ExpertLinear
-from moa.files.peft import site_keys
+from moa.files.peft import site_keys, site_scaling
+
+Sites = Mapping[str, ExpertLinear]
+Factors = Mapping[str, Float[Tensor, "_ _"]]  # by PEFT key
 
 
 def scaling_of(rank: int, alpha: float | int, use_rslora: bool) -> float:
@@ -18,20 +22,83 @@ def scaling_of(rank: int, alpha: float | int, use_rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-def expert_state(sites: Mapping[str, ExpertLinear], name: str) -> dict[str, Float[Tensor, "_ _"]]:
+def fresh(
+    sites: Sites,
+    name: str,
+    *,
+    rank: int,
+    alpha: float | int,
+    use_rslora: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Put an expert that changes no output yet at all these sites; returns what it was made with.
+
+    A is uniform in ±1/sqrt(in) as in PEFT, drawn from (seed, name, site): it depends neither on
+    device nor on the order of additions, and no two experts start alike. B is zero.
+    """
+    if rank < 1:
+        raise ValueError(f"experts.{name}.rank must be 1 or more, got {rank}")
+    for site_name, site in sites.items():
+        largest = max(site.base_layer.in_features, site.base_layer.out_features)
+        if rank > largest:
+            rule = f"{rank} is more than {largest}, the larger side of {site_name}"
+            raise ValueError(f"experts.{name}.rank: {rule}")
+    for site_name, site in sites.items():
+        a = uniform((rank, site.base_layer.in_features), f"{seed}/{name}/{site_name}")
+        b = torch.zeros(site.base_layer.out_features, rank)
+        place(site, name, a, b, scaling_of(rank, alpha, use_rslora), dtype)
+    return {"rank": rank, "alpha": alpha, "use_rslora": use_rslora}
+
+
+def load(
+    sites: Sites,
+    name: str,
+    tensors: Factors,
+    config: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Put the expert of a plain PEFT adapter, as `read_expert` gives it, at the sites that it names.
+
+    Returns what it was made with. Raises ValueError for keys that no site consumes, for shapes of
+    another base, and for values that are not finite.
+    """
+    for site_name, (a, b) in pair_up(name, tensors, sites).items():
+        place(sites[site_name], name, a, b, site_scaling(config, site_name), dtype)
+    alpha, use_rslora = config.get("lora_alpha", 8), bool(config.get("use_rslora", False))
+    return {"rank": config["r"], "alpha": alpha, "use_rslora": use_rslora}
+
+
+def place(
+    site: ExpertLinear, name: str, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype
+) -> None:
+    device = site.base_layer.weight.device
+    own_a, own_b = (f.to(device=device, dtype=dtype, copy=True) for f in (a, b))
+    site.add(name, nn.Parameter(own_a), nn.Parameter(own_b), scaling)
+
+
+def uniform(shape: tuple[int, int], seed: str) -> Tensor:
+    generator = torch.Generator().manual_seed(hashed(seed))
+    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+
+
+def hashed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def state(sites: Sites, name: str) -> dict[str, Float[Tensor, "_ _"]]:
     """The factors of one expert by PEFT key, sharing memory with the parameters."""
-    state: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for site_name, site in sites.items():
         if name in site.scalings:
-            factors = site.lora_A[name].detach(), site.lora_B[name].detach()
-            state |= dict(zip(site_keys(site_name), factors, strict=True))
-    return state
+            factors = (parameter.detach() for parameter in site.own(name))
+            found |= dict(zip(site_keys(site_name), factors, strict=True))
+    return found
 
 
 @torch.no_grad()
-def overwrite(
-    own: Mapping[str, Float[Tensor, "_ _"]], tensors: Mapping[str, Float[Tensor, "_ _"]], name: str
-) -> None:
+def overwrite(own: Factors, tensors: Factors, name: str) -> None:
     """Copy tensors into an expert's own; ValueError unless keys and shapes are the same."""
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
@@ -48,16 +115,8 @@ def overwrite(
         own[key].copy_(tensor)
 
 
-def pair_up(
-    name: str,
-    tensors: Mapping[str, Float[Tensor, "_ _"]],
-    sites: Mapping[str, ExpertLinear],
-) -> dict[str, tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]]]:
-    """Site -> (A, B) of an adapter, in the order of the sites.
-
-    Raises ValueError for a tensor that no site consumes, for shapes of another base, and for values
-    that are not finite.
-    """
+def pair_up(name: str, tensors: Factors, sites: Sites) -> dict[str, tuple[Tensor, Tensor]]:
+    """Site -> (A, B) of an adapter, in the order of the sites; see `load`."""
     left, pairs = dict(tensors), {}
     for site_name, site in sites.items():
         key_a, key_b = site_keys(site_name)
@@ -79,14 +138,14 @@ def pair_up(
     return pairs
 
 
-def check_finite(name: str, tensors: Mapping[str, Float[Tensor, "_ _"]]) -> None:
+def check_finite(name: str, tensors: Factors) -> None:
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"expert {name}: {key} has NaN or infinite values")
 
 
 def peft_config(
-    sites: Mapping[str, ExpertLinear], name: str, rank: int, alpha: float | int, use_rslora: bool
+    sites: Sites, name: str, *, rank: int, alpha: float | int, use_rslora: bool
 ) -> dict[str, Any]:
     """adapter_config.json of an expert: full paths, and patterns only where sites differ."""
     own = {site_name: site for site_name, site in sites.items() if name in site.scalings}

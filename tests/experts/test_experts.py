@@ -252,16 +252,6 @@ def test_detaching_gives_the_model_back_unchanged():
     assert model(**inputs(processor)).logits.equal(before)
 
 
-def test_the_base_keeps_its_own_names():
-    model, _ = tiny_llava()
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    bank = make_bank(model)
-    bank.add_token_routers()
-    after = bank.base_state_dict(model)
-    assert before.keys() == after.keys()
-    assert all(before[key].equal(after[key]) for key in before)
-
-
 def test_a_copy_of_the_model_has_its_own_gates_and_experts():
     model, processor = tiny_llava()
     bank = make_bank(model)
