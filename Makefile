@@ -24,11 +24,11 @@ demo: setup  ## train, evaluate, merge and export the embedded default; ends wit
 	rm -rf $(RUN)/merged
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		train.py --config configs/demo.yaml out=$(RUN) --overwrite
-	$(BIN)/python eval.py --checkpoint $(RUN)
+	$(BIN)/python eval.py run=$(RUN)
 	$(BIN)/python -m scripts.merge run=$(RUN) weights=gates rank=sum out=$(RUN)/merged/mean_gates
 	$(BIN)/python -m scripts.merge run=$(RUN) method=ties rank=sum out=$(RUN)/merged/ties
 	$(BIN)/python -m scripts.merge run=$(RUN) weights=gates merged=true out=$(RUN)/merged/checkpoint
-	$(BIN)/python -m scripts.summary $(RUN) --merged $(RUN)/merged/mean_gates $(RUN)/merged/ties
+	$(BIN)/python -m scripts.summary run=$(RUN) merged=[$(RUN)/merged/mean_gates,$(RUN)/merged/ties]
 
 test: setup  ## the whole suite
 	$(PYTEST)
@@ -53,7 +53,7 @@ bench: setup  ## every speed and memory figure, its tables and charts: results/b
 	$(BIN)/python -m bench.report
 
 scoreboard: setup  ## results/scoreboard.json: about an hour on two cores
-	$(BIN)/python -m scripts.demo.scoreboard --out runs/scoreboard --jobs 2 --num-samples 64
+	$(BIN)/python -m scripts.demo.scoreboard out=runs/scoreboard jobs=2 num_samples=64
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

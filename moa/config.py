@@ -311,11 +311,23 @@ class EvalConfig:
     # steps between validations during training; 0: only at the end of a stage
     every: CountOrZero = 100
     batch_size: Size = 32  # samples per forward
-    sources: dict[str, SourceConfig] = field(default_factory=dict)  # what eval.py scores, by name
+    # data sets that eval.py scores, by name; empty: data.validation
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    only: list[str] | None = None  # names of the sources to score; null: all
+    num_samples: Count | None = None  # at most so many of each source; null: all
+    score: bool = True  # false: only write the answers, for splits whose references are secret
+    # what decides the gates: router, oracle, uniform, off (the base), the name of one expert, or without:NAME
+    gates: str = "router"
+    # further gates that eval.py scores beside these, in one table
+    compare: list[str] = field(default_factory=list)
+    withhold_task: bool = False  # neither the prompt nor the router gets the task
     max_new_tokens: Size = 32  # of a generated answer
     num_beams: Size = 1  # 1: greedy
-    # eval.py shows beside the router: other gates (off, oracle, uniform, an expert)
-    compare: list[str] = field(default_factory=list)
+    on_bad_sample: Literal["error", "skip"] | None = None  # null: as data.on_bad_sample
+    num_images: CountOrZero = 12  # samples in the gallery; 0: no images at all
+
+    def __post_init__(self) -> None:
+        check(self.only is None or bool(self.only), "only", "names no data set; null means all")
 
 
 @dataclass(frozen=True, kw_only=True)

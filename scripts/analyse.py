@@ -19,15 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 
-from moa.analysis.fidelity_page import details, summary, write_page
 from moa.cli.command import run_command
 from moa.cli.ranges import FilePath
 from moa.files.atomic import write_json
-from moa.merging.adapters import adapter_folders, all_sites, check_experts, open_adapters
-from moa.merging.report.console import interference_tables
-from moa.merging.report.fidelity import measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def analyse(settings: AnalyseConfig, console: Console) -> None:
+    from rich.progress import Progress
+
+    from moa.analysis.fidelity_page import details, summary, write_page
+    from moa.merging.adapters import adapter_folders, all_sites, check_experts, open_adapters
+    from moa.merging.report.console import interference_tables
+    from moa.merging.report.fidelity import measure
+
     experts = open_adapters(adapter_folders(settings.adapters))
     check_experts(experts)
     with Progress(console=console) as progress:

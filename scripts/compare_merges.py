@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def compare(settings: CompareConfig, console: Console) -> None:
     from data.sources import open_ocr
     from moa.checkpoint import load_model, step_folder
-    from moa.evaluation.sources import EvalSettings, score_sources
+    from moa.evaluation.settings import with_eval
+    from moa.evaluation.sources import score_sources
     from moa.merging.adapters import open_adapters
     from moa.merging.merge import merge
 
@@ -80,13 +81,13 @@ def compare(settings: CompareConfig, console: Console) -> None:
     model, _, config = load_model(settings.run, "cpu")
     ocr, trained = open_ocr(config.data), set[str]()
     shown: dict[str, Any] = {
-        "num_pictures": 0,
+        "num_images": 0,
         "num_samples": settings.num_samples,
         "progress": False,
     }
 
     def scores_of(model: Any, config: Any, gates: str = "router") -> dict[str, float]:
-        results = score_sources(model, config, EvalSettings(gates=gates, **shown), ocr)
+        results = score_sources(model, with_eval(config, gates=gates, **shown), ocr)
         trained.update(trained_sets(results, config))
         return {result.name: float(result.score["value"] or 0.0) for result in results}
 
@@ -162,7 +163,7 @@ def trained_sets(results: Iterable[Any], config: Any) -> set[str]:
     """The data sets with samples of an expert: they name it, or it was trained on a source of their name or task."""
     own = [s for s in config.data.sources.values() if config.data.expert or s.expert]
     names, tasks = {s.name for s in own}, {s.task for s in own if s.task}
-    samples = {r.name: [p.sample for p in r.predictions] for r in results}
+    samples = {r.name: [p.sample for p in r.responses] for r in results}
     return {
         name
         for name, found in samples.items()

@@ -33,12 +33,12 @@ from data.collate import Collator
 from data.mixture import Source, read_sample, shuffle
 from data.sources import make_collator, open_ocr, open_sources
 from moa.analysis.preview_page import preview_page
-from moa.benchmarks.catalogue import check_sources
 from moa.build import intake_of
 from moa.cli.command import mistakes_in_one_line
 from moa.cli.ranges import Count, FilePath, Seed, Size
 from moa.cli.settings import describe, load
 from moa.config import RunConfig, SourceConfig, load_config
+from moa.evaluation.settings import check_sources
 from moa.files.atomic import write_file
 
 REASONS = (*get_args(Rule), DUPLICATE, *LEAKS.values())

@@ -15,33 +15,32 @@ from typing import Literal
 
 from rich.console import Console
 
-from data.sources import open_sources
-from moa.benchmarks.catalogue import benchmark_of, check_sources
-from moa.checkpoint import sha256, versions
 from moa.cli.command import run_command
 from moa.cli.ranges import FilePath
 from moa.config import DataConfig, SourceConfig
-from moa.evaluation.answers import read_answers, score_answers
-from moa.evaluation.report import write_results
-from moa.evaluation.result import table
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
     predictions: FilePath = ""  # file of answers
-    text_key: str | None = None  # of its rows, what the model said; null: the only one they have
+    text_key: str | None = None  # of its rows, the model's output; null: the only text they have
     source: SourceConfig | None = None  # data set with the references
     out: FilePath = "runs/scores"  # folder of the results
-    missing: Literal["error", "empty"] = (
-        "error"  # questions without an answer: stop, or count as ""
-    )
-    on_bad_sample: Literal["error", "skip"] = (
-        "error"  # questions without references: stop, or count
-    )
+    # questions without an answer: stop, or count as ""
+    missing: Literal["error", "empty"] = "error"
+    # questions without references: stop, or count
+    on_bad_sample: Literal["error", "skip"] = "error"
     progress: bool = True  # progress bar
 
 
 def score(settings: ScoreSettings, console: Console) -> None:
+    from data.sources import open_sources
+    from moa.checkpoint import sha256, versions
+    from moa.evaluation.answers import read_answers, score_answers
+    from moa.evaluation.report import write_results
+    from moa.evaluation.result import table
+    from moa.evaluation.settings import benchmark_of, check_sources
+
     if settings.source is None or not settings.predictions:
         raise ValueError("predictions and source are needed; see --help")
     source = settings.source

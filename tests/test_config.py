@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moa.cli.settings import describe, load, settings, to_yaml
 from moa.cli.strict_yaml import parse_yaml, read_yaml
 from moa.config import RunConfig, load_config
-from moa.evaluation.sources import EvalSettings
+from moa.evaluation.settings import EvalCommand
 from moa.merging.settings import MergeExperts, StackLayers
 from scripts.align import AlignConfig
 from scripts.average_checkpoints import AverageConfig
@@ -193,8 +193,8 @@ def test_the_share_of_a_source_is_a_weight_or_a_number_of_draws():
 
 
 def test_off_and_no_are_words_where_words_are_asked_for_and_false_where_booleans_are():
-    found = load(EvalSettings, None, ["gates=off", "progress=off"])
-    assert (found.gates, found.progress) == ("off", False)
+    found = load(EvalCommand, None, ["eval.gates=off", "progress=off"])
+    assert (found.eval.gates, found.progress) == ("off", False)
 
 
 def test_an_unknown_key_of_a_list_entry_is_named_there_and_not_where_its_name_stands_elsewhere():
@@ -204,17 +204,17 @@ def test_an_unknown_key_of_a_list_entry_is_named_there_and_not_where_its_name_st
 
 
 RUN = [EXPERTS, SOURCE, "stages={joint: {steps: 4}}"]
-CLASSES = {RunConfig: RUN, EvalSettings: ["sources={s: {num_samples: 4}}"], MergeExperts: [],
+CLASSES = {RunConfig: RUN, EvalCommand: ["eval.sources={s: {num_samples: 4}}"], MergeExperts: [],
            AlignConfig: [], AverageConfig: [], DataSettings: [], LearnConfig: [], PartsConfig: []}  # fmt: skip
 # Parts of the keys that take each number; every other pair is an error.
 ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "modality_dropout",
         "ocr_min_confidence", "num_workers", "task_dropout", "max_ocr_words", "clip_norm", "weight_decay",
-        "betas", "eval.every", "num_pictures", "steps.", "values.", "penalty", "similarity",
+        "betas", "eval.every", "num_images", "steps.", "values.", "penalty", "similarity",
         "nondiagonal", "noise")  # fmt: skip
 BELOW_ZERO = ("router.weights", "losses.entropy", "values.")
 HUGE = ("router.weights", "num_samples", "alpha", "temperature", "losses.", "lr.", "weight.", "count",
         "epochs", "max_length", "steps.", "pack_length", "clip_norm", "weight_decay", "save_every", "keep_",
-        "max_non_finite_steps", "every", "seed", "max_ocr_words", "num_pictures", "num_probes", "new_tokens",
+        "max_non_finite_steps", "every", "seed", "max_ocr_words", "num_images", "num_probes", "new_tokens",
         "max_shard_gb", "last", "limit", "show", "similarity", "budget", "bound", "penalty", "values.", "runs",
         "noise")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a benchmark takes (predictions) and what it yields (named values with their standard errors)."""
+"""What a benchmark takes (responses) and what it yields (named values with their standard errors)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,8 +8,8 @@ from moa.metrics.standard_error import clustered_standard_error
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """One answer: its text, the box that the codec found in it, the gates it was made with.
+class Response:
+    """A model's response to a sample: the text, the box that the codec found in it, the gates.
 
     `rank` (from 1) is where the truth stands among all candidates, of a model that orders them.
     `gates` are `[site or 1][expert]`, None where gates are decided per token.
@@ -49,30 +49,22 @@ def mean(values: Sequence[float]) -> float:
 
 
 def with_error(values: Sequence[float], samples: Sequence[Sample]) -> dict[str, float | None]:
-    """The mean and its standard error, clustered by picture."""
+    """The mean and its standard error, clustered by image."""
     clusters = [sample.image_id for sample in samples]
     return {"value": mean(values), "se": clustered_standard_error(values, clusters)}
 
 
-def empty_answers(predictions: Sequence[Prediction]) -> dict[str, list[int]]:
-    """The positions of answers without a character, as a failure by reason; nothing if there are none."""
-    empty = [i for i, prediction in enumerate(predictions) if not prediction.text.strip()]
+def empty_answers(responses: Sequence[Response]) -> dict[str, list[int]]:
+    """The positions of empty answers, as a failure by reason; nothing if there are none."""
+    empty = [i for i, response in enumerate(responses) if not response.text.strip()]
     return {"empty answer": empty} if empty else {}
 
 
-def unscored(predictions: Sequence[Prediction]) -> Scores:
-    """For splits whose references are secret: the share of answers that say something at all."""
-    said = [float(bool(prediction.text.strip())) for prediction in predictions]
+def unscored(responses: Sequence[Response]) -> Scores:
+    """For splits whose references are secret: the share of answers that are not empty."""
     return Scores(
         primary="answered",
-        values={"answered": said},
-        failures=empty_answers(predictions),
+        values={"answered": [float(bool(response.text.strip())) for response in responses]},
+        failures=empty_answers(responses),
         notes={"rule": "not scored: hand the submission file in"},
     )
-
-
-def ranks_of(predictions: Sequence[Prediction]) -> list[int]:
-    """The rank of every prediction, of a model that orders candidates instead of generating."""
-    ranks = [prediction.rank for prediction in predictions if prediction.rank is not None]
-    assert len(ranks) == len(predictions), "made by moa.evaluation.embedding"
-    return ranks

@@ -1,16 +1,16 @@
 """Answers from a file instead of a model: submissions, rows of an earlier evaluation, another's output.
 
 [{"question_id": 42, "answer": "red"}]     {"id": "42", "prediction": "red"}, a line each
-[{"image_id": 42, "caption": "a red car"}]     and the other forms of submission.py
+[{"image_id": 42, "caption": "a red car"}]     and the other forms of moa/benchmarks/table.py
 
-A row with two texts may hold the reference beside the output, under any of these names: then the caller names the key.
+A row with two texts may hold the reference beside the output, under any of these names: then the user names the key.
 """
 
 import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,18 @@ from rich.progress import track
 from data.checks import BadSampleError
 from data.mixture import Source, read_sample
 from data.sample import Box
-from moa.benchmarks.scores import Prediction
+from moa.benchmarks.scores import Response
 from moa.evaluation.fingerprints import data_digest, sample_digest
 from moa.evaluation.result import Result
-from moa.evaluation.run import prepared, scores_of, without_picture
+from moa.evaluation.run import prepare, scores_of
 
 BY_QUESTION, BY_IMAGE = ("question_id", "questionId", "id"), ("image_id", "image")
-# what outputs are called; where a row has two of them, either may be the reference
-TEXTS = (
-    *(
-        "answer",
-        "prediction",
-        "caption",
-        "text",
-        "response",
-        "output",
-        "outputs",
-        "pred",
-        "completion",
-    ),
-    *("generated_text", "generation", "generated", "predicted", "predicted_answer", "pred_answer"),
-    *("model_answer", "model_output", "model_response", "model_prediction", "hypothesis"),
-)
+# names of outputs; where a row has two of them, either may be the reference
+NAMES = """
+    answer prediction caption text response output outputs pred completion generated_text generation generated
+    predicted predicted_answer pred_answer model_answer model_output model_response model_prediction hypothesis
+"""
+TEXTS = tuple(NAMES.split())
 # what else may be an output, so that the text beside it is perhaps the reference
 OUTPUT = re.compile(
     r"(?!.*(_|\b)(id|name|path|type|time|tokens?|length|version)$)"
@@ -51,7 +41,7 @@ OUTPUT = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """Text and box by id; ids are those of questions, or of pictures where the file has no others."""
+    """Text and box by id; ids are those of questions, or of images where the file has no others."""
 
     found: dict[str, tuple[str, Box | None]]
     by_image: bool
@@ -61,7 +51,7 @@ def read_answers(path: str | Path, text_key: str | None = None) -> Answers:
     """The texts at `text_key`, or at the one key of `TEXTS` that the rows have.
 
     ValueError, with file and row, for a row without id or text, or with several texts to choose from, and
-    for ids that stand twice.
+    for ids that are not unique.
     """
     rows = list(read_rows(Path(path)))
     if not rows:
@@ -71,20 +61,24 @@ def read_answers(path: str | Path, text_key: str | None = None) -> Answers:
     found: dict[str, tuple[str, Box | None]] = {}
     for number, row in enumerate(rows, start=1):
         where = f"{path}: row {number}"
-        key = id_in(row, id_key, where)
-        if key in found:
+        key_of(row, (id_key,), where)
+        key = row[id_key]
+        if isinstance(key, bool) or not isinstance(key, str | int):
+            raise ValueError(f"{where}: {id_key} must be a text or a whole number, got {key!r:.80}")
+        if str(key) in found:
             raise ValueError(f"{where}: {id_key} {key} stands twice")
-        found[key] = text_in(row, text_key, where), box_in(row, where)
+        found[str(key)] = text_in(row, text_key, where), box_in(row, where)
     return Answers(found=found, by_image=id_key in BY_IMAGE)
 
 
 def only_text(rows: Sequence[Any], path: str | Path) -> str:
     """The key of `TEXTS` that some row has; ValueError where that is none, or where others may be the output."""
     keys = [key for key in TEXTS if any(isinstance(row, dict) and key in row for row in rows)]
+    first = rows[0] if keys and isinstance(rows[0], dict) else {}
     keys += [
         key
-        for key in (rows[0] if keys and isinstance(rows[0], dict) else ())
-        if key not in keys and isinstance(rows[0][key], str) and OUTPUT.match(key)
+        for key, value in first.items()
+        if key not in keys and isinstance(value, str) and OUTPUT.match(key)
     ]
     if len(keys) > 1:
         raise ValueError(
@@ -94,12 +88,11 @@ def only_text(rows: Sequence[Any], path: str | Path) -> str:
     return key_of(rows[0], keys or TEXTS, f"{path}: row 1")
 
 
-def id_in(row: Any, key: str, where: str) -> str:
-    key_of(row, (key,), where)
-    value = row[key]
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f"{where}: {key} must be a text or a whole number, got {value!r:.80}")
-    return str(value)
+def key_of(row: Any, keys: Sequence[str], where: str) -> str:
+    found = [key for key in keys if isinstance(row, dict) and key in row]
+    if not found:
+        raise ValueError(f"{where}: has none of {', '.join(keys)}")
+    return found[0]
 
 
 def text_in(row: dict[str, Any], key: str, where: str) -> str:
@@ -142,13 +135,6 @@ def read_rows(path: Path) -> Iterator[Any]:
         yield from [value] if lines else value
 
 
-def key_of(row: Any, keys: Sequence[str], where: str) -> str:
-    found = [key for key in keys if isinstance(row, dict) and key in row]
-    if not found:
-        raise ValueError(f"{where}: has none of {', '.join(keys)}")
-    return found[0]
-
-
 def score_answers(
     name: str,
     dataset: Source,
@@ -161,10 +147,10 @@ def score_answers(
 ) -> Result:
     """The result of a file of answers on a data set.
 
-    A question without an answer stops it, or (`missing` "empty") counts as an empty answer. Answers to
+    A question without an answer is an error, or (`missing` "empty") counts as an empty answer. Answers to
     questions that the data set does not have are counted.
     """
-    by_task: dict[str, list[Prediction]] = {}
+    by_task: dict[str, list[Response]] = {}
     skipped: list[BadSampleError] = []
     unanswered: list[str] = []
     used: set[str] = set()
@@ -172,7 +158,7 @@ def score_answers(
     for index in track(range(len(dataset)), name, disable=not progress, transient=True):
         sample = read_sample(dataset, index, name)
         read.append(sample_digest(sample))
-        item = prepared(sample, [], benchmark, scored=True)
+        item = prepare(sample, [], benchmark, scored=True)
         if isinstance(item, BadSampleError):
             skipped.append(item)
             continue
@@ -187,26 +173,8 @@ def score_answers(
         else:
             unanswered.append(key)
         text, box = answers.found.get(key, ("", None))
-        prediction = Prediction(sample=without_picture(item), text=text.strip(), box=box)
-        by_task.setdefault(benchmark or item.task, []).append(prediction)
-    check_answers(name, by_task, skipped, unanswered, missing, on_bad_sample)
-    return Result(
-        name=name,
-        tasks={task: (found, scores_of(task, found, True)) for task, found in by_task.items()},
-        skipped=skipped,
-        data=data_digest(read),
-        settings={"num_unanswered": len(unanswered), "num_unused": len(answers.found) - len(used)},
-    )
-
-
-def check_answers(
-    name: str,
-    by_task: dict[str, list[Prediction]],
-    skipped: list[BadSampleError],
-    unanswered: list[str],
-    missing: str,
-    on_bad_sample: str,
-) -> None:
+        response = Response(sample=replace(item, image=None), text=text.strip(), box=box)
+        by_task.setdefault(benchmark or item.task, []).append(response)
     if skipped and (on_bad_sample == "error" or not by_task):
         raise skipped[0]
     count = sum(map(len, by_task.values()))
@@ -215,3 +183,10 @@ def check_answers(
             f"{name}: {len(unanswered)} of {count} questions have no answer, such as {unanswered[0]}; "
             "missing=empty counts them as empty answers"
         )
+    return Result(
+        name=name,
+        tasks={task: (found, scores_of(task, found, True)) for task, found in by_task.items()},
+        skipped=skipped,
+        data=data_digest(read),
+        settings={"num_unanswered": len(unanswered), "num_unused": len(answers.found) - len(used)},
+    )

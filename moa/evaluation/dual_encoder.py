@@ -1,10 +1,10 @@
-"""A CLIP with its experts on a data set: features of pictures and texts, each with its own gates.
+"""A CLIP with its experts on a data set: features of images and texts, each with its own gates.
 
-    samples with choices      pictures x texts of the classes -> accuracy
-    samples with captions     pictures x all captions         -> recall, both ways
+    samples with choices      images x texts of the classes -> accuracy
+    samples with captions     images x all captions         -> recall, both ways
 
-A class's text is gated as a text of the data set is: by its words and the task, never by a picture.
-Several processes share the batches of pictures and of texts; the main one compares.
+The text of a class is gated as a text of the data set: by its words and the task, never by an image.
+Several processes share the batches of images and of texts; the main one compares.
 """
 
 import time
@@ -17,30 +17,27 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from data.batch import Batch
 from data.checks import BadSampleError
-from data.mixture import read_sample
+from data.mixture import Source, read_sample
 from data.pairs import PairCollator, fill, only_images, only_texts, templates
 from data.sample import Sample
-from moa.benchmarks.scores import Prediction
+from moa.benchmarks.scores import Response
 from moa.clip_model import CHUNK, ClipMixture
+from moa.config import EvalConfig
 from moa.evaluation.embedding import classify, retrieve
 from moa.evaluation.fingerprints import data_digest, sample_digest
+from moa.evaluation.predict import check_finite, choose_gates
 from moa.evaluation.processes import ALONE, Processes
 from moa.evaluation.result import Result
-from moa.evaluation.run import (
-    check_finite,
-    check_gates,
-    choose_gates,
-    first_pictures,
-    rows_of_batches,
-    without_picture,
-)
+from moa.evaluation.run import first_images, rows_of_batches, without_unknown_expert
+from moa.evaluation.settings import check_gates
 
 Group = tuple[str, tuple[str, ...]]  # the question and the choices of samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
+class Images:
     """What became of the samples of one batch."""
 
     rejected: list[BadSampleError]
@@ -53,74 +50,82 @@ class Pictures:
 @torch.no_grad()
 def evaluate_pairs(
     model: ClipMixture,
-    dataset: Any,
+    dataset: Source,
     collator: PairCollator,
+    settings: EvalConfig,
     *,
     name: str,
-    gates: str = "router",
-    batch_size: int = 32,
-    on_bad_sample: str = "error",
-    num_pictures: int = 64,
-    progress: bool = True,
+    progress: bool = False,
     processes: Processes = ALONE,
 ) -> Result:
-    """Classify the pictures of a data set, or retrieve with them; the options are those of `evaluate`."""
-    check_gates(gates, model.bank.names)
+    """Classify the images of a data set, or retrieve with them; the arguments are those of `evaluate`."""
+    check_gates(settings.gates, model.bank.names)
     model.eval()
     began, device = time.perf_counter(), model.backbone.model.logit_scale.device
-    thinned = first_pictures(num_pictures)
+    keep = first_images(settings.num_images)
 
-    def look(rows: range) -> Pictures:
+    def encode(rows: range) -> Images:
         items = [read_sample(dataset, row, name) for row in rows]
-        read = [*map(sample_digest, items)]
-        batch, rejected = collator.split([known(item, model.routes) for item in items])
-        if rejected and on_bad_sample == "error":
+        known = [
+            without_unknown_expert(item, model.routes) if isinstance(item, Sample) else item
+            for item in items
+        ]
+        batch, rejected = collator.split(known)
+        if rejected and settings.on_bad_sample != "skip":
             raise rejected[0]
+        read = [*map(sample_digest, items)]
         if batch is None:
-            return Pictures(rejected=rejected, read=read)
+            return Images(rejected=rejected, read=read)
         batch = only_images(batch.to(device))
-        chosen = choose_gates(model, batch, gates).gates
-        assert chosen is not None  # a CLIP is routed by sample
-        features = model.image_features(batch, chosen).cpu()
-        check_finite(batch.samples, "gates", chosen.isfinite())
+        gates = gates_of(model, batch, settings.gates)
+        features = model.image_features(batch, gates).cpu()
+        check_finite(batch.samples, "gates", gates.isfinite())
         check_finite(batch.samples, "features", features.isfinite())
-        return Pictures(
+        return Images(
             rejected=rejected,
             read=read,
-            samples=[*map(thinned, batch.samples)],
+            samples=[*map(keep, batch.samples)],
             features=features,
-            gates=chosen.float().cpu().tolist(),
+            gates=gates.float().cpu().tolist(),
         )
 
-    rows = rows_of_batches(len(dataset), batch_size)
-    seen = processes.map(look, rows, bar=name if progress else None)
-    samples = [sample for part in seen for sample in part.samples]
-    skipped = [error for part in seen for error in part.rejected]
+    batches = rows_of_batches(len(dataset), settings.batch_size)
+    parts = processes.map(encode, batches, bar=name if progress else None)
+    samples = [sample for part in parts for sample in part.samples]
+    skipped = [error for part in parts for error in part.rejected]
     if processes.is_main and not samples:
         raise ValueError(f"{name}: none of {len(dataset)} samples can be scored; {skipped[0]}")
     texts, like = processes.from_main(
-        lambda: (texts_of(name, samples), without_picture(samples[0]))
+        lambda: (texts_of(name, samples), replace(samples[0], image=None))
     )
-    encoded = text_features(model, collator, texts, like, gates, processes)
+    encoded = text_features(model, collator, texts, like, settings.gates, processes)
     if not processes.is_main:
         return Result(name=name, tasks={})
-    features = torch.cat([part.features for part in seen if part.features is not None]).to(device)
-    settings = {"gates": gates, "batch_size": batch_size, "on_bad_sample": on_bad_sample,
-                "templates": sorted({t for s in samples for t in templates(s.question)})}  # fmt: skip
-    result = score(name, samples, features, encoded, settings)
-    result = with_gates(result, samples, [rows for part in seen for rows in part.gates])
-    seconds = time.perf_counter() - began
-    data = data_digest(read for part in seen for read in part.read)
+    features = torch.cat([part.features for part in parts if part.features is not None]).to(device)
+    asked = {
+        "gates": settings.gates,
+        "batch_size": settings.batch_size,
+        "on_bad_sample": settings.on_bad_sample or "error",
+        "templates": sorted({t for s in samples for t in templates(s.question)}),
+    }
+    result = with_gates(
+        score(name, samples, features, encoded, asked),
+        samples,
+        [rows for part in parts for rows in part.gates],
+    )
     return replace(
-        result, skipped=skipped, seconds=seconds, num_processes=processes.size, data=data
+        result,
+        skipped=skipped,
+        seconds=time.perf_counter() - began,
+        num_processes=processes.size,
+        data=data_digest(digest for part in parts for digest in part.read),
     )
 
 
-def known(item: Sample | BadSampleError, experts: Sequence[str]) -> Sample | BadSampleError:
-    """An expert that this model does not have is as good as none: the data may be another model's."""
-    if isinstance(item, BadSampleError) or item.expert in experts:
-        return item
-    return replace(item, expert=None)
+def gates_of(model: ClipMixture, batch: Batch, rule: str) -> Float[Tensor, "batch site expert"]:
+    gates = choose_gates(model, batch, rule).gates
+    assert gates is not None  # a CLIP is routed by sample
+    return gates
 
 
 def groups_of(samples: Sequence[Sample]) -> list[Group]:
@@ -147,16 +152,16 @@ def score(
     samples: list[Sample],
     features: Float[Tensor, "samples dim"],
     encoded: Sequence[Tensor],
-    settings: dict[str, Any],
+    asked: dict[str, Any],
 ) -> Result:
     """By classification where the samples have choices, else by retrieval; `encoded` are `texts_of` them."""
     if not samples[0].choices:
-        return retrieve(name, samples, features, encoded[0], **settings)
+        return retrieve(name, samples, features, encoded[0], **asked)
     rest, classes = iter(encoded), dict[Group, Tensor]()
     for question, choices in groups_of(samples):
         each = torch.stack([next(rest) for _ in templates(question)])  # [template, class, dim]
         classes[question, choices] = normalize(each.mean(0), dim=-1)
-    return classify(name, samples, features, lambda *group: classes[group], **settings)
+    return classify(name, samples, features, lambda *group: classes[group], **asked)
 
 
 def text_features(
@@ -164,7 +169,7 @@ def text_features(
     collator: PairCollator,
     lists: Sequence[Sequence[str]],
     like: Sample,
-    gates: str,
+    rule: str,
     processes: Processes,
 ) -> list[Float[Tensor, "_ dim"]]:
     """Features of each list of texts, of the task and the expert that the sample `like` has."""
@@ -172,9 +177,7 @@ def text_features(
 
     def encode(texts: Sequence[str]) -> Tensor:
         batch = only_texts(collator.text_batch(texts, like).to(device))
-        chosen = choose_gates(model, batch, gates).gates
-        assert chosen is not None  # a CLIP is routed by sample
-        features = model.text_features(batch, chosen).cpu()
+        features = model.text_features(batch, gates_of(model, batch, rule)).cpu()
         if not features.isfinite().all():
             raise ValueError(f"the model's features of {texts[0]!r} and others are not finite")
         return features
@@ -191,10 +194,10 @@ def text_features(
 def with_gates(
     result: Result, samples: Sequence[Sample], decided: Sequence[list[list[float]]]
 ) -> Result:
-    """The result with the gates that each picture was read with."""
-    by_picture = {s.image_id: rows for s, rows in zip(samples, decided, strict=True)}
+    """The result with the gates of each image."""
+    by_image = {s.image_id: rows for s, rows in zip(samples, decided, strict=True)}
 
-    def gated(predictions: Sequence[Prediction]) -> list[Prediction]:
-        return [replace(p, gates=by_picture[p.sample.image_id]) for p in predictions]
+    def gated(responses: Sequence[Response]) -> list[Response]:
+        return [replace(r, gates=by_image[r.sample.image_id]) for r in responses]
 
-    return replace(result, tasks={t: (gated(p), scores) for t, (p, scores) in result.tasks.items()})
+    return replace(result, tasks={t: (gated(r), scores) for t, (r, scores) in result.tasks.items()})

@@ -1,10 +1,9 @@
-"""From features to predictions, for models that compare pictures with texts: CLIP and its like.
+"""From features to responses, for models that compare images with texts: CLIP and its like.
 
-    classification  pictures x texts of the classes   -> Result with top-1, top-5, mean per class
-    retrieval       pictures x all captions           -> Result with R@1, R@5, R@10, both ways
-    captions        picture x its caption             -> CLIPScore, RefCLIPScore
+    classification  images x texts of the classes   -> Result with top-1, top-5, mean per class
+    retrieval       images x all captions           -> Result with R@1, R@5, R@10, both ways
 
-Who makes the features (a run with its router, a plain model) is the caller's business.
+The features may come from a run with its router or from a plain model.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,10 +16,9 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from data.sample import Sample
-from moa.benchmarks import classification, retrieval
-from moa.benchmarks.scores import Prediction, Scores
+from moa.benchmarks.ranking import classification_scores, retrieval_scores
+from moa.benchmarks.scores import Response, Scores
 from moa.evaluation.result import Result
-from moa.metrics.clipscore import clip_score, ref_clip_score
 from moa.metrics.retrieval import Ranking, rank_candidates, rank_retrieval
 
 # the features of all classes, from a sample's template and its choices
@@ -34,19 +32,18 @@ def classify(
     class_features: ClassFeatures,
     **settings: Any,
 ) -> Result:
-    """Every picture against the classes that its sample chooses from.
+    """Every image against the classes that its sample chooses from.
 
-    `class_features` is asked once for each set of choices. The true class becomes a tag, so that
+    `class_features` is called once for each set of choices. The true class becomes a tag, so that
     `by_tag` holds the accuracy of each. ValueError for an answer that is no choice.
     """
-    predictions: list[Prediction | None] = [None] * len(samples)
     groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
     for row, sample in enumerate(samples):
-        if sample.answers[:1] and sample.answers[0] in sample.choices:
-            groups.setdefault((sample.question, sample.choices), []).append(row)
-        else:
+        if not sample.answers or sample.answers[0] not in sample.choices:
             found = f"answers={sample.answers} is none of its {len(sample.choices)} choices"
             raise ValueError(f"{name}: sample {sample.id}: {found}")
+        groups.setdefault((sample.question, sample.choices), []).append(row)
+    responses: dict[int, Response] = {}
     for (question, choices), rows in groups.items():
         ranking = rank_classes(
             image_features[rows],
@@ -56,9 +53,9 @@ def classify(
         for row, rank, nearest in zip(rows, *map(Tensor.tolist, ranking), strict=True):
             sample = samples[row]
             tagged = replace(sample, tags=(*sample.tags, f"class {sample.answers[0]}"))
-            predictions[row] = Prediction(sample=tagged, text=choices[nearest], rank=rank)
-    done = [prediction for prediction in predictions if prediction is not None]
-    scored = {"classification": (done, classification.score(done))}
+            responses[row] = Response(sample=tagged, text=choices[nearest], rank=rank)
+    done = [responses[row] for row in range(len(samples))]
+    scored = {"classification": (done, classification_scores(done))}
     return Result(name=name, tasks=scored, settings=settings)
 
 
@@ -77,22 +74,22 @@ def retrieve(
     text_features: Float[Tensor, "texts dim"],
     **settings: Any,
 ) -> Result:
-    """Every picture asks for its captions, and every caption for its picture.
+    """The nearest caption of every image, and the nearest image of every caption.
 
-    A sample is a picture with all its captions; `text_features` are those of all samples' answers in
-    their order. Standard errors are clustered by picture both ways.
+    A sample is an image with all its captions; `text_features` are those of all samples' answers in
+    their order. Standard errors are clustered by image both ways.
     """
-    owners = [row for row, sample in enumerate(samples) for _ in sample.answers]
+    image_of_text = [row for row, sample in enumerate(samples) for _ in sample.answers]
     captions = [caption for sample in samples for caption in sample.answers]
     if len(captions) != len(text_features):
         found = f"{len(captions)} captions and {len(text_features)} text features"
         raise ValueError(f"{name}: {found}; there must be one for each")
     to_text, to_image = rank_retrieval(
-        image_features, text_features, torch.tensor(owners, device=image_features.device)
+        image_features, text_features, torch.tensor(image_of_text, device=image_features.device)
     )
     asked = [
         replace(samples[row], id=f"{samples[row].id}#{number}", answers=(caption,))
-        for number, (row, caption) in enumerate(zip(owners, captions, strict=True))
+        for number, (row, caption) in enumerate(zip(image_of_text, captions, strict=True))
     ]
     found_texts = [captions[i] for i in to_text.nearest.tolist()]
     found_images = [samples[i].image_id for i in to_image.nearest.tolist()]
@@ -105,25 +102,9 @@ def retrieve(
 
 def ranked(
     samples: Sequence[Sample], texts: Sequence[str], ranking: Ranking
-) -> tuple[list[Prediction], Scores]:
-    predictions = [
-        Prediction(sample=sample, text=text, rank=rank)
+) -> tuple[list[Response], Scores]:
+    responses = [
+        Response(sample=sample, text=text, rank=rank)
         for sample, text, rank in zip(samples, texts, ranking.rank.tolist(), strict=True)
     ]
-    return predictions, retrieval.score(predictions)
-
-
-def clip_scores(
-    image_features: Float[Tensor, "captions dim"],
-    caption_features: Float[Tensor, "captions dim"],
-    reference_features: Sequence[Float[Tensor, "_ dim"]] | None = None,
-) -> Scores:
-    """CLIPScore of generated captions, and RefCLIPScore where there are references.
-
-    All texts must have been encoded with `moa.metrics.clipscore.PREFIX` before them.
-    """
-    values = {"CLIPScore": clip_score(image_features, caption_features).tolist()}
-    if reference_features is not None:
-        found = ref_clip_score(image_features, caption_features, reference_features)
-        values["RefCLIPScore"] = found.tolist()
-    return Scores(primary="CLIPScore", values=values)
+    return responses, retrieval_scores(responses)

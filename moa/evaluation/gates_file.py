@@ -30,7 +30,7 @@ def read_routing(file: Path, step: Path | None = None) -> dict[str, Any]:
 
     Raises ValueError, with the way out, for a file that is missing, damaged, or of other weights.
     """
-    again = f"run `python eval.py --checkpoint {run_of(step) if step else 'RUN'}` again"
+    again = f"run `python eval.py run={run_of(step) if step else 'RUN'}` again"
     if not file.is_file():
         raise ValueError(f"{file}: missing, so there are no gates; {again}")
     try:

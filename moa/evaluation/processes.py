@@ -1,21 +1,22 @@
-"""Several processes as one: jobs are dealt out, results come together in order, one's error ends all.
+"""Several processes as one: jobs are shared out, results come together in order, one error ends all.
 
     with join_processes() as processes:              # as torchrun or accelerate launch started them
         answers = processes.map(ask, batches)        # process r does jobs r, r + size, ...
         if processes.is_main:
             write(answers)                           # all of them, in the order of `batches`
 
-Alone, `map` is a loop. What crosses are Python objects, over gloo: no GPU takes part. Every process
-must make the same calls in the same order.
+Alone, `map` is a loop. Python objects are exchanged over gloo, on the CPU. Every process must make the same
+calls in the same order. Accelerate's `gather_object` would wait for ever for a process that failed: here a store
+tells the others, so that they stop at their next job and raise the error of the first job that failed.
 """
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from rich.progress import track
@@ -25,23 +26,22 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 Value = TypeVar("Value")
 
-# of one wait for the others, who may have the longer answers; a process that dies ends it at once
+# of one wait for the others, whose answers may be longer; a process that dies ends it at once
 PATIENCE = timedelta(days=1)
 FAILED = "failed"  # key of the store: the number of the job that failed
 
 
 class PeerError(RuntimeError):
-    """Another process could not go on, and has said why."""
+    """Another process failed."""
 
 
-@dataclass(frozen=True, order=True)
-class Failure:
-    """What a process could not do; of several the first job's counts, as in one process."""
+class Failure(NamedTuple):
+    """What a process could not do; the smallest is that of the first job, as in one process."""
 
     job: int  # by its number over all calls of `map`
     rank: int
     message: str
-    for_user: bool  # a ValueError or OSError: something that a user can put right
+    for_user: bool  # a ValueError or OSError, which a user can correct
 
     def error(self) -> Exception:
         if self.for_user:
@@ -53,45 +53,45 @@ class Processes:
     """This process among `size`; by default it is alone."""
 
     def __init__(self, rank: int = 0, size: int = 1, *, local_rank: int = 0, store: Any = None):
-        self.rank, self.size, self.local_rank = rank, size, local_rank
-        self._store = store  # where a failure is seen before the next meeting
+        self.rank, self.size, self.local_rank, self._store = rank, size, local_rank, store
+        self.is_main = rank == 0
         self._num_jobs = 0  # of all calls of `map` before
-        self._over = size == 1  # nobody to meet, or no more
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+        self._over = size == 1  # no process to wait for
 
     def map(
         self, work: Callable[[Job], Done], jobs: Sequence[Job], *, bar: str | None = None
     ) -> list[Done]:
         """`[work(job) for job in jobs]` on the main process, an empty list on the others.
 
-        What one process raises ends all of them, once the jobs before that one are done; each
-        raises the error of the first job that failed. `bar` names a progress bar of the main
-        process's own jobs.
+        An error of one process ends all of them, once the jobs before that one are done; each
+        raises the error of the first job that failed. `bar` names a progress bar of the main process.
         """
+        hidden = not (self.is_main and bar and sys.stdout.isatty())
         numbers = range(self.rank, len(jobs), self.size)
-        if self.size == 1:
-            return [work(jobs[number]) for number in self._shown(numbers, bar)]
         done: list[Done] = []
         failure, raised = None, None
-        for number in self._shown(numbers, bar):
-            if self._failed_before(self._num_jobs + number):
+        for number in track(numbers, bar or "", disable=hidden, transient=True):
+            if self.size == 1:
+                done.append(work(jobs[number]))
+                continue
+            job = self._num_jobs + number
+            if self._store.check([FAILED]) and int(self._store.get(FAILED)) <= job:
                 break
             try:
                 done.append(work(jobs[number]))
-            except Exception as error:  # all are told; then it is raised again
-                failure, raised = self._report(self._num_jobs + number, error), error
+            except Exception as error:  # raised again once the others have it
+                failure, raised = self._report(job, error), error
                 break
+        if self.size == 1:
+            return done
         self._num_jobs += len(jobs)
-        first = self._meet(failure)
-        if first is not None:
+        if first := self._exchange(failure):
             raise raised if raised and failure and not failure.for_user else first.error()
-        shares = self._gather(done)
+        shares: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(done, shares, dst=0)
         return [shares[n % self.size][n // self.size] for n in range(len(jobs))] if shares else []
 
-    def dealt(self, results: Sequence[Done]) -> list[Sequence[Done]]:
+    def shares_of(self, results: Sequence[Done]) -> list[Sequence[Done]]:
         """Which of the results of `map` each process has made."""
         return [results[rank :: self.size] for rank in range(self.size)]
 
@@ -99,7 +99,7 @@ class Processes:
         """What the main process makes, on all of them."""
         made: Any = [make() if self.is_main else None]
         if self.size > 1:
-            if first := self._meet(None):
+            if first := self._exchange(None):
                 raise first.error()
             dist.broadcast_object_list(made, src=0)
         return made[0]
@@ -113,34 +113,28 @@ class Processes:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Wait for the others; where one failed outside of `map`, all leave with its error."""
+        """Wait for the others; where one failed outside of `map`, all raise its error."""
         if self.size == 1:
             return
         try:
             if not self._over and (error is None or isinstance(error, Exception)):
-                failure = self._report(self._num_jobs, error) if error is not None else None
-                first = self._meet(failure)
+                first = self._exchange(
+                    None if error is None else self._report(self._num_jobs, error)
+                )
                 if first is not None and error is None:
                     raise first.error()
         finally:
             dist.destroy_process_group()
 
-    def _shown(self, numbers: Iterable[int], bar: str | None) -> Iterable[int]:
-        shown = self.is_main and bar is not None and sys.stdout.isatty()
-        return track(numbers, description=bar or "", disable=not shown, transient=True)
-
     def _report(self, job: int, error: Exception) -> Failure:
-        """Tell the others before they go on to later jobs."""
+        """Store the failure, so that the others begin no later job."""
         self._store.set(FAILED, str(job))
         if isinstance(error, ValueError | OSError):
-            return Failure(job, self.rank, str(error), for_user=True)
-        return Failure(job, self.rank, f"{type(error).__name__}: {error}", for_user=False)
+            return Failure(job, self.rank, str(error), True)
+        return Failure(job, self.rank, f"{type(error).__name__}: {error}", False)
 
-    def _failed_before(self, job: int) -> bool:
-        return self._store.check([FAILED]) and int(self._store.get(FAILED)) <= job
-
-    def _meet(self, failure: Failure | None) -> Failure | None:
-        """Exchange what failed; the first of it."""
+    def _exchange(self, failure: Failure | None) -> Failure | None:
+        """The first failure of all processes."""
         found: list[Failure | None] = [None] * self.size
         try:
             dist.all_gather_object(found, failure)
@@ -150,26 +144,29 @@ class Processes:
         self._over = any(found)
         return min(filter(None, found), default=None)
 
-    def _gather(self, done: list[Done]) -> list[list[Done]] | None:
-        """The lists of all processes, on the main one."""
-        shares: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(done, shares, dst=0)
-        return shares
-
 
 ALONE = Processes()
 
 
 def join_processes() -> Processes:
-    """The processes that a launcher started, as its environment variables say; else this one alone."""
+    """The processes that a launcher started, as its environment variables name them; else this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes()
     store, rank, size = next(rendezvous("env://"))
     group = dist.PrefixStore("group", store)
     dist.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=PATIENCE)
-    return Processes(
-        rank,
-        size,
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        store=dist.PrefixStore("failures", store),
-    )
+    local_rank, store = int(os.environ.get("LOCAL_RANK", "0")), dist.PrefixStore("failures", store)
+    return Processes(rank, size, local_rank=local_rank, store=store)
+
+
+@contextmanager
+def one_error_of_all(processes: Processes) -> Iterator[None]:
+    """Inside, a user's mistake is one line of the main process, and its status 2."""
+    try:
+        yield
+    except PeerError as error:
+        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        if processes.is_main:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if processes.is_main else 0)

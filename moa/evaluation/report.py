@@ -8,20 +8,64 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
+from rich.console import Console
 
 from moa.analysis.gallery import Card, gallery, seen_picture
 from moa.analysis.plots import gate_heat_map, layer_heat_map, loss_curves, read_log
 from moa.analysis.routing import delta_cosines, summary
-from moa.benchmarks.catalogue import benchmark_called
-from moa.benchmarks.scores import Prediction
-from moa.benchmarks.submission import submission_rows
+from moa.benchmarks.scores import Response
+from moa.benchmarks.table import benchmark_called, submission_rows
+from moa.checkpoint import versions
 from moa.config import RunConfig, SourceConfig
 from moa.evaluation.fingerprints import digest, settings_digest
 from moa.evaluation.gates_file import PARTIAL, ROUTING
-from moa.evaluation.result import Result
+from moa.evaluation.models import EvaluatedModel
+from moa.evaluation.result import Result, table
+from moa.evaluation.settings import chosen_sources, variant_of
 from moa.files.atomic import write_file, write_json
 from moa.metrics.boxes import best_iou
 from moa.model import MixtureModel
+
+PARTIAL_GATES = " (not of all trained tasks and samples: weights=gates reads those of a full `eval.py` of the run)"
+
+
+def report(
+    model: EvaluatedModel,
+    network: MixtureModel,
+    config: RunConfig,
+    results: Sequence[Result],
+    label: str,
+    *,
+    full: bool,
+) -> None:
+    """Files, table and images of one model with one kind of gates; `full`: of all its samples."""
+    console, variant = Console(), variant_of(config.eval)
+    folder = model.folder / "eval" / variant
+    about = {
+        "checkpoint": model.weights,
+        "weights": model.fingerprint(),
+        "base": network.backbone.fingerprint,
+        "versions": versions(),
+    }
+    write_results(folder, results, chosen_sources(config), about)
+    console.print(table(results, f"{label}: scores"))
+    for result in results:
+        turns = sum(bool(r.sample.turns) for r in result.responses)
+        if turns:
+            count = f"{turns} of {len(result.responses)} samples"
+            line = f"{result.name}: {count} are conversations, of which the first question alone is asked"
+            console.print(line, soft_wrap=True, markup=False)
+    console.print(f"scores: {folder}/*.json", soft_wrap=True, markup=False)
+    routing = routing_record(network, config, results, trained_tasks(config, model.folder))
+    if routing is not None:
+        full = full and not routing["missing_tasks"]
+        file = write_routing(folder, routing, full, about)
+        console.print(
+            f"gates: {file}" + ("" if full else PARTIAL_GATES), soft_wrap=True, markup=False
+        )
+    if number := config.eval.num_images:
+        drawn = draw_pictures(model.folder, variant, network, results, routing, number)
+        console.print("pictures: " + " ".join(map(str, drawn)), soft_wrap=True, markup=False)
 
 
 def routing_record(
@@ -31,8 +75,8 @@ def routing_record(
 
     `missing_tasks` are the `trained` ones that no sample is of.
     """
-    predictions = [p for result in results for p in result.predictions if p.gates is not None]
-    if not predictions:
+    responses = [p for result in results for p in result.responses if p.gates is not None]
+    if not responses:
         return None
     names = model.bank.names
     sites = model.bank.sites.items()
@@ -46,9 +90,9 @@ def routing_record(
     }
     with torch.no_grad():
         record = summary(
-            torch.tensor([p.gates for p in predictions]),
-            [p.sample.task for p in predictions],
-            [p.sample.expert for p in predictions],
+            torch.tensor([p.gates for p in responses]),
+            [p.sample.task for p in responses],
+            [p.sample.expert for p in responses],
             names,
             trained_tasks=config.data.tasks,
             sites=list(model.bank.sites),
@@ -73,7 +117,7 @@ def write_results(
     """NAME.jsonl, and then NAME.json, which has its digest: only together are they one result."""
     for result, source in zip(results, sources, strict=True):
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows())
-        splits = {p.sample.split for p in result.predictions if p.sample.split is not None}
+        splits = {p.sample.split for p in result.responses if p.sample.split is not None}
         described = {
             "submissions": write_submissions(folder, result),
             "split": "+".join(sorted(splits)) or source.split,
@@ -100,13 +144,13 @@ def write_routing(folder: Path, routing: dict[str, Any], full: bool, about: dict
 def write_submissions(folder: Path, result: Result) -> dict[str, str]:
     """By benchmark with a server of its own, the file of answers for it, or why there is none."""
     made: dict[str, str] = {}
-    for name, (predictions, _) in result.tasks.items():
+    for name, (responses, _) in result.tasks.items():
         row = benchmark_called(name).submission
         if row is None:
             continue
         file = folder / f"{result.name}.{name}.submission.json"
         try:
-            rows = submission_rows(row, predictions)
+            rows = submission_rows(row, responses)
         except ValueError as error:
             made[name] = f"not written: {error}"
             continue
@@ -134,7 +178,7 @@ def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> li
     return [make_card(model, prediction, score, reads) for prediction, score in turns[:count]]
 
 
-def make_card(model: MixtureModel, prediction: Prediction, score: float, reads: bool) -> Card:
+def make_card(model: MixtureModel, prediction: Response, score: float, reads: bool) -> Card:
     sample, processor = prediction.sample, model.backbone.processor.image_processor
     assert sample.image is not None  # make_cards has left those out
     said = prediction.text

@@ -1,4 +1,4 @@
-"""The scores of one data set, as objects, as plain data for JSON files, and as a table."""
+"""The scores of one data set, as objects, as plain data for JSON files, and as tables."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,47 +6,51 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from data.checks import BadSampleError
-from moa.benchmarks.scores import Prediction, Scores, mean, with_error
+from moa.benchmarks.scores import Response, Scores, mean, with_error
 from moa.metrics.standard_error import clustered_standard_error
+
+Score = dict[str, float | None]  # {"value", "se"}
+ScoresByName = Mapping[str, Score]  # by data set
+Rows = Sequence[Mapping[str, Any]]  # of a NAME.jsonl
+WIDTH = 80  # of a terminal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The scores of one data set. `tasks` holds each task's predictions and their scores."""
+    """The scores of one data set. `tasks` holds each task's responses and their scores."""
 
     name: str
-    tasks: dict[str, tuple[list[Prediction], Scores]]
+    tasks: dict[str, tuple[list[Response], Scores]]
     skipped: list[BadSampleError] = field(default_factory=list)
-    seconds: float = (
-        0.0  # of generating, by the process that took longest; of all the work for CLIP
-    )
+    # of generating, by the process that took longest; of all the work for CLIP
+    seconds: float = 0.0
     num_tokens: int = 0  # of all processes
     num_processes: int = 1
     data: str = ""  # digest of the samples that were read, those that were skipped included
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def predictions(self) -> list[Prediction]:
-        return [prediction for predictions, _ in self.tasks.values() for prediction in predictions]
+    def responses(self) -> list[Response]:
+        return [response for responses, _ in self.tasks.values() for response in responses]
 
     @property
     def sample_scores(self) -> list[float]:
-        """The primary score of every prediction, in the order of `predictions`."""
+        """The primary score of every response, in the order of `responses`."""
         return [v for _, scores in self.tasks.values() for v in scores.values[scores.primary]]
 
     @property
-    def score(self) -> dict[str, float | None]:
+    def score(self) -> Score:
         """The mean of all samples' primary scores with its standard error."""
-        return with_error(self.sample_scores, [p.sample for p in self.predictions])
+        return with_error(self.sample_scores, [r.sample for r in self.responses])
 
     def record(self) -> dict[str, Any]:
-        """Everything but the predictions, as plain data for a JSON file."""
-        samples = [prediction.sample for prediction in self.predictions]
+        """Everything but the responses, as plain data for a JSON file."""
+        samples = [response.sample for response in self.responses]
         return {
             "name": self.name,
             "n": len(samples),
@@ -55,7 +59,7 @@ class Result:
             "num_with_ocr_words": sum(bool(sample.ocr) for sample in samples),
             "score": self.score,
             "tasks": {task: task_record(*found) for task, found in self.tasks.items()},
-            "by_tag": by_tag(self.predictions, self.sample_scores),
+            "by_tag": by_tag(self.responses, self.sample_scores),
             "num_skipped": len(self.skipped),
             "skipped": dict(Counter(error.rule for error in self.skipped)),
             "skipped_samples": [str(error) for error in self.skipped],
@@ -66,16 +70,14 @@ class Result:
         }
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One record per prediction, for a JSON-lines file."""
-        for prediction, score in zip(self.predictions, self.sample_scores, strict=True):
-            yield prediction_record(prediction, score)
+        """One record per response, for a JSON-lines file."""
+        for response, score in zip(self.responses, self.sample_scores, strict=True):
+            yield response_record(response, score)
 
 
-def task_record(predictions: Sequence[Prediction], scores: Scores) -> dict[str, Any]:
-    samples = [prediction.sample for prediction in predictions]
-    metrics: dict[str, Any] = {
-        name: with_error(values, samples) for name, values in scores.values.items()
-    }
+def task_record(responses: Sequence[Response], scores: Scores) -> dict[str, Any]:
+    samples = [response.sample for response in responses]
+    metrics: dict[str, Any] = {n: with_error(v, samples) for n, v in scores.values.items()}
     metrics |= {name: {"value": value, "se": None} for name, value in scores.corpus.items()}
     return {
         "n": len(samples),
@@ -86,18 +88,19 @@ def task_record(predictions: Sequence[Prediction], scores: Scores) -> dict[str, 
     }
 
 
-def by_tag(predictions: Sequence[Prediction], scores: Sequence[float]) -> dict[str, Any]:
+def by_tag(responses: Sequence[Response], scores: Sequence[float]) -> dict[str, Any]:
     """Mean score and number of the samples with each tag: where the errors are."""
     found: dict[str, list[float]] = {}
-    for prediction, score in zip(predictions, scores, strict=True):
-        for tag in prediction.sample.tags:
+    for response, score in zip(responses, scores, strict=True):
+        for tag in response.sample.tags:
             found.setdefault(tag, []).append(score)
     return {tag: {"value": sum(v) / len(v), "n": len(v)} for tag, v in sorted(found.items())}
 
 
-def prediction_record(prediction: Prediction, score: float) -> dict[str, Any]:
-    sample, gates = prediction.sample, prediction.gates
-    mean = None if gates is None else [sum(column) / len(gates) for column in zip(*gates)]  # noqa: B905
+def response_record(response: Response, score: float) -> dict[str, Any]:
+    sample, gates = response.sample, response.gates
+    if gates is not None:
+        means = [round(sum(column) / len(gates), 5) for column in zip(*gates, strict=True)]
     return {
         "id": sample.id,
         "image_id": sample.image_id,
@@ -106,37 +109,17 @@ def prediction_record(prediction: Prediction, score: float) -> dict[str, Any]:
         "expert": sample.expert,
         "question": sample.question,
         "answers": list(sample.answers),
-        "prediction": prediction.text,
+        "prediction": response.text,
         "score": score,
         "boxes": [list(box) for box in sample.boxes],
-        "predicted_box": None if prediction.box is None else list(prediction.box),
+        "predicted_box": None if response.box is None else list(response.box),
         "ocr": None if sample.ocr is None else [word.text for word in sample.ocr],
-        "gates": None if mean is None else [round(gate, 5) for gate in mean],
+        "gates": None if gates is None else means,
         "tags": list(sample.tags),
     }
 
 
-ScoresByName = Mapping[str, dict[str, float | None]]  # data set -> {"value", "se"}
-Rows = Sequence[Mapping[str, Any]]  # of a NAME.jsonl
-WIDTH = 80
-
-
-def table(results: Sequence[Result], title: str) -> Group:
-    """One row per data set and task: the primary score with its error, and what failed."""
-    grid = plain_table()
-    for column in ("data set", "task", "metric"):
-        grid.add_column(column, overflow="fold")
-    for column in ("score", "± s.e.", "n", "failed", "skipped"):
-        grid.add_column(column, justify="right", no_wrap=True)
-    for result in results:
-        for task, (predictions, scores) in result.tasks.items():
-            record = task_record(predictions, scores)
-            primary = record["metrics"][scores.primary]
-            error = "-" if primary["se"] is None else f"{primary['se']:.3f}"
-            failed, skipped = sum(record["failures"].values()), len(result.skipped)
-            grid.add_row(Text(result.name), Text(task), scores.primary, f"{primary['value']:.3f}", error,
-                         str(len(predictions)), str(failed), str(skipped))  # fmt: skip
-    return Group("", Text(title, style="bold"), grid)
+# -- Tables -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +127,7 @@ class Measured:
     """What a table of several models shows of one data set, new or from its files."""
 
     name: str
-    score: dict[str, float | None]
+    score: Score
     metrics: list[str]  # that the score is the mean of
     rows: Rows
 
@@ -161,6 +144,37 @@ def measured_in(record: Mapping[str, Any], rows: Rows) -> Measured:
 def plain_table() -> Table:
     """As narrow as it can be: no frame, and one blank between columns."""
     return Table(box=SIMPLE_HEAD, show_edge=False, collapse_padding=True, pad_edge=False)
+
+
+def table(results: Sequence[Result], title: str) -> Group:
+    """One row per data set and task: the primary score with its error, and what failed."""
+    grid = plain_table()
+    for column in ("data set", "task", "metric"):
+        grid.add_column(column, overflow="fold")
+    for column in ("score", "± s.e.", "n", "failed", "skipped"):
+        grid.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        for task, (responses, scores) in result.tasks.items():
+            record = task_record(responses, scores)
+            primary = record["metrics"][scores.primary]
+            error = "-" if primary["se"] is None else f"{primary['se']:.3f}"
+            counts = len(responses), sum(record["failures"].values()), len(result.skipped)
+            cells = [f"{primary['value']:.3f}", error, *map(str, counts)]
+            grid.add_row(Text(result.name), Text(task), scores.primary, *cells)
+    return Group("", Text(title, style="bold"), grid)
+
+
+def compared(tables: Mapping[str, Sequence[Measured]]) -> Group:
+    """Scores of all models, and what the later ones gain on the questions of the first."""
+    scores = {label: {r.name: r.score for r in own} for label, own in tables.items()}
+    metrics = {r.name: "+".join(r.metrics) for own in tables.values() for r in own}
+    line = ", ".join(f"{name} {metric}" for name, metric in metrics.items())
+    shown: list[RenderableType] = [comparison(scores), Text(f"metrics: {line}")]
+    gained = differences({label: {r.name: r.rows for r in own} for label, own in tables.items()})
+    if any(gained.values()):
+        title = f"Difference to {next(iter(tables))} on the same questions ± standard error"
+        shown.append(comparison(gained, title, sign="+"))
+    return Group(*shown)
 
 
 def comparison(
@@ -198,21 +212,28 @@ def chunks(widths: Mapping[str, int], most: int) -> list[list[str]]:
     return groups
 
 
-def differences(rows: Mapping[str, Mapping[str, Rows]]) -> dict[str, ScoresByName]:
-    """Every other model's scores minus the first one's, over the questions that both were asked."""
+def cell(score: Score | None, sign: str = "") -> str:
+    if score is None:
+        return "-"
+    error = "" if score["se"] is None else f"±{100 * score['se']:.0f}"
+    return f"{100 * (score['value'] or 0):{sign}.0f}{error}"
+
+
+def differences(rows: Mapping[str, Mapping[str, Rows]]) -> dict[str, dict[str, Score]]:
+    """Every other model's scores minus the first one's, over the questions that both answered."""
     (_, first), *others = rows.items()
-    return {
-        label: {
-            name: found
-            for name, own in scored.items()
-            if (found := paired_difference(first.get(name, ()), own)) is not None
-        }
+    pairs = {
+        label: {name: paired_difference(first.get(name, ()), own) for name, own in scored.items()}
         for label, scored in others
+    }
+    return {
+        label: {name: found for name, found in scored.items() if found is not None}
+        for label, scored in pairs.items()
     }
 
 
-def paired_difference(first: Rows, second: Rows) -> dict[str, float | None] | None:
-    """Mean of `second` - `first` and its standard error, clustered by picture; None without a pair."""
+def paired_difference(first: Rows, second: Rows) -> Score | None:
+    """Mean of `second` - `first` and its standard error, clustered by image; None without a pair."""
     before = dict(zip(questions_of(first), first, strict=True))
     pairs = [
         (row["image_id"], row["score"] - before[key]["score"])
@@ -234,16 +255,3 @@ def questions_of(rows: Rows) -> list[tuple[Any, ...]]:
         seen[asked] += 1
         keys.append((*asked, seen[asked]))
     return keys
-
-
-def metrics_line(results: Sequence[Measured]) -> str:
-    """The metric that each data set's score is the mean of."""
-    named = {result.name: "+".join(result.metrics) for result in results}
-    return "metrics: " + ", ".join(f"{name} {metric}" for name, metric in named.items())
-
-
-def cell(score: dict[str, float | None] | None, sign: str = "") -> str:
-    if score is None:
-        return "-"
-    error = "" if score["se"] is None else f"±{100 * score['se']:.0f}"
-    return f"{100 * (score['value'] or 0):{sign}.0f}{error}"

@@ -15,17 +15,15 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
+import eval as eval_script
 from data.batch import Batch
 from data.boxes import CODECS
 from data.collate import Collator
 from data.sample import OcrWord, Sample
-from eval import run_evaluation
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone, load_backbone
 from moa.checkpoint import load_model
-from moa.evaluation.models import subject_of
 from moa.evaluation.report import picture_of
-from moa.evaluation.sources import EvalSettings
 from moa.experts.bank import ExpertBank
 from moa.merging.adapters import experts_of_bank
 from moa.merging.export import verify as verifying
@@ -419,7 +417,7 @@ def test_a_run_trains_projector_too_is_saved_reloaded_and_evaluated(name, tmp_pa
     moved = PARTS["projector"].state(trained)
     assert moved
     assert not any(t.equal(backbone.model.get_parameter(n)) for n, t in moved.items())
-    run_evaluation(subject_of(config.out), None, EvalSettings(num_pictures=2, max_new_tokens=4))
+    eval_script.main([f"run={config.out}", "eval.num_images=2", "eval.max_new_tokens=4"])
     assert (tmp_path / "run/pictures").is_dir()
 
 

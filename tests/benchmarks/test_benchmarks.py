@@ -2,9 +2,8 @@ import pytest
 from PIL import Image
 
 from data.sample import Sample
-from moa.benchmarks import captioning, grounding
-from moa.benchmarks.scores import Prediction, Scores, with_error
-from moa.benchmarks.short_answers import EXACT, OCR_VQA, VQA
+from moa.benchmarks.scores import Response, Scores, with_error
+from moa.benchmarks.table import BENCHMARKS
 
 IMAGE = Image.new("RGB", (40, 30))
 
@@ -20,24 +19,24 @@ def prediction(text, answers=(), *, task="vqa", boxes=(), box=None, image_id="p"
         source=task,
         boxes=tuple(boxes),
     )
-    return Prediction(sample=sample, text=text, box=box, gates=gates)
+    return Response(sample=sample, text=text, box=box, gates=gates)
 
 
 def test_every_benchmark_yields_its_primary_score_first_and_within_zero_and_one():
     truth = (0.0, 0.0, 10.0, 10.0)
     cases = {
-        "vqa_accuracy": (VQA, [prediction("cat", ["cat"])]),
-        "exact_match": (EXACT, [prediction("two", ["two"])]),
-        "CIDEr/10": (captioning, [prediction("a red cat sits", ["a red cat sits"])] * 2),
-        "Acc@0.5": (grounding, [prediction("", boxes=[truth], box=truth)]),
+        "vqa_accuracy": (BENCHMARKS["vqa"], [prediction("cat", ["cat"])]),
+        "exact_match": (BENCHMARKS["count"], [prediction("two", ["two"])]),
+        "CIDEr/10": (BENCHMARKS["caption"], [prediction("a red cat sits", ["a red cat sits"])] * 2),
+        "Acc@0.5": (BENCHMARKS["grounding"], [prediction("", boxes=[truth], box=truth)]),
     }
-    for name, (benchmark, predictions) in cases.items():
-        first, value = next(iter(benchmark.score(predictions)))
+    for name, (benchmark, responses) in cases.items():
+        first, value = next(iter(benchmark.score(responses)))
         assert first == name and 0 <= value <= 1
 
 
 def test_vqa_reports_its_rule_and_the_plain_match_beside_the_soft_score():
-    scores = VQA.score(
+    scores = BENCHMARKS["vqa"].score(
         [prediction("yes", ["yes"] * 2 + ["no"] * 8), prediction("The cat", ["cat"])]
     )
     assert dict(scores) == {"vqa_accuracy": pytest.approx(0.8), "exact_match": 0.5}
@@ -45,14 +44,16 @@ def test_vqa_reports_its_rule_and_the_plain_match_beside_the_soft_score():
 
 
 def test_ocr_vqa_gives_part_of_the_credit_by_anls_only():
-    scores = OCR_VQA.score([prediction("STATIO", ["station"]), prediction("", ["exit"])])
+    scores = BENCHMARKS["ocr_vqa"].score(
+        [prediction("STATIO", ["station"]), prediction("", ["exit"])]
+    )
     assert dict(scores) == {"exact_match": 0.0, "ANLS": pytest.approx(3 / 7)}
     assert scores.failures == {"empty answer": [1]}
 
 
 def test_captions_report_cider_in_its_own_unit_and_as_a_share():
     captions = ["a red cat sits on the grass", "two dogs run along a beach"]
-    scores = captioning.score([prediction(c, [c], task="caption") for c in captions])
+    scores = BENCHMARKS["caption"].score([prediction(c, [c], task="caption") for c in captions])
     assert dict(scores)["CIDEr/10"] == pytest.approx(1.0)
     assert scores.corpus["CIDEr"] == pytest.approx(10.0)
     assert scores.corpus["BLEU-4"] == pytest.approx(1.0, abs=1e-6)
@@ -61,7 +62,7 @@ def test_captions_report_cider_in_its_own_unit_and_as_a_share():
 
 def test_grounding_lists_the_answers_without_a_box():
     truth = (0.0, 0.0, 10.0, 10.0)
-    scores = grounding.score(
+    scores = BENCHMARKS["grounding"].score(
         [prediction("?", boxes=[truth]), prediction("<loc>", boxes=[truth], box=truth)]
     )
     assert dict(scores) == {

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 import eval as eval_script
-from moa.benchmarks.catalogue import BENCHMARKS
-from moa.benchmarks.submission import submission_rows
+from moa.benchmarks.table import BENCHMARKS, submission_rows
 from moa.evaluation.report import write_submissions
 from moa.evaluation.result import Result
 from tests.benchmarks.test_benchmarks import prediction
@@ -18,8 +17,8 @@ from tests.support.toy import write_rows
 TEN = ["yes"] * 3 + ["no"] * 7
 
 
-def scored(name, predictions):
-    return BENCHMARKS[name].score(predictions)
+def scored(name, responses):
+    return BENCHMARKS[name].score(responses)
 
 
 def with_id(made, sample_id, **changes):
@@ -146,10 +145,13 @@ def run(tmp_path_factory):
 
 def evaluate(run: Path, *overrides: str) -> dict:
     source = f"{{format: jsonl, path: {run.parent / 'text.jsonl'}, benchmark: textvqa}}"
-    options = ["progress=false", "max_new_tokens=4", "num_images=0", "on_bad_sample=skip"]
-    eval_script.main(
-        ["--checkpoint", str(run), f"sources={{text: {source}}}", *options, *overrides]
-    )
+    options = [
+        "progress=false",
+        "eval.max_new_tokens=4",
+        "eval.num_images=0",
+        "eval.on_bad_sample=skip",
+    ]
+    eval_script.main([f"run={run}", f"eval.sources={{text: {source}}}", *options, *overrides])
     return json.loads((run / "eval" / "text.json").read_text())
 
 
@@ -173,12 +175,12 @@ def test_a_source_is_scored_by_the_benchmark_that_it_names(run):
 
 
 def test_a_split_with_secret_references_is_answered_but_not_scored(run):
-    record = evaluate(run, "score=false")
+    record = evaluate(run, "eval.score=false")
     assert record["n"] == 3 and record["tasks"]["textvqa"]["primary"] == "answered"
     assert len(json.loads((run / "eval" / "text.textvqa.submission.json").read_text())) == 3
 
 
 def test_an_unknown_benchmark_is_named_with_the_choices(run, capsys):
     with pytest.raises(SystemExit, match="2"):
-        evaluate(run, "sources.text.benchmark=txtvqa")
+        evaluate(run, "eval.sources.text.benchmark=txtvqa")
     assert "sources.text.benchmark: no benchmark 'txtvqa'; choices: " in capsys.readouterr().err

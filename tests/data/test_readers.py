@@ -388,7 +388,8 @@ def test_every_format_trains_a_step_and_is_scored(tmp_path):
     import yaml
 
     from moa.config import load_config
-    from moa.evaluation.sources import EvalSettings, score_sources
+    from moa.evaluation.settings import with_eval
+    from moa.evaluation.sources import score_sources
     from moa.training.loop import train
     from moa.training.setup import make_accelerator, open_run
     from tests.support.toy import toy_world
@@ -400,6 +401,6 @@ def test_every_format_trains_a_step_and_is_scored(tmp_path):
     assert len(drawn) > 20
     train(run, state)
     assert run.step == 1
-    results = score_sources(run.model, config, EvalSettings(progress=False, max_new_tokens=4))
+    results = score_sources(run.model, with_eval(config, max_new_tokens=4))
     assert {result.name for result in results} == {*CASES} - {"image_folder"}
     assert not any(result.skipped for result in results)

@@ -41,7 +41,7 @@ def test_the_base_is_small_enough_to_lie_in_the_repository():
 def test_the_demos_commands_lead_from_pictures_to_one_adapter_that_plain_peft_loads(tmp_path):
     out, adapter, whole = tmp_path / "run", tmp_path / "adapter", tmp_path / "whole"
     run("train.py", "--config", "configs/demo.yaml", f"out={out}", *SHORT)
-    table = run("eval.py", "--checkpoint", str(out), "num_pictures=2")
+    table = run("eval.py", f"run={out}", "eval.num_images=2")
     assert "grounding" in table
     run("-m", "scripts.merge", f"run={out}", "weights=gates", "rank=sum", f"out={adapter}")
     run("-m", "scripts.merge", f"run={out}", "weights=gates", "merged=true", f"out={whole}")

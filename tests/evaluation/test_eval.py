@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 from data.sources import open_sources
-from moa.benchmarks.catalogue import BENCHMARKS
+from moa.benchmarks.table import BENCHMARKS
 from moa.build import build_model, settled
 from moa.checkpoint import (
     TrainState,
@@ -27,17 +27,17 @@ from moa.checkpoint import (
     write_run_header,
 )
 from moa.cli.settings import load
-from moa.config import SourceConfig, is_file_name, load_config
+from moa.config import EvalConfig, SourceConfig, is_file_name, load_config
 from moa.evaluation.gates_file import read_routing, routing_file
+from moa.evaluation.predict import choose_gates, prompt_collator
 from moa.evaluation.report import routing_record
 from moa.evaluation.result import comparison, paired_difference
-from moa.evaluation.run import choose_gates, evaluate
-from moa.evaluation.sources import EvalSettings, chosen_sources, prompt_collator, score_sources
+from moa.evaluation.run import evaluate
+from moa.evaluation.settings import EvalCommand, chosen_sources, variant_of, with_eval
+from moa.evaluation.sources import score_sources
 from scripts.summary import score_all
 from tests.support.tiny import random_image
 from tests.support.toy import toy_world, write_rows
-
-SETTINGS = EvalSettings(progress=False, max_new_tokens=6, batch_size=5)
 
 
 def make_run(folder: Path, **changes) -> Path:
@@ -64,7 +64,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(run):
     model, _, config = load_model(run)
-    return model, config
+    return model, with_eval(config, max_new_tokens=6, batch_size=5)
 
 
 def refused(capsys, *arguments):
@@ -78,7 +78,7 @@ def refused(capsys, *arguments):
 
 
 def texts(results):
-    return [p.text for result in results for p in result.predictions]
+    return [p.text for result in results for p in result.responses]
 
 
 def test_eval_writes_scores_answers_routing_and_pictures_into_the_run_folder(run, capsys):
@@ -88,8 +88,8 @@ def test_eval_writes_scores_answers_routing_and_pictures_into_the_run_folder(run
             for i in range(9)
         )
     )
-    overrides = ["progress=false", "max_new_tokens=6", "num_pictures=4"]
-    eval_script.main(["--checkpoint", str(run), *overrides])
+    overrides = ["progress=false", "eval.max_new_tokens=6", "eval.num_images=4"]
+    eval_script.main([f"run={run}", *overrides])
     record = json.loads((run / "eval" / "vqa.json").read_text())
     assert record["n"] == 4 and record["num_images"] == 4
     assert record["tasks"]["vqa"]["primary"] == "vqa_accuracy"
@@ -115,21 +115,20 @@ def answers_of(folder: Path) -> list[str]:
 def test_a_run_an_adapter_and_a_plain_checkpoint_are_scored_into_one_table(run, capsys):
     options = [
         "progress=false",
-        "max_new_tokens=6",
-        "num_pictures=0",
-        "num_samples=3",
-        "only=[vqa]",
+        "eval.max_new_tokens=6",
+        "eval.num_images=0",
+        "eval.num_samples=3",
+        "eval.only=[vqa]",
     ]
     adapter = next((run / "checkpoints").glob("step-*/experts/grounding"))
     base = run.parent / "base"
-    models = [f"--checkpoint={path}" for path in (run, adapter, base)]
-    eval_script.main([*models, *options])
+    eval_script.main([f"run={run}", f"models=[{adapter}, {base}]", *options])
     shown = capsys.readouterr().out.split("Scores")[1]
     assert [row in shown for row in ("run", "grounding", "base")] == [True] * 3
     others = run / "others"
-    eval_script.main([f"--checkpoint={run}", "gates=off", *options])
+    eval_script.main([f"run={run}", "eval.gates=off", *options])
     assert answers_of(others / "base" / "eval") == answers_of(run / "eval" / "off")
-    eval_script.main([f"--checkpoint={run}", "gates=grounding", *options])
+    eval_script.main([f"run={run}", "eval.gates=grounding", *options])
     assert answers_of(others / "grounding" / "eval") == answers_of(run / "eval" / "grounding")
     record = json.loads((others / "base" / "eval" / "vqa.json").read_text())
     assert record["checkpoint"] == str(base) and "routing.json" not in {
@@ -138,16 +137,16 @@ def test_a_run_an_adapter_and_a_plain_checkpoint_are_scored_into_one_table(run, 
 
 
 def test_a_plain_checkpoint_is_drawn_without_gates(run):
-    options = ["progress=false", "max_new_tokens=3", "num_samples=1", "num_pictures=1"]
-    eval_script.main([f"--checkpoint={run.parent / 'base'}", f"--like={run}", *options])
+    options = ["progress=false", "eval.max_new_tokens=3", "eval.num_samples=1", "eval.num_images=1"]
+    eval_script.main([f"models=[{run.parent / 'base'}]", f"like={run}", *options])
     assert (run / "others" / "base" / "pictures" / "samples.png").exists()
 
 
 def test_a_checkpoint_may_be_asked_as_a_yaml_file_says(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = run.parent / "run.yaml"
-    options = ["progress=false", "max_new_tokens=3", "num_samples=1", "num_pictures=0"]
-    eval_script.main([f"--checkpoint={run.parent / 'base'}", f"--like={file}", *options])
+    options = ["progress=false", "eval.max_new_tokens=3", "eval.num_samples=1", "eval.num_images=0"]
+    eval_script.main([f"models=[{run.parent / 'base'}]", f"like={file}", *options])
     assert Path("runs/others/base/eval/vqa.json").exists()
     assert not (run.parent / "others").exists()  # nothing beside the file
 
@@ -155,7 +154,7 @@ def test_a_checkpoint_may_be_asked_as_a_yaml_file_says(run, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        (["{base}"], "add --like RUN or --like FILE.yaml"),
+        (["{base}"], "add like=RUN or like=FILE.yaml"),
         (["{base}", "{base}/."], "is given twice"),
         (["{base}/tokenizer.json"], "choices too: an adapter with adapter_config.json"),
         (["no/such/folder"], "neither a run with checkpoints/last"),
@@ -165,58 +164,60 @@ def test_a_model_that_cannot_be_opened_is_one_error_that_says_what_can(
     run, models, message, capsys
 ):
     paths = [path.format(base=run.parent / "base") for path in models]
-    assert message in refused(capsys, *(f"--checkpoint={path}" for path in paths))
+    assert message in refused(capsys, f"models={json.dumps(paths)}")
 
 
 def test_every_setting_is_in_the_help(capsys):
     with pytest.raises(SystemExit):
         eval_script.main(["--help"])
     shown = capsys.readouterr().out
-    assert all(f"\n{name}=" in shown for name in EvalSettings.__dataclass_fields__)
+    keys = [key for key in EvalCommand.__dataclass_fields__ if key != "eval"]
+    keys += [f"eval.{key}" for key in EvalConfig.__dataclass_fields__]
+    assert all(f"\n{key}=" in shown for key in keys)
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("gates=vaq", "choices: router, oracle, uniform, off, vqa, grounding, without:vqa"),
-        ("only=[nothing]", "no data set 'nothing'; choices: vqa, grounding"),
-        ("batchsize=3", "batch_size"),
+        ("eval.gates=vaq", "choices: router, oracle, uniform, off, vqa, grounding, without:vqa"),
+        ("eval.only=[nothing]", "no data set 'nothing'; choices: vqa, grounding"),
+        ("eval.batchsize=3", "batch_size"),
     ],
 )
 def test_a_wrong_setting_is_one_error_with_the_choices(run, argument, message, capsys):
-    assert message in refused(capsys, "--checkpoint", str(run), argument)
+    assert message in refused(capsys, f"run={run}", argument)
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path, capsys):
-    assert str(tmp_path) in refused(capsys, "--checkpoint", str(tmp_path))
+    assert str(tmp_path) in refused(capsys, f"run={tmp_path}")
 
 
 def test_results_that_cannot_be_written_are_one_error_naming_the_folder(tmp_path, capsys):
     run = make_run(tmp_path)
     (run / "eval").write_text("a file in the way")
-    options = ["progress=false", "num_samples=1", "max_new_tokens=1"]
-    assert str(run / "eval") in refused(capsys, "--checkpoint", str(run), *options)
+    options = ["progress=false", "eval.num_samples=1", "eval.max_new_tokens=1"]
+    assert str(run / "eval") in refused(capsys, f"run={run}", *options)
 
 
 def test_only_the_predictions_that_are_drawn_keep_their_pictures(loaded):
     model, config = loaded
-    (result, *_) = score_sources(model, config, replace(SETTINGS, num_pictures=2))
-    kept = [prediction.sample.image is not None for prediction in result.predictions]
+    (result, *_) = score_sources(model, with_eval(config, num_images=2))
+    kept = [prediction.sample.image is not None for prediction in result.responses]
     assert kept == [True, True] + [False] * (len(kept) - 2) and len(kept) > 2
 
 
 def test_batch_size_and_order_change_no_answer(loaded):
     model, config = loaded
-    one = score_sources(model, config, replace(SETTINGS, batch_size=1))
-    many = score_sources(model, config, SETTINGS)
+    one = score_sources(model, with_eval(config, batch_size=1))
+    many = score_sources(model, config)
     assert texts(one) == texts(many) and any(texts(many))
 
 
 def test_answers_are_those_of_generating_one_sample_alone_with_its_gates(loaded):
     model, config = loaded
     collator = prompt_collator(model, config, withhold_task=False)
-    (result, *_) = score_sources(model, config, SETTINGS)
-    for prediction in result.predictions[:2]:
+    (result, *_) = score_sources(model, config)
+    for prediction in result.responses[:2]:
         batch = collator([prediction.sample])
         gates = torch.tensor(prediction.gates)[None]
         ids = model.generate(batch, gates=gates, max_new_tokens=6, do_sample=False)
@@ -226,10 +227,10 @@ def test_answers_are_those_of_generating_one_sample_alone_with_its_gates(loaded)
 
 def test_gates_off_answers_as_the_base_and_one_expert_alone_does_not(loaded):
     model, config = loaded
-    off = score_sources(model, config, replace(SETTINGS, gates="off"))
-    alone = score_sources(model, config, replace(SETTINGS, gates="grounding"))
+    off = score_sources(model, with_eval(config, gates="off"))
+    alone = score_sources(model, with_eval(config, gates="grounding"))
     collator = prompt_collator(model, config, withhold_task=False)
-    batch = collator([p.sample for p in off[0].predictions])
+    batch = collator([p.sample for p in off[0].responses])
     with torch.no_grad(), model.bank.context.disabled():
         ids = model.generate(batch, max_new_tokens=6, do_sample=False)
     base = collator.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -240,7 +241,7 @@ def test_gates_off_answers_as_the_base_and_one_expert_alone_does_not(loaded):
 def test_each_rule_for_gates_gives_the_gates_it_names(loaded):
     model, config = loaded
     collator = prompt_collator(model, config, withhold_task=False)
-    sources = open_sources(chosen_sources(config, SETTINGS), config.data, None)
+    sources = open_sources(chosen_sources(config), config.data, None)
     batch = collator([sources["vqa"][0], sources["grounding"][0]])
     rows = {
         spec: choose_gates(model, batch, spec).gates[:, 0].tolist()
@@ -256,7 +257,7 @@ def test_a_withheld_task_reaches_neither_prompt_nor_router(loaded):
     model, config = loaded
     told = prompt_collator(model, config, withhold_task=False)
     untold = prompt_collator(model, config, withhold_task=True)
-    sample = open_sources(chosen_sources(config, SETTINGS), config.data, None)["vqa"][0]
+    sample = open_sources(chosen_sources(config), config.data, None)["vqa"][0]
     assert told.prompt(sample).startswith("[vqa] ")
     assert untold.prompt(sample).startswith(sample.question)
     assert told([sample]).task_ids.tolist() == [0] and untold([sample]).task_ids.tolist() == [-1]
@@ -270,7 +271,7 @@ def test_held_out_tasks_are_scored_and_get_no_task_id(loaded, tmp_path):
             for r in rows]  # fmt: skip
     path = write_rows(tmp_path / "count.jsonl", rows)
     counted = replace(source, name="count", path=str(path), expert=None)
-    results = score_sources(model, config, replace(SETTINGS, sources={"count": counted}))
+    results = score_sources(model, with_eval(config, sources={"count": counted}))
     assert results[0].tasks["count"][1].primary == "exact_match"
     routing = routing_record(model, config, results)
     assert routing["routing_accuracy"] is None and set(routing["per_task"]) == {"count"}
@@ -293,9 +294,9 @@ def test_samples_that_cannot_be_scored_stop_it_or_are_counted_by_rule(loaded, tm
     )
     bad = replace(source, name="bad", path=str(path), num_samples=None)
     with pytest.raises(ValueError, match="empty answer: vqa needs a reference answer"):
-        score_sources(model, config, replace(SETTINGS, sources={"bad": bad}))
-    skipping = replace(SETTINGS, sources={"bad": bad}, on_bad_sample="skip")
-    record = score_sources(model, config, skipping)[0].record()
+        score_sources(model, with_eval(config, sources={"bad": bad}))
+    skipping = with_eval(config, sources={"bad": bad}, on_bad_sample="skip")
+    record = score_sources(model, skipping)[0].record()
     assert record["n"] == 1 and record["num_skipped"] == 4
     assert record["skipped"] == {"empty answer": 2, "unknown task": 1, "missing image": 1}
     assert any("'dance' is neither" in text for text in record["skipped_samples"])
@@ -307,43 +308,49 @@ def test_a_set_in_which_nothing_can_be_scored_is_an_error(loaded, tmp_path):
     path = write_rows(tmp_path / "none.jsonl", [row])
     gone = replace(config.data.validation["vqa"], name="none", path=str(path))
     with pytest.raises(ValueError, match="none of 1 samples can be scored"):
-        score_sources(
-            model, config, replace(SETTINGS, sources={"none": gone}, on_bad_sample="skip")
-        )
+        score_sources(model, with_eval(config, sources={"none": gone}, on_bad_sample="skip"))
 
 
 def test_token_routed_runs_are_scored_without_a_routing_record(tmp_path, capsys):
     run = make_run(tmp_path, router={"kind": "top_k", "top_k": 2, "granularity": "token"})
-    eval_script.main(["--checkpoint", str(run), "progress=false", "max_new_tokens=3"])
+    eval_script.main([f"run={run}", "progress=false", "eval.max_new_tokens=3"])
     assert not (run / "eval" / "routing.json").exists()
     assert (run / "pictures" / "samples.png").exists()
-    message = refused(capsys, "--checkpoint", str(run), "gates=without:vqa")
+    message = refused(capsys, f"run={run}", "eval.gates=without:vqa")
     assert "routed by itself" in message
 
 
 def test_gates_per_site_are_drawn_by_layer(tmp_path):
     run = make_run(tmp_path, router={"hidden": 8, "per_site": True})
-    eval_script.main(["--checkpoint", str(run), "progress=false", "max_new_tokens=3"])
+    eval_script.main([f"run={run}", "progress=false", "eval.max_new_tokens=3"])
     routing = json.loads((run / "eval" / "routing.json").read_text())
     assert len(routing["per_site"]["vqa"]) == 4  # two layers with two sites each
     assert (run / "pictures" / "gates_by_layer.png").exists()
 
 
 def test_every_variant_of_an_evaluation_has_its_own_folder(run):
-    assert EvalSettings().variant == ""
-    assert EvalSettings(gates="without:vqa", withhold_task=True).variant == "without-vqa_no_task"
-    overrides = ["progress=false", "gates=oracle", "num_samples=1", "num_pictures=0"]
-    eval_script.main(["--checkpoint", str(run), *overrides])
+    assert variant_of(EvalConfig()) == ""
+    changed = EvalConfig(gates="without:vqa", withhold_task=True)
+    assert variant_of(changed) == "without-vqa_no_task"
+    overrides = ["progress=false", "eval.gates=oracle", "eval.num_samples=1", "eval.num_images=0"]
+    eval_script.main([f"run={run}", *overrides])
     assert (run / "eval" / "oracle" / "vqa.json").exists()
 
 
 def test_beams_keep_their_samples_gates(loaded):
     model, config = loaded
     collator = prompt_collator(model, config, withhold_task=False)
-    sources = open_sources(chosen_sources(config, SETTINGS), config.data, None)
-    options = {"name": "vqa", "max_new_tokens": 4, "num_beams": 3, "progress": False}
-    whole = evaluate(model, sources["vqa"], collator, batch_size=4, **options)
-    alone = evaluate(model, sources["vqa"], collator, batch_size=1, **options)
+    sources = open_sources(chosen_sources(config), config.data, None)
+    whole, alone = (
+        evaluate(
+            model,
+            sources["vqa"],
+            collator,
+            EvalConfig(batch_size=size, max_new_tokens=4, num_beams=3),
+            name="vqa",
+        )
+        for size in (4, 1)
+    )
     assert texts([whole]) == texts([alone])
 
 
@@ -353,24 +360,24 @@ def test_every_task_of_the_demo_has_a_benchmark():
     assert set(TASKS) <= set(BENCHMARKS)
 
 
-FAST = ["progress=false", "max_new_tokens=2", "num_pictures=0"]
+FAST = ["progress=false", "eval.max_new_tokens=2", "eval.num_images=0"]
 
 
 @pytest.mark.parametrize(
-    "part", ["only=[vqa]", "num_samples=2", "score=false", "sources={sources}"]
+    "part", ["eval.only=[vqa]", "eval.num_samples=2", "eval.score=false", "eval.sources={sources}"]
 )
 def test_a_part_of_an_evaluation_leaves_the_gates_of_the_whole_one_alone(run, part):
-    eval_script.main([f"--checkpoint={run}", *FAST])
+    eval_script.main([f"run={run}", *FAST])
     file, partial = run / "eval" / "routing.json", run / "eval" / "partial" / "routing.json"
     whole = json.loads(file.read_text())
     assert whole["samples_per_task"] == {"vqa": 4, "grounding": 4}
     assert whole["missing_tasks"] == [] and len(whole["sites"]) == 4
     partial.unlink(missing_ok=True)
     world = json.dumps(toy_world(run.parent)["data"]["sources"])
-    eval_script.main([f"--checkpoint={run}", *FAST, part.format(sources=world)])
+    eval_script.main([f"run={run}", *FAST, part.format(sources=world)])
     assert json.loads(file.read_text()) == whole
     assert json.loads(partial.read_text())["samples_per_task"] != whole["samples_per_task"] or (
-        part == "score=false"
+        part == "eval.score=false"
     )
 
 
@@ -381,7 +388,7 @@ def test_gates_without_a_trained_task_are_not_those_of_the_run(tmp_path, capsys)
     run = make_run(
         tmp_path, data=data, eval={"sources": {"vqa": {**sources["vqa"], "num_samples": 2}}}
     )
-    eval_script.main([f"--checkpoint={run}", *FAST])
+    eval_script.main([f"run={run}", *FAST])
     assert not (run / "eval" / "routing.json").exists()
     report = json.loads((run / "eval" / "partial" / "routing.json").read_text())
     assert report["missing_tasks"] == ["grounding"]
@@ -390,16 +397,16 @@ def test_gates_without_a_trained_task_are_not_those_of_the_run(tmp_path, capsys)
 
 def test_results_are_refused_for_other_weights_data_or_settings(tmp_path, capsys):
     run = make_run(tmp_path)
-    eval_script.main([f"--checkpoint={run}", *FAST])
+    eval_script.main([f"run={run}", *FAST])
     with pytest.raises(ValueError, match=r"vqa.json: was measured with other settings; run"):
         score_all(run, [])  # of answers of 2 tokens
-    eval_script.main([f"--checkpoint={run}", "progress=false", "num_pictures=0"])
+    eval_script.main([f"run={run}", "progress=false", "eval.num_images=0"])
     rows = score_all(run, [])["rows"]
     assert rows["routed experts"]["vqa"] == json.loads((run / "eval/vqa.json").read_text())["score"]
     (run / "eval" / "vqa.jsonl").write_text("")  # as a kill between the two files leaves it
     with pytest.raises(ValueError, match="not of one evaluation"):
         score_all(run, [])
-    eval_script.main([f"--checkpoint={run}", "progress=false", "num_pictures=0"])
+    eval_script.main([f"run={run}", "progress=false", "eval.num_images=0"])
     picture = tmp_path / "2.png"
     random_image(99).save(picture)
     with pytest.raises(ValueError, match="other data"):
@@ -434,24 +441,24 @@ def test_the_oracle_takes_the_expert_of_the_training_source_of_a_name_or_task(lo
     found = {}
     for task in ("vqa", "grounding"):
         sources = load(
-            EvalSettings, None, [("sources", oracle_world(run.parent, expert=None, task=task))]
+            EvalConfig, None, [("sources", oracle_world(run.parent, expert=None, task=task))]
         ).sources
         if task == "grounding":
             (source,) = sources.values()
             sources = {"grounding": replace(source, name="grounding", benchmark="vqa")}
-        (result,) = score_sources(model, config, replace(SETTINGS, sources=sources, gates="oracle"))
-        found[task] = [p.gates[0] for p in result.predictions]
+        (result,) = score_sources(model, with_eval(config, sources=sources, gates="oracle"))
+        found[task] = [p.gates[0] for p in result.responses]
     assert found == {"vqa": [[1.0, 0.0]] * 3, "grounding": [[0.0, 1.0]] * 3}
 
 
 def test_the_oracle_refuses_samples_that_no_expert_is_known_for(loaded, run):
     model, config = loaded
     sources = load(
-        EvalSettings, None, [("sources", oracle_world(run.parent, expert=None, task="count"))]
+        EvalConfig, None, [("sources", oracle_world(run.parent, expert=None, task="count"))]
     ).sources
     with pytest.raises(ValueError, match="3 of 3 samples of count_test have no expert"):
-        score_sources(model, config, replace(SETTINGS, sources=sources, gates="oracle"))
-    score_sources(model, config, replace(SETTINGS, sources=sources))  # the router needs none
+        score_sources(model, with_eval(config, sources=sources, gates="oracle"))
+    score_sources(model, with_eval(config, sources=sources))  # the router needs none
 
 
 def test_a_task_of_ones_own_is_scored_by_exact_match_and_named_so(tmp_path, capsys):
@@ -461,7 +468,7 @@ def test_a_task_of_ones_own_is_scored_by_exact_match_and_named_so(tmp_path, caps
     sources = {"signs": {"format": "jsonl", "path": str(path), "expert": "vqa"}}
     data = {"sources": sources, "validation": sources, "tasks": ["signs"]}
     run = make_run(tmp_path, data=data)
-    eval_script.main([f"--checkpoint={run}", *FAST])
+    eval_script.main([f"run={run}", *FAST])
     assert (
         json.loads((run / "eval/signs.json").read_text())["tasks"]["signs"]["primary"]
         == "exact_match"
@@ -482,7 +489,7 @@ def test_a_model_that_computes_nan_is_an_error_that_names_model_and_sample(tmp_p
         for parameter in parts.get(place, []):
             parameter.fill_(1e36 if place == "logits" else float("nan"))
     save_checkpoint(run, 2, model, config, TrainState(progress={"step": 2}))
-    paths, message = [f"--checkpoint={run}"], ["run", "router", "is not finite"]
+    paths, message = [f"run={run}"], ["run", "router", "is not finite"]
     if place == "logits":
         message = ["error: run: source 'vqa', sample", "the model's logits are not finite"]
     if place == "lora":
@@ -494,7 +501,7 @@ def test_a_model_that_computes_nan_is_an_error_that_names_model_and_sample(tmp_p
         file = adapter / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": float("nan")}))
     if place in ("lora", "alpha"):
-        paths, message = [f"--checkpoint={adapter}", f"--like={run}"], [str(adapter)]
+        paths, message = [f"models=[{adapter}]", f"like={run}"], [str(adapter)]
     shown = refused(capsys, *paths, *FAST)
     assert all(part in shown for part in message), shown
 
@@ -505,7 +512,7 @@ def test_a_model_that_computes_nan_is_an_error_that_names_model_and_sample(tmp_p
 def test_names_of_data_sets_stay_inside_the_run(run, capsys, name):
     sources = {name: toy_world(run.parent)["data"]["sources"]["vqa"]}
     before = sorted(run.parent.rglob("*"))
-    shown = refused(capsys, f"--checkpoint={run}", *FAST, f"sources={json.dumps(sources)}")
+    shown = refused(capsys, f"run={run}", *FAST, f"eval.sources={json.dumps(sources)}")
     assert repr(name) in shown or "name" in shown
     assert sorted(run.parent.rglob("*")) == before
 
@@ -513,7 +520,7 @@ def test_names_of_data_sets_stay_inside_the_run(run, capsys, name):
 def test_two_names_that_one_file_would_have_are_refused(run, capsys):
     source = toy_world(run.parent)["data"]["sources"]["vqa"]
     sources = {"Vqa": source, "vqa": source}
-    shown = refused(capsys, f"--checkpoint={run}", *FAST, f"sources={json.dumps(sources)}")
+    shown = refused(capsys, f"run={run}", *FAST, f"eval.sources={json.dumps(sources)}")
     assert "two data sets have the name" in shown
 
 
@@ -522,20 +529,25 @@ def test_settings_are_checked_for_all_models_before_the_first_is_scored(run, tmp
     other = make_run(tmp_path, eval={"sources": {"vqa": {**vqa, "num_samples": 1}}})
     for file in (run / "eval").glob("*.json"):
         file.unlink()
-    models = [f"--checkpoint={run}", f"--checkpoint={other}"]
-    shown = refused(capsys, *models, *FAST, "only=[grounding]")
+    models = [f"run={run}", f"models=[{other}]"]
+    shown = refused(capsys, *models, *FAST, "eval.only=[grounding]")
     assert "no data set 'grounding'; choices: vqa" in shown and not [*(run / "eval").glob("*.json")]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--checkpoint={run}", "--like={run}"], "--like: has no effect on a run"),
-        (["--checkpoint={run}", "--like=gone.yaml"], "--like gone.yaml: "),
-        (["--checkpoint={base}", "--like=gone.yaml"], "--like gone.yaml: "),
-        (["--checkpoint={run}", "batch_size=0"], "batch_size: must be 1 or more, got 0"),
-        (["--checkpoint={run}", "only=[]"], "only: names no data set"),
-        (["--checkpoint={run}", "device=cuda:99"], "device: no 'cuda:99' on this machine"),
+        (["run={run}", "like={run}"], "like: has no effect on a run"),
+        (["run={run}", "like=gone.yaml"], "like: gone.yaml: "),
+        (["models=[{base}]", "like=gone.yaml"], "like: gone.yaml: "),
+        (["models=[{base}]", "like={run}", "eval.compare=[off]"], "eval.compare: has no effect"),
+        (["run={base}"], "is not a run; name it by models=[...]"),
+        ([], "run: missing"),
+        (["run={run}", "eval.every=5"], "eval.every: has no effect here"),
+        (["run={run}", "batch_size=5"], "batch_size"),
+        (["run={run}", "eval.batch_size=0"], "eval.batch_size: must be 1 or more, got 0"),
+        (["run={run}", "eval.only=[]"], "only: names no data set"),
+        (["run={run}", "device=cuda:99"], "device: no 'cuda:99' on this machine"),
     ],
 )
 def test_an_argument_without_effect_or_meaning_is_refused(run, capsys, arguments, message):
@@ -551,8 +563,8 @@ def test_models_of_one_name_get_labels_that_differ_and_differences_by_question(
     names = ("a: {b}", "lr=0.1,rank=2 #3")
     for name in names:
         shutil.copytree(adapter, tmp_path / name / "soups")
-    models = [f"--checkpoint={tmp_path / name / 'soups'}" for name in names]
-    eval_script.main([*models, f"--like={run}", *FAST, "only=[vqa]"])
+    models = json.dumps([str(tmp_path / name / "soups") for name in names])
+    eval_script.main([f"models={models}", f"like={run}", *FAST, "eval.only=[vqa]"])
     shown = capsys.readouterr().out
     labels = [f"{name}-soups" for name in names]
     assert all(f"{label}: scores" in shown for label in labels)
@@ -563,7 +575,7 @@ def test_models_of_one_name_get_labels_that_differ_and_differences_by_question(
 
 def test_results_of_the_same_weights_data_and_settings_are_reused(tmp_path, capsys):
     run = make_run(tmp_path)
-    models = [f"--checkpoint={run}", "compare=[off]", *FAST]
+    models = [f"run={run}", "eval.compare=[off]", *FAST]
     eval_script.main(models)
     table = capsys.readouterr().out.split("Scores in per cent")[1]
     file = run / "eval" / "vqa.json"
@@ -576,8 +588,8 @@ def test_results_of_the_same_weights_data_and_settings_are_reused(tmp_path, caps
     (run / "eval" / "off" / "vqa.jsonl").write_text("")
     for change, reused in (
         ([], None),
-        (["max_new_tokens=3"], None),
-        (["max_new_tokens=3"], "vqa, gr"),
+        (["eval.max_new_tokens=3"], None),
+        (["eval.max_new_tokens=3"], "vqa, gr"),
     ):
         eval_script.main([*models, "reuse=true", *change])
         assert (f"run: router: results of {reused}" in capsys.readouterr().out) is (
@@ -635,20 +647,20 @@ PLAIN = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(m
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.dictionaries(
-        st.sampled_from(sorted(EvalSettings.__dataclass_fields__)),
+        st.sampled_from(sorted(EvalConfig.__dataclass_fields__)),
         PLAIN | st.lists(PLAIN | st.dictionaries(st.just("name"), PLAIN), max_size=2),
         max_size=3,
     )
 )
 def test_any_settings_are_taken_or_refused_in_one_line(given_settings):
     try:
-        found = load(EvalSettings, None, list(given_settings.items()))
+        found = load(EvalConfig, None, list(given_settings.items()))
     except ValueError as error:
         assert "\n" not in str(error) and any(
             key in str(error) for key in (*given_settings, "data.")
         )
     else:
-        assert found.num_beams is None or found.num_beams >= 1
+        assert found.num_beams >= 1
 
 
 def test_a_run_whose_base_has_changed_is_scored_on_request_alone(tmp_path, capsys):
@@ -656,6 +668,6 @@ def test_a_run_whose_base_has_changed_is_scored_on_request_alone(tmp_path, capsy
     file = tmp_path / "base" / "model.safetensors"
     tensors = load_file(file)
     save_file({key: 1.05 * tensor for key, tensor in tensors.items()}, file, {"format": "pt"})
-    assert "other_base=true" in refused(capsys, f"--checkpoint={run}", *FAST)
-    eval_script.main([f"--checkpoint={run}", *FAST, "other_base=true"])
+    assert "other_base=true" in refused(capsys, f"run={run}", *FAST)
+    eval_script.main([f"run={run}", *FAST, "other_base=true"])
     assert (run / "eval" / "vqa.json").exists()

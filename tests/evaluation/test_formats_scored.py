@@ -1,27 +1,26 @@
 """From files as their authors publish them to scores and submissions, each by its own benchmark."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
-from moa.benchmarks.catalogue import BENCHMARKS, BY_FORMAT
+from moa.benchmarks.table import BENCHMARKS, BY_FORMAT
 from moa.checkpoint import load_model
 from moa.config import SourceConfig
 from moa.evaluation.report import write_results
-from moa.evaluation.sources import EvalSettings, score_sources
+from moa.evaluation.settings import with_eval
+from moa.evaluation.sources import score_sources
 from tests.data.test_readers import PATHS
 from tests.evaluation.test_eval import make_run
 from tests.support.formats import CASES
 
-SETTINGS = EvalSettings(progress=False, max_new_tokens=2)
 NEEDS_JAVA = "coco_captions"  # METEOR loads its tables for ten seconds
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     model, _, config = load_model(make_run(tmp_path_factory.mktemp("world")))
-    return model, config
+    return model, with_eval(config, max_new_tokens=2)
 
 
 def slow(name):
@@ -37,7 +36,8 @@ def test_a_published_file_is_asked_scored_and_handed_in(name, loaded, tmp_path, 
     CASES[name].write(folder)
     paths = {key: str(folder / given[key]) for key in PATHS if given.get(key)}
     source = SourceConfig(name="set", format=name, **given | paths)
-    results = score_sources(*loaded, replace(SETTINGS, sources={"set": source}))
+    model, config = loaded
+    results = score_sources(model, with_eval(config, sources={"set": source}))
     write_results(tmp_path / "eval", results, [source], {})
     record = json.loads((tmp_path / "eval" / "set.json").read_text())
     assert list(record["tasks"]) == [BY_FORMAT[name]] and record["n"] == CASES[name].count

@@ -14,6 +14,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models import registry_v2
 
 from moa.evaluation.lmms_eval import Moa, Options
+from moa.evaluation.predict import load, predict
 from tests.evaluation.test_eval import make_run
 
 GROUP = "lmms_eval.models"
@@ -49,23 +50,16 @@ def harnessed(monkeypatch, arguments: str) -> Moa:
 
 
 def test_the_entry_point_gives_a_model_that_answers_as_the_run_itself(run, monkeypatch):
-    model = harnessed(monkeypatch, f"checkpoint={run},task=vqa,batch_size=2")
+    model = harnessed(monkeypatch, f"run={run},task=vqa,batch_size=2")
     asked = [request(0, "<image> what is this?", max_new_tokens=6),
              request(1, "how many?", max_new_tokens=6),
              request(0, "how many?", max_new_tokens=3)]  # fmt: skip
-    batch = model.collator([model.sample(asked[0])])
-    ids = model.model.generate(batch, max_new_tokens=6, do_sample=False)
-    alone = model.collator.processor.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    image, question = model.pair(asked[0])
+    assert question == "what is this?"
+    alone = predict(load(run), image, question, "vqa", max_new_tokens=6).answer
     answers = model.generate_until(asked)
     assert len(answers) == 3 and answers[0] == alone
-    assert model.collator.prompt(batch.samples[0]) == "[vqa] what is this?"
     assert model.generate_until(asked[1:2]) == answers[1:2]  # alone as in a batch
-
-
-def test_without_a_task_the_run_is_told_none(run, monkeypatch):
-    model = harnessed(monkeypatch, f"checkpoint={run}")
-    batch = model.collator([model.sample(request(0, "what?"))])
-    assert batch.task_ids.tolist() == [-1] and model.collator.prompt(batch.samples[0]) == "what?"
 
 
 def test_stop_words_cut_the_answer():
@@ -84,11 +78,11 @@ def test_options_that_would_have_no_effect_are_refused(options, message):
 
 def test_what_a_run_cannot_answer_is_said(run, monkeypatch):
     with pytest.raises(ValueError, match="task=dance: unknown; choices: vqa, grounding"):
-        harnessed(monkeypatch, f"checkpoint={run},task=dance")
-    model = harnessed(monkeypatch, f"checkpoint={run}")
+        harnessed(monkeypatch, f"run={run},task=dance")
+    model = harnessed(monkeypatch, f"run={run}")
     with pytest.raises(ValueError, match="no likelihoods"):
         model.loglikelihood([])
     several = Instance("generate_until", ("what?", {}, lambda doc: [], 0, "toy", "test"), 0,
                        {"task": "toy", "doc_id": 0, "repeats": 1})  # fmt: skip
-    with pytest.raises(ValueError, match="reads one picture a question"):
-        model.sample(several)
+    with pytest.raises(ValueError, match="reads one image a question"):
+        model.pair(several)

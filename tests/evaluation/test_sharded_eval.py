@@ -71,8 +71,13 @@ def test_two_processes_write_what_one_writes(tmp_path):
     torch.set_num_threads(1)  # as torchrun's processes have
     run, clip = llava_run(tmp_path / "llava"), clip_run(tmp_path / "clip")
     base = run.parent / "base"
-    options = ["device=cpu", "on_bad_sample=skip", "max_new_tokens=6", "num_pictures=3"]
-    arguments = [*(f"--checkpoint={path}" for path in (run, base, clip)), *options]
+    options = [
+        "device=cpu",
+        "eval.on_bad_sample=skip",
+        "eval.max_new_tokens=6",
+        "eval.num_images=3",
+    ]
+    arguments = [f"run={run}", f"models=[{base}, {clip}]", *options]
     eval_script.main(arguments)
     expected = [files_of(run), files_of(clip)]
     assert {"eval/bad.jsonl", "eval/off/vqa.json", "others/base/eval/grounding.json",
@@ -93,11 +98,17 @@ def test_two_processes_write_what_one_writes(tmp_path):
 
 def test_a_bad_sample_ends_both_processes_with_the_error_of_one(tmp_path, capsys):
     run = llava_run(tmp_path)
-    options = ["device=cpu", "only=[bad]", "num_pictures=0", "max_new_tokens=2", "batch_size=1"]
+    options = [
+        "device=cpu",
+        "eval.only=[bad]",
+        "eval.num_images=0",
+        "eval.max_new_tokens=2",
+        "eval.batch_size=1",
+    ]
     with pytest.raises(SystemExit, match="2"):
-        eval_script.main([f"--checkpoint={run}", *options])
+        eval_script.main([f"run={run}", *options])
     one = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "'dance' is neither one of the run's tasks nor a benchmark" in one[0]
-    two = torchrun(f"--checkpoint={run}", *options)
+    two = torchrun(f"run={run}", *options)
     assert two.returncode == 1
     assert [line for line in two.stderr.splitlines() if line.startswith("error:")] == one

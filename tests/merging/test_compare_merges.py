@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from data.sample import Sample
-from moa.benchmarks.scores import Prediction, Scores
+from moa.benchmarks.scores import Response, Scores
 from moa.config import DataConfig, ExpertConfig, RunConfig, SourceConfig
 from moa.evaluation.result import Result
 from scripts.compare_merges import markdown, trained_sets
@@ -35,7 +35,7 @@ def result(name, **sample):
     made = Sample(
         id="1", task="vqa", question="q", answers=("a",), source=name, image_id="1", image=None
     )
-    prediction = Prediction(sample=replace(made, **sample), text="a")
+    prediction = Response(sample=replace(made, **sample), text="a")
     return Result(
         name=name, tasks={"vqa": ([prediction], Scores(primary="x", values={"x": [1.0]}))}
     )

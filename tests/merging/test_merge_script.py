@@ -464,7 +464,7 @@ def test_gates_that_were_not_measured_on_all_of_these_weights_are_refused(
     options = [f"run={world}/sample", "weights=gates", f"routing={tmp_path}/routing.json"]
     shown = refused(capsys, *options, f"out={tmp_path / 'out'}")
     assert message in shown and not (tmp_path / "out").exists()
-    assert "run `python eval.py --checkpoint" in shown or "name them in eval.sources" in shown
+    assert "run `python eval.py run=" in shown or "name them in eval.sources" in shown
 
 
 def test_folders_of_one_name_become_different_experts(world, tmp_path):

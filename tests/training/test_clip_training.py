@@ -278,7 +278,7 @@ def test_every_stage_trains_and_a_saved_run_loads_as_it_was(kind, runs):
 
 
 def test_eval_scores_classes_and_retrieval_side_by_side(kind, runs, capsys):
-    eval_script.main(["--checkpoint", str(runs[kind]), "progress=false", "num_pictures=0"])
+    eval_script.main([f"run={runs[kind]}", "progress=false", "eval.num_images=0"])
     shown = capsys.readouterr().out
     assert "run: off" in shown and "text_to_image" in shown
     record = json.loads((runs[kind] / "eval" / "photos.json").read_text())

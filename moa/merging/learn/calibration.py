@@ -20,9 +20,9 @@ from data.sample import Sample
 from data.sources import make_collator, open_sources
 from moa.build import build_model
 from moa.checkpoint import CONFIG, load_strictly, load_tensors, step_folder, verify
-from moa.config import RunConfig, load_config
+from moa.config import EvalConfig, RunConfig, load_config
+from moa.evaluation.predict import prompt_collator
 from moa.evaluation.run import evaluate
-from moa.evaluation.sources import prompt_collator
 from moa.files.peft import site_keys
 from moa.merging.adapters import Expert
 from moa.merging.export.export import adapter_config
@@ -153,11 +153,12 @@ def benchmark_score(
             model,
             samples,
             data.prompts,
+            EvalConfig(
+                gates=expert,
+                batch_size=config.eval.batch_size,
+                max_new_tokens=config.eval.max_new_tokens,
+            ),
             name=name,
-            gates=expert,
-            batch_size=config.eval.batch_size,
-            max_new_tokens=config.eval.max_new_tokens,
-            progress=False,
         )
         for name, samples in data.samples.items()
     ]

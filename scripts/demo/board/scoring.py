@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,12 +17,12 @@ from data.world.scene_dataset import TRAINED_TASKS
 from moa.analysis.routing import leave_one_out
 from moa.build import build_model, only_adapter
 from moa.checkpoint import git_commit, load_model, pointed, step_folder, weights_fingerprint
-from moa.config import RunConfig
+from moa.config import EvalConfig, RunConfig
 from moa.evaluation.fingerprints import digest
+from moa.evaluation.predict import prompt_collator
 from moa.evaluation.report import routing_record, write_routing
 from moa.evaluation.result import Result
 from moa.evaluation.run import evaluate
-from moa.evaluation.sources import prompt_collator
 from moa.files.atomic import write_file, write_json
 from moa.model import MixtureModel
 from moa.parts import PARTS
@@ -68,28 +69,14 @@ def score_row(plan: Plan, row: str, ocr: OcrCache) -> dict[str, Any]:
     model, config, gates = open_row(plan, row)
     withheld = row == "router_no_prefix"
     by_column = {
-        name: [
-            evaluate(
-                model,
-                dataset,
-                prompt_collator(model, config, withhold_task=withheld or column.withhold_task),
-                name=name,
-                gates=gates,
-                batch_size=64,
-                max_new_tokens=config.eval.max_new_tokens,
-                progress=False,
-            )
-            for dataset in column.datasets(plan.num_samples, ocr)
-        ]
-        for name, column in plan.columns.items()
+        name: score_column(plan, name, model, config, ocr, gates, withheld) for name in plan.columns
     }
-    scores = {
-        name: mean(r.score["value"] or 0.0 for r in found) for name, found in by_column.items()
-    }
+    scores = {name: mean_score(found) for name, found in by_column.items()}
+    results = [result for found in by_column.values() for result in found]
     record: dict[str, Any] = {
         "columns": {"trained_mean": mean(scores[task] for task in TRAINED_TASKS), **scores},
         "adapter_parameters": sum(p.numel() for p in adapter_parameters(model, gates)),
-        "tokens_per_second": tokens_per_second(by_column),
+        "tokens_per_second": sum(r.num_tokens for r in results) / sum(r.seconds for r in results),
     }
     if row in EVIDENCE or row == "router_no_prefix":
         trained = [r for task in (*TRAINED_TASKS, "line") for r in by_column[task]]
@@ -98,8 +85,36 @@ def score_row(plan: Plan, row: str, ocr: OcrCache) -> dict[str, Any]:
         step = step_folder(plan.folder / row)
         about = {"checkpoint": str(step), "weights": weights_fingerprint(step)}
         write_routing(plan.folder / row / "eval", record["routing"], True, about)  # for the merges
-        record["lost_without"] = worth_of_experts(plan, model, config, ocr)
+        half = replace(plan, num_samples=plan.num_samples // 2)
+
+        def score(expert: str | None) -> dict[str, float]:
+            rule = "router" if expert is None else f"without:{expert}"
+            tasks = (*TRAINED_TASKS, "line")
+            return {t: mean_score(score_column(half, t, model, config, ocr, rule)) for t in tasks}
+
+        record["lost_without"] = leave_one_out(score, model.bank.names)
     return record
+
+
+def score_column(
+    plan: Plan,
+    name: str,
+    model: MixtureModel,
+    config: RunConfig,
+    ocr: OcrCache,
+    gates: str,
+    withheld: bool = False,
+) -> list[Result]:
+    """The results on the data sets of a column."""
+    column, length = plan.columns[name], config.eval.max_new_tokens
+    settings = EvalConfig(gates=gates, batch_size=64, max_new_tokens=length, num_images=0)
+    collator = prompt_collator(model, config, withhold_task=withheld or column.withhold_task)
+    datasets = column.datasets(plan.num_samples, ocr)
+    return [evaluate(model, dataset, collator, settings, name=name) for dataset in datasets]
+
+
+def mean_score(results: Sequence[Result]) -> float:
+    return mean(result.score["value"] or 0.0 for result in results)
 
 
 def open_row(plan: Plan, row: str) -> tuple[MixtureModel, RunConfig, str]:
@@ -116,31 +131,6 @@ def adapter_parameters(model: MixtureModel, gates: str) -> list[torch.nn.Paramet
         return []
     parts = ("experts", "router") if gates == "router" else ("experts",)
     return [p for part in parts for p in PARTS[part].parameters(model).values()]
-
-
-def tokens_per_second(by_column: dict[str, list[Result]]) -> float:
-    results = [result for found in by_column.values() for result in found]
-    return sum(r.num_tokens for r in results) / sum(r.seconds for r in results)
-
-
-def worth_of_experts(
-    plan: Plan, model: MixtureModel, config: RunConfig, ocr: OcrCache
-) -> dict[str, dict[str, float]]:
-    """Expert -> task -> what the task's score loses when that expert is taken away."""
-    collator = prompt_collator(model, config, withhold_task=False)
-
-    def score(expert: str | None) -> dict[str, float]:
-        gates, found = "router" if expert is None else f"without:{expert}", {}
-        for task in (*TRAINED_TASKS, "line"):
-            dataset = plan.columns[task].datasets(plan.num_samples // 2, ocr)[0]
-            result = evaluate(
-                model, dataset, collator, name=task, gates=gates, batch_size=64,
-                max_new_tokens=config.eval.max_new_tokens, progress=False,
-            )  # fmt: skip
-            found[task] = float(result.score["value"] or 0.0)
-        return found
-
-    return leave_one_out(score, model.bank.names)
 
 
 def merge(plan: Plan, row: str) -> Path:
@@ -164,8 +154,8 @@ def engine_of(config: RunConfig) -> RapidOcr:
     return RapidOcr(min_confidence=config.data.ocr_min_confidence)
 
 
-def read_pictures(plan: Plan, num_workers: int) -> None:
-    """Read every picture of every column once, before the seeds share the cache."""
+def read_images(plan: Plan, num_workers: int) -> None:
+    """Read every image of every column once, before the seeds share the cache."""
     config = plan.config()
     if not plan.ocr_file.is_file() and config.data.ocr_cache:
         write_file(plan.ocr_file, (ROOT / config.data.ocr_cache).read_bytes())

@@ -55,7 +55,7 @@ def train(plan: Plan, row: str, *overrides: str) -> None:
     if done.is_file():
         if done.read_text() != wanted:
             raise ValueError(
-                f"{out}: was trained with other settings or on another base; use another --out, or delete "
+                f"{out}: was trained with other settings or on another base; use another `out`, or delete "
                 "the folder to train it again"
             )
         return

@@ -1,0 +1,254 @@
+"""One answer: model, image, question -> text, box, gates. The evaluation, lmms-eval and pages answer by this.
+
+from moa.evaluation.predict import load, predict
+
+model = load("runs/demo")
+found = predict(model, "street.png", "what is written on the sign?", task="ocr_vqa")
+found.answer    # "exit"
+found.gates     # {"vqa": 0.04, "ocr_vqa": 0.93, ...}
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL.Image import Image, fromarray
+
+from data.batch import Batch
+from data.checks import name_of
+from data.collate import Collator
+from data.images import open_image
+from data.ocr import OcrCache
+from data.sample import Box, Sample
+from data.sources import make_collator, open_ocr
+from moa.benchmarks.scores import Response
+from moa.config import RunConfig
+from moa.evaluation.models import find_models, open_model, pick_device
+from moa.evaluation.settings import check_gates
+from moa.model import Gates, MixtureModel
+from moa.routing.gating import one_hot_gates
+
+ImageLike = Any  # a path, a PIL image, or an array [height, width, 3] of bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The answer's text, the box in it (pixels of the given image), and each expert's gate.
+
+    A gate is the mean over the wrapped layers; `gates` is None where every token has its own.
+    """
+
+    answer: str
+    box: Box | None
+    gates: dict[str, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model with the config that its prompt comes from, and its OCR."""
+
+    network: MixtureModel
+    config: RunConfig
+    ocr: OcrCache | None
+
+
+def load(run: str | Path, *, like: str | Path | None = None, device: str = "auto") -> LoadedModel:
+    """The model of a run or step folder, or of an adapter or checkpoint with the prompt of the run `like`."""
+    (model,) = find_models([str(run)], None if like is None else str(like))
+    network = open_model(model, pick_device(device))
+    return LoadedModel(network=network, config=model.config, ocr=open_ocr(model.config.data))
+
+
+def predict(
+    model: LoadedModel, image: ImageLike, question: str, task: str | None = None, **options: Any
+) -> Prediction:
+    """The answer to one question about one image; the options are those of `predict_batch`."""
+    return predict_batch(model, [(image, question)], task, **options)[0]
+
+
+def predict_batch(
+    model: LoadedModel,
+    pairs: Sequence[tuple[ImageLike, str]],
+    task: str | None = None,
+    *,
+    gates: str = "router",
+    max_new_tokens: int | None = None,
+    num_beams: int | None = None,
+) -> list[Prediction]:
+    """Answers to (image, question) pairs of one task; without a task neither prompt nor router gets one.
+
+    `gates` is a rule as in `eval.gates`, but for the oracle; lengths are by default those of the run's `eval`.
+    """
+    network, settings = model.network, model.config.eval
+    network.answering()  # refuses a CLIP
+    if task is not None and task not in model.config.data.tasks:
+        raise ValueError(f"task={task}: unknown; choices: {', '.join(model.config.data.tasks)}")
+    check_gates(gates, network.bank.names, network.routing.granularity)
+    if gates == "oracle":
+        raise ValueError("gates=oracle: a question alone names no expert; name one: gates=NAME")
+    if not pairs:
+        return []
+    collator = prompt_collator(network, model.config, withhold_task=task is None)
+    samples = [sample_of(model, pair, task or "", f"{i}") for i, pair in enumerate(pairs)]
+    responses, _ = respond(
+        network,
+        collator,
+        collator(samples),
+        gates,
+        max_new_tokens=max_new_tokens or settings.max_new_tokens,
+        num_beams=num_beams or settings.num_beams,
+    )
+    return [prediction_of(network, collator, response) for response in responses]
+
+
+def sample_of(model: LoadedModel, pair: tuple[ImageLike, str], task: str, sample_id: str) -> Sample:
+    image, question = read_image(pair[0]), pair[1]
+    return Sample(
+        id=sample_id,
+        image_id=sample_id,
+        image=image,
+        question=question,
+        answers=(),
+        task=task,
+        source="predict",
+        ocr=model.ocr(image) if model.ocr is not None else None,
+    )
+
+
+def read_image(image: ImageLike) -> Image:
+    """The image as RGB; ValueError for a file that is missing or broken, and for another kind of array."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            found = f"{image.dtype} of shape {image.shape}"
+            raise ValueError(f"image: an array must be uint8 [height, width, 3], got {found}")
+        image = fromarray(image)
+    if isinstance(image, str):
+        image = Path(image)
+    if not isinstance(image, Path | Image):
+        raise ValueError(
+            f"image: must be a path, a PIL image or an array, got {type(image).__name__}"
+        )
+    return open_image(image, "image")
+
+
+def prediction_of(network: MixtureModel, collator: Collator, response: Response) -> Prediction:
+    box, gates = response.box, None
+    if collator.codec is not None:
+        box = collator.codec.decode(response.text, collator.geometry(response.sample))
+    if response.gates is not None:
+        means = (sum(column) / len(response.gates) for column in zip(*response.gates, strict=True))
+        gates = dict(zip(network.bank.names, means, strict=True))
+    return Prediction(answer=response.text, box=box, gates=gates)
+
+
+# -- What the evaluation shares --------------------------------------------------------------------
+
+
+def prompt_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bool) -> Collator:
+    """The run's own prompts, for generation; held-out tasks are allowed."""
+    return make_collator(
+        config,
+        model.backbone.intake,
+        for_generation=True,
+        withhold_task=withhold_task,
+        allow_unknown_tasks=True,
+    )
+
+
+@torch.no_grad()
+def respond(
+    model: MixtureModel,
+    collator: Collator,
+    batch: Batch,
+    gates: str,
+    *,
+    max_new_tokens: int,
+    num_beams: int,
+) -> tuple[list[Response], int]:
+    """Generate an answer to every sample of a batch, and count its tokens.
+
+    The gates are decided once, from the prompt, and hold for the whole answer. ValueError for NaN or
+    infinity in logits or gates.
+    """
+    logits, tokenizer = FiniteLogits(), collator.processor.tokenizer
+    batch = batch.to(next(model.parameters()).device)
+    ids, decided = model.answering().generate_routed(
+        batch,
+        **gate_rule(model, batch, gates),
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        logits_processor=[logits],
+    )
+    if logits.finite is not None:
+        check_finite(batch.samples, "logits", logits.finite.view(len(batch), -1))
+    if decided.gates is not None:
+        check_finite(batch.samples, "gates", decided.gates.isfinite())
+    num_tokens = int((ids != tokenizer.pad_token_id).sum())
+    return [*responses_of(batch.samples, ids, decided.gates, collator)], num_tokens
+
+
+def responses_of(
+    samples: Sequence[Sample], ids: torch.Tensor, gates: torch.Tensor | None, collator: Collator
+) -> Iterator[Response]:
+    texts = collator.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    rows = [None] * len(samples)
+    if gates is not None and gates.shape[-1]:  # a base has no experts
+        rows = gates.float().cpu().tolist()
+    for sample, text, row in zip(samples, texts, rows, strict=True):
+        box = collator.box_codec.decode(text, collator.geometry(sample)) if sample.boxes else None
+        yield Response(sample=sample, text=text.strip(), box=box, gates=row)
+
+
+class FiniteLogits:
+    """A logits processor that changes nothing, and records which rows had a finite largest logit.
+
+    The largest is NaN or infinity where any is; processors before it may forbid tokens by -infinity.
+    """
+
+    def __init__(self) -> None:
+        self.finite: torch.Tensor | None = (
+            None  # [rows]; on the device, so that nothing waits for it
+        )
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        finite = scores.amax(-1).isfinite()
+        self.finite = finite if self.finite is None else self.finite & finite
+        return scores
+
+
+def check_finite(samples: Sequence[Sample], what: str, finite: torch.Tensor) -> None:
+    """ValueError naming the first sample with a False among its entries [sample, ...]."""
+    whole = finite.flatten(1).all(1).tolist()
+    if bad := [sample for sample, good in zip(samples, whole, strict=True) if not good]:
+        raise ValueError(
+            f"{name_of(bad[0])}: the model's {what} are not finite (NaN or infinity), so it has no answer; "
+            "check its weights, its scaling and model.dtype"
+        )
+
+
+def choose_gates(model: MixtureModel, batch: Batch, rule: str) -> Gates:
+    """The gates of a batch by the rule of `eval.gates`."""
+    found = gate_rule(model, batch, rule)
+    return model.compute_gates(batch, override=found.get("gates"), available=found.get("available"))
+
+
+def gate_rule(model: MixtureModel, batch: Batch, rule: str) -> dict[str, torch.Tensor]:
+    """The `gates` to use, or the experts `available` to the router, as a model takes them; or neither."""
+    names, device = model.bank.names, batch.input_ids.device
+    if rule == "router":
+        return {}
+    if rule.startswith("without:"):
+        left = torch.tensor([name != rule.removeprefix("without:") for name in names])
+        return {"available": left.to(device)}
+    if rule == "oracle":
+        return {"gates": one_hot_gates(batch.expert_ids, len(names))}
+    weights = {
+        "uniform": [1.0 / len(names) for _ in names],
+        "off": [0.0] * len(names),
+    }.get(rule, [float(name == rule) for name in names])
+    return {"gates": torch.tensor(weights, device=device).expand(len(batch), -1)}
