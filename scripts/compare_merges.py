@@ -80,11 +80,7 @@ def compare(settings: CompareConfig, console: Console) -> None:
     step = step_folder(settings.run)
     model, _, config = load_model(settings.run, "cpu")
     ocr, trained = open_ocr(config.data), set[str]()
-    shown: dict[str, Any] = {
-        "num_images": 0,
-        "num_samples": settings.num_samples,
-        "progress": False,
-    }
+    shown = {"num_images": 0, "num_samples": settings.num_samples}
 
     def scores_of(model: Any, config: Any, gates: str = "router") -> dict[str, float]:
         results = score_sources(model, with_eval(config, gates=gates, **shown), ocr)
