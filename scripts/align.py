@@ -48,7 +48,7 @@ def run_align(settings: AlignConfig, console: Console) -> None:
     from moa.files.atomic import atomic_folder, write_json
     from moa.merging.align.alignment import align, check_pair
     from moa.merging.align.clip import check_same, cosine, match, similarities, spec_of
-    from moa.merging.export.export import REPORT_FILE, check_out
+    from moa.merging.export.folder import REPORT_FILE, check_out
 
     if settings.model is None or settings.to is None or settings.out is None:
         raise ValueError("model, to, out: each names a folder")
@@ -110,7 +110,7 @@ def load_clip(folder: str | Path) -> Any:
 def write_clip(out: Path, model: Any, like: str) -> None:
     """A checkpoint with the processor and other files of the folder `like`."""
     from moa.files.checkpoint_files import local_base
-    from moa.merging.export.export import copy_other_files
+    from moa.merging.export.folder import copy_other_files
 
     copy_other_files(local_base(like), out, None)
     model.save_pretrained(out)

@@ -150,7 +150,7 @@ def check_settings(settings: LearnConfig) -> dict[str, Any]:
     find_method(settings.merge)
     check_options(settings.merge, settings.merge_options)
     if learner.makes_experts:
-        from moa.merging.export.export import check_out
+        from moa.merging.export.folder import check_out
 
         check_out(str(settings.out))
     elif not str(settings.out).endswith(".json"):

@@ -40,7 +40,7 @@ def run_merge(settings: PartsConfig, console: Console) -> None:
     from moa.checkpoint import save_tensors
     from moa.files.atomic import atomic_folder, write_json
     from moa.merging.checkpoints.parts import merge_parts, read_parts
-    from moa.merging.export.export import REPORT_FILE, check_out
+    from moa.merging.export.folder import REPORT_FILE, check_out
 
     if settings.out is None:
         raise ValueError("out: names no folder")

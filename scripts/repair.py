@@ -37,7 +37,7 @@ def run_repair(settings: RepairConfig, console: Console) -> None:
     from moa.files.atomic import atomic_folder, write_json
     from moa.merging.align.activations import repair
     from moa.merging.align.clip import run_clip
-    from moa.merging.export.export import REPORT_FILE, check_out
+    from moa.merging.export.folder import REPORT_FILE, check_out
 
     if settings.model is None or settings.data is None or settings.out is None:
         raise ValueError("model, data, out: each names a file or folder")

@@ -30,12 +30,12 @@ from moa.merging.adapters import (
 )
 from moa.merging.export.export import (
     Verify,
-    check_out,
     export_adapter,
     export_checkpoint,
     rows_of,
     stored_dtype,
 )
+from moa.merging.export.folder import check_out
 from moa.merging.export.probe import probe_of_noise, probe_of_run
 from moa.merging.export.verify import make_verify
 from moa.merging.merge import MergedSite, run_plan
@@ -68,14 +68,20 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
     """
     find_method(settings.method, settings.space)
     check_options(settings.method, settings.options)
-    out = check_inputs(settings)
-    source = open_source(settings.adapters, settings.run, settings.base, settings.projector)
+    if settings.out is None:
+        raise ValueError("out: names no folder")
+    if not settings.adapters and settings.run is None:
+        raise ValueError("adapters, run: give one of the two")
+    if settings.run is None:
+        source = open_folders(settings.adapters, settings.base, settings.projector)
+    else:
+        source = open_run(settings.run, settings.base)
     if source.projector and not settings.merged:
         raise ValueError(
             f"run: {settings.run} trained its projector, which no LoRA adapter can hold; use "
             "merged=true, or name its experts by adapters="
         )
-    check_out(out, source.folders)
+    check_out(settings.out, source.folders)
     check_values(source.experts)
     if settings.base is None:
         check_base_names(source.experts)
@@ -92,14 +98,14 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
         match_sites(all_shapes(source.experts), read_base(source.base()))
     warn_of_factors(plan, console)
     kept = torch.float32 if settings.merged else stored_dtype(source.experts, settings.dtype)
-    with open_spool(Path(out).parent, kept) as spool:
+    with open_spool(Path(settings.out).parent, kept) as spool:
         with progress_bar("merging", len(plan.sites), console) as advance:
             merged = run_plan(plan, keep=spool.keep, on_site=advance)
         summary = summarise(source.experts, merged)
         console.print(*summary_tables(summary), sep="\n")
         card = card_of(source, merged, settings)
         if to_open_clip and settings.merged:
-            line = merge_into_open_clip(out, source, merged, summary["total"], card)
+            line = merge_into_open_clip(settings.out, source, merged, summary["total"], card)
             return console.print(line, soft_wrap=True)
         verify = None
         if settings.verify:
@@ -107,22 +113,7 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
             counts = settings.num_probes, settings.new_tokens
             verify = prepare_verify(source, sum_gates(plan), exact, *counts)
         report = export(settings, source, merged, summary, card, verify)
-    console.print(*report_lines(report, Path(out)), sep="\n", soft_wrap=True)
-
-
-def check_inputs(settings: MergeExperts) -> str:
-    """The folder to write; ValueError where it, or what is merged, is not named."""
-    if settings.out is None:
-        raise ValueError("out: names no folder")
-    if not settings.adapters and settings.run is None:
-        raise ValueError("adapters, run: give one of the two")
-    return settings.out
-
-
-def open_source(
-    adapters: Sequence[str], run: str | None, base: str | None, projector: str | None
-) -> Source:
-    return open_folders(adapters, base, projector) if run is None else open_run(run, base)
+    console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
 
 
 def check_values(experts: Sequence[Expert]) -> None:

@@ -31,9 +31,6 @@ def parse_weights(raw: Any, names: Sequence[str]) -> Weights | None:
             f"weights: must be a list [1,1], a mapping {{NAME: 1}}, '{GATES}', '{GATES}:TASK' or "
             f"FILE.json, got {raw!r}"
         )
-    for name, value in raw.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"weights.{name}: must be a number, got {value!r}")
     return dict(raw)
 
 
@@ -44,8 +41,8 @@ def is_weights_file(raw: Any) -> bool:
 def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
     """The weights of a file that scripts.learn_weights wrote: by expert, or by site and expert.
 
-    Raises ValueError, naming the file and the key, for one that is no such file, or was learned with other experts,
-    sites or values of the experts, or holds something that is no finite number.
+    Raises ValueError, naming the file and the key, for another kind of file, for weights that were learned with other
+    experts, sites or values of the experts, and for a value that is not a finite number.
     """
     file = Path(file)
     if not file.is_file():
@@ -53,21 +50,19 @@ def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"weights: {file} is no JSON: {error}") from None
+        raise ValueError(f"weights: {file} is not JSON: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get("weights"), dict):
         raise ValueError(f"weights: {file} has no key `weights` with a mapping")
     check_digests(record.get("experts"), experts, file)
     weights = record["weights"]
     names, sites = [expert.name for expert in experts], all_sites(experts)
     if not any(isinstance(row, dict) for row in weights.values()):
-        _check_row(weights, names, f"{file}: weights")
+        weight_row(names, weights, where=f"{file}: weights")
         return weights
     for site in (*weights, *sites):
         if site not in sites:
             raise ValueError(f"{file}: weights.{site}: no expert has this site")
-        if site not in weights:
-            raise ValueError(f"{file}: weights.{site}: missing; every site needs its weights")
-        _check_row(weights[site], names, f"{file}: weights.{site}")
+        weight_row(names, weights.get(site, {}), where=f"{file}: weights.{site}")
     return weights
 
 
@@ -91,17 +86,8 @@ def digest(expert: Expert) -> str:
     return found.hexdigest()[:32]
 
 
-def _check_row(row: Any, names: Sequence[str], where: str) -> None:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: must be a mapping by expert, got {row!r}")
-    for name, value in row.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"{where}.{name}: must be a number, got {value!r}")
-    weight_row(names, row, where=where)
-
-
 def tasks_of(report: dict[str, Any], task: str | None) -> list[str]:
-    """The tasks whose gates are meant: all trained ones, or the one that is named. ValueError for a lack."""
+    """All trained tasks, or the one that is named; ValueError where one was not evaluated."""
     if task is None and report["missing_tasks"]:
         raise ValueError(
             f"weights={GATES}: the trained tasks {report['missing_tasks']} were not evaluated; name them "
@@ -153,10 +139,9 @@ def weight_table(
         return dict.fromkeys(sites, row)
     table: dict[str, Tensor] = {}
     for site in sites:
-        given: Any = weights.get(site)
-        if given is None:
+        if site not in weights:
             raise ValueError(f"weights.{site}: missing; weights per site must cover every site")
-        table[site] = weight_row(names, given, default, where=f"weights.{site}")
+        table[site] = weight_row(names, weights[site], default, where=f"weights.{site}")
     return table
 
 
@@ -166,7 +151,12 @@ def weight_row(
     """The weight of each name, float64; ValueError names a missing, unknown or odd weight."""
     if weights is None:
         weights = dict.fromkeys(names, 1 / len(names) if default == "mean" else 1.0)
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{where}: must be a mapping by expert, got {weights!r}")
     for name in (*weights, *names):
+        value = weights.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, Number):
+            raise ValueError(f"{where}.{name}: must be a number, got {value!r}")
         if name not in names:
             raise ValueError(f"{where}.{name}: no such expert; choices: {list(names)}")
         if name not in weights:

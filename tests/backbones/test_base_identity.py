@@ -19,7 +19,7 @@ from moa.build import build_model, settled
 from moa.checkpoint import CONFIG, TrainState, load_model, save_checkpoint, write_run_header
 from moa.config import RunConfig, load_config
 from moa.files.peft import read_header, read_tensors, rename_sites, save_expert, site_keys
-from moa.merging.export.export import copy_other_files
+from moa.merging.export.folder import copy_other_files
 from moa.planning.plan import FakeRun
 from moa.training.run_folder import same_config
 from moa.training.setup import filled

@@ -20,7 +20,7 @@ from moa.files.peft import site_keys
 from moa.merging.export import verify as verifying
 from moa.merging.export.probe import outputs_of
 from moa.merging.settings import COMMANDS, load_command
-from moa.merging.weights import parse_weights
+from moa.merging.weights import parse_weights, weight_row
 from scripts import merge as script
 from tests.merging.test_export import make_adapter
 from tests.support.tiny import tiny_llava
@@ -481,7 +481,7 @@ def test_folders_of_one_name_become_different_experts(world, tmp_path):
 def test_weights_must_be_numbers():
     for raw in ("all", {"one": True}, {"one": "1"}, 3):
         with pytest.raises(ValueError, match=r"^weights"):
-            parse_weights(raw, ["one"])
+            weight_row(["one"], parse_weights(raw, ["one"]))
     assert parse_weights([1, 2.5], ["a", "b"]) == {"a": 1, "b": 2.5}
 
 

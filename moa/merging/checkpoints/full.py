@@ -15,20 +15,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moa.backbones.fingerprint import base_fingerprint, computing
-from moa.card import CARD, Card
-from moa.files.atomic import atomic_folder, write_file, write_json
+from moa.files.atomic import atomic_folder
 from moa.files.checkpoint_files import FLOATS, BaseFiles, read_base
 from moa.files.peft import all_finite
-from moa.files.shards import write_shard
 from moa.files.spelling import match_spelling
-from moa.merging.export.export import (
+from moa.merging.export.folder import (
     DTYPES,
-    REPORT_FILE,
     check_out,
     copy_other_files,
-    plan_shards,
-    shard_names,
-    write_index,
+    write_report,
+    write_weights,
 )
 from moa.merging.functions import import_function
 from moa.merging.methods.stack import BLOCK_VALUES, Stack
@@ -105,38 +101,22 @@ def merge_checkpoints(
             on_key(key)
 
     manifest = _manifest(inputs, method)
-    with atomic_folder(out) as temporary:
-        shards = plan_shards(inputs.base, cast, max_shard_gb * 1e9)
-        for name, keys in zip(shard_names(len(shards)), shards, strict=True):
-            write_shard(temporary / name, inputs.base, keys, results(keys), cast)
-        write_index(temporary, inputs.base, shards, cast)
-        copy_other_files(inputs.base.folder, temporary, cast)
-        write_json(temporary / MANIFEST, manifest)
-        write_file(temporary / CARD, _card(out, inputs, models, method, chosen).text())
-        write_json(
-            temporary / REPORT_FILE,
-            {"kind": "checkpoint", "method": method, "options": dict(options or {}),
-             "weights": dict(zip(inputs.models, chosen.tolist(), strict=True)), "dtype": dtype},
-        )  # fmt: skip
+    share = dict(zip(inputs.models, chosen.tolist(), strict=True))
+    report = {"kind": "checkpoint", "method": method, "options": dict(options or {})}
+    report |= {"weights": share, "dtype": dtype}
+    card = {
+        "name": Path(out).name,
+        "kind": "checkpoint",
+        "about": f"{len(models)} checkpoints of one base merged by `{method}`, tensor by tensor.",
+        "base": str(inputs.base.folder),
+        "fingerprint": base_fingerprint(inputs.base.folder),
+        "rows": [(name, f"{share[name]:.4g}", str(folder)) for name, folder in models.items()],
+    }
+    with atomic_folder(out) as folder:
+        write_weights(folder, inputs.base, results, cast, max_shard_gb)
+        copy_other_files(inputs.base.folder, folder, cast)
+        write_report(folder, report, {MANIFEST: manifest}, card)
     return manifest
-
-
-def _card(
-    out: str | Path,
-    inputs: Inputs,
-    folders: Mapping[str, str | Path],
-    method: str,
-    weights: Tensor,
-) -> Card:
-    rows = zip(folders.items(), weights.tolist(), strict=True)
-    return Card(
-        name=Path(out).name,
-        kind="checkpoint",
-        about=f"{len(folders)} checkpoints of one base merged by `{method}`, tensor by tensor.",
-        base=str(inputs.base.folder),
-        fingerprint=base_fingerprint(inputs.base.folder),
-        rows=[(name, f"{weight:.4g}", str(folder)) for (name, folder), weight in rows],
-    )
 
 
 def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules) -> Inputs:

@@ -15,18 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moa.backbones.fingerprint import base_fingerprint
-from moa.card import CARD, Card
-from moa.files.atomic import atomic_folder, write_file, write_json
+from moa.files.atomic import atomic_folder, write_json
 from moa.files.checkpoint_files import BaseFiles, read_base
-from moa.files.shards import write_shard
-from moa.merging.export.export import (
-    REPORT_FILE,
-    check_out,
-    copy_other_files,
-    plan_shards,
-    shard_names,
-    write_index,
-)
+from moa.merging.export.folder import check_out, copy_other_files, write_report, write_weights
 
 MANIFEST = "manifest.json"
 DEPTH, KINDS = "num_hidden_layers", "layer_types"  # keys of a config
@@ -42,7 +33,7 @@ class Slice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
+class Origin:
     """Where a tensor of the result lies."""
 
     model: str  # as the user named it
@@ -80,7 +71,7 @@ class Stacked:
 
     slices: Sequence[Slice]
     files: BaseFiles
-    origins: dict[str, Source]
+    origins: dict[str, Origin]
 
 
 def plan_stack(slices: Sequence[Slice], stack: str | None = None) -> Stacked:
@@ -116,35 +107,36 @@ def write_stack(
     manifest = {key: {"model": source.model, "key": source.key} for key, source in origins.items()}
     slices = [{"model": part.model, "layers": list(part.layers)} for part in stacked.slices]
     report = {"kind": "checkpoint", "method": "passthrough", "slices": slices}
-    with atomic_folder(out) as temporary:
-        shards = plan_shards(files, None, max_shard_gb * 1e9)
-        for name, keys in zip(shard_names(len(shards)), shards, strict=True):
-            tensors = _tensors(origins, keys, on_key)
-            write_shard(
-                temporary / name, files, keys, tensors, origin=lambda key: _place(origins[key])
-            )
-        write_index(temporary, files, shards, None)
-        copy_other_files(files.folder, temporary, None)
-        write_json(temporary / "config.json", files.config)
-        write_json(temporary / MANIFEST, manifest)
-        write_file(temporary / CARD, _card(out, stacked).text())
-        write_json(temporary / REPORT_FILE, report)
-    return manifest
-
-
-def _card(out: str | Path, stacked: Stacked) -> Card:
     first = stacked.slices[0].model
-    return Card(
-        name=Path(out).name,
-        kind="checkpoint",
-        about="Layers of checkpoints stacked into a model of another depth; it needs training.",
-        base=first,
-        fingerprint=base_fingerprint(first),
-        rows=[
+    card = {
+        "name": Path(out).name,
+        "kind": "checkpoint",
+        "about": "Layers of checkpoints stacked into a model of another depth; it needs training.",
+        "base": first,
+        "fingerprint": base_fingerprint(first),
+        "rows": [
             (f"slice {number}", f"layers {part.layers[0]} to {part.layers[1] - 1}", part.model)
             for number, part in enumerate(stacked.slices)
         ],
-    )
+    }
+
+    def tensors(keys: Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
+        for key in keys:
+            file, own = place(key)
+            with safe_open(file, framework="pt") as handle:
+                yield key, [handle.get_tensor(own)]
+            on_key(key)
+
+    def place(key: str) -> tuple[Path, str]:
+        source = origins[key]
+        return source.files.folder / source.files.files[source.key], source.key
+
+    with atomic_folder(out) as folder:
+        write_weights(folder, files, tensors, None, max_shard_gb, origin=place)
+        copy_other_files(files.folder, folder, None)
+        write_json(folder / "config.json", files.config)
+        write_report(folder, report, {MANIFEST: manifest}, card)
+    return manifest
 
 
 def find_stack(files: BaseFiles) -> str:
@@ -165,24 +157,24 @@ def depth_of(files: BaseFiles, stack: str) -> int:
 
 def _origins(
     models: Mapping[str, BaseFiles], slices: Sequence[Slice], stack: str
-) -> dict[str, Source]:
+) -> dict[str, Origin]:
     """Key of the result -> its source, the layers in the place where the first model has them."""
     first = slices[0].model
     layers = _stacked(models, slices, stack)
-    origins: dict[str, Source] = {}
+    origins: dict[str, Origin] = {}
     for key in models[first].files:
         match = LAYER.fullmatch(key)
         if match and match["stack"] == stack:
             origins |= layers  # all at the first layer's place; again is no change
         else:
-            origins[key] = Source(model=first, files=models[first], key=key)
+            origins[key] = Origin(model=first, files=models[first], key=key)
     return origins
 
 
 def _stacked(
     models: Mapping[str, BaseFiles], slices: Sequence[Slice], stack: str
-) -> dict[str, Source]:
-    layers: dict[str, Source] = {}
+) -> dict[str, Origin]:
+    layers: dict[str, Origin] = {}
     pattern: dict[str, Any] | None = None
     number = 0
     for part in slices:
@@ -204,7 +196,7 @@ def _stacked(
                     f"layer taken it is {pattern.get(odd[0], 'missing')}; stacked layers must be alike"
                 )
             for rest, key in own.items():
-                layers[f"{stack}.{number}.{rest}"] = Source(model=part.model, files=files, key=key)
+                layers[f"{stack}.{number}.{rest}"] = Origin(model=part.model, files=files, key=key)
             number += 1
     return layers
 
@@ -241,17 +233,3 @@ def _part_of(config: Mapping[str, Any], stack: str) -> str | None:
     if "vision_config" not in config or "text_config" not in config:
         return None
     return "vision_config" if "vision" in stack else "text_config"
-
-
-def _place(source: Source) -> tuple[Path, str]:
-    return source.files.folder / source.files.files[source.key], source.key
-
-
-def _tensors(
-    origins: Mapping[str, Source], keys: Sequence[str], on_key: Callable[[str], None]
-) -> Iterator[tuple[str, list[Tensor]]]:
-    for key in keys:
-        file, own = _place(origins[key])
-        with safe_open(file, framework="pt") as handle:
-            yield key, [handle.get_tensor(own)]
-        on_key(key)

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.files import peft as peft_io
-from moa.merging.adapters import Expert, all_sites
+from moa.merging.adapters import Expert, all_sites, factors_of
 from moa.merging.core import CoreUpdates, Factors, to_core
 from moa.merging.merge import MergedSite
 from moa.merging.report.interference import (
@@ -69,7 +69,7 @@ def measure_site(
     experts: Sequence[Expert], site: str, merged: MergedSite | None = None
 ) -> dict[str, Any]:
     """Of one site. Lists have one entry for each expert, in their order; an expert without the site counts as zero."""
-    factors = _factors(experts, site)
+    factors = factors_of(experts, site)
     updates = to_core(factors, canonical=False)
     parts = [decompose(core) for core in updates.cores]
     entries = sample_entries(factors)
@@ -91,7 +91,7 @@ def measure_site(
 
 def view_site(experts: Sequence[Expert], site: str) -> dict[str, Any]:
     """Values of A, B and the full updates at a site, and what pruning would make of each expert's spectrum."""
-    factors = _factors(experts, site)
+    factors = factors_of(experts, site)
     present = [pair for pair in factors if pair is not None]
     return {
         "density": PRUNED_DENSITY,
@@ -102,10 +102,6 @@ def view_site(experts: Sequence[Expert], site: str) -> dict[str, Any]:
             "update": histogram(sample_entries(present).flatten()),
         },
     }
-
-
-def _factors(experts: Sequence[Expert], site: str) -> list[Factors | None]:
-    return [e.factors(site, torch.float64) if site in e.ranks else None for e in experts]
 
 
 def site_cross_terms(
@@ -126,10 +122,7 @@ def mean_cross_terms(
     experts: Sequence[Expert], weights: Mapping[str, Float[Tensor, " expert"]]
 ) -> float:
     """Mean of `site_cross_terms` over the sites that all experts have with one rank; 0 where there is none."""
-    found = [
-        site_cross_terms(experts, site, _factors(experts, site), row)
-        for site, row in weights.items()
-    ]
+    found = (site_cross_terms(experts, s, factors_of(experts, s), w) for s, w in weights.items())
     known = [ratio for ratio in found if ratio is not None]
     return sum(known) / len(known) if known else 0.0
 
@@ -140,15 +133,13 @@ def _zero_rows(pair: Factors) -> int:
 
 
 def _outcome(updates: CoreUpdates, merged: MergedSite) -> dict[str, Any]:
-    inside = (
-        updates.b.project(merged.lora_b.double()) @ updates.a.project(merged.lora_a.double().T).T
-    )
-    energy = merged.energy
+    energy, a, b = merged.energy, merged.lora_a.double(), merged.lora_b.double()
+    inside = updates.b.project(b) @ updates.a.project(a.T).T
     plain_sum = torch.einsum("e,erc->rc", merged.weights.double(), updates.cores)
     return {
         "norm": energy**0.5,
         "rank": merged.lora_a.shape[0],
-        "singular_values": merged.lora_b.double().norm(dim=0).square().tolist(),
+        "singular_values": b.norm(dim=0).square().tolist(),
         "singular_values_of_sum": decompose(plain_sum)[1].tolist(),  # before pruning and scaling
         "cut_by_rank": merged.lost / (energy + merged.lost) if energy + merged.lost else 0.0,
         "outside_span": max(1 - float(inside.square().sum()) / energy, 0.0) if energy else 0.0,

@@ -1,0 +1,127 @@
+"""A merged folder on disk: its shards, index, the files of the base beside them, and its report and card."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa.card import CARD, Card
+from moa.cli.command import note
+from moa.files.atomic import write_file, write_json
+from moa.files.checkpoint_files import INDEX_FILE, BaseFiles
+from moa.files.shards import write_shard
+
+REPORT_FILE = "export_report.json"
+# Of a base: what loads it, and its license. Not its weights, card, recipe, logs or reports, which are about the base.
+COPIED = re.compile(
+    r"(?!adapter_).*config\.json|.*(tokenizer|tokens|processor).*\.json|(vocab|merges)\..*|chat_template\..*"
+    r"|tekken\.json|.*\.(jinja|model|spm|tiktoken)|(licen[cs]e|notice|use_policy).*",
+    re.IGNORECASE,
+)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def write_weights(
+    out: Path,
+    files: BaseFiles,
+    tensors: Callable[[Sequence[str]], Iterator[tuple[str, Iterable[Tensor]]]],
+    cast: torch.dtype | None,
+    max_shard_gb: float,
+    **options: Any,
+) -> None:
+    """All keys of `files` in shards, as transformers names them: `tensors(keys)` has each key's blocks of rows."""
+    shards = plan_shards(files, cast, max_shard_gb * 1e9)
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = ["model.safetensors"] if count == 1 else names
+    for name, keys in zip(names, shards, strict=True):
+        write_shard(out / name, files, keys, tensors(keys), cast, **options)
+    if count > 1:
+        where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        total = sum(_bytes(files, key, cast) for key in files.files)
+        write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def plan_shards(source: BaseFiles, cast: torch.dtype | None, max_bytes: float) -> list[list[str]]:
+    """Keys in the base's order, cut where a shard would grow past the limit."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for key in source.files:
+        nbytes = _bytes(source, key, cast)
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(key)
+        size += nbytes
+    return shards
+
+
+def _bytes(source: BaseFiles, key: str, cast: torch.dtype | None) -> int:
+    dtype = source.dtypes[key]
+    width = (cast if cast and dtype.is_floating_point else dtype).itemsize
+    return width * torch.Size(source.shapes[key]).numel()
+
+
+def copy_other_files(source: Path, out: Path, cast: torch.dtype | None) -> None:
+    """Config, processor, tokenizer, templates and license of a base: what `COPIED` matches.
+
+    A link that leads out of the base's folder (of the hub's cache: of the model's) is left out, with a note: what it
+    names is not the base's to hand on.
+    """
+    root = source.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    for file in sorted(source.iterdir()):
+        if not file.is_file() or not COPIED.fullmatch(file.name):
+            continue
+        if file.resolve().is_relative_to(root):
+            shutil.copyfile(file, out / file.name)
+        else:
+            note(f"warning: base: {file} is a link out of its folder, and is not copied")
+    if cast is not None:
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            for key in ("dtype", "torch_dtype"):
+                if key in part:
+                    part[key] = dtype_name(cast)
+        config["dtype"] = dtype_name(cast)
+        write_json(out / "config.json", config)
+
+
+def copy_processor(source: Path, out: Path) -> None:
+    if not source.is_dir():
+        raise ValueError(f"processor: {source} is not a folder")
+    for file in sorted(source.iterdir()):
+        if file.is_file() and COPIED.fullmatch(file.name) and file.name != "config.json":
+            shutil.copyfile(file, out / file.name)
+
+
+def check_out(out: str | Path, inputs: Iterable[str | Path] = ()) -> None:
+    """ValueError where writing `out` would replace an input, or a folder that is no earlier export."""
+    folder = Path(out)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT_FILE).is_file():
+        raise ValueError(f"out: {out} holds other things; only an earlier export is replaced")
+    for given in map(Path, inputs):
+        if folder.resolve() in (given.resolve(), *given.resolve().parents):
+            raise ValueError(f"out: {out} would replace {given}, which is merged; name another")
+
+
+def write_report(
+    folder: Path, report: Mapping[str, Any], files: Mapping[str, Any], card: Mapping[str, Any]
+) -> None:
+    """Card, report and further files: records for JSON, or functions of a path to write to and the report."""
+    for name, value in files.items():
+        if callable(value):
+            value(folder / name, report)
+        else:
+            write_json(folder / name, value)
+    write_file(folder / CARD, Card(**card).text())
+    write_json(folder / REPORT_FILE, report)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
