@@ -123,9 +123,9 @@ def open_adapters(folders: Sequence[str | Path]) -> list[Expert]:
 
 
 def respell(experts: Sequence[Expert], layers: Iterable[str] | None) -> list[Expert]:
-    """The experts with sites as the base's model spells them, or, where it is not at hand, in one spelling.
+    """The experts with sites as the base's model spells them, or, where it is not on this machine, in one spelling.
 
-    A site that no layer is stays as it is; matching it with the base's weights names it.
+    A site that matches no layer keeps its name, and is refused when it is matched with the base's weights.
     """
     if layers is None:
         spellings: dict[str, list[str]] = {}
@@ -142,7 +142,7 @@ def respell(experts: Sequence[Expert], layers: Iterable[str] | None) -> list[Exp
 def common_fingerprint(
     experts: Sequence[Expert], base: str | Path | None, other_base: bool
 ) -> str | None:
-    """The fingerprint of the experts' base: the base's own where it is at hand, else what they record.
+    """The fingerprint of the experts' base: the base's own where it is on this machine, else what they record.
 
     Raises ValueError where an expert was trained on another base, unless `other_base`.
     """
@@ -155,7 +155,7 @@ def common_fingerprint(
         other = f"the base {base}" if own else next(iter(recorded))
         raise ValueError(
             f"adapters: {wrong[0]} was trained on the base {theirs} with the fingerprint {recorded[wrong[0]]}, and "
-            f"{other} has {wanted}; name the right base by base=, or go on by other_base=true"
+            f"{other} has {wanted}; name the right base by base=, or continue with other_base=true"
         )
     return wanted
 

@@ -4,7 +4,7 @@
 
 rows and cols are at most R, the sum of the ranks. Q_B spans all scaled B side by side, Q_A all A; it is
 kept as these columns and an R x R matrix that makes them orthonormal, so that a product with it costs no
-more than one with the factors. For methods that look at single entries the axes are turned so that the first
+more than one with the factors. For methods that work on single entries the axes are turned so that the first
 hold the most energy of all experts together: then the M_i are a function of the updates alone, and neither
 the order of the experts nor the way one is factored enters (Core Space merging, Panariello et al. 2025,
 takes the axes from the stacked factors instead, which depend on the factoring).
@@ -125,7 +125,7 @@ def _orthonormal(
 def _principal_axes(
     basis: Basis, cores: Float[Tensor, "expert axes _"]
 ) -> Float[Tensor, "axes axes"]:
-    """The rotation of a basis to where the experts' energy lies, most first; signs fixed in the original space."""
+    """The rotation of a basis to the experts' energy, most first; signs fixed in the original space."""
     axes = torch.linalg.eigh((cores @ cores.mT).sum(0)).eigenvectors.flip(1)
     probe = _probe(basis.columns.shape[0]).to(axes.dtype)
     return axes * _signs(((probe @ basis.columns) @ basis.turn) @ axes)
@@ -144,7 +144,7 @@ def _signs(products: Float[Tensor, " count"]) -> Float[Tensor, " count"]:
 def compress(
     updates: CoreUpdates, core: Float[Tensor, "rows cols"], rank: int | str, total_rank: int
 ) -> LowRank:
-    """The best approximation of q_b core q_a^T at the asked rank, as balanced factors.
+    """The best approximation of q_b core q_a^T at the given rank, as balanced factors.
 
     `rank` is a number, "sum" (exact: `total_rank`, the sum of the experts' ranks) or "energy:x",
     the smallest rank that keeps the share x of the squared Frobenius norm (Eckart-Young).
@@ -157,7 +157,7 @@ def compress(
 
 
 def compress_dense(dense: Float[Tensor, "out in"], rank: int | str, total_rank: int) -> LowRank:
-    """The best approximation of a dense update at the asked rank, as balanced factors.
+    """The best approximation of a dense update at the given rank, as balanced factors.
 
     By a full SVD where that is cheap or all ranks are wanted, else by subspace iteration (Halko et al. 2011,
     algorithm 4.4), which finds the leading part to rounding where the spectrum falls.
@@ -198,7 +198,7 @@ def choose_rank(singular_values: Float[Tensor, " rank"], rank: int | str, total_
 
 @dataclass(frozen=True, kw_only=True)
 class Relation:
-    """How a merged update stands to the experts' own; every field has one number per expert."""
+    """How a merged update relates to the experts' own; every field has one number per expert."""
 
     energy: Float[Tensor, " expert"]  # |dW_i|^2
     overlap: Float[Tensor, " expert"]  # <dW_merged, dW_i>

@@ -1,6 +1,6 @@
 """Merge experts site by site.
 
-experts -> stack of one site in the method's space -> method -> best factors at the asked rank -> next site
+experts -> stack of one site in the method's space -> method -> best factors at the given rank -> next site
 """
 
 import math
@@ -166,7 +166,7 @@ def _in_dense(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[L
 def _in_factors(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
     """A and B apart, as PEFT's `linear` and `ties` do: both carry the root of the scale and of the weight.
 
-    A mixture of N experts then holds N (N - 1) products of one expert's B with another's A that nobody asked for,
+    A mixture of N experts then holds N (N - 1) products of one expert's B with another's A that no mixture has,
     and its result depends on how each expert is factored.
     """
     a, b = factor_stacks(job, site, opened.factors)

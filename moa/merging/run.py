@@ -61,7 +61,7 @@ ROUNDING = 1e-12  # share of the energy below which nothing was cut
 
 
 def merge_experts(settings: MergeExperts, console: Console) -> None:
-    """Merge as the settings say, and write the result with its reports.
+    """Merge by the settings, and write the result with its reports.
 
     Raises ValueError for settings that do not fit each other, the experts or the base. Settings are checked before
     experts, experts before the base, and all of them before anything is computed.

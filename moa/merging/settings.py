@@ -66,7 +66,7 @@ class MergeExperts:
     projector: FilePath | None = None
     merged: bool = False  # write a whole checkpoint with the base's keys instead of an adapter
     base: FilePath | None = None  # base model; null: the one that run or adapters name
-    other_base: bool = False  # go on with a base that the experts were not trained on
+    other_base: bool = False  # allow a base that the experts were not trained on
     dtype: Dtype = "auto"  # auto: as the inputs
     max_shard_gb: Positive = 5.0  # largest file of a checkpoint
     verify: bool = True  # reload in a fresh process and compare

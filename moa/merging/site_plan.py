@@ -97,7 +97,7 @@ def _first_match(rules: Sequence[SiteRule], site: str) -> int | None:
 
 
 def _over(own: SiteRule, rule: SiteRule) -> SiteRule:
-    """A rule with the merge's own settings where it has none; another method brings its own options and space."""
+    """A rule with the merge's own settings where it has none; another method has its own options and space."""
     same = rule.method in (None, own.method)
     return SiteRule(
         match=rule.match,
@@ -127,7 +127,7 @@ def _job(experts: Sequence[Expert], sites: Sequence[str], settings: SiteRule) ->
 
 
 def _along(values: Sequence[float], depth: float) -> float:
-    """Linear between the values, which lie at equal distances from depth 0 to 1."""
+    """Linear between the values, which are at equal distances from depth 0 to 1."""
     place = depth * (len(values) - 1)
     left = min(int(place), len(values) - 1)
     right = min(left + 1, len(values) - 1)
@@ -135,7 +135,7 @@ def _along(values: Sequence[float], depth: float) -> float:
 
 
 def sum_gates(plan: Plan) -> dict[str, Float[Tensor, " expert"]] | None:
-    """The gates of the mixture that a merge equals, per site; None where some method is no sum."""
+    """The gates of the mixture that a merge equals, per site; None where some method is not a sum."""
     if any(not job.method.is_sum or job.space == "factor" for job in plan.jobs):
         return None  # sums of factors have cross terms
     count = len(plan.jobs[0].experts)

@@ -268,7 +268,7 @@ def test_a_key_that_peft_does_not_take_is_caught(world, tmp_path):
         save_file({k.replace("layers.1", "layers.7"): v for k, v in load_file(file).items()}, file)
         return verify(folder, written)
 
-    with pytest.raises(ValueError, match="a fresh process says .*adapter keys"):
+    with pytest.raises(ValueError, match="a fresh process reports .*adapter keys"):
         export_adapter(tmp_path / "out", merged, experts, verify=spoil)
 
 

@@ -164,7 +164,7 @@ def test_parts_of_two_runs_are_merged_by_their_rules(world, tmp_path, capsys):
     message = refused(
         capsys, parts_script.main, runs, "parts={projector: mean}", f"out={tmp_path}/no"
     )
-    assert "parts.ocr_encoder: A, B trained one; say mean" in message
+    assert "parts.ocr_encoder: A, B trained one; the rules are mean" in message
 
 
 def test_a_merge_of_two_runs_says_what_it_leaves_out(world, tmp_path, capsys):

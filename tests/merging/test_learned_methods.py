@@ -272,7 +272,7 @@ def test_a_bad_weights_file_is_refused_by_name(model, tmp_path):
         with pytest.raises(ValueError, match=rf"w.json: .*{message}"):
             read_weights(write(file, weights), experts)
     file.write_text("{")
-    with pytest.raises(ValueError, match=r"w.json is no JSON"):
+    with pytest.raises(ValueError, match=r"w.json is not JSON"):
         read_weights(file, experts)
     file.write_text('{"weights": 3}')
     with pytest.raises(ValueError, match=r"w.json has no key `weights`"):

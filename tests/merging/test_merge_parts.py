@@ -94,9 +94,9 @@ def test_regmean_is_the_least_squares_layer_on_every_runs_inputs():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"projector": None}, r"parts.projector: a, b trained one; say mean, regmean"),
+        ({"projector": None}, r"parts.projector: a, b trained one; the rules are mean, regmean"),
         ({"router": "keep:c"}, r"parts.router: keep:c: no such run; choices: a, b"),
-        ({"router": "median"}, r"parts.router: no such rule 'median'; say mean"),
+        ({"router": "median"}, r"parts.router: no such rule 'median'; the rules are mean"),
         ({"routr": "mean"}, r"parts.routr: no such part; choices: projector"),
         ({"projector": "regmean"}, r"parts.projector: regmean needs inputs"),
     ],

@@ -191,7 +191,7 @@ def test_ctm_refines_its_subspace_until_it_holds_the_most(factors):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, row in METHODS.items() if row.name.startswith("spectral")]
+    "name", [n for n, row in METHODS.items() if row.module == "spectral"]
 )
 def test_an_expert_of_zeros_changes_nothing_but_does_no_harm(factors, name):
     method = METHODS[name].function
@@ -199,3 +199,11 @@ def test_an_expert_of_zeros_changes_nothing_but_does_no_harm(factors, name):
     assert torch.isfinite(in_core(method, zero)).all()
     nothing = [(a, torch.zeros_like(b)) for a, b in factors]
     assert in_core(method, nothing).abs().max() == 0
+
+
+def test_an_expert_without_an_update_leaves_the_subspace_of_ctm_to_the_others():
+    matrices = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0))
+    matrices[1] = 0
+    stack = stack_of(site="q", experts=("a", "b", "c"), matrices=matrices)
+    merged = spectral.ctm(stack, torch.ones(3), even=1.0)
+    assert merged.isfinite().all() and merged.any()

@@ -3,7 +3,7 @@
 `activation_matching` pairs units whose outputs vary together (Li et al. 2016; Git Re-Basin, section 3.1).
 `repair` is REPAIR (Jordan et al. 2023): averages of units that do not quite agree vary less, from layer to layer
 less. So the mean and standard deviation of every unit before its activation are set to those of the endpoints,
-interpolated (the deviation, not the variance), and folded into weight and bias: the network stays a plain one.
+interpolated (the deviation, not the variance), and folded into weight and bias: the network remains a plain one.
 
 In transformers every token of every sample counts as one value, padding too.
 """

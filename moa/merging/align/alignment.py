@@ -1,7 +1,7 @@
 """Networks trained apart, brought into one frame before they are averaged.
 
 A network's hidden units have no order: permuting them, with the rows that make them and the columns that read them,
-changes nothing. A *specification* says where a network has such freedom, as plain data: name -> Symmetry, the axes of
+changes nothing. A *specification* lists where a network has such freedom, as plain data: name -> Symmetry, the axes of
 state-dict tensors that one map moves together (`symmetries.py` has those of MLPs and of CLIP). A map of B's units to
 A's is a permutation, written as indices [units], or a matrix [units of A, units of B].
 
@@ -42,8 +42,8 @@ class Symmetry:
     """Units that may be moved: blocks of them against each other, and the units inside every block.
 
     An MLP's hidden layer is one block. Attention heads are `blocks`, and two groups of units that go with them: those
-    that queries and keys share, and those that values hand to the output. `rotate` allows any rotation inside a
-    block, where nothing nonlinear stands between `made` and `used`.
+    that queries and keys share, and those that values give to the output. `rotate` allows any rotation inside a
+    block, where nothing nonlinear is between `made` and `used`.
     """
 
     units: tuple[Units, ...]

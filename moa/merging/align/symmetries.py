@@ -14,8 +14,8 @@ def clip_spec(
     """Both towers of a CLIPModel: every tensor but `logit_scale` is moved.
 
     - the residual stream of each tower: a permutation, with which LayerNorm commutes, as its own parameters go along;
-    - every block's attention heads as wholes, and inside each head what queries and keys share, and what values hand
-      to the output: nothing nonlinear stands between, so these may rotate;
+    - every block's attention heads as wholes, and inside each head what queries and keys share, and what values give
+      to the output: nothing nonlinear is between them, so these may rotate;
     - every block's hidden units of the MLP: permutations;
     - the space where images and texts meet: both projections have no bias, so it may rotate, and with it the
       embeddings, but no similarity.

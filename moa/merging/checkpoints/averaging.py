@@ -1,7 +1,7 @@
 """Stochastic weight averaging (Izmailov et al. 2018): the mean of all trained parts over steps of ONE run.
 
 Experts (their A and their B, which within a run belong together), router and projector are averaged; the result is a
-folder that loads like any step, but has no optimizer to go on training with.
+folder that loads like any step, but has no optimizer, so training cannot continue from it.
 """
 
 import shutil
@@ -101,7 +101,7 @@ def _card(out: str | Path, folders: Sequence[Path], weights: Tensor) -> Card:
 def mean_state(
     states: Sequence[Mapping[str, Tensor]], weights: Float[Tensor, " step"], name: str
 ) -> dict[str, Tensor]:
-    """Weighted means of tensors with one name, in float64; what is no float is the last one's."""
+    """Weighted means of tensors with one name, in float64; tensors that are not floating are the last one's."""
     for state in states[1:]:
         odd = sorted({k for k in {*state, *states[0]} if _kind(state, k) != _kind(states[0], k)})
         if odd:

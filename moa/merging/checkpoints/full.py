@@ -69,7 +69,7 @@ def merge_checkpoints(
     """The base plus the merged differences of the models, in the base's layout; returns the manifest.
 
     `models` are checkpoint folders by name, and `weights` go by these names. Methods work on the dense differences;
-    those on factors have no meaning here. Integer tensors stay the base's. Raises ValueError for inputs that do not
+    those on factors have no meaning here. Integer tensors are the base's. Raises ValueError for inputs that do not
     fit together and no rule covers, and then writes nothing.
     """
     check_out(out)
@@ -185,7 +185,7 @@ def _check_floats(name: str, model: Model, base: BaseFiles) -> None:
 def _check_config(name: str, model: Model, base: BaseFiles, rule: str) -> None:
     """ValueError for another architecture, or a value by which the model computes otherwise than the base.
 
-    A key that only one of them has is no difference: versions of transformers store more or fewer defaults.
+    A key that only one of them has is not a difference: versions of transformers store more or fewer defaults.
     """
     where = f"models.{name}: config.json has"
     kinds = [files.config.get("model_type") for files in (base, model.files)]

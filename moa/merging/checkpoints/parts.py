@@ -3,7 +3,7 @@
     mean        the plain mean of every tensor
     regmean     linear weights by each run's own inputs, W = (sum W_i G_i) (sum G_i)^-1; their biases by the mean
     keep:NAME   one run's
-    drop        nobody's; the merged model does without
+    drop        none; the merged model has no such part
 
 The parts are the projector, the OCR encoder, the task prefixes (embeddings), and the rest of the router.
 """
@@ -87,7 +87,7 @@ def merge_parts(
         if not own:
             continue
         if part not in rules:
-            raise ValueError(f"parts.{part}: {', '.join(own)} trained one; say {RULES}")
+            raise ValueError(f"parts.{part}: {', '.join(own)} trained one; the rules are {RULES}")
         tensors = _merge_part(part, own, rules[part], grams or {})
         if tensors:
             merged[part] = tensors
@@ -111,7 +111,7 @@ def _merge_part(
             raise ValueError(f"parts.{part}: {rule}: no such run; choices: {', '.join(own)}")
         return dict(own[name])
     if rule not in ("mean", "regmean"):
-        raise ValueError(f"parts.{part}: no such rule {rule!r}; say {RULES}")
+        raise ValueError(f"parts.{part}: no such rule {rule!r}; the rules are {RULES}")
     _check_alike(part, own)
     mean = {
         name: torch.stack([run[name].double() for run in own.values()]).mean(0).to(tensor.dtype)
@@ -128,7 +128,7 @@ def _check_alike(part: str, own: Mapping[str, Tensors]) -> None:
             if expected.get(name) != found.get(name):
                 raise ValueError(
                     f"parts.{part}: {name} is {expected.get(name, 'missing')} in {first} and "
-                    f"{found.get(name, 'missing')} in {run}, so they have no mean; say keep:NAME or drop"
+                    f"{found.get(name, 'missing')} in {run}, so they have no mean; use keep:NAME or drop"
                 )
 
 

@@ -1,8 +1,8 @@
 """Passthrough: slices of layers from one or several checkpoints, stacked into one of another depth.
 
-As mergekit's `passthrough` (depth up-scaling, "frankenmerges"). All that is no layer of the stack (embeddings, last
+As mergekit's `passthrough` (depth up-scaling, "frankenmerges"). All that is not a layer of the stack (embeddings, last
 norm, head, other towers) is the first slice's model's. Tensors go from file to file one at a time, whatever the
-depth; the config says the new one, and manifest.json where every tensor came from.
+depth; the config has the new one, and manifest.json the origin of every tensor.
 """
 
 import re
@@ -34,7 +34,7 @@ class Slice:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a tensor of the result lies."""
+    """Where a tensor of the result comes from."""
 
     model: str  # as the user named it
     files: BaseFiles
@@ -67,7 +67,7 @@ def parse_slices(raw: Sequence[Mapping[str, Any]]) -> list[Slice]:
 
 @dataclass(frozen=True, kw_only=True)
 class Stacked:
-    """The checkpoint to be: its headers and config, and where each tensor lies."""
+    """The checkpoint to be: its headers and config, and where each tensor comes from."""
 
     slices: Sequence[Slice]
     files: BaseFiles
@@ -211,7 +211,7 @@ def stacked_config(
     depth = depth_of(models[slices[0].model], stack)
     if part.get(DEPTH, depth) != depth:
         raise ValueError(
-            f"stack: {stack} has {depth} layers, but {name or 'the config'} says {part[DEPTH]}"
+            f"stack: {stack} has {depth} layers, but {name or 'the config'} has {part[DEPTH]}"
         )
     changes: dict[str, Any] = {
         DEPTH: sum(stop - start for start, stop in (p.layers for p in slices))

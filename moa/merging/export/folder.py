@@ -71,7 +71,7 @@ def copy_other_files(source: Path, out: Path, cast: torch.dtype | None) -> None:
     """Config, processor, tokenizer, templates and license of a base: what `COPIED` matches.
 
     A link that leads out of the base's folder (of the hub's cache: of the model's) is left out, with a note: what it
-    names is not the base's to hand on.
+    names is not part of the base.
     """
     root = source.resolve()
     root = root.parent.parent if root.parent.name == "snapshots" else root
@@ -101,7 +101,7 @@ def copy_processor(source: Path, out: Path) -> None:
 
 
 def check_out(out: str | Path, inputs: Iterable[str | Path] = ()) -> None:
-    """ValueError where writing `out` would replace an input, or a folder that is no earlier export."""
+    """ValueError where writing `out` would replace an input, or a folder that is not an earlier export."""
     folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT_FILE).is_file():
         raise ValueError(f"out: {out} holds other things; only an earlier export is replaced")

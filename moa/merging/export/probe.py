@@ -1,6 +1,6 @@
-"""The probe: one small batch of prompts, and what a model says about it.
+"""The probe: one small batch of prompts, and what a model answers.
 
-Every comparison of an export stands on the same batch: the base, the live mixture of the experts,
+Every comparison of an export uses the same batch: the base, the live mixture of the experts,
 the model that routes each sample, and the reloaded files.
 """
 
@@ -35,10 +35,10 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """What a model says about the probe.
+    """The outputs of a model on the probe.
 
-    A CLIP says no words: its `logits` are the features of each picture and its text, one after the
-    other, and its `tokens` the text that each picture is nearest to.
+    A CLIP generates nothing: its `logits` are the features of each image and its text, one after the
+    other, and its `tokens` the text that is nearest to each image.
     """
 
     logits: Float[Tensor, "batch seq vocab"]
@@ -48,7 +48,7 @@ class Outputs:
 def probe_inputs(
     processor: Any, images: Sequence[Image.Image], questions: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Tensors of one batch of prompts, a picture in each, padded on the left for generation."""
+    """Tensors of one batch of prompts, an image in each, padded on the left for generation."""
     prompts = []
     for question in questions:
         content = [{"type": "image"}, {"type": "text", "text": question}]
@@ -88,19 +88,19 @@ def probe_of_run(
 
 
 def probe_of_noise(backbone: Any, count: int) -> dict[str, Tensor]:
-    """Inputs that any model accepts, where no data is at hand: noise, and plain questions."""
+    """Inputs that any model accepts, where there is no data: noise, and plain questions."""
     noise = np.random.default_rng(0).integers(0, 256, (count, 96, 128, 3), np.uint8)
     questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(count)]
-    pictures = [Image.fromarray(picture) for picture in noise]
+    images = [Image.fromarray(pixels) for pixels in noise]
     if backbone.compares:
-        inputs: dict[str, Tensor] = backbone.probe(pictures, questions)
+        inputs: dict[str, Tensor] = backbone.probe(images, questions)
         return inputs
-    return probe_inputs(backbone.processor, pictures, questions)
+    return probe_inputs(backbone.processor, images, questions)
 
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor], new_tokens: int) -> Outputs:
-    """What a plain transformers or PEFT model says."""
+    """Of a plain transformers or PEFT model."""
     model.eval()
     if not hasattr(model, "generate"):
         found = model(**inputs)
@@ -122,7 +122,7 @@ def live_outputs(
 ) -> Outputs:
     """The mixture of the experts in a bank around the model, with these gates at each site.
 
-    `owners` are those of `Backbone.owners` for the inputs; by default a picture for each prompt.
+    `owners` are those of `Backbone.owners` for the inputs; by default an image for each prompt.
     The model is left as it was.
     """
     bank = ExpertBank.attach(model, list(gates), stream_of=stream_of)

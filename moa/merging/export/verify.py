@@ -3,7 +3,7 @@
 Two references, both computed here on the base model:
     written: the base with the stored update added to its weights, rounded as stored; must agree.
     live:    the bank of experts with the merge's weights as gates; how far a chosen rank, a narrow
-             dtype or a method that is no sum has moved from the mixture.
+             dtype or a method that is not a sum moved the result from the mixture.
 The fresh process sees neither this project nor its folder.
 """
 
@@ -28,7 +28,7 @@ from moa.merging.adapters import Expert
 from moa.merging.export.export import Verify, Written
 from moa.merging.export.probe import Outputs, live_outputs, outputs_of
 
-# Largest logit difference for "the same", as a share of the largest logit: float32 rounding stays
+# Largest logit difference for "the same", as a share of the largest logit: float32 rounding remains
 # ten times below it at any depth, a lost scale or a missing site is far above.
 TOLERANCE = 1e-4
 
@@ -89,7 +89,7 @@ def make_verify(
 ) -> Verify:
     """The check that an export runs on what it wrote; `model` is the base, and is used up.
 
-    `gates` by site are those of the mixture that the merge stands for, None where it is no sum.
+    `gates` by site are those of the mixture that the merge equals, None where it is not a sum.
     `exact`: no rank was cut, so that files in float32 must agree with that mixture.
     `routed`: outputs of the model that still routes each sample, reported and not judged.
     """
@@ -163,7 +163,7 @@ def fresh_outputs(
 ) -> tuple[Outputs, dict[str, Any]]:
     """The probe's outputs from a new Python process that imports peft and transformers alone.
 
-    Raises ValueError with what the process said where it fails, or where a key was not consumed.
+    Raises ValueError with the last line of its stderr where it fails, or where a key was not consumed.
     """
     with tempfile.TemporaryDirectory() as folder:
         probe, result = Path(folder, "probe.safetensors"), Path(folder, "result.safetensors")
@@ -176,7 +176,7 @@ def fresh_outputs(
             "new_tokens": new_tokens,
             "threads": torch.get_num_threads(),
         }
-        # -I: neither the current folder nor PYTHONPATH can bring this project in.
+        # -I: neither the current folder nor PYTHONPATH can import this project.
         command = [sys.executable, "-I", "-c", FRESH, json.dumps(job)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(
@@ -188,7 +188,7 @@ def fresh_outputs(
             raise ValueError(f"{adapter or model}: a fresh process cannot load it: {last}")
         info = json.loads(lines[0].removeprefix("RESULT "))
         if info["problems"]:
-            raise ValueError(f"{adapter or model}: a fresh process says {info['problems'][0]}")
+            raise ValueError(f"{adapter or model}: a fresh process reports {info['problems'][0]}")
         found = load_file(result)
     return Outputs(logits=found["logits"], tokens=found["tokens"]), info
 

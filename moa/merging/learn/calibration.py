@@ -168,7 +168,7 @@ def benchmark_score(
 def own_answers(
     model: MixtureModel, data: CalibrationData, size: int, weight: float, max_new_tokens: int
 ) -> list[Batch]:
-    """Mixed batches whose answers are what the model says itself with this weight on every expert: no labels."""
+    """Mixed batches whose answers are what the model itself generates with this weight on every expert: no labels."""
     gates = torch.full((len(model.bank.names),), weight)
     tokenizer = data.prompts.processor.tokenizer
     answered = {}
@@ -184,11 +184,11 @@ def own_answers(
                 pad_token_id=tokenizer.pad_token_id,
             )
             texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-        said = [
+        labelled = [
             replace(sample, answers=(text.strip(),), boxes=())
             for sample, text in zip(samples, texts, strict=True)
         ]
-        answered[name] = [s for s in said if s.answers[0] and data.collator.error_of(s) is None]
+        answered[name] = [s for s in labelled if s.answers[0] and data.collator.error_of(s) is None]
     if not any(answered.values()):
         raise ValueError("adamerging: the model answers nothing, so there is no entropy to lower")
     return replace(data, samples=answered).batches(size)
@@ -198,7 +198,7 @@ def own_answers(
 def perturbed_answers(
     model: MixtureModel, data: CalibrationData, size: int, *, runs: int, noise: float, seed: int
 ) -> dict[str, torch.Tensor]:
-    """Each expert's probabilities [run, question, option] of the first answer token, the pictures under noise.
+    """Each expert's probabilities [run, question, option] of the first answer token, the images under noise.
 
     The first run is without noise; the others add normal noise of `noise` times the pixels' own spread.
     """

@@ -31,7 +31,7 @@ def learn_weights(
 
     `answers` minimises the answers' loss on labelled batches with weights that sum to 1 (LoRA Soups, Prabhakar et al.
     2025, equation 4). `entropy` needs no labels: it minimises the entropy of the predicted tokens with weights in
-    [0, 1] that start at 0.3 (AdaMerging, Yang et al. 2024, equation 6); a batch without answers should bring the
+    [0, 1] that start at 0.3 (AdaMerging, Yang et al. 2024, equation 6); a batch without answers should have the
     model's own. Takes `batches` in turn. Raises ValueError for batches without anything to predict.
     """
     check_choice("objective", objective, ("answers", "entropy"), of="learn")
@@ -112,7 +112,7 @@ def mean_entropy(logits: Float[Tensor, "*rows option"]) -> Float[Tensor, ""]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode and none of its parameters asks for a gradient."""
+    """Inside, the model is in eval mode and none of its parameters requires a gradient."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     training = model.training
     model.eval().requires_grad_(False)

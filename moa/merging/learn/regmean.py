@@ -3,7 +3,7 @@
     W = (sum_i w_i W_i G_i) (sum_i w_i G_i)^-1,   G_i = X_i^T X_i / tokens          (Jin et al. 2023, equation 2)
 
 The base's part cancels, so this holds for the updates; and B_i (A_i G_i P) is again an update of the expert's rank. So
-RegMean turns experts into experts, `linear` at weights of 1 adds them up, and any rank can be asked of the result.
+RegMean turns experts into experts, `linear` at weights of 1 adds them up, and the result can have any rank.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ Grams = dict[str, Float[Tensor, "expert in in"]]  # by site
 
 @torch.no_grad()
 def gather_grams(model: MixtureModel, batches: Mapping[str, Sequence[Batch]]) -> Grams:
-    """G_i of every site: the inputs that each expert meets, it alone being on, in its own batches.
+    """G_i of every site: the inputs of each expert, it alone being on, in its own batches.
 
     Padding does not count. A site's Gram matrices take experts * in^2 numbers: gather some sites at a time for large
     models. Raises ValueError for an expert without batches.

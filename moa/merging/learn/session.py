@@ -36,7 +36,7 @@ Tick = Callable[[int, float], None]  # number of the step or trial, its loss or 
 class Session:
     """A model with its experts, a little data, and how merges are made and scored."""
 
-    model: MixtureModel  # without a router of tokens, which gates of its own would bring
+    model: MixtureModel  # without a router of tokens, which would have gates of its own
     config: RunConfig
     data: CalibrationData
     merge: Mapping[str, Any] = field(default_factory=dict)  # method, options, rank of `merge`

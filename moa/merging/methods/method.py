@@ -1,4 +1,4 @@
-"""What a merging method is: names of functions of tensors, and what the command line must know about them."""
+"""What a merging method is: names of functions of tensors, and what the command line reads of them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
@@ -22,16 +22,17 @@ Weights = Literal["mean", "ones"]  # where the user gives none: 1/N each, or 1 e
 class Method:
     """A row of the method table.
 
-    `name(stack, weights, **options)` returns the merged matrix [rows, cols] of a Stack: of the core matrices, of the
+    Its function(stack, weights, **options) returns the merged matrix [rows, cols] of a Stack: of the core matrices, of the
     dense updates, or, in `factor` space, once of all A and once of all B. A `joint` method takes (stack of A, stack of
-    B, weights) and returns both. In place of `name`, a sparse method has `thin`, which drops values of each update, and
+    B, weights) and returns both. In place of a `module`, a sparse method has `thin`, which drops values of each update, and
     `combine`, which makes one matrix of what is left. Keyword arguments of the functions are the method's options.
     """
 
-    name: str  # MODULE.FUNCTION in this folder
+    module: str  # of its function, in this folder; empty for a sparse method
     weights: Weights
     paper: str
     _: KW_ONLY
+    name: str = ""  # of the row, and of the function
     thin: str = ""
     combine: str = ""
     spaces: tuple[str, ...] = ("core",)  # the first is the default
@@ -43,12 +44,13 @@ class Method:
 
     @property
     def parts(self) -> list[str]:
-        return [f"methods.{name}" for name in (self.name, self.thin, self.combine) if name]
+        names = [f"{self.module}.{self.name}"] if self.module else [self.thin, self.combine]
+        return [f"methods.{name}" for name in names]
 
     @property
     def function(self) -> Callable[..., Any]:
         functions = [import_function(part) for part in self.parts]
-        if self.name:
+        if self.module:
             return functions[0]
         own = frozenset(read_function(self.parts[0])[1]) | ({"shared"} if self.prepare else set())
         return partial(

@@ -16,7 +16,7 @@ from moa.merging.methods.stack import Stack, magnitudes_above, rounding_of
 
 Block = Float[Tensor, "expert rows cols"]
 Thin = Callable[[int, Tensor], Tensor]  # (first row, block) -> the block with values dropped
-# (first row, block) -> which values stay, and with which probability each would have
+# (first row, block) -> which values are kept, and with which probability each would have
 Keep = Callable[[int, Tensor], tuple[Bool[Tensor, "expert rows cols"], Tensor | float]]
 
 
@@ -80,7 +80,7 @@ def elect(
     return kept.sum(0) / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
-# What stays of each update --------------------------------------------------------------------------
+# What is kept of each update --------------------------------------------------------------------------
 
 
 def largest(

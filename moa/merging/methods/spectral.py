@@ -116,13 +116,14 @@ def ctm(
 ) -> Matrix:
     """Compress, then merge: the best common subspace of `size` directions first, then TIES inside of it.
 
-    So nothing that the vote decided is cut off by the export's rank. `even` = 1 gives every expert the same say in
-    the subspace, 0 a say by its norm.
+    So nothing that the vote decided is cut off by the export's rank. `even` = 1 gives every expert the same weight in
+    the subspace, 0 a weight by its norm.
     """
     matrices = stack.whole()
     norms = matrices.square().sum((1, 2)).sqrt()
     target = (1 - even) * norms + even * norms.mean()
-    scaled = matrices * (target / norms.clamp(min=torch.finfo(norms.dtype).tiny))[:, None, None]
+    # An expert without an update has no direction to lengthen.
+    scaled = matrices * torch.where(norms > 0, target / norms, 0.0)[:, None, None]
     v = _principal(scaled.mT, size)  # higher-order SVD, then alternating refinement (HOOI)
     for _ in range(iterations):
         u = _principal(scaled @ v, size)

@@ -1,6 +1,6 @@
 """The experts' updates of one site side by side, read in blocks of rows, so that memory is one block's.
 
-A method sees a Stack and need not know whether its rows are those of the small core matrices, of the dense updates
+A method gets a Stack, whether its rows are those of the small core matrices, of the dense updates
 of a LoRA, or of two checkpoints on disk. Nothing here depends on the size of the blocks, nor on the order of experts.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK_VALUES = 1 << 18  # of one expert in a block
-# A float's bits, read as a whole number, have the order of its magnitude; 16 of them are looked at a time.
+# A float's bits, read as a whole number, have the order of its magnitude; a pass reads 16 of them.
 WHOLE = {torch.float64: torch.int64, torch.float32: torch.int32}
 DIGITS = 1 << 16
 # Products and rotations leave values off by some steps of the dtype, of their matrix's norm; up to 8 were seen.
@@ -60,7 +60,7 @@ class Stack:
         return merged
 
     def thresholds(self, density: float) -> Float[Tensor, " expert"]:
-        """Each expert's magnitude at and above which int(density * size) + 1 of its values lie."""
+        """Each expert's magnitude at and above which int(density * size) + 1 of its values are."""
         return magnitudes_above([self], density)
 
     def uniform(

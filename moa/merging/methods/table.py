@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from moa.merging.methods.method import SPACES, Method, Weights
@@ -13,6 +14,7 @@ LARGEST, ADD, VOTE = "sparse.largest", "sparse.add", "sparse.elect"
 SUM = {"reduce": "sum"}
 SHARED: dict[str, Any] = {"prepare": "sparse.model_thresholds"}
 SUMS: dict[str, Any] = {"is_sum": True}
+LINEAR: dict[str, Any] = {**SUMS, "spaces": ("core", "factor")}
 PAIRS: dict[str, Any] = {"spaces": ("factor",), "joint": True}
 
 
@@ -21,57 +23,35 @@ def thinned(thin: str, combine: str, weights: Weights, paper: str, **more: Any) 
     return Method("", weights, paper, thin=thin, combine=combine, **{"spaces": ALL, **more})
 
 
-METHODS: dict[str, Method] = {
-    "linear": Method(
-        "linear.linear",
-        "mean",
-        "Model Soups (Wortsman et al., 2022), on updates",
-        spaces=("core", "factor"),
-        **SUMS,
-    ),
+ROWS: dict[str, Method] = {
+    "linear": Method("linear", "mean", "Model Soups (Wortsman et al., 2022), on updates", **LINEAR),
     "task_arithmetic": Method(
-        "linear.task_arithmetic",
-        "ones",
-        "Editing Models with Task Arithmetic (Ilharco et al., 2023)",
-        **SUMS,
+        "linear", "ones", "Editing Models with Task Arithmetic (Ilharco et al., 2023)", **SUMS
     ),
     "lines": Method(
-        "linear.lines",
-        "ones",
-        "LiNeS: Post-training Layer Scaling (Wang et al., 2025), equation 3",
-        **SUMS,
+        "linear", "ones", "LiNeS: Post-training Layer Scaling (Wang et al., 2025), eq. 3", **SUMS
     ),
     "sa_merge": Method(
-        "linear.sa_merge", "ones", "Selective Attention Merging (Shankar et al., 2025)", **SUMS
+        "linear", "ones", "Selective Attention Merging (Shankar et al., 2025)", **SUMS
     ),
     "slerp": Method(
-        "linear.slerp",
-        "mean",
-        "Spherical linear interpolation (Shoemake, 1985), as mergekit's slerp, on updates",
+        "linear", "mean", "Spherical linear interpolation (Shoemake, 1985), as in mergekit"
     ),
     "karcher": Method(
-        "linear.karcher",
-        "mean",
-        "Karcher mean on the sphere (Karcher, 1977), as mergekit's karcher, on updates",
+        "linear", "mean", "Karcher mean on the sphere (Karcher, 1977), as in mergekit"
     ),
-    "model_stock": Method(
-        "linear.model_stock", "mean", "Model Stock (Jang et al., 2024), equation 5, per tensor"
-    ),
+    "model_stock": Method("linear", "mean", "Model Stock (Jang et al., 2024), eq. 5, per tensor"),
     "ties": thinned(LARGEST, VOTE, "ones", "TIES-Merging (Yadav et al., 2023)", **SHARED),
     "knots": thinned(
         LARGEST,
         VOTE,
         "ones",
-        "KnOTS (Stoica et al., 2025): TIES on the experts' common output directions",
+        "KnOTS (Stoica et al., 2025), TIES on common output directions",
         spaces=("rows",),
         **SHARED,
     ),
     "magnitude_prune": thinned(
-        LARGEST,
-        ADD,
-        "ones",
-        "PEFT's magnitude_prune: task arithmetic on the largest values",
-        **SHARED,
+        LARGEST, ADD, "ones", "task arithmetic on the largest values, as in PEFT", **SHARED
     ),
     "dare_linear": thinned(
         RANDOM, ADD, "mean", "DARE: Language Models are Super Mario (Yu et al., 2024)"
@@ -85,60 +65,45 @@ METHODS: dict[str, Method] = {
     ),
     "breadcrumbs": thinned(MIDDLE, ADD, "mean", "Model Breadcrumbs (Davari and Belilovsky, 2024)"),
     "breadcrumbs_ties": thinned(
-        MIDDLE,
-        VOTE,
-        "mean",
-        "Model Breadcrumbs (Davari and Belilovsky, 2024) with the vote of TIES",
+        MIDDLE, VOTE, "mean", "Model Breadcrumbs (Davari and Belilovsky, 2024), vote of TIES"
     ),
     "pcb": Method(
-        "sparse.pcb", "ones", "Parameter Competition Balancing (Du et al., 2024)", spaces=ALL
+        "sparse", "ones", "Parameter Competition Balancing (Du et al., 2024)", spaces=ALL
     ),
     "consensus": Method(
-        "sparse.consensus",
-        "ones",
-        "TALL masks and Consensus Merging (Wang et al., 2024)",
-        spaces=ALL,
+        "sparse", "ones", "TALL masks and Consensus Merging (Wang et al., 2024)", spaces=ALL
     ),
-    "tsv_m": Method("spectral.tsv_m", "ones", "Task Singular Vectors (Gargiulo et al., 2025)"),
+    "tsv_m": Method("spectral", "ones", "Task Singular Vectors (Gargiulo et al., 2025)"),
     "iso_c": Method(
-        "spectral.iso_c",
+        "spectral",
         "ones",
-        "No Task Left Behind: Isotropic Model Merging (Marczak et al., 2025), over the numerical rank",
+        "Isotropic Model Merging (Marczak et al., 2025), over the numerical rank",
     ),
     "iso_cts": Method(
-        "spectral.iso_cts",
+        "spectral",
         "ones",
-        "No Task Left Behind (Marczak et al., 2025), common and task-specific, over the numerical rank",
+        "Isotropic Model Merging (Marczak et al., 2025), common and own directions",
     ),
     "wudi": Method(
-        "spectral.wudi",
-        "ones",
-        "WUDI-Merging (Cheng et al., 2025) and OptMerge (Wei et al., 2026), in closed form",
+        "spectral", "ones", "WUDI (Cheng et al., 2025), OptMerge (Wei et al., 2026), in closed form"
     ),
-    "dc_merge": Method("spectral.dc_merge", "ones", "DC-Merge (2026), as released for LoRA"),
-    "ctm": Method("spectral.ctm", "ones", "Compress-then-Merge (2026), Tucker-2 subspace and TIES"),
-    "robustmerge": Method(
-        "factorwise.robustmerge", "ones", "RobustMerge (Zeng et al., 2025)", **PAIRS
-    ),
+    "dc_merge": Method("spectral", "ones", "DC-Merge (2026), as released for LoRA"),
+    "ctm": Method("spectral", "ones", "Compress-then-Merge (2026), Tucker-2 subspace and TIES"),
+    "robustmerge": Method("factorwise", "ones", "RobustMerge (Zeng et al., 2025)", **PAIRS),
     "lorahub_factors": Method(
-        "factorwise.lorahub_factors",
-        "mean",
-        "LoraHub (Huang et al., 2024), the released combination of factors",
-        **PAIRS,
+        "factorwise", "mean", "LoraHub (Huang et al., 2024), as released", **PAIRS
     ),
     "aligned_linear": Method(
-        "factorwise.aligned_linear",
-        "mean",
-        "Git Re-Basin's weight matching (Ainsworth et al., 2023), on the rank axis",
-        **PAIRS,
+        "factorwise", "mean", "Git Re-Basin (Ainsworth et al., 2023), on the rank axis", **PAIRS
     ),
     "lego": Method(
-        "factorwise.lego",
-        "mean",
-        "LoRA-LEGO (Zhao et al., 2025): rank-wise clustering, as the CtM authors re-implement it",
-        **PAIRS,
+        "factorwise", "mean", "LoRA-LEGO (Zhao et al., 2025), as in Compress-then-Merge", **PAIRS
     ),
 }
+
+
+# A row's function is called as the row.
+METHODS = {key: replace(row, name=key) for key, row in ROWS.items()}
 
 
 def find_method(name: str, space: str | None = None) -> Method:

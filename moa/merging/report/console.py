@@ -104,7 +104,7 @@ def agreement_line(report: dict[str, Any]) -> str | None:
 
 
 def advice(report: dict[str, Any]) -> str | None:
-    """What to try first where the merge answers differently from what it stands for."""
+    """What to try first where the merge answers differently from the model that it replaces."""
     line = agreement_line(report)
     found = report.get("comparisons", {})
     row = found.get("routed_model") or found.get("live_mixture")

@@ -1,4 +1,4 @@
-"""How experts stand to each other and to pruning at one site: functions of factors and core matrices.
+"""How experts relate to each other, and what pruning does to them, at one site: functions of factors and core matrices.
 
 Signs and values are those of the dense update, which no core has: they are read off an even grid of its entries.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from moa.merging.core import Factors
 from moa.merging.methods.factorwise import keep_largest, row_scales
 
-GRID = 256  # rows and columns of a dense update that are looked at
+GRID = 256  # rows and columns of a dense update that are sampled
 HISTOGRAM_BINS = 41
 TINY = 1e-300
 Pairwise = Float[Tensor, "expert expert"]
@@ -129,7 +129,7 @@ def _gram_root(gram: Float[Tensor, "rank rank"]) -> Float[Tensor, "rank rank"]:
 
 
 def histogram(values: Float[Tensor, " count"]) -> dict[str, Any]:
-    """Share of values in equal bins up to four standard deviations; the outermost bins hold what lies beyond."""
+    """Share of values in equal bins up to four standard deviations; the outermost bins hold all beyond."""
     limit = float(4 * values.std(unbiased=False)) or 1.0
     counts = torch.histc(values.clamp(-limit, limit).float(), HISTOGRAM_BINS, -limit, limit)
     return {"limit": limit, "share": (counts / max(values.numel(), 1)).tolist()}

@@ -13,7 +13,7 @@ from moa.merging.merge import MergedSite
 
 
 def layer_of(site: str) -> str:
-    """The numbered block that a site lies in, or its parent module where there is none."""
+    """The numbered block of a site, or its parent module where there is none."""
     match = re.match(r"(.*?\.\d+)(\.|$)", site)
     return match[1] if match else site.rpartition(".")[0] or site
 
