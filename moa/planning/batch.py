@@ -16,11 +16,11 @@ OCR_CHARS = 8  # tokens of an OCR word
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """What a sample is taken to be: a picture, a question, an answer, in tokens together."""
+    """What a sample is taken to be: an image, a question, an answer, in tokens together."""
 
-    tokens: int  # of prompt, picture and answer
+    tokens: int  # of prompt, image and answer
     answer: int  # of them supervised
-    image: int  # of them the picture's
+    image: int  # of them the image's
     pack: int | None = None  # tokens of a row that several samples share
 
     def __post_init__(self) -> None:
@@ -28,7 +28,7 @@ class Lengths:
         if self.answer < 1 or rest < 1:
             raise ValueError(
                 f"length: {self.tokens} tokens leave {rest} for the question, after {self.image} of "
-                f"the picture and {self.answer} of the answer"
+                f"the image and {self.answer} of the answer"
             )
         if self.pack is not None and self.pack < self.tokens:
             raise ValueError(f"length: {self.tokens} must fit train.pack_length={self.pack}")
@@ -36,7 +36,7 @@ class Lengths:
 
 @torch.no_grad()
 def image_tokens(backbone: Backbone, model: ModelConfig) -> int:
-    """Tokens that one image becomes, asked of a backbone without experts."""
+    """Tokens that one image becomes, by a backbone without experts."""
     base = backbone.model.config
     if FAMILIES[base.model_type].rows == "patches":
         return (patches_per_side(base, model) // base.vision_config.spatial_merge_size) ** 2
@@ -73,7 +73,7 @@ def patches_per_side(base: Any, model: ModelConfig) -> int:
 
 
 def example_batch(config: RunConfig, base: Any, lengths: Lengths, num_samples: int) -> Batch:
-    """Samples of equal length, a picture each, in rows; the last row is one token short.
+    """Samples of equal length, an image each, in rows; the last row is one token short.
 
     Rows of a real batch differ in length, and a single padded token is what makes attention keep a
     mask. `base` is the backbone's config.

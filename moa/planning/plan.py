@@ -2,7 +2,7 @@
 
     config + backbone -> fake model (the project's own build) -> one fake step -> each configuration
 
-What a step needs is affine in the micro-batch: two steps tell of all, and which micro-batch fits.
+What a step needs is affine in the micro-batch: two steps give the whole line, and which micro-batch fits.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,11 +36,8 @@ class Machine:
     host_bandwidth: float = 25.0  # GB/s to and from its host
 
     def __post_init__(self) -> None:
-        for name in ("num_devices", "memory", "bandwidth", "host_bandwidth"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.reserve < self.memory:
-            raise ValueError(f"reserve: must be in [0, {self.memory:g} GiB), got {self.reserve}")
+        if not self.reserve < self.memory:
+            raise ValueError(f"reserve: must be below {self.memory:g} GiB, got {self.reserve}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +54,8 @@ class Traced:
     def costs(self, samples: int) -> StepCosts:
         """Of a micro-batch of so many."""
         steps = (samples - self.samples) / self.samples
-        grown = {
-            name: round(getattr(self.low, name) + steps * self.growth(name))
-            for name in ("kept", "peak", "flops")
-        }
+        names = ("kept", "peak", "flops")
+        grown = {n: round(getattr(self.low, n) + steps * self.growth(n)) for n in names}
         return replace(self.low, **grown)
 
     def growth(self, name: str) -> int:
@@ -93,7 +88,7 @@ class Plan:
 
     @property
     def recommended(self) -> Choice | None:
-        """The first that has room for a sample: they stand in the order of what they send, and
+        """The first with room for a sample: choices are in the order of what they send, and
         micro-batches of any size add up to the same step."""
         return next((choice for choice in self.choices if choice.largest_micro_batch), None)
 
@@ -114,13 +109,15 @@ class FakeRun:
     """A model of a config on fake tensors, set up as for the stage that trains most."""
 
     def __init__(self, config: RunConfig, backbone: str) -> None:
-        self.config, self.mode = config, fake_mode()
+        self.config = config
         adapters = open_adapters(config)
-        with self.mode:
+        with fake_mode():
             base = random_backbone(find_shape(backbone), DTYPES[config.model.dtype])
             self.image_tokens = image_tokens(base, config.model)
             self.model = build_mixture(config, base, adapters, place=add_fresh)
-        self.stage = stage_of(config)
+        by_kind = {stage.kind: stage for stage in config.stages.values()}
+        found = [by_kind[kind] for kind in ("joint", "experts", "router") if kind in by_kind]
+        self.stage = found[0] if found else StageConfig(name="joint", steps=1)
         groups = parameter_groups(self.model, config)
         self.groups = set_trainable(self.model, groups, self.stage)
         if not self.groups:
@@ -131,21 +128,13 @@ class FakeRun:
         self.shape = shape_of(self.model, config.model.quantization)
 
     def measure(self, lengths: Lengths, num_samples: int) -> StepCosts:
-        base = self.model.model.config
-        batch = example_batch(self.config, base, lengths, num_samples)
+        batch = example_batch(self.config, self.model.model.config, lengths, num_samples)
         return measure_step(self.model, self.groups, self.stage, self.config.train, batch)
 
 
 def add_fresh(bank: ExpertBank, name: str, header: ExpertHeader) -> None:
     """An expert of an adapter's sites and usual rank, whose weights are not read."""
     bank.add(name, rank=header.config["r"], alpha=1, targets=list(header.ranks))
-
-
-def stage_of(config: RunConfig) -> StageConfig:
-    """The config's own stage that trains most; joint where it names none."""
-    by_name = {stage.kind: stage for stage in config.stages.values()}
-    found = [by_name[name] for name in ("joint", "experts", "router") if name in by_name]
-    return found[0] if found else StageConfig(name="joint", steps=1)
 
 
 def trace(
@@ -155,35 +144,31 @@ def trace(
     *,
     tokens: int | None = None,
     answer: int = 256,
-    say: Callable[[str], Any] = lambda line: None,
+    note: Callable[[str], Any] = lambda line: None,
 ) -> Traced:
     """Run the steps of a config with a backbone, around a micro-batch of `samples`.
 
-    A sample is taken to have `tokens` tokens, the picture's and the answer's included:
-    prompt.max_length, unless told otherwise. Raises ValueError for what does not fit together.
+    A sample is taken to have `tokens` tokens (default: prompt.max_length), the image's and the
+    answer's included. Raises ValueError for what does not fit together.
     """
-    say(f"{backbone}: building")
+    note(f"{backbone}: building")
     run = FakeRun(config, backbone)
-    lengths = Lengths(
-        tokens=tokens or config.prompt.max_length,
-        answer=answer,
-        image=run.image_tokens,
-        pack=config.train.pack_length,
-    )
+    tokens, pack = tokens or config.prompt.max_length, config.train.pack_length
+    lengths = Lengths(tokens=tokens, answer=answer, image=run.image_tokens, pack=pack)
     samples = max(samples, 2)  # one alone has no padding, and so no mask
     steps = []
     for count in (samples, 2 * samples):
-        say(f"{backbone}: a step of {count} samples")
+        note(f"{backbone}: a step of {count} samples")
         steps.append(run.measure(lengths, count))
-    return Traced(backbone=backbone, lengths=lengths, shape=run.shape, samples=samples,
-                  low=steps[0], high=steps[1])  # fmt: skip
+    low, high = steps
+    return Traced(
+        backbone=backbone, lengths=lengths, shape=run.shape, samples=samples, low=low, high=high
+    )
 
 
 def make_plan(traced: Traced, layout: Layout, machine: Machine, quantized: bool) -> Plan:
     """What was traced, on a machine, in every configuration for so many devices."""
-    choices = [
-        choose(name, traced, layout, machine) for name in offered(machine.num_devices, quantized)
-    ]
+    names = offered(machine.num_devices, quantized)
     return Plan(
         backbone=traced.backbone,
         machine=machine,
@@ -191,7 +176,7 @@ def make_plan(traced: Traced, layout: Layout, machine: Machine, quantized: bool)
         lengths=traced.lengths,
         shape=traced.shape,
         costs=traced.costs(layout.micro_batch_size),
-        choices=choices,
+        choices=[choose(name, traced, layout, machine) for name in names],
     )
 
 
@@ -215,22 +200,15 @@ def choose(name: str, traced: Traced, layout: Layout, machine: Machine) -> Choic
 
 
 def plan_run(
-    config: RunConfig,
-    backbones: Sequence[str],
-    machines: Sequence[Machine],
-    *,
-    tokens: int | None = None,
-    answer: int = 256,
-    say: Callable[[str], Any] = lambda line: None,
+    config: RunConfig, backbones: Sequence[str], machines: Sequence[Machine], **options: Any
 ) -> list[Plan]:
-    """A plan for each backbone on each machine; the backbone "config" is the config's own."""
+    """A plan for each backbone ("config" is the config's own) on each machine; `options` are `trace`'s."""
     layouts = [make_layout(config.train, machine.num_devices) for machine in machines]
     samples = min(layout.micro_batch_size for layout in layouts)
-    plans = []
+    quantized, plans = config.model.quantization is not None, list[Plan]()
     for name in backbones:
         own = config.model.name if name == "config" else name
-        traced = trace(config, own, samples, tokens=tokens, answer=answer, say=say)
-        quantized = config.model.quantization is not None
+        traced = trace(config, own, samples, **options)
         pairs = zip(machines, layouts, strict=True)
         plans += [make_plan(traced, layout, machine, quantized) for machine, layout in pairs]
     return plans

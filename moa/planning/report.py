@@ -9,39 +9,37 @@ from rich.table import Table
 from moa.planning.plan import GB, GIB, Choice, Plan
 
 MEMORY = {
-    "base": "base",
     "trained": "experts, router",
-    "gradients": "gradients",
     "optimizer": "AdamW",
-    "buffers": "buffers",
-    "activations": "activations",
-}
+}  # headings that are not the part's name
+PARTS = ("base", "trained", "gradients", "optimizer", "buffers", "activations")
 
 
 def plan_table(plan: Plan) -> Table:
     """A row for each configuration."""
-    machine = plan.machine
-    count = f"{machine.num_devices} GPU{'s' if machine.num_devices > 1 else ''}"
-    table = Table(title=f"{plan.backbone} on {count} of {machine.memory:g} GiB: GiB on each")
+    where = f"{gpus(plan.machine.num_devices)} of {plan.machine.memory:g} GiB"
+    table = Table(title=f"{plan.backbone} on {where}: GiB on each")
     table.add_column("", overflow="fold")
-    for column in (*MEMORY.values(), "total", "fits", "micro-batch", "host", "GB sent", "s"):
+    columns = [MEMORY.get(part, part) for part in PARTS]
+    for column in (*columns, "total", "fits", "micro-batch", "host", "GB sent", "s"):
         table.add_column(column, justify="right", overflow="fold")
     for choice in plan.choices:
         table.add_row(*cells(choice), style="bold" if choice is plan.recommended else "")
     return table
 
 
-def cells(choice: Choice) -> Iterator[str]:
+def cells(choice: Choice) -> list[str]:
     held, sent = choice.memory, choice.traffic
-    yield choice.name
-    for part in MEMORY:
-        yield f"{getattr(held, part) / GIB:.1f}"
-    yield f"{held.total / GIB:.1f}"
-    yield "yes" if choice.fits else "no"
-    yield str(choice.largest_micro_batch) if choice.largest_micro_batch else "-"
-    yield f"{held.host / GIB:.1f}"
-    yield f"{(sent.gradients + sent.parameters) / GB:.1f}"
-    yield f"{choice.seconds:.1f}"
+    memory = [getattr(held, part) for part in PARTS]
+    return [
+        choice.name,
+        *(f"{size / GIB:.1f}" for size in (*memory, held.total)),
+        "yes" if choice.fits else "no",
+        str(choice.largest_micro_batch or "-"),
+        f"{held.host / GIB:.1f}",
+        f"{(sent.gradients + sent.parameters) / GB:.1f}",
+        f"{choice.seconds:.1f}",
+    ]
 
 
 def describe_plan(plan: Plan) -> Iterator[str]:
@@ -49,7 +47,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     shape, lengths, layout, machine = plan.shape, plan.lengths, plan.layout, plan.machine
     yield (
         f"{shape.numbers / 1e6:,.1f}M parameters, {shape.trained_numbers / 1e6:.1f}M trained; "
-        f"{lengths.tokens:,} tokens a sample ({lengths.image} picture, {lengths.answer} answer)"
+        f"{lengths.tokens:,} tokens a sample ({lengths.image} image, {lengths.answer} answer)"
         + (f", rows of {lengths.pack:,}" if lengths.pack else "")
     )
     yield (
@@ -71,11 +69,11 @@ def advice(plan: Plan) -> str:
         micro = f" with train.micro_batch_size={plan.micro_batch}" if not best.fits else ""
         return f"use: {best.name}{micro}"
     least = min(plan.choices, key=lambda choice: choice.memory.total)
-    static = least.memory.total - least.memory.activations
+    step = least.memory.activations
     return (
-        f"nothing fits. {least.name} is nearest: {gib(static)} before a sample is read, and "
-        f"{gib(least.memory.activations)} for a micro-batch of {plan.layout.micro_batch_size}. Shorter "
-        "samples, train.gradient_checkpointing=true, model.dtype=bf16 or more GPUs would help"
+        f"nothing fits. {least.name} is nearest: {(least.memory.total - step) / GIB:.1f} GiB before a sample "
+        f"is read, and {step / GIB:.1f} GiB for a micro-batch of {plan.layout.micro_batch_size}. Shorter samples, "
+        "train.gradient_checkpointing=true, model.dtype=bf16 or more GPUs would help"
     )
 
 
@@ -86,20 +84,19 @@ def grid_table(plans: Sequence[Plan]) -> Table:
     table.add_column("")
     table.add_column("GiB", justify="right")
     for count in counts:
-        table.add_column(f"{count} GPU{'s' if count > 1 else ''}")
+        table.add_column(gpus(count))
     rows: dict[tuple[str, float], dict[int, str]] = {}
     for plan in plans:
         best, machine = plan.recommended, plan.machine
-        row = rows.setdefault((plan.backbone, machine.memory), {})
         shown = f"{best.name}, {best.largest_micro_batch}" if best is not None else "-"
-        row[machine.num_devices] = shown
+        rows.setdefault((plan.backbone, machine.memory), {})[machine.num_devices] = shown
     for (name, size), row in rows.items():
         table.add_row(name, f"{size:g}", *(row[count] for count in counts))
     return table
 
 
-def gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
+def gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"
 
 
 def record(plan: Plan) -> dict[str, Any]:

@@ -4,7 +4,7 @@
     ddp       everything on each; gradients are summed once a step
     zero2     gradients and AdamW's moments are cut into a piece per device
     zero3     the parameters too, frozen ones included: gathered again for every forward and backward
-    zero3_offload  those pieces lie in the host's memory
+    zero3_offload  the host's memory holds those pieces
     fsdp2     as zero3 by PyTorch itself: a layer is gathered as a whole, the next one while it runs,
               and gradients stay whole until the last micro-batch
     multi_node  is ddp over several machines
@@ -24,7 +24,7 @@ FP32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """What is cut into a piece per device, who does it, and where the pieces lie."""
+    """What is cut into a piece per device, by which library, and where the pieces are stored."""
 
     cuts_moments: bool = False
     cuts_gradients: bool = False
@@ -35,21 +35,15 @@ class Strategy:
     together: bool = True  # makes sense on several
 
 
+PIECES = {"cuts_moments": True, "cuts_gradients": True, "deepspeed": True}
 # In order of what they send: the first one that fits is the one to use.
 STRATEGIES = {
     "single": Strategy(alone=True, together=False),
     "ddp": Strategy(),
-    "zero2": Strategy(cuts_moments=True, cuts_gradients=True, deepspeed=True),
+    "zero2": Strategy(**PIECES),
     "fsdp2": Strategy(cuts_moments=True, cuts_parameters=True),
-    "zero3": Strategy(cuts_moments=True, cuts_gradients=True, cuts_parameters=True, deepspeed=True),
-    "zero3_offload": Strategy(
-        cuts_moments=True,
-        cuts_gradients=True,
-        cuts_parameters=True,
-        deepspeed=True,
-        offloads=True,
-        alone=True,
-    ),
+    "zero3": Strategy(**PIECES, cuts_parameters=True),
+    "zero3_offload": Strategy(**PIECES, cuts_parameters=True, offloads=True, alone=True),
 }
 
 
@@ -65,7 +59,7 @@ def offered(num_devices: int, quantized: bool) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on each device; `host` lies beside it."""
+    """Bytes on each device, and of its host."""
 
     base: float
     trained: float
