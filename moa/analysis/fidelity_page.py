@@ -3,29 +3,19 @@
 Drawn from the record of `moa.merging.report.fidelity.measure`, with or without a merge in it.
 """
 
-import base64
-import html
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from moa.analysis import fidelity_plots as plots
+from moa.analysis import html
 from moa.analysis.fidelity_plots import Record, number, pairs_of, short
-from moa.analysis.plots import FAINT, INK, MUTED
 from moa.files.atomic import write_file
 
 MEETS = 0.05  # cosine of a pair from which on it is said to fight or to agree
-STYLE = f"""
-body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }} .first {{ font-size: 1.1rem; color: {INK}; }}
-table {{ border-collapse: collapse; font-size: .9rem; }} p {{ color: {MUTED}; }}
-img {{ max-width: 100%; margin-top: 2rem; }}
-td, th {{ padding: .2rem .75rem; border-bottom: 1px solid {FAINT}; text-align: right; }}
-td:first-child, th:first-child {{ text-align: left; }}
-"""
-# Each picture with a newcomer's reading of it.
-PICTURES: dict[str, tuple[Callable[[Path, Record], None], str]] = {
+# Each image with a newcomer's reading of it.
+IMAGES: dict[str, tuple[Callable[[Path, Record], None], str]] = {
     "pairs": (
         plots.draw_pairs,
         "Cosine: 1 where two experts want the same change, -1 where they undo each other, 0 where they do not meet. "
@@ -70,25 +60,24 @@ def write_page(
     `about` is what the merge was, by name; `agreement` is a line on what the merged model answers, and comes first.
     """
     merged, several = "merged" in record["total"], len(record["experts"]) > 1
-    title = f"{'Merge' if merged else 'Experts'}: {', '.join(record['experts'])}"
-    parts = [f"<h1>{html.escape(title)}</h1>"]
     first = [*([agreement] if agreement else []), *summary(record, about)]
-    parts += [f'<p class="first">{html.escape(line)}</p>' for line in first]
-    parts += [f"<p>{html.escape(line)}</p>" for line in details(record)]
-    parts.append(_html_table([(k, shown(v)) for k, v in about.items() if shown(v)]))
+    parts = [html.element("p", line, "first") for line in first]
+    parts += [html.element("p", line) for line in details(record)]
+    parts.append(html.table([(key, shown(value)) for key, value in about.items() if shown(value)]))
     if merged:
-        parts += ["<h2>What became of each expert</h2>", _html_table(_expert_rows(record))]
+        parts += [
+            html.element("h2", "What became of each expert"),
+            html.table(_expert_rows(record)),
+        ]
     with tempfile.TemporaryDirectory() as folder:
-        for name, (draw, note) in PICTURES.items():
+        for name, (draw, note) in IMAGES.items():
             if several or name not in ("pairs", "where"):
                 file = Path(folder) / f"{name}.png"
                 draw(file, record)
-                data = base64.b64encode(file.read_bytes()).decode()
-                parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
-                parts.append(f"<p>{html.escape(note)}</p>")
-    parts += ["<h2>Layer by layer</h2>", _html_table(_layer_rows(record))]
-    head = f'<!doctype html><meta charset="utf-8"><title>merge report</title><style>{STYLE}</style>'
-    write_file(path, head + "\n".join(parts))
+                parts += [html.image(file, name), html.element("p", note)]
+    parts += [html.element("h2", "Layer by layer"), html.table(_layer_rows(record))]
+    title = f"{'Merge' if merged else 'Experts'}: {', '.join(record['experts'])}"
+    write_file(path, html.page(title, parts))
 
 
 def shown(value: Any) -> str:
@@ -194,39 +183,21 @@ def _expert_rows(record: Record) -> Rows:
 
 def _layer_rows(record: Record) -> Rows:
     """What the method and the rank did in each layer."""
-    merged = "merged" in record["total"]
     head = ["layer", "mass that cancels", "cross terms of factor methods"]
-    rows = [[*head, *(["rank", "norm", "cut by the rank", "outside the span"] if merged else [])]]
+    if "merged" in record["total"]:
+        head += ["rank", "norm", "cut by the rank", "outside the span"]
+    rows = [head]
     for name, row in {**record["layers"], "all": record["total"]}.items():
-        cross = row["cross_terms"]
-        cells = [
-            short(name),
-            _share(row["sign_conflict"]),
-            "-" if cross is None else f"{cross:.2f}",
-        ]
-        if merged:
-            after = row["merged"]
+        cross, after = row["cross_terms"], row.get("merged")
+        cross = "-" if cross is None else f"{cross:.2f}"
+        cells = [short(name), _share(row["sign_conflict"]), cross]
+        if after:
             rank = " to ".join(map(str, dict.fromkeys(after["rank"])))
-            cells += [
-                rank,
-                f"{after['norm']:.3g}",
-                _share(after["cut_by_rank"]),
-                _share(after["outside_span"]),
-            ]
+            cut = _share(after["cut_by_rank"]), _share(after["outside_span"])
+            cells += [rank, f"{after['norm']:.3g}", *cut]
         rows.append(cells)
     return rows
 
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
-
-
-def _html_table(rows: Rows) -> str:
-    """The first row is the head where it has more than two cells."""
-    lines = []
-    for index, row in enumerate(rows):
-        tag = "th" if index == 0 and len(row) > 2 else "td"
-        lines.append(
-            "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-        )
-    return f"<table>{''.join(lines)}</table>"

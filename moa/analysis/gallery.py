@@ -1,4 +1,4 @@
-"""Samples as the model saw them, with what it said: one PNG page of cards."""
+"""Samples as the model saw them, with its answers: one PNG page of cards."""
 
 import textwrap
 from collections.abc import Sequence
@@ -33,14 +33,14 @@ class Card:
     boxes: Sequence[Box] = ()
     predicted_box: Box | None = None
     ocr: Sequence[OcrWord] | None = None
-    reads: bool = True  # whether the model takes OCR words: only then is their absence said
+    reads: bool = True  # whether the model takes OCR words: only then their absence is noted
     gates: Sequence[float] | None = None
 
 
-def seen_picture(
+def seen_image(
     pixels: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]
 ) -> Image.Image:
-    """The picture behind one row of `pixel_values`: exactly what reached the vision tower."""
+    """The image of one row of `pixel_values`: exactly the input of the vision tower."""
     array = pixels.float().cpu().numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
     return Image.fromarray((array.clip(0, 1) * 255).round().astype(np.uint8))
 
@@ -54,14 +54,13 @@ def gallery(path: str | Path, cards: Sequence[Card], experts: Sequence[str], tit
         grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[1, 1.25] * columns)
         for number, card in enumerate(cards):
             row, column = divmod(number, columns)
-            picture = figure.add_subplot(grid[row, 2 * column])
-            draw_picture(picture, card)
+            draw_image(figure.add_subplot(grid[row, 2 * column]), card)
             side = grid[row, 2 * column + 1].subgridspec(2, 1, height_ratios=[1.7, 1])
             draw_words(figure.add_subplot(side[0]), card)
             draw_gates(figure.add_subplot(side[1]), card.gates, experts)
 
 
-def draw_picture(axes: Axes, card: Card) -> None:
+def draw_image(axes: Axes, card: Card) -> None:
     width, height = card.size
     axes.imshow(card.image, extent=(0, width, height, 0), interpolation="nearest")
     axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
@@ -83,10 +82,9 @@ def _box(axes: Axes, box: Box, edge: str, **style: Any) -> None:
 
 def draw_words(axes: Axes, card: Card) -> None:
     axes.axis("off")
-    lines = [(card.question, INK, "bold", 2)]
-    mark = "✓" if card.score >= 0.5 else "✗"
+    mark, ink = ("✓", TRUE) if card.score >= 0.5 else ("✗", PREDICTED)
     answer = f"{mark} {card.prediction or '(nothing)'}"
-    lines.append((answer, TRUE if card.score >= 0.5 else PREDICTED, "normal", 3))
+    lines = [(card.question, INK, "bold", 2), (answer, ink, "normal", 3)]
     if card.truth and card.score < 1:
         lines.append((f"true: {card.truth}", MUTED, "normal", 2))
     if card.ocr:
@@ -95,17 +93,13 @@ def draw_words(axes: Axes, card: Card) -> None:
         lines.append(("no OCR was run", MUTED, "normal", 1))
     top = 1.0
     for text, ink, weight, most in lines:
-        wrapped = textwrap.wrap(plain(text), 30, max_lines=most, placeholder=" …") or [""]
+        text = text.replace("$", r"\$")  # matplotlib reads a dollar sign as the start of a formula
+        wrapped = textwrap.wrap(text, 30, max_lines=most, placeholder=" …") or [""]
         drawn = axes.text(0, top, "\n".join(wrapped), color=ink, weight=weight, va="top",
                           fontsize=8.5, transform=axes.transAxes, linespacing=1.25,
                           clip_on=True)  # fmt: skip
         drawn.set_in_layout(False)  # a long word must not squeeze its neighbours
         top -= 0.105 * len(wrapped) + 0.04
-
-
-def plain(text: str) -> str:
-    """Text that matplotlib prints as it stands: a dollar sign would start a formula."""
-    return text.replace("$", r"\$")
 
 
 def draw_gates(axes: Axes, gates: Sequence[float] | None, experts: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.config import NONE
-from moa.routing.gating import apply_availability
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # site -> lora_A [rank, in] with scale, lora_B
 
@@ -72,11 +71,6 @@ def routing_accuracy(
     return float((gates[known].argmax(-1).cpu() == truth).float().mean())
 
 
-def with_rest(gates: Float[Tensor, "sample expert"]) -> Float[Tensor, "sample choice"]:
-    """One column more: what is left to one, the weight of a null expert."""
-    return torch.cat([gates, 1 - gates.sum(-1, keepdim=True)], dim=-1).clamp(min=0)
-
-
 def dead_experts(
     per_task: Mapping[str, Float[Tensor, " expert"]], experts: Sequence[str], floor: float = 0.02
 ) -> list[str]:
@@ -120,15 +114,6 @@ def duplicates(
     ]
 
 
-def without_expert(
-    gates: Float[Tensor, "*lead expert"], expert: int
-) -> Float[Tensor, "*lead expert"]:
-    """The same gates with one expert gone; the others take its weight in proportion."""
-    available = torch.ones(gates.shape[-1], dtype=torch.bool, device=gates.device)
-    available[expert] = False
-    return apply_availability(gates, available.expand_as(gates))
-
-
 def leave_one_out(
     score: Callable[[str | None], Mapping[str, float]], experts: Sequence[str]
 ) -> dict[str, dict[str, float]]:
@@ -153,14 +138,16 @@ def summary(
     """Everything above as one record for a JSON file.
 
     `mean_gates` weighs the tasks alike (the trained ones, where any is among the samples), however
-    many samples each has: it is what a merged adapter stands in for. `per_kind` has a row for each
-    task, or for each expert of a task that has several (one for another kind of picture). Where
-    samples are meant for none, none is a choice beside the experts in the three figures. `sites` are
-    the names of the wrapped layers, in the order of `per_site`.
+    many samples each has: these gates are the weights of a merge. `per_kind` has a row for each
+    task, or for each expert of a task that has several. Where samples are meant for no expert, none is a
+    choice in the mutual information, entropy and accuracy. `sites` are the names of the wrapped layers, in
+    the order of `per_site`.
     """
     mean = gates.float().mean(1)
-    has_null = NONE in wanted
-    choices, decided = ([*experts, NONE], with_rest(mean)) if has_null else (experts, mean)
+    choices, decided = list(experts), mean
+    if NONE in wanted:  # the rest of one is the weight of the null expert
+        rest = 1 - mean.sum(-1, keepdim=True)
+        choices, decided = [*experts, NONE], torch.cat([mean, rest], dim=-1).clamp(min=0)
     per_task = gates_per_task(mean, tasks)
     chosen = [task for task in per_task if task in trained_tasks] or list(per_task)
     kinds = sample_kinds(tasks, wanted)

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from moa.benchmarks.scores import Response, Scores
-from moa.metrics.classification import mean_per_class_accuracy
-from moa.metrics.retrieval import recall_at
+from moa.metrics.retrieval import mean_per_class_accuracy, recall_at
 
 
 def classification_scores(responses: Sequence[Response]) -> Scores:

@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image
 from rich.console import Console
 
-from moa.analysis.gallery import Card, gallery, seen_picture
+from moa.analysis.gallery import Card, gallery, seen_image
 from moa.analysis.plots import gate_heat_map, layer_heat_map, loss_curves, read_log
 from moa.analysis.routing import delta_cosines, summary
 from moa.benchmarks.scores import Response
@@ -206,7 +206,7 @@ def picture_of(image: Image, processor: Any) -> Image:
     pixels = torch.as_tensor(processor(images=[image], return_tensors="pt")["pixel_values"])
     if pixels.dim() != 4 or len(pixels) != 1:
         return image
-    return seen_picture(pixels[0], processor.image_mean, processor.image_std)
+    return seen_image(pixels[0], processor.image_mean, processor.image_std)
 
 
 def draw_pictures(

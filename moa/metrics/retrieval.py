@@ -1,10 +1,11 @@
-"""Image-text retrieval where a picture has several captions: ranks, and from them R@1, R@5, R@10.
+"""Ranks of candidates: retrieval where an image has several captions, and classification.
 
 similarity = image_features @ text_features.T        [images, texts]
-image to text: the rank of the best of a picture's captions;  text to image: of its picture
+image to text: the rank of the best of an image's captions;  text to image: of its image
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,17 +41,17 @@ def rank_retrieval(
     text_features: Float[Tensor, "texts dim"],
     image_of_text: Int[Tensor, " texts"],
 ) -> tuple[Ranking, Ranking]:
-    """Image to text, a query a picture, and text to image, a query a caption.
+    """Image to text, a query an image, and text to image, a query a caption.
 
-    `image_of_text` is the row of each caption's picture. Features need not be normalised. Raises
-    ValueError where a caption names no picture, or a picture has no caption.
+    `image_of_text` is the row of each caption's image. Features need not be normalised. Raises
+    ValueError where a caption names no image, or an image has no caption.
     """
     count = len(image_features)
     used = image_of_text.unique()
     if len(used) and (used.min() < 0 or used.max() >= count):
-        raise ValueError(f"retrieval: captions name pictures outside 0..{count - 1}")
+        raise ValueError(f"retrieval: captions name images outside 0..{count - 1}")
     if len(used) < count:
-        raise ValueError(f"retrieval: {count - len(used)} of {count} pictures have no caption")
+        raise ValueError(f"retrieval: {count - len(used)} of {count} images have no caption")
     images, texts = normalize(image_features, dim=-1), normalize(text_features, dim=-1)
     rows = torch.arange(count, device=image_of_text.device)
     to_text = [
@@ -61,13 +62,25 @@ def rank_retrieval(
         rank_candidates(part @ images.T, owner[:, None] == rows)
         for part, owner in zip(texts.split(BLOCK), image_of_text.split(BLOCK), strict=True)
     ]
-    return _joined(to_text), _joined(to_image)
-
-
-def _joined(blocks: Sequence[Ranking]) -> Ranking:
-    return Ranking(*(torch.cat(part) for part in zip(*blocks, strict=True)))
+    (first, second) = (
+        Ranking(*(torch.cat(part) for part in zip(*blocks, strict=True)))
+        for blocks in (to_text, to_image)
+    )
+    return first, second
 
 
 def recall_at(ranks: Sequence[int], k: int) -> list[float]:
     """Per query, 1 if the rank is at most k; the mean is R@k."""
     return [float(rank <= k) for rank in ranks]
+
+
+def mean_per_class_accuracy(hits: Sequence[float], classes: Sequence[Hashable]) -> float:
+    """The mean of the accuracies of the classes that occur, whatever their number of samples.
+
+    The convention of Caltech-101, Oxford pets, Flowers and Aircraft in CLIP's evaluation.
+    """
+    found: dict[Hashable, list[float]] = defaultdict(list)
+    for hit, name in zip(hits, classes, strict=True):
+        found[name].append(hit)
+    means = [sum(values) / len(values) for values in found.values()]
+    return sum(means) / len(means) if means else float("nan")

@@ -78,7 +78,7 @@ def test_the_picture_is_the_one_that_reached_the_tower():
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5)
     mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
     pixels = (torch.from_numpy(np.array(image)) / 255 - torch.tensor(mean)) / torch.tensor(std)
-    assert np.array_equal(cards.seen_picture(pixels.permute(2, 0, 1), mean, std), image)
+    assert np.array_equal(cards.seen_image(pixels.permute(2, 0, 1), mean, std), image)
 
 
 def test_the_heat_map_prints_every_gate_and_marks_held_out_tasks(tmp_path, pages):

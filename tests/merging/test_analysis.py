@@ -13,7 +13,6 @@ from moa.analysis.routing import (
     mutual_information,
     routing_accuracy,
     summary,
-    without_expert,
 )
 
 TASKS = ["vqa", "vqa", "caption", "caption"]
@@ -84,12 +83,6 @@ def test_a_rewritten_and_scaled_expert_is_found_as_a_duplicate():
     cosines = delta_cosines(factors)
     assert duplicates(cosines, list(factors)) == [("old", "copy", 1.0)]
     assert cosines[3].tolist() == [0.0] * 4
-
-
-def test_a_missing_expert_leaves_its_weight_to_the_others_in_proportion():
-    gates = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
-    rest = without_expert(gates, 0)
-    assert torch.allclose(rest, torch.tensor([[0.0, 0.6, 0.4], [0.0, 0.5, 0.5]]))
 
 
 def test_leaving_one_out_reports_what_each_column_loses():

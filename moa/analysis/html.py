@@ -1,0 +1,47 @@
+"""Self-contained HTML pages, without a script or a link: one style, tables, images as data."""
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from moa.analysis.plots import FAINT, INK, MUTED
+
+STYLE = f"""
+body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin: 1.5rem 0 .4rem; }} p {{ color: {MUTED}; }}
+p.first {{ font-size: 1.1rem; color: {INK}; }} img {{ max-width: 100%; }}
+table {{ border-collapse: collapse; font-size: .9rem; }}
+td, th {{ padding: .2rem .75rem; border-bottom: 1px solid {FAINT}; text-align: right; }}
+td:first-child, th:first-child {{ text-align: left; }}
+"""
+
+
+def page(title: str, parts: Sequence[str], style: str = "") -> str:
+    """A whole page under its heading; `style` adds to the common one."""
+    name = html.escape(title)
+    head = (
+        f'<!doctype html><meta charset="utf-8"><title>{name}</title><style>{STYLE}{style}</style>'
+    )
+    return head + "\n".join([f"<h1>{name}</h1>", *parts, ""])
+
+
+def element(tag: str, text: str, name: str = "") -> str:
+    """Text in an element of the CSS class `name`."""
+    name = f' class="{name}"' if name else ""
+    return f"<{tag}{name}>{html.escape(text)}</{tag}>"
+
+
+def image(png: bytes | Path, alt: str = "") -> str:
+    data = png.read_bytes() if isinstance(png, Path) else png
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return f"<img alt='{html.escape(alt)}' src='{source}'>"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the head where it has more than two cells."""
+    lines = []
+    for index, row in enumerate(rows):
+        tag = "th" if index == 0 and len(row) > 2 else "td"
+        lines.append(f"<tr>{''.join(element(tag, cell) for cell in row)}</tr>")
+    return f"<table>{''.join(lines)}</table>"
