@@ -87,15 +87,12 @@ def build_mixture(
     router = build_router(config, bank, backbone.dims)
     if config.router.granularity == "token":
         bank.add_token_routers(seed=config.seed)
-    weights = config.router.weights
-    routing: dict[str, Any] = {
-        "kind": config.router.kind,
-        "top_k": config.router.top_k,
-        "null_expert": config.router.null_expert,
-        "temperature": config.router.temperature,
-        "granularity": config.router.granularity,
-        "weights": [weights.get(name, 0.0) for name in config.experts] if weights else None,
-    }
+    names, weights = (
+        ("kind", "top_k", "null_expert", "temperature", "granularity"),
+        config.router.weights,
+    )
+    routing: dict[str, Any] = {name: getattr(config.router, name) for name in names}
+    routing["weights"] = [weights.get(name, 0.0) for name in config.experts] if weights else None
     if not backbone.compares:
         return LanguageMixture(backbone, bank, router, **routing)
     check_for_clip(config)

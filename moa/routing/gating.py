@@ -1,7 +1,7 @@
 """Logits -> gates: what weight each expert gets, as pure functions of tensors in float32.
 
 Gates are `[..., expert]`. Top-k, a missing modality, a client without an expert and an oracle are
-all the same thing here: a gate tensor with zeros in it; the expert layer knows no other rule.
+all the same thing here: a gate tensor with zeros in it. The expert layer has no other rule.
 """
 
 import torch
@@ -10,25 +10,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def softmax_gates(
-    logits: Float[Tensor, "*lead expert"], temperature: float | int = 1.0
-) -> Float[Tensor, "*lead expert"]:
+def softmax_gates(logits: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead expert"]:
     """Every expert, weights summing to one."""
-    return torch.softmax(logits.float() / temperature, dim=-1)
+    return torch.softmax(logits.float(), dim=-1)
 
 
-def sigmoid_gates(
-    logits: Float[Tensor, "*lead expert"], temperature: float | int = 1.0
-) -> Float[Tensor, "*lead expert"]:
-    """Every expert for itself, each weight in (0, 1): no sum is kept."""
-    return torch.sigmoid(logits.float() / temperature)
+def sigmoid_gates(logits: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead expert"]:
+    """Every expert for itself, each weight in (0, 1), of any sum."""
+    return torch.sigmoid(logits.float())
 
 
 def top_k_gates(
     logits: Float[Tensor, "*lead expert"],
     k: int,
     mask: Bool[Tensor, "*lead expert"] | None = None,
-    temperature: float | int = 1.0,
 ) -> Float[Tensor, "*lead expert"]:
     """The k best experts, softmax weights renormalised over them, exact zeros elsewhere.
 
@@ -38,7 +33,7 @@ def top_k_gates(
     num_experts = logits.shape[-1]
     if not 1 <= k <= num_experts:
         raise ValueError(f"top_k must be in 1..{num_experts} (the number of experts), got {k}")
-    logits = logits.float() / temperature
+    logits = logits.float()
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
     kept = torch.zeros_like(logits, dtype=torch.bool)
@@ -51,7 +46,7 @@ def top_k_gates(
 def one_hot_gates(
     expert_ids: Int[Tensor, " batch"], num_experts: int
 ) -> Float[Tensor, "batch expert"]:
-    """The oracle's gates: one expert each; id -1 (nobody knows) gets the uniform mixture, and
+    """The oracle's gates: one expert each; id -1 (unknown) gets the uniform mixture, and
     id `num_experts` (the null expert) zeros."""
     known = expert_ids >= 0
     gates = F.one_hot(expert_ids.clamp(min=0), num_experts + 1)[:, :num_experts].float()
@@ -61,17 +56,12 @@ def one_hot_gates(
 def apply_availability(
     gates: Float[Tensor, "*lead expert"],
     available: Bool[Tensor, "*#lead expert"],
-    *,
-    renormalise: bool = True,
 ) -> Float[Tensor, "*lead expert"]:
     """Exact zeros where an expert is not available; the others keep the row's sum.
 
-    Without `renormalise` (sigmoid gates) the others stay as they are. A row whose available experts
-    all had weight zero shares its sum equally among them.
+    A row whose available experts all had weight zero shares its sum equally among them.
     """
     masked = gates * available
-    if not renormalise:
-        return masked
     total = gates.sum(-1, keepdim=True)
     kept = masked.sum(-1, keepdim=True)
     count = available.sum(-1, keepdim=True).clamp(min=1)

@@ -9,6 +9,7 @@ prompt side alone: an answer cannot reach the gates.
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,12 @@ from torch import Tensor, nn
 from moa.routing.gating import anchor_similarity, anchor_sums
 
 EVIDENCE = ("image", "text", "ocr", "task")
+# Kind of evidence -> what its encoder reads; the task is an id alone.
+INPUTS = {
+    "image": ("image_tokens", "image_mask"),
+    "text": ("text_tokens", "text_mask"),
+    "ocr": ("ocr_tokens", "ocr_boxes", "ocr_confidence", "ocr_mask"),
+}
 # Tensor of a router or of a site's token router -> what its first axes run over.
 AXES = {
     r"token_router\..*": ("expert",),
@@ -33,8 +40,8 @@ AXES = {
 class Evidence:
     """What a router may look at; masks are True where there is something, task id -1 is unknown.
 
-    A kind that no router asks for is None. `ocr_tokens` is one vector per word, `ocr_boxes` are
-    x0 y0 x1 y1 in 0..1 of the picture.
+    A kind that the router does not read is None. `ocr_tokens` is one vector per word, `ocr_boxes` are
+    x0 y0 x1 y1 in 0..1 of the image.
     """
 
     image_tokens: Float[Tensor, "batch patch image"] | None = None
@@ -75,9 +82,6 @@ class Router(nn.Module):
         modality_dropout: float | int = 0.0,
     ) -> None:
         super().__init__()
-        check_evidence(evidence)
-        if pooling not in ("attention", "mean"):
-            raise ValueError(f"router.pooling: {pooling!r}; choices: attention, mean")
         self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
         self.modality_dropout = modality_dropout
         encoders: dict[str, Callable[[], nn.Module]] = {
@@ -110,21 +114,12 @@ class Router(nn.Module):
     def _encode(self, kind: str, evidence: Evidence, withheld: bool) -> Tensor:
         """One vector per sample, the learned missing one where there is no evidence."""
         encoder = self.encoders[kind]
-        if kind == "image":
-            tokens, mask = _required(evidence, "image_tokens", "image_mask")
-            present, vector = mask.any(1), encoder(tokens.float(), mask)
-        elif kind == "text":
-            tokens, mask = _required(evidence, "text_tokens", "text_mask")
-            present, vector = mask.any(1), encoder(tokens.float(), mask)
-        elif kind == "ocr":
-            tokens, boxes, confidence, mask = _required(
-                evidence, "ocr_tokens", "ocr_boxes", "ocr_confidence", "ocr_mask"
-            )
-            present = mask.any(1)
-            vector = encoder(tokens.float(), boxes.float(), confidence.float(), mask)
-        else:
-            (ids,) = _required(evidence, "task_ids")
+        if kind == "task":
+            ids: Any = evidence.task_ids
             present, vector = ids >= 0, encoder(ids.clamp(min=0))
+        else:
+            *values, mask = (getattr(evidence, name) for name in INPUTS[kind])
+            present, vector = mask.any(1), encoder(*(value.float() for value in values), mask)
         if withheld:
             present = torch.zeros_like(present)
         elif self.training and self.modality_dropout > 0:
@@ -215,16 +210,10 @@ class AnchorRouter(nn.Module):
         sharpness: float | int = 10.0,
     ) -> None:
         super().__init__()
-        check_evidence(evidence)
         self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
         self.sharpness = sharpness
         self.num_tasks = num_tasks
-        sizes = {
-            "image": dims["image"],
-            "text": dims["text"],
-            "ocr": dims["text"],
-            "task": num_tasks,
-        }
+        sizes = {**dims, "ocr": dims["text"], "task": num_tasks}
         for kind in self.evidence:
             self.register_buffer(f"{kind}_sums", torch.zeros(experts, sizes[kind]))
             self.register_buffer(f"{kind}_counts", torch.zeros(experts))
@@ -255,22 +244,8 @@ class AnchorRouter(nn.Module):
 
     def _features(self, kind: str, evidence: Evidence) -> tuple[Tensor, Tensor]:
         if kind == "task":
-            (ids,) = _required(evidence, "task_ids")
+            ids: Any = evidence.task_ids
             return F.one_hot(ids.clamp(min=0), self.num_tasks).float(), ids >= 0
-        tokens, mask = _required(evidence, f"{kind}_tokens", f"{kind}_mask")
+        tokens, mask = getattr(evidence, f"{kind}_tokens"), getattr(evidence, f"{kind}_mask")
         weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
         return torch.einsum("bt,btd->bd", weights, tokens.float()), mask.any(1)
-
-
-def check_evidence(evidence: Sequence[str]) -> None:
-    unknown = [kind for kind in evidence if kind not in EVIDENCE]
-    if unknown or not evidence:
-        raise ValueError(f"router.evidence: {list(evidence)}; choices: {', '.join(EVIDENCE)}")
-
-
-def _required(evidence: Evidence, *names: str) -> list[Tensor]:
-    values = [getattr(evidence, name) for name in names]
-    for name, value in zip(names, values, strict=True):
-        if value is None:
-            raise ValueError(f"the router needs evidence.{name}, which is None")
-    return values

@@ -190,9 +190,7 @@ def test_ctm_refines_its_subspace_until_it_holds_the_most(factors):
     torch.testing.assert_close(held(50), held(500), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, row in METHODS.items() if row.module == "spectral"]
-)
+@pytest.mark.parametrize("name", [n for n, row in METHODS.items() if row.module == "spectral"])
 def test_an_expert_of_zeros_changes_nothing_but_does_no_harm(factors, name):
     method = METHODS[name].function
     zero = [*factors[:2], (factors[2][0], torch.zeros_like(factors[2][1]))]

@@ -301,14 +301,3 @@ def test_anchors_find_the_expert_of_new_samples_by_any_kind_of_evidence():
         found = router(rows(evidence, list(range(6, 12))))[:, 0]
         assert found.argmax(-1).equal(ids[6:])
         assert (found.amax(-1) > 0.5 * router.sharpness).all()  # and not for want of evidence
-
-
-@pytest.mark.parametrize("bad", [{"evidence": ("picture",)}, {"evidence": ()}, {"pooling": "max"}])
-def test_an_unknown_choice_is_refused_with_the_choices(bad):
-    with pytest.raises(ValueError, match="choices: "):
-        Router(experts=3, sites=5, dims=DIMS, num_tasks=3, **bad)
-
-
-def test_evidence_that_the_router_needs_and_does_not_get_is_named():
-    with pytest.raises(ValueError, match="needs evidence.image_tokens"):
-        make_router()(Evidence(task_ids=torch.tensor([0])))
