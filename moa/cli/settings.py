@@ -225,10 +225,16 @@ def full_paths(value: Any, key: str) -> Any:
 
 
 def expanded(path: str | Path) -> str:
-    """A path with `~` or `~user` in full; ValueError for a user without a home."""
+    """A path with `~` or `~user` in full; ValueError for a user without a home.
+
+    A path under `assets/` that the working folder lacks is the one that is installed with this package.
+    """
     full = os.path.expanduser(path)
     if full.startswith("~"):
         raise ValueError(f"no home folder for {full!r}; write ./{full} for a folder of this name")
+    if full.startswith("assets/") and not os.path.exists(full):
+        installed = Path(__file__).parents[2] / full
+        return str(installed) if installed.exists() else full
     return full
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moa.cli.settings import expanded
 from moa.files.peft import read_json_object
 from moa.files.spelling import match_spelling, nearest, signature
 
@@ -68,7 +69,7 @@ def local_base(name: str, what: str = "base") -> Path:
 
     Raises ValueError naming `what` it is to the user.
     """
-    folder = Path(name).expanduser()
+    folder = Path(expanded(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{what}: {name} has no config.json; it must be a model's folder")
