@@ -62,7 +62,9 @@ def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
     for site in (*weights, *sites):
         if site not in sites:
             raise ValueError(f"{file}: weights.{site}: no expert has this site")
-        weight_row(names, weights.get(site, {}), where=f"{file}: weights.{site}")
+        if site not in weights:
+            raise ValueError(f"{file}: weights.{site}: missing; every site needs its weights")
+        weight_row(names, weights[site], where=f"{file}: weights.{site}")
     return weights
 
 
