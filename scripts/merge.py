@@ -114,13 +114,12 @@ def merge_models(settings: MergeModels, console: Console) -> None:
 def stack_layers(settings: StackLayers, console: Console) -> None:
     """Layers of whole checkpoints, one slice on the other."""
     from moa.files.checkpoint_files import local_base
-    from moa.merging.checkpoints.passthrough import parse_slices, plan_stack, write_stack
+    from moa.merging.checkpoints.passthrough import plan_stack, write_stack
 
     if settings.out is None:
         raise ValueError("out: names no folder")
     slices = [
-        replace(part, model=str(local_base(part.model, "slices")))
-        for part in parse_slices(settings.slices)
+        replace(part, model=str(local_base(part.model, "slices"))) for part in settings.slices
     ]
     stacked = plan_stack(slices, settings.stack)
     with progress_bar("merging", len(stacked.origins), console) as advance:

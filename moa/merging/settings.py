@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from moa.cli.ranges import Count, FilePath, Positive
+from moa.cli.ranges import Count, CountOrZero, FilePath, Positive
 from moa.cli.settings import Override, apply_override, expanded, load
 from moa.cli.strict_yaml import read_yaml
 from moa.merging.rank import parse_rank
@@ -128,11 +128,25 @@ class MergeModels:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Layers start to stop (not included) of a model's stack."""
+
+    model: FilePath
+    layers: list[CountOrZero]  # [start, stop]
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != 2 or self.layers[0] >= self.layers[1]:
+            raise ValueError(
+                f"slices.layers: must be [start, stop], start below stop, got {self.layers}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StackLayers:
     """Layers of whole checkpoints, one slice on the other, become a checkpoint of another depth."""
 
     # [{model: FOLDER, layers: [start, stop]}, ...]
-    slices: list[dict[str, Any]] = field(default_factory=list)
+    slices: list[Slice] = field(default_factory=list)
     # path of these layers (model.layers), where a model has several stacks
     stack: str | None = None
     method: Literal["passthrough"] = "passthrough"

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaConfig, Qwen2Config
 
-from moa.merging.checkpoints.passthrough import parse_slices, plan_stack, write_stack
+from moa.merging.checkpoints.passthrough import plan_stack, write_stack
+from moa.merging.settings import Slice, load_command
 from scripts import merge as script
 from tests.support.tiny import tiny_llava
 
@@ -30,7 +31,8 @@ def world(tmp_path_factory):
 
 
 def stacked(out, slices, **more):
-    write_stack(out, plan_stack(parse_slices(slices), **more), max_shard_gb=5e-5)
+    settings = load_command(None, [("method", "passthrough"), ("slices", slices)])
+    write_stack(out, plan_stack(settings.slices, **more), max_shard_gb=5e-5)
     return json.loads((out / "config.json").read_text())
 
 
@@ -106,8 +108,8 @@ def test_a_layer_takes_its_kind_along(tmp_path):
     ("slices", "message"),
     [
         ([], "slices: names none"),
-        ([{"model": "a"}], r"slices.0: has keys \['model'\]"),
-        ([{"model": "a", "layers": [3, 3]}], r"slices.0.layers: must be \[start, stop\]"),
+        ([{"model": "a"}], r"slices.0.layers: "),
+        ([{"model": "a", "layers": [3, 3]}], r"slices.layers: must be \[start, stop\]"),
         ([{"model": "a", "layers": [0, 9]}], r"has layers 0 to 3 at model.layers, not \[0, 9\]"),
         ([{"model": "a", "layers": [0, 2]}, {"model": "thin", "layers": [0, 1]}], "must be alike"),
     ],
@@ -125,4 +127,4 @@ def test_a_model_of_several_stacks_asks_for_one(tmp_path):
     model, _ = tiny_llava()
     model.save_pretrained(tmp_path / "llava")
     with pytest.raises(ValueError, match=r"stack: .* has \[.*language.*vision.*\]; name one"):
-        plan_stack(parse_slices([entry(tmp_path / "llava", 0, 2)]))
+        plan_stack([Slice(model=str(tmp_path / "llava"), layers=[0, 2])])

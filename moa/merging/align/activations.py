@@ -60,42 +60,37 @@ def activation_matching(
 class Covariance:
     """Running sums of A's and B's values at one layer, and of their products."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.totals: list[Any] = [0.0] * 2
-        self.squares: list[Any] = [0.0] * 2
-        self.products: Any = 0.0
+    count = 0
+    sum_a: Any = 0.0
+    sum_b: Any = 0.0
+    square_a: Any = 0.0
+    square_b: Any = 0.0
+    products: Any = 0.0
 
     def add(self, a: Values, b: Values) -> None:
         self.count += len(a)
+        self.sum_a, self.sum_b = self.sum_a + a.sum(0), self.sum_b + b.sum(0)
+        self.square_a = self.square_a + a.square().sum()
+        self.square_b = self.square_b + b.square().sum()
         self.products = self.products + a.T @ b
-        for side, values in enumerate((a, b)):
-            self.totals[side] = self.totals[side] + values.sum(0)
-            self.squares[side] = self.squares[side] + values.square().sum()
 
     def normalised(self) -> Matrix:
         """Covariance over the root of both layers' whole variances."""
         if not self.count:
             raise ValueError("batches: matching needs at least one")
-        means = [total / self.count for total in self.totals]
-        whole = [
-            square / self.count - mean.square().sum()
-            for square, mean in zip(self.squares, means, strict=True)
-        ]
-        covariance = self.products / self.count - torch.outer(*means)
-        return (covariance / (whole[0] * whole[1]).clamp(min=SMALL**2).sqrt()).float()
+        mean_a, mean_b = self.sum_a / self.count, self.sum_b / self.count
+        whole_a = self.square_a / self.count - mean_a.square().sum()
+        whole_b = self.square_b / self.count - mean_b.square().sum()
+        covariance = self.products / self.count - torch.outer(mean_a, mean_b)
+        return (covariance / (whole_a * whole_b).clamp(min=SMALL**2).sqrt()).float()
 
 
 def _makers(model: nn.Module, units: Units, name: str) -> list[str]:
     """The modules whose outputs are the units."""
-    paths = [
-        key.removesuffix(".weight")
-        for key, axis in units.made
-        if key.endswith(".weight") and not axis
-    ]
-    found = [
-        path for path in paths if isinstance(model.get_submodule(path), nn.Linear | nn.LayerNorm)
-    ]
+    paths = [key.removesuffix(".weight") for key, axis in units.made if not axis]
+    paths = [path for path in paths if not path.endswith(".bias")]
+    kinds = nn.Linear | nn.LayerNorm
+    found = [path for path in paths if isinstance(dict(model.named_modules()).get(path), kinds)]
     if not found:
         raise ValueError(f"spec: no linear layer or LayerNorm outputs the units of {name}")
     return found

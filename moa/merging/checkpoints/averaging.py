@@ -26,6 +26,7 @@ from moa.checkpoint import (
 from moa.config import load_config
 from moa.files.atomic import atomic_folder, write_file, write_json
 from moa.files.peft import CONFIG_FILE
+from moa.merging.export.folder import check_out
 from moa.parts import PARTS
 
 REPORT = "average.json"
@@ -61,7 +62,7 @@ def average_steps(
     `decay` 1 is the uniform mean; below it a step weighs `decay` times the next one, an exponential moving average.
     Raises ValueError for a changed file, and for steps whose configs or tensors differ.
     """
-    _check_out(out)
+    check_out(out, report=REPORT)
     if not 0 < decay <= 1:
         raise ValueError(f"decay: must be above 0 and at most 1, got {decay}")
     for folder in folders:
@@ -108,9 +109,8 @@ def mean_state(
             raise ValueError(
                 f"{name}: {odd[0]} differs in shape or dtype between the steps; are they of one run?"
             )
-    mean = {}
-    for key, newest in states[-1].items():
-        mean[key] = newest
+    mean = dict(states[-1])
+    for key, newest in mean.items():
         if newest.is_floating_point():
             total = sum(w * state[key].double() for w, state in zip(weights, states, strict=True))
             mean[key] = torch.as_tensor(total).to(newest.dtype)
@@ -131,9 +131,7 @@ def _trained_files(folders: Sequence[Path]) -> list[Path]:
         if files != first:
             odd = sorted(str(f) for f in {*files} ^ {*first})
             raise ValueError(f"steps: {folder.name} and {folders[0].name} differ in {odd}")
-        for config in (
-            file.parent / "adapter_config.json" for file in first if file.parts[0] == "experts"
-        ):
+        for config in (f.parent / CONFIG_FILE for f in first if f.parts[0] == "experts"):
             if read_json(folder / config) != read_json(folders[0] / config):
                 raise ValueError(
                     f"steps: {config} differs between {folder.name} and {folders[0].name}"
@@ -149,9 +147,3 @@ def _copy_rest(step: Path, out: Path) -> None:
         for name in (CONFIG_FILE, CARD):
             if (expert / name).is_file():
                 shutil.copyfile(expert / name, out / "experts" / expert.name / name)
-
-
-def _check_out(out: str | Path) -> None:
-    folder = Path(out)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT).is_file():
-        raise ValueError(f"out: {out} holds other things; only an earlier average is replaced")

@@ -18,18 +18,11 @@ from moa.backbones.fingerprint import base_fingerprint
 from moa.files.atomic import atomic_folder, write_json
 from moa.files.checkpoint_files import BaseFiles, read_base
 from moa.merging.export.folder import check_out, copy_other_files, write_report, write_weights
+from moa.merging.settings import Slice
 
 MANIFEST = "manifest.json"
 DEPTH, KINDS = "num_hidden_layers", "layer_types"  # keys of a config
 LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slice:
-    """Layers start to stop (not included) of a model's stack."""
-
-    model: str
-    layers: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,30 +32,6 @@ class Origin:
     model: str  # as the user named it
     files: BaseFiles
     key: str
-
-
-def parse_slices(raw: Sequence[Mapping[str, Any]]) -> list[Slice]:
-    """`[{model: FOLDER, layers: [start, stop]}, ...]`, checked."""
-    if not raw:
-        raise ValueError("slices: names none; give [{model: FOLDER, layers: [start, stop]}, ...]")
-    slices = []
-    for number, entry in enumerate(raw):
-        if set(entry) != {"model", "layers"}:
-            raise ValueError(
-                f"slices.{number}: has keys {sorted(entry)}; it takes model and layers"
-            )
-        layers = entry["layers"]
-        fits = (
-            isinstance(layers, Sequence)
-            and len(layers) == 2
-            and all(type(x) is int for x in layers)
-        )
-        if not fits or not 0 <= layers[0] < layers[1]:
-            raise ValueError(
-                f"slices.{number}.layers: must be [start, stop], start below stop, got {layers}"
-            )
-        slices.append(Slice(model=str(entry["model"]), layers=(layers[0], layers[1])))
-    return slices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +49,8 @@ def plan_stack(slices: Sequence[Slice], stack: str | None = None) -> Stacked:
     `stack` is the path of the layers (`model.layers`), needed only where a model has several. Raises ValueError for
     layers that a model lacks, and for slices whose layers differ in tensors, shapes or dtypes.
     """
+    if not slices:
+        raise ValueError("slices: names none; give [{model: FOLDER, layers: [start, stop]}, ...]")
     models = {part.model: read_base(part.model) for part in slices}
     first = models[slices[0].model]
     path = stack or find_stack(first)

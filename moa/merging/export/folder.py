@@ -100,11 +100,13 @@ def copy_processor(source: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def check_out(out: str | Path, inputs: Iterable[str | Path] = ()) -> None:
-    """ValueError where writing `out` would replace an input, or a folder that is not an earlier export."""
+def check_out(
+    out: str | Path, inputs: Iterable[str | Path] = (), report: str = REPORT_FILE
+) -> None:
+    """ValueError where writing `out` would replace an input, or a folder without the report of an earlier export."""
     folder = Path(out)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT_FILE).is_file():
-        raise ValueError(f"out: {out} holds other things; only an earlier export is replaced")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / report).is_file():
+        raise ValueError(f"out: {out} holds other things; only a folder with {report} is replaced")
     for given in map(Path, inputs):
         if folder.resolve() in (given.resolve(), *given.resolve().parents):
             raise ValueError(f"out: {out} would replace {given}, which is merged; name another")
