@@ -63,17 +63,21 @@ class OpenSite:
     factors: list[Factors | None]
     updates: CoreUpdates | None
 
+    @property
+    def core(self) -> CoreUpdates:
+        assert self.updates is not None, "the site was opened for a space without cores"
+        return self.updates
+
 
 def merge(
     experts: Sequence[Expert],
     *,
     dtype: torch.dtype = torch.float64,
     keep: Callable[[Tensor], Tensor] = lambda factor: factor,
-    on_site: Callable[[str], None] = lambda site: None,
     **settings: Any,
 ) -> dict[str, MergedSite]:
     """`run_plan` of the `settings`, which are those of `make_plan`."""
-    return run_plan(make_plan(experts, **settings), dtype=dtype, keep=keep, on_site=on_site)
+    return run_plan(make_plan(experts, **settings), dtype=dtype, keep=keep)
 
 
 def run_plan(
@@ -85,8 +89,8 @@ def run_plan(
 ) -> dict[str, MergedSite]:
     """The merged update of every site that some expert has and no rule drops, in the order of the sites.
 
-    An expert without a site counts as a zero update there. `dtype` is that of the algebra. `keep` is what becomes of
-    each factor once its site is done, such as a spool's.
+    An expert without a site counts as a zero update there. `dtype` is that of the algebra. `keep` stores each factor
+    once its site is done, such as a spool, so that memory is one site's.
     """
     jobs = [with_shared(job, dtype) for job in plan.jobs]
     merged = {}
@@ -131,7 +135,7 @@ def merge_site(job: Job, site: str, opened: OpenSite, dtype: torch.dtype) -> Mer
 
 
 def _in_core(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
-    updates = _core_of(opened)
+    updates = opened.core
     stack = stack_of(matrices=updates.cores, **job.about(site))
     core = job.method.function(stack, weights, **job.options)
     low = compress(updates, core, job.rank, sum(stack.ranks))
@@ -140,18 +144,12 @@ def _in_core(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[Lo
 
 def _in_rows(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
     """Rows in the experts' common output directions, columns as they are: KnOTS (Stoica et al. 2025, equation 2)."""
-    updates = _core_of(opened)
+    updates = opened.core
     stack = stack_of(matrices=updates.cores @ updates.q_a.T, **job.about(site))
     merged = job.method.function(stack, weights, **job.options)
     both = to_core([(merged, updates.q_b)])
     low = compress(both, both.cores[0], job.rank, sum(stack.ranks))
     return low, relate(low, opened.factors)
-
-
-def _core_of(opened: OpenSite) -> CoreUpdates:
-    if opened.updates is None:
-        raise AssertionError("the site was opened for a space without cores")
-    return opened.updates
 
 
 def _in_dense(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
@@ -171,13 +169,11 @@ def _in_factors(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple
     """
     a, b = factor_stacks(job, site, opened.factors)
     root = weights.abs().sqrt()
+    function, options = job.method.function, job.options
     if job.method.joint:
-        pair = job.method.function(a, b, weights, **job.options)
+        pair = function(a, b, weights, **options)
     else:
-        pair = (
-            job.method.function(a, weights.sign() * root, **job.options),
-            job.method.function(b, root, **job.options),
-        )
+        pair = function(a, weights.sign() * root, **options), function(b, root, **options)
     updates = to_core([pair])
     low = compress(updates, updates.cores[0], job.rank, sum(a.ranks))
     return low, relate(low, opened.factors)

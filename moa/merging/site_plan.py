@@ -79,15 +79,16 @@ def make_plan(
     jobs: list[Job] = []
     numbers: dict[int | None, int | None] = {}
     for index in (*range(len(rules)), None):
+        rule = None if index is None else rules[index]
         sites = [site for site, found in chosen.items() if found == index]
-        if index is not None and not sites:
+        if rule is not None and not sites:
             raise ValueError(
-                f"sites: {rules[index].match!r} decides no site; rules before it, or none, match"
+                f"sites: {rule.match!r} decides no site; rules before it, or none, match"
             )
-        dropped = index is not None and rules[index].drop
-        numbers[index] = None if dropped or not sites else len(jobs)
-        if sites and not dropped:
-            jobs.append(_job(experts, sites, own if index is None else _over(own, rules[index])))
+        numbers[index] = None
+        if sites and not (rule and rule.drop):
+            numbers[index] = len(jobs)
+            jobs.append(_job(experts, sites, _over(own, rule) if rule else own))
     find_method(method, space)  # even where rules decide every site
     return Plan(jobs=jobs, sites={site: numbers[index] for site, index in chosen.items()})
 

@@ -193,11 +193,8 @@ def rows_of(
     """The card's row of each expert: its name, its weight, its folder."""
     weights = torch.stack([site.weights for site in merged.values()])
     same = (weights == weights[0]).all(0).tolist()
-    found = [
-        f"{w:.4g}" if s else "per site" for w, s in zip(weights[0].tolist(), same, strict=True)
-    ]
-    names = [expert.name for expert in experts]
-    return list(zip(names, found, map(str, folders or [""] * len(names)), strict=True))
+    rows = zip(experts, weights[0].tolist(), same, folders or [""] * len(same), strict=True)
+    return [(e.name, f"{w:.4g}" if s else "per site", str(folder)) for e, w, s, folder in rows]
 
 
 def adapter_config(

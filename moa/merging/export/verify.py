@@ -9,12 +9,10 @@ The fresh process sees neither this project nor its folder.
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moa.backbones.fingerprint import base_fingerprint
+from moa.checkpoint import versions
 from moa.merging.adapters import Expert
 from moa.merging.export.export import Verify, Written
 from moa.merging.export.probe import Outputs, live_outputs, outputs_of
@@ -102,13 +101,13 @@ def make_verify(
             mask = torch.ones(plain.logits.shape[:2], dtype=torch.long)
         if gates is not None:
             live = live_outputs(model, experts, gates, inputs, new_tokens, stream_of, owners)
+        # From here on the model is the base with the update: the bank is gone, the weights are changed.
         add_written(model, written, bool(experts[0].config.get("fan_in_fan_out")))
         expected = outputs_of(model, inputs, new_tokens)
-        found, info = fresh_outputs(
-            inputs, model=base if adapter else folder, adapter=adapter, new_tokens=new_tokens
-        )
-        check_same(compare(found, expected, mask), "written weights")
+        loaded: dict[str, Any] = {"model": base if adapter else folder, "adapter": adapter}
+        found, info = fresh_outputs(inputs, new_tokens=new_tokens, **loaded)
         report: dict[str, Any] = {"written": compare(found, expected, mask)}
+        check_same(report["written"], "written weights")
         if gates is not None:
             report["live_mixture"] = compare(found, live, mask)
             report["base_to_live_mixture"] = compare(plain, live, mask)
@@ -116,11 +115,9 @@ def make_verify(
                 check_same(report["live_mixture"], "the live mixture")
         if routed is not None:
             report["routed_model"] = compare(found, routed, mask)
-        count = info["consumed"]
-        if count is not None and count != written.num_keys:
-            raise ValueError(f"PEFT consumed {count} of {written.num_keys} keys")
-        samples, length = mask.shape
-        probe = {"samples": samples, "tokens": length, "new_tokens": new_tokens}
+        if info["consumed"] not in (None, written.num_keys):
+            raise ValueError(f"PEFT consumed {info['consumed']} of {written.num_keys} keys")
+        probe = {"samples": mask.shape[0], "tokens": mask.shape[1], "new_tokens": new_tokens}
         return {
             "comparisons": report,
             "probe": {**probe, "compute_dtype": "float32"},
@@ -179,9 +176,8 @@ def fresh_outputs(
         # -I: neither the current folder nor PYTHONPATH can import this project.
         command = [sys.executable, "-I", "-c", FRESH, json.dumps(job)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-        )
+        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
+        done = subprocess.run(command, cwd=folder, env=environment, **options)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if done.returncode or not lines:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -212,8 +208,3 @@ def check_same(result: Mapping[str, float], what: str) -> None:
             f"{what}: reloaded logits differ by {result['max_abs_logit_diff']:.3g} from the "
             f"reference (limit {limit:.3g}); nothing was written"
         )
-
-
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

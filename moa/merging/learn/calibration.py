@@ -63,12 +63,7 @@ class CalibrationData:
 
 
 def read_calibration(
-    config: RunConfig,
-    model: MixtureModel,
-    *,
-    num_samples: int,
-    seed: int,
-    ocr: OcrCache | None,
+    config: RunConfig, model: MixtureModel, *, num_samples: int, seed: int, ocr: OcrCache | None
 ) -> CalibrationData:
     """`num_samples` of each validation set, chosen by `seed`. Raises ValueError where the run has none."""
     if not config.data.validation:
@@ -170,19 +165,15 @@ def own_answers(
 ) -> list[Batch]:
     """Mixed batches whose answers are what the model itself generates with this weight on every expert: no labels."""
     gates = torch.full((len(model.bank.names),), weight)
-    tokenizer = data.prompts.processor.tokenizer
+    tokenizer, answering = data.prompts.processor.tokenizer, model.answering()
+    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    settings |= {"do_sample": False}
     answered = {}
     for name, samples in data.samples.items():
         texts: list[str] = []
         for start in range(0, len(samples), size):
             batch = data.prompts(samples[start : start + size])
-            ids = model.answering().generate(
-                batch,
-                gates.expand(len(batch), -1),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            ids = answering.generate(batch, gates.expand(len(batch), -1), **settings)
             texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
         labelled = [
             replace(sample, answers=(text.strip(),), boxes=())
@@ -209,15 +200,9 @@ def perturbed_answers(
         rows = []
         for run in range(runs):
             generator = torch.Generator().manual_seed(seed + run)
-            rows.append(
-                torch.cat(
-                    [
-                        model(_noisy(batch, noise * (run > 0), generator), gates.expand(len(batch), -1))
-                        .logits[:, 0].softmax(-1)
-                        for batch in batches
-                    ]
-                )
-            )  # fmt: skip
+            noisy = (_noisy(batch, noise * (run > 0), generator) for batch in batches)
+            logits = [model(batch, gates.expand(len(batch), -1)).logits[:, 0] for batch in noisy]
+            rows.append(torch.cat(logits).softmax(-1))
         found[name] = torch.stack(rows)
     return found
 

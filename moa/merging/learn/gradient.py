@@ -6,6 +6,7 @@ merged model, exactly. So nothing is merged while they are learned, and `merge(w
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -47,15 +48,9 @@ def learn_weights(
         return mean_entropy(out.logits[out.labels != -100])
 
     with frozen(model):
-        rows = descend_weights(
-            loss,
-            (len(sites) if per_site else 1, len(experts)),
-            simplex=objective == "answers",
-            steps=steps,
-            lr=lr,
-            device=batches[0].input_ids.device,
-            on_step=on_step,
-        )
+        shape, device = (len(sites) if per_site else 1, len(experts)), batches[0].input_ids.device
+        options: dict[str, Any] = {"steps": steps, "lr": lr, "device": device, "on_step": on_step}
+        rows = descend_weights(loss, shape, simplex=objective == "answers", **options)
     return {
         site: dict(zip(experts, row, strict=True))
         for site, row in zip(sites, rows.expand(len(sites), -1).tolist(), strict=True)
