@@ -18,8 +18,8 @@ Number = int | float
 Weights = Mapping[str, Number] | Mapping[str, Mapping[str, Number]]  # by expert, or site -> expert
 
 
-def parse_weights(raw: Any, names: Sequence[str]) -> Weights | None:
-    """Weights by expert from a list in the experts' order, or from a mapping by name."""
+def parse_weights(raw: Any, names: Sequence[str]) -> dict[str, Any] | None:
+    """Weights by expert from a list in the experts' order, or from a mapping by name; `weight_row` checks the values."""
     if raw is None:
         return None
     if isinstance(raw, list | tuple):
