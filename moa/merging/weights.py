@@ -19,7 +19,7 @@ Weights = Mapping[str, Number] | Mapping[str, Mapping[str, Number]]  # by expert
 
 
 def parse_weights(raw: Any, names: Sequence[str]) -> dict[str, Any] | None:
-    """Weights by expert from a list in the experts' order, or from a mapping by name; `weight_row` checks the values."""
+    """Weights by expert from a list in the experts' order, or a mapping by name; `weight_row` checks the values."""
     if raw is None:
         return None
     if isinstance(raw, list | tuple):
