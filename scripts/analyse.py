@@ -4,7 +4,7 @@
     python -m scripts.analyse "adapters=[runs/demo/checkpoints/step-000260/experts/*]" out=OUT
 
 Prints a table of the experts and one of the pairs that meet most. A folder given as `out` also gets
-fidelity.json (every number, by site, module and layer) and fidelity.html, a page with pictures that
+fidelity.json (every number, by site, module and layer) and fidelity.html, a page with images that
 needs no other file. No base model is read, and nothing is merged: scripts.merge writes the same
 page with what a merge kept and lost.
 

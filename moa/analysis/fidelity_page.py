@@ -13,7 +13,7 @@ from moa.analysis import html
 from moa.analysis.fidelity_plots import Record, number, pairs_of, short
 from moa.files.atomic import write_file
 
-MEETS = 0.05  # cosine of a pair from which on it is said to fight or to agree
+MEETS = 0.05  # cosine of a pair that fights or agrees
 # Each image with a newcomer's reading of it.
 IMAGES: dict[str, tuple[Callable[[Path, Record], None], str]] = {
     "pairs": (
@@ -147,7 +147,7 @@ def _loss(record: Record, about: Mapping[str, Any]) -> str:
 
 
 def details(record: Record) -> list[str]:
-    """Further sentences, where there is something to say."""
+    """Further sentences, where they apply."""
     total, layers, lines = record["total"], record["layers"], []
     if len(record["experts"]) > 1:
         worst = max(layers, key=lambda name: layers[name]["sign_conflict"])

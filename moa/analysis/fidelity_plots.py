@@ -1,6 +1,6 @@
-"""The pictures of a fidelity report, each from the record of `moa.merging.report.fidelity.measure` to one PNG.
+"""The images of a fidelity report, each from the record of `moa.merging.report.fidelity.measure` to one PNG.
 
-Red is a conflict and blue an agreement in every coloured table; nothing is said by colour alone.
+Red is a conflict and blue an agreement in every coloured table; every cell also has its number.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Pictures of a run: gates by task and layer, losses, the scoreboard, and the style of every page.
+"""Images of a run: gates by task and layer, losses, the scoreboard, and the style of every page.
 
 Each function takes records (as the JSON files hold them) and a path, and writes one PNG. Colours are
 Okabe and Ito's, which stay apart for colour-blind readers; series carry their names beside them.
@@ -131,7 +131,7 @@ def layer_heat_map(path: str | Path, routing: Mapping[str, Any], sites: Sequence
 
 
 def layer_groups(sites: Sequence[str]) -> dict[str, list[int]]:
-    """`language 3` -> the positions of its sites; a site outside any layer stands for itself."""
+    """`language 3` -> the positions of its sites; a site outside any layer is a group of its own."""
     groups: dict[str, list[int]] = {}
     for position, site in enumerate(sites):
         found = re.search(r"(vision|language)?[^.]*\.(?:[\w]+\.)*?layers\.(\d+)\.", site)
@@ -149,7 +149,7 @@ def loss_curves(
 ) -> None:
     """Loss per task over steps: the values pale, their running mean strong, stages marked.
 
-    A task that is called as an expert has the expert's colour of the other pictures.
+    A task that is called as an expert has the expert's colour of the other images.
     """
     rows = [row for row in rows if any(key.startswith("loss/") for key in row)]
     if not rows:
@@ -230,7 +230,7 @@ def scoreboard_chart(path: str | Path, board: Mapping[str, Any]) -> None:
 
 
 def is_score(rows: Mapping[str, Any], column: str) -> bool:
-    """Scores lie in [0, 1]; parameters and speeds do not belong on their axis."""
+    """Scores are in [0, 1]; parameters and speeds need another axis."""
     means = [row[column]["mean"] for row in rows.values() if column in row]
     return all(mean is not None and 0 <= mean <= 1 for mean in means)
 
@@ -257,9 +257,9 @@ def draw_column(axes: Axes, column: str, rows: Mapping[str, Any]) -> None:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's log.jsonl; a last line cut short by a kill is left out."""
+    """The rows of a run's log.jsonl, if there is one; a last line cut short by a kill is left out."""
     rows = []
-    lines = Path(path).read_text().splitlines()
+    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))

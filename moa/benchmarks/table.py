@@ -61,7 +61,7 @@ def needs_letter(sample: Sample) -> str | None:
 def number(what: str, value: str) -> int:
     """An id as the integer that servers want; ValueError for any other."""
     if not value.isdecimal():
-        raise ValueError(f"{what} {value!r} is no whole number")
+        raise ValueError(f"{what} {value!r} is not a whole number")
     return int(value)
 
 
@@ -92,7 +92,7 @@ def submission_rows(row: Row, responses: Sequence[Response]) -> list[dict[str, A
     twice = [key for key, count in keys.items() if count > 1]
     if twice:
         name = next(iter(rows[0]))
-        raise ValueError(f"{len(twice)} values of {name} stand more than once, such as {twice[0]}")
+        raise ValueError(f"{len(twice)} values of {name} are not unique, such as {twice[0]}")
     return rows
 
 

@@ -66,7 +66,7 @@ def read_answers(path: str | Path, text_key: str | None = None) -> Answers:
         if isinstance(key, bool) or not isinstance(key, str | int):
             raise ValueError(f"{where}: {id_key} must be a text or a whole number, got {key!r:.80}")
         if str(key) in found:
-            raise ValueError(f"{where}: {id_key} {key} stands twice")
+            raise ValueError(f"{where}: {id_key} {key} is not unique")
         found[str(key)] = text_in(row, text_key, where), box_in(row, where)
     return Answers(found=found, by_image=id_key in BY_IMAGE)
 

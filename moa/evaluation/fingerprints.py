@@ -22,13 +22,13 @@ def digest(text: str) -> str:
 
 
 def sample_digest(item: Sample | BadSampleError) -> str:
-    """Of all that a sample says and shows; of a bad one, of what is wrong with it."""
+    """Of a sample's texts, boxes and pixels; of a bad one, of its error."""
     if isinstance(item, BadSampleError):
         return digest(str(item))
-    said = {f.name: getattr(item, f.name) for f in fields(item) if f.name != "image"}
-    shown = "" if item.image is None else hashlib.sha256(item.image.tobytes()).hexdigest()
+    rest = {f.name: getattr(item, f.name) for f in fields(item) if f.name != "image"}
+    pixels = "" if item.image is None else hashlib.sha256(item.image.tobytes()).hexdigest()
     size = None if item.image is None else (item.image.mode, item.image.size)
-    return digest(f"{said} {size} {shown}")
+    return digest(f"{rest} {size} {pixels}")
 
 
 def data_digest(samples: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ KEYS = ("experts", "sites", "mean_over", "per_task", "samples_per_task", "missin
 
 
 def run_of(step: Path) -> Path:
-    """The run of a step folder; a step folder outside of a run stands for itself."""
+    """The run of a step folder; of a step folder outside of a run, the folder itself."""
     return step.parent.parent if step.parent.name == "checkpoints" else step
 
 

@@ -1,7 +1,7 @@
 """Several processes as one: jobs are shared out, results come together in order, one error ends all.
 
     with join_processes() as processes:              # as torchrun or accelerate launch started them
-        answers = processes.map(ask, batches)        # process r does jobs r, r + size, ...
+        answers = processes.map(answer, batches)      # process r does jobs r, r + size, ...
         if processes.is_main:
             write(answers)                           # all of them, in the order of `batches`
 

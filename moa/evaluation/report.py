@@ -1,8 +1,9 @@
-"""What an evaluation leaves in the run folder: JSON files, the routing record, pictures."""
+"""What an evaluation writes: JSON files, the routing record, images."""
 
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def report(
         turns = sum(bool(r.sample.turns) for r in result.responses)
         if turns:
             count = f"{turns} of {len(result.responses)} samples"
-            line = f"{result.name}: {count} are conversations, of which the first question alone is asked"
+            line = f"{result.name}: {count} are conversations: only the first question is scored"
             console.print(line, soft_wrap=True, markup=False)
     console.print(f"scores: {folder}/*.json", soft_wrap=True, markup=False)
     routing = routing_record(network, config, results, trained_tasks(config, model.folder))
@@ -71,11 +72,11 @@ def report(
 def routing_record(
     model: MixtureModel, config: RunConfig, results: Sequence[Result], trained: Collection[str] = ()
 ) -> dict[str, Any] | None:
-    """Gates by task and what they tell; None for token routing, and for a base without experts.
+    """Gates by task and their statistics; None for token routing, and for a base without experts.
 
     `missing_tasks` are the `trained` ones that no sample is of.
     """
-    responses = [p for result in results for p in result.responses if p.gates is not None]
+    responses = [r for result in results for r in result.responses if r.gates is not None]
     if not responses:
         return None
     names = model.bank.names
@@ -90,9 +91,9 @@ def routing_record(
     }
     with torch.no_grad():
         record = summary(
-            torch.tensor([p.gates for p in responses]),
-            [p.sample.task for p in responses],
-            [p.sample.expert for p in responses],
+            torch.tensor([r.gates for r in responses]),
+            [r.sample.task for r in responses],
+            [r.sample.expert for r in responses],
             names,
             trained_tasks=config.data.tasks,
             sites=list(model.bank.sites),
@@ -104,7 +105,7 @@ def routing_record(
 def trained_tasks(config: RunConfig, run: Path) -> set[str]:
     """The tasks that training sources name, and those that the run's log has a loss of."""
     named = {source.task for source in config.data.sources.values() if source.task is not None}
-    log = read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    log = read_log(run / "log.jsonl")
     return named | {key[5:] for row in log for key in row if key.startswith("loss/")}
 
 
@@ -117,7 +118,7 @@ def write_results(
     """NAME.jsonl, and then NAME.json, which has its digest: only together are they one result."""
     for result, source in zip(results, sources, strict=True):
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows())
-        splits = {p.sample.split for p in result.responses if p.sample.split is not None}
+        splits = {r.sample.split for r in result.responses if r.sample.split is not None}
         described = {
             "submissions": write_submissions(folder, result),
             "split": "+".join(sorted(splits)) or source.split,
@@ -160,49 +161,47 @@ def write_submissions(folder: Path, result: Result) -> dict[str, str]:
 
 
 def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> list[Card]:
-    """The first samples of each data set and task in turn, with what reached the vision tower."""
+    """The first samples of each data set and task in turn, as the vision tower got them."""
     columns = [
         [
-            (prediction, score)
-            for prediction, score in zip(found, scores.values[scores.primary], strict=True)
-            if prediction.sample.image is not None
+            (response, score)
+            for response, score in zip(found, scores.values[scores.primary], strict=True)
+            if response.sample.image is not None
         ]
         for result in results
         for task, (found, scores) in result.tasks.items()
-        if task != "text_to_image"  # its answers are pictures, which a card cannot say
+        if task != "text_to_image"  # its answers are images, for which a card has no place
     ]
-    any_ocr = any(p.sample.ocr is not None for column in columns for p, _ in column)
-    longest = max(map(len, columns), default=0)
-    turns = [column[row] for row in range(longest) for column in columns if row < len(column)]
+    any_ocr = any(r.sample.ocr is not None for column in columns for r, _ in column)
     reads = any_ocr and model.router is not None and "ocr" in model.router.evidence
-    return [make_card(model, prediction, score, reads) for prediction, score in turns[:count]]
+    turns = [pair for row in zip_longest(*columns) for pair in row if pair is not None]
+    return [make_card(model, response, score, reads) for response, score in turns[:count]]
 
 
-def make_card(model: MixtureModel, prediction: Response, score: float, reads: bool) -> Card:
-    sample, processor = prediction.sample, model.backbone.processor.image_processor
+def make_card(model: MixtureModel, response: Response, score: float, reads: bool) -> Card:
+    sample, processor = response.sample, model.backbone.processor.image_processor
     assert sample.image is not None  # make_cards has left those out
-    said = prediction.text
-    if prediction.box is not None:
-        said = f"a box, IoU {best_iou(prediction.box, sample.boxes):.2f}"
-    gates = prediction.gates
+    answer, gates = response.text, response.gates
+    if response.box is not None:
+        answer = f"a box, IoU {best_iou(response.box, sample.boxes):.2f}"
     return Card(
-        image=picture_of(sample.image, processor),
+        image=seen_by_tower(sample.image, processor),
         size=sample.size,
         task=sample.task if sample.source == sample.task else f"{sample.source} ({sample.task})",
         question=sample.question,
-        prediction=said,
+        prediction=answer,
         truth=" / ".join(dict.fromkeys(sample.answers)),
         score=score,
         boxes=sample.boxes,
-        predicted_box=prediction.box,
+        predicted_box=response.box,
         ocr=sample.ocr,
         reads=reads,
         gates=None if gates is None else torch.tensor(gates).mean(0).tolist(),
     )
 
 
-def picture_of(image: Image, processor: Any) -> Image:
-    """What reached the vision tower; the picture itself where that is cut into patches or tiles."""
+def seen_by_tower(image: Image, processor: Any) -> Image:
+    """The vision tower's input; the image itself where that is cut into patches or tiles."""
     pixels = torch.as_tensor(processor(images=[image], return_tensors="pt")["pixel_values"])
     if pixels.dim() != 4 or len(pixels) != 1:
         return image
@@ -227,7 +226,7 @@ def draw_pictures(
     if routing is not None and "per_site" in routing:
         made.append(folder / "gates_by_layer.png")
         layer_heat_map(made[-1], routing, list(model.bank.sites))
-    log = read_log(run / "log.jsonl") if (run / "log.jsonl").is_file() else []
+    log = read_log(run / "log.jsonl")
     if any(key.startswith("loss/") for row in log for key in row):
         made.append(folder / "losses.png")
         loss_curves(made[-1], log, names)

@@ -5,7 +5,7 @@
 Several processes share the batches: the same batches as of one process, and so the same answers.
 
 A sample that cannot be read, or that lacks what its benchmark needs, stops the evaluation or is counted
-by rule, as `on_bad_sample` says. An answer that cannot count scores 0 and is counted as a failure.
+by rule (`on_bad_sample`). An answer that cannot count scores 0 and is counted as a failure.
 """
 
 import time

@@ -1,6 +1,6 @@
 """Boxes: intersection over union, and the share of hits by both conventions for "at 0.5".
 
-Boxes are x0, y0, x1, y1 in pixels of the original picture; a box in 0..1 of a picture that is not
+Boxes are x0, y0, x1, y1 in pixels of the original image; a box in 0..1 of an image that is not
 square gives the same IoU only if all boxes are scaled alike.
 """
 

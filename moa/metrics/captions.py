@@ -29,11 +29,11 @@ class CaptionScores:
 def caption_scores(
     predictions: Sequence[str], references: Sequence[Sequence[str]], *, meteor: bool = False
 ) -> CaptionScores:
-    """CIDEr (that is CIDEr-D, at most 10), BLEU-1..4, ROUGE-L and, if asked for, METEOR 1.5.
+    """CIDEr (that is CIDEr-D, at most 10), BLEU-1..4, ROUGE-L and, on request, METEOR 1.5.
 
-    Document frequencies come from the references of the pictures being scored: a subset is not
-    comparable with its whole set, and a single picture always has CIDEr 0. The tokenizer is Stanford's
-    PTB where Java is present; otherwise a plain stand-in, and `tokenizer` says so. METEOR needs Java
+    Document frequencies come from the references of the images being scored: a subset is not
+    comparable with its whole set, and a single image always has CIDEr 0. The tokenizer is Stanford's
+    PTB where Java is present; otherwise a plain stand-in; `tokenizer` names the one used. METEOR needs Java
     (and some ten seconds to load its tables): without it, `absent` names METEOR with the reason.
     """
     if len(predictions) != len(references) or not all(references):

@@ -28,7 +28,7 @@ def rank_candidates(
 ) -> Ranking:
     """The ranking of every row.
 
-    A candidate that is not wanted and scores the same stands before the wanted ones: features that
+    A candidate that is not wanted and scores the same is ranked before the wanted ones: features that
     are all equal must not score 1. Scores that are not numbers rank last.
     """
     scores = scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)

@@ -1,4 +1,4 @@
-"""How far a mean may lie from the truth when several questions are about one picture."""
+"""The standard error of a mean when several questions are about one image."""
 
 import math
 from collections import defaultdict
@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 
 
 def clustered_standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
-    """The standard error of a mean whose values come in clusters (all questions of one picture).
+    """The standard error of a mean whose values come in clusters (all questions of one image).
 
         sqrt(G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2) / n,   G clusters, n values
 

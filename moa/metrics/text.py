@@ -4,7 +4,7 @@
     GQA     gqa_match         POPE    yes_or_no, yes_no_scores
     ScienceQA  option_letter  one's own  exact_match
 
-Each follows the code that the published numbers were made with; its name stands in the docstring.
+Each follows the code that the published numbers were made with; its name is in the docstring.
 """
 
 import re
@@ -56,16 +56,16 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str], tolerance: float =
     """1 if the prediction is within 5 % of a numeric answer, or equals an answer up to case.
 
     Masry et al. 2022 (arXiv 2203.10244), 5.1, as pix2struct's metrics.py has it, which all later
-    evaluations took over: "12%" is 0.12, "1,000" is no number, an answer of 0 must be met literally,
+    evaluations took over: "12%" is 0.12, "1,000" is not a number, an answer of 0 must be met literally,
     and years are numbers like any other (2010 passes for 2015).
     """
     return float(any(_relaxed_match(prediction, answer, tolerance) for answer in answers))
 
 
 def _relaxed_match(prediction: str, answer: str, tolerance: float) -> bool:
-    said, true = _number(prediction), _number(answer)
-    if said is not None and true:
-        return abs(said - true) / abs(true) <= tolerance
+    found, true = _number(prediction), _number(answer)
+    if found is not None and true:
+        return abs(found - true) / abs(true) <= tolerance
     return prediction.lower() == answer.lower()
 
 
@@ -119,21 +119,21 @@ def yes_or_no(prediction: str) -> str:
 
 
 def yes_no_scores(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Accuracy, precision, recall and F1 of "yes", and the share of answers that say it.
+    """Accuracy, precision, recall and F1 of "yes", and its share of the answers.
 
     0 where a score is 0 / 0: POPE's own code stops there.
     """
     pairs = list(zip(predictions, labels, strict=True))
-    hits = sum(said == true == "yes" for said, true in pairs)
-    said_yes = sum(said == "yes" for said, _ in pairs)
+    hits = sum(found == true == "yes" for found, true in pairs)
+    found_yes = sum(found == "yes" for found, _ in pairs)
     true_yes = sum(true == "yes" for _, true in pairs)
-    precision, recall = _share(hits, said_yes), _share(hits, true_yes)
+    precision, recall = _share(hits, found_yes), _share(hits, true_yes)
     return {
-        "accuracy": _share(sum(said == true for said, true in pairs), len(pairs)),
+        "accuracy": _share(sum(found == true for found, true in pairs), len(pairs)),
         "precision": precision,
         "recall": recall,
         "F1": _share(2 * precision * recall, precision + recall),
-        "yes_ratio": _share(said_yes, len(pairs)),
+        "yes_ratio": _share(found_yes, len(pairs)),
     }
 
 

@@ -7,7 +7,7 @@ processor of TextVQA and VizWiz (EvalAI, in facebookresearch/mmf and LLaVA's m4c
 Their slips are kept, because scores are only comparable with them:
 
 - the look-behind before a period is a typo, so that a period after a digit goes too ("1." is "1");
-- re.UNICODE stands where the count of substitutions belongs, so at most 32 periods go;
+- re.UNICODE is given in place of the count of substitutions, so at most 32 periods go;
 - one comma between digits anywhere deletes all marks, which otherwise become blanks.
 """
 

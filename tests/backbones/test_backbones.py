@@ -23,7 +23,7 @@ from data.sample import OcrWord, Sample
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone, load_backbone
 from moa.checkpoint import load_model
-from moa.evaluation.report import picture_of
+from moa.evaluation.report import seen_by_tower
 from moa.experts.bank import ExpertBank
 from moa.merging.adapters import experts_of_bank
 from moa.merging.export import verify as verifying
@@ -389,7 +389,7 @@ def test_a_mixture_exports_to_what_plain_peft_or_transformers_computes(
 @each_family
 def test_a_page_of_samples_shows_what_the_tower_saw_or_the_picture_itself(name):
     picture = samples_for(name)[0].image
-    shown = picture_of(picture, tiny_family(name).processor.image_processor)
+    shown = seen_by_tower(picture, tiny_family(name).processor.image_processor)
     cut = FAMILIES[name].rows in ("tiles", "slots", "patches")
     assert shown.size == (picture.size if cut else (28, 28))
 

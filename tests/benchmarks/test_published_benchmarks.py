@@ -115,8 +115,8 @@ def test_answers_are_handed_in_as_the_server_takes_them(name, row):
 @pytest.mark.parametrize(
     ("ids", "reason"),
     [
-        (["1", "a/2"], "question id 'a/2' is no whole number"),
-        (["1", "2", "1"], "1 values of question_id stand more than once, such as 1"),
+        (["1", "a/2"], "question id 'a/2' is not a whole number"),
+        (["1", "2", "1"], "1 values of question_id are not unique, such as 1"),
     ],
 )
 def test_ids_that_no_server_takes_are_reported_and_cost_no_scores(tmp_path, ids, reason):

@@ -82,7 +82,7 @@ def test_two_questions_of_one_id_are_not_given_one_answer(world, capsys):
             [{"question_id": 1, "answer": "cat"}],
             "1 of 2 questions have no answer, such as 2; missing=",
         ),
-        ([{"question_id": 1, "answer": "a"}] * 2, "row 2: question_id 1 stands twice"),
+        ([{"question_id": 1, "answer": "a"}] * 2, "row 2: question_id 1 is not unique"),
         ([{"question_id": 1}], "row 1: has none of answer, prediction, caption, text"),
         ([{"answer": "cat"}], "row 1: has none of question_id"),
         ([{"question_id": 1, "answer": 2}], "row 1: answer must be a text, got 2"),

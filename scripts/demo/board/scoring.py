@@ -144,7 +144,7 @@ def merge(plan: Plan, row: str) -> Path:
     if weights == "uniform":
         source = [f"adapters={[str(experts / n) for n in names]}"]  # linear's own default: 1/N each
     command = [sys.executable, "-m", "scripts.merge", *source, f"rank={count}", f"out={out}",
-               "verify=false"]  # scored below on every question, which says more  # fmt: skip
+               "verify=false"]  # scored below on every question, a stronger check  # fmt: skip
     if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
         raise ValueError(f"{out}: the merge of {run} failed, see the line above")
     return out
@@ -159,13 +159,13 @@ def read_images(plan: Plan, num_workers: int) -> None:
     config = plan.config()
     if not plan.ocr_file.is_file() and config.data.ocr_cache:
         write_file(plan.ocr_file, (ROOT / config.data.ocr_cache).read_bytes())
-    pictures = {}
+    images = {}
     for column in plan.columns.values():
         for dataset in column.datasets(plan.num_samples, None):
             for index in range(len(dataset)):
                 sample = dataset[index]
                 if sample.image is not None:
-                    pictures[sample.image_id] = sample.image
+                    images[sample.image_id] = sample.image
     build_cache(
-        list(pictures.values()), plan.ocr_file, engine=engine_of(config), num_workers=num_workers
+        list(images.values()), plan.ocr_file, engine=engine_of(config), num_workers=num_workers
     )
