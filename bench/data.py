@@ -28,7 +28,7 @@ from transformers import AutoProcessor
 
 from bench.record import machine, write_results
 from data.boxes import CODECS
-from data.collate import Collator
+from data.collate import ChatCollator
 from data.ocr import OcrCache, content_hash, write_table
 from data.readers.table import open_records
 from data.sample import OcrWord
@@ -70,7 +70,9 @@ def open_source(folder: Path) -> SourceConfig:
 def read_all(folder: Path, processor: Any, count: int) -> None:
     """As training does: reader, OCR words of the cache, checks, collation."""
     samples = open_records(open_source(folder), "vqa", OcrCache(folder / "ocr.parquet"))
-    collator = Collator(processor=processor, tasks=["vqa"], experts=["vqa"], codec=CODECS["llava"])
+    collator = ChatCollator(
+        processor=processor, tasks=["vqa"], experts=["vqa"], codec=CODECS["llava"]
+    )
     for start in range(0, count, BATCH):
         batch, rejected = collator.split([samples[i] for i in range(start, start + BATCH)])
         assert batch is not None and not rejected and bool(batch.ocr_mask.all())

@@ -86,8 +86,7 @@ class LengthCheck:
         if kind not in self.fixed:
             bare = replace(sample, question="?", answers=("?",), ocr=None, instruction="")
             self.fixed[kind] = self.collator.num_tokens(bare)
-        text = sample.system + self.collator.prompt(sample) + self.collator.target(sample)
-        return self.fixed[kind] + len(text.encode())
+        return self.fixed[kind] + len(self.collator.text(sample).encode())
 
 
 def audit_rows(source: Source, name: str, collator: Collator, rows: range) -> Audit:

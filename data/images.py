@@ -24,12 +24,15 @@ STORED_BITS = {"I;12": 12, "I;16S": 15, "I;16BS": 15}
 STORED_LEVELS = {"L;2": 3, "L;4": 15, "RGB;16B": 65535}
 
 
-def find_image(folder: str | Path, *names: str) -> Path:
+def find_image(folder: str | Path | None, *names: str) -> Path:
     """The first of `names` that is a file below `folder`, or where the first would have been.
 
     A name may hold folders but not lead out of `folder` (links inside it are the user's own, and
-    followed); an absolute one must lie below it. Raises BadSampleError for a name that leads out.
+    followed); an absolute one must lie below it. Raises BadSampleError for a name that leads out,
+    and ValueError without a folder.
     """
+    if folder is None:
+        raise ValueError(f"names an image, {names[0]!r}; set the source's `images`, its folder")
     paths = []
     for name in names:
         inside = os.path.normpath(name)
@@ -66,8 +69,6 @@ def named_image(name: str, folder: str | None) -> Path:
     name = name.removeprefix("file://")
     if "://" in name or name.startswith("data:"):
         raise ValueError(f"names an image by its URL, {name!r:.60}; store it as a file")
-    if folder is None:
-        raise ValueError(f"names an image, {name!r}; set the source's `images`, its folder")
     return find_image(folder, name)
 
 

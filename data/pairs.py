@@ -1,10 +1,10 @@
-"""Samples -> PairBatch: images with their texts, for models of two towers such as CLIP.
+"""Samples -> PairBatch: images with their texts, for dual encoders such as CLIP.
 
     question "a photo of a {}" + answer "cat"      -> "a photo of a cat"
     question "describe the picture" + a caption    -> the caption
 
-A question of several lines is several templates. Gates must be decided for each tower by itself: if the
-text could reach an image's gates, the loss would be won by comparing gates. `only_images` and
+A question of several lines is several templates. Gates are decided for each tower by itself: if a
+text could reach an image's gates, comparing gates would lower the loss. `only_images` and
 `only_texts` are the two halves of a batch, each without what the other one knows.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.checks import BadSampleError, name_of, refusals
-from data.collate import Collator, position
+from data.collate import Collator, evidence_of, no_words
 from data.sample import Sample
 
 
@@ -34,7 +34,16 @@ class PairBatch(Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class PairCollator(Collator):
-    """The collator of a model of two towers; `processor` is a `ClipProcessor`."""
+    """The collator of a dual encoder; `processor` is a `ClipProcessor`.
+
+    `context_length` is the number of tokens that its text tower reads.
+    """
+
+    context_length: int
+
+    @property
+    def max_length(self) -> int:
+        return min(self.context_length, self.settings.max_length)
 
     def error_of(self, sample: Sample) -> BadSampleError | None:
         if error := super().error_of(sample):
@@ -49,16 +58,17 @@ class PairCollator(Collator):
             return BadSampleError(name_of(sample), "unknown class", detail)
         return None
 
-    def _encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
         texts = [self.text(sample) for sample in samples]
         with refusals():
+            pixels = self.processor.images([sample.image for sample in samples])
             return {
                 "input_ids": self.processor.tokens(texts),
-                "pixel_values": self.processor.images([sample.image for sample in samples]),
+                "pixel_values": pixels,
                 "texts": texts,
             }
 
-    def _batch(self, samples: list[Sample], encoded: dict[str, Any]) -> PairBatch:
+    def batch(self, samples: list[Sample], encoded: dict[str, Any]) -> PairBatch:
         ids, mask = self.processor.padded(encoded["input_ids"])
         return PairBatch(
             input_ids=ids,
@@ -68,13 +78,10 @@ class PairCollator(Collator):
             image_mask=torch.ones(len(samples), dtype=torch.bool),
             text_ids=ids,
             text_mask=mask.bool(),
-            task_ids=torch.tensor([self._task_id(sample) for sample in samples]),
-            expert_ids=torch.tensor([position(self.experts, s.expert) for s in samples]),
             text_keys=keys(encoded["texts"]),
             image_keys=keys([sample.image_id for sample in samples]),
             source_keys=keys([sample.source for sample in samples]),
-            samples=samples,
-            **self._ocr(samples),
+            **evidence_of(self, samples),
         )
 
     def text(self, sample: Sample) -> str:
@@ -95,8 +102,8 @@ class PairCollator(Collator):
             image_mask=torch.zeros(rows, dtype=torch.bool),
             text_ids=ids,
             text_mask=mask.bool(),
-            task_ids=torch.full((rows,), self._task_id(like)),
-            expert_ids=torch.full((rows,), position(self.experts, like.expert)),
+            task_ids=torch.full((rows,), self.task_id(like)),
+            expert_ids=torch.full((rows,), self.expert_id(like)),
             **no_words(rows),
         )
 
@@ -114,17 +121,6 @@ def keys(values: Sequence[str]) -> Tensor:
     """[values] int64, equal for equal strings on every machine."""
     digests = (blake2b(value.encode(), digest_size=8).digest() for value in values)
     return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
-
-
-def no_words(rows: int) -> dict[str, Any]:
-    """The OCR fields of a batch without OCR words."""
-    return {
-        "ocr_ids": torch.zeros(rows, 1, 1, dtype=torch.long),
-        "ocr_char_mask": torch.zeros(rows, 1, 1, dtype=torch.bool),
-        "ocr_boxes": torch.zeros(rows, 1, 4),
-        "ocr_confidence": torch.zeros(rows, 1),
-        "ocr_mask": torch.zeros(rows, 1, dtype=torch.bool),
-    }
 
 
 def only_images(batch: Batch) -> Batch:

@@ -1,49 +1,31 @@
-"""From the config's source entries to map-style data sets."""
+"""From the config to map-style data sets, their mixture, and the collator."""
 
 from collections.abc import Iterable
 from typing import Any
 
 from data.boxes import CODECS
-from data.collate import Collator, Intake
+from data.collate import ChatCollator
 from data.mixture import Grouping, Mixture, Source
 from data.ocr import OcrCache
 from data.ocr_engines import RapidOcr
 from data.pairs import PairCollator
+from data.prompt import Intake
 from data.readers.table import open_records
 from data.world.drawings import DrawingDataset
 from data.world.scene_dataset import SceneDataset
 from moa.config import MADE, DataConfig, RunConfig, SourceConfig
 
 
-def open_source(
-    source: SourceConfig,
-    expert: str | None,
-    ocr: OcrCache | None,
-) -> Source:
+def open_source(source: SourceConfig, expert: str | None, ocr: OcrCache | None) -> Source:
     if source.format not in MADE:
         return open_records(source, expert, ocr)
     assert source.num_samples is not None  # checked by SourceConfig
+    split = source.split or "train"
+    shared: dict[str, Any] = {"num_samples": source.num_samples, "style": source.style}
+    shared |= {"expert": expert, "source": source.name, "seed": source.seed}
     if source.format == "drawings":
-        return DrawingDataset(
-            source.split or "train",
-            source.task or "names",
-            num_samples=source.num_samples,
-            style=source.style,
-            template=source.prompt,
-            expert=expert,
-            source=source.name,
-            seed=source.seed,
-        )
-    return SceneDataset(
-        source.split or "train",
-        source.task,
-        num_samples=source.num_samples,
-        style=source.style,
-        expert=expert,
-        source=source.name,
-        seed=source.seed,
-        ocr=ocr,
-    )
+        return DrawingDataset(split, source.task or "names", template=source.prompt, **shared)
+    return SceneDataset(split, source.task, ocr=ocr, **shared)
 
 
 def open_ocr(data: DataConfig, path: str | None = None) -> OcrCache | None:
@@ -90,28 +72,25 @@ def draws_of(source: SourceConfig, size: int) -> int:
     return source.count if source.count is not None else round((source.epochs or 0.0) * size)
 
 
-def make_collator(config: RunConfig, intake: Intake, **changes: Any) -> Collator:
-    """The run's collator, one of pairs for the processor of a CLIP; `changes` are its fields."""
-    prompt, processor = config.prompt, intake.processor
-    codec = intake.box_codec if prompt.box_codec == "auto" else prompt.box_codec
+def make_collator(config: RunConfig, intake: Intake, **changes: Any) -> Any:
+    """The run's ChatCollator, or PairCollator for a dual encoder; `changes` are its fields."""
     fields: dict[str, Any] = {
-        "processor": processor,
+        "processor": intake.processor,
         "tasks": list(config.data.tasks),
         "experts": config.routes,
-        "codec": None if codec is None else CODECS[codec],
-        "text_only": intake.text_only,
-        "stops": intake.stops,
-        "task_in_prompt": prompt.task_in_prompt,
-        "ocr_in_prompt": prompt.ocr_in_prompt,
-        "task_dropout": prompt.task_dropout,
-        "task_template": prompt.task_template,
-        "ocr_template": prompt.ocr_template,
-        "ocr_separator": prompt.ocr_separator,
-        "max_length": prompt.max_length,
-        "max_ocr_words": prompt.max_ocr_words,
-        "min_visible": prompt.min_visible,
+        "settings": config.prompt,
     }
-    context = getattr(processor, "context_length", None)  # that of a ClipProcessor alone
-    if context is None:
-        return Collator(**fields | changes)
-    return PairCollator(**fields | {"max_length": min(context, prompt.max_length)} | changes)
+    if intake.context_length is not None:
+        if changes.pop("pack_length", None):
+            raise ValueError(
+                "train.pack_length: has no effect on a dual encoder, which reads pairs"
+            )
+        return PairCollator(**fields, context_length=intake.context_length, **changes)
+    codec = intake.box_codec if config.prompt.box_codec == "auto" else config.prompt.box_codec
+    return ChatCollator(
+        **fields,
+        codec=None if codec is None else CODECS[codec],
+        text_only=intake.text_only,
+        stops=intake.stops,
+        **changes,
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.collate import Intake
+from data.prompt import Intake
 from moa.backbones.fingerprint import base_fingerprint
 from moa.backbones.llava import open_intake
 from moa.backbones.opening import AnyBackbone, class_of, open_backbone

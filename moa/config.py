@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from data.readers.names import readers
 from moa.cli.ranges import (
     PATH,
     Count,
@@ -31,19 +32,12 @@ from moa.routing import kinds
 from moa.routing.losses import GateLosses
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Format = Literal[  # how a data set's files are written; docs/data.md says which files each one takes
-    "scenes", "drawings", "jsonl", "llava", "messages",
-    "vqav2", "okvqa", "aokvqa", "aokvqa_choice", "gqa", "vizwiz", "pope", "scienceqa",
-    "textvqa", "docvqa", "stvqa", "ocrvqa", "chartqa",
-    "coco_captions", "karpathy", "flickr30k",
-    "refcoco", "flickr30k_entities", "visual_genome",
-    "image_folder", "webdataset", "table",
-]  # fmt: skip
+MADE = ("scenes", "drawings")  # formats without files, of as many samples as one asks for
 if TYPE_CHECKING:
-    RouterKind = str
+    RouterKind = Format = str
 else:
     RouterKind = Literal[tuple(kinds.KINDS)]
-MADE = ("scenes", "drawings")  # formats without files, of as many samples as one asks for
+    Format = Literal[(*MADE, *readers())]  # how a data set's files are written; docs/data.md
 NONE = "none"  # where a sample names its expert: the base alone, with router.null_expert
 
 
@@ -154,9 +148,10 @@ def is_file_name(name: str) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     name: str = "source"  # in logs and tables: its key, where sources have keys
-    format: Format = "scenes"  # how its files are written
+    # how its files are written: scenes, drawings, or a reader's name; docs/data.md
+    format: str = "scenes"
     path: FilePath | None = None  # file of the questions, captions or rows; or a folder
-    images: FilePath | None = None  # folder that the pictures' names are relative to
+    images: FilePath | None = None  # folder that the images' names are relative to
     annotations: FilePath | None = None  # second file, where answers, boxes or splits lie apart
     ocr: FilePath | None = None  # the data set's own OCR words: file of textvqa, folder of docvqa
     columns: dict[str, str] | None = None  # of format table: field of a sample -> column
@@ -164,7 +159,7 @@ class SourceConfig:
     split: str | None = None
     one_per: Literal["image", "caption"] = "image"  # of captions: to score by all, or to learn each
     task: str | None = None  # null: the format's own, or each row's
-    # around {question}; of pictures to classify: "a photo of a {}"; null: the format's own
+    # around {question}; of images to classify: "a photo of a {}"; null: the format's own
     prompt: str | None = None
     instruction: str | None = None  # behind question and OCR words; null: the format's own
     style: str | None = None  # of scenes and drawings: drawing style; null: the split's own
@@ -191,15 +186,12 @@ class SourceConfig:
         shares = {"weight": self.weight, "count": self.count, "epochs": self.epochs}
         given = {name: value for name, value in shares.items() if value is not None}
         check(len(given) <= 1, "", f"has {' and '.join(given)}; choose one")
-        if self.format in MADE:
-            check(
-                self.num_samples is not None,
-                "num_samples",
-                f"format {self.format} needs a number",
-            )
-            check(self.path is None, "path", f"has no effect with format={self.format}")
-        else:
-            check(self.path is not None, "path", f"format {self.format} needs a file")
+        form, made, choices = self.format, self.format in MADE, [*MADE, *readers()]
+        rule = f"unknown format {form!r}; choices: {', '.join(choices)}"
+        check(form in choices, "format", rule)
+        check(not made or self.num_samples is not None, "num_samples", f"{form} needs a number")
+        check(not made or self.path is None, "path", f"has no effect with format={form}")
+        check(made or self.path is not None, "path", f"format {form} needs a file")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +204,7 @@ class DataConfig:
     expert: str | None = None  # overrides every source's expert: the baseline with a single adapter
     ocr_cache: FilePath | None = None  # Parquet file of OCR words; null: no OCR evidence
     ocr_min_confidence: Share = 0.5  # of the engine: lines that it is less sure of are dropped
-    ocr_engine: bool = False  # pictures that the cache lacks are read by the engine, live
+    ocr_engine: bool = False  # images that the cache lacks are read by the engine, live
     on_bad_sample: Literal["error", "skip"] = "error"  # stop, or count, leave out and report
     group_by_length: bool = False  # batches of samples of like length, text alone by itself
     group_window: Size = 50  # batches that are sorted together; more: less padding, less random

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from data.batch import Batch
-from data.collate import Collator
+from data.collate import ChatCollator
 from moa.backbones.llava import Backbone
 from moa.experts.bank import ExpertBank
 from moa.model import LanguageMixture, MixtureModel
@@ -629,7 +629,7 @@ def telling_batch(model: MixtureModel, kind: str, generator: torch.Generator) ->
 @pytest.mark.parametrize("targets", [[LANGUAGE], EVERYWHERE], ids=["language", "everywhere"])
 def test_text_alone_has_the_same_gates_and_loss_with_and_without_pictures_beside_it(targets):
     model = make_model(targets=targets)
-    collate = Collator(
+    collate = ChatCollator(
         processor=model.backbone.processor, tasks=["vqa"], experts=["vqa"], codec=CODEC
     )
     text = toy_sample(image=None, ocr=None, task="vqa", expert="vqa")

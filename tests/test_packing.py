@@ -7,8 +7,8 @@ import torch
 
 from data.batch import Batch
 from data.boxes import CODECS
-from data.collate import Collator
-from data.rows import fill_rows, joined
+from data.collate import ChatCollator
+from data.pack import fill_rows, joined
 from data.sample import OcrWord, Sample, Turn
 from moa.backbones.llava import check_packing
 from moa.model import MixtureModel
@@ -35,7 +35,7 @@ def samples() -> list[Sample]:
 
 
 def collated(model: MixtureModel, pack_length: int | None = None, **changes) -> Batch:
-    collate = Collator(
+    collate = ChatCollator(
         processor=model.backbone.processor, tasks=TASKS, experts=TASKS,
         codec=CODECS["location_tokens"], pack_length=pack_length, **changes,
     )  # fmt: skip

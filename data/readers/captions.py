@@ -16,6 +16,7 @@ from typing import Any
 
 from data.images import find_image
 from data.readers.fields import field, name, text
+from data.readers.format import reads
 from data.readers.record import Record, Records
 from data.readers.rows import JsonRows, ListRows, Row, text_lines
 from moa.config import SourceConfig
@@ -25,19 +26,22 @@ TOKEN_LINE = re.compile(r"(?P<image>[^#\t]+)#(?P<number>\d+)\t(?P<caption>.*)")
 CSV_LINE = re.compile(r"(?P<image>[^|]+?)\s*\|\s*(?P<number>\d+)(?:\s*\|\s*|\s+)(?P<caption>.*)")
 
 
+CAPTION = "Provide a one-sentence caption for the provided image."
+CAPTIONS: dict[str, Any] = {"task": "caption", "prompt": CAPTION}
+
+
+@reads("coco_captions", may=("one_per",), **CAPTIONS)
 def read_coco(source: SourceConfig) -> Records:
-    assert source.path and source.images
+    assert source.path
     named = JsonRows(source.path, at="images", key="id")
     if source.one_per == "caption":
         rows = JsonRows(source.path, at="annotations")
-        parse = partial(parse_coco_caption, named=named, images=source.images)
-        return Records(rows=rows, parse=parse)
+        return Records(rows=rows, parse=partial(parse_coco_caption, named, source.images))
     captions = JsonRows(source.path, at="annotations", key="image_id")
-    parse = partial(parse_coco_image, captions=captions, images=source.images)
-    return Records(rows=named, parse=parse)
+    return Records(rows=named, parse=partial(parse_coco_image, captions, source.images))
 
 
-def parse_coco_image(row: Row, captions: JsonRows, images: str) -> Record:
+def parse_coco_image(captions: JsonRows, images: str | None, row: Row) -> Record:
     number = name(row.value, "id")
     return Record(
         id=number,
@@ -47,7 +51,7 @@ def parse_coco_image(row: Row, captions: JsonRows, images: str) -> Record:
     )
 
 
-def parse_coco_caption(row: Row, named: JsonRows, images: str) -> Record:
+def parse_coco_caption(named: JsonRows, images: str | None, row: Row) -> Record:
     image_id = name(row.value, "image_id")
     return Record(
         id=name(row.value, "id"),
@@ -57,35 +61,27 @@ def parse_coco_caption(row: Row, named: JsonRows, images: str) -> Record:
     )
 
 
+@reads("karpathy", needs=("path", "images", "split"), may=("one_per",), **CAPTIONS)
 def read_karpathy(source: SourceConfig) -> Records:
     """`split` may name several: COCO's training set is train+restval."""
-    assert source.path and source.images and source.split
+    assert source.path and source.split
     wanted = source.split.split("+")
-    single = source.one_per == "caption"
-    rows = JsonRows(
-        source.path,
-        at="images",
-        key="split",
-        count=partial(captions_of_image, splits=wanted, single=single),
-        about=f"karpathy {source.split} {source.one_per}",
-    )
-    check_splits(rows, wanted)
-    return Records(rows=rows, parse=partial(parse_karpathy, images=source.images, single=single))
-
-
-def check_splits(rows: JsonRows, wanted: list[str]) -> None:
-    """ValueError, with how many images each split has, for one that the file does not have."""
+    count = partial(captions_of_image, splits=wanted, single=source.one_per == "caption")
+    about = f"karpathy {source.split} {source.one_per}"
+    rows = JsonRows(source.path, at="images", key="split", count=count, about=about)
     found = Counter(key.decode() for key in rows.keys)
     for split in wanted:
         if split not in found:
             raise ValueError(f"{rows.path}: no split {split!r}; it has {dict(found)}")
+    return Records(rows=rows, parse=partial(parse_karpathy, source))
 
 
 def captions_of_image(row: Any, splits: list[str], single: bool) -> int:
     return (len(row["sentences"]) if single else 1) if row["split"] in splits else 0
 
 
-def parse_karpathy(row: Row, images: str, single: bool) -> Record:
+def parse_karpathy(source: SourceConfig, row: Row) -> Record:
+    single = source.one_per == "caption"
     value, file = row.value, text(row.value, "filename")
     image_id = name(value, "cocoid") if "cocoid" in value else PurePosixPath(file).stem
     sentences = field(value, "sentences", list)
@@ -94,33 +90,25 @@ def parse_karpathy(row: Row, images: str, single: bool) -> Record:
     return Record(
         id=name(chosen[0], "sentid") if single else image_id,
         image_id=image_id,
-        image=find_image(images, f"{folder}/{file}", file),
+        image=find_image(source.images, f"{folder}/{file}", file),
         answers=tuple(text(sentence, "raw") for sentence in chosen),
         split=text(value, "split"),
     )
 
 
+@reads("flickr30k", may=("one_per",), **CAPTIONS)
 def read_flickr30k(source: SourceConfig) -> Records:
     """The token file or Kaggle's CSV, whole: 32 thousand images are 20 MB of text."""
-    assert source.path and source.images
-    found = [parse_flickr_line(line, where) for line, where in flickr_lines(source.path)]
+    assert source.path
     by_image: dict[str, list[tuple[str, str, str]]] = {}
-    for image, number, caption, where in found:
-        by_image.setdefault(image, []).append((number, caption, where))
+    for number, line in enumerate(text_lines(source.path), start=1):
+        if line.strip() and not line.startswith("image_name|"):
+            image, *caption = parse_flickr_line(line, f"{source.path}:{number}")
+            by_image.setdefault(image, []).append((caption[0], caption[1], caption[2]))
     items: list[Any] = [(image, captions) for image, captions in by_image.items()]
     if source.one_per == "caption":
         items = [(image, [caption]) for image, captions in items for caption in captions]
-    rows = ListRows(items, flickr_row)
-    single = source.one_per == "caption"
-    return Records(rows=rows, parse=partial(parse_flickr, images=source.images, single=single))
-
-
-def flickr_lines(path: str) -> list[tuple[str, str]]:
-    return [
-        (line, f"{path}:{number}")
-        for number, line in enumerate(text_lines(path), start=1)
-        if line.strip() and not line.startswith("image_name|")
-    ]
+    return Records(rows=ListRows(items, flickr_row), parse=partial(parse_flickr, source))
 
 
 def parse_flickr_line(line: str, where: str) -> tuple[str, str, str, str]:
@@ -137,12 +125,12 @@ def flickr_row(item: Any) -> Row:
     return Row(item, item[1][0][2])
 
 
-def parse_flickr(row: Row, images: str, single: bool) -> Record:
+def parse_flickr(source: SourceConfig, row: Row) -> Record:
     image, captions = row.value
     stem = PurePosixPath(image).stem
     return Record(
-        id=f"{stem}#{captions[0][0]}" if single else stem,
+        id=f"{stem}#{captions[0][0]}" if source.one_per == "caption" else stem,
         image_id=stem,
-        image=find_image(images, image),
+        image=find_image(source.images, image),
         answers=tuple(caption for _, caption, _ in captions),
     )

@@ -17,20 +17,16 @@ from typing import Any
 
 from data.images import coco_number
 from data.readers.fields import field, name, text
+from data.readers.format import FILE, reads
 from data.readers.record import Record, Records
-from data.readers.rows import Row, Rows, json_rows
+from data.readers.rows import Row, json_rows
 from data.readers.tables import TableRows, image_of, open_table
 from data.sample import Turn
 from moa.config import SourceConfig
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 PLACE = "<image>"
-IMAGE_KEYS = (
-    "image",
-    "path",
-    "url",
-    "image_url",
-)  # of a message's part, in which it names its image
+IMAGE_KEYS = ("image", "path", "url", "image_url")  # in which a part of a message names its image
 UNREAD = ("<bbox>", "<ref-object>", "<video>", "<audio>")  # placeholders of what is not read here
 # Keys of a row or a message without which it means something else
 CHANGES = re.compile(
@@ -44,14 +40,13 @@ READ = ("system", "image", "images", "messages", "conversations")  # as they are
 NOTHING: tuple[Any, ...] = (None, "", "[]", [], {}, True, 1)
 
 
+@reads("llava", needs=FILE, may=("images",))
+@reads("messages", needs=FILE, may=("images",))
 def read_conversations(source: SourceConfig) -> Records:
     assert source.path
-    parse = partial(parse_conversation, images=source.images)
-    return Records(rows=conversation_rows(source.path), parse=parse)
-
-
-def conversation_rows(path: str) -> Rows:
-    return TableRows(open_table(path), path) if path.endswith(".parquet") else json_rows(path)
+    path, parse = source.path, partial(parse_conversation, images=source.images)
+    rows = TableRows(open_table(path), path) if path.endswith(".parquet") else json_rows(path)
+    return Records(rows=rows, parse=parse)
 
 
 def parse_conversation(row: Row, images: str | None) -> Record:

@@ -37,7 +37,10 @@ def name(row: Any, key: str) -> str:
     return str(field(row, key, str, int))
 
 
-def texts(row: Any, key: str) -> tuple[str, ...]:
+def texts(row: Any, key: str, *, missing: tuple[str, ...] | None = None) -> tuple[str, ...]:
+    """The list of texts; `missing` where the row lacks the key, which is an error without it."""
+    if missing is not None and key not in row:
+        return missing
     values = field(row, key, list)
     if not all(isinstance(value, str) for value in values):
         raise ValueError(f"{key!r} must be a list of texts, got {values!r:.60}")

@@ -20,7 +20,9 @@ import numpy as np
 
 from data.checks import BadSampleError
 from data.images import is_hidden
+from data.readers.captions import CAPTION
 from data.readers.fields import text
+from data.readers.format import FILE, reads
 from data.readers.index import Arrays, cached
 from data.readers.record import Record, Records
 from data.readers.rows import ListRows, Row
@@ -32,6 +34,7 @@ HUGE = 2**62  # more than any shard holds
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
+@reads("image_folder", needs=FILE, task="classification", prompt="a photo of a {}")
 def read_image_folder(source: SourceConfig) -> Records:
     """The answer to each image is its class: the name of the folder it lies in."""
     assert source.path
@@ -125,6 +128,7 @@ def read_members(shard: Path, index: Arrays, chosen: range, where: str) -> dict[
     return found
 
 
+@reads("webdataset", needs=FILE, task="caption", prompt=CAPTION)
 def read_webdataset(source: SourceConfig) -> Records:
     assert source.path
     return Records(rows=TarRows(shards_of(source.path)), parse=parse_member)

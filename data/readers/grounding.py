@@ -18,6 +18,7 @@ from rich.progress import track
 
 from data.images import find_image
 from data.readers.fields import box_of, box_of_xywh, field, name, text
+from data.readers.format import FOUR, reads
 from data.readers.pickles import load_plain
 from data.readers.record import Record, Records
 from data.readers.rows import JsonRows, ListRows, Row, require_file, text_lines
@@ -29,6 +30,12 @@ ROUNDING = 1.0  # pixels by which these files' boxes may stick out of their imag
 PHRASE = re.compile(r"\[/EN#(?P<id>\d+)(?:/[^\s\]]+)+ (?P<text>[^\]]*)\]")
 
 
+REGION = (
+    "Please provide the bounding box coordinate of the region this sentence describes: {question}"
+)
+REGIONS: dict[str, Any] = {"task": "grounding", "prompt": REGION}
+
+
 class Sentence(NamedTuple):
     """A sentence about one box, with the reference that it belongs to."""
 
@@ -37,8 +44,9 @@ class Sentence(NamedTuple):
     where: str
 
 
+@reads("refcoco", needs=FOUR, **REGIONS)
 def read_refcoco(source: SourceConfig) -> Records:
-    assert source.path and source.annotations and source.images and source.split
+    assert source.path and source.annotations
     refs = load_plain(require_file(source.path))
     if not isinstance(refs, list) or not all(isinstance(ref, dict) for ref in refs):
         raise ValueError(f"{source.path}: must be a list of references")
@@ -72,7 +80,7 @@ def sentence_row(sentence: Sentence) -> Row:
     return Row(sentence, sentence.where)
 
 
-def parse_refcoco(row: Row, boxes: JsonRows, named: JsonRows, images: str) -> Record:
+def parse_refcoco(row: Row, boxes: JsonRows, named: JsonRows, images: str | None) -> Record:
     """The image's name is that of instances.json: a reference's own carries the annotation."""
     ref, value, _ = row.value
     image_id = name(ref, "image_id")
@@ -101,9 +109,10 @@ class Phrase(NamedTuple):
     file: str
 
 
+@reads("flickr30k_entities", may=("annotations",), **REGIONS)
 def read_entities(source: SourceConfig) -> Records:
     """The phrases that have a box, of the images that `annotations` lists (or of all)."""
-    assert source.path and source.images
+    assert source.path
     root = Path(source.path)
     listed = source.annotations and " ".join(text_lines(source.annotations)).split()
     files = (root / "Sentences").glob("*.txt")
@@ -112,8 +121,7 @@ def read_entities(source: SourceConfig) -> Records:
         raise ValueError(f"{root}: holds no Sentences/*.txt")
     bar = track(stems, description=root.name, disable=len(stems) < 2000, transient=True)
     items = [phrase for stem in bar for phrase in phrases_of(root, stem)]
-    rows = ListRows(items, phrase_row)
-    return Records(rows=rows, parse=partial(parse_phrase, images=source.images))
+    return Records(rows=ListRows(items, phrase_row), parse=partial(parse_phrase, source))
 
 
 def phrase_row(phrase: Phrase) -> Row:
@@ -159,12 +167,12 @@ def number_in(element: ElementTree.Element, path: str) -> float:
     return float(found)
 
 
-def parse_phrase(row: Row, images: str) -> Record:
+def parse_phrase(source: SourceConfig, row: Row) -> Record:
     phrase: Phrase = row.value
     return Record(
         id=f"{phrase.image}#{phrase.sentence}#{phrase.number}",
         image_id=phrase.image,
-        image=find_image(images, f"{phrase.image}.jpg"),
+        image=find_image(source.images, f"{phrase.image}.jpg"),
         question=phrase.text,
         boxes=tuple(box_of(box) for box in phrase.boxes),
         frame=phrase.size,
@@ -172,17 +180,18 @@ def parse_phrase(row: Row, images: str) -> Record:
     )
 
 
+@reads("visual_genome", **REGIONS)
 def read_visual_genome(source: SourceConfig) -> Records:
-    assert source.path and source.images
+    assert source.path
     rows = JsonRows(source.path, count=regions_of_image, about="regions")
-    return Records(rows=rows, parse=partial(parse_region, images=source.images))
+    return Records(rows=rows, parse=partial(parse_region, source))
 
 
 def regions_of_image(row: Any) -> int:
     return len(row["regions"])
 
 
-def parse_region(row: Row, images: str) -> Record:
+def parse_region(source: SourceConfig, row: Row) -> Record:
     region = field(row.value, "regions", list)[row.part]
     image_id = name(region, "image_id")
     x, y, width, height = (field(region, key, int) for key in ("x", "y", "width", "height"))
@@ -190,7 +199,7 @@ def parse_region(row: Row, images: str) -> Record:
     return Record(
         id=name(region, "region_id"),
         image_id=image_id,
-        image=find_image(images, f"VG_100K/{file}", f"VG_100K_2/{file}", file),
+        image=find_image(source.images, f"VG_100K/{file}", f"VG_100K_2/{file}", file),
         question=text(region, "phrase"),
         boxes=(box_of_xywh((x, y, width, height)),),
         slack=ROUNDING,

@@ -15,6 +15,7 @@ from typing import Any
 
 from data.images import find_image
 from data.readers.fields import box_of, boxes_of, field, frame_of, name, text, texts
+from data.readers.format import FILE, reads
 from data.readers.record import Record, Records
 from data.readers.rows import JsonLines, Row
 from data.sample import OcrWord
@@ -24,14 +25,14 @@ REQUIRED = ("image", "question", "task")
 OPTIONAL = ("id", "image_id", "answers", "boxes", "ocr", "frame", "tags", "choices")
 
 
+@reads("jsonl", needs=FILE, may=("images",))
 def read_jsonl(source: SourceConfig) -> Records:
     assert source.path
     rows = JsonLines(source.path)
-    parse = partial(parse_own, images=source.images, folder=rows.path.parent)
-    return Records(rows=rows, parse=parse)
+    return Records(rows=rows, parse=partial(parse_own, source.images, rows.path.parent))
 
 
-def parse_own(row: Row, images: str | None, folder: Path) -> Record:
+def parse_own(images: str | None, folder: Path, row: Row) -> Record:
     value = row.value
     if not isinstance(value, dict):
         raise ValueError(f"a row is one object a line, got {type(value).__name__}: {value!r:.60}")
@@ -49,13 +50,13 @@ def parse_own(row: Row, images: str | None, folder: Path) -> Record:
         image_id=name(value, "image_id") if "image_id" in value else image,
         image=find_image(images, image) if images else folder / image,
         question=text(value, "question"),
-        answers=texts(value, "answers") if "answers" in value else (),
+        answers=texts(value, "answers", missing=()),
         task=text(value, "task"),
         boxes=boxes,
         ocr=words,
         frame=frame_of(value.get("frame"), boxes, words or ()),
-        tags=texts(value, "tags") if "tags" in value else (),
-        choices=texts(value, "choices") if "choices" in value else (),
+        tags=texts(value, "tags", missing=()),
+        choices=texts(value, "choices", missing=()),
     )
 
 

@@ -1,4 +1,4 @@
-"""Questions that want reading: TextVQA, DocVQA, ST-VQA, OCR-VQA, ChartQA, and their OCR words.
+"""Questions about text in images: TextVQA, DocVQA, ST-VQA, OCR-VQA, ChartQA, and their OCR words.
 
 TextVQA   {"data": [{question_id, image_id, question, answers: [text] x 10, set_name}]}
 Rosetta   {"data": [{image_id, ocr_info: [{word, bounding_box: {top_left_x, ..., width}}]}]}, in 0..1
@@ -15,6 +15,7 @@ from typing import Any
 
 from data.images import coco_number, find_image
 from data.readers.fields import field, name, tags_of, text, texts
+from data.readers.format import parses, reads
 from data.readers.record import Record, Records
 from data.readers.rows import JsonRows, Row, read_json
 from data.sample import Box, OcrWord
@@ -24,21 +25,22 @@ OCRVQA_SPLITS = {"train": 1, "val": 2, "test": 3}
 LOW = 0.5  # confidence of a word that the engine of DocVQA marks as "Low"; it gives no numbers
 
 
+@reads("textvqa", may=("ocr",), task="ocr_vqa")
 def read_textvqa(source: SourceConfig) -> Records:
-    assert source.path and source.images
+    assert source.path
     ocr = JsonRows(source.ocr, at="data", key="image_id") if source.ocr else None
-    parse = partial(parse_textvqa, images=source.images, ocr=ocr)
+    parse = partial(parse_textvqa, source, ocr)
     return Records(rows=JsonRows(source.path, at="data"), parse=parse)
 
 
-def parse_textvqa(row: Row, images: str, ocr: JsonRows | None) -> Record:
+def parse_textvqa(source: SourceConfig, ocr: JsonRows | None, row: Row) -> Record:
     value, image_id = row.value, name(row.value, "image_id")
     return Record(
         id=name(value, "question_id"),
         image_id=image_id,
-        image=find_image(images, f"{image_id}.jpg"),
+        image=find_image(source.images, f"{image_id}.jpg"),
         question=text(value, "question"),
-        answers=texts(value, "answers") if "answers" in value else (),
+        answers=texts(value, "answers", missing=()),
         ocr=None if ocr is None else rosetta_words(ocr.one(image_id)),
         frame=(1.0, 1.0),
         split=text(value, "set_name"),
@@ -46,7 +48,7 @@ def parse_textvqa(row: Row, images: str, ocr: JsonRows | None) -> Record:
 
 
 def rosetta_words(row: Any) -> tuple[OcrWord, ...]:
-    """Rosetta's words, boxes in shares of the image; it says nothing of its confidence."""
+    """Rosetta's words, boxes in shares of the image; it gives no confidence."""
     return tuple(
         OcrWord(text=text(info, "word"), box=rosetta_box(info), confidence=1.0)
         for info in field(row, "ocr_info", list)
@@ -62,28 +64,28 @@ def rosetta_box(info: Any) -> Box:
     return x, y, x + width, y + height
 
 
+@reads("docvqa", may=("ocr",), task="ocr_vqa")
 def read_docvqa(source: SourceConfig) -> Records:
-    assert source.path and source.images
+    assert source.path
     if source.ocr and not Path(source.ocr).is_dir():
         raise ValueError(f"{source.ocr}: no such folder of OCR results")
-    parse = partial(parse_docvqa, images=source.images, ocr=source.ocr)
-    return Records(rows=JsonRows(source.path, at="data"), parse=parse)
+    return Records(rows=JsonRows(source.path, at="data"), parse=partial(parse_docvqa, source))
 
 
-def parse_docvqa(row: Row, images: str, ocr: str | None) -> Record:
+def parse_docvqa(source: SourceConfig, row: Row) -> Record:
     value, image = row.value, text(row.value, "image")
-    words, frame = (None, None) if ocr is None else page_words(Path(ocr), PurePosixPath(image).stem)
-    kinds = texts(value, "question_types") if value.get("question_types") else ()
+    ocr, page = source.ocr, PurePosixPath(image)
+    words, frame = (None, None) if ocr is None else page_words(Path(ocr), page.stem)
     return Record(
         id=name(value, "questionId"),
         image_id=image,
-        image=find_image(images, image, PurePosixPath(image).name),
+        image=find_image(source.images, image, page.name),
         question=text(value, "question"),
-        answers=texts(value, "answers") if "answers" in value else (),
+        answers=texts(value, "answers", missing=()),
         ocr=words,
         frame=frame,
         split=text(value, "data_split"),
-        tags=kinds,
+        tags=texts(value, "question_types") if value.get("question_types") else (),
     )
 
 
@@ -111,40 +113,36 @@ def bounds(corners: list[float]) -> Box:
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def read_stvqa(source: SourceConfig) -> Records:
-    assert source.path and source.images
-    rows = JsonRows(source.path, at="data")
-    return Records(rows=rows, parse=partial(parse_stvqa, images=source.images))
-
-
-def parse_stvqa(row: Row, images: str) -> Record:
+@parses("stvqa", at="data", task="ocr_vqa")
+def parse_stvqa(source: SourceConfig, row: Row) -> Record:
     value, path = row.value, text(row.value, "file_path")
     return Record(
         id=name(value, "question_id"),
         image_id=coco_number(path),
-        image=find_image(images, path),
+        image=find_image(source.images, path),
         question=text(value, "question"),
-        answers=texts(value, "answers") if "answers" in value else (),
+        answers=texts(value, "answers", missing=()),
         split=text(value, "set_name") if "set_name" in value else None,
         tags=tags_of(value, "dataset"),
     )
 
 
+@reads("ocrvqa", needs=("path", "images", "split"), task="ocr_vqa")
 def read_ocrvqa(source: SourceConfig) -> Records:
-    assert source.path and source.images and source.split
+    assert source.path and source.split
     if source.split not in OCRVQA_SPLITS:
         raise ValueError(f"no split {source.split!r}; choices: {', '.join(OCRVQA_SPLITS)}")
     count = partial(questions_of_book, split=OCRVQA_SPLITS[source.split])
     rows = JsonRows(source.path, count=count, about=f"ocrvqa {source.split}")
-    return Records(rows=rows, parse=partial(parse_ocrvqa, images=source.images, split=source.split))
+    return Records(rows=rows, parse=partial(parse_ocrvqa, source))
 
 
 def questions_of_book(row: Any, split: int) -> int:
     return len(row["questions"]) if row["split"] == split else 0
 
 
-def parse_ocrvqa(row: Row, images: str, split: str) -> Record:
-    """A book's questions and answers stand in two parallel lists."""
+def parse_ocrvqa(source: SourceConfig, row: Row) -> Record:
+    """A book's questions and answers are two parallel lists."""
     questions, answers = texts(row.value, "questions"), texts(row.value, "answers")
     if len(questions) != len(answers):
         raise ValueError(f"has {len(questions)} questions and {len(answers)} answers")
@@ -152,28 +150,22 @@ def parse_ocrvqa(row: Row, images: str, split: str) -> Record:
     return Record(
         id=f"{row.key}/{row.part}",
         image_id=row.key,
-        image=find_image(images, f"{row.key}{suffix}", f"{row.key}.jpg"),
+        image=find_image(source.images, f"{row.key}{suffix}", f"{row.key}.jpg"),
         question=questions[row.part],
         answers=(answers[row.part],),
-        split=split,
+        split=source.split,
         tags=tags_of(row.value, "genre"),
     )
 
 
-def read_chartqa(source: SourceConfig) -> Records:
-    assert source.path and source.images
-    kind = Path(source.path).stem.rpartition("_")[2]  # human or augmented
-    parse = partial(parse_chartqa, images=source.images, kind=kind)
-    return Records(rows=JsonRows(source.path), parse=parse)
-
-
-def parse_chartqa(row: Row, images: str, kind: str) -> Record:
+@parses("chartqa", task="ocr_vqa")
+def parse_chartqa(source: SourceConfig, row: Row) -> Record:
     image = text(row.value, "imgname")
     return Record(
         id=row.where.rpartition(": ")[2],
         image_id=image,
-        image=find_image(images, image),
+        image=find_image(source.images, image),
         question=text(row.value, "query"),
         answers=(text(row.value, "label"),),
-        tags=(kind,),
+        tags=(Path(source.path or "").stem.rpartition("_")[2],),  # human or augmented
     )

@@ -14,6 +14,7 @@ from typing import Any
 from data.checks import BadSampleError
 from data.images import StoredImage, named_image
 from data.readers.fields import boxes_of, cell_text, cell_texts, frame_of
+from data.readers.format import FILE, reads
 from data.readers.record import Record, Records, reason
 from data.readers.rows import CsvRows, Row, Rows, json_rows, require_file
 from moa.config import SourceConfig
@@ -101,6 +102,7 @@ def chosen_split(found: Any, path: str, split: str | None) -> Any:
     return found[split]
 
 
+@reads("table", needs=FILE, may=("images", "columns"))
 def read_table(source: SourceConfig) -> Records:
     assert source.path
     rows, found, features = table_rows(source.path, source.split)

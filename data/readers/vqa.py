@@ -9,6 +9,7 @@ POPE           one JSON object a line, in spite of its name: {question_id, image
 ScienceQA      problems.json {id: {question, choices, answer, hint, image}}, pid_splits.json
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
@@ -16,15 +17,20 @@ from string import ascii_uppercase
 from data.checks import BadSampleError
 from data.images import coco_number, find_image
 from data.readers.fields import answers_of, field, name, tags_of, text, texts
+from data.readers.format import FOUR, parses, reads
 from data.readers.record import Record, Records
 from data.readers.rows import JsonLines, JsonRows, ListRows, Row, read_json
 from data.readers.scanner import member_of
 from moa.config import SourceConfig
 
+LETTER = "Answer with the option's letter from the given choices directly."
 
+
+@reads("vqav2", may=("annotations",))
+@reads("okvqa", may=("annotations",))
 def read_vqa(source: SourceConfig) -> Records:
     """Questions joined with their annotations; a test split has none."""
-    assert source.path and source.images  # checked by the table
+    assert source.path
     questions = JsonRows(source.path, at="questions")
     subset = member_of(questions.path, "data_subtype")
     answers = source.annotations
@@ -33,10 +39,10 @@ def read_vqa(source: SourceConfig) -> Records:
     return Records(rows=questions, parse=parse)
 
 
-def parse_vqa(row: Row, annotations: JsonRows | None, images: str, subset: str) -> Record:
+def parse_vqa(row: Row, annotations: JsonRows | None, images: str | None, subset: str) -> Record:
     answers: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
-    number = name(row.value, "question_id")
+    number, image_id = name(row.value, "question_id"), name(row.value, "image_id")
     if annotations is not None:
         annotation = annotations.one(number)
         chosen = annotation.get("multiple_choice_answer")
@@ -45,8 +51,8 @@ def parse_vqa(row: Row, annotations: JsonRows | None, images: str, subset: str) 
         tags = tags_of(annotation, "answer_type", "question_type")
     return Record(
         id=number,
-        image_id=name(row.value, "image_id"),
-        image=coco_image(images, name(row.value, "image_id"), subset),
+        image_id=image_id,
+        image=coco_image(images, image_id, subset),
         question=text(row.value, "question"),
         answers=answers,
         split=subset,
@@ -54,39 +60,35 @@ def parse_vqa(row: Row, annotations: JsonRows | None, images: str, subset: str) 
     )
 
 
-def coco_image(images: str, number: str, subset: str) -> Path:
+def coco_image(images: str | None, number: str, subset: str) -> Path:
     """COCO's file of an image, by its name of 2014 (the folder may hold the subsets) or of 2017."""
     subset = subset.replace("test-dev", "test")
     old, new = f"COCO_{subset}_{int(number):012d}.jpg", f"{int(number):012d}.jpg"
     return find_image(images, old, f"{subset}/{old}", new, f"{subset}/{new}")
 
 
-def read_aokvqa(source: SourceConfig, choose: bool) -> Records:
-    """`choose`: the options stand in the question, and the answer is a letter."""
-    assert source.path and source.images
-    parse = partial(parse_aokvqa, images=source.images, choose=choose)
-    return Records(rows=JsonRows(source.path), parse=parse)
-
-
-def parse_aokvqa(row: Row, images: str, choose: bool) -> Record:
-    value, split = row.value, text(row.value, "split")
-    question = text(value, "question")
-    answers: tuple[str, ...] = ()
-    if choose:
-        question = f"{question}\n{lettered(texts(value, 'choices'))}"
-        if "correct_choice_idx" in value:  # not in the test split
-            answers = (letter(value, "correct_choice_idx"),)
-    elif "direct_answers" in value:
-        answers = texts(value, "direct_answers")
-    number = name(value, "image_id")
+@parses("aokvqa")
+def parse_aokvqa(source: SourceConfig, row: Row) -> Record:
+    value, number = row.value, name(row.value, "image_id")
+    split = text(value, "split")
     return Record(
         id=name(value, "question_id"),
         image_id=number,
-        image=coco_image(images, number, f"{split}2017"),
-        question=question,
-        answers=answers,
+        image=coco_image(source.images, number, f"{split}2017"),
+        question=text(value, "question"),
+        answers=texts(value, "direct_answers", missing=()),
         split=split,
     )
+
+
+@parses("aokvqa_choice", instruction=LETTER)
+def parse_aokvqa_choice(source: SourceConfig, row: Row) -> Record:
+    """The options are in the question, and the answer is a letter; the test split has none."""
+    record = parse_aokvqa(source, row)
+    question = f"{record.question}\n{lettered(texts(row.value, 'choices'))}"
+    key = "correct_choice_idx"
+    answers = (letter(row.value, key),) if key in row.value else ()
+    return replace(record, question=question, answers=answers)
 
 
 def lettered(choices: tuple[str, ...]) -> str:
@@ -101,30 +103,21 @@ def letter(row: dict, key: str) -> str:
     return ascii_uppercase[number]
 
 
-def read_gqa(source: SourceConfig) -> Records:
-    assert source.path and source.images
-    return Records(rows=JsonRows(source.path), parse=partial(parse_gqa, images=source.images))
-
-
-def parse_gqa(row: Row, images: str) -> Record:
+@parses("gqa")
+def parse_gqa(source: SourceConfig, row: Row) -> Record:
     value, image_id = row.value, name(row.value, "imageId")
-    answer = text(value, "answer") if "answer" in value else None  # test splits have none
     return Record(
         id=row.key,
         image_id=image_id,
-        image=find_image(images, f"{image_id}.jpg"),
+        image=find_image(source.images, f"{image_id}.jpg"),
         question=text(value, "question"),
-        answers=() if answer is None else (answer,),
+        answers=(text(value, "answer"),) if "answer" in value else (),  # test splits have none
         tags=tags_of(value.get("types") or {}, "structural", "semantic"),
     )
 
 
-def read_vizwiz(source: SourceConfig) -> Records:
-    assert source.path and source.images
-    return Records(rows=JsonRows(source.path), parse=partial(parse_vizwiz, images=source.images))
-
-
-def parse_vizwiz(row: Row, images: str) -> Record:
+@parses("vizwiz")
+def parse_vizwiz(source: SourceConfig, row: Row) -> Record:
     value, image = row.value, text(row.value, "image")
     kind: tuple[str, ...] = ()
     if "answerable" in value:  # not in the test split
@@ -132,35 +125,35 @@ def parse_vizwiz(row: Row, images: str) -> Record:
     return Record(
         id=image,
         image_id=image,
-        image=find_image(images, image),
+        image=find_image(source.images, image),
         question=text(value, "question"),
         answers=answers_of(value, "answers") if "answers" in value else (),
         tags=(*kind, *tags_of(value, "answer_type")),
     )
 
 
+@reads("pope")
 def read_pope(source: SourceConfig) -> Records:
-    assert source.path and source.images
-    kind = Path(source.path).stem.removeprefix("coco_pope_")
-    parse = partial(parse_pope, images=source.images, kind=kind)
-    return Records(rows=JsonLines(source.path), parse=parse)
+    assert source.path
+    return Records(rows=JsonLines(source.path), parse=partial(parse_pope, source))
 
 
-def parse_pope(row: Row, images: str, kind: str) -> Record:
+def parse_pope(source: SourceConfig, row: Row) -> Record:
     image = text(row.value, "image")
     return Record(
         id=name(row.value, "question_id"),
         image_id=coco_number(image),
-        image=find_image(images, image),
+        image=find_image(source.images, image),
         question=text(row.value, "text"),
         answers=(text(row.value, "label"),),
-        tags=(kind,),
+        tags=(Path(source.path or "").stem.removeprefix("coco_pope_"),),
     )
 
 
+@reads("scienceqa", needs=FOUR, instruction=LETTER)
 def read_scienceqa(source: SourceConfig) -> Records:
     """The problems of one split, in the order of pid_splits.json; some have no image."""
-    assert source.path and source.annotations and source.images and source.split
+    assert source.path and source.annotations
     problems = JsonRows(source.path)
     splits = read_json(source.annotations)
     if not isinstance(splits, dict) or not all(isinstance(ids, list) for ids in splits.values()):
@@ -168,7 +161,7 @@ def read_scienceqa(source: SourceConfig) -> Records:
     if source.split not in splits:
         raise ValueError(f"{source.annotations}: no split {source.split!r}; it has {[*splits]}")
     rows = ListRows(splits[source.split], partial(problem, problems))
-    return Records(rows=rows, parse=partial(parse_scienceqa, images=source.images))
+    return Records(rows=rows, parse=partial(parse_scienceqa, source))
 
 
 def problem(problems: JsonRows, key: str) -> Row:
@@ -179,7 +172,7 @@ def problem(problems: JsonRows, key: str) -> Row:
         raise BadSampleError(where, "unreadable row", str(error)) from None
 
 
-def parse_scienceqa(row: Row, images: str) -> Record:
+def parse_scienceqa(source: SourceConfig, row: Row) -> Record:
     value, hint, split = row.value, text(row.value, "hint"), text(row.value, "split")
     question = f"{text(value, 'question')}\n{lettered(texts(value, 'choices'))}"
     image = field(value, "image", str, type(None))
@@ -187,7 +180,7 @@ def parse_scienceqa(row: Row, images: str) -> Record:
     return Record(
         id=row.key,
         image_id=row.key,
-        image=find_image(images, *names) if names else None,
+        image=find_image(source.images, *names) if names else None,
         question=f"Context: {hint}\n{question}" if hint else question,
         answers=(letter(value, "answer"),),
         split=split,

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from data.batch import Batch
 from data.checks import BadSampleError
-from data.collate import IGNORED, Collator, chosen_words
+from data.collate import IGNORED, Collator
 from data.geometry import Geometry
 from data.sample import Box, Sample
 from moa.analysis import html
@@ -54,7 +54,7 @@ def card(item: Sample | BadSampleError, collator: Collator) -> str:
     if batch is None or isinstance(item, BadSampleError):
         return html.element("section", str(rejected[0]), "bad")
     image, size = image_html(item, batch, collator)
-    words = " ".join(word.text for word in chosen_words(item, collator.max_ocr_words))
+    words = " ".join(word.text for word in collator.words(item))
     about = f"task {item.task}, expert {item.expert or 'unknown'}, {size}, "
     tokens = (html.element("span", t.text, t.kind) for t in tokens_of(batch, collator))
     parts = [
@@ -95,7 +95,7 @@ def drawn(frame: Image.Image, sample: Sample, collator: Collator) -> Image.Image
     target = collator.box_codec.decode(collator.target(sample), geometry) if sample.boxes else None
     outlines = [(box, TRUE, 4) for box in sample.boxes]
     outlines += [(target, TARGET, 2)] if target is not None else []
-    outlines += [(w.box, READ, 1) for w in chosen_words(sample, collator.max_ocr_words)]
+    outlines += [(w.box, READ, 1) for w in collator.words(sample)]
     for box, colour, width in outlines:
         pen.rectangle(zoomed(geometry.to_frame(box), zoom), outline=colour, width=width)
     return image

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 from data.batch import Batch
-from data.collate import Intake
+from data.prompt import Intake
 from moa.backbones.clip_processor import ClipProcessor, of_transformers
 from moa.backbones.llava import Look
 from moa.backbones.loading import faults_of, load_weights, read_any_config
@@ -39,7 +39,7 @@ class ClipBackbone:
 
     @property
     def intake(self) -> Intake:
-        return Intake(processor=self.processor)
+        return Intake(processor=self.processor, context_length=self.processor.context_length)
 
     @property
     def embedding(self) -> Any:

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from data.batch import Batch
 from data.chat import ChatEncoder
-from data.collate import Intake
+from data.prompt import Intake
 from moa.backbones.families import FAMILIES, Family
 from moa.backbones.loading import load_weights, read_any_config
 from moa.backbones.processors import PROBE, box_convention, open_processor

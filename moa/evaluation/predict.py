@@ -19,7 +19,7 @@ from PIL.Image import Image, fromarray
 
 from data.batch import Batch
 from data.checks import name_of
-from data.collate import Collator
+from data.collate import ChatCollator
 from data.images import open_image
 from data.ocr import OcrCache
 from data.sample import Box, Sample
@@ -134,7 +134,7 @@ def read_image(image: ImageLike) -> Image:
     return open_image(image, "image")
 
 
-def prediction_of(network: MixtureModel, collator: Collator, response: Response) -> Prediction:
+def prediction_of(network: MixtureModel, collator: ChatCollator, response: Response) -> Prediction:
     box, gates = response.box, None
     if collator.codec is not None:
         box = collator.codec.decode(response.text, collator.geometry(response.sample))
@@ -147,7 +147,7 @@ def prediction_of(network: MixtureModel, collator: Collator, response: Response)
 # -- What the evaluation shares --------------------------------------------------------------------
 
 
-def prompt_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bool) -> Collator:
+def prompt_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bool) -> ChatCollator:
     """The run's own prompts, for generation; held-out tasks are allowed."""
     return make_collator(
         config,
@@ -161,7 +161,7 @@ def prompt_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bo
 @torch.no_grad()
 def respond(
     model: MixtureModel,
-    collator: Collator,
+    collator: ChatCollator,
     batch: Batch,
     gates: str,
     *,
@@ -193,7 +193,7 @@ def respond(
 
 
 def responses_of(
-    samples: Sequence[Sample], ids: torch.Tensor, gates: torch.Tensor | None, collator: Collator
+    samples: Sequence[Sample], ids: torch.Tensor, gates: torch.Tensor | None, collator: ChatCollator
 ) -> Iterator[Response]:
     texts = collator.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
     rows = [None] * len(samples)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data.checks import BadSampleError, name_of
-from data.collate import Collator
+from data.collate import ChatCollator
 from data.mixture import Source, read_sample
 from data.sample import Sample
 from moa.benchmarks.scores import Response, Scores, unscored
@@ -28,7 +28,7 @@ from moa.evaluation.result import Result
 from moa.evaluation.settings import check_gates
 from moa.model import MixtureModel
 
-PROMPT = ("task_in_prompt", "ocr_in_prompt", "withhold_task", "task_template", "ocr_template")
+PROMPT = ("task_in_prompt", "ocr_in_prompt", "task_template", "ocr_template")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class BatchResult:
 def evaluate(
     model: MixtureModel,
     dataset: Source | Sequence[Sample],
-    collator: Collator,
+    collator: ChatCollator,
     settings: EvalConfig,
     *,
     name: str,
@@ -101,7 +101,7 @@ def evaluate(
 
 def collect(
     parts: Sequence[BatchResult],
-    collator: Collator,
+    collator: ChatCollator,
     settings: EvalConfig,
     name: str,
     benchmark: str | None,
@@ -134,7 +134,7 @@ def collect(
     )
 
 
-def asked_of(settings: EvalConfig, benchmark: str | None, collator: Collator) -> dict[str, Any]:
+def asked_of(settings: EvalConfig, benchmark: str | None, collator: ChatCollator) -> dict[str, Any]:
     """What the answers depend on beside weights and data, as a record."""
     return {
         "benchmark": benchmark,
@@ -144,7 +144,8 @@ def asked_of(settings: EvalConfig, benchmark: str | None, collator: Collator) ->
         "max_new_tokens": settings.max_new_tokens,
         "num_beams": settings.num_beams,
         "on_bad_sample": settings.on_bad_sample or "error",
-        "prompt": {key: getattr(collator, key) for key in PROMPT},
+        "prompt": {"withhold_task": collator.withhold_task}
+        | {key: getattr(collator.settings, key) for key in PROMPT},
     }
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageTextToText
 import eval as eval_script
 from data.batch import Batch
 from data.boxes import CODECS
-from data.collate import Collator
+from data.collate import ChatCollator
 from data.sample import OcrWord, Sample
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone, load_backbone
@@ -64,7 +64,7 @@ def samples_for(name: str) -> list[Sample]:
 
 
 def batch_of(backbone: Backbone, samples: list[Sample], **changes: Any) -> Batch:
-    return Collator(
+    return ChatCollator(
         processor=backbone.processor,
         tasks=["vqa", "caption"],
         experts=["one", "two"],

@@ -16,16 +16,16 @@ from PIL import Image
 from data.audit import DUPLICATE, LEAKS, LengthCheck, audit_source, find_leaks
 from data.boxes import CODECS
 from data.checks import BadSampleError
-from data.collate import Collator
+from data.collate import ChatCollator
 from data.readers.record import RecordDataset
 from data.readers.table import open_records
 from moa.analysis.preview_page import preview_page
-from moa.config import SourceConfig
+from moa.config import PromptConfig, SourceConfig
 from tests import ROOT
 from tests.support.tiny import random_image, tiny_processor
 
-COLLATE = Collator(
-    processor=tiny_processor(), tasks=["vqa"], experts=["one"], max_length=120,
+COLLATE = ChatCollator(
+    processor=tiny_processor(), tasks=["vqa"], experts=["one"], settings=PromptConfig(max_length=120),
     codec=CODECS["location_tokens"],
 )  # fmt: skip
 
@@ -95,7 +95,7 @@ def test_the_length_check_agrees_with_the_tokenizer_at_every_length(tmp_path):
     samples = [data_set(tmp_path, rows)[i] for i in range(13)]
     lengths = [COLLATE.num_tokens(sample) for sample in samples]
     for limit in (lengths[4] - 1, lengths[4], lengths[9] + 1):
-        check = LengthCheck(replace(COLLATE, max_length=limit))
+        check = LengthCheck(replace(COLLATE, settings=PromptConfig(max_length=limit)))
         found = [check(sample) is not None for sample in samples]
         assert found == [length > limit for length in lengths]
         assert len(check.fixed) == 1  # one image size was encoded for its fixed part

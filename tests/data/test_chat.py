@@ -14,7 +14,7 @@ from data.audit import audit_rows
 from data.boxes import CODECS
 from data.chat import EDGE, ChatEncoder, message, special_tokens
 from data.checks import BadSampleError, RefusedError
-from data.collate import IGNORED, Collator
+from data.collate import IGNORED, ChatCollator
 from data.sample import OcrWord, Sample, Turn
 from moa.backbones import processors as opening
 from moa.backbones.llava import Backbone, open_intake
@@ -80,9 +80,10 @@ def test_an_answer_and_one_end_token_are_learned_behind_the_prompt_of_generation
         assert ids.count(end) - prompt.count(end) >= said.count(end) == len(answers)
 
 
-def collator(processor, **changes) -> Collator:
-    fields = {"tasks": ["vqa"], "experts": [], "codec": CODECS["qwen2_vl"], "task_in_prompt": False}
-    return Collator(processor=processor, **fields | changes)
+def collator(processor, **changes) -> ChatCollator:
+    fields = {"tasks": ["vqa"], "experts": [], "codec": CODECS["qwen2_vl"]}
+    fields["settings"] = PromptConfig(task_in_prompt=False)
+    return ChatCollator(processor=processor, **fields | changes)
 
 
 def sample(number: int = 0, **changes) -> Sample:
@@ -270,11 +271,11 @@ def test_a_sample_that_a_template_refuses_is_named_in_a_batch_and_by_the_check()
 
 
 def test_a_batch_that_is_refused_though_no_sample_is_raises():
-    class Odd(Collator):
-        def _encode(self, samples):
+    class Odd(ChatCollator):
+        def encode(self, samples):
             if len(samples) > 1:
                 raise RefusedError("only one at a time")
-            return super()._encode(samples)
+            return super().encode(samples)
 
     fields = {"tasks": ["vqa"], "experts": [], "codec": None}
     with pytest.raises(RefusedError, match="only one at a time"):

@@ -8,14 +8,15 @@ import torch
 from data.boxes import CODECS
 from data.chat import ChatEncoder
 from data.checks import BadSampleError
-from data.collate import IGNORED, Collator, chosen_words
+from data.collate import IGNORED, ChatCollator
 from data.sample import OcrWord, Sample, Turn
+from moa.config import PromptConfig
 from tests.support.tiny import random_image, tiny_processor
 
 CODEC = CODECS["location_tokens"]
 PROCESSOR = tiny_processor()
 TOKENIZER = PROCESSOR.tokenizer
-COLLATE = Collator(
+COLLATE = ChatCollator(
     processor=PROCESSOR, tasks=["vqa", "grounding"], experts=["one", "two"], codec=CODEC
 )
 
@@ -76,7 +77,11 @@ def test_the_prompt_holds_task_question_and_ocr_words():
 
 
 def test_task_and_ocr_words_leave_the_prompt_by_their_switches():
-    bare = replace(COLLATE, task_in_prompt=False, ocr_in_prompt=False)([sample()])
+    written = replace(COLLATE, settings=PromptConfig(task_template="<{task}> "))([sample()])
+    assert "<vqa> what" in prompt_of(written)
+    bare = replace(COLLATE, settings=PromptConfig(task_in_prompt=False, ocr_in_prompt=False))(
+        [sample()]
+    )
     assert "[vqa]" not in prompt_of(bare) and "STOP" not in prompt_of(bare)
     assert bare.task_ids.tolist() == [0] and bare.ocr_mask.any()  # the router still sees both
 
@@ -90,10 +95,13 @@ def test_a_withheld_task_reaches_neither_prompt_nor_router():
 def test_tasks_are_withheld_from_training_samples_alone_by_their_share():
     rows = [sample(id=str(number)) for number in range(5000)]
     counts = [
-        sum(map(replace(COLLATE, task_dropout=share).withholds, rows)) for share in (0.0, 0.3, 1.0)
+        sum(map(replace(COLLATE, settings=PromptConfig(task_dropout=share)).withholds, rows))
+        for share in (0.0, 0.3, 1.0)
     ]
     assert counts[0] == 0 and counts[1] == pytest.approx(1500, abs=150) and counts[2] == 5000
-    asked = replace(COLLATE, task_dropout=1.0, for_generation=True)([sample()])
+    asked = replace(COLLATE, for_generation=True, settings=PromptConfig(task_dropout=1.0))(
+        [sample()]
+    )
     assert "[vqa]" in prompt_of(asked) and asked.task_ids.tolist() == [0]
 
 
@@ -121,9 +129,10 @@ def test_a_batch_without_any_ocr_keeps_its_axes_and_masks_them():
 
 def test_the_most_confident_words_are_kept_in_reading_order():
     words = (word("a", 0.2), word("b", 0.9), word("c", 0.5))
-    assert [w.text for w in chosen_words(sample(ocr=words), 2)] == ["b", "c"]
+    two = replace(COLLATE, settings=PromptConfig(max_ocr_words=2))
+    assert [w.text for w in two.words(sample(ocr=words))] == ["b", "c"]
     rising = (word("a", 0.5), word("b", 0.9))
-    assert [w.text for w in chosen_words(sample(ocr=rising), 2)] == ["a", "b"]
+    assert [w.text for w in two.words(sample(ocr=rising))] == ["a", "b"]
 
 
 def test_ids_name_tasks_and_experts_by_their_place_in_the_config():
@@ -156,7 +165,7 @@ def test_generation_pads_on_the_left_and_ends_where_the_answer_begins():
 
 
 def test_a_sample_that_is_too_long_is_named_and_never_cut():
-    short = replace(COLLATE, max_length=70)
+    short = replace(COLLATE, settings=PromptConfig(max_length=70))
     with pytest.raises(BadSampleError, match=r"source 'toy', sample 7: too long: \d+ tokens"):
         short([sample(question="why " * 60)])
 
@@ -165,14 +174,14 @@ def test_a_sample_of_just_the_longest_length_stays_beside_one_that_is_too_long()
     long, longer = sample(id="8"), sample(id="9", question="what colour is the square??")
     count = COLLATE.num_tokens(long)
     assert COLLATE.num_tokens(longer) == count + 1
-    collate = replace(COLLATE, max_length=count)
+    collate = replace(COLLATE, settings=PromptConfig(max_length=count))
     assert [e.rule for e in collate.split([longer])[1]] == ["too long"]
     batch, rejected = collate.split([longer, long])
     assert [s.id for s in batch.samples] == ["8"] and len(rejected) == 1
 
 
 def test_bad_samples_are_split_off_and_the_good_ones_keep_their_encoding():
-    collate = replace(COLLATE, max_length=100)
+    collate = replace(COLLATE, settings=PromptConfig(max_length=100))
     bad = [sample(answers=(" ",)), sample(question="why " * 99), sample(task="cook")]
     failed = BadSampleError("rows.jsonl:3", "missing image", "a.png")
     batch, rejected = collate.split([bad[0], sample(), failed, bad[1], bad[2]])
@@ -265,16 +274,18 @@ def test_a_box_that_the_centre_crop_hides_is_a_bad_sample_and_counted():
 
 def test_the_worst_of_several_boxes_counts_and_the_least_share_is_enough():
     seen, half = (15, 0, 45, 30), (0, 0, 30, 30)
-    collate = replace(COLLATE, processor=CROPPING, min_visible=0.5)
+    collate = replace(COLLATE, processor=CROPPING, settings=PromptConfig(min_visible=0.5))
     assert collate.error_of(sample(image=WIDE, answers=(), boxes=(half,))) is None
-    strict = replace(collate, min_visible=0.51)
+    strict = replace(collate, settings=PromptConfig(min_visible=0.51))
     for boxes in ((seen, half), (half, seen)):
         error = strict.error_of(sample(image=WIDE, answers=(), boxes=boxes))
         assert error is not None and error.rule == "box hidden by crop"
 
 
 def test_a_cropped_box_is_learned_as_what_is_left_of_it_where_that_is_accepted():
-    collate = replace(COLLATE, processor=CROPPING, min_visible=0.8, codec=CODECS["llava"])
+    collate = replace(
+        COLLATE, processor=CROPPING, codec=CODECS["llava"], settings=PromptConfig(min_visible=0.8)
+    )
     boxed = sample(image=WIDE, answers=(), boxes=((12, 0, 30, 30),))
     learned = collate([boxed]).labels[0]
     text = TOKENIZER.decode(learned[learned != IGNORED])
@@ -284,7 +295,9 @@ def test_a_cropped_box_is_learned_as_what_is_left_of_it_where_that_is_accepted()
 
 def test_an_instruction_stands_behind_the_ocr_words_as_llava_writes_it():
     asked = sample(instruction="Answer with one word.")
-    batch = replace(COLLATE, ocr_separator=", ", task_in_prompt=False)([asked])
+    batch = replace(COLLATE, settings=PromptConfig(ocr_separator=", ", task_in_prompt=False))(
+        [asked]
+    )
     expected = "what colour is the square?\nReference OCR token: STOP, now\nAnswer with one word."
     assert expected in prompt_of(batch)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.boxes import CODECS
-from data.collate import Collator
+from data.collate import ChatCollator
 from data.sources import open_sources
 from moa.training.batches import Collate, make_loader
 from tests import ROOT
@@ -36,7 +36,7 @@ def test_the_log_says_what_each_step_waited_and_the_end_of_a_run_its_share(tmp_p
 
 def toy_source(folder: Path):
     config = toy_config(folder)
-    collator = Collator(
+    collator = ChatCollator(
         processor=tiny_processor(), tasks=["vqa"], experts=["vqa"], codec=CODECS["location_tokens"]
     )
     return open_sources(config.data.sources.values(), config.data, None)["vqa"], collator

@@ -15,7 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.readers.table import CAPTION, CLASS, LETTER, REGION
+from data.readers.captions import CAPTION
+from data.readers.grounding import REGION
+from data.readers.vqa import LETTER
 from data.sample import OcrWord, Turn
 from tests.support.tiny import random_image
 
@@ -659,7 +661,7 @@ OTHERS = {
         write=write_classes,
         config={"path": "."},
         count=2,
-        first={"id": "cat/1.jpg", "image_id": "cat/1.jpg", "question": CLASS, "answers": ("cat",),
+        first={"id": "cat/1.jpg", "image_id": "cat/1.jpg", "question": 'a photo of a {}', "answers": ("cat",),
                "task": "classification", "choices": ("cat", "dog")},
         broken=lambda folder: (folder / "dog/2.png").write_bytes(image_bytes()[:80]),
         complaint=("dog/2.png: broken image",),

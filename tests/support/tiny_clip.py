@@ -22,7 +22,6 @@ from transformers import (
     SiglipProcessor,
 )
 
-from data.boxes import CODECS
 from data.pairs import PairCollator
 from data.sample import Sample
 from moa.backbones.clip import ClipBackbone
@@ -136,8 +135,7 @@ def collator_of(backbone: ClipBackbone, **changes) -> PairCollator:
         processor=backbone.processor,
         tasks=["find", "name"],
         experts=list(EXPERTS),
-        codec=CODECS["location_tokens"],
-        max_length=backbone.processor.context_length,
+        context_length=backbone.processor.context_length,
         **changes,
     )
 

@@ -251,7 +251,9 @@ def runs(folders, tmp_path_factory):
     made = {}
     for kind, base in folders.items():
         folder = tmp_path_factory.mktemp(kind)
-        (folder / "run.yaml").write_text(yaml.safe_dump(clip_world(folder, base, kind)))
+        (folder / "run.yaml").write_text(
+            yaml.safe_dump(clip_world(folder, base, kind), sort_keys=False)
+        )
         config = load_config(folder / "run.yaml")
         AcceleratorState._reset_state(reset_partial_state=True)  # of a test before, in bf16
         run, state = open_run(config, make_accelerator(config))

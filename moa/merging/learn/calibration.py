@@ -13,7 +13,7 @@ import torch
 
 from data.batch import Batch
 from data.checks import BadSampleError
-from data.collate import Collator
+from data.collate import ChatCollator, Collator
 from data.mixture import read_sample
 from data.ocr import OcrCache
 from data.sample import Sample
@@ -39,7 +39,7 @@ class CalibrationData:
 
     samples: Mapping[str, Sequence[Sample]]
     collator: Collator  # with answers
-    prompts: Collator  # for generation
+    prompts: ChatCollator  # for generation
     num_skipped: int  # bad samples, where the run's data leaves them out
 
     def batches(self, size: int) -> list[Batch]:
@@ -69,7 +69,8 @@ def read_calibration(
     if not config.data.validation:
         raise ValueError("run: has no data.validation to learn from")
     intake = model.backbone.intake
-    collator = make_collator(config, intake, task_dropout=0.0, allow_unknown_tasks=True)
+    config = replace(config, prompt=replace(config.prompt, task_dropout=0.0))
+    collator = make_collator(config, intake, allow_unknown_tasks=True)
     samples, skipped = {}, 0
     for name, source in open_sources(config.data.validation.values(), config.data, ocr).items():
         generator = torch.Generator().manual_seed(seed)

@@ -1,0 +1,194 @@
+"""The text side of a batch: what the language model reads and learns of a sample, and which samples it cannot take.
+
+[task] question <OCR words> instruction  ->  conversation  ->  data/collate.py
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from zlib import crc32
+
+from data.boxes import CODECS, BoxCodec
+from data.chat import message, special_tokens
+from data.checks import BadSampleError, check_sample, name_of
+from data.geometry import Geometry, seen_by
+from data.sample import OcrWord, Sample
+from moa.config import PromptConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Intake:
+    """What data needs from a base: its processor, how it writes boxes (a name in CODECS, None if
+    unknown), whether it takes text alone, the ids that end generation, and for a dual encoder the
+    tokens that its text tower reads."""
+
+    processor: Any
+    box_codec: str | None = None
+    text_only: bool = True
+    stops: tuple[int, ...] = ()
+    context_length: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What every model is given beside its texts: OCR words, task and expert.
+
+    `tasks` and `experts` are the names behind `task_ids` and `expert_ids`.
+    With `withhold_task` neither prompt nor router gets the task. `allow_unknown_tasks` is for
+    held-out tasks: they get id -1, and their prefix in the prompt as any other.
+    """
+
+    processor: Any
+    tasks: Sequence[str]
+    experts: Sequence[str]
+    settings: PromptConfig = field(default_factory=PromptConfig)
+    for_generation: bool = False
+    withhold_task: bool = False
+    allow_unknown_tasks: bool = False
+    codec: BoxCodec | None = None  # writes boxes; None is for data without any
+
+    @property
+    def box_codec(self) -> BoxCodec:
+        """The convention for boxes; ValueError where there is none."""
+        if self.codec is None:
+            raise ValueError(
+                "prompt.box_codec: auto, and how this base was taught to write boxes is unknown; "
+                f"choices: {', '.join(CODECS)}"
+            )
+        return self.codec
+
+    def geometry(self, sample: Sample) -> Geometry:
+        """Where the sample's image goes on its way to the model."""
+        return seen_by(self.processor.image_processor, *sample.size)
+
+    def target(self, sample: Sample) -> str:
+        """What the model learns to answer: the most frequent answer (the first of equals), or the boxes."""
+        answers = [answer for answer in sample.answers if answer.strip()]
+        if answers:
+            return Counter(answers).most_common(1)[0][0]
+        return self.box_codec.encode(sample.boxes, self.geometry(sample))
+
+    def words(self, sample: Sample) -> list[OcrWord]:
+        """The most confident OCR words, in their own (reading) order."""
+        words = sample.ocr or ()
+        best = sorted(range(len(words)), key=lambda i: -words[i].confidence)
+        best = best[: self.settings.max_ocr_words]
+        return [words[i] for i in sorted(best)]
+
+    def withholds(self, sample: Sample) -> bool:
+        """Whether neither prompt nor router gets the sample's task.
+
+        `task_dropout` is the share of training samples without it, so that both learn to do
+        without; which ones is a function of the sample's id.
+        """
+        if self.withhold_task or self.for_generation:
+            return self.withhold_task
+        return crc32(sample.id.encode()) % 1000 < 1000 * self.settings.task_dropout
+
+    def task_id(self, sample: Sample) -> int:
+        return -1 if self.withholds(sample) else position(self.tasks, sample.task)
+
+    def expert_id(self, sample: Sample) -> int:
+        return position(self.experts, sample.expert)
+
+    def error_of(self, sample: Sample) -> BadSampleError | None:
+        """The rule that the sample breaks before it is tokenised, if any."""
+        if error := self._token_in_text(sample):
+            return error
+        tasks = None if self.allow_unknown_tasks else self.tasks
+        needs_answer = not self.for_generation
+        try:
+            check_sample(sample, tasks=tasks, experts=self.experts, needs_answer=needs_answer)
+        except BadSampleError as error:
+            return error
+        return None
+
+    def _token_in_text(self, sample: Sample) -> BadSampleError | None:
+        """The error of a token that data may not write, since it would not be read as text."""
+        turns = [text for turn in sample.turns for text in (turn.question, turn.answer)]
+        words = [word.text for word in self.words(sample)]
+        learned = [] if self.for_generation else [*sample.answers, *turns]
+        asked = [sample.system, sample.task, sample.question, sample.instruction, *words]
+        found = self._special.search("\n".join([*asked, *learned]))
+        if found is None:
+            return None
+        if found[0] == getattr(self.processor, "image_token", None):
+            detail = f"{found[0]!r} stands for an image; rename it"
+            return BadSampleError(name_of(sample), "image token in text", detail)
+        detail = f"{found[0]!r} is a special token of the base, not text; rename or remove it"
+        return BadSampleError(name_of(sample), "special token in text", detail)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Finds special tokens but those that boxes are written with."""
+        found, codec = special_tokens(self.processor), self.codec
+        tokens = sorted((t for t in found if codec is None or not codec.writes(t)), reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt(Evidence):
+    """Samples as conversations. Without `text_only` a sample needs an image."""
+
+    text_only: bool = True
+
+    def error_of(self, sample: Sample) -> BadSampleError | None:
+        if error := super().error_of(sample):
+            return error
+        if sample.image is None and not self.text_only:
+            detail = "this base reads no text without an image"
+            return BadSampleError(name_of(sample), "missing image", detail)
+        return self._hidden_box(sample)
+
+    def _hidden_box(self, sample: Sample) -> BadSampleError | None:
+        """The error of a box of which the processor's crop leaves less than `min_visible`."""
+        if not sample.boxes:
+            return None
+        hidden = max(map(self.geometry(sample).hidden, sample.boxes))
+        visible = self.settings.min_visible
+        if hidden <= 1 - visible + 1e-6:  # as much as the crop's rounding
+            return None
+        detail = (
+            f"{hidden:.0%} of a box; let the processor pad (do_pad) or resize, or accept it by "
+            f"prompt.min_visible={visible:g}"
+        )
+        return BadSampleError(name_of(sample), "box hidden by crop", detail)
+
+    def prompt(self, sample: Sample) -> str:
+        """The text of the user's turn; every word that the language model reads but the answer."""
+        settings = self.settings
+        names_task = settings.task_in_prompt and not self.withholds(sample)
+        words = settings.ocr_separator.join(word.text for word in self.words(sample))
+        return (
+            (settings.task_template.format(task=sample.task) if names_task else "")
+            + sample.question
+            + (
+                settings.ocr_template.format(words=words)
+                if settings.ocr_in_prompt and words
+                else ""
+            )
+            + (f"\n{sample.instruction}" if sample.instruction else "")
+        )
+
+    def text(self, sample: Sample) -> str:
+        """What is tokenised of the sample, but for later turns."""
+        return sample.system + self.prompt(sample) + self.target(sample)
+
+    def conversation(self, sample: Sample) -> list[dict[str, Any]]:
+        """The whole conversation to learn from, or its first question to answer."""
+        image = [] if sample.image is None else [{"type": "image", "image": sample.image}]
+        system = [message("system", sample.system)] if sample.system else []
+        opening = [*system, message("user", self.prompt(sample), image)]
+        if self.for_generation:
+            return opening
+        answered = [*opening, message("assistant", self.target(sample).strip())]
+        for turn in sample.turns:
+            answered += [message("user", turn.question), message("assistant", turn.answer.strip())]
+        return answered
+
+
+def position(names: Sequence[str], name: str | None) -> int:
+    return names.index(name) if name in names else -1
