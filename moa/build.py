@@ -57,7 +57,7 @@ def build_mixture(
     adapters: Mapping[str, ExpertHeader],
     place: Callable[[ExpertBank, str, ExpertHeader], None] = import_adapter,
 ) -> MixtureModel:
-    """The experts and the router of a config around a base that is at hand.
+    """The experts and the router of a config around a loaded base.
 
     Experts in `adapters` are put in by `place`, the others are fresh.
     """
@@ -125,7 +125,7 @@ def check_base(model: ModelConfig) -> str:
     if model.fingerprint not in (None, found) and not model.other_base:
         raise ValueError(
             f"model.name: {model.name} has the fingerprint {found}, and the run belongs to a base with "
-            f"{model.fingerprint}: it was changed, or is another one; name the right base, or go on with this one "
+            f"{model.fingerprint}: it was changed, or is another one; name the right base, or use this one "
             f"by {OTHER_BASE}"
         )
     return found
@@ -138,7 +138,7 @@ def check_adapter(header: ExpertHeader, backbone: AnyBackbone, model: ModelConfi
         base = header.config.get("base_model_name_or_path")
         raise ValueError(
             f"{header.path}: was trained on the base {base} with the fingerprint {trained}, and {backbone.name} has "
-            f"{own}; name the right base by model.name, or go on with this one by {OTHER_BASE}"
+            f"{own}; name the right base by model.name, or use this one by {OTHER_BASE}"
         )
 
 
@@ -171,14 +171,14 @@ def _settled_expert(name: str, expert: ExpertConfig, header: ExpertHeader | None
 
 
 def intake_of(model: ModelConfig) -> Intake:
-    """What data must know of a base; a CLIP is small, and loaded for it."""
+    """What data needs of a base; a CLIP is small, and loaded for it."""
     if class_of(model.name).compares:
         return open_base(model).intake
     return open_intake(model.name, model.image_processor)
 
 
 def check_for_clip(config: RunConfig) -> None:
-    """ValueError for settings that mean nothing where there is no language model."""
+    """ValueError for settings without effect where there is no language model."""
     if config.model.train_projector:
         raise ValueError("model.train_projector: a CLIP has no projector")
     if config.router.granularity == "token":

@@ -96,7 +96,7 @@ class MixtureModel(nn.Module):
 
         override: gates [batch, expert] or [batch, site or 1, expert] to use instead.
         withhold: kinds of evidence treated as missing. available: [expert] or [batch, expert] bool,
-        False where an expert may not be used. look: at the images, if it is at hand.
+        False where an expert may not be used. look: at the images, where it was computed before.
         """
         if override is not None:
             return self.routing.override(override, available)

@@ -35,7 +35,7 @@ class SplitAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """[batch, seq, width] and None, in the place of the weights that nobody asked for."""
+        """[batch, seq, width] and None, in the place of weights, which are not computed."""
         if need_weights:
             raise ValueError("SplitAttention gives no attention weights; pack_attention does")
         batch, length, width = query.shape

@@ -78,7 +78,7 @@ class ClipBackbone:
         return {"image": batch.image_index}
 
     def owners_of(self, inputs: Mapping[str, Tensor]) -> dict[str, Int[Tensor, " _"]]:
-        """The same from the model's own inputs, as many pictures as texts."""
+        """The same from the model's own inputs, as many images as texts."""
         return {"image": torch.arange(len(inputs["pixel_values"]))}
 
     def inputs_of(self, batch: Batch) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ class ClipBackbone:
         return self.embedding(ids)
 
     def stream_of(self, site: str) -> str:
-        """Whether a layer's first axis counts pictures ("image") or texts ("text")."""
+        """Whether a layer's first axis counts images ("image") or texts ("text")."""
         return "image" if site.startswith(("vision_model.", "visual")) else "text"
 
     def unused_sites(self) -> list[str]:
@@ -137,10 +137,10 @@ class ClipBackbone:
 
 
 def is_clip(name: str) -> bool:
-    """Whether transformers knows this name or folder as a dual encoder; only its config is read."""
+    """Whether this name or folder is a dual encoder of transformers; only its config is read."""
     try:
         return read_any_config(name).model_type in FAMILIES
-    except ValueError:  # what is wrong with it, loading says
+    except ValueError:  # loading names what is wrong with it
         return False
 
 

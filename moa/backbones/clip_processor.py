@@ -1,6 +1,6 @@
-"""Pictures and texts as a dual encoder reads them, for transformers' processors and open_clip's alike.
+"""Images and texts as a dual encoder reads them, for transformers' processors and open_clip's alike.
 
-Texts come out unpadded, so that what is too long is seen and not cut; `pad_length` says how far the text
+Texts come out unpadded, so that a text that is too long is found and not cut. `pads_to_context` is how far the text
 tower wants them padded: CLIP of transformers pools at the end of the text, whatever follows it; the
 others learned on texts padded to the whole context, and read the padding.
 """
@@ -91,8 +91,8 @@ class OpenClipTokenizer:
         return row[: min(end + 1, len(row)) if self.pad_token_id == self.eos_token_id else end]
 
 
-class OpenClipPictures:
-    """open_clip's transform of one picture, called and described as those of transformers are."""
+class OpenClipImages:
+    """open_clip's transform of one image, called and described as those of transformers are."""
 
     do_resize = True
 
@@ -129,7 +129,7 @@ def of_open_clip(tokenizer: Any, transform: Any, model: Any) -> ClipProcessor:
     wrapped = OpenClipTokenizer(tokenizer)
     return ClipProcessor(
         tokenizer=wrapped,
-        image_processor=OpenClipPictures(transform, model.visual),
+        image_processor=OpenClipImages(transform, model.visual),
         context_length=wrapped.context_length,
         pads_to_context=True,
     )

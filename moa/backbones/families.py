@@ -1,6 +1,6 @@
 """The LLaVA family as one table: what differs between architectures, a row each.
 
-A row says where the parts are, which arguments the text side wants, what a row of the vision tower
+A row names the parts, which arguments the text side wants, what a row of the vision tower
 is, and how wide the tower's tokens are. All else is the same code (llava.py), and transformers' own.
 """
 
@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# The first axis of the tower's layers: pictures or equal tiles of them ("pictures"), LLaVA-NeXT's
+# The first axis of the tower's layers: images or equal tiles of them ("images"), LLaVA-NeXT's
 # tiles after padding is dropped ("tiles"), Idefics' slots [batch, slot] without the empty ones
-# ("slots"), or the patches of all pictures in one long row ("patches", each `merge` of which are
+# ("slots"), or the patches of all images in one long row ("patches", each `merge` of which are
 # one row of the projector).
-Rows = Literal["pictures", "tiles", "slots", "patches"]
+Rows = Literal["images", "tiles", "slots", "patches"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Family:
 
     tower: str = "model.vision_tower"
     projectors: tuple[str, ...] = ("model.multi_modal_projector",)  # the first is what tokens enter
-    rows: Rows = "pictures"
+    rows: Rows = "images"
     image_width: Callable[[Any], int]  # of the tokens that enter the projector, from the config
     # hidden states of the tower that are read; None: the last, after all layers
     feature_layers: Callable[[Any], int | Sequence[int] | None] = lambda config: None
@@ -29,7 +29,7 @@ class Family:
     token_types: tuple[str, Literal["image", "answer"]] | None = None
     first_position: int | None = 0  # of a prompt's tokens; None: the model counts in three axes
     softcap: bool = False  # final_logit_softcapping of the language model's config holds
-    text_only: bool = True  # a prompt may come without a picture
+    text_only: bool = True  # a prompt may come without an image
     box_codec: str | None = None  # the convention of data/boxes.py that it was trained with
 
 

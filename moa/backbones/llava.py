@@ -1,8 +1,8 @@
 """The LLaVA family of transformers behind the few operations that the mixture needs.
 
     look      tower and projector without experts: what the router sees
-    features  the pictures as the language model reads them, with the gates that are set
-    hidden_states, logits, generate   the model's own code, with those features handed to it
+    features  the images as the language model reads them, with the gates that are set
+    hidden_states, logits, generate   the model's own code, with those features as input
 
 What differs between architectures is a row of families.py. The model stays as it is: inside a
 `with`, a method of one of its modules gives back what was computed before.
@@ -31,7 +31,7 @@ from moa.backbones.families import FAMILIES, Family
 from moa.backbones.loading import load_weights, read_any_config
 from moa.backbones.processors import PROBE, box_convention, open_processor
 from moa.backbones.quantization import quantization_config
-from moa.backbones.rows import picture_rows
+from moa.backbones.rows import image_rows
 from moa.packing import restart_positions
 
 VISION_LAYER = re.compile(r"\.(?:layers?|blocks)\.(\d+)\.")
@@ -40,7 +40,7 @@ PACKING = ("sdpa", "eager", "flex_attention")  # attention that heeds restarting
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """The pictures of a batch as the backbone without experts sees them."""
+    """The images of a batch as the backbone without experts sees them."""
 
     tokens: Float[Tensor, "rows patch image"]  # what the projector reads
     owner: Int[Tensor, " rows"]  # the sample of each row
@@ -85,24 +85,24 @@ class Backbone:
     def owners(self, batch: Batch) -> dict[str, Int[Tensor, " _"]]:
         """By stream of sites, the sample of each row on their first axis.
 
-        Raises ValueError where prompts and pictures do not fit: a prompt was cut, or pictures miss.
+        Raises ValueError where prompts and images do not fit: a prompt was cut, or images miss.
         """
-        counts, pictures = self._tokens_per_sample(batch), self._pictures(batch)
+        counts, images = self._tokens_per_sample(batch), self._images(batch)
         config, family = self.model.config, self.family
-        return picture_rows(counts, pictures, batch.image_index, config, family)
+        return image_rows(counts, images, batch.image_index, config, family)
 
     def owners_of(self, inputs: Mapping[str, Tensor]) -> dict[str, Int[Tensor, " _"]]:
-        """The same from the model's own inputs, where a prompt has at most one picture."""
+        """The same from the model's own inputs, where a prompt has at most one image."""
         counts = self._image_tokens(inputs["input_ids"]).sum(1)
-        pictured = counts.nonzero()[:, 0]
-        return picture_rows(counts, inputs, pictured, self.model.config, self.family)
+        with_image = counts.nonzero()[:, 0]
+        return image_rows(counts, inputs, with_image, self.model.config, self.family)
 
     def inputs_of(self, batch: Batch) -> dict[str, Tensor]:
         """What the model's own forward and generate take for a batch."""
-        return {**self._prompt(batch), **({} if batch.is_blank else self._pictures(batch))}
+        return {**self._prompt(batch), **({} if batch.is_blank else self._images(batch))}
 
     def look(self, batch: Batch) -> Look:
-        """What the pictures are without experts; call it inside `context.disabled()`."""
+        """What the images are without experts; call it inside `context.disabled()`."""
         seen: dict[str, Any] = {}
         tower = self.model.get_submodule(self.family.tower)
         projector = self.model.get_submodule(self.family.projectors[0])
@@ -120,8 +120,8 @@ class Backbone:
         return Look(tokens=tokens, owner=owner, tower=seen["tower"], features=features)
 
     def features(self, batch: Batch, tower: Any = None) -> Any:
-        """The output of get_image_features; `tower` is the tower's output, if it is at hand."""
-        inputs = self._pictures(batch)
+        """The output of get_image_features; `tower` is the tower's output, where it was computed before."""
+        inputs = self._images(batch)
         if tower is None:
             return self.model.model.get_image_features(**inputs, return_dict=True)
         with answering(
@@ -150,14 +150,14 @@ class Backbone:
             counted = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
             inputs["position_ids"] = counted + first
         if batch.is_blank:
-            # The picture is in no prompt, but its layers take part on every rank (DDP, ZeRO-3), and
+            # The image is in no prompt, but its layers take part on every rank (DDP, ZeRO-3), and
             # through the prompt, so that gradients come in the same order on all (FSDP2).
             further = getattr(features, "deepstack_features", None) or ()  # Qwen3-VL
             nothing = 0.0 * _total([features.pooler_output, further])
             with _adding(self.model.get_input_embeddings(), nothing):
                 return self.model.model(**inputs, use_cache=False).last_hidden_state
-        with self._handing(features, batch):
-            output = self.model.model(**inputs, **self._pictures(batch), use_cache=False)
+        with self._with_features(features, batch):
+            output = self.model.model(**inputs, **self._images(batch), use_cache=False)
         return output.last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "*lead width"]) -> Float[Tensor, "*lead vocab"]:
@@ -172,7 +172,7 @@ class Backbone:
         stops = {*stops_of(self.model.generation_config)}
         if self._end not in stops:  # what is learned as the end of an answer ends it
             kwargs.setdefault("eos_token_id", [*stops, self._end])
-        with self._handing(features, batch):
+        with self._with_features(features, batch):
             ids = self.model.generate(**self.inputs_of(batch), **kwargs)
         return ids[:, batch.input_ids.shape[1] :]
 
@@ -233,23 +233,23 @@ class Backbone:
             inputs[name] = types.long()
         return inputs
 
-    def _pictures(self, batch: Batch) -> dict[str, Tensor]:
+    def _images(self, batch: Batch) -> dict[str, Tensor]:
         known = inspect.signature(self.model.model.get_image_features).parameters
         further = {name: value for name, value in batch.image_inputs.items() if name in known}
         return {"pixel_values": batch.pixel_values.to(self.dtype), **further}
 
     @contextmanager
-    def _handing(self, features: Any, batch: Batch) -> Iterator[None]:
-        """Inside, the model takes these features for the batch's pictures."""
+    def _with_features(self, features: Any, batch: Batch) -> Iterator[None]:
+        """Inside, the model takes these features for the batch's images."""
         rows, counts = batch.pixel_values.shape[0], self._tokens_per_sample(batch)
         own = self.model.model.get_image_features
 
         @functools.wraps(own)  # generate reads the signature
-        def hand(pixel_values: Tensor, *_: Any, **__: Any) -> Any:
+        def features_of(pixel_values: Tensor, *_: Any, **__: Any) -> Any:
             times = pixel_values.shape[0] // rows
             return features if times == 1 else repeated(features, times, counts)
 
-        with answering(self.model.model, "get_image_features", hand):
+        with answering(self.model.model, "get_image_features", features_of):
             yield
 
 
@@ -284,9 +284,9 @@ def answering(module: nn.Module, method: str, answer: Callable[..., Any]) -> Ite
 
 def repeated(features: Any, times: int, counts: Int[Tensor, " batch"]) -> Any:
     """Features for prompts that generation has repeated `times` each, as transformers before 5.23
-    does ahead of the pictures; later ones repeat the features themselves.
+    does ahead of the images; later ones repeat the features themselves.
 
-    `counts` are the image tokens of each sample: a sample's entries (pictures, or tiles) are repeated
+    `counts` are the image tokens of each sample: a sample's entries (images, or tiles) are repeated
     as a whole. Raises ValueError for features of several layers (Qwen3-VL).
     """
     if getattr(features, "deepstack_features", None) is not None:
@@ -341,7 +341,7 @@ def stops_of(generation: Any) -> tuple[int, ...]:
 
 
 def open_intake(name_or_path: str, image_processor: Mapping[str, Any] | None = None) -> Intake:
-    """What data must know of a base, without its weights."""
+    """What data needs of a base, without its weights."""
     config = read_config(name_or_path)
     try:
         generation = GenerationConfig.from_pretrained(name_or_path)
@@ -375,7 +375,7 @@ def load_backbone(
 
 
 def read_config(name_or_path: str) -> Any:
-    """The config of a base of the family; ValueError for what is none."""
+    """The config of a base of the family; ValueError for any other."""
     config = read_any_config(name_or_path)
     if config.model_type not in FAMILIES:
         raise ValueError(

@@ -1,6 +1,6 @@
 """A base's files as transformers loads them, where whatever is wrong with them is one line.
 
-transformers fills a weight that the files lack with random numbers, and says so in a report that nobody reads; here
+transformers fills a weight that the files lack with random numbers, and logs a report that is easy to miss; here
 that is an error. Weights are safetensors: no pickle is opened.
 """
 
@@ -30,7 +30,7 @@ def load_weights(auto: Any, name: str, **options: Any) -> Any:
     are missing or damaged. Weights that no layer reads are named on stderr.
     """
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # of its report, which says again what is checked here
+    logging.set_verbosity_error()  # of its report on what is checked here
     try:
         with faults_of(name, "weights"):
             model, found = auto.from_pretrained(

@@ -79,7 +79,7 @@ def load_open_clip(name: str, dtype: torch.dtype = torch.float32) -> OpenClipBac
             architecture,
             pretrained=pretrained,
             require_pretrained=True,
-            force_patch_dropout=0.0,  # the frozen base sees whole pictures, in training too
+            force_patch_dropout=0.0,  # the frozen base sees whole images, in training too
         )
         tokenizer = open_clip.get_tokenizer(architecture)
     config = {
@@ -87,7 +87,7 @@ def load_open_clip(name: str, dtype: torch.dtype = torch.float32) -> OpenClipBac
         "preprocess_cfg": dict(model.visual.preprocess_cfg),
     }
     split_attention(model)
-    ask_embedding_for_dtype(model)
+    take_dtype_from_embedding(model)
     model = model.eval().requires_grad_(False)
     processor = of_open_clip(tokenizer, transform, model)
     with torch.no_grad():
@@ -100,8 +100,8 @@ def load_open_clip(name: str, dtype: torch.dtype = torch.float32) -> OpenClipBac
     return backbone
 
 
-def ask_embedding_for_dtype(model: Any) -> None:
-    """The text tower asks a linear layer for its weight's dtype, which a wrapped one does not show."""
+def take_dtype_from_embedding(model: Any) -> None:
+    """The text tower reads its dtype off a linear layer's weight, which a wrapped one does not have."""
     text = text_tower(model)
     if hasattr(text, "transformer"):
         text.transformer.get_cast_dtype = lambda: text.token_embedding.weight.dtype
@@ -117,7 +117,7 @@ def parse_name(name: str) -> tuple[str, str | None]:
     architecture, _, pretrained = plain.partition(":")
     if not pretrained:
         raise ValueError(
-            f"model: {name} names no weights and is no folder; write open_clip:ARCHITECTURE:TAG or "
+            f"model: {name} names no weights and is not a folder; write open_clip:ARCHITECTURE:TAG or "
             "FILE, open_clip:hf-hub:ORG/REPO or open_clip:FOLDER"
         )
     return architecture, pretrained
@@ -142,7 +142,7 @@ def files_of_open_clip(name: str) -> tuple[list[Path], dict[str, Any]]:
             file = download_pretrained(open_clip.get_pretrained_cfg(architecture, pretrained))
     if not file or config is None:
         raise ValueError(
-            f"model: {name} has no weights, or open_clip does not know its architecture"
+            f"model: {name} has no weights, or an architecture that open_clip does not have"
         )
     return [Path(file)], dict(config)
 
@@ -157,7 +157,7 @@ def export_open_clip(
     """The base plus an update of some of its (split) linear layers, as a folder that plain open_clip
     loads by `local-dir:`, under the keys it always had; returns the export's report.
 
-    Raises ValueError, and writes nothing, where open_clip's own model of these files says otherwise.
+    Raises ValueError, and writes nothing, where open_clip's own model of these files computes something else.
     """
     model = deepcopy(backbone.model)
     with torch.no_grad():
@@ -183,7 +183,7 @@ def export_open_clip(
 
 @torch.no_grad()
 def probe_features(model: Any, backbone: OpenClipBackbone) -> Tensor:
-    """Normalised features of two pictures of noise and two texts."""
+    """Normalised features of two images of noise and two texts."""
     size = backbone.processor.image_processor.sides
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     ids, _ = backbone.processor.texts(["a cat", "two dogs"])

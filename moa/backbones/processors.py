@@ -1,6 +1,6 @@
 """A base's processor as a config wants it, and how its boxes are written.
 
-LLaVA-1.5 was trained on pictures padded to a square, and its files on the hub ask for a centre crop:
+LLaVA-1.5 was trained on images padded to a square, and its files on the hub ask for a centre crop:
 {do_pad: true} brings the padding back. Boxes follow, since data/geometry.py reads the same settings.
 """
 

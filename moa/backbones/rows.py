@@ -1,8 +1,8 @@
 """Which sample each row of the vision tower belongs to.
 
-A tower sees pictures, tiles of pictures, or the patches of all pictures in one row; the gates of a
+A tower sees images, tiles of images, or the patches of all images in one row; the gates of a
 sample must reach each of its rows. Where all rows become equally many image tokens, the prompts
-tell: a sample has as many rows as its share of the image tokens.
+decide: a sample has as many rows as its share of the image tokens.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from moa.backbones.families import Family
 
 
-def picture_rows(
+def image_rows(
     counts: Int[Tensor, " batch"],
     inputs: Mapping[str, Tensor],
     image_index: Int[Tensor, " images"],
@@ -26,14 +26,14 @@ def picture_rows(
     """By stream ("image", and "merged" where rows are patches), the sample of each row.
 
     `counts` are the prompts' image tokens, `inputs` the model's, `image_index` the
-    sample of each picture, empty for a blank one that is in no prompt.
+    sample of each image, empty for a blank one that is in no prompt.
     Raises ValueError where the image tokens are no whole number for each row.
     """
     pixels = inputs["pixel_values"]
     if family.rows == "slots":  # [batch, slot, ...]; those of zeros alone are left out
         return {"image": (pixels != 0).flatten(2).any(-1).nonzero()[:, 0]}
     if len(image_index) == 0:
-        counts = torch.ones_like(counts[:1])  # the first sample takes the blank picture
+        counts = torch.ones_like(counts[:1])  # the first sample takes the blank image
         image_index = torch.zeros_like(counts)
     if family.rows == "tiles":
         tiles = torch.tensor(_tiles(inputs, config), device=image_index.device)
@@ -51,17 +51,17 @@ def _by_share(counts: Tensor, rows: int) -> Tensor:
     if total == 0 or bool((counts * rows % total).any()):
         raise ValueError(
             f"input_ids have {total} image tokens for {rows} rows of pixel_values; was a prompt "
-            "truncated, or a picture left out?"
+            "truncated, or an image left out?"
         )
     samples = torch.arange(len(counts), device=counts.device)
     return samples.repeat_interleave(counts * rows // total, output_size=rows)
 
 
 def _tiles(inputs: Mapping[str, Tensor], config: Any) -> list[int]:
-    """Of each picture, as transformers counts them: the whole, and its grid."""
+    """Of each image, as transformers counts them: the whole, and its grid."""
     sizes, numbers = inputs["image_sizes"], inputs.get("batch_num_images")
     cut = [True] * len(sizes)
-    if numbers is not None:  # OneVision cuts a picture where it is its sample's only one
+    if numbers is not None:  # OneVision cuts an image where it is its sample's only one
         cut = [number == 1 for number in numbers.tolist() for _ in range(number)]
     side, grid = config.vision_config.image_size, config.image_grid_pinpoints
     return [

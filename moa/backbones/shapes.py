@@ -38,7 +38,7 @@ LLAMA_2 = {
     "llava-13b": (5120, 13824, 40, 40, 40),
     "llava-70b": (8192, 28672, 80, 64, 8),
 }
-PLANNED = ("pictures", "patches")  # towers whose work on an image follows from the config
+PLANNED = ("images", "patches")  # towers whose work on an image follows from the config
 VOCAB = 32064  # of llava-1.5-*-hf: Llama's 32,000, <image>, <pad>, rounded up
 
 
@@ -73,13 +73,13 @@ def find_shape(name: str) -> Any:
     folder = Path(name)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
         raise ValueError(
-            f"backbone: {name!r} is no folder; choices: {', '.join(LLAMA_2)}, a folder"
+            f"backbone: {name!r} is not a folder; choices: {', '.join(LLAMA_2)}, a folder"
         )
     config = read_any_config(name)
     possible = [kind for kind, family in FAMILIES.items() if family.rows in PLANNED]
     if config.model_type not in possible:
         raise ValueError(
-            f"backbone: {name} is a {config.model_type}; what a picture costs is planned for: "
+            f"backbone: {name} is a {config.model_type}; what an image costs is planned for: "
             f"{', '.join(possible)}"
         )
     return config

@@ -1,7 +1,7 @@
 """The context that brings gates from the router to the layers, for every kind of expert.
 
 The gates of a forward live until the next one, so that activation checkpointing recomputes with
-the gates it first ran with, and decoding goes on with the gates of the prompt.
+the gates it first ran with, and decoding keeps the gates of the prompt.
 """
 
 from collections.abc import Callable, Iterator

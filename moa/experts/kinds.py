@@ -1,4 +1,4 @@
-"""The kinds of expert, a row each: the bank knows names, sites and gates, and leaves the rest to the row.
+"""The kinds of expert, a row each: the bank holds names, sites and gates, and the row does the rest.
 
 A new kind is a file like lora.py with its state, and a row. Its layer gets gates as [batch, 1, expert], or
 [batch, seq, expert] by token, from `context`, and adds its experts to what the layer of the base computes:

@@ -1,4 +1,4 @@
-"""What is known of a model before it runs: how its parameters lie in layers."""
+"""A model before it runs: how its parameters are spread over layers."""
 
 from dataclasses import dataclass
 

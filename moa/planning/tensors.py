@@ -1,7 +1,7 @@
 """Two views on the tensors of a computation: shapes without data, and the bytes that are alive.
 
 A fake tensor has shape, dtype and device and no storage, so that a 70B model takes one forward and
-backward in seconds. Ids, labels and masks stay real: the model's own code asks what is in them.
+backward in seconds. Ids, labels and masks stay real: the model's own code reads their values.
 """
 
 import weakref

@@ -34,7 +34,7 @@ def token_decisions(
     """Stack the sites' logits where their tokens are the same ones.
 
     `token_samples` names the sample of each token of the text stream, -1 at padding; `owners` that
-    of each row of the other streams, -1 for nobody. Rows may have one token each, and then no axis for it.
+    of each row of the other streams, -1 for none. Rows may have one token each, and then no axis for it.
     """
     stacks: dict[tuple[str, torch.Size], list[Tensor]] = {}
     for site, tensor in logits.items():

@@ -1,4 +1,4 @@
-"""The kinds of router, a row each. Config, model, build and training ask this table; none knows a kind by name.
+"""The kinds of router, a row each. Config, model, build and training read this table; none names a kind.
 
     kind       its logits come from                gates
     softmax    a learned Router                    all experts, sum 1
@@ -32,7 +32,7 @@ class Given:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One kind: its function, and what the others must know of it."""
+    """One kind: its function, and what the others need of it."""
 
     # gates as logits, and of learned kinds the probabilities that losses read (before top-k, sum 1)
     gates: "Callable[[Given], tuple[Tensor, Tensor | None]]"
