@@ -147,7 +147,7 @@ def prediction_of(network: MixtureModel, collator: ChatCollator, response: Respo
 # -- What the evaluation shares --------------------------------------------------------------------
 
 
-def prompt_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bool) -> ChatCollator:
+def prompt_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bool) -> Any:
     """The run's own prompts, for generation; held-out tasks are allowed."""
     return make_collator(
         config,

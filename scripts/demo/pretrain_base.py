@@ -10,7 +10,7 @@
    a decoder this small takes very long to find the things that a question names, or to copy a word.
 
 Several questions about one image share a row: each sees the image and itself, nothing else.
-The OCR words come from `python -m scripts.ocr --scenes pretrain:6000 --out OCR.parquet`.
+The OCR words come from `python -m scripts.ocr scenes=[pretrain:6000] out=OCR.parquet`.
 """
 
 import argparse

@@ -17,13 +17,13 @@ from data.ocr import (
     shard_file,
     write_table,
 )
-from data.ocr_engines import RapidOcr, Tesseract, reading_order, split_line, tsv_words
+from data.ocr_engines import ENGINES, RapidOcr, Tesseract, reading_order, split_line, tsv_words
+from data.ocr_images import source_images
 from data.readers.table import open_records
 from data.sample import OcrWord
 from data.sources import open_sources
 from moa.config import DataConfig, SourceConfig, load_config
 from scripts import ocr as script
-from scripts.ocr import source_images
 from tests.support.toy import write_rows
 
 
@@ -195,21 +195,21 @@ def test_shards_that_do_not_belong_together_are_refused(tmp_path):
 def test_the_command_reads_shards_and_merges_them(tmp_path, monkeypatch, capsys):
     for number in range(5):
         plain(number).save(tmp_path / f"{number}.png")
-    monkeypatch.setattr(script, "ENGINES", {"rapidocr": FakeEngine})
-    out, folder = f"--out={tmp_path / 'ocr.parquet'}", f"--folder={tmp_path}"
+    monkeypatch.setitem(ENGINES, "rapidocr", FakeEngine)
+    out, folder = f"out={tmp_path / 'ocr.parquet'}", f"folder={tmp_path}"
     said = []
-    for what in ([folder, "--shard=0/2"], [folder, "--shard=1/2"], ["--merge=2"]):
+    for what in ([folder, "shard=0/2"], [folder, "shard=1/2"], ["merge=2"]):
         with pytest.raises(SystemExit, match="0"):
-            script.main([out, "--workers=1", *what])
+            script.main([out, "workers=1", *what])
         said.append(capsys.readouterr().out)
     assert "ocr.0-of-2.parquet: 3 images" in said[0] and "read 2, known" in said[1]
     assert "ocr.parquet: 5 images" in said[2] and len(OcrCache(tmp_path / "ocr.parquet")) == 5
     with pytest.raises(SystemExit):
-        script.main([out, folder, "--shard=2/2"])
+        script.main([out, folder, "shard=2/2"])
     assert "write I/N with 0 <= I < N" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        script.main([out, "--merge=2", "--shard=0/2"])
-    assert "--merge N: takes N >= 1 shards, and no --shard" in capsys.readouterr().err
+        script.main([out, "merge=2", "shard=1/2"])
+    assert "shard: has no effect without an engine" in capsys.readouterr().err
 
 
 def test_failures_are_counted_by_reason_and_the_other_images_are_read(tmp_path):
@@ -257,25 +257,15 @@ def test_the_command_reads_a_folder_and_names_a_truncated_image(tmp_path):
     data = (folder / "exit.png").read_bytes()
     (folder / "cut.png").write_bytes(data[: len(data) // 2])
     out = tmp_path / "ocr.parquet"
-    command = [
-        sys.executable,
-        "-m",
-        "scripts.ocr",
-        "--out",
-        out,
-        "--folder",
-        folder,
-        "--workers",
-        "1",
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    command = [sys.executable, "-m", "scripts.ocr", f"out={out}", f"folder={folder}", "workers=1"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "failed 1" in done.stdout and "cut.png" in done.stdout
     assert [w.text for w in OcrCache(out).get(sign("EXIT"))] == ["EXIT"]
 
 
 def test_the_command_says_what_is_wrong_with_an_empty_folder(tmp_path):
-    command = [sys.executable, "-m", "scripts.ocr", "--out", "x.parquet", "--folder", str(tmp_path)]
+    command = [sys.executable, "-m", "scripts.ocr", "out=x.parquet", f"folder={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "no image files" in done.stderr
 
@@ -328,7 +318,7 @@ def test_the_images_of_a_data_set_are_read_once_each(tmp_path):
     cached = OcrCache(tmp_path / "words.parquet")
     dataset = open_records(SourceConfig(**source), None, cached)
     assert [dataset[i].ocr[0].text for i in range(3)] == ["7", "9", "7"]
-    with pytest.raises(ValueError, match="--source: name one of mine"):
+    with pytest.raises(ValueError, match="source: name one of mine"):
         source_images(load_config(tmp_path / "run.yaml"), "your")
 
 

@@ -1,0 +1,123 @@
+"""What `scripts.ocr` reads: scenes, the files of a folder, or the images of a source, as lazy sequences.
+
+Each worker renders or decodes the images that it reads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.progress import track
+
+from data.checks import BadSampleError
+from data.images import is_hidden, open_image
+from data.readers.record import RecordDataset
+from data.readers.table import open_records
+from data.world.scenes import render_scene
+from moa.config import RunConfig, SourceConfig
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class SceneImages:
+    """The scenes of some splits."""
+
+    splits: Sequence[tuple[str, int, str | None]]
+    seed: int
+
+    def __len__(self) -> int:
+        return sum(count for _, count, _ in self.splits)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        for split, count, style in self.splits:
+            if index < count:
+                return render_scene(split, index, self.seed, style)[0]
+            index -= count
+        raise IndexError(index)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """The image files under a folder."""
+
+    files: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return open_image(self.files[index], str(self.files[index]))
+
+
+@dataclass(frozen=True)
+class SourceImages:
+    """The images of a data set, each once; a worker opens the files for itself."""
+
+    source: SourceConfig
+    positions: tuple[int, ...]  # of the first sample of each image
+
+    @cached_property
+    def dataset(self) -> RecordDataset:
+        return open_records(self.source, None)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        record, where = self.dataset.records.read(self.positions[index])
+        assert record.image is not None  # first_samples has left those out
+        return open_image(record.image, where)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "positions": self.positions}
+
+
+def source_images(config: RunConfig, name: str | None) -> SourceImages:
+    """The images of the source of that name, or of the only one that has files."""
+    parts = (config.data.sources, config.data.validation, config.eval.sources)
+    every = [source for part in parts for source in part.values()]
+    found = {s.name: s for s in every if s.format != "scenes" and name in (None, s.name)}
+    if len(found) != 1:
+        names = sorted({s.name for s in every if s.format != "scenes"})
+        raise ValueError(f"source: name one of {', '.join(names) or 'none: all are scenes'}")
+    (source,) = found.values()
+    return SourceImages(source, first_samples(open_records(source, None)))
+
+
+def first_samples(dataset: RecordDataset) -> tuple[int, ...]:
+    """The first sample of each image; rows that cannot be read stay, to be counted as failed."""
+    first: dict[object, int] = {}
+    for index in track(range(len(dataset)), "images", transient=True):
+        try:
+            record, _ = dataset.records.read(index)
+        except BadSampleError:
+            first[index] = index
+            continue
+        if record.image is not None:
+            key = record.image if isinstance(record.image, Path) else record.image_id
+            first.setdefault(key, index)
+    return tuple(first.values())
+
+
+def folder_images(folder: Path) -> FolderImages:
+    """The images under a folder, sorted by path; an empty or missing folder is an error."""
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in found if not is_hidden(p.relative_to(folder)))
+    if not files:
+        raise ValueError(f"folder: {folder} holds no image files ({', '.join(sorted(SUFFIXES))})")
+    return FolderImages(tuple(files))
+
+
+def scene_images(splits: Sequence[str], seed: int) -> SceneImages:
+    """`train:3000` is a split and a number of scenes; `train:500:line` fixes their style too."""
+    found = []
+    for text in splits:
+        name, count, style = [*text.split(":"), "", ""][:3]
+        if not name or not count.isdecimal() or text.count(":") > 2:
+            raise ValueError(f"scenes: {text!r}: write SPLIT:COUNT[:STYLE], as in train:3000")
+        found.append((name, int(count), style or None))
+    return SceneImages(found, seed)
