@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moa.merging.align.activations import activation_matching, measure, repair, run_tensor
+from moa.merging.align.activations import activation_matching, repair, run_tensor, unit_statistics
 from moa.merging.align.alignment import (
     Symmetry,
     Units,
@@ -199,7 +199,7 @@ def test_repair_sets_every_layer_to_the_interpolated_statistics():
     a, b = (mlp((20, 32, 32, 5), seed) for seed in (0, 1))
     batch = torch.randn(400, 20, generator=torch.Generator().manual_seed(0))
     fixed = repair(average(a, b), [a, b], ["0", "2"], [batch], weights=(0.3, 0.7))
-    found, *ends = (measure(m, ["0", "2"], [batch], run_tensor) for m in (fixed, a, b))
+    found, *ends = (unit_statistics(m, ["0", "2"], [batch], run_tensor) for m in (fixed, a, b))
     for layer in ("0", "2"):
         for part in range(2):
             wanted = 0.3 * ends[0][layer][part] + 0.7 * ends[1][layer][part]

@@ -349,6 +349,12 @@ def test_keys_of_a_model_that_ran_distributed_are_the_bases(tmp_path):
     )
     assert manifest["w"]["spelled"] == {"one": "module.w"} and len(manifest) == 2
     assert load_file(tmp_path / "out" / "model.safetensors")["w"].eq(3).all()
+    save_model(tmp_path / "both", **{"module.w": torch.zeros(2, 2), "w": torch.full((2, 2), 5.0)})
+    inputs = tmp_path / "out2", {"one": tmp_path / "both"}, tmp_path / "base"
+    with pytest.raises(ValueError, match="models.one: module.w is not in the base"):
+        merge_checkpoints(*inputs, rules=Rules(missing="base"))
+    assert merge_checkpoints(*inputs, rules=rules)["module.w"]["rule"] == "extra: dropped"
+    assert load_file(tmp_path / "out2" / "model.safetensors")["w"].eq(5).all()
 
 
 def test_a_model_that_is_cut_off_leaves_nothing_behind(world, tmp_path, capsys):

@@ -148,9 +148,9 @@ def repair(
         raise ValueError("batches: REPAIR needs at least one to take statistics from")
     for layer in layers:
         _linear(model, layer)
-    found = [measure(endpoint, layers, batches, run) for endpoint in endpoints]
+    found = [unit_statistics(endpoint, layers, batches, run) for endpoint in endpoints]
     goals = {layer: _interpolate([ends[layer] for ends in found], weights) for layer in layers}
-    for layer, (mean, std) in measure(model, layers, batches, run, goals).items():
+    for layer, (mean, std) in unit_statistics(model, layers, batches, run, goals).items():
         linear, (goal_mean, goal_std) = _linear(model, layer), goals[layer]
         gain = goal_std / std
         linear.weight.copy_(linear.weight.double() * gain[:, None])
@@ -166,7 +166,7 @@ def _interpolate(
     return share @ means, share @ stds
 
 
-def measure(
+def unit_statistics(
     model: nn.Module,
     layers: Sequence[str],
     batches: Sequence[Any],

@@ -155,8 +155,9 @@ def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules
 def _open_model(name: str, folder: str | Path, base: BaseFiles) -> Model:
     """ValueError for a folder that shares so few keys with the base that it is hardly a model of it."""
     files = read_base(folder, f"models.{name}")
-    # DistributedDataParallel puts `module.` before every key.
-    stripped = {k if k in base.files else k.removeprefix("module."): k for k in files.files}
+    # DistributedDataParallel puts `module.` before every key; a key that is the base's as it is comes first.
+    stripped = {key.removeprefix("module."): key for key in files.files}
+    stripped |= {key: key for key in files.files if key in base.files}
     matched = match_spelling(base.files, stripped)
     model = Model(files=files, keys={key: stripped[own] for key, own in matched.items()})
     if 2 * len(model.keys) < len(base.files):
@@ -199,14 +200,14 @@ def _check_config(name: str, model: Model, base: BaseFiles, rule: str) -> None:
         key, wanted, found = odd
         raise ValueError(
             f"{where} {key}={found!r}, and that of the base {base.folder} {wanted!r}, which the result would get; "
-            "rules.config=base goes on with the base's"
+            "rules.config=base accepts that"
         )
 
 
 def _differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(key, value of the one, of the other) of what two configs both have and hold otherwise."""
     if isinstance(one, dict) and isinstance(other, dict):
-        for name in one.keys() & other.keys():
+        for name in (name for name in one if name in other):
             yield from _differences(one[name], other[name], f"{key}.{name}".lstrip("."))
     elif one != other:
         yield key, one, other
