@@ -8,7 +8,7 @@ found.answer    # "exit"
 found.gates     # {"vqa": 0.04, "ocr_vqa": 0.93, ...}
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,22 @@ def predict_batch(
     if not pairs:
         return []
     collator = prompt_collator(network, model.config, withhold_task=task is None)
-    samples = [sample_of(model, pair, task or "", f"{i}") for i, pair in enumerate(pairs)]
+    samples = []
+    for number, (given, question) in enumerate(pairs):
+        image, name = read_image(given), str(number)
+        words = model.ocr(image) if model.ocr is not None else None
+        samples.append(
+            Sample(
+                id=name,
+                image_id=name,
+                image=image,
+                question=question,
+                answers=(),
+                task=task or "",
+                source="predict",
+                ocr=words,
+            )
+        )
     responses, _ = respond(
         network,
         collator,
@@ -102,20 +117,6 @@ def predict_batch(
         num_beams=num_beams or settings.num_beams,
     )
     return [prediction_of(network, collator, response) for response in responses]
-
-
-def sample_of(model: LoadedModel, pair: tuple[ImageLike, str], task: str, sample_id: str) -> Sample:
-    image, question = read_image(pair[0]), pair[1]
-    return Sample(
-        id=sample_id,
-        image_id=sample_id,
-        image=image,
-        question=question,
-        answers=(),
-        task=task,
-        source="predict",
-        ocr=model.ocr(image) if model.ocr is not None else None,
-    )
 
 
 def read_image(image: ImageLike) -> Image:
@@ -188,20 +189,14 @@ def respond(
         check_finite(batch.samples, "logits", logits.finite.view(len(batch), -1))
     if decided.gates is not None:
         check_finite(batch.samples, "gates", decided.gates.isfinite())
-    num_tokens = int((ids != tokenizer.pad_token_id).sum())
-    return [*responses_of(batch.samples, ids, decided.gates, collator)], num_tokens
-
-
-def responses_of(
-    samples: Sequence[Sample], ids: torch.Tensor, gates: torch.Tensor | None, collator: ChatCollator
-) -> Iterator[Response]:
-    texts = collator.processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    rows = [None] * len(samples)
-    if gates is not None and gates.shape[-1]:  # a base has no experts
-        rows = gates.float().cpu().tolist()
-    for sample, text, row in zip(samples, texts, rows, strict=True):
+    rows, responses = [None] * len(batch.samples), []
+    if decided.gates is not None and decided.gates.shape[-1]:  # a base has no experts
+        rows = decided.gates.float().cpu().tolist()
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    for sample, text, row in zip(batch.samples, texts, rows, strict=True):
         box = collator.box_codec.decode(text, collator.geometry(sample)) if sample.boxes else None
-        yield Response(sample=sample, text=text.strip(), box=box, gates=row)
+        responses.append(Response(sample=sample, text=text.strip(), box=box, gates=row))
+    return responses, int((ids != tokenizer.pad_token_id).sum())
 
 
 class FiniteLogits:
