@@ -162,8 +162,8 @@ def filled(config: RunConfig, before: RunConfig) -> RunConfig:
 
 def check_evaluation(config: RunConfig) -> None:
     """ValueError for data sets that eval.py could not open or score, and for gates that it does not have."""
-    check_sources((config.eval.sources or config.data.validation).values())
-    for gates in config.eval.compare:
+    check_sources((config.eval.sources or config.data.validation).values(), config.eval.only or ())
+    for gates in (config.eval.gates, *config.eval.compare):
         check_gates(gates, list(config.experts), config.router.granularity)
     open_sources(config.eval.sources.values(), config.data, None)
 
