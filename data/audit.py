@@ -9,11 +9,11 @@ What only shows between rows is kept as hashes: memory grows by 32 bytes a row.
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from data.checks import BadSampleError, name_of
+from data.checks import BadSampleError, Rule, name_of
 from data.collate import Collator
 from data.mixture import Source, read_sample
 from data.sample import Sample
@@ -24,6 +24,7 @@ KEPT = 100  # examples of each rule
 HASHES = ("ids", "image_ids", "contents")
 DUPLICATE = "duplicate id"
 LEAKS = {"image_ids": "image of training, by image id", "contents": "image of training"}
+REASONS = (*get_args(Rule), DUPLICATE, *LEAKS.values())
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Look at data before training on it.
 
-    python -m scripts.data check configs/demo.yaml workers=2
+    python -m scripts.data check config=configs/demo.yaml workers=2
     python -m scripts.data check source.path=my/train.jsonl
     python -m scripts.data check source.format=pope source.path=coco_pope_random.json source.images=val2014
-    python -m scripts.data preview configs/demo.yaml out=page.html num_samples=12
+    python -m scripts.data preview config=configs/demo.yaml out=page.html num_samples=12
 
 `check` reads every row of every source as a run would, and prints what is wrong by source and
 reason, with the first rows of each; it exits with 1 where something is, and with 2 for settings that
@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
 
@@ -27,26 +27,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from data.audit import DUPLICATE, LEAKS, Audit, audit_source, find_leaks
-from data.checks import Rule
-from data.collate import Collator
-from data.mixture import Source, read_sample, shuffle
-from data.sources import make_collator, open_ocr, open_sources
-from moa.analysis.preview_page import preview_page
-from moa.build import intake_of
 from moa.cli.command import mistakes_in_one_line
 from moa.cli.ranges import Count, FilePath, Seed, Size
 from moa.cli.settings import describe, load
 from moa.config import RunConfig, SourceConfig, load_config
-from moa.evaluation.settings import check_sources
-from moa.files.atomic import write_file
 
-REASONS = (*get_args(Rule), DUPLICATE, *LEAKS.values())
+if TYPE_CHECKING:
+    from data.audit import Audit
+    from data.collate import Collator
+    from data.mixture import Source
+
 PARTS = ("data.sources", "data.validation", "eval.sources")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
+    config: FilePath | None = None  # a run's YAML, whose data sets are read
     source: SourceConfig | None = None  # one data set, instead of a run's config
     only: list[str] | None = None  # names of the sources to look at; null: all
     limit: Count | None = None  # rows of each source; null: all
@@ -59,9 +55,12 @@ class Settings:
     progress: bool = True  # of check: progress bar
 
     def __post_init__(self) -> None:
-        for reason in self.ignore:
-            if reason not in REASONS:
-                raise ValueError(f"ignore: no reason {reason!r}; choices: {', '.join(REASONS)}")
+        if self.ignore:
+            from data.audit import REASONS
+
+            for reason in self.ignore:
+                if reason not in REASONS:
+                    raise ValueError(f"ignore: no reason {reason!r}; choices: {', '.join(REASONS)}")
         if self.only == []:
             raise ValueError("only: names no source")
 
@@ -73,23 +72,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=("check", "preview"))
-    parser.add_argument("settings", nargs="*", metavar="CONFIG.yaml | key=value")
+    parser.add_argument("settings", nargs="*", metavar="key=value")
     return parser.parse_args(argv)
 
 
 def read_settings(arguments: list[str]) -> tuple[Settings, RunConfig, bool]:
     """Settings, the run's config, and whether it is a run's (its tasks and experts are known)."""
     own = {item.name for item in fields(Settings)}
-    files = [text for text in arguments if "=" not in text]
-    mine = [text for text in arguments if "=" in text and first_key(text) in own]
-    rest = [text for text in arguments if "=" in text and first_key(text) not in own]
+    mine = [text for text in arguments if first_key(text) in own]
+    rest = [text for text in arguments if first_key(text) not in own]
     lone = any(first_key(text) == "source" for text in mine)
-    if len(files) + lone != 1:
-        raise ValueError("give either a run's config file or source.path=FILE")
-    if files:
-        return load(Settings, None, mine), load_config(files[0], rest), True
-    settings = load(Settings, None, ["source.format=jsonl", *mine])
-    assert settings.source is not None  # it has a name at least
+    settings = load(Settings, None, [*(["source.format=jsonl"] if lone else []), *mine])
+    if (settings.config is None) == (settings.source is None):
+        raise ValueError("give either config=FILE, that of a run, or source.path=FILE")
+    if settings.source is None:
+        return settings, load_config(settings.config, rest), True
     source = {k: v for k, v in asdict(settings.source).items() if v is not None}
     entry = yaml.safe_dump({source.pop("name"): source}, default_flow_style=True, width=10**6)
     config = load_config(None, ["experts={any: {}}", f"data.sources={entry}", *rest])
@@ -100,8 +97,11 @@ def first_key(override: str) -> str:
     return override.partition("=")[0].partition(".")[0]
 
 
-def collator_of(config: RunConfig, known: bool) -> Collator:
+def collator_of(config: RunConfig, known: bool) -> "Collator":
     """The run's own; a lone source may have tasks that no config names."""
+    from data.sources import make_collator
+    from moa.build import intake_of
+
     return make_collator(config, intake_of(config.model), allow_unknown_tasks=not known)
 
 
@@ -121,8 +121,11 @@ def chosen(config: RunConfig, only: list[str] | None) -> dict[str, list[SourceCo
     return found
 
 
-def opened(config: RunConfig, settings: Settings) -> dict[str, dict[str, Source]]:
+def opened(config: RunConfig, settings: Settings) -> "dict[str, dict[str, Source]]":
     """Part -> name -> data set. OCR words come from the cache alone: nothing is read live."""
+    from data.sources import open_ocr, open_sources
+    from moa.evaluation.settings import check_sources
+
     data = replace(config.data, ocr_engine=False)
     has_words = data.ocr_cache is not None and Path(data.ocr_cache).is_file()
     ocr = open_ocr(data) if has_words else None
@@ -133,6 +136,8 @@ def opened(config: RunConfig, settings: Settings) -> dict[str, dict[str, Source]
 
 def check(settings: Settings, config: RunConfig, known: bool, console: Console) -> int:
     """Print the table; the number of rows with an error that is not ignored."""
+    from data.audit import find_leaks
+
     parts, collator = opened(config, settings), collator_of(config, known)
     audits: dict[str, list[Audit]] = {}
     began = time.perf_counter()
@@ -165,8 +170,10 @@ def check(settings: Settings, config: RunConfig, known: bool, console: Console) 
 
 
 def audit_all(
-    sources: Mapping[str, Source], collator: Collator, settings: Settings, bar: Progress
-) -> Iterator[Audit]:
+    sources: "Mapping[str, Source]", collator: "Collator", settings: Settings, bar: Progress
+) -> "Iterator[Audit]":
+    from data.audit import audit_source
+
     for name, source in sources.items():
         rows = len(source) if settings.limit is None else min(settings.limit, len(source))
         task, began = bar.add_task(name, total=rows, speed="-"), time.perf_counter()
@@ -181,7 +188,7 @@ def audit_all(
         )
 
 
-def table_of(audits: Mapping[str, list[Audit]], ignore: list[str]) -> Table:
+def table_of(audits: "Mapping[str, list[Audit]]", ignore: list[str]) -> Table:
     table = Table(title="what is wrong, by source and reason")
     for column in ("part", "source", "rows", "reason", "count"):
         table.add_column(column, justify="right" if column in ("rows", "count") else "left")
@@ -197,7 +204,7 @@ def table_of(audits: Mapping[str, list[Audit]], ignore: list[str]) -> Table:
     return table
 
 
-def examples(audits: Mapping[str, list[Audit]], show: int) -> Iterator[str]:
+def examples(audits: "Mapping[str, list[Audit]]", show: int) -> Iterator[str]:
     """The first rows of each kind, as a run would name them."""
     for part in audits.values():
         for audit in part:
@@ -209,6 +216,10 @@ def examples(audits: Mapping[str, list[Audit]], show: int) -> Iterator[str]:
 
 def preview(settings: Settings, config: RunConfig, known: bool, console: Console) -> None:
     """Write the page: some samples of each source, picked at random by the seed."""
+    from data.mixture import read_sample, shuffle
+    from moa.analysis.preview_page import preview_page
+    from moa.files.atomic import write_file
+
     parts, collator = opened(config, settings), collator_of(config, known)
     sources = [pair for part in parts.values() for pair in part.items()]
     items = []

@@ -132,10 +132,10 @@ def test_settings_of_the_script_and_of_the_run_are_told_apart(tmp_path):
     settings, config, known = read(["source.path=a.jsonl", "workers=3", "prompt.max_length=99"])
     assert (settings.workers, config.prompt.max_length, known) == (3, 99, False)
     assert config.data.sources["source"].path == "a.jsonl"
-    settings, config, known = read(["configs/demo.yaml", "only=[vqa]"])
+    settings, config, known = read(["config=configs/demo.yaml", "only=[vqa]"])
     assert known and settings.only == ["vqa"] and len(config.data.sources) == 5
-    for wrong in ([], ["configs/demo.yaml", "source.path=a.jsonl"]):
-        with pytest.raises(ValueError, match="either a run's config file or source.path"):
+    for wrong in ([], ["config=configs/demo.yaml", "source.path=a.jsonl"]):
+        with pytest.raises(ValueError, match="either config=FILE, that of a run, or source.path"):
             read(wrong)
 
 
@@ -186,7 +186,7 @@ def test_check_shows_the_first_rows_of_each_reason_and_how_many_there_are(tmp_pa
 def test_the_data_of_a_clip_is_checked_and_shown_too(tmp_path):
     page = tmp_path / "page.html"
     arguments = [
-        "configs/clip_demo.yaml",
+        "config=configs/clip_demo.yaml",
         "only=[kinds]",
         "limit=3",
         "num_samples=2",
