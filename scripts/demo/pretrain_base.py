@@ -1,6 +1,6 @@
 """Pretrain the demo's base: a tiny real LLaVA, from nothing, on scenes of the `pretrain` split.
 
-    python -m scripts.demo.pretrain_base --out assets/demo_base --ocr OCR.parquet
+    python -m scripts.demo.pretrain_base out=assets/demo_base ocr=OCR.parquet
 
 1. a CLIP vision tower learns to name what lies under each of its patches, and where that begins and ends;
 2. its features of every scene are computed once;
@@ -13,15 +13,18 @@ Several questions about one image share a row: each sees the image and itself, n
 The OCR words come from `python -m scripts.ocr scenes=[pretrain:6000] out=OCR.parquet`.
 """
 
-import argparse
 import json
 import time
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from moa.cli.command import path_argument
+from moa.cli.command import run_command
+from moa.cli.ranges import Count, FilePath, NotNegative, Seed, Share
 from moa.files.atomic import atomic_folder, write_file
 from scripts.demo.base.language import answer_questions
 from scripts.demo.base.model import build_model, build_processor, build_tokenizer
@@ -30,38 +33,25 @@ from scripts.demo.base.tower import encode_scenes, name_patches
 from scripts.demo.base.world import draw_world, read_words
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=path_argument, required=True, help="folder for model, processor and card"
-    )
-    parser.add_argument(
-        "--ocr", type=path_argument, required=True, help="OCR cache of the pretraining scenes"
-    )
-    parser.add_argument("--scenes", type=int, default=20_000)
-    parser.add_argument("--tower-steps", type=int, default=1500, help="of 64 scenes")
-    parser.add_argument("--steps", type=int, default=2500, help="of 32 scenes")
-    parser.add_argument("--questions", type=int, default=6, help="about each scene of a step")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--align", type=float, default=0.5, help="weight of patches like words")
-    parser.add_argument(
-        "--point", type=float, default=0.4, help="weight of names that find patches"
-    )
-    parser.add_argument("--read-share", type=float, default=0.35, help="of rows with a sign's word")
-    parser.add_argument(
-        "--mixture", nargs="*", default=[], metavar="TASK=WEIGHT", help=str(MIXTURE)
-    )
-    parser.add_argument(
-        "--start", type=path_argument, help="base to go on from, its tower as it is"
-    )
-    return parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    out: FilePath  # folder for model, processor and card
+    ocr: FilePath  # OCR cache of the pretraining scenes
+    scenes: Count = 20_000
+    tower_steps: Count = 1500  # of 64 scenes
+    steps: Count = 2500  # of 32 scenes
+    questions: Count = 6  # about each scene of a step
+    seed: Seed = 0
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16: bool = True
+    align: NotNegative = 0.5  # weight of patches like words
+    point: NotNegative = 0.4  # weight of names that find patches
+    read_share: Share = 0.35  # of rows with the word of a sign
+    mixture: dict[str, float] = field(default_factory=dict)  # task -> weight, over MIXTURE
+    start: FilePath | None = None  # base to continue from, with its tower as it is
 
 
-def begin_or_go_on(args: argparse.Namespace) -> tuple[LlavaForConditionalGeneration, Any]:
+def first_model(args: Settings) -> tuple[LlavaForConditionalGeneration, Any]:
     if args.start:
         model = LlavaForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
         return model.to(args.device), AutoProcessor.from_pretrained(args.start)
@@ -69,31 +59,28 @@ def begin_or_go_on(args: argparse.Namespace) -> tuple[LlavaForConditionalGenerat
     return build_model(tokenizer).to(args.device), build_processor(tokenizer)
 
 
-def main() -> None:
-    args = arguments()
+def run(args: Settings, console: Console) -> None:
     began = time.time()
     torch.manual_seed(args.seed)
-    MIXTURE.update({task: float(weight) for task, weight in (m.split("=") for m in args.mixture)})
-    model, processor = begin_or_go_on(args)
+    MIXTURE.update(args.mixture)
+    model, processor = first_model(args)
     tokenizer = processor.tokenizer
     total = sum(p.numel() for p in model.parameters())
     print(f"{total:,} parameters, {len(tokenizer)} tokens", flush=True)
     world = draw_world(processor, args.scenes, args.seed)
     tower = model.model.vision_tower
-    card = {"parameters": total, "seed": args.seed, "scenes": args.scenes}
+    card: dict[str, Any] = {"parameters": total, "seed": args.seed, "scenes": args.scenes}
     if not args.start:
         card["foreground_patches_right"] = round(name_patches(tower, world, args), 3)
         model.save_pretrained(args.out)
         processor.save_pretrained(args.out)
     features = encode_scenes(tower, world, args.device)
-    words = read_words(world, args.ocr)
+    words = read_words(world, Path(args.ocr))
     print(f"{len(words)} scenes, {sum(w is not None for w in words)} read", flush=True)
     answer_questions(model, Packer(tokenizer), world, words, features, args)
-    card |= {
-        name: getattr(args, name) for name in ("tower_steps", "steps", "questions", "align", "point", "read_share")
-    }  # fmt: skip
-    card |= {"start": str(args.start) if args.start else None, "mixture": MIXTURE, "bf16": args.bf16,
-             "minutes": round((time.time() - began) / 60, 1)}  # fmt: skip
+    names = ("tower_steps", "steps", "questions", "align", "point", "read_share", "start", "bf16")
+    card |= {name: getattr(args, name) for name in names}
+    card |= {"mixture": MIXTURE, "minutes": round((time.time() - began) / 60, 1)}
     with atomic_folder(args.out) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
@@ -102,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(Settings, run, __doc__)

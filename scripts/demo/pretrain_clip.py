@@ -1,20 +1,21 @@
 """Pretrain the demo's CLIP: a tiny real one, from nothing, on coloured drawings with their names.
 
-    python -m scripts.demo.pretrain_clip --out assets/clip_base
+    python -m scripts.demo.pretrain_clip out=assets/clip_base
 
-Every step sees other drawings of `--batch` different names, and learns CLIP's loss by
+Every step sees other drawings of `batch` different names, and learns CLIP's loss by
 `moa.contrastive`. It meets one style, one drawing an image, and no word for a category: line
 drawings, flat ones, negatives, categories and pairs are what the experts of configs/clip_demo.yaml add.
 """
 
-import argparse
 import json
 import sys
 import time
+from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -27,13 +28,25 @@ from transformers import (
 )
 
 from data.world.drawings import CATEGORIES, SIZE, TEMPLATES, draw, drawing_rng, names
-from moa.cli.command import path_argument
+from moa.cli.command import run_command
+from moa.cli.ranges import Count, FilePath, Positive, Seed
 from moa.contrastive import not_negatives, softmax_loss
 from moa.files.atomic import atomic_folder, write_file
 
 PATCH, WIDTH, CONTEXT = 12, 160, 32
 WORDINGS = ("{}", "a drawing of {}", "a picture of {}")
 LARGEST_SCALE = 4.6052  # log 100, as in CLIP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    out: FilePath  # folder for model and processor
+    steps: Count = 1800  # of the schedule
+    stop: Count | None = None  # leave the schedule after so many steps
+    batch: Count = 128  # different names in a step
+    lr: Positive = 1e-3
+    seed: Seed = 0
+    bf16: bool = True
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -109,7 +122,7 @@ def read_batch(processor: Any, step: int, size: int, seed: int) -> tuple[Any, Te
     return batch, torch.from_numpy(chosen)
 
 
-def train(model: CLIPModel, processor: Any, args: argparse.Namespace, log: IO[str]) -> None:
+def train(model: CLIPModel, processor: Any, args: Settings, log: IO[str]) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05
     )
@@ -137,24 +150,7 @@ def train(model: CLIPModel, processor: Any, args: argparse.Namespace, log: IO[st
             log.write(json.dumps(row | {k: round(v, 4) for k, v in mean.items()}) + "\n")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", type=path_argument, required=True, help="folder for model and processor"
-    )
-    parser.add_argument("--steps", type=int, default=1800, help="of the schedule")
-    parser.add_argument("--stop", type=int, help="leave the schedule after so many steps")
-    parser.add_argument("--batch", type=int, default=128, help="different names in a step")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = arguments()
+def run(args: Settings, console: Console) -> None:
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model, processor = build_model(tokenizer), build_processor(tokenizer)
@@ -166,12 +162,12 @@ def main() -> None:
         write_file(folder / "recipe.json", json.dumps(recipe_of(model, args), indent=2) + "\n")
 
 
-def recipe_of(model: CLIPModel, args: argparse.Namespace) -> dict[str, Any]:
-    recipe = {name: value for name, value in vars(args).items() if name != "out"}
+def recipe_of(model: CLIPModel, args: Settings) -> dict[str, Any]:
+    recipe = {name: value for name, value in asdict(args).items() if name != "out"}
     recipe |= {"parameters": sum(p.numel() for p in model.parameters()), "names": len(names())}
     minutes = round(time.process_time() / 60, 1)
     return recipe | {"threads": torch.get_num_threads(), "cpu_minutes": minutes}
 
 
 if __name__ == "__main__":
-    main()
+    run_command(Settings, run, __doc__)

@@ -1,6 +1,6 @@
 """The vision tower learns what lies under each of its patches, and where that begins and ends."""
 
-import argparse
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from scripts.demo.base.steps import steps, track
 from scripts.demo.base.world import LABELS, World
 
 
-def name_patches(tower: nn.Module, world: World, args: argparse.Namespace) -> float:
+def name_patches(tower: nn.Module, world: World, args: Any) -> float:
     """Stage 1: cross-entropy of each patch with what it shows, and the L1 distance of its box.
 
     Naming alone makes the tower forget where a patch lies, and no decoder can tell it afterwards.
