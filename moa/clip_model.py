@@ -7,7 +7,7 @@ An image's gates are decided without any text and a text's without any image, so
 computed once and compared with anything; the router treats the other side's evidence as missing.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,21 +54,13 @@ class ClipMixture(MixtureModel):
             )
 
     def forward(
-        self,
-        batch: PairBatch,
-        gates: Tensor | None = None,
-        *,
-        withhold: Collection[str] = (),
-        available: Tensor | None = None,
+        self, batch: PairBatch, gates: Tensor | None = None, **choice: Any
     ) -> MixtureOutput:
-        """Loss per sample and what the router decided; see `compute_gates` for the arguments."""
+        """Loss per sample and what the router decided; `choice` are options of `compute_gates`."""
         sides = [only_images(batch)]
         if self.objective == "contrastive":
             sides.append(only_texts(batch))
-        decided = [
-            self.compute_gates(side, override=gates, withhold=withhold, available=available)
-            for side in sides
-        ]
+        decided = [self.compute_gates(side, override=gates, **choice) for side in sides]
         used = [_of_samples(side) for side in decided]
         images = self.image_features(batch, used[0])
         if self.objective == "contrastive":

@@ -162,16 +162,9 @@ class LanguageMixture(MixtureModel):
     def answering(self) -> "LanguageMixture":
         return self
 
-    def forward(
-        self,
-        batch: Batch,
-        gates: Tensor | None = None,
-        *,
-        withhold: Collection[str] = (),
-        available: Tensor | None = None,
-    ) -> MixtureOutput:
-        """Loss per sample and what the router decided; see `compute_gates` for the arguments."""
-        decided, features = self._prefill(batch, gates, withhold, available)
+    def forward(self, batch: Batch, gates: Tensor | None = None, **choice: Any) -> MixtureOutput:
+        """Loss per sample and what the router decided; `choice` are options of `compute_gates`."""
+        decided, features = self._prefill(batch, gates, choice)
         hidden = self.backbone.hidden_states(batch, features)
         labels = None
         if batch.labels is not None:
@@ -215,7 +208,8 @@ class LanguageMixture(MixtureModel):
         training = self.training
         self.eval()  # activation checkpointing, a training matter, would forbid the cache
         try:
-            decided, features = self._prefill(batch, gates, withhold, available, expand=True)
+            choice = {"withhold": withhold, "available": available}
+            decided, features = self._prefill(batch, gates, choice, expand=True)
             return self.backbone.generate(batch, features, **kwargs), decided
         finally:
             self.train(training)
@@ -225,21 +219,14 @@ class LanguageMixture(MixtureModel):
         return self(batch).logits.float(), self.generate(batch, **options)
 
     def _prefill(
-        self,
-        batch: Batch,
-        override: Tensor | None,
-        withhold: Collection[str],
-        available: Tensor | None,
-        expand: bool = False,
+        self, batch: Batch, override: Tensor | None, choice: dict[str, Any], expand: bool = False
     ) -> tuple[Gates, Any]:
         """Decide and set the gates, then compute the images' features with them."""
         look = None
         if override is None and "image" in self.routing.evidence:
             with torch.no_grad(), self.bank.context.disabled():
                 look = self.backbone.look(batch)
-        decided = self.compute_gates(
-            batch, override=override, withhold=withhold, available=available, look=look
-        )
+        decided = self.compute_gates(batch, override=override, look=look, **choice)
         self.set_gates(decided, batch, expand=expand)
         # What the router looked at serves the language model too, as far as it has no experts.
         family = self.backbone.family

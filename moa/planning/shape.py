@@ -7,9 +7,7 @@ from torch import Tensor, nn
 from moa.model import MixtureModel
 from moa.planning.step import bytes_of
 
-SMALL = (
-    1e5  # numbers: DeepSpeed leaves smaller parameters whole (stage3_param_persistence_threshold)
-)
+SMALL = 1e5  # numbers: stage3_param_persistence_threshold, below which DeepSpeed cuts nothing
 # Bytes of a weight, with the scales of its blocks: QLoRA (arXiv:2305.14314), section 3; LLM.int8()
 QUANTIZED = {"4bit": 0.5 + 0.127 / 8, "8bit": 1.0}
 

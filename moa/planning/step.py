@@ -7,8 +7,8 @@
 The step is the loop's: autocast, the model's own forward and backward, make_optimizer.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,15 +59,10 @@ def measure_step(
     trained = [p for parameters in groups.values() for p in parameters.values()]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    gradients = bytes_of(p.grad for p in trained if p.grad is not None)
-    there = [
-        *model.parameters(),
-        *model.buffers(),
-        *(p.grad for p in trained if p.grad is not None),
-    ]
-    live, flops = LiveBytes(there), Flops()
-    static, visited = live.now, Visited(model)
-    with RealMasks(), flops, live, visited:
+    gradients = [p.grad for p in trained if p.grad is not None]
+    live, flops = LiveBytes([*model.parameters(), *model.buffers(), *gradients]), Flops()
+    static = live.now
+    with RealMasks(), flops, live, visited(model) as backward:
         with autocast(batch.input_ids.device.type, train):
             output = model(batch, stage_gates(model, batch, stage.kind))
             loss = output.loss_per_sample.sum() + sum(output.aux.values())
@@ -80,12 +75,12 @@ def measure_step(
     return StepCosts(
         frozen=bytes_of(p for p in model.parameters() if not p.requires_grad),
         trained={name: bytes_of(parameters.values()) for name, parameters in groups.items()},
-        gradients=gradients,
+        gradients=bytes_of(gradients),
         optimizer=bytes_of(states),
         kept=kept,
         peak=live.peak - static,
         flops=flops.total,
-        backward=bytes_of(visited.parameters),
+        backward=bytes_of(backward),
     )
 
 
@@ -96,24 +91,19 @@ def autocast(device: str, train: TrainConfig) -> AbstractContextManager[Any]:
     return torch.autocast(device, DTYPES[train.precision])
 
 
-class Visited:
+@contextmanager
+def visited(model: nn.Module) -> Iterator[list[Tensor]]:
     """Inside, collects the parameters of layers whose output has a gradient."""
+    found: list[Tensor] = []
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.parameters = model, list[Tensor]()
-
-    def __enter__(self) -> "Visited":
-        self.hooks = [
-            module.register_forward_hook(self._note)
-            for module in self.model.modules()
-            if any(True for _ in module.parameters(recurse=False))
-        ]
-        return self
-
-    def _note(self, module: nn.Module, _: Any, output: Any) -> None:
+    def collect(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
-            self.parameters += module.parameters(recurse=False)
+            found.extend(module.parameters(recurse=False))
 
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
+    layers = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+    hooks = [layer.register_forward_hook(collect) for layer in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
             hook.remove()
