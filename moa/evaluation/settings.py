@@ -34,13 +34,14 @@ def read_command(
     files: Sequence[str] | None, overrides: Sequence[str]
 ) -> tuple[EvalCommand, list[tuple[str, Any]]]:
     """The command, and the settings of `eval` that replace those of each run."""
+    rest = [text for text in overrides if not re.match(r"eval[.=]", text)]
+    command = load(EvalCommand, files, rest)  # checks the files too
     raw: dict[str, Any] = reduce(laid_over, map(read_yaml, files or ()), {})
-    given = [(f"eval.{key}", value) for key, value in raw.get("eval", {}).items()]
-    given += map(read_override, [text for text in overrides if re.match(r"eval[.=]", text)])
+    given = [(f"eval.{key}", value) for key, value in (raw.get("eval") or {}).items()]
+    given += map(read_override, [text for text in overrides if text not in rest])
     if any(key == "eval.every" for key, _ in given):
         raise ValueError("eval.every: has no effect here, it is for train.py")
-    rest = [text for text in overrides if not re.match(r"eval[.=]", text)]
-    return load(EvalCommand, files, rest), given
+    return command, given
 
 
 def with_eval(config: RunConfig, **changes: Any) -> RunConfig:

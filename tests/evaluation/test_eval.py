@@ -29,11 +29,18 @@ from moa.checkpoint import (
 from moa.cli.settings import load
 from moa.config import EvalConfig, SourceConfig, is_file_name, load_config
 from moa.evaluation.gates_file import read_routing, routing_file
+from moa.evaluation.models import models_of
 from moa.evaluation.predict import choose_gates, prompt_collator
 from moa.evaluation.report import routing_record
 from moa.evaluation.result import comparison, paired_difference
 from moa.evaluation.run import evaluate
-from moa.evaluation.settings import EvalCommand, chosen_sources, variant_of, with_eval
+from moa.evaluation.settings import (
+    EvalCommand,
+    chosen_sources,
+    read_command,
+    variant_of,
+    with_eval,
+)
 from moa.evaluation.sources import score_sources
 from scripts.summary import score_all
 from tests.support.tiny import random_image
@@ -671,3 +678,13 @@ def test_a_run_whose_base_has_changed_is_scored_on_request_alone(tmp_path, capsy
     assert "other_base=true" in refused(capsys, f"run={run}", *FAST)
     eval_script.main([f"run={run}", *FAST, "other_base=true"])
     assert (run / "eval" / "vqa.json").exists()
+
+
+def test_a_file_of_settings_lies_below_the_command_line_and_over_each_run(run, tmp_path):
+    file = tmp_path / "eval.yaml"
+    file.write_text("device: cpu\neval: {batch_size: 3, gates: off}\n")
+    command, given = read_command([str(file)], [f"run={run}", "eval.batch_size=2"])
+    (model,) = models_of(command, given)
+    assert command.device == "cpu" and model.gate_rules == ["off"] and model.is_full
+    assert model.config.eval.batch_size == 2
+    assert model.config.eval.sources == load_config(run.parent / "run.yaml").eval.sources
