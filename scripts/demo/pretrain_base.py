@@ -51,12 +51,13 @@ class Settings:
     start: FilePath | None = None  # base to continue from, with its tower as it is
 
 
-def first_model(args: Settings) -> tuple[LlavaForConditionalGeneration, Any]:
+def first_model(args: Settings) -> tuple[Any, Any]:
     if args.start:
-        model = LlavaForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+        model: Any = LlavaForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
         return model.to(args.device), AutoProcessor.from_pretrained(args.start)
     tokenizer = build_tokenizer(corpus(args.seed))
-    return build_model(tokenizer).to(args.device), build_processor(tokenizer)
+    model = build_model(tokenizer)
+    return model.to(args.device), build_processor(tokenizer)
 
 
 def run(args: Settings, console: Console) -> None:
