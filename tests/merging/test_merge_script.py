@@ -499,3 +499,17 @@ def test_help_names_every_setting(capsys):
             assert f"\n{key}" in text
     script.main(["method=list"])
     assert "options.scale=1.0" in capsys.readouterr().out
+
+
+def test_help_and_lists_import_no_torch():
+    """Seconds and a gigabyte: the tables of methods and learners are names, and functions come on use."""
+    names = ("merge_parts", "average_checkpoints", "align", "repair", "compare_merges")
+    code = (
+        "import sys\n"
+        f"from scripts import merge, learn_weights, {', '.join(names)}\n"
+        "for script in (merge, learn_weights): script.main(['method=list'])\n"
+        "assert not {'torch', 'transformers', 'scipy'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "dare_ties: Keep each value with probability `density`, and rescale, then" in done.stdout
