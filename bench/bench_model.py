@@ -106,7 +106,7 @@ class Sized(Device):
 def make_backbone(size: Size, device: str, dtype: torch.dtype, *, shared: bool = False) -> Backbone:
     """A random frozen LLaVA, the same weights every time.
 
-    `shared`: in memory once, for models that nobody writes to.
+    `shared`: in memory once, for models that are never written to.
     """
     torch.manual_seed(0)
     model = _make_model(size, device, dtype)

@@ -22,12 +22,12 @@ class Batch:
     `labels` are -100 where nothing is supervised, and None for generation. `pixel_values` are as the
     processor gives them, [images, 3, height, width] for LLaVA-1.5, and `image_inputs` what it gives
     beside them (image_sizes, image_grid_thw ...). `image_index` names the sample of each image; it
-    is empty where the only image is a blank one that no prompt speaks of, which keeps the tower
+    is empty where the only image is a blank one that is in no prompt, which keeps the tower
     at work on every rank. `segments` names the sample of each token where rows are packed (-1 at
     padding); then samples are numbered in the order in which they stand. `text_ids` is the question
     alone: no OCR words, no task prefix, no answer. `ocr_boxes` are x0 y0 x1 y1 in 0..1 of the
-    image. `task_ids` is -1 where the task is unknown or withheld, `expert_ids` -1 where nobody
-    knows. Masks are True where there is something; a sample without OCR evidence has an all-False
+    image. `task_ids` is -1 where the task is unknown or withheld, `expert_ids` -1 where it
+    is unknown. Masks are True where there is something; a sample without OCR evidence has an all-False
     `ocr_mask`.
     """
 
@@ -64,7 +64,7 @@ class Batch:
 
     @property
     def is_blank(self) -> bool:
-        """Whether no prompt speaks of the image in `pixel_values`."""
+        """Whether the image in `pixel_values` is in no prompt."""
         return len(self.image_index) == 0
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:

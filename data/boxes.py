@@ -2,7 +2,7 @@
 
     box in original pixels --geometry--> frame --codec--> text, and back
 
-The text speaks of the frame that the model sees (data/geometry.py), whatever was padded, cropped or
+The text is in the frame that the model sees (data/geometry.py), whatever was padded, cropped or
 resized, so that an answer's place and the pixels' place are the same one.
 """
 

@@ -2,7 +2,7 @@
 
     prompt of generation | answer, end token | next question | answer, end token ...
 
-The chat template is rendered a second time with a marker for each answer: what stands around the markers stands
+The chat template is rendered a second time with a marker for each answer: what is around the markers is
 around the answers. An answer is learned from the end of the prompt that generation sees, and one token that ends
 generation follows it, always. `{% generation %}` in a template decides which answers are learned, and where
 one begins if generation sees another prompt. Without a template (PaliGemma) the prompt is image and text.
@@ -16,7 +16,7 @@ from itertools import zip_longest
 from typing import Any
 
 GENERATION_MARK = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
-EDGE = "\ufdd0"  # no character: stands in a rendered chat where a mark begins or ends
+EDGE = "\ufdd0"  # no character: marks the ends of a mark in a rendered chat
 MARKER = "answerQ7xK2vJ9wZ4"  # letters and digits: no template trims, splits or escapes it
 CONTEXT = 32  # characters before a text, which may change its first token
 WITHOUT_TEMPLATE = ("PaliGemmaProcessor",)  # whose bases were trained without roles
@@ -50,7 +50,7 @@ def special_tokens(processor: Any) -> set[str]:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """What stands before each answer that is learned, the answer, and the token that ends it."""
+    """What precedes each answer that is learned, the answer, and the token that ends it."""
 
     exchanges: list[tuple[str, str]]
     end: int
@@ -95,7 +95,7 @@ class ChatEncoder:
         return {**encoded, "input_ids": ids}
 
     def replies(self, chat: Chat) -> tuple[list[int], list[int]]:
-        """Ids of everything behind the opening prompt, and 1 where an answer or its end stands."""
+        """Ids of everything behind the opening prompt, and 1 at answers and their ends."""
         return self._replies(self.dialogue(chat))
 
     def _replies(self, dialogue: Dialogue) -> tuple[list[int], list[int]]:
@@ -126,7 +126,7 @@ class ChatEncoder:
         return whole[len(known) :] if whole[: len(known)] == known else alone
 
     def dialogue(self, chat: Chat) -> Dialogue:
-        """The answers of a chat and what stands between them, as texts.
+        """The answers of a chat and what is between them, as texts.
 
         Raises ValueError for a template that does not write an answer as it is, writes another prompt
         once there is an answer, or leaves nothing to learn from.
@@ -172,7 +172,7 @@ class ChatEncoder:
         )
 
     def _prompt(self, chat: Chat) -> str:
-        """What stands before an answer: all of the chat, and the start of the assistant's turn."""
+        """What precedes an answer: all of the chat, and the start of the assistant's turn."""
         if self.processor.chat_template is None:
             return self._render(chat)[0]
         return self.processor.apply_chat_template(chat, add_generation_prompt=True)
@@ -235,7 +235,7 @@ def opening_of(chat: Chat) -> Chat:
 
 
 def place_of(chat: Chat, number: int) -> int:
-    """Where an answer stands among the messages."""
+    """The place of an answer among the messages."""
     return [i for i, message in enumerate(chat) if message["role"] == "assistant"][number]
 
 

@@ -8,7 +8,7 @@ places are shuffled; a source is walked in a new shuffle at each of its passes:
 Shares are weights, or numbers of draws: then a block is an epoch and holds just these. With a
 `Grouping` the positions of a window change places, so that batches hold samples of like length.
 All of it is computed from (seed, position), so a resumed run needs one integer, and neither worker
-processes nor ranks change what stands where.
+processes nor ranks change the order.
 """
 
 from collections.abc import Collection, Sequence
@@ -132,7 +132,7 @@ class Mixture:
         return read_sample(self.sources[name], index, name)
 
     def _grouped(self, position: int) -> int:
-        """The position whose draw stands at `position` once its window is sorted into batches."""
+        """The position whose draw is at `position` once its window is sorted into batches."""
         assert self.grouping is not None
         length = self.grouping.window * self.grouping.batch_size
         window, place = divmod(position, length)
@@ -176,7 +176,7 @@ def lengths_of(source: Any, index: int) -> tuple[int, int]:
 def like_together(sizes: np.ndarray, batch_size: int, key: tuple[int, ...]) -> np.ndarray:
     """The order of rows [images, letters] in which batches are alike, and come in any order.
 
-    Text alone stands with text alone: at most one batch has both.
+    Text alone is grouped with text alone: at most one batch has both.
     """
     images, letters = sizes.T
     by_length = np.lexsort((letters, images))
@@ -185,7 +185,7 @@ def like_together(sizes: np.ndarray, batch_size: int, key: tuple[int, ...]) -> n
 
 
 def read_sample(source: Source, index: int, name: str) -> Sample | BadSampleError:
-    """The sample, or the error that says why there is none; other errors are bugs and pass."""
+    """The sample, or the error that gives the reason; other errors are bugs and pass."""
     try:
         return source[index]
     except BadSampleError as error:

@@ -79,7 +79,7 @@ class OcrCache:
         return len(self.table)
 
     def get(self, image: Image) -> Words | None:
-        """The words of the image, or None where nobody has read it."""
+        """The words of the image, or None where it was not read."""
         key = content_hash(image)
         if key not in self.table and self.engine is not None:
             self.table[key] = self.engine.read(image)

@@ -35,11 +35,11 @@ class Sample:
     `id` is the data set's own question id, as text; `image_id` groups the questions of one image:
     standard errors are clustered by it. `image` is None for text alone.
     `answers` are all reference answers; a grounding sample has none, and `boxes` instead.
-    `instruction` says how to answer; it stands behind the question and the OCR words.
+    `instruction` is how to answer; it follows the question and the OCR words.
     `ocr` is None where no engine was run and empty where it found nothing; both are "no evidence".
     `choices` are the names that a classification chooses from, empty for open answers; for CLIP
     `question` is then the template that turns a name into a text ("a photo of a {}").
-    `expert` names the expert that this sample trains, or None where nobody knows.
+    `expert` names the expert that this sample trains, or None where it is unknown.
     """
 
     id: str

@@ -55,7 +55,7 @@ def parse_conversation(row: Row, images: str | None) -> Record:
     check_places(turns, len(found))
     (question, answer), *later = [(clean(q), a) for q, a in turns]
     if any(a is None for _, a in later):
-        raise ValueError("ends with a question that nobody answers")
+        raise ValueError("ends with a question without an answer")
     image = found[0] if found else None
     return Record(
         id=name(row.value, "id")

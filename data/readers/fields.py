@@ -76,7 +76,7 @@ def check_plain(value: str, column: str) -> None:
     if texts or all(isinstance(part, dict) and "answer" in part for part in parts):
         raise ValueError(
             f"column {column!r} holds {value!r:.60}, a list or an object written as text, which would be "
-            "learned as it stands: write one answer a cell, or lists in a JSON or Parquet file"
+            "learned as it is: write one answer a cell, or lists in a JSON or Parquet file"
         )
 
 
@@ -147,7 +147,7 @@ def boxes_of(value: Any) -> tuple[Box, ...]:
 def frame_of(value: Any, boxes: Sequence[Box], words: Sequence[OcrWord] = ()) -> Any:
     """The width and height that boxes are given in; None, for pixels, where a row names none.
 
-    Boxes that all lie in [0, 1] are shares that nobody marked: ValueError.
+    Boxes that all lie in [0, 1] are unmarked shares: ValueError.
     """
     frame = json_cell(value, "frame", "[width, height]")
     if frame is not None:

@@ -72,7 +72,7 @@ def sentences_of(ref: dict[str, Any], where: str) -> list[Sentence]:
     kept = {key: ref[key] for key in KEPT if key in ref}
     values = ref.get("sentences")
     if not isinstance(values, list):
-        return [Sentence(kept, None, where)]  # its reading says what is wrong
+        return [Sentence(kept, None, where)]  # its error comes when it is read
     return [Sentence(kept, v, f"{where}.sentences[{i}]") for i, v in enumerate(values)]
 
 

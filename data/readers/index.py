@@ -46,7 +46,7 @@ def scan_json(
     """`starts`, `ends`, `counts` and, for an object or with `key`, `keys` of the rows of a file.
 
     `at` names the member of the outermost object that holds the rows; None is the file itself.
-    `key` names the field that a row is looked up by; `count` says how many samples a row holds.
+    `key` names the field that a row is looked up by; `count` is the number of samples in a row.
     """
     spans, keys = array("q"), []
     with path.open("rb") as file, progress_of(path) as advance:

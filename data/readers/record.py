@@ -1,4 +1,4 @@
-"""What a file says of one sample, and the data set that turns records into samples.
+"""What a file holds of one sample, and the data set that turns records into samples.
 
     rows (of a file)  --parse-->  Record (the image is still a file)  --open-->  Sample
 
@@ -55,7 +55,7 @@ class Records:
         return len(self.rows)
 
     def read(self, index: int) -> tuple[Record, str]:
-        """The record and where it stands."""
+        """The record and its place."""
         row = self.rows[index]
         try:
             record = self.parse(row)

@@ -1,6 +1,6 @@
 """Rows of a file, one at a time and by number: JSON, JSON lines, tables, short lists.
 
-Every row knows where it stands, so that an error can say it. One row may hold several samples:
+Every row has its place, which errors name. One row may hold several samples:
 `rows[i]` is the row of sample i and the sample's number in it.
 """
 
@@ -73,7 +73,7 @@ class JsonRows:
     """The rows of a JSON list or object: the file itself, or its member `at`.
 
     `key` is the field that `one` and `all` look rows up by (an object's own keys where it is None).
-    `count` says how many samples a row holds (0: it is left out); `about` must name what `count`
+    `count` is the number of samples in a row (0: it is left out); `about` must name what `count`
     depends on, since the index is kept.
     """
 

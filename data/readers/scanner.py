@@ -131,7 +131,7 @@ class Scanner:
 
 
 def member_of(path: Path, name: str) -> Any:
-    """One small member of the object that a file holds, wherever it stands."""
+    """One small member of the object that a file holds, wherever it is."""
     with path.open("rb") as file:
         scanner = Scanner(file, path)
         scanner.find(name)

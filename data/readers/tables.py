@@ -22,7 +22,7 @@ from moa.config import SourceConfig
 FIELDS = ("id", "image_id", "image", "question", "answers", "boxes", "frame", "task", "split")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-# Columns that hold images, by the names that are in use; one that nobody reads is a slip
+# Columns that hold images, by the names that are in use; one that is not read is a slip
 IMAGE_COLUMNS = {
     *("image", "images", "img", "picture", "photo", "file_name", "filename", "filepath", "path"),
     *("image_path", "img_path", "image_file", "image_name", "image_url", "picture_path"),
@@ -113,7 +113,7 @@ def read_table(source: SourceConfig) -> Records:
 
 
 def table_rows(path: str, split: str | None) -> tuple[Rows, list[str], dict[str, Any]]:
-    """The rows, the names of their columns, and what `datasets` knows of these."""
+    """The rows, the names of their columns, and their features in `datasets`."""
     suffix = Path(path).suffix.lower()
     if suffix in DELIMITERS:
         cells = CsvRows(path, DELIMITERS[suffix])
