@@ -18,7 +18,7 @@ from data.images import find_image
 from data.readers.fields import field, name, text
 from data.readers.format import reads
 from data.readers.record import Record, Records
-from data.readers.rows import JsonRows, ListRows, Row, text_lines
+from data.readers.rows import JsonRows, Row, text_lines
 from moa.config import SourceConfig
 
 TOKEN_LINE = re.compile(r"(?P<image>[^#\t]+)#(?P<number>\d+)\t(?P<caption>.*)")
@@ -108,7 +108,8 @@ def read_flickr30k(source: SourceConfig) -> Records:
     items: list[Any] = [(image, captions) for image, captions in by_image.items()]
     if source.one_per == "caption":
         items = [(image, [caption]) for image, captions in items for caption in captions]
-    return Records(rows=ListRows(items, flickr_row), parse=partial(parse_flickr, source))
+    rows = [Row(item, item[1][0][2]) for item in items]
+    return Records(rows=rows, parse=partial(parse_flickr, source))
 
 
 def parse_flickr_line(line: str, where: str) -> tuple[str, str, str, str]:
@@ -119,10 +120,6 @@ def parse_flickr_line(line: str, where: str) -> tuple[str, str, str, str]:
             f" {line!r:.60}"
         )
     return found["image"].strip(), found["number"], found["caption"].strip(), where
-
-
-def flickr_row(item: Any) -> Row:
-    return Row(item, item[1][0][2])
 
 
 def parse_flickr(source: SourceConfig, row: Row) -> Record:

@@ -21,7 +21,7 @@ from data.readers.fields import box_of, box_of_xywh, field, name, text
 from data.readers.format import FOUR, reads
 from data.readers.pickles import load_plain
 from data.readers.record import Record, Records
-from data.readers.rows import JsonRows, ListRows, Row, require_file, text_lines
+from data.readers.rows import JsonRows, Row, require_file, text_lines
 from data.sample import Box
 from moa.config import SourceConfig
 
@@ -36,14 +36,6 @@ REGION = (
 REGIONS: dict[str, Any] = {"task": "grounding", "prompt": REGION}
 
 
-class Sentence(NamedTuple):
-    """A sentence about one box, with the reference that it belongs to."""
-
-    ref: dict[str, Any]
-    value: Any
-    where: str
-
-
 @reads("refcoco", needs=FOUR, **REGIONS)
 def read_refcoco(source: SourceConfig) -> Records:
     assert source.path and source.annotations
@@ -53,11 +45,11 @@ def read_refcoco(source: SourceConfig) -> Records:
     splits = Counter(ref.get("split") for ref in refs)
     if source.split not in splits:
         raise ValueError(f"{source.path}: no split {source.split!r}; it has {dict(splits)}")
-    items = [
-        sentence
+    rows = [
+        row
         for number, ref in enumerate(refs)
         if ref.get("split") == source.split
-        for sentence in sentences_of(ref, f"{source.path}: [{number}]")
+        for row in sentences_of(ref, f"{source.path}: [{number}]")
     ]
     parse = partial(
         parse_refcoco,
@@ -65,24 +57,21 @@ def read_refcoco(source: SourceConfig) -> Records:
         named=JsonRows(source.annotations, at="images", key="id"),
         images=source.images,
     )
-    return Records(rows=ListRows(items, sentence_row), parse=parse)
+    return Records(rows=rows, parse=parse)
 
 
-def sentences_of(ref: dict[str, Any], where: str) -> list[Sentence]:
+def sentences_of(ref: dict[str, Any], where: str) -> list[Row]:
+    """Each sentence about one box, with the reference that it belongs to."""
     kept = {key: ref[key] for key in KEPT if key in ref}
     values = ref.get("sentences")
     if not isinstance(values, list):
-        return [Sentence(kept, None, where)]  # its error comes when it is read
-    return [Sentence(kept, v, f"{where}.sentences[{i}]") for i, v in enumerate(values)]
-
-
-def sentence_row(sentence: Sentence) -> Row:
-    return Row(sentence, sentence.where)
+        return [Row((kept, None), where)]  # its error comes when it is read
+    return [Row((kept, v), f"{where}.sentences[{i}]") for i, v in enumerate(values)]
 
 
 def parse_refcoco(row: Row, boxes: JsonRows, named: JsonRows, images: str | None) -> Record:
     """The image's name is that of instances.json: a reference's own carries the annotation."""
-    ref, value, _ = row.value
+    ref, value = row.value
     image_id = name(ref, "image_id")
     image = named.one(image_id)
     return Record(
@@ -120,12 +109,9 @@ def read_entities(source: SourceConfig) -> Records:
     if not stems:
         raise ValueError(f"{root}: holds no Sentences/*.txt")
     bar = track(stems, description=root.name, disable=len(stems) < 2000, transient=True)
-    items = [phrase for stem in bar for phrase in phrases_of(root, stem)]
-    return Records(rows=ListRows(items, phrase_row), parse=partial(parse_phrase, source))
-
-
-def phrase_row(phrase: Phrase) -> Row:
-    return Row(phrase, f"{phrase.file}:{phrase.sentence + 1}")
+    found = [phrase for stem in bar for phrase in phrases_of(root, stem)]
+    rows = [Row(phrase, f"{phrase.file}:{phrase.sentence + 1}") for phrase in found]
+    return Records(rows=rows, parse=partial(parse_phrase, source))
 
 
 def phrases_of(root: Path, stem: str) -> list[Phrase]:
