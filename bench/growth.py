@@ -29,11 +29,7 @@ LAYER = r"model\.language_model\.layers\.\d+\."
 SITES = {4: "self_attn.q_proj", 8: "self_attn.[qv]_proj", 16: r"self_attn.\w+_proj",
          28: r"(self_attn|mlp).\w+_proj"}  # fmt: skip
 NAMES = {"ours": "ours", "lora": "LoRA of the total rank", "loop": "loop over experts"}
-COSTS = {
-    "ms": "step, ms",
-    "saved": "saved activations, MiB",
-    "trained": "weights and moments, MiB",
-}
+COSTS = {"ms": "step, ms", "saved": "saved activations, MiB", "trained": "weights and moments, MiB"}
 
 
 @dataclass(frozen=True, kw_only=True)

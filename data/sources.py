@@ -41,9 +41,7 @@ def open_ocr(data: DataConfig, path: str | None = None) -> OcrCache | None:
 
 
 def open_sources(
-    sources: Iterable[SourceConfig],
-    data: DataConfig,
-    ocr: OcrCache | None,
+    sources: Iterable[SourceConfig], data: DataConfig, ocr: OcrCache | None
 ) -> dict[str, Source]:
     """One data set per entry, by name; caches are shared, since they hold their words in memory."""
     sources = [*sources]
