@@ -158,7 +158,9 @@ class RecordDataset:
             source=self.source,
             expert=self.expert,
             split=record.split or self.split,
-            boxes=tuple(nudged(scaled(b, frame, size), size, record.slack) for b in record.boxes),
+            boxes=tuple(
+                clip_if_near(scaled(b, frame, size), size, record.slack) for b in record.boxes
+            ),
             ocr=ocr,
             instruction=self.instruction,
             system=record.system,
@@ -176,7 +178,7 @@ def scaled(box: Box, frame: tuple[float, float], size: tuple[int, int]) -> Box:
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
 
-def nudged(box: Box, size: tuple[int, int], slack: float) -> Box:
+def clip_if_near(box: Box, size: tuple[int, int], slack: float) -> Box:
     """The box cut at the image's edges, where it sticks out by no more than `slack` pixels."""
     inside = clipped(box, size)
     near = all(abs(a - b) <= slack for a, b in zip(box, inside, strict=True))  # False for NaN
