@@ -2,6 +2,7 @@
 
     classification  images x texts of the classes   -> Result with top-1, top-5, mean per class
     retrieval       images x all captions           -> Result with R@1, R@5, R@10, both ways
+    captions        image x its caption             -> CLIPScore, RefCLIPScore
 
 The features may come from a run with its router or from a plain model.
 """
@@ -19,6 +20,7 @@ from data.sample import Sample
 from moa.benchmarks.ranking import classification_scores, retrieval_scores
 from moa.benchmarks.scores import Response, Scores
 from moa.evaluation.result import Result
+from moa.metrics.clipscore import clip_score, ref_clip_score
 from moa.metrics.retrieval import Ranking, rank_candidates, rank_retrieval
 
 # the features of all classes, from a sample's template and its choices
@@ -108,3 +110,19 @@ def ranked(
         for sample, text, rank in zip(samples, texts, ranking.rank.tolist(), strict=True)
     ]
     return responses, retrieval_scores(responses)
+
+
+def clip_scores(
+    image_features: Float[Tensor, "captions dim"],
+    caption_features: Float[Tensor, "captions dim"],
+    reference_features: Sequence[Float[Tensor, "_ dim"]] | None = None,
+) -> Scores:
+    """CLIPScore of generated captions, and RefCLIPScore where there are references.
+
+    All texts must have been encoded with `moa.metrics.clipscore.PREFIX` before them.
+    """
+    values = {"CLIPScore": clip_score(image_features, caption_features).tolist()}
+    if reference_features is not None:
+        found = ref_clip_score(image_features, caption_features, reference_features)
+        values["RefCLIPScore"] = found.tolist()
+    return Scores(primary="CLIPScore", values=values)

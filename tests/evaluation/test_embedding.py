@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from moa.evaluation.embedding import classify, retrieve
+from moa.evaluation.embedding import classify, clip_scores, retrieve
+from moa.metrics.clipscore import clip_score
 from tests.benchmarks.test_benchmarks import prediction
 
 CHOICES = ("cat", "dog", "bus")
@@ -111,3 +113,15 @@ def test_a_real_clips_ranks_are_those_of_its_own_logits(clip):
     best = output.logits_per_image.reshape(5, 5, 2).amax(2)  # of each picture's two captions
     expected = [float(row.argmax() == i) for i, row in enumerate(best)]
     assert result.tasks["image_to_text"][1].values["R@1"] == expected
+
+
+def test_clip_scores_of_a_real_clip_are_its_cosines(clip):
+    output = features(clip, 3)
+    images, texts = output.image_embeds, output.text_embeds[:3]
+    cosines = (normalize(images, dim=-1) * normalize(texts, dim=-1)).sum(-1)
+    scores = clip_scores(images, texts, [texts[i : i + 1] for i in range(3)])
+    expected = [2.5 * max(c, 0.0) for c in cosines.tolist()]
+    assert scores.values["CLIPScore"] == pytest.approx(expected, abs=1e-6)
+    # each caption is its own reference: cosine 1
+    own = [2 * s / (s + 1) if s else 0.0 for s in clip_score(images, texts).tolist()]
+    assert scores.values["RefCLIPScore"] == pytest.approx(own, abs=1e-6)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from moa.metrics.clipscore import clip_score, ref_clip_score
 from moa.metrics.retrieval import (
     mean_per_class_accuracy,
     rank_candidates,
@@ -64,3 +65,17 @@ def test_images_without_captions_are_one_clear_error():
 def test_a_rare_class_counts_as_much_as_a_frequent_one():
     hits, classes = [1.0, 1.0, 1.0, 0.0], ["cat", "cat", "cat", "dog"]
     assert mean_per_class_accuracy(hits, classes) == 0.5
+
+
+def test_clip_score_is_two_and_a_half_cosines_and_never_negative():
+    image = torch.tensor([[3.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    text = torch.tensor([[3.0, 4.0], [-1.0, 0.0], [0.0, 2.0]])
+    assert clip_score(image, text).tolist() == pytest.approx([2.5 * 0.6, 0.0, 0.0])
+
+
+def test_ref_clip_score_is_the_harmonic_mean_with_the_nearest_reference():
+    image, text = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[3.0, 4.0], [-1.0, 0.0]])
+    references = [torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0]])]
+    # first: 2.5 * 0.6 = 1.5 and max(0.8, 0.6) = 0.8; second: both sides are 0
+    expected = [2 * 1.5 * 0.8 / (1.5 + 0.8), 0.0]
+    assert ref_clip_score(image, text, references).tolist() == pytest.approx(expected)
