@@ -1,22 +1,74 @@
-"""Train experts and router: config -> model and data -> stages -> checkpoints.
+"""Train experts and router: config -> model and data -> stages -> step -> log -> validate -> save.
 
-accelerate launch train.py --config configs/demo.yaml [key.sub=value ...] [--resume]
+accelerate launch train.py --config configs/demo.yaml [--config OVER_IT.yaml] [key.sub=value ...] [--resume]
 """
 
 import argparse
 import os
 import sys
+from typing import TYPE_CHECKING
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
-
-from data.checks import BadSampleError
 from moa.cli.command import mistakes_in_one_line
 from moa.cli.settings import describe
 from moa.config import RunConfig, load_config
-from moa.training.loop import train
-from moa.training.setup import make_accelerator, open_run
-from moa.training.signals import EXIT_STATUS
-from moa.training.step import TrainingError
+
+if TYPE_CHECKING:
+    from moa.checkpoint import TrainState
+    from moa.training.run import Run
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
+
+
+def train(run: "Run", state: "TrainState | None") -> None:
+    """Run all stages, or what a checkpoint's `state` leaves of them, until they are done or a signal
+    stops the run.
+
+    Raises TrainingError, BadSampleError or OSError where it cannot continue; the last checkpoint is whole.
+    """
+    from moa.training.step import train_step
+
+    with run.reporting():
+        while not run.done and not run.stopping:
+            # weights to start from -> trainable groups -> optimiser -> one process, DDP, ZeRO or FSDP2
+            trainer = run.begin_stage(state)
+            state = None
+            for micro_batches in run.steps():
+                # forward, backward, check, clip, update
+                result = train_step(trainer, micro_batches, run.stage_step, stop=run.stop.is_set)
+                run.log(result)
+                improved = run.validation_due and run.validate()
+                run.end_stage()
+                if improved or run.save_due:
+                    run.save(trainer, improved)
+                if run.stopping:
+                    break
+            trainer.close()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    from data.checks import BadSampleError
+    from moa.training.setup import make_accelerator, open_run
+    from moa.training.signals import EXIT_STATUS
+    from moa.training.step import TrainingError
+
+    with mistakes_in_one_line():
+        config = load_config(arguments.config, arguments.overrides)
+        accelerator = make_accelerator(config)
+        # run folder, frozen backbone with experts and router, mixture of data sets: all checked first
+        run, state = open_run(
+            config, accelerator, resume=arguments.resume, overwrite=arguments.overwrite
+        )
+    try:
+        with run.stop.on_signals():
+            train(run, state)
+    except (TrainingError, BadSampleError, OSError) as error:
+        sys.exit(f"error: {error}\n{run.resume_hint()}")
+    accelerator.end_training()
+    if not run.done:
+        run.reporter.say(f"\nstopped by {run.stop} after step {run.step}: {run.resume_hint()}")
+        sys.exit(EXIT_STATUS)
+    run.reporter.say(f"\ndone: {run.step} steps in {run.folder}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,26 +89,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="one setting")
     return parser.parse_intermixed_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    with mistakes_in_one_line():
-        config = load_config(arguments.config, arguments.overrides)
-        accelerator = make_accelerator(config)
-        run, state = open_run(
-            config, accelerator, resume=arguments.resume, overwrite=arguments.overwrite
-        )
-    try:
-        with run.stop.on_signals():
-            train(run, state)
-    except (TrainingError, BadSampleError, OSError) as error:
-        sys.exit(f"error: {error}\n{run.how_to_go_on()}")
-    accelerator.end_training()
-    if not run.done:
-        run.reporter.say(f"\nstopped by {run.stop} after step {run.step}: {run.how_to_go_on()}")
-        sys.exit(EXIT_STATUS)
-    run.reporter.say(f"\ndone: {run.step} steps in {run.folder}")
 
 
 if __name__ == "__main__":

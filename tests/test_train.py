@@ -18,15 +18,15 @@ from moa.checkpoint import load_model, manifest_of, pointed
 from moa.config import RunConfig, StageConfig
 from moa.files.atomic import write_json
 from moa.files.peft import save_expert
-from moa.training import loop
+from moa.training import run as run_module
 from moa.training.batches import Layout, make_layout
-from moa.training.loop import train
 from moa.training.optimizer import rate_factor
 from moa.training.report import keep_lines
 from moa.training.setup import make_accelerator, open_run
 from moa.training.step import TrainingError
 from tests.support.tiny import random_image
 from tests.support.toy import read_log, toy_config, toy_rows, write_rows
+from train import train
 
 SLOW = pytest.mark.slow
 
@@ -127,14 +127,14 @@ class Killed(Exception):
 
 def kill_at(step: int, monkeypatch) -> None:
     """Stop right after the log line of `step`, before anything due at that step is saved."""
-    record = loop.Reporter.step
+    record = run_module.Reporter.step
 
     def dying(self, line):
         record(self, line)
         if line["step"] == step:
             raise Killed
 
-    monkeypatch.setattr(loop.Reporter, "step", dying)
+    monkeypatch.setattr(run_module.Reporter, "step", dying)
 
 
 @pytest.mark.parametrize("step", [2, pytest.param(5, marks=SLOW), 8, pytest.param(11, marks=SLOW)])
@@ -170,7 +170,9 @@ def test_the_best_checkpoints_of_a_stage_are_kept_and_best_names_the_first(
     world, tmp_path, monkeypatch
 ):
     losses = iter([3.0, float("nan"), 1.0, 2.0, 1.0])
-    monkeypatch.setattr(loop, "validation_losses", lambda *a, **k: {"validation": next(losses)})
+    monkeypatch.setattr(
+        run_module, "validation_losses", lambda *a, **k: {"validation": next(losses)}
+    )
     config = toy_config(
         world, out=str(tmp_path / "run"), eval__every=1, train__keep_best=2, train__keep_last=1,
         train__save_every=100, stages={"joint": {"steps": 5}},

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from moa.backbones.open_clip import files_of_open_clip, is_open_clip
 from moa.files.checkpoint_files import local_base, weight_files
-from moa.files.peft import read_json_object
+from moa.files.peft_config import read_json_object
 from moa.files.spelling import plain
 
 WHOLE = 1 << 28

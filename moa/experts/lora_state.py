@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moa.experts.lora import ExpertLinear
-from moa.files.peft import site_keys, site_scaling
+from moa.files.peft import site_keys
+from moa.files.peft_config import site_scaling
 
 Sites = Mapping[str, ExpertLinear]
 Factors = Mapping[str, Float[Tensor, "_ _"]]  # by PEFT key

@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moa.cli.settings import expanded
-from moa.files.peft import read_json_object
+from moa.files.peft import FLOATS
+from moa.files.peft_config import read_json_object
 from moa.files.spelling import match_spelling, nearest, signature
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)

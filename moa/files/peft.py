@@ -9,9 +9,8 @@ reason, never dropped.
 """
 
 import json
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,32 +22,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moa.files.atomic import atomic_folder, write_json
+from moa.files.peft_config import (
+    CONFIG_FILE,
+    NARROWING,
+    REFUSED_SETTINGS,
+    check_config,
+    is_named,
+    read_config,
+    rename_config,
+    site_rank,
+    suffixes,
+)
 from moa.files.spelling import match_spelling, nearest
-from moa.files.targets import fits
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FINGERPRINT = "base_fingerprint"  # in the metadata of the weights' file
-# Settings that narrow target_modules down, of no use beside full paths.
-NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_[AB]\.weight")
 
-WHOLE_CHECKPOINT = (
-    "; PEFT's merge_and_unload() writes it into its base exactly, and scripts.merge merges "
-    "such checkpoints (models=[A,B] base=BASE)"
-)
-REFUSED_SETTINGS = {
-    "use_dora": "DoRA rescales the rows of W + BA, so its update is no low-rank product"
-    + WHOLE_CHECKPOINT,
-    "lora_bias": "a bias on lora_B is no low-rank update of the weight" + WHOLE_CHECKPOINT,
-    "modules_to_save": "whole modules lie beside the factors, and would be dropped"
-    + WHOLE_CHECKPOINT,
-    "trainable_token_indices": "trained embedding rows lie beside the factors, and are dropped",
-    "target_parameters": "its factors sit on raw parameters and not on linear layers",
-    "layer_replication": "it repeats layers of the base, so a site names several weights",
-    "alora_invocation_tokens": "an activated LoRA acts on some tokens only",
-}
 # Keys that are no factors, by what gives them away, and why they are there.
 STRAY_KEYS = {
     r"\.lora_magnitude_vector": f"use_dora: {REFUSED_SETTINGS['use_dora']}",
@@ -68,79 +59,6 @@ NOT_GATHERED = (
     "deepspeed.zero.GatheredParameters, or with stage3_gather_16bit_weights_on_model_save"
 )
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# pissa, olora, corda, loftq and lora_ga subtract from the base's weights when they start.
-BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and -1e30 < value < 1e30  # NaN is not
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_texts(value: Any) -> bool:
-    return _is_text(value) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
-
-
-def _is_integers(value: Any) -> bool:
-    return value is None or all(map(_is_integer, value if isinstance(value, list) else [value]))
-
-
-def _is_ranks(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_rank, value.values())))
-
-
-def _is_alphas(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
-
-
-def _is_rank(value: Any) -> bool:
-    return _is_integer(value) and value >= 1
-
-
-# Settings that this file understands, or that change nothing about a trained adapter, and what each must be.
-# Any other one that is set is refused: PEFT grows variants, and a variant read as plain LoRA is silently wrong.
-FLAG, TEXT, TEXTS = (
-    (_is_flag, "true or false"),
-    (_is_text, "text"),
-    (_is_texts, "text or a list of texts"),
-)
-ANYTHING: tuple[Callable[[Any], bool], str] = (lambda value: True, "")
-SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "peft_type": TEXT,
-    "task_type": TEXT,
-    "base_model_name_or_path": TEXT,
-    "revision": TEXT,
-    "r": (_is_rank, "a positive integer"),
-    "lora_alpha": (_is_number, "a finite number"),
-    "target_modules": TEXTS,
-    "exclude_modules": TEXTS,
-    "rank_pattern": (_is_ranks, "a mapping of expressions to positive integers"),
-    "alpha_pattern": (_is_alphas, "a mapping of expressions to finite numbers"),
-    "layers_to_transform": (_is_integers, "an integer or a list of them"),
-    "layers_pattern": TEXTS,
-    "lora_dropout": (_is_number, "a finite number"),
-    "bias": TEXT,
-    "use_rslora": FLAG,
-    "fan_in_fan_out": FLAG,
-    "inference_mode": FLAG,
-    **dict.fromkeys(
-        ("init_lora_weights", "auto_mapping", "peft_version", "megatron_core"), ANYTHING
-    ),
-    **dict.fromkeys(("qalora_group_size", "eva_config", "ensure_weight_tying"), ANYTHING),
-    "runtime_config": ANYTHING,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,18 +90,6 @@ def site_keys(site: str) -> tuple[str, str]:
     return f"{PREFIX}{site}.lora_A.weight", f"{PREFIX}{site}.lora_B.weight"
 
 
-def site_rank(config: Mapping[str, Any], site: str) -> int:
-    """The rank that the config promises for a site: `rank_pattern`'s first match, else `r`."""
-    return _by_pattern(config.get("rank_pattern"), site, config["r"])
-
-
-def site_scaling(config: Mapping[str, Any], site: str) -> float:
-    """The factor before B A at a site: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
-    rank = site_rank(config, site)
-    alpha = _by_pattern(config.get("alpha_pattern"), site, config.get("lora_alpha", 8))
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
 def read_header(path: str | Path) -> ExpertHeader:
     """Check everything about an expert's folder that needs no weights.
 
@@ -203,65 +109,6 @@ def read_header(path: str | Path) -> ExpertHeader:
         spelled={site: site for site in ranks},
         base_fingerprint=metadata.get(FINGERPRINT),
     )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as a dict, refused with the reason where it is no plain LoRA."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        raise ValueError(f"{file}: missing; an expert is a folder of {CONFIG_FILE}, {WEIGHTS_FILE}")
-    config = read_json_object(file)
-    check_config(config, file)
-    return config
-
-
-def read_json_object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; ValueError naming the file for any other."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable as JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: must hold a JSON object, got {type(found).__name__}")
-    return found
-
-
-def check_config(config: Mapping[str, Any], source: str | Path) -> None:
-    """Raise ValueError naming `source` and the setting unless the config is a plain LoRA's."""
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{source}: peft_type must be LORA, got {_shown(config.get('peft_type'))}")
-    if "r" not in config:
-        raise ValueError(f"{source}: r is missing; it is the rank")
-    for key, (rule, wanted) in SETTINGS.items():
-        if key in config and not rule(config[key]):
-            raise ValueError(f"{source}: {key} must be {wanted}, got {_shown(config[key])}")
-    for key, reason in REFUSED_SETTINGS.items():
-        if config.get(key):
-            raise ValueError(f"{source}: {key}={_shown(config[key])} is not supported: {reason}")
-    if config.get("bias", "none") != "none":
-        raise ValueError(
-            f"{source}: bias={_shown(config['bias'])} is not supported: it would be dropped"
-        )
-    if config.get("init_lora_weights", True) not in BASE_KEEPING_INITS:
-        raise ValueError(
-            f"{source}: init_lora_weights={_shown(config['init_lora_weights'])} changes the base, so the "
-            "factors alone are not the update; convert it with PEFT's save_pretrained(..., "
-            "path_initial_model_for_weight_conversion=...)"
-        )
-    unknown = sorted(key for key, value in config.items() if value and key not in SETTINGS)
-    if unknown:
-        raise ValueError(f"{source}: unknown settings may change what it computes: {unknown}")
-    if not config.get("target_modules"):
-        raise ValueError(f"{source}: target_modules is empty, so the adapter has no sites")
-    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-        value = config.get(key) or ()
-        for pattern in [value] if isinstance(value, str) else value if "pattern" in key else ():
-            fits(pattern, "", f"{source}: {key}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def read_expert(
@@ -311,24 +158,6 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(total.isfinite()) or bool(torch.isfinite(tensor).all())
 
 
-def is_target(config: Mapping[str, Any], site: str) -> bool:
-    """Whether `target_modules` names the site, so that a base which has it gives it factors.
-
-    False where other settings decide too (exclude_modules, layers_to_transform, "all-linear").
-    """
-    targets = config["target_modules"]
-    narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
-    if narrowed or targets == "all-linear":
-        return False
-    return _names(targets, site)
-
-
-def _names(targets: str | Sequence[str], site: str) -> bool:
-    if isinstance(targets, str):
-        return fits(targets, site, f"{CONFIG_FILE}: target_modules")
-    return not _suffixes(site).isdisjoint(targets)
-
-
 def fit_to_base(header: ExpertHeader, base_shapes: Mapping[str, tuple[int, int]]) -> ExpertHeader:
     """The header with its sites as the base spells them.
 
@@ -363,19 +192,6 @@ def rename_sites(header: ExpertHeader, names: Mapping[str, str]) -> ExpertHeader
     )
 
 
-def rename_config(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A config that means for each new name what it meant for the old one: full paths, exact patterns."""
-    ranks = {site: site_rank(config, site) for site in names}
-    usual = config.get("lora_alpha", 8)
-    alphas = {site: _by_pattern(config.get("alpha_pattern"), site, usual) for site in names}
-    return {
-        **{key: value for key, value in config.items() if key not in NARROWING},
-        "target_modules": list(names.values()),
-        "rank_pattern": _exact(names, ranks, config["r"]),
-        "alpha_pattern": _exact(names, alphas, usual),
-    }
-
-
 def keep_sites(header: ExpertHeader, sites: Sequence[str]) -> ExpertHeader:
     """The header with some of its sites alone."""
     kept = set(sites)
@@ -389,11 +205,6 @@ def keep_sites(header: ExpertHeader, sites: Sequence[str]) -> ExpertHeader:
             "target_modules": list(sites),
         },
     )
-
-
-def _exact(names: Mapping[str, str], values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
-    """A pattern for each site whose value is not the usual one, under its new name."""
-    return {f"^{re.escape(names[s])}": value for s, value in values.items() if value != usual}
 
 
 def check_tensors(
@@ -463,14 +274,6 @@ def _sort_metadata(file: Path) -> None:
         handle.write(text)
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, site: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches, as a regular expression, the site or a suffix."""
-    for pattern, value in (patterns or {}).items():
-        if fits(rf"(.*\.)?({pattern})$", site, f"{CONFIG_FILE}: rank_pattern, alpha_pattern"):
-            return value
-    return default
-
-
 def _read_shapes(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes by key, and the metadata."""
     if not file.is_file():
@@ -532,18 +335,13 @@ def _check_sites(source: str | Path, config: Mapping[str, Any], ranks: Mapping[s
             raise ValueError(f"{source}: {site} has rank {rank}, but its config says {promised}")
     targets = config["target_modules"]
     if isinstance(targets, str):
-        strays = [s for s in ranks if targets != "all-linear" and not _names(targets, s)]
+        strays = [s for s in ranks if targets != "all-linear" and not is_named(targets, s)]
     else:
-        suffixes = {suffix for site in ranks for suffix in _suffixes(site)}
+        known = {suffix for site in ranks for suffix in suffixes(site)}
         # Bare names that this base lacks (`qkv_proj`) are a habit of PEFT users; paths are not.
-        idle = [target for target in targets if "." in target and target not in suffixes]
+        idle = [target for target in targets if "." in target and target not in known]
         if idle:
             raise ValueError(f"{source}: {len(idle)} target_modules lack tensors, first {idle[0]}")
-        strays = [site for site in ranks if not _names(targets, site)]
+        strays = [site for site in ranks if not is_named(targets, site)]
     if strays:
         raise ValueError(f"{source}: {len(strays)} sites are not in target_modules: {strays[0]}")
-
-
-def _suffixes(site: str) -> set[str]:
-    parts = site.split(".")
-    return {".".join(parts[start:]) for start in range(len(parts))}

@@ -15,6 +15,7 @@ from moa.backbones.fingerprint import base_fingerprint
 from moa.card import hub_name
 from moa.experts.bank import ExpertBank
 from moa.files import peft as peft_io
+from moa.files.peft_config import is_target, rename_config, site_scaling
 from moa.files.spelling import match_spelling, plain
 from moa.merging.core import Factors
 
@@ -36,7 +37,7 @@ class Expert:
     ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
         """(A, scaling * B): the product B A is the expert's update, all scale folded in."""
         lora_a, lora_b = self.read(site)
-        return lora_a.to(dtype), lora_b.to(dtype) * peft_io.site_scaling(self.config, site)
+        return lora_a.to(dtype), lora_b.to(dtype) * site_scaling(self.config, site)
 
 
 def expert_from_folder(path: str | Path, name: str | None = None) -> Expert:
@@ -72,7 +73,7 @@ def rename_sites(expert: Expert, names: Mapping[str, str]) -> Expert:
         )
     return replace(
         expert,
-        config=peft_io.rename_config(expert.config, names),
+        config=rename_config(expert.config, names),
         ranks={name: expert.ranks[site] for name, site in own.items()},
         shapes={name: expert.shapes[site] for name, site in own.items()},
         read=lambda name: expert.read(own[name]),
@@ -208,7 +209,7 @@ def check_experts(experts: Sequence[Expert]) -> None:
         if len(set(shapes.values())) > 1:
             raise ValueError(f"adapters: they belong to different bases: {site} is {shapes}")
         for expert in experts:
-            if site not in expert.ranks and peft_io.is_target(expert.config, site):
+            if site not in expert.ranks and is_target(expert.config, site):
                 raise ValueError(
                     f"adapters: {expert.name} lacks {site}, which its target_modules name and "
                     f"{next(iter(shapes))} has; its file is incomplete"

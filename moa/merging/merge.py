@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa.files import peft as peft_io
+from moa.files.peft_config import site_scaling
 from moa.merging.adapters import Expert, factors_of
 from moa.merging.core import (
     CoreUpdates,
@@ -217,7 +217,7 @@ def factor_stacks(job: Job, site: str, factors: list[Factors | None]) -> tuple[S
             f"space: factor needs one rank for all experts, and {site} has {ranks}; use core"
         )
     present = [f for f in factors if f is not None]
-    scales = [peft_io.site_scaling(expert.config, site) ** 0.5 for expert in job.experts]
+    scales = [site_scaling(expert.config, site) ** 0.5 for expert in job.experts]
     a = torch.stack([f[0] * s for f, s in zip(present, scales, strict=True)])
     b = torch.stack([f[1] / s for f, s in zip(present, scales, strict=True)])
     return stack_of(matrices=a, **about), stack_of(matrices=b, **about)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa.files.peft import site_scaling
+from moa.files.peft_config import site_scaling
 from moa.merging.adapters import Expert, all_sites
 
 GATES = "gates"

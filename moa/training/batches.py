@@ -7,10 +7,8 @@ gradient, are the same for any number of processes, workers and micro-batches.
 
 import math
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -25,6 +23,14 @@ from moa.config import TrainConfig
 from moa.training.signals import leave_to_parent
 
 Collated = tuple[Batch | None, list[BadSampleError]]
+DIED = (
+    "a process that loads data died ({}): often for want of memory, which fewer data.num_workers need "
+    "less of; data.num_workers=0 loads in the training process, and shows an error of its own"
+)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot continue; the message names the step, the rank and the samples where it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +105,14 @@ def training_loader(
         )
     )
     for _ in starts:
-        yield [next(micro_batches) for _ in range(layout.accumulation)]
+        try:
+            step = [next(micro_batches) for _ in range(layout.accumulation)]
+        except (OSError, EOFError) as error:
+            # a worker's own error names the worker; without a name its connection broke
+            if not num_workers or "in DataLoader worker process" in str(error):
+                raise
+            raise TrainingError(DIED.format(error)) from error
+        yield step
 
 
 @dataclass(frozen=True)
@@ -136,27 +149,10 @@ def make_loader(
 
 
 def dead_worker(error: Exception) -> str | None:
-    """What to tell of a data worker that died, if that is what `error` comes from.
-
-    Torch raises a RuntimeError wherever the main thread is when it hears of the death. The loss of the
-    connection may be noticed before, where the loader takes a batch from its workers.
-    """
-    frames = (frame for frame, _ in walk_tb(error.__traceback__))
-    receiving = any(frame.f_code.co_name == "_try_get_data" for frame in frames)
-    if receiving and isinstance(error, OSError | EOFError):
-        try:
-            time.sleep(5)
-        except RuntimeError as heard:  # here it harms nothing, and knows more
-            error = heard
+    """What to print of a data worker that died, if `error` is its death: torch raises that as a
+    RuntimeError wherever the main thread is at that moment."""
     found = re.search(r"DataLoader (worker \(pid.*)", str(error))
-    if found is None and not (receiving and isinstance(error, OSError | EOFError)):
-        return None
-    what = found[1].strip(" .") if found else error
-    return (
-        f"a process that loads data died ({what}): often for want of memory, which fewer "
-        "data.num_workers need less of; data.num_workers=0 loads in the training process, "
-        "and shows an error of its own"
-    )
+    return DIED.format(found[1].strip(" .")) if found else None
 
 
 class Rows(Dataset):

@@ -24,8 +24,8 @@ from moa.evaluation.settings import check_gates, check_sources
 from moa.training.batches import make_layout
 from moa.training.distributed import zero
 from moa.training.distributed.strategy import asked_for, check_sharding, is_zero_3, kind_of, whole
-from moa.training.loop import Run
 from moa.training.report import Reporter, mixture_table, start_trackers
+from moa.training.run import Run
 from moa.training.run_folder import begin, claim, on_main, stages_begun
 from moa.training.stages import check_starts
 

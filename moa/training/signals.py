@@ -22,6 +22,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
+    def is_set(self) -> bool:
+        return self.signal is not None
+
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         """Inside, the signals set the flag; for the main thread, where Python handles signals."""

@@ -17,7 +17,8 @@ from data.batch import Batch
 from moa.build import check_adapter
 from moa.checkpoint import CONFIG, load_strictly, load_tensors, step_folder, verify
 from moa.config import RunConfig, StageConfig, load_config
-from moa.files.peft import read_header, read_tensors, site_scaling
+from moa.files.peft import read_header, read_tensors
+from moa.files.peft_config import site_scaling
 from moa.model import MixtureModel
 from moa.parts import PARTS, Parameters, trained_parts
 from moa.routing.gating import one_hot_gates

@@ -1,9 +1,9 @@
-"""What one optimiser step computes: its loss, its figures, and what stops it.
+"""One optimiser step: forward, backward, check, clip, update.
 
     loss = sum over the step's samples on all processes / their number + weighted losses on gates
 
 Sums and counts are reduced over processes, never means: micro-batches may differ in size where bad
-samples were left out.
+samples were left out. A step needs no run folder and no log, so that other loops can call `train_step`.
 """
 
 import math
@@ -14,24 +14,145 @@ from typing import get_args
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from data.batch import Batch
-from data.checks import BadSampleError, Rule, name_of
+from data.checks import BadSampleError, Rule
 from data.collate import IGNORED
-from data.sample import Sample
+from moa.config import LossConfig, StageConfig, TrainConfig
 from moa.model import MixtureModel, MixtureOutput
 from moa.parts import Parameters
-from moa.routing.losses import AUX
-from moa.training.batches import Collated
-from moa.training.optimizer import names_of
+from moa.routing.losses import weights_at
+from moa.training.batches import Collated, TrainingError
+from moa.training.distributed.strategy import Strategy
+from moa.training.metrics import Metrics, non_finite
+from moa.training.optimizer import names_of, rate_factor, set_rates
+from moa.training.stages import stage_gates
 
 RULES: tuple[str, ...] = get_args(Rule)
+MAX_OVERFLOWS = 50  # fp16: in a row; the loss scale halves at each, and would be gone
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, on which rank, for which samples."""
+@dataclass(kw_only=True)
+class Trainer:
+    """What a stage trains, and how."""
+
+    model: MixtureModel
+    accelerator: Accelerator
+    strategy: (
+        Strategy | None
+    )  # the optimiser, and the model on its processes; None: means are learned
+    groups: dict[str, Parameters]  # what the optimiser moves, by part
+    stage: StageConfig
+    losses: LossConfig
+    train: TrainConfig
+    tasks: Sequence[str]  # that metrics are reported by
+    sources: Sequence[str]
+    overflows: int = 0  # fp16: steps in a row that the loss scale skipped
+
+    def close(self) -> None:
+        if self.strategy is not None:
+            self.strategy.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step computed; alike on all processes."""
+
+    metrics: dict[str, float]
+    problem: str | None  # what was not finite; nothing was updated then
+    rejected: Counter[str]  # samples that were left out, by rule
+    stopping: bool  # one of the processes was asked to stop
+
+
+def train_step(
+    trainer: Trainer,
+    micro_batches: Sequence[Collated],
+    step: int,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    extra_loss: Callable[[], Tensor] | None = None,
+) -> StepResult:
+    """Step 1, 2, ... of a stage; every process calls it with its own micro-batches.
+
+    `extra_loss()` is added to the loss of the step, such as a proximal term of the parameters. `stop` is called once,
+    after backward: a signal that arrives until then ends the run with this step.
+    """
+    accelerator, strategy = trainer.accelerator, trainer.strategy
+    counts = count_step(micro_batches, accelerator)
+    batches = [batch for batch, _ in micro_batches if batch is not None]
+    names = trainer.model.bank.names
+    metrics = Metrics(names, trainer.tasks, trainer.sources, accelerator.device)
+    if strategy is None:
+        values, problem = learn_means(trainer, batches, metrics, stop)
+    else:
+        rates = set_rates(strategy.optimizer, rate_factor(trainer.stage, step))
+        forward_backward(trainer, strategy, batches, counts, metrics, step, extra_loss)
+        values = metrics.reduced(accelerator, stop=stop())
+        grad_norm, problem = check_and_update(trainer, strategy, metrics, step)
+        values |= {"grad_norm": grad_norm} | {f"lr/{name}": rate for name, rate in rates.items()}
+    return StepResult(
+        metrics=values,
+        problem=problem,
+        rejected=counts.rejected,
+        stopping=metrics.num_stopping > 0,
+    )
+
+
+def forward_backward(
+    trainer: Trainer,
+    strategy: Strategy,
+    batches: Sequence[Batch],
+    counts: "Counts",
+    metrics: Metrics,
+    step: int,
+    extra_loss: Callable[[], Tensor] | None,
+) -> None:
+    weights = weights_at(trainer.losses, (step - 1) / max(trainer.stage.steps - 1, 1))
+    for number, batch in enumerate(batches, start=1):
+        last = number == len(batches)  # gradients are exchanged once, with the last
+        batch = batch.to(trainer.accelerator.device, non_blocking=True)
+        with strategy.accumulating(last):
+            gates = stage_gates(trainer.model, batch, trainer.stage.kind)
+            output = strategy.forward(batch, gates)
+            loss = objective(output, counts, weights, trainer.losses.reduction)
+            if extra_loss is not None:
+                loss = loss + extra_loss() * len(batch) / counts.samples
+            # gradients are averaged over processes; the shares are to be added up
+            strategy.backward(loss * trainer.accelerator.num_processes, last)
+        metrics.add(batch, output)
+
+
+def check_and_update(
+    trainer: Trainer, strategy: Strategy, metrics: Metrics, step: int
+) -> tuple[float, str | None]:
+    """The gradient's norm before clipping, and what is not finite; nothing is updated then."""
+    accelerator, train = trainer.accelerator, trainer.train
+    scaled = train.precision == "fp16"  # its scaler skips a step that overflows
+    if problem := non_finite(metrics, 0.0, accelerator):
+        strategy.discard()
+        return math.nan, problem
+    if step == 1:
+        stop_at_nan = train.on_non_finite == "stop" and not scaled
+        check_gradients(trainer.groups, strategy.gradient, finite=stop_at_nan)
+    trained = [p for parameters in trainer.groups.values() for p in parameters.values()]
+    grad_norm = strategy.clip(trained, train.clip_norm)
+    if problem := non_finite(metrics, 0.0 if scaled else grad_norm, accelerator):
+        strategy.discard()
+        return math.nan, problem
+    strategy.update()
+    watch_overflows(trainer)
+    return (grad_norm if math.isfinite(grad_norm) else -1.0), None
+
+
+def watch_overflows(trainer: Trainer) -> None:
+    skipped = trainer.accelerator.optimizer_step_was_skipped
+    trainer.overflows = trainer.overflows + 1 if skipped else 0
+    if trainer.overflows > MAX_OVERFLOWS:
+        raise TrainingError(
+            f"fp16 gradients overflowed {trainer.overflows} times in a row; choose "
+            "train.precision=bf16 or fp32, or a lower learning rate"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +176,14 @@ def count_step(micro_batches: Sequence[Collated], accelerator: Accelerator) -> C
     return Counts(samples=total[0], tokens=total[1], rejected=Counter(counts))
 
 
-def refuse_bad_samples(micro_batches: Sequence[Collated], policy: str, step: int) -> None:
+def refuse_bad_samples(micro_batches: Sequence[Collated], policy: str) -> None:
     """Stop at a bad sample where the config says so, and where a micro-batch has no other."""
     for batch, errors in micro_batches:
         if errors and policy == "error":
             hint = "data.on_bad_sample=skip leaves such samples out, and counts them"
             raise BadSampleError(errors[0].where, errors[0].rule, f"{errors[0].detail} ({hint})")
         if batch is None:
-            raise TrainingError(f"step {step}: every sample of a micro-batch is bad: {errors[0]}")
+            raise TrainingError(f"every sample of a micro-batch is bad: {errors[0]}")
 
 
 def objective(
@@ -76,92 +197,6 @@ def objective(
     share = len(output.loss_per_sample) / counts.samples
     used = {name: weight for name, weight in weights.items() if weight and name in output.aux}
     return language + share * sum(weight * output.aux[name] for name, weight in used.items())
-
-
-class Figures:
-    """Sums over samples by task and by source, in tensors that one reduction adds up over processes."""
-
-    COLUMNS = ("samples", "loss", "tokens", "entropy")  # then a gate per expert
-
-    def __init__(
-        self,
-        experts: Sequence[str],
-        tasks: Sequence[str],
-        sources: Sequence[str],
-        device: torch.device,
-    ):
-        self.experts, self.tasks, self.sources = experts, tasks, sources
-        self.table = torch.zeros(len(tasks), len(self.COLUMNS) + len(experts), device=device)
-        self.by_source = torch.zeros(len(sources), 2, device=device)  # samples, loss
-        self.rest = torch.zeros(3 + len(AUX), device=device)  # tokens, non-finite, stop, aux
-        self.num_broken = self.num_stopping = 0.0  # losses that are not finite; processes
-        self.aux: list[str] = []
-        self.seen: list[tuple[list[Sample], Tensor]] = []
-
-    @torch.no_grad()
-    def add(self, batch: Batch, output: MixtureOutput) -> None:
-        loss, gates = output.loss_per_sample.float(), output.gates.float().mean(1)
-        shares = gates / gates.sum(-1, keepdim=True).clamp(min=1e-9)
-        entropy = torch.special.entr(shares).sum(-1)
-        columns = torch.stack([torch.ones_like(loss), loss, output.num_tokens.float(), entropy], 1)
-        # by the samples' own tasks: task_ids do not tell them where the task is withheld
-        rows = torch.tensor([self.tasks.index(s.task) for s in batch.samples], device=loss.device)
-        self.table.index_add_(0, rows, torch.cat([columns, gates], 1))
-        rows = torch.tensor([self.sources.index(s.source) for s in batch.samples])
-        self.by_source.index_add_(0, rows.to(loss.device), columns[:, :2])
-        self.rest[0] += batch.attention_mask.sum()
-        self.rest[1] += (~torch.isfinite(loss)).sum()
-        self.aux = list(output.aux)
-        for name, value in output.aux.items():
-            self.rest[3 + AUX.index(name)] += value * len(batch)
-        self.seen.append((batch.samples, loss))
-
-    def reduced(self, accelerator: Accelerator, stop: bool) -> dict[str, float]:
-        """Means by task, by source and over all samples of all processes; every process calls it.
-
-        Whether this one was asked to `stop` travels with the figures.
-        """
-        self.rest[2] = float(stop)
-        parts = [self.table.flatten(), self.by_source.flatten(), self.rest]
-        total = accelerator.reduce(torch.cat(parts), "sum").double().cpu()
-        flat, by_source, rest = total.split([part.numel() for part in parts])
-        table = flat.view_as(self.table)
-        read, self.num_broken, self.num_stopping, *aux = rest.tolist()
-        count, loss, tokens, entropy = table.sum(0)[: len(self.COLUMNS)].tolist()
-        figures = {"loss": loss / count, "entropy": entropy / count, "samples": count,
-                   "tokens_read": read, "tokens_answer": tokens}  # fmt: skip
-        for task, row in zip(self.tasks, table.tolist(), strict=True):
-            if row[0]:
-                figures[f"loss/{task}"] = row[1] / row[0]
-                gates = zip(self.experts, row[len(self.COLUMNS) :], strict=True)
-                figures |= {f"gates/{task}/{expert}": gate / row[0] for expert, gate in gates}
-        for source, (number, total_loss) in zip(
-            self.sources, by_source.view(-1, 2).tolist(), strict=True
-        ):
-            if number:
-                figures |= {f"source_loss/{source}": total_loss / number}
-        names = [name for name in AUX if name in self.aux]
-        return figures | {f"aux/{name}": aux[AUX.index(name)] / count for name in names}
-
-    def suspects(self, all_samples: bool) -> list[str]:
-        """This process's samples whose loss is not finite, or all that it read."""
-        return [
-            name_of(sample)
-            for samples, loss in self.seen
-            for sample, value in zip(samples, loss.tolist(), strict=True)
-            if all_samples or not math.isfinite(value)
-        ]
-
-
-def non_finite(figures: Figures, grad_norm: float, accelerator: Accelerator) -> str | None:
-    """What is not finite, with the ranks and their samples; every process must call it."""
-    bad_loss = figures.num_broken > 0
-    if not bad_loss and math.isfinite(grad_norm):
-        return None
-    found = gather_object([(accelerator.process_index, figures.suspects(not bad_loss))])
-    ranks = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in found if names)
-    what = "the loss is" if bad_loss else f"the norm of the gradient is {grad_norm},"
-    return f"{what} not finite; nothing was updated. Samples: {ranks}"
 
 
 def check_gradients(
@@ -188,14 +223,15 @@ def check_gradients(
 
 
 @torch.no_grad()
-def update_anchors(
-    model: MixtureModel, batches: Sequence[Batch], accelerator: Accelerator
-) -> dict[str, Tensor]:
-    """Add the step's samples to the anchors; every process ends with those of all.
+def learn_means(
+    trainer: Trainer, batches: Sequence[Batch], metrics: Metrics, stop: Callable[[], bool]
+) -> tuple[dict[str, float], str | None]:
+    """Without gradients: add the samples to the anchors, then measure what the gates now are.
 
-    Returns the anchors as they were before.
+    Every process ends with the anchors of all; where a loss is not finite, they are put back.
     """
-    assert model.router is not None  # kind anchors
+    model, accelerator = trainer.model, trainer.accelerator
+    assert model.router is not None  # of a kind that learns by means
     buffers = dict(model.router.named_buffers())
     before = {name: buffer.clone() for name, buffer in buffers.items()}
     for batch in batches:
@@ -204,11 +240,12 @@ def update_anchors(
         for name, buffer in buffers.items():
             added = accelerator.reduce(buffer - before[name], "sum")
             buffer.copy_(before[name] + added)
-    return before
-
-
-@torch.no_grad()
-def restore_anchors(model: MixtureModel, before: Mapping[str, Tensor]) -> None:
-    assert model.router is not None  # kind anchors
-    for name, buffer in model.router.named_buffers():
-        buffer.copy_(before[name])
+    for batch in batches:
+        batch = batch.to(accelerator.device)
+        metrics.add(batch, model(batch))
+    values = metrics.reduced(accelerator, stop=stop())
+    problem = non_finite(metrics, 0.0, accelerator)
+    if problem is not None:
+        for name, buffer in buffers.items():
+            buffer.copy_(before[name])
+    return values | {"grad_norm": 0.0}, problem

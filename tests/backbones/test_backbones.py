@@ -33,11 +33,11 @@ from moa.merging.merge import merge
 from moa.model import LanguageMixture, MixtureModel
 from moa.parts import PARTS
 from moa.routing.router import Router
-from moa.training.loop import train
 from moa.training.setup import make_accelerator, open_run
 from tests.support.families import NAMES, tiny_family
 from tests.support.tiny import random_image
 from tests.support.toy import toy_config
+from train import train
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 each_family = pytest.mark.parametrize("name", NAMES)

@@ -8,11 +8,11 @@ from accelerate.state import AcceleratorState
 from moa.config import RunConfig, load_config
 from moa.planning.batch import Lengths
 from moa.planning.plan import FakeRun
-from moa.training.loop import train
 from moa.training.setup import make_accelerator, open_run
 from tests.planning.test_plan import real_step
 from tests.support.families import tiny_family
 from tests.support.toy import read_log, toy_rows, write_rows
+from train import train
 
 FAMILY = {"llava_1_5_7b": "llava", "qwen2_5_vl_3b": "qwen2_5_vl"}  # config -> model class
 

@@ -392,9 +392,9 @@ def test_every_format_trains_a_step_and_is_scored(tmp_path):
     from moa.config import load_config
     from moa.evaluation.settings import with_eval
     from moa.evaluation.sources import score_sources
-    from moa.training.loop import train
     from moa.training.setup import make_accelerator, open_run
     from tests.support.toy import toy_world
+    from train import train
 
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(all_formats(tmp_path, toy_world(tmp_path))))
     config = load_config(tmp_path / "run.yaml")

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moa.experts.bank import ExpertBank
-from moa.files.peft import read_expert, save_expert, site_keys, site_rank, site_scaling
+from moa.files.peft import read_expert, save_expert, site_keys
+from moa.files.peft_config import site_rank, site_scaling
 from tests.support.banks import LANGUAGE, SITE, fill, inputs, make_bank
 from tests.support.tiny import tiny_llava
 

@@ -13,14 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from moa.files import peft as peft_io
+from moa.files import peft_config
 from moa.files.peft import (
     read_expert,
     save_expert,
     site_keys,
-    site_rank,
-    site_scaling,
     write_expert,
 )  # fmt: skip
+from moa.files.peft_config import site_rank, site_scaling
 from tests.support.tiny import tiny_llava
 
 SITES = ["model.language_model.layers.0.self_attn.q_proj", "model.multi_modal_projector.linear_1"]
@@ -130,7 +130,7 @@ def test_an_alpha_that_the_config_lacks_is_pefts_default():
     ],
 )
 def test_a_site_is_promised_where_the_targets_alone_decide(settings, expected):
-    assert peft_io.is_target(settings, "m.layers.1.q") is expected
+    assert peft_config.is_target(settings, "m.layers.1.q") is expected
 
 
 def test_values_are_finite_one_by_one_and_not_by_their_sum():
@@ -388,7 +388,7 @@ def test_the_bases_fingerprint_is_stored_where_peft_does_not_mind_it(tmp_path):
 @limits(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.dictionaries(
-        st.sampled_from([*peft_io.SETTINGS, "use_dora", "other"]),
+        st.sampled_from([*peft_config.SETTINGS, "use_dora", "other"]),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
             lambda inner: (

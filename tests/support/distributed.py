@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from moa.config import RunConfig, load_config
-from moa.training.loop import train
 from moa.training.setup import make_accelerator, open_run
 from tests.training.test_non_finite import spoil
+from train import train
 
 
 def run_one(config: RunConfig, *, resume: bool = False) -> None:

@@ -20,7 +20,6 @@ import eval as eval_script
 from moa.checkpoint import load_model, step_folder
 from moa.config import load_config
 from moa.contrastive import not_negatives, sigmoid_loss, softmax_loss
-from moa.training.loop import train
 from moa.training.setup import make_accelerator, open_run
 from scripts.merge import main as merge
 from tests import ROOT
@@ -35,6 +34,7 @@ from tests.support.tiny_clip import (
     pair,
     save_tiny,
 )
+from train import train
 
 UNIFORM = "weights={photos: 0.333333333, drawings: 0.333333333, maps: 0.333333334}"
 

@@ -20,7 +20,8 @@ import train as train_script
 from moa.checkpoint import pointed, verify
 from moa.config import RunConfig
 from moa.files.atomic import atomic_folder, remove_folder, write_file
-from moa.training import loop
+from moa.training import run as run_module
+from moa.training import step as step_module
 from moa.training.batches import dead_worker
 from moa.training.signals import EXIT_STATUS, STOPPING, StopRequest, leave_to_parent
 from tests import crash_trials
@@ -81,14 +82,14 @@ def test_a_data_worker_outlives_signals_to_the_group_but_not_its_parents():
 
 def signal_in_forward(monkeypatch, step: int) -> None:
     """SIGTERM comes when the forward pass of `step` is done, and the backward pass is not."""
-    calls, objective = count(1), loop.objective
+    calls, objective = count(1), step_module.objective
 
     def struck(*arguments):
         if next(calls) == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return objective(*arguments)
 
-    monkeypatch.setattr(loop, "objective", struck)
+    monkeypatch.setattr(step_module, "objective", struck)
 
 
 def main(config: RunConfig, world: Path, monkeypatch, *flags: str) -> int | str | None:
@@ -248,7 +249,7 @@ def test_a_full_disk_ends_train_py_with_one_message_that_names_the_last_checkpoi
     world, tmp_path, monkeypatch
 ):
     config = toy_config(world, out=str(tmp_path / "run"), **SHORT)
-    save, saves = loop.save_checkpoint, count(1)
+    save, saves = run_module.save_checkpoint, count(1)
 
     def full(*arguments):
         limit = (100 if next(saves) == 2 else resource.RLIM_INFINITY, resource.RLIM_INFINITY)
@@ -258,7 +259,7 @@ def test_a_full_disk_ends_train_py_with_one_message_that_names_the_last_checkpoi
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
-    monkeypatch.setattr(loop, "save_checkpoint", full)
+    monkeypatch.setattr(run_module, "save_checkpoint", full)
     error, hint = str(main(config, world, monkeypatch)).splitlines()
     assert error.startswith("error: [Errno 27] checkpoint step-000004 not written; the checkpoint")
     last = tmp_path / "run" / "checkpoints" / "step-000002"

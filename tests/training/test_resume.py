@@ -11,11 +11,11 @@ import torch
 
 from moa.checkpoint import load_model
 from moa.config import RunConfig, load_config
-from moa.training.loop import train
 from moa.training.setup import changed_launch, make_accelerator, open_run
 from tests.support.ranks import run_ranks
 from tests.support.toy import toy_config
 from tests.test_train import run_once, steps_of
+from train import train
 
 # no draws: they belong to a process; and losses that are sums over samples
 CHANGES = {"router__modality_dropout": 0, "losses__load_balancing": 0, "train__save_every": 1,

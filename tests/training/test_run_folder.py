@@ -14,11 +14,11 @@ from accelerate.state import AcceleratorState
 from data.checks import BadSampleError
 from moa.checkpoint import load_model, pointed
 from moa.config import RunConfig, load_config
-from moa.training.loop import train
 from moa.training.run_folder import held, lock
 from moa.training.setup import make_accelerator, open_run
 from tests.support.tiny import random_image
 from tests.support.toy import toy_config, write_rows
+from train import train
 
 SHORT = {"data__validation": {}, "stages": {"experts": {"steps": 1}}}
 

@@ -25,7 +25,7 @@ from moa.checkpoint import (
 )
 from moa.config import load_config
 from moa.files.atomic import atomic_folder, write_file, write_json
-from moa.files.peft import CONFIG_FILE
+from moa.files.peft_config import CONFIG_FILE
 from moa.merging.export.folder import check_out
 from moa.parts import PARTS
 

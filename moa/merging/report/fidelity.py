@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa.files import peft as peft_io
+from moa.files.peft_config import site_scaling
 from moa.merging.adapters import Expert, all_sites, factors_of
 from moa.merging.core import CoreUpdates, Factors, to_core
 from moa.merging.merge import MergedSite
@@ -113,7 +113,7 @@ def site_cross_terms(
     """`cross_terms` as PEFT's `linear` has them, the root of the scale in both factors; None where the ranks differ."""
     if len({expert.ranks.get(site) for expert in experts}) > 1:
         return None
-    roots = [peft_io.site_scaling(expert.config, site) ** 0.5 for expert in experts]
+    roots = [site_scaling(expert.config, site) ** 0.5 for expert in experts]
     pairs = [(f[0] * r, f[1] / r) for f, r in zip(factors, roots, strict=True) if f is not None]
     return cross_terms(pairs, weights)
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from moa.build import DTYPES
 from moa.config import TrainConfig
-from moa.training.batches import Layout
-from moa.training.step import TrainingError
+from moa.training.batches import Layout, TrainingError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
