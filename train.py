@@ -66,9 +66,9 @@ def main() -> None:
         sys.exit(f"error: {error}\n{run.resume_hint()}")
     accelerator.end_training()
     if not run.done:
-        run.reporter.say(f"\nstopped by {run.stop} after step {run.step}: {run.resume_hint()}")
+        run.reporter.print(f"\nstopped by {run.stop} after step {run.step}: {run.resume_hint()}")
         sys.exit(EXIT_STATUS)
-    run.reporter.say(f"\ndone: {run.step} steps in {run.folder}")
+    run.reporter.print(f"\ndone: {run.step} steps in {run.folder}")
 
 
 def parse_arguments() -> argparse.Namespace:

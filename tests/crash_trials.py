@@ -225,7 +225,7 @@ def wrong_end(kind: str, exitcode: int | None, out: Path, said: str) -> str:
     # Python tells of what torch's handler of SIGCHLD raised in a callback, and goes on
     ended_by = said.count("Traceback") - said.count("Exception ignored in")
     clear = ended_by == 0 and said.count("\nerror: ") == (kind in ("disk", "worker"))
-    hint = kind == "kill" or "the same command with --resume goes on from" in said
+    hint = kind == "kill" or "the same command with --resume continues from" in said
     saved = kind != "term" or pointed(out, "last") == f"step-{read_log(out)[-1]['step']:06d}"
     right = exitcode == status and message in said and clear and hint and saved
     return "" if right else f"exit status {exitcode}: {said[-1000:]}"

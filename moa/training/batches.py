@@ -74,8 +74,8 @@ class Collate:
         self.collator = collator
 
     def __call__(self, items: list[Sample | BadSampleError]) -> Collated:
-        """The samples leave their pictures behind: nobody looks at them any more, and to send them
-        through a worker's pipe, while the step waits, takes longer than all else."""
+        """The samples lose their images: nothing reads them any more, and sending them through a
+        worker's pipe, while the step waits, would take longer than all the rest."""
         batch, rejected = self.collator.split(items)
         if batch is not None:
             batch = replace(batch, samples=[replace(s, image=None) for s in batch.samples])

@@ -1,6 +1,6 @@
-"""What a run says: console lines, a progress bar, log.jsonl, and Accelerate's trackers.
+"""What a run prints and logs: console lines, a progress bar, log.jsonl, and Accelerate's trackers.
 
-A line of log.jsonl is flat: `step`, `stage`, and figures named `loss/<task>`, `gates/<task>/<expert>`,
+A line of log.jsonl is flat: `step`, `stage`, and metrics named `loss/<task>`, `gates/<task>/<expert>`,
 `source_loss/<source>`, `aux/<loss>`, `lr/<group>`, `validation/<source>`. The main process alone writes.
 """
 
@@ -56,17 +56,17 @@ class Reporter:
         if self.file is not None:
             self.file.close()
 
-    def say(self, what: Any) -> None:
+    def print(self, what: Any) -> None:
         self.console.print(what)
 
     def record(self, line: dict[str, Any]) -> None:
-        """One line to log.jsonl and its figures to the trackers."""
+        """One line to log.jsonl and its metrics to the trackers."""
         if not self.main:
             return
         self.append(json.dumps(line) + "\n")
         if self.config.logging.trackers:
-            figures = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
-            self.accelerator.log(figures, step=line["step"])
+            metrics = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+            self.accelerator.log(metrics, step=line["step"])
 
     def append(self, text: str) -> None:
         data = text.encode()
@@ -79,7 +79,7 @@ class Reporter:
     def left_out(self, header: dict[str, Any], problem: str, count: int) -> None:
         """A step that updated nothing: a line without a loss."""
         self.record(header | {"not_finite": problem, "non_finite_steps": count})
-        self.say(f"{header['stage']} {header['step']}  {problem}")
+        self.print(f"{header['stage']} {header['step']}  {problem}")
 
     def step(self, line: dict[str, Any]) -> None:
         self.record(line)
@@ -89,7 +89,7 @@ class Reporter:
             text = f"loss {line['loss']:.3f}"
             self.bar.update(self.task, completed=line["step"], description=line["stage"], loss=text)
         if line["step"] % self.config.logging.every == 0:
-            self.say(step_text(line))
+            self.print(step_text(line))
 
     def waiting(self) -> str:
         share = self.waited / max(self.seconds, 1e-9)
@@ -100,7 +100,7 @@ class Reporter:
     def validation(self, line: dict[str, Any]) -> None:
         self.record(line)
         sources = "  ".join(f"{k[11:]} {v:.3f}" for k, v in line.items() if "/" in k)
-        self.say(
+        self.print(
             f"{line['stage']} {line['step']}  validation {line['validation']:.4f}  ({sources})"
         )
 
@@ -155,7 +155,7 @@ def mixture_table(mixture: Mixture, draws: int) -> Table:
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    """wandb works without an account: it writes offline unless the environment says otherwise."""
+    """Without a key in the environment wandb writes offline, so that it works without an account."""
     if "wandb" in config.logging.trackers and "WANDB_API_KEY" not in os.environ:
         os.environ.setdefault("WANDB_MODE", "offline")
     settings = flatten(yaml.safe_load(to_yaml(config)))

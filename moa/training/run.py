@@ -104,17 +104,17 @@ class Run:
             with whole(self.model, config, write=True):
                 lines = start_weights(self.model, config, stage)
             for line in lines:
-                self.reporter.say(f"starts with {line}")
+                self.reporter.print(f"starts with {line}")
         place(accelerator, self.model)
         if self.step == 0 and not is_zero_3(accelerator):  # whose weights are in pieces
             sources = self.mixture.sources
             for line in import_lines(self.model, config, sources, self.collator, accelerator):
-                self.reporter.say(line)
+                self.reporter.print(line)
         groups = set_trainable(self.model, parameter_groups(self.model, config), stage)
         done = f", {self.stage_step} of them done" if self.stage_step else ""
         named = f", drawn from {', '.join(stage.sources)}" if stage.sources else ""
-        self.reporter.say(f"\nstage {stage.name}: {stage.steps} steps{done}{named}")
-        self.reporter.say(parameter_table(self.model, groups, stage.lr))
+        self.reporter.print(f"\nstage {stage.name}: {stage.steps} steps{done}{named}")
+        self.reporter.print(parameter_table(self.model, groups, stage.lr))
         strategy = None
         if groups:
             optimizer = make_optimizer(self.model, groups, stage.lr, config.train)
@@ -168,7 +168,7 @@ class Run:
     @contextmanager
     def reporting(self) -> Iterator[None]:
         """The log is open inside. Errors of training get the step that they belong to."""
-        say = self.reporter.say
+        show = self.reporter.print
         self.reporter.start(self.step, sum(s.steps for s in self.config.stages.values()))
         try:
             yield
@@ -179,11 +179,11 @@ class Run:
             raise TrainingError(f"step {self.step}: {died or error}") from error
         finally:
             self.reporter.close()
-        say(self.reporter.waiting())
+        show(self.reporter.waiting())
         if self.skipped:
-            say(f"left out: {count_rules(self.skipped)}")
+            show(f"left out: {count_rules(self.skipped)}")
         if self.non_finite_steps:
-            say(f"not updated at {self.non_finite_steps} steps: loss or gradient not finite")
+            show(f"not updated at {self.non_finite_steps} steps: loss or gradient not finite")
 
     def log(self, result: StepResult) -> None:
         """One line of a step, also of one that updated nothing; TrainingError where that stops the run."""
@@ -278,4 +278,4 @@ class Run:
     def resume_hint(self) -> str:
         last = pointed(self.folder, "last")
         start = self.folder / "checkpoints" / last if last else "the start: nothing was saved yet"
-        return f"the same command with --resume goes on from {start}"
+        return f"the same command with --resume continues from {start}"

@@ -1,6 +1,6 @@
 """The folder of a run: locked while one trains, cleared only once the next run could begin.
 
-    claim   lock it; refuse a folder that holds a run; find the step folder to go on from
+    claim   lock it; refuse a folder that holds a run; find the step folder to continue from
     begin   when model and data are open: remove the old run, write config, versions and data.json
 
 Only the main process looks and writes; `on_main` lets the others have its answer or its error.
@@ -71,7 +71,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def claim(config: RunConfig, *, resume: bool, overwrite: bool) -> str | None:
-    """Lock the folder; the step folder to go on from, or None for a start."""
+    """Lock the folder; the step folder to continue from, or None for a start."""
     run = Path(config.out)
     lock(run)
     if not resume:

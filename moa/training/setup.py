@@ -34,7 +34,7 @@ SETTLED = ("rank", "alpha", "use_rslora")  # of an expert, where its config leav
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Accelerate as the launch file asks for it; processes without a GPU talk over gloo.
+    """Accelerate as the launch file sets it; processes without a GPU communicate over gloo.
 
     Raises ValueError where the launch file contradicts the run's settings.
     """
@@ -50,7 +50,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # alone, a backend would be a mistake
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
     return Accelerator(
-        # told of a CPU, Accelerate forgets DeepSpeed; not told, it forgets to join the gradients
+        # with cpu=True Accelerate drops DeepSpeed; without it, it does not reduce the gradients on CPUs
         cpu=on_cpu and not deepspeed,
         # DeepSpeed autocasts by itself
         mixed_precision="no" if deepspeed else MIXED[config.train.precision],
@@ -86,10 +86,9 @@ def open_run(
 ) -> tuple[Run, TrainState | None]:
     """A run at its start, or where its last checkpoint left it (`resume`, and there is one).
 
-    Raises ValueError for a folder that holds a run already, unless told to `resume` or to
-    `overwrite`; for a checkpoint with a missing file; for a resume with another config or data; and
-    for what a later stage or the evaluation would stumble over. Until all is checked, nothing of an
-    old run is removed.
+    Raises ValueError for a folder that holds a run already, without `resume` or `overwrite`; for a
+    checkpoint with a missing file; for a resume with another config or data; and for what a later
+    stage or the evaluation could not use. Nothing of an old run is removed until all is checked.
     """
     check_sharding(accelerator, config)
     if resume and os.path.isfile(os.path.join(config.out, CONFIG)):
@@ -129,16 +128,16 @@ def open_run(
             restore_model(model, step, config)
         state = load_train_state(step)
         run.restore(state.progress)
-        run.reporter.say(f"goes on from {step}")
+        run.reporter.print(f"continues from {step}")
         if line := changed_launch(state.progress, run.progress()):
-            run.reporter.say(line)
-    run.reporter.say(
+            run.reporter.print(line)
+    run.reporter.print(
         f"{accelerator.num_processes} x {accelerator.device.type}, "
         f"{kind_of(accelerator)}, {config.train.precision}: "
         f"steps of {run.layout.accumulation} x {run.layout.micro_batch_size} samples each"
     )
     for sources, number in draws(config).items():
-        run.reporter.say(mixture_table(run.mixture.only(sources), number))
+        run.reporter.print(mixture_table(run.mixture.only(sources), number))
     if config.logging.trackers:
         start_trackers(accelerator, config)
     return run, state
@@ -169,7 +168,7 @@ def check_evaluation(config: RunConfig) -> None:
 
 
 def changed_launch(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What a run keeps that goes on with other processes, or shares its model in another way."""
+    """What a run keeps that continues with other processes, or shards its model in another way."""
     launches = [(saved["num_processes"], saved["distributed"]) for saved in (before, now)]
     if launches[0] == launches[1]:
         return ""

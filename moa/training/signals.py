@@ -1,8 +1,8 @@
-"""Signals that ask a run to stop: it finishes the step under way, saves, and says how to go on.
+"""Signals that stop a run: it finishes the step under way, saves, and prints how to continue.
 
 SIGTERM and SIGUSR1 are what schedulers send before they take a machine away; SIGINT is Ctrl-C, and
-a second one stops at once. A handler sets a flag and no more. The loop adds up the flags of all
-processes with the step's figures, so that all of them stop after the same step.
+a second one stops at once. A handler only sets a flag. The loop adds up the flags of all processes
+with the step's metrics, so that all of them stop after the same step.
 """
 
 import signal
@@ -13,7 +13,7 @@ from types import FrameType
 from data.workers import end_with_parent
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: not done, and running it again goes on
+EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: not done; running it again continues
 
 
 class StopRequest:

@@ -263,5 +263,5 @@ def test_a_full_disk_ends_train_py_with_one_message_that_names_the_last_checkpoi
     error, hint = str(main(config, world, monkeypatch)).splitlines()
     assert error.startswith("error: [Errno 27] checkpoint step-000004 not written; the checkpoint")
     last = tmp_path / "run" / "checkpoints" / "step-000002"
-    assert hint == f"the same command with --resume goes on from {last}"
+    assert hint == f"the same command with --resume continues from {last}"
     verify(last)

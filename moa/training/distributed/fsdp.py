@@ -34,6 +34,7 @@ class Fsdp:
             return self.model(*inputs)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        # without it every micro-batch would reduce its gradients over the processes
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext()
 
@@ -88,21 +89,22 @@ def shard(model: nn.Module, backbone: nn.Module) -> None:
     names = plugin.transformer_cls_names_to_wrap or getattr(backbone, "_no_split_modules", None)
     options: dict[str, Any] = {"offload_policy": plugin.cpu_offload}
     for path, module in [*backbone.named_modules()]:
-        # a layer of a stack: nobody calls a part of it, as the router calls the embeddings
+        # A layer of a stack only. The router calls the embeddings by themselves, outside the forward of the
+        # module that would gather them, so they must stay in the outermost group.
         if path.rpartition(".")[2].isdigit() and type(module).__name__ in (names or ()):
             fully_shard(module, reshard_after_forward=plugin.reshard_after_forward, **options)
     fully_shard(model, **options)
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a forward without a backward has left whole."""
+    """Free what a forward without a backward (such as validation) has left whole."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; every process must ask for it."""
+    """The whole of a tensor; every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -120,6 +122,7 @@ def whole(model: nn.Module, parameters: Sequence[nn.Parameter], write: bool) -> 
     for module in model.modules():
         for key, shard in module._parameters.items():
             if shard is not None and id(shard) in chosen:
+                # the optimiser refers to the shard, which is put back in the end
                 copy = nn.Parameter(full(shard.detach()), shard.requires_grad)
                 swapped.append((module._parameters, key, shard, copy))
                 module._parameters[key] = copy

@@ -1,7 +1,7 @@
-"""How a stage's model lies on the processes: whole on each, or sharded by DeepSpeed or by FSDP2.
+"""How the processes hold a stage's model: whole on each, or sharded by DeepSpeed or by FSDP2.
 
-The launch file decides (configs/accelerate/), and the loop speaks to all of them in the same words.
-Losses are averaged over processes; tensors given and taken are whole, and every process must take part.
+The launch file decides (configs/accelerate/); the loop calls the same methods for all of them.
+Losses are averaged over processes. Tensors passed in and returned are whole, so every process must call.
 """
 
 import os
@@ -44,13 +44,16 @@ class Strategy(Protocol):
         """The whole gradient, exchanged; None where backward has left none."""
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """Clip to a norm of `limit` (0: do not); returns the norm that the gradient had."""
+        """Clip to a norm of `limit` (0: do not); returns the norm before.
+
+        DeepSpeed has already updated when this returns.
+        """
 
     def update(self) -> None:
-        """Step and forget the gradients; DeepSpeed has done both with `clip`."""
+        """Step and drop the gradients; DeepSpeed has done both with `clip`."""
 
     def discard(self) -> None:
-        """Forget the gradients, before or after `clip` found them not finite, and update nothing."""
+        """Drop the gradients, before or after `clip` found them not finite, and update nothing."""
 
     def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         """The optimiser's state by `name:kind`."""
@@ -61,7 +64,7 @@ class Strategy(Protocol):
         """Put back what `optimizer_tensors` gave."""
 
     def close(self) -> None:
-        """Let go of the model: the next stage trains other parameters."""
+        """Release the model: the next stage trains other parameters."""
 
 
 def is_zero(accelerator: Accelerator) -> bool:
@@ -127,8 +130,9 @@ def whole(
 ) -> AbstractContextManager[Any]:
     """Inside, what a checkpoint holds of the model is whole on every process.
 
-    What is written there stays where `write` says so; every process must write the same.
+    With `write`, values written inside are kept; every process must write the same ones.
     """
+    # A forward without a backward (validation) leaves gathered parameters, which are not DTensors.
     fsdp.reshard(model)
     parts = trained_parts(config).values()
     parameters = [p for part in parts for p in part.parameters(model).values()]

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO under the same loop: the few places where sharded training differs.
 
-Gradients, parameters and moments are sharded over processes there; each function gives or takes
+Gradients, parameters and moments are sharded over processes there. Each function takes or returns
 whole tensors, and every process must call it.
 """
 
@@ -54,8 +54,8 @@ class Zero:
         return safe_get_full_grad(parameter)
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """DeepSpeed clips and updates at once, and knows the norm afterwards; where this is not finite
-        it has updated nothing, and let the gradient go.
+        """DeepSpeed clips and updates in one call, and returns the norm afterwards. Where the norm is not
+        finite, it has updated nothing and dropped the gradient.
         """
         self.engine.step()
         self.holds_gradient = False
@@ -65,7 +65,8 @@ class Zero:
         pass
 
     def discard(self) -> None:
-        if self.holds_gradient:  # of a loss that is not finite: its norm is neither
+        # Its norm is not finite either, so the engine's step drops the gradient and updates nothing.
+        if self.holds_gradient:
             self.clip([], 0.0)
             if self.engine.was_step_applied():
                 raise TrainingError(
@@ -89,11 +90,11 @@ def compile_nothing() -> None:
     """Keep DeepSpeed on a CPU from compiling its shared-memory operator when processes first meet.
 
     Only its inference calls that operator; training reduces over gloo with or without it. A compiler
-    may be missing, and processes that compile at once may wait for each other's lock for ever.
+    may be missing, and processes that compile at once may wait for each other's lock without end.
     """
     import deepspeed.ops
 
-    deepspeed.ops.__compatible_ops__ = {}  # what it takes for possible to compile
+    deepspeed.ops.__compatible_ops__ = {}  # the operators that it would compile
 
 
 def configure(accelerator: Accelerator, layout: Layout, train: TrainConfig) -> None:
@@ -149,6 +150,7 @@ def restore_optimizer(
     stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
     flat = "fp32_partitioned_groups_flat" if stage_3 else "single_partition_of_fp32_groups"
     step = next(iter(tensors.values()))["step"]
+    # The moments are made before they are set: torch makes them at its first step only.
     for shard in getattr(optimizer, flat):
         moments = {kind: torch.zeros_like(shard) for kind in MOMENTS}
         optimizer.optimizer.state[shard] = {"step": step.clone(), **moments}
