@@ -295,16 +295,16 @@ def spaced(value: Any) -> Any:
 
 def to_yaml(config: Any) -> str:
     """The resolved config as YAML that `load` reads back."""
-    return yaml.safe_dump(plain(config), sort_keys=False, width=100)
+    return yaml.safe_dump(as_mapping(config), sort_keys=False, width=100)
 
 
-def plain(value: Any, *, entry: bool = False) -> Any:
+def as_mapping(value: Any, *, entry: bool = False) -> Any:
     """A config as nested mappings; an `entry` of a mapping leaves its name to the key."""
     if dataclasses.is_dataclass(value):
         names = [item.name for item in dataclasses.fields(value)]
-        return {n: plain(getattr(value, n)) for n in names if not (entry and n == "name")}
+        return {n: as_mapping(getattr(value, n)) for n in names if not (entry and n == "name")}
     if isinstance(value, dict):
-        return {key: plain(inner, entry=True) for key, inner in value.items()}
+        return {key: as_mapping(inner, entry=True) for key, inner in value.items()}
     return value
 
 

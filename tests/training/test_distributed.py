@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from data.mixture import Mixture
 from moa.build import build_model
 from moa.checkpoint import step_folder
-from moa.cli.settings import plain
+from moa.cli.settings import as_mapping
 from moa.config import RunConfig, load_config
 from moa.files.peft import save_expert
 from tests import ROOT
@@ -215,7 +215,7 @@ def test_two_processes_are_one_leave_out_the_step_of_one_and_resume_exactly(
         references = [config for config in references if not config.out.endswith("pairs/run")]
     configs = [replace(c, out=str(tmp_path / Path(c.out).parent.name)) for c in references]
     left_out = replace(spoiled, out=str(tmp_path / "spoiled"))
-    files = [str(Path(read(plain(c)).out).with_suffix(".json")) for c in (left_out, *configs)]
+    files = [str(Path(read(as_mapping(c)).out).with_suffix(".json")) for c in (left_out, *configs)]
     script = str(ROOT / "tests" / "support" / "distributed.py")
     launch(launch_command(name, "--num_processes", "2", script, *files, "--resume", files[-1], "2"))
     assert_left_out(left_out, spoiled)
@@ -230,7 +230,7 @@ def test_two_processes_are_one_leave_out_the_step_of_one_and_resume_exactly(
 @pytest.mark.slow
 def test_two_machines_of_one_process_each_are_one(references, tmp_path):
     config = replace(references[0], out=str(tmp_path / "run"))
-    file = str(Path(read(plain(config)).out).with_suffix(".json"))
+    file = str(Path(read(as_mapping(config)).out).with_suffix(".json"))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])

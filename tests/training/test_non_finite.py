@@ -149,7 +149,7 @@ def test_two_processes_with_offload_leave_out_the_step_of_one(world, tmp_path):
     plain = toy_config(world, out=str(tmp_path / "plain"), **SKIP, **ALIKE)
     run_spoiled(plain, loss=2, gradient=3)
     offloaded = replace(plain, out=str(tmp_path / "spoiled"))
-    (tmp_path / "run.json").write_text(json.dumps(plain(offloaded)))
+    (tmp_path / "run.json").write_text(json.dumps(as_mapping(offloaded)))
     script = str(ROOT / "tests" / "support" / "distributed.py")
     launch(launch_command("zero3_offload", script, str(tmp_path / "run.json")))
     assert_left_out(offloaded, plain)
