@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from moa.checkpoint import load_model, pointed, verify
+from moa.cli.settings import as_mapping
 from moa.config import RunConfig
 from moa.training.run import Run
 from moa.training.setup import make_accelerator, open_run
