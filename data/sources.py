@@ -11,8 +11,6 @@ from data.ocr_engines import RapidOcr
 from data.pairs import PairCollator
 from data.prompt import Intake
 from data.readers.table import open_records
-from data.world.drawings import DrawingDataset
-from data.world.scene_dataset import SceneDataset
 from moa.config import MADE, DataConfig, RunConfig, SourceConfig
 
 
@@ -23,8 +21,13 @@ def open_source(source: SourceConfig, expert: str | None, ocr: OcrCache | None) 
     split = source.split or "train"
     shared: dict[str, Any] = {"num_samples": source.num_samples, "style": source.style}
     shared |= {"expert": expert, "source": source.name, "seed": source.seed}
+    # the embedded worlds need the libraries of the extra `demo`
     if source.format == "drawings":
+        from data.world.drawings import DrawingDataset
+
         return DrawingDataset(split, source.task or "names", template=source.prompt, **shared)
+    from data.world.scene_dataset import SceneDataset
+
     return SceneDataset(split, source.task, ocr=ocr, **shared)
 
 

