@@ -72,9 +72,8 @@ def load(
             visit(cls, checked, "", check_object)  # slower: finds the whole key
             raise
     except Wrong as error:
-        raise ValueError(
-            ": ".join([*[", ".join(map(str, paths))] * bool(paths), str(error)])
-        ) from None
+        where = ", ".join(map(str, paths))
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
 def laid_over(below: Any, above: Any) -> Any:
