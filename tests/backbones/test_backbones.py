@@ -23,6 +23,7 @@ from data.sample import OcrWord, Sample
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone, load_backbone
 from moa.checkpoint import load_model
+from moa.config import PromptConfig
 from moa.evaluation.report import seen_by_tower
 from moa.experts.bank import ExpertBank
 from moa.merging.adapters import experts_of_bank
@@ -110,7 +111,9 @@ def test_every_convention_for_boxes_is_one_that_prompts_can_use():
 @each_family
 def test_the_parts_in_a_row_are_the_model_that_transformers_runs(name):
     backbone, samples = tiny_family(name), samples_for(name)[:3]
-    batch = batch_of(backbone, samples, for_generation=True, task_in_prompt=False)
+    batch = batch_of(
+        backbone, samples, for_generation=True, settings=PromptConfig(task_in_prompt=False)
+    )
     questions = [sample.question + "\nReference OCR token: stop" * (i == 1)
                  for i, sample in enumerate(samples)]  # fmt: skip
     native = probe_inputs(backbone.processor, [s.image for s in samples], questions)
