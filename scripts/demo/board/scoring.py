@@ -32,22 +32,24 @@ from scripts.demo.board.plan import EVIDENCE, MERGES, ROOT, ROWS, Plan
 def score_rows(plan: Plan) -> None:
     """Score what is not there yet, or was measured on other weights, questions or settings."""
     ocr = OcrCache(plan.ocr_file, engine=engine_of(plan.config()))
+    settings = plan.fingerprint()
     for row in ROWS:
         file = plan.folder / "scores" / f"{row}.json"
-        about = {"fingerprint": fingerprint_of(plan, row), "num_samples": plan.num_samples}
+        about = {
+            "fingerprint": fingerprint_of(plan, row, settings),
+            "num_samples": plan.num_samples,
+        }
         if (read_score(file) or {}).get("fingerprint") == about["fingerprint"]:
             continue
         print(f"seed {plan.seed}: scoring {row}", flush=True)
         write_json(file, score_row(plan, row, ocr) | about | {"commit": git_commit()})
 
 
-def fingerprint_of(plan: Plan, row: str) -> str:
+def fingerprint_of(plan: Plan, row: str, settings: str) -> str:
     """What a row's scores belong to: the weights, how they are merged, the questions, the settings."""
     weights = weights_fingerprint(step_folder(plan.folder / run_of(row)))
     columns = {name: asdict(column) for name, column in plan.columns.items()}
-    return digest(
-        json.dumps([weights, row, MERGES.get(row), columns, plan.num_samples, plan.fingerprint()])
-    )
+    return digest(json.dumps([weights, row, MERGES.get(row), columns, plan.num_samples, settings]))
 
 
 def read_score(file: Path) -> dict[str, Any] | None:
