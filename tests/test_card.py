@@ -55,6 +55,7 @@ NAMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MERGES)
 def test_the_card_of_a_merge_names_base_parts_and_license_and_its_lines_load_it(
     world, tmp_path, monkeypatch, kind

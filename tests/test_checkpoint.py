@@ -56,6 +56,7 @@ def run(tmp_path, model, config) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_back_bit_for_bit(run, model):
     from data.sources import make_collator
 
@@ -180,6 +181,7 @@ def test_an_expert_with_a_nan_is_not_written(run, model, config):
     assert pointed(run, "last") == "step-000003"
 
 
+@pytest.mark.slow
 def test_the_projector_is_saved_where_it_is_trained(tmp_path, config):
     config = replace(config, model=replace(config.model, train_projector=True))
     model = build_model(config)

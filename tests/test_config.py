@@ -156,6 +156,7 @@ def test_a_config_file_that_is_missing_or_broken_is_named(tmp_path):
     assert "broken.yaml: not valid YAML" in error_of(path=broken)
 
 
+@pytest.mark.slow
 def test_help_lists_every_setting_with_a_line_of_doc():
     rows = settings(RunConfig, "")
     undocumented = [key for key, _, _, doc in rows if not doc]
@@ -233,6 +234,7 @@ def numbers() -> Iterator[tuple[type, str, str]]:
                 yield cls, key, "{{a: {0}}}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "accepted"),
     [(".nan", ()), (".inf", ()), ("-.inf", ()), ("1.0e+400", ()), ("many", ()), ("0", ZERO),
@@ -293,6 +295,7 @@ KEYS = ["out", "experts", "experts.a.rank", "stages", "stages.joint.init_from", 
         "model.image_processor", "router.weights", "a.b", "prompt.task_template"]  # fmt: skip
 
 
+@pytest.mark.slow
 @trials(deadline=None, max_examples=40)
 @given(st.text("{}[]:,&*!|>-?%@`'\"#~0aN.e\n \\u\0", max_size=12), st.sampled_from(KEYS))
 def test_any_text_in_any_place_is_a_setting_or_one_line(text, key):

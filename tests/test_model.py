@@ -279,6 +279,7 @@ def test_an_override_takes_the_same_path_as_any_other_gates():
     close(model(batch, oracle.gates).loss_per_sample, oracle.loss_per_sample)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*LEARNED, "one_hot", "fixed", "anchors"])
 def test_an_unavailable_expert_changes_nothing(kind):
     model = make_model(kind)

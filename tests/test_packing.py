@@ -160,6 +160,7 @@ def test_the_attention_implementations_heed_restarting_positions(attention):
         close(model(collated(model, 120)).loss_per_sample, expected)
 
 
+@pytest.mark.slow
 def test_an_attention_mask_beside_the_positions_would_mix_the_samples():
     """Why none is given: transformers takes a mask of ones for the whole truth."""
     model = make_model()

@@ -75,6 +75,7 @@ def test_the_log_has_each_sources_loss(world, unbroken):
         assert sources == pytest.approx(tasks)  # in the toy world a source is a task
 
 
+@pytest.mark.slow
 def test_packed_rows_give_the_same_losses_and_counts(world, unbroken, tmp_path):
     packed = toy_config(
         world,
@@ -88,6 +89,7 @@ def test_packed_rows_give_the_same_losses_and_counts(world, unbroken, tmp_path):
         assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_grouped_order_resumes_to_the_same_losses(world, tmp_path, monkeypatch):
     changes = {"data__group_by_length": True, "data__group_window": 3}
     config = toy_config(world, out=str(tmp_path / "whole"), **changes)
@@ -137,6 +139,7 @@ def kill_at(step: int, monkeypatch) -> None:
     monkeypatch.setattr(run_module.Reporter, "step", dying)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, pytest.param(5, marks=SLOW), 8, pytest.param(11, marks=SLOW)])
 def test_a_killed_run_goes_on_to_the_losses_of_the_unbroken_one(
     world, unbroken, step, monkeypatch, tmp_path
@@ -153,6 +156,7 @@ def test_a_killed_run_goes_on_to_the_losses_of_the_unbroken_one(
         assert pointed(Path(config.out), name) == pointed(Path(unbroken.out), name)
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_are_bit_identical_and_of_another_seed_are_not(world, tmp_path):
     changes = {"stages": {"joint": {"steps": 2}}, "data__validation": {}}
     one, two, other = (
@@ -166,6 +170,7 @@ def test_two_runs_of_one_seed_are_bit_identical_and_of_another_seed_are_not(worl
     assert log_of(one) != log_of(other)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoints_of_a_stage_are_kept_and_best_names_the_first(
     world, tmp_path, monkeypatch
 ):
@@ -191,6 +196,7 @@ def assert_same_weights(config: RunConfig, other: RunConfig) -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_resumes_to_nothing(unbroken):
     before = (Path(unbroken.out) / "log.jsonl").read_text()
     run_once(unbroken, resume=True)
@@ -256,6 +262,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", KINDS, ids=str)
 def test_every_router_kind_trains_and_resumes_exactly(world, tmp_path, monkeypatch, router):
     stages = {"experts": {"steps": 1}, "router": {"steps": 3}}
@@ -315,6 +322,7 @@ def test_the_projector_is_trained_saved_and_resumed_where_asked_for(world, tmp_p
     assert not torch.equal(before, after)
 
 
+@pytest.mark.slow
 def test_a_stage_starts_from_a_run_and_a_router_of_another_config_starts_fresh(
     world, unbroken, tmp_path
 ):
@@ -399,6 +407,7 @@ def test_a_bad_row_stops_the_run_with_its_file_row_and_rule(world, tmp_path):
         run_once(with_bad_rows(world, tmp_path, "error"))
 
 
+@pytest.mark.slow
 def test_bad_rows_are_left_out_counted_and_reported_where_the_config_says_so(
     world, tmp_path, capsys
 ):
@@ -479,6 +488,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten_unasked(unbroken):
         run_once(unbroken)
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_config_names_the_settings(unbroken):
     changed = replace(unbroken, train=replace(unbroken.train, weight_decay=0.5))
     with pytest.raises(ValueError, match=r"train\.weight_decay was 0\.0, is 0\.5"):
@@ -494,6 +504,7 @@ def test_a_resume_from_a_checkpoint_with_a_missing_file_names_it(unbroken, tmp_p
         run_once(config, resume=True)
 
 
+@pytest.mark.slow
 def test_a_resume_from_an_older_versions_state_says_what_to_do(unbroken, tmp_path):
     shutil.copytree(unbroken.out, tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / pointed(tmp_path / "run", "last")
@@ -504,6 +515,7 @@ def test_a_resume_from_an_older_versions_state_says_what_to_do(unbroken, tmp_pat
         run_once(replace(unbroken, out=str(tmp_path / "run")), resume=True)
 
 
+@pytest.mark.slow
 def test_bf16_trains_and_keeps_what_it_trains_in_fp32(world, tmp_path):
     config = toy_config(world, out=str(tmp_path / "run"), train__precision="bf16",
                         model__dtype="bf16", data__validation={})  # fmt: skip

@@ -250,6 +250,7 @@ def test_gradients_reach_experts_and_router_alone_and_survive_checkpointing(name
     mixture.cache_clear()
 
 
+@pytest.mark.slow
 @each_family
 @torch.no_grad()
 def test_cached_decoding_equals_uncached_and_beams_keep_their_samples_gates(name):
@@ -270,6 +271,7 @@ def test_cached_decoding_equals_uncached_and_beams_keep_their_samples_gates(name
         assert model.generate(one, gates[i : i + 1], **GREEDY, num_beams=2).equal(beams[i : i + 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if FAMILIES[n].text_only])
 def test_a_batch_of_text_alone_is_answered_and_every_expert_takes_part(name):
     mixture.cache_clear()
@@ -358,6 +360,7 @@ def some_slow(*fast: str) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
 @some_slow("llava", "qwen2_5_vl", "idefics3")
 def test_a_mixture_exports_to_what_plain_peft_or_transformers_computes(

@@ -49,6 +49,7 @@ def run(tmp_path) -> RunConfig:
     return config
 
 
+@pytest.mark.slow
 def test_a_run_its_checkpoint_and_its_experts_carry_the_bases_fingerprint(run, tmp_path):
     own = base_fingerprint(tmp_path / "base")
     step = Path(run.out) / "checkpoints/step-000001"
@@ -63,6 +64,7 @@ def test_a_run_its_checkpoint_and_its_experts_carry_the_bases_fingerprint(run, t
     assert plain.peft_config["default"].r == 2
 
 
+@pytest.mark.slow
 def test_a_base_that_changed_is_refused_by_eval_resume_and_import(run, tmp_path):
     own = base_fingerprint(tmp_path / "base")
     load_model(run.out)
@@ -89,6 +91,7 @@ def test_a_base_that_changed_is_refused_by_eval_resume_and_import(run, tmp_path)
     load_expert(fresh, allowed, "vqa", step / "experts/vqa")
 
 
+@pytest.mark.slow
 def test_a_base_that_moved_is_the_same_base(run, tmp_path):
     shutil.move(tmp_path / "base", tmp_path / "moved")
     toy = toy_config(tmp_path, model__name=str(tmp_path / "moved"))
@@ -213,6 +216,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next(folder.glob("*.safetensors")))
 
 
+@pytest.mark.slow
 def test_an_adapter_in_the_old_spelling_trains_and_merges_as_the_new_one(tmp_path):
     peft_adapter(tmp_path / "new", ["up_proj", "down_proj"])
     old = old_spelling(tmp_path / "new", tmp_path / "old")
@@ -247,6 +251,7 @@ def test_layers_are_named_from_the_config_as_the_model_names_them(tmp_path):
     assert layer_shapes(str(tmp_path / "base")) == expected
 
 
+@pytest.mark.slow
 def test_a_merge_with_another_base_is_refused_and_a_merge_carries_its_base(run, tmp_path, capsys):
     step = Path(run.out) / "checkpoints/step-000001"
     merge(f"run={step}", f"out={tmp_path / 'one'}")

@@ -102,6 +102,7 @@ def test_the_embedded_base_writes_its_own_location_tokens_by_auto():
     assert collator.box_codec is CODECS["location_tokens"]
 
 
+@pytest.mark.slow
 def test_a_base_without_a_convention_needs_one_as_soon_as_there_is_a_box():
     config, intake = load_config("configs/demo.yaml"), tiny_family("gemma3").intake
     collator = make_collator(config, replace(intake, box_codec=None))

@@ -155,6 +155,7 @@ def evaluate(run: Path, *overrides: str) -> dict:
     return json.loads((run / "eval" / "text.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_source_is_scored_by_the_benchmark_that_it_names(run):
     record = evaluate(run)
     assert record["tasks"]["textvqa"]["primary"] == "vqa_evalai"
@@ -174,12 +175,14 @@ def test_a_source_is_scored_by_the_benchmark_that_it_names(run):
     ]
 
 
+@pytest.mark.slow
 def test_a_split_with_secret_references_is_answered_but_not_scored(run):
     record = evaluate(run, "eval.score=false")
     assert record["n"] == 3 and record["tasks"]["textvqa"]["primary"] == "answered"
     assert len(json.loads((run / "eval" / "text.textvqa.submission.json").read_text())) == 3
 
 
+@pytest.mark.slow
 def test_an_unknown_benchmark_is_named_with_the_choices(run, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate(run, "eval.sources.text.benchmark=txtvqa")

@@ -39,6 +39,7 @@ def on_tiny(name: str, folder) -> RunConfig:
     return load_config(f"configs/{name}.yaml", overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_run_for_a_real_backbone_is_planned_and_trains_on_a_tiny_one(name, tmp_path):
     config = on_tiny(name, tmp_path)

@@ -24,6 +24,7 @@ sys.exit(f"imported {found}" if found else 0)
 """
 
 
+@pytest.mark.slow
 def test_the_log_says_what_each_step_waited_and_the_end_of_a_run_its_share(tmp_path, capsys):
     config = toy_config(tmp_path, stages={"joint": {"steps": 3}}, data__validation={})
     run_once(config)

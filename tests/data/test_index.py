@@ -41,6 +41,7 @@ def all_values(found) -> list:
     return [found[i].value for i in range(len(found))]
 
 
+@pytest.mark.slow
 @REUSED
 @given(st.lists(VALUES), st.booleans(), st.sampled_from([None, 1]))
 def test_a_lists_elements_are_those_that_json_reads(tmp_path, values, escaped, indent):

@@ -60,6 +60,7 @@ class Broken:
         return plain(index)
 
 
+@pytest.mark.slow
 def test_the_engine_reads_rendered_words_in_reading_order_with_boxes_around_them():
     words = RapidOcr().read(sign("HELLO\ngood day"))
     assert [w.text for w in words] == ["HELLO", "good", "day"]
@@ -100,6 +101,7 @@ def test_the_hash_sees_pixels_and_size_and_not_the_file_or_mode():
     assert content_hash(flat[0]) != content_hash(flat[1])
 
 
+@pytest.mark.slow
 def test_cached_words_equal_the_live_reading(tmp_path):
     images, path = [sign("HELLO\ngood day"), sign("EXIT")], tmp_path / "ocr.parquet"
     report = build_cache(images, path, num_workers=2, progress=False)
@@ -250,6 +252,7 @@ def test_three_thousand_rows_stay_under_a_megabyte(tmp_path):
     assert read_table(path)[0] == table
 
 
+@pytest.mark.slow
 def test_the_command_reads_a_folder_and_names_a_truncated_image(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -26,6 +26,7 @@ def checkpoint(plan, run, content):
     (step.parent / "last").write_text(step.name)
 
 
+@pytest.mark.slow
 def test_a_run_of_other_settings_is_neither_used_nor_overwritten(plan, monkeypatch):
     started = []
     monkeypatch.setattr("subprocess.run", lambda command, **_: started.append(command) or Done())
@@ -44,6 +45,7 @@ class Done:
     returncode = 0
 
 
+@pytest.mark.slow
 def test_scores_are_measured_again_where_anything_that_they_belong_to_has_changed(
     plan, monkeypatch
 ):

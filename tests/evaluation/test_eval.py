@@ -119,6 +119,7 @@ def answers_of(folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_an_adapter_and_a_plain_checkpoint_are_scored_into_one_table(run, capsys):
     options = [
         "progress=false",
@@ -143,6 +144,7 @@ def test_a_run_an_adapter_and_a_plain_checkpoint_are_scored_into_one_table(run, 
     }
 
 
+@pytest.mark.slow
 def test_a_plain_checkpoint_is_drawn_without_gates(run):
     options = ["progress=false", "eval.max_new_tokens=3", "eval.num_samples=1", "eval.num_images=1"]
     eval_script.main([f"models=[{run.parent / 'base'}]", f"like={run}", *options])
@@ -183,6 +185,7 @@ def test_every_setting_is_in_the_help(capsys):
     assert all(f"\n{key}=" in shown for key in keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -199,6 +202,7 @@ def test_a_folder_without_a_checkpoint_is_named(tmp_path, capsys):
     assert str(tmp_path) in refused(capsys, f"run={tmp_path}")
 
 
+@pytest.mark.slow
 def test_results_that_cannot_be_written_are_one_error_naming_the_folder(tmp_path, capsys):
     run = make_run(tmp_path)
     (run / "eval").write_text("a file in the way")
@@ -318,6 +322,7 @@ def test_a_set_in_which_nothing_can_be_scored_is_an_error(loaded, tmp_path):
         score_sources(model, with_eval(config, sources={"none": gone}, on_bad_sample="skip"))
 
 
+@pytest.mark.slow
 def test_token_routed_runs_are_scored_without_a_routing_record(tmp_path, capsys):
     run = make_run(tmp_path, router={"kind": "top_k", "top_k": 2, "granularity": "token"})
     eval_script.main([f"run={run}", "progress=false", "eval.max_new_tokens=3"])
@@ -327,6 +332,7 @@ def test_token_routed_runs_are_scored_without_a_routing_record(tmp_path, capsys)
     assert "routed by itself" in message
 
 
+@pytest.mark.slow
 def test_gates_per_site_are_drawn_by_layer(tmp_path):
     run = make_run(tmp_path, router={"hidden": 8, "per_site": True})
     eval_script.main([f"run={run}", "progress=false", "eval.max_new_tokens=3"])
@@ -335,6 +341,7 @@ def test_gates_per_site_are_drawn_by_layer(tmp_path):
     assert (run / "pictures" / "gates_by_layer.png").exists()
 
 
+@pytest.mark.slow
 def test_every_variant_of_an_evaluation_has_its_own_folder(run):
     assert variant_of(EvalConfig()) == ""
     changed = EvalConfig(gates="without:vqa", withhold_task=True)
@@ -370,6 +377,7 @@ def test_every_task_of_the_demo_has_a_benchmark():
 FAST = ["progress=false", "eval.max_new_tokens=2", "eval.num_images=0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part", ["eval.only=[vqa]", "eval.num_samples=2", "eval.score=false", "eval.sources={sources}"]
 )
@@ -388,6 +396,7 @@ def test_a_part_of_an_evaluation_leaves_the_gates_of_the_whole_one_alone(run, pa
     )
 
 
+@pytest.mark.slow
 def test_gates_without_a_trained_task_are_not_those_of_the_run(tmp_path, capsys):
     sources = toy_world(tmp_path)["data"]["sources"]
     data = {"sources": {task: {**source, "task": task} for task, source in sources.items()},
@@ -402,6 +411,7 @@ def test_gates_without_a_trained_task_are_not_those_of_the_run(tmp_path, capsys)
     assert "not of all trained tasks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_results_are_refused_for_other_weights_data_or_settings(tmp_path, capsys):
     run = make_run(tmp_path)
     eval_script.main([f"run={run}", *FAST])
@@ -468,6 +478,7 @@ def test_the_oracle_refuses_samples_that_no_expert_is_known_for(loaded, run):
     score_sources(model, with_eval(config, sources=sources))  # the router needs none
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_is_scored_by_exact_match_and_named_so(tmp_path, capsys):
     rows = [{"image": "0.png", "task": "signs", "question": "what?", "answers": ["red"]}] * 2
     toy_world(tmp_path)
@@ -483,6 +494,7 @@ def test_a_task_of_ones_own_is_scored_by_exact_match_and_named_so(tmp_path, caps
     assert "exact_match" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["logits", "lora", "alpha", "router"])
 def test_a_model_that_computes_nan_is_an_error_that_names_model_and_sample(tmp_path, capsys, place):
     run = make_run(tmp_path)
@@ -513,6 +525,7 @@ def test_a_model_that_computes_nan_is_an_error_that_names_model_and_sample(tmp_p
     assert all(part in shown for part in message), shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["../x", "/tmp/x", "routing", "Routing", ".hidden", "", "a/b", "a\\b", "x" * 300]
 )
@@ -524,6 +537,7 @@ def test_names_of_data_sets_stay_inside_the_run(run, capsys, name):
     assert sorted(run.parent.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_two_names_that_one_file_would_have_are_refused(run, capsys):
     source = toy_world(run.parent)["data"]["sources"]["vqa"]
     sources = {"Vqa": source, "vqa": source}
@@ -531,6 +545,7 @@ def test_two_names_that_one_file_would_have_are_refused(run, capsys):
     assert "two data sets have the name" in shown
 
 
+@pytest.mark.slow
 def test_settings_are_checked_for_all_models_before_the_first_is_scored(run, tmp_path, capsys):
     vqa = toy_world(tmp_path)["data"]["sources"]["vqa"]
     other = make_run(tmp_path, eval={"sources": {"vqa": {**vqa, "num_samples": 1}}})
@@ -541,6 +556,7 @@ def test_settings_are_checked_for_all_models_before_the_first_is_scored(run, tmp
     assert "no data set 'grounding'; choices: vqa" in shown and not [*(run / "eval").glob("*.json")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -562,6 +578,7 @@ def test_an_argument_without_effect_or_meaning_is_refused(run, capsys, arguments
     assert message in refused(capsys, *(argument.format(**places) for argument in arguments))
 
 
+@pytest.mark.slow
 def test_models_of_one_name_get_labels_that_differ_and_differences_by_question(
     run, tmp_path, capsys
 ):
@@ -580,6 +597,7 @@ def test_models_of_one_name_get_labels_that_differ_and_differences_by_question(
     assert {path.name for path in (run / "others").iterdir()} >= set(labels)
 
 
+@pytest.mark.slow
 def test_results_of_the_same_weights_data_and_settings_are_reused(tmp_path, capsys):
     run = make_run(tmp_path)
     models = [f"run={run}", "eval.compare=[off]", *FAST]
@@ -651,6 +669,7 @@ def test_any_name_of_a_data_set_is_a_file_of_its_folder_or_refused(tmp_path_fact
 PLAIN = st.none() | st.booleans() | st.integers(-2, 3) | st.floats() | st.text(max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.dictionaries(
@@ -670,6 +689,7 @@ def test_any_settings_are_taken_or_refused_in_one_line(given_settings):
         assert found.num_beams >= 1
 
 
+@pytest.mark.slow
 def test_a_run_whose_base_has_changed_is_scored_on_request_alone(tmp_path, capsys):
     run = make_run(tmp_path)
     file = tmp_path / "base" / "model.safetensors"
@@ -680,6 +700,7 @@ def test_a_run_whose_base_has_changed_is_scored_on_request_alone(tmp_path, capsy
     assert (run / "eval" / "vqa.json").exists()
 
 
+@pytest.mark.slow
 def test_a_file_of_settings_lies_below_the_command_line_and_over_each_run(run, tmp_path):
     file = tmp_path / "eval.yaml"
     file.write_text("device: cpu\neval: {batch_size: 3, gates: off}\n")

@@ -28,6 +28,7 @@ def slow(name):
     return pytest.param(name, marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [slow(name) for name in BY_FORMAT if name in CASES])
 def test_a_published_file_is_asked_scored_and_handed_in(name, loaded, tmp_path, monkeypatch):
     monkeypatch.setenv("MOA_CACHE", str(tmp_path / "index"))

@@ -48,6 +48,7 @@ def test_a_box_is_in_pixels_of_the_given_image(model, monkeypatch):
     assert predict(model, image, "where?", "grounding").box == (0.0, 0.0, 40.0, 30.0)
 
 
+@pytest.mark.slow
 def test_without_experts_the_base_answers(run, model):
     base = load(run.parent / "base", like=run, device="cpu")
     image = run.parent / "0.png"

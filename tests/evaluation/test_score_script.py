@@ -165,6 +165,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     rows=st.lists(st.dictionaries(KEYS, VALUES, max_size=4) | VALUES, max_size=4),

@@ -21,8 +21,8 @@ from data.checks import BadSampleError
 from data.images import open_image
 from data.readers.record import RecordDataset, texts_in
 from data.sample import Sample
-from tests.data.test_malformed import paths
 from tests.data.test_images import stored
+from tests.data.test_malformed import paths
 from tests.data.test_readers import no_caches, opened, written  # noqa: F401 - a fixture
 from tests.support.formats import CASES
 from tests.support.tiny import random_image

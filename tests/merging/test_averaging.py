@@ -33,6 +33,7 @@ def tensors(folder):
     return {f"{f.relative_to(folder)}:{k}": t for f in kept for k, t in load_tensors(f).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("decay", "weights"), [(1.0, (1, 1)), (0.5, (1 / 3 * 2, 2 / 3 * 2))])
 def test_the_average_is_the_weighted_mean_of_every_trained_part(run, tmp_path, decay, weights):
     script.main([f"run={run}", "last=2", f"decay={decay}", f"out={tmp_path / 'out'}"])
@@ -46,6 +47,7 @@ def test_the_average_is_the_weighted_mean_of_every_trained_part(run, tmp_path, d
     assert any(not torch.equal(two[key], three[key]) for key in two if "router" in key)
 
 
+@pytest.mark.slow
 def test_the_average_loads_like_a_step(run, tmp_path):
     average_steps(tmp_path / "out", choose_steps(run, [1, 3], None))
     model, _, config = load_model(tmp_path / "out")

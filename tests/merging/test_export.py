@@ -135,6 +135,7 @@ def test_an_adapter_in_half_precision_is_checked_as_it_is_stored(world, tmp_path
     assert 1e-5 < comparisons["live_mixture"]["max_abs_logit_diff"] < 0.05
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_the_keys_of_the_base_and_equals_the_live_mixture(world, tmp_path):
     experts, merged, verify = merge_and_verify(world)
     base = world / "base"
@@ -174,6 +175,7 @@ def test_a_base_in_half_precision_keeps_its_dtype(world, tmp_path):
         assert {file.get_slice(key).get_dtype() for key in list(file.keys())} == {"BF16"}
 
 
+@pytest.mark.slow
 def test_a_trained_projector_goes_into_the_checkpoint(world, tmp_path, same_process):
     experts, merged, _ = merge_and_verify(world)
     model, names = load_base(world), ["linear_1.weight", "linear_2.weight", "linear_2.bias"]

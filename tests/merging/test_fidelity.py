@@ -148,6 +148,7 @@ def test_the_summary_names_who_fights_where_and_what_was_lost(three):
     assert "plus and plus pull together most: cosine 1.00" in line
 
 
+@pytest.mark.slow
 def test_the_page_holds_its_pictures(three, tmp_path):
     merged = merge(three, weights={"plus": 1, "minus": 0.5, "apart": 1}, rank=1)
     write_page(tmp_path / "page.html", measure(three, merged), {"method": "linear <&>"})
@@ -193,6 +194,7 @@ def test_a_pair_that_shares_no_site_stays_blank():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_page_begins_with_what_the_model_answers_and_has_no_reprs(three, tmp_path):
     about = {"method": "ties", "options": {"density": 0.2, "scope": None}, "sites": [], "beside": [],
              "rules": [{"match": "mlp", "drop": False}]}  # fmt: skip
@@ -216,6 +218,7 @@ def test_low_agreement_comes_with_what_to_try_first(share, advised):
     assert last.startswith("advice: 49% of the merge's greedy tokens are those") == advised
 
 
+@pytest.mark.slow
 def test_the_script_reports_without_merging(three, tmp_path, capsys):
     for one in three:
         tensors = {}

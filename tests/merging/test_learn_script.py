@@ -68,6 +68,7 @@ def refused(capsys, main, *arguments):
 SLOW = ("adamerging steps=2", "lorahub budget=4 merge=ties", "greedy_soup", "uq_merge runs=2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     ["lora_soups steps=2", *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW)],
@@ -90,6 +91,7 @@ def test_what_is_learned_is_read_by_the_merge(world, tmp_path, method):
         assert found == pytest.approx(wanted, abs=1e-11)
 
 
+@pytest.mark.slow
 def test_weights_learned_with_other_values_of_the_experts_are_refused(world, tmp_path, capsys):
     out, other = tmp_path / "w.json", f"adapters=[{world}/B/checkpoints/step-000001/experts/*]"
     script.main([f"run={world}/A", f"out={out}", "num_samples=1", "method=grid", "values=[0.5]"])
@@ -99,6 +101,7 @@ def test_weights_learned_with_other_values_of_the_experts_are_refused(world, tmp
     assert f"{out} was learned with other values of the expert caption; learn it again" in message
 
 
+@pytest.mark.slow
 def test_the_grid_and_the_greedy_soup_do_not_score_worse_than_what_they_tried(world, tmp_path):
     out = tmp_path / "w.json"
     script.main(
@@ -108,6 +111,7 @@ def test_the_grid_and_the_greedy_soup_do_not_score_worse_than_what_they_tried(wo
     assert score["after"] <= score["before"] + 1e-6  # the mean of two is 0.5 of each
 
 
+@pytest.mark.slow
 def test_regmean_from_the_command_line_is_the_function(world, tmp_path):
     out = tmp_path / "adapter"
     script.main([f"run={world}/A", f"out={out}", "num_samples=2", "method=regmean"])
@@ -138,6 +142,7 @@ def test_settings_without_effect_or_meaning_are_refused(world, tmp_path, capsys)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_parts_of_two_runs_are_merged_by_their_rules(world, tmp_path, capsys):
     out = tmp_path / "parts"
     rules = "parts={projector: regmean, ocr_encoder: mean, prefixes: keep:A, router: drop}"
@@ -167,6 +172,7 @@ def test_parts_of_two_runs_are_merged_by_their_rules(world, tmp_path, capsys):
     assert "parts.ocr_encoder: A, B trained one; the rules are mean" in message
 
 
+@pytest.mark.slow
 def test_a_merge_of_two_runs_says_what_it_leaves_out(world, tmp_path, capsys):
     step = "checkpoints/step-000001/experts"
     adapters = f"adapters=[{world}/A/{step}/vqa,{world}/B/{step}/caption]"

@@ -82,6 +82,7 @@ def test_ties_over_the_model_is_the_released_procedure_on_flattened_models(world
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dare_linear", "breadcrumbs", "model_stock", "tsv_m", "iso_c"])
 def test_the_size_of_a_block_changes_nothing(world, tmp_path, monkeypatch, method):
     merge_checkpoints(tmp_path / "whole", models(world), world / "base", method=method)
@@ -212,6 +213,7 @@ def changed_copy(world, folder, change) -> None:
     (folder / "config.json").write_text("{}")
 
 
+@pytest.mark.slow
 def test_a_model_in_another_spelling_is_merged_as_the_same_model(world, tmp_path):
     """Over a model of both: each in its own spelling, and half of the keys in each."""
     spellings = {

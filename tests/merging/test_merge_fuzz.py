@@ -73,6 +73,7 @@ def attempt(capsys, *arguments: str) -> str | None:
     return None
 
 
+@pytest.mark.slow
 @FUZZ
 @given(data=st.data())
 def test_a_weighted_sum_of_any_adapters_is_the_sum_of_their_updates(
@@ -98,6 +99,7 @@ def test_a_weighted_sum_of_any_adapters_is_the_sum_of_their_updates(
             torch.testing.assert_close(b @ a, sum(parts), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(key=st.sampled_from(KEYS), value=st.one_of(ODD, NUMBERS.map(str)))
 def test_an_odd_setting_is_refused_in_a_line_that_names_it_or_gives_a_finite_adapter(

@@ -83,6 +83,7 @@ def test_the_order_of_experts_does_not_matter(method, seed):
     assert_equal(update_of(experts[::-1], method, weights=weights, rank="sum"), found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "space"),
     [(n, s) for n in FUNCTIONS_OF_THE_UPDATES for s in METHODS[n].spaces if s != "factor"],
@@ -149,6 +150,7 @@ CANCELLING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space, methods, count", [("rows", ("knots",), 400), *CANCELLING])
 def test_twins_of_opposite_weights_cancel_in_every_vote(space, methods, count):
     """Also where one is factored in another way: what is left of a vote is the rounding of the whole update."""

@@ -110,6 +110,7 @@ def test_two_folders_become_one_adapter(world, tmp_path):
     assert set(kept["total"]["experts"]) == {"one", "two"} and kept["total"]["energy_kept"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_is_merged_by_its_mean_gates_and_compared_with_the_router(
     world, tmp_path, same_process, capsys
 ):
@@ -125,6 +126,7 @@ def test_a_run_is_merged_by_its_mean_gates_and_compared_with_the_router(
     assert "against the model that routes each sample" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_config_with_rules_for_some_sites_is_merged_and_reported(world, tmp_path, capsys):
     adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
     rules = "sites=[{match: layers.0, drop: true}, {match: mlp, method: ties, scale: [0.5, 1]}]"
@@ -148,6 +150,7 @@ def test_a_method_that_needs_data_says_where_it_is(world, capsys, tmp_path):
     assert all(f"{name}: " in listed for name in ("ties", "regmean", "lorahub", "passthrough"))
 
 
+@pytest.mark.slow
 def test_factor_space_warns_of_its_cross_terms_and_core_space_does_not(world, tmp_path, capsys):
     adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
     script.main(
@@ -158,6 +161,7 @@ def test_factor_space_warns_of_its_cross_terms_and_core_space_does_not(world, tm
     assert "warning" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_merge_brings_its_fidelity_report(world, tmp_path):
     adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
     out = tmp_path / "out"
@@ -170,6 +174,7 @@ def test_every_merge_brings_its_fidelity_report(world, tmp_path):
     assert not (tmp_path / "bare" / "fidelity.html").exists()
 
 
+@pytest.mark.slow
 def test_a_run_with_fixed_gates_is_merged_without_loss(world, tmp_path, same_process):
     """The reference is the trained model itself, its own forward and its own generation."""
     weights = {"vqa": 0.8, "caption": -0.3}
@@ -185,6 +190,7 @@ def test_a_run_with_fixed_gates_is_merged_without_loss(world, tmp_path, same_pro
         assert comparisons["routed_model"]["greedy_token_agreement"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_gates_of_one_task_may_be_taken(world, tmp_path):
     out = tmp_path / "out"
     adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
@@ -194,6 +200,7 @@ def test_the_gates_of_one_task_may_be_taken(world, tmp_path):
     assert weights == {"vqa": 0.9, "caption": 0.1} and not report["verified"]
 
 
+@pytest.mark.slow
 def test_a_token_level_run_needs_to_be_told_that_it_is_approximate(
     world, tmp_path, same_process, capsys
 ):
@@ -205,6 +212,7 @@ def test_a_token_level_run_needs_to_be_told_that_it_is_approximate(
     assert report["comparisons"]["routed_model"]["max_abs_logit_diff"] > 1e-4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_takes_the_runs_processor_and_the_bases_keys(world, tmp_path, same_process):
     out = tmp_path / "out"
     script.main(["fidelity=false", f"run={world}/sample", "merged=true", f"out={out}"])
@@ -273,6 +281,7 @@ def test_a_mistake_ends_in_one_line(world, tmp_path, monkeypatch, capsys, argume
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_merge_does_not_replace_what_it_merges(world, tmp_path, capsys):
     out = tmp_path / "out"
     script.main([f"adapters=[{world}/adapters/one]", "verify=false", f"out={out}"])
@@ -291,6 +300,7 @@ def test_experts_are_checked_before_a_base_is_looked_for(world, tmp_path, capsys
     assert "broken/adapter_model.safetensors" in message and "NaN or infinite" in message
 
 
+@pytest.mark.slow
 def test_the_base_that_is_given_decides_over_the_names_in_the_adapters(world, tmp_path, capsys):
     for name, base in (("one", "hub/llava"), ("two", "other/llava-bnb-4bit")):
         shutil.copytree(world / "adapters" / name, tmp_path / name)
@@ -388,6 +398,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", ["false", "true"])
 @pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_adapter_leaves_nothing_behind(world, tmp_path, capsys, spoil, message, merged):

@@ -127,6 +127,7 @@ def test_random_masks_depend_on_seed_and_names_alone(matrices, method):
     assert not torch.equal(merged, method(elsewhere, weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [METHODS["dare_linear"].function, METHODS["della_linear"].function]
 )

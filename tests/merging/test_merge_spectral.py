@@ -113,6 +113,7 @@ def test_wudi_weighs_experts_that_share_directions_by_their_energy():
     assert loss > 0.1 and gradient.abs().max() < 1e-9
 
 
+@pytest.mark.slow
 def test_wudi_for_a_time_is_that_much_gradient_descent(factors, updates):
     found = in_core(spectral.wudi, factors, MIXED, time=0.05)
     merged, steps = (MIXED[:, None, None] * updates).sum(0), 4000

@@ -40,6 +40,7 @@ def real_step(config, lengths: Lengths, count: int) -> StepCosts:
     return measure_step(model.train(), groups, run, config.train, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -61,6 +62,7 @@ def test_a_step_without_data_needs_what_the_real_step_needs(tmp_path, changes):
     assert run.measure(lengths, 3) == real_step(config, lengths, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_planned_peak_is_the_allocators_and_the_state_is_adamws(checkpointing):
     size = replace(SIZES["small"], width=128, layers=2, vocab=512, batch=4)
@@ -133,6 +135,7 @@ def test_small_steps_foretell_large_ones(tmp_path):
     assert traced.costs(2) == traced.low and traced.costs(4) == traced.high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "llama_2"),
     [("llava-7b", 6_738_415_616), ("llava-13b", 13_015_864_320), ("llava-70b", 68_976_648_192)],

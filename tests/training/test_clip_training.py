@@ -262,6 +262,7 @@ def runs(folders, tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_every_stage_trains_and_a_saved_run_loads_as_it_was(kind, runs):
     rows = [json.loads(line) for line in (runs[kind] / "log.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
@@ -279,6 +280,7 @@ def test_every_stage_trains_and_a_saved_run_loads_as_it_was(kind, runs):
             assert torch.equal(one, two)
 
 
+@pytest.mark.slow
 def test_eval_scores_classes_and_retrieval_side_by_side(kind, runs, capsys):
     eval_script.main([f"run={runs[kind]}", "progress=false", "eval.num_images=0"])
     shown = capsys.readouterr().out
@@ -304,6 +306,7 @@ def plain_inputs(batch, kind):
     return {name: getattr(batch, name) for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_plain_peft_and_transformers_load_what_is_merged(family, runs, folders, tmp_path):
     model, batch, images, texts = uniform_features(runs[family])
@@ -331,6 +334,7 @@ def test_an_export_is_verified_in_a_fresh_process(family, runs, tmp_path):
     assert "routed_model" in report["comparisons"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_plain_peft_loads_a_single_expert(family, runs, folders):
     model, batch, _, _ = uniform_features(runs[family])
@@ -344,6 +348,7 @@ def test_plain_peft_loads_a_single_expert(family, runs, folders):
     torch.testing.assert_close(found, images, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_plain_open_clip_loads_the_merged_checkpoint_under_its_original_keys(
     runs, folders, tmp_path
 ):

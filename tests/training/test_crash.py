@@ -104,6 +104,7 @@ def main(config: RunConfig, world: Path, monkeypatch, *flags: str) -> int | str 
     return 0
 
 
+@pytest.mark.slow
 def test_sigterm_saves_the_step_under_way_and_resume_goes_on_to_the_unbroken_losses(
     world, tmp_path, monkeypatch, capsys
 ):
@@ -245,6 +246,7 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [".step-000001.deleted"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_train_py_with_one_message_that_names_the_last_checkpoint(
     world, tmp_path, monkeypatch
 ):

@@ -94,6 +94,7 @@ def test_processes_that_hang_are_ended_with_their_stacks():
         launch(command, silence=2.0)
 
 
+@pytest.mark.slow
 def test_a_silent_process_whose_child_computes_does_not_hang_until_the_limit():
     compile_for = "import os, time\nwhile os.times().user < {}: pass"
     parent = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"

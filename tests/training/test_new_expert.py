@@ -79,6 +79,7 @@ def five(world) -> RunConfig:
     return config
 
 
+@pytest.mark.slow
 def test_the_old_experts_stay_and_the_new_one_learns_from_its_source_alone(world, five):
     before, after = load_model(world["out"])[0], load_model(five.out)[0]
     assert all(same_expert(before, after, name) for name in OLD)
@@ -100,6 +101,7 @@ def test_the_gates_of_the_old_tasks_are_nearly_kept_and_the_new_task_finds_its_e
     assert now["gates/count/count"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_run_whose_stages_name_their_sources_resumes_exactly(five, world, tmp_path, monkeypatch):
     for step in (4, 8):  # one after a checkpoint, in either stage
         killed = replace(five, out=str(tmp_path / f"killed-{step}"))
@@ -111,6 +113,7 @@ def test_a_run_whose_stages_name_their_sources_resumes_exactly(five, world, tmp_
         assert log_of(killed) == log_of(five)
 
 
+@pytest.mark.slow
 def test_before_training_the_old_experts_have_the_old_logits(world, tmp_path):
     config = with_a_fifth(world, tmp_path)
     grown, old = build_model(config), load_model(world["out"])[0]

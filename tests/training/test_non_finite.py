@@ -62,6 +62,7 @@ def checksums(config: RunConfig, step: int) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["loss", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_a_run_stops_at_its_first_and_goes_on_from_the_checkpoint_before(world, tmp_path, kind):
     config = toy_config(world, out=str(tmp_path / "run"), **JOINT)
@@ -79,6 +80,7 @@ def test_a_run_stops_at_its_first_and_goes_on_from_the_checkpoint_before(world, 
     assert [line["step"] for line in steps_of(config)] == [1, 2, 4]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_left_out_changes_nothing_and_is_counted_in_log_state_and_at_the_end(
     world, tmp_path, capsys
 ):

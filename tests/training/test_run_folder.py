@@ -51,6 +51,7 @@ def content(out: str) -> dict[str, bytes]:
     return {str(file.relative_to(out)): file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -94,6 +95,7 @@ def test_overwrite_removes_all_that_the_old_run_wrote_and_nothing_else(old, tmp_
     assert "seed: 77" in left["config.yaml"].decode()
 
 
+@pytest.mark.slow
 def test_a_later_stages_start_is_checked_first_and_may_be_corrected_by_resume(old, tmp_path):
     world = Path(old.out).parent
     stages = {"experts": {"steps": 1}, "joint": {"steps": 1}}
@@ -137,6 +139,7 @@ def repaint(world: Path) -> None:
         random_image(number + 50).save(world / f"{number}.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "expected"),
     [(reorder, "path is another file; sample 0 is another"), (shorten, "has 20 samples, had 24"),
@@ -171,6 +174,7 @@ def test_a_folder_is_held_by_one_training_until_its_process_ends(tmp_path):
     assert str(tmp_path / "run") in held
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_at_its_first_sample_may_be_started_again(tmp_path):
     config = toy_config(tmp_path, **SHORT)
     (tmp_path / "0.png").write_bytes(b"no image")
@@ -192,6 +196,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, out):
             start(config, **flags)
 
 
+@pytest.mark.slow
 def test_a_run_of_relative_paths_is_found_from_any_folder(tmp_path, monkeypatch):
     toy_config(tmp_path, **SHORT)  # writes the world
     file = tmp_path / "run.yaml"

@@ -1,5 +1,6 @@
 """`train_step` by itself, as another loop than that of train.py would call it."""
 
+import pytest
 from accelerate.state import AcceleratorState
 
 from moa.training.setup import make_accelerator, open_run
@@ -24,6 +25,7 @@ def first_step(folder, drift: float | None) -> StepResult:
     return train_step(trainer, next(run.steps()), 1, extra_loss=extra)
 
 
+@pytest.mark.slow
 def test_a_term_of_ones_own_adds_its_gradient_to_the_step(tmp_path):
     plain, still, pulled = (first_step(tmp_path, drift) for drift in (None, 0.0, 10.0))
     assert plain.problem is None and not plain.stopping and plain.metrics["samples"] == 4
