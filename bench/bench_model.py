@@ -2,105 +2,22 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
 from statistics import median
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from bench.record import machine
+from bench.settings import TARGETS, Size
 from data.batch import Batch
 from moa.backbones.llava import Backbone
-from moa.cli.ranges import Count
 from moa.experts.bank import ExpertBank
 from moa.model import LanguageMixture, MixtureModel
 from moa.routing.router import Router
 
-TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 PAD, IMAGE, BEGIN, END = range(4)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """How large the model and its batch are."""
-
-    width: int
-    mlp: int
-    layers: int
-    heads: int
-    vocab: int
-    vision_width: int
-    vision_layers: int = 2
-    vision_heads: int
-    image_tokens: int  # a square number
-    prompt: int
-    answer: int
-    batch: int
-
-
-SIZES = {
-    "tiny": Size(width=128, mlp=352, layers=2, heads=4, vocab=512, vision_width=64, vision_heads=4,
-                 image_tokens=16, prompt=32, answer=16, batch=4),
-    "small": Size(width=512, mlp=1360, layers=4, heads=8, vocab=4096, vision_width=256,
-                  vision_heads=8, image_tokens=64, prompt=48, answer=16, batch=8),
-    "large": Size(width=2048, mlp=5456, layers=16, heads=16, vocab=32000, vision_width=1024,
-                  vision_heads=16, image_tokens=256, prompt=96, answer=32, batch=16),
-    # One decoder layer of LLaVA-1.5-7B, next to no vocabulary and tower, few tokens: what grows with
-    # parameters rather than with tokens weighs more here than in a real batch.
-    "slice7b": Size(width=4096, mlp=11008, layers=1, heads=32, vocab=512, vision_width=64,
-                    vision_heads=4, image_tokens=64, prompt=24, answer=8, batch=2),
-    # LLaVA-1.5-7B, and a share of its fine-tuning batch (128 on 8 devices) at a usual length.
-    "llava7b": Size(width=4096, mlp=11008, layers=32, heads=32, vocab=32064, vision_width=1024,
-                    vision_layers=24, vision_heads=16, image_tokens=576, prompt=96, answer=96,
-                    batch=16),
-}  # fmt: skip
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all contenders of one comparison have in common."""
-
-    size: Size
-    num_experts: int
-    rank: int  # of each expert
-    device: str
-    dtype: torch.dtype
-    targets: str = TARGETS
-    checkpointing: bool = False  # recompute each layer in the backward pass
-
-
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """The settings that every benchmark of the mixture has."""
-
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    rank: Count = 4  # of each expert
-
-    def at(self, size: Size, num_experts: int) -> Setting:
-        dtype = DTYPES[self.dtype]
-        return Setting(
-            size=size, num_experts=num_experts, rank=self.rank, device=self.device, dtype=dtype
-        )
-
-    def where(self, size: str) -> dict[str, str | int]:
-        """How the numbers were taken."""
-        return machine(self.device) | {"size": size, "dtype": self.dtype, "rank": self.rank}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sized(Device):
-    """The same, and how large the model is."""
-
-    size: Literal["tiny", "small", "slice7b", "large", "llava7b"] = "small"
-    experts: list[Count] = field(default_factory=lambda: [8])
 
 
 def make_backbone(size: Size, device: str, dtype: torch.dtype, *, shared: bool = False) -> Backbone:
@@ -125,26 +42,20 @@ def _weights(size: Size, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _make_model(size: Size, device: str, dtype: torch.dtype) -> nn.Module:
     side = int(size.image_tokens**0.5)
-    vision: dict[str, Any] = {
-        "image_size": 14 * side,
-        "patch_size": 14,
-        "num_hidden_layers": size.vision_layers,
-    }
-    vision |= {"hidden_size": size.vision_width, "intermediate_size": 4 * size.vision_width}
-    text: dict[str, Any] = {
-        "vocab_size": size.vocab,
-        "hidden_size": size.width,
-        "intermediate_size": size.mlp,
-    }
-    text |= {"num_hidden_layers": size.layers, "num_key_value_heads": size.heads}
-    text |= {"pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END}
+    vision = CLIPVisionConfig(
+        image_size=14 * side, patch_size=14, num_hidden_layers=size.vision_layers,
+        hidden_size=size.vision_width, intermediate_size=4 * size.vision_width,
+        num_attention_heads=size.vision_heads,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=size.vocab, hidden_size=size.width, intermediate_size=size.mlp,
+        num_hidden_layers=size.layers, num_key_value_heads=size.heads,
+        num_attention_heads=size.heads, pad_token_id=PAD, bos_token_id=BEGIN, eos_token_id=END,
+    )  # fmt: skip
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(num_attention_heads=size.vision_heads, **vision),
-        text_config=LlamaConfig(num_attention_heads=size.heads, **text),
-        image_token_index=IMAGE,
-        image_seq_length=side**2,
-        vision_feature_layer=-1,
-    )
+        vision_config=vision, text_config=text, image_token_index=IMAGE,
+        image_seq_length=side**2, vision_feature_layer=-1,
+    )  # fmt: skip
     with torch.device(device):
         model: nn.Module = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
     return model

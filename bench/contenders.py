@@ -11,6 +11,7 @@ per-sample PEFT's `adapter_names`: a LoRA for each sample, one after the other. 
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, XLoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from bench.bench_model import Setting, make_backbone, make_batch, make_mixture
+from bench.bench_model import make_backbone, make_batch, make_mixture, race, ratio, saved_bytes
+from bench.settings import Setting
 from moa.backbones.llava import Backbone
 from moa.experts.bank import ExpertBank
 from moa.model import LanguageMixture, MixtureModel
@@ -200,3 +202,37 @@ def _inside(backbone: Backbone, peft: Any) -> Backbone:
 
 def _mean(output: Any) -> Tensor:
     return output.loss_per_sample.mean()
+
+
+def measure_layer(setting: Setting, rounds: int) -> tuple[dict[str, dict[str, float]], float]:
+    """Milliseconds and saved MiB of one linear layer, forward and backward; its ratio to LoRA."""
+    torch.manual_seed(0)
+    size, rank, count = setting.size, setting.rank, setting.num_experts
+    device, dtype, width = setting.device, setting.dtype, setting.size.width
+    base = nn.Linear(width, width).requires_grad_(False).to(device, dtype)
+    holder = nn.ModuleDict({"site": base})
+    bank = ExpertBank.attach(holder, ["site"])
+    for i in range(count):
+        bank.add(f"expert{i}", rank=rank, alpha=rank)
+    plain = nn.Linear(width, width).requires_grad_(False).to(dtype)
+    config = LoraConfig(r=rank * count, target_modules=["site"])
+    peft = get_peft_model(nn.ModuleDict({"site": plain}), config)  # type: ignore[arg-type]
+    lora = peft.get_submodule("base_model.model.site").to(device)
+    loop = LoopLinear(base, count, rank).to(device)
+    layers = {"frozen": base, "lora": lora, "ours": holder["site"], "loop": loop}
+    shape = size.batch, size.image_tokens + size.prompt + size.answer, width
+    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    loop.gates = gates = torch.rand(size.batch, 1, count, device=device, requires_grad=True)
+    grad = torch.randn(shape, device=device, dtype=dtype)
+
+    def run(name: str) -> Tensor:
+        bank.set_gates(gates)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return layers[name](x).to(dtype)
+
+    steps = {name: lambda name=name: run(name).backward(grad) for name in layers}
+    seconds = race(steps, rounds, device)
+    owned = [p for layer in layers.values() for p in layer.parameters()]
+    memory = {name: saved_bytes(partial(run, name), owned) for name in layers}
+    found = {n: {"ms": min(seconds[n]) * 1e3, "MiB": memory[n] / 2**20} for n in layers}
+    return found, ratio(seconds, "ours", "lora")

@@ -9,34 +9,20 @@ Samples/s are ours over theirs, memory is in MB. Writes results/bench_data.json.
 """
 
 import json
-import multiprocessing
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image
 from rich.console import Console
-from rich.progress import track
-from skimage import data as photographs
-from transformers import AutoProcessor
 
-from bench.record import machine, write_results
-from data.boxes import CODECS
-from data.collate import ChatCollator
-from data.ocr import OcrCache, content_hash, write_table
-from data.readers.table import open_records
-from data.sample import OcrWord
+from bench.record import ROOT, in_own_process, machine, process_kib, write_results
 from moa.cli.command import run_command
 from moa.cli.ranges import Count
 from moa.config import SourceConfig
 
-BASE = Path(__file__).parent.parent / "assets/demo_base"
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 WORDS = ("open", "exit", "sale", "caution")
 BATCH, SIDE, ROUNDS = 16, 336, 5
@@ -44,6 +30,12 @@ BATCH, SIDE, ROUNDS = 16, 336, 5
 
 def write_images(folder: Path, count: int) -> None:
     """`count` different JPEG files, a row of questions for each, and their OCR words by content hash."""
+    from PIL import Image
+    from skimage import data as photographs
+
+    from data.ocr import content_hash, write_table
+    from data.sample import OcrWord
+
     table, rows = {}, []
     for index in range(count):
         image = Image.fromarray(getattr(photographs, PHOTOGRAPHS[index % 4])()).convert("RGB")
@@ -69,6 +61,11 @@ def open_source(folder: Path) -> SourceConfig:
 
 def read_all(folder: Path, processor: Any, count: int) -> None:
     """As training does: reader, OCR words of the cache, checks, collation."""
+    from data.boxes import CODECS
+    from data.collate import ChatCollator
+    from data.ocr import OcrCache
+    from data.readers.table import open_records
+
     samples = open_records(open_source(folder), "vqa", OcrCache(folder / "ocr.parquet"))
     collator = ChatCollator(
         processor=processor, tasks=["vqa"], experts=["vqa"], codec=CODECS["llava"]
@@ -80,6 +77,8 @@ def read_all(folder: Path, processor: Any, count: int) -> None:
 
 def open_all(folder: Path, processor: Any, count: int) -> None:
     """The least that any pipeline does: open, decode, process."""
+    from PIL import Image
+
     asked = [json.loads(line)["question"] for line in (folder / "rows.jsonl").open()]
     for start in range(0, count, BATCH):
         images = [
@@ -89,56 +88,51 @@ def open_all(folder: Path, processor: Any, count: int) -> None:
         processor(images=images, text=texts, padding=True, return_tensors="pt")
 
 
-def race(results: dict[str, Any], count: int) -> None:
-    processor = AutoProcessor.from_pretrained(BASE)
+def against_pil(results: dict[str, Any], count: int) -> None:
+    from transformers import AutoProcessor
+
+    from bench.bench_model import race, ratio
+
+    processor = AutoProcessor.from_pretrained(ROOT / "assets/demo_base")
     processor.image_processor.size = {"shortest_edge": SIDE}
     processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder, count)
-        ours, theirs = [], []
-        for _ in track(range(ROUNDS), description="reading", transient=True):
-            ours.append(seconds(lambda: read_all(folder, processor, count)))
-            theirs.append(seconds(lambda: open_all(folder, processor, count)))
-    results["samples_vs_pil"] = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
+        runs = {"ours": partial(read_all, folder, processor, count)}
+        runs |= {"theirs": partial(open_all, folder, processor, count)}
+        seconds = race(runs, ROUNDS, "cpu")
+    results["samples_vs_pil"] = ratio(seconds, "theirs", "ours")
     print(
-        f"{count / min(ours):.0f} samples/s with reader, OCR evidence and collation, "
-        f"{count / min(theirs):.0f} with PIL and the processor alone"
+        f"{count / min(seconds['ours']):.0f} samples/s with reader, OCR evidence and collation, "
+        f"{count / min(seconds['theirs']):.0f} with PIL and the processor alone"
     )
-
-
-def seconds(function: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
-
-
-def resident_mb() -> float:
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1e3
 
 
 def read_rows(folder: Path) -> tuple[float, float, float]:
     """Memory before, its peak over all rows, and rows/s, the index aside."""
-    before = resident_mb()
+    from data.readers.table import open_records
+
+    before = process_kib("VmRSS") / 1e3
     samples = open_records(open_source(folder), "vqa")
     began, peak = time.perf_counter(), 0.0
     for index in range(len(samples)):
         samples.lengths(index)
         if index % 10_000 == 0:
-            peak = max(peak, resident_mb())
-    return before, max(peak, resident_mb()), len(samples) / (time.perf_counter() - began)
+            peak = max(peak, process_kib("VmRSS") / 1e3)
+    rate = len(samples) / (time.perf_counter() - began)
+    return before, max(peak, process_kib("VmRSS") / 1e3), rate
 
 
 def many_rows(results: dict[str, Any], count: int) -> None:
+    from PIL import Image
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         Image.new("RGB", (8, 8)).save(folder / "0.jpg")
         with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row(i, "0.jpg")) + "\n" for i in range(count))
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            before, peak, rate = pool.submit(read_rows, folder).result()
+        before, peak, rate = in_own_process(read_rows, folder)
     results |= {"rows": count, "rows_extra_mb": peak - before, "rows_per_s": rate}
     print(f"{count} rows: {rate:.0f} rows/s, {peak - before:.0f} MB above the {before:.0f} before")
 
@@ -154,9 +148,11 @@ class Settings:
 
 
 def run(settings: Settings, console: Console) -> None:
+    import torch
+
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    race(results, settings.images)
+    against_pil(results, settings.images)
     many_rows(results, settings.rows)
     write_results("data", {"where": machine(), **results})
 

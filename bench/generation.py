@@ -18,35 +18,18 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from torch import Tensor
 
-from bench.bench_model import (
-    SIZES,
-    TARGETS,
-    Setting,
-    Sized,
-    make_backbone,
-    make_batch,
-    make_mixture,
-    race,
-    ratio,
-)
 from bench.record import write_results
-from data.batch import Batch
-from moa.backbones.llava import Backbone
+from bench.settings import SIZES, TARGETS, Setting, Sized
 from moa.cli.command import run_command
 from moa.cli.ranges import Count
-from moa.model import MixtureModel
 
-Run = Callable[[Batch], Tensor]
+Run = Callable[[Any], object]
 STATIC: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True}
 
 
-@torch.no_grad()
-def merge(model: MixtureModel, backbone: Backbone, gates: Tensor) -> None:
+def merge(model: Any, backbone: Any, gates: Any) -> None:
     """Add the experts with these gates [expert] to the weights of another copy of the backbone."""
     for name, site in model.bank.sites.items():
         weight = backbone.model.get_submodule(name).weight
@@ -54,22 +37,17 @@ def merge(model: MixtureModel, backbone: Backbone, gates: Tensor) -> None:
             weight += (gate * scaling * site.lora_B[expert] @ site.lora_A[expert]).to(weight.dtype)
 
 
-@torch.no_grad()
-def decode(backbone: Backbone, batch: Batch, **options: Any) -> Tensor:
-    """Greedy tokens of a plain model, from the same pieces as the routed one."""
-    return backbone.generate(batch, backbone.features(batch), **options)
-
-
-def peft_run(backbone: Backbone, num_experts: int, rank: int, options: dict[str, Any]) -> Run:
+def peft_run(backbone: Any, num_experts: int, rank: int, options: dict[str, Any]) -> Run:
     """PEFT's own way to serve several adapters in one batch, the samples taking turns."""
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=False)
     model: Any = get_peft_model(backbone.model, config, adapter_name="0")
     for i in range(1, num_experts):
         model.add_adapter(str(i), config)
     model = model.eval().to(backbone.dtype)
 
-    @torch.no_grad()
-    def run(batch: Batch) -> Tensor:
+    def run(batch: Any) -> object:
         names = [str(i % num_experts) for i in range(len(batch))]
         return model.generate(**backbone.inputs_of(batch), adapter_names=names, **options)
 
@@ -77,6 +55,8 @@ def peft_run(backbone: Backbone, num_experts: int, rank: int, options: dict[str,
 
 
 def contenders(setting: Setting, new_tokens: int) -> dict[str, Run]:
+    from bench.bench_model import make_backbone, make_batch, make_mixture
+
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     options |= {"do_sample": False}
     place = setting.size, setting.device, setting.dtype
@@ -86,11 +66,15 @@ def contenders(setting: Setting, new_tokens: int) -> dict[str, Run]:
     gates = routed.compute_gates(make_batch(setting.size, setting.device, generate=True)).gates
     assert gates is not None  # they are decided per sample
     merge(routed, merged, gates.mean((0, 1)))
+
+    def decode(batch: Any, **more: Any) -> object:  # of the same pieces as the routed one
+        return merged.generate(batch, merged.features(batch), **options, **more)
+
     return {
-        "merged": lambda batch: decode(merged, batch, **options),
+        "merged": decode,
         "routed": lambda batch: routed.answering().generate(batch, **options),
         "peft": peft_run(make_backbone(*place), count, rank, options),
-        "merged static": lambda batch: decode(merged, batch, **options, **STATIC),
+        "merged static": lambda batch: decode(batch, **STATIC),
         "routed static": lambda batch: routed.answering().generate(batch, **options, **STATIC),
     }
 
@@ -104,20 +88,13 @@ class Settings(Sized):
 
 
 def run(settings: Settings, console: Console) -> None:
+    import torch
+
     warnings.simplefilter("ignore")
-    size, device = SIZES[settings.size], settings.device
-    print(f"{size}, {device}, {settings.dtype}, {torch.get_num_threads()} threads")
-    over_merged: dict[int, dict[int, dict[str, float]]] = {}
-    for count in settings.experts:
-        runs = contenders(settings.at(size, count), settings.new_tokens)
-        for number in settings.batches:
-            batch = make_batch(replace(size, batch=number), device, generate=True)
-            turns = {name: partial(decoder, batch) for name, decoder in runs.items()}
-            seconds = race(turns, settings.rounds, device)
-            found = {name: ratio(seconds, "merged", name) for name in runs}
-            over_merged.setdefault(count, {})[number] = found
-            shown = "   ".join(f"{name} {value:.3f}" for name, value in found.items())
-            print(f"{count} experts, batch {number:2d}, tokens/s over merged: {shown}", flush=True)
+    size, place, threads = SIZES[settings.size], settings.place, torch.get_num_threads()
+    print(f"{size}, {place}, {settings.dtype}, {threads} threads")
+    with torch.no_grad():
+        over_merged = {count: measure(settings, count) for count in settings.experts}
     routed = [found["routed"] for each in over_merged.values() for found in each.values()]
     results = {
         "tokens_vs_merged": min(routed),
@@ -127,6 +104,24 @@ def run(settings: Settings, console: Console) -> None:
         "where": settings.where(settings.size),
     }
     write_results("generation", results)
+
+
+def measure(settings: Settings, num_experts: int) -> dict[int, dict[str, float]]:
+    """Batch -> contender -> tokens/s over the merged model's."""
+    from bench.bench_model import make_batch, race, ratio
+
+    size, table = SIZES[settings.size], {}
+    runs = contenders(settings.at(size, num_experts), settings.new_tokens)
+    for number in settings.batches:
+        batch = make_batch(replace(size, batch=number), settings.place, generate=True)
+        turns = {name: partial(decoder, batch) for name, decoder in runs.items()}
+        seconds = race(turns, settings.rounds, settings.place)
+        table[number] = {name: ratio(seconds, "merged", name) for name in runs}
+        shown = "   ".join(f"{name} {value:.3f}" for name, value in table[number].items())
+        print(
+            f"{num_experts} experts, batch {number:2d}, tokens/s over merged: {shown}", flush=True
+        )
+    return table
 
 
 if __name__ == "__main__":

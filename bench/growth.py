@@ -11,15 +11,13 @@ fixed. Writes results/bench_growth.json and results/bench_growth.png.
 import warnings
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from torch import nn
 
-from bench.bench_model import Device, Setting, Size, race, saved_bytes
-from bench.charts import line_panels
-from bench.contenders import CONTENDERS
 from bench.record import write_results
+from bench.settings import Device, Setting, Size
 from moa.cli.command import run_command
 from moa.cli.ranges import Count
 
@@ -51,52 +49,48 @@ def sweeps(base: Setting) -> dict[str, dict[int, Setting]]:
     }
 
 
-def trained_bytes(model: nn.Module) -> int:
+def trained_bytes(model: Any) -> int:
     """Trained parameters with AdamW's two moments of each."""
     return sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def measure(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
     """The costs of each contender."""
+    from bench.bench_model import race, saved_bytes
+    from bench.contenders import CONTENDERS
+
     runs = {name: CONTENDERS[name](setting) for name in NAMES}
     seconds = race({name: run.stepper() for name, run in runs.items()}, rounds, setting.device)
+    saved = {n: saved_bytes(run.forward, run.model.parameters()) for n, run in runs.items()}
+    trained = {n: trained_bytes(run.model) / 2**20 for n, run in runs.items()}
     return {
-        name: {
-            "ms": median(seconds[name]) * 1e3,
-            "saved": saved_bytes(run.forward, run.model.parameters()) / 2**20,
-            "trained": trained_bytes(run.model) / 2**20,
-        }
-        for name, run in runs.items()
+        n: {"ms": median(seconds[n]) * 1e3, "saved": saved[n] / 2**20, "trained": trained[n]}
+        for n in runs
     }
 
 
 def run(settings: Settings, console: Console) -> None:
+    from bench.charts import line_panels
+
     warnings.simplefilter("ignore")  # PEFT and transformers disagree on names
     base = settings.at(SIZE, settings.num_experts)
-    plan = [
-        (axis, x, point) for axis, points in sweeps(base).items() for x, point in points.items()
-    ]
+    plan = [(axis, x, at) for axis, points in sweeps(base).items() for x, at in points.items()]
     found: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
     for axis, x, setting in track(plan, "measuring"):
         found.setdefault(axis, {})[x] = measure(setting, settings.rounds)
     path = write_results("growth", {"where": settings.where("growth"), "growth": found})
 
-    def series(points: dict[int, dict[str, dict[str, float]]], cost: str) -> dict:
-        return {
-            shown: {x: values[name][cost] for x, values in points.items()}
-            for name, shown in NAMES.items()
-        }
+    def series(points: dict[int, dict[str, dict[str, float]]], cost: str) -> dict[str, Any]:
+        return {s: {x: v[name][cost] for x, v in points.items()} for name, s in NAMES.items()}
 
     line_panels(
         path.with_suffix(".png"),
-        [
-            [(axis, label, series(points, cost)) for axis, points in found.items()]
-            for cost, label in COSTS.items()
-        ],
+        [[(axis, label, series(points, cost)) for axis, points in found.items()]
+         for cost, label in COSTS.items()],
         title="What a training step costs as it grows",
         subtitle=f"{base.num_experts} experts of rank {base.rank}, 128 tokens, 28 linear layers of width "
         f"{SIZE.width} where not said otherwise; ours and the loop with the router",
-    )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,31 +10,15 @@ product. Writes results/bench_mixture_<size>[_<dtype>][_checkpointed].json.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 
-import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from torch import Tensor, nn
 
-from bench.bench_model import (
-    SIZES,
-    Setting,
-    Sized,
-    flops_of,
-    peak_bytes,
-    product_rate,
-    race,
-    ratio,
-    saved_bytes,
-)
-from bench.contenders import CONTENDERS, LoopLinear
 from bench.record import write_results
+from bench.settings import SIZES, Setting, Sized
 from moa.cli.command import run_command
 from moa.cli.ranges import Count, CountOrZero
-from moa.experts.bank import ExpertBank
 
 SLOW = ("loop", "xlora", "per-sample")  # their time grows with the number of experts
 NOT_CHECKPOINTED = ("xlora", "per-sample")  # hooks that are gone when layers are recomputed
@@ -45,71 +29,29 @@ Table = dict[str, dict[str, float]]
 class Settings(Sized):
     experts: list[Count] = field(default_factory=lambda: [2, 4, 8, 16, 32, 64])
     rounds: Count = 8  # turns of each contender
-    # frozen and ours always run
-    contenders: list[str] = field(default_factory=lambda: [*CONTENDERS])
+    contenders: list[str] | None = None  # null: all; frozen and ours always run
     slow_experts: CountOrZero = 4  # loop, xlora and per-sample run for up to so many experts
     checkpointing: bool = False  # recompute each layer in the backward pass
 
-    def __post_init__(self) -> None:
-        if unknown := {*self.contenders} - {*CONTENDERS}:
-            raise ValueError(f"contenders: no {unknown}; choices: {', '.join(CONTENDERS)}")
-
     def chosen(self, num_experts: int) -> list[str]:
         """The contenders that run with so many experts."""
+        from bench.contenders import CONTENDERS
+
+        names = [*CONTENDERS] if self.contenders is None else self.contenders
+        if unknown := {*names} - {*CONTENDERS}:
+            raise ValueError(f"contenders: no {unknown}; choices: {', '.join(CONTENDERS)}")
         left_out = {*(NOT_CHECKPOINTED if self.checkpointing else ())}
         left_out |= {*(SLOW if num_experts > self.slow_experts else ())}
-        return [
-            n
-            for n in {**dict.fromkeys(self.contenders), "frozen": 0, "ours": 0}
-            if n not in left_out
-        ]
-
-
-def peft_layer(base: nn.Linear, rank: int) -> nn.Module:
-    """One LoRA of the given rank as PEFT computes it, without dropout."""
-    config = LoraConfig(r=rank, target_modules=["site"])
-    model = get_peft_model(nn.ModuleDict({"site": base}), config)  # type: ignore[arg-type]
-    return model.get_submodule("base_model.model.site")
-
-
-def measure_layer(setting: Setting, rounds: int) -> tuple[Table, float]:
-    """Milliseconds and saved MiB of one linear layer, forward and backward; its ratio to LoRA."""
-    torch.manual_seed(0)
-    size, rank, count = setting.size, setting.rank, setting.num_experts
-    device, dtype, width = setting.device, setting.dtype, setting.size.width
-    base = nn.Linear(width, width).requires_grad_(False).to(device, dtype)
-    holder = nn.ModuleDict({"site": base})
-    bank = ExpertBank.attach(holder, ["site"])
-    for i in range(count):
-        bank.add(f"expert{i}", rank=rank, alpha=rank)
-    plain = nn.Linear(width, width).requires_grad_(False).to(dtype)
-    lora = peft_layer(plain, rank * count).to(device)
-    loop = LoopLinear(base, count, rank).to(device)
-    layers = {"frozen": base, "lora": lora, "ours": holder["site"], "loop": loop}
-    shape = size.batch, size.image_tokens + size.prompt + size.answer, width
-    x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-    loop.gates = gates = torch.rand(size.batch, 1, count, device=device, requires_grad=True)
-    grad = torch.randn(shape, device=device, dtype=dtype)
-
-    def run(name: str) -> Tensor:
-        bank.set_gates(gates)
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return layers[name](x).to(dtype)
-
-    def step(name: str) -> Callable[[], None]:
-        return lambda: run(name).backward(grad)
-
-    seconds = race({name: step(name) for name in layers}, rounds, device)
-    owned = [p for layer in layers.values() for p in layer.parameters()]
-    memory = {name: saved_bytes(partial(run, name), owned) for name in layers}
-    found = {n: {"ms": min(seconds[n]) * 1e3, "MiB": memory[n] / 2**20} for n in layers}
-    return found, ratio(seconds, "ours", "lora")
+        return [n for n in dict.fromkeys([*names, "frozen", "ours"]) if n not in left_out]
 
 
 def measure_step(
     names: list[str], setting: Setting, rounds: int, peak: float
 ) -> tuple[Table, dict[str, float]]:
     """Milliseconds and MiB of each contender's step, and the ratios of ours to the others'."""
+    from bench.bench_model import flops_of, peak_bytes, race, ratio, saved_bytes
+    from bench.contenders import CONTENDERS
+
     runs = {name: CONTENDERS[name](setting) for name in names}
     steps = {name: run.stepper() for name, run in runs.items()}
     seconds = race(steps, rounds, setting.device)
@@ -132,10 +74,15 @@ def print_rows(label: str, table: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def run(settings: Settings, console: Console) -> None:
+    import torch
+
+    from bench.bench_model import product_rate
+    from bench.contenders import measure_layer
+
     warnings.simplefilter("ignore")  # PEFT and transformers disagree on names
     size = SIZES[settings.size]
-    print(f"{size}, {settings.device}, {settings.dtype}, {torch.get_num_threads()} threads")
-    peak = product_rate(settings.device, settings.at(size, 1).dtype)
+    print(f"{size}, {settings.place}, {settings.dtype}, {torch.get_num_threads()} threads")
+    peak = product_rate(settings.place, settings.at(size, 1).dtype)
     layer, step, layer_ratio, step_ratio = {}, {}, {}, {}
     for count in settings.experts:
         setting = replace(settings.at(size, count), checkpointing=settings.checkpointing)

@@ -13,36 +13,38 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import product
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
-from torch._subclasses.fake_tensor import FakeCopyMode
-from torch.profiler import ProfilerActivity, profile
 
-from bench.bench_model import SIZES, Sized, make_backbone, make_batch, make_mixture
 from bench.record import write_results
-from data.batch import Batch
+from bench.settings import SIZES, Sized
 from moa.cli.command import run_command
 from moa.cli.ranges import Count
 from moa.config import StageConfig, TrainConfig
-from moa.model import MixtureModel
-from moa.parts import Parameters
-from moa.planning.step import StepCosts, autocast, bytes_of, measure_step
-from moa.planning.tensors import fake_mode
-from moa.training.optimizer import make_optimizer
-from moa.training.stages import stage_gates
+
+if TYPE_CHECKING:
+    from data.batch import Batch
+    from moa.model import MixtureModel
+    from moa.parts import Parameters
+    from moa.planning.step import StepCosts
 
 STAGE = StageConfig(name="joint", steps=1)
 
 
-def groups_of(model: MixtureModel) -> dict[str, Parameters]:
+def groups_of(model: "MixtureModel") -> "dict[str, Parameters]":
     experts = {str(number): p for number, p in enumerate(model.bank.parameters())}
     router = dict(model.router.named_parameters()) if model.router is not None else {}
     return {"experts": experts, "router": router}
 
 
-def planned(model: MixtureModel, train: TrainConfig, batch: Batch) -> StepCosts:
+def planned(model: "MixtureModel", train: TrainConfig, batch: "Batch") -> "StepCosts":
     """From a copy of the model without data."""
+    from torch._subclasses.fake_tensor import FakeCopyMode
+
+    from moa.planning.step import measure_step
+    from moa.planning.tensors import fake_mode
+
     with FakeCopyMode(fake_mode()):
         fake = copy.deepcopy(model)
     if train.gradient_checkpointing:
@@ -52,6 +54,9 @@ def planned(model: MixtureModel, train: TrainConfig, batch: Batch) -> StepCosts:
 
 def allocated(run: Callable[[], object], device: str) -> int:
     """Bytes that a run adds at its peak to what is there before, as torch's allocator has it."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -70,8 +75,10 @@ def allocated(run: Callable[[], object], device: str) -> int:
     return peak
 
 
-def measured_peak(model: MixtureModel, train: TrainConfig, batch: Batch, device: str) -> int:
+def measured_peak(model: "MixtureModel", train: TrainConfig, batch: "Batch", device: str) -> int:
     """Of a micro-batch, forward and backward, after one that has left its gradients."""
+    from moa.planning.step import autocast
+    from moa.training.stages import stage_gates
 
     def step() -> None:
         with autocast(device, train):
@@ -83,7 +90,10 @@ def measured_peak(model: MixtureModel, train: TrainConfig, batch: Batch, device:
     return allocated(step, device)
 
 
-def optimizer_bytes(model: MixtureModel, train: TrainConfig) -> int:
+def optimizer_bytes(model: "MixtureModel", train: TrainConfig) -> int:
+    from moa.planning.step import bytes_of
+    from moa.training.optimizer import make_optimizer
+
     optimizer = make_optimizer(model, groups_of(model), STAGE.lr, train)
     optimizer.step()
     return bytes_of(value for state in optimizer.state.values() for value in state.values())
@@ -95,8 +105,10 @@ class Settings(Sized):
 
 
 def run(settings: Settings, console: Console) -> None:
+    from bench.bench_model import make_backbone, make_batch, make_mixture
+
     warnings.simplefilter("ignore")  # of the profiler, about what was allocated before it
-    size, device = SIZES[settings.size], settings.device
+    size, device = SIZES[settings.size], settings.place
     batch = make_batch(size, device)
     mask = batch.attention_mask.clone()
     mask[-1, -1] = 0  # a padded token, and so a mask, as in most batches

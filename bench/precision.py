@@ -14,16 +14,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
-from bench.bench_model import SIZES, Setting, Sized, race, ratios, saved_bytes
-from bench.contenders import CONTENDERS, ours
 from bench.record import write_results
+from bench.settings import SIZES, Setting, Sized
 from moa.cli.command import run_command
 from moa.cli.ranges import Count
-from moa.model import MixtureModel
 
 TRAINING = (
     ("ours bf16", "ours fp32"),
@@ -46,6 +42,11 @@ class Settings(Sized):
 
 def training(setting: Setting, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """Ratios of times, and of saved bytes, of what is compared."""
+    import torch
+
+    from bench.bench_model import race, ratios, saved_bytes
+    from bench.contenders import CONTENDERS
+
     changed = replace(setting, dtype=torch.bfloat16), replace(setting, checkpointing=True)
     variants = dict(zip(("fp32", "bf16", "checkpointed"), (setting, *changed), strict=True))
     runs = {
@@ -59,20 +60,21 @@ def training(setting: Setting, rounds: int) -> tuple[dict[str, float], dict[str,
     return ratios(seconds, TRAINING), shares
 
 
-@torch.no_grad()
 def decoding(setting: Setting, rounds: int) -> dict[str, float]:
     """One token of each sample through all expert layers: kept factors over concatenated ones."""
-    model = ours(setting).model
-    assert isinstance(model, MixtureModel)
+    import torch
+
+    from bench.bench_model import race, ratios
+    from bench.contenders import ours
+
+    model: Any = ours(setting).model
     bank, batch = model.bank, setting.size.batch
     make: dict[str, Any] = {"dtype": setting.dtype, "device": setting.device}
     bank.set_gates(torch.rand(batch, 1, setting.num_experts, device=setting.device))
     sites = [(site, site.base_layer) for site in bank.sites.values()]
-    tokens: dict[int, Tensor] = {
-        base.in_features: torch.randn(batch, 1, base.in_features, **make) for _, base in sites
-    }
+    widths = [base.in_features for _, base in sites]
+    tokens = {width: torch.randn(batch, 1, width, **make) for width in widths}
     state = bank.context.state
-    assert state is not None
 
     def step(keep: bool) -> None:
         if not keep:
@@ -87,9 +89,9 @@ def decoding(setting: Setting, rounds: int) -> dict[str, float]:
     runs: dict[str, Callable[[], None]] = {
         "kept": partial(step, True),
         "anew": partial(step, False),
-        "frozen": frozen,
     }
-    return ratios(race(runs, rounds, setting.device), DECODING)
+    with torch.no_grad():
+        return ratios(race(runs | {"frozen": frozen}, rounds, setting.device), DECODING)
 
 
 def run(settings: Settings, console: Console) -> None:

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from bench.charts import Panel, line_panels
 from bench.record import ROOT
 from moa.files.atomic import write_file
 
@@ -103,11 +102,13 @@ def section(name: str) -> Iterator[str]:
 
 
 def draw_charts() -> None:
+    from bench.charts import line_panels
+
     def numbered(series: Table) -> dict[str, dict[int, float]]:
         return {name: {int(x): y for x, y in points.items()} for name, points in series.items()}
 
     found = {title: read(f"mixture_{size}") for size, title in SIZES.items()}
-    panels: list[Panel] = [
+    panels = [
         ("experts", title, numbered(transposed(one["step_ours_over"])))
         for title, one in found.items()
         if one is not None

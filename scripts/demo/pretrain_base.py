@@ -15,22 +15,15 @@ The OCR words come from `python -m scripts.ocr scenes=[pretrain:6000] out=OCR.pa
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from moa.cli.command import run_command
 from moa.cli.ranges import Count, FilePath, NotNegative, Seed, Share
 from moa.files.atomic import atomic_folder, write_file
-from scripts.demo.base.language import answer_questions
-from scripts.demo.base.model import build_model, build_processor, build_tokenizer
-from scripts.demo.base.questions import MIXTURE, Packer, corpus
-from scripts.demo.base.tower import encode_scenes, name_patches
-from scripts.demo.base.world import draw_world, read_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +35,7 @@ class Settings:
     steps: Count = 2500  # of 32 scenes
     questions: Count = 6  # about each scene of a step
     seed: Seed = 0
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: str = "auto"  # cuda where there is one
     bf16: bool = True
     align: NotNegative = 0.5  # weight of patches like words
     point: NotNegative = 0.4  # weight of names that find patches
@@ -52,15 +45,28 @@ class Settings:
 
 
 def first_model(args: Settings) -> tuple[Any, Any]:
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    from scripts.demo.base.model import build_model, build_processor, build_tokenizer
+    from scripts.demo.base.questions import corpus
+
     if args.start:
-        model: Any = LlavaForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
+        model: Any = LlavaForConditionalGeneration.from_pretrained(args.start, dtype="float32")
         return model.to(args.device), AutoProcessor.from_pretrained(args.start)
     tokenizer = build_tokenizer(corpus(args.seed))
-    model = build_model(tokenizer)
-    return model.to(args.device), build_processor(tokenizer)
+    return build_model(tokenizer).to(args.device), build_processor(tokenizer)
 
 
 def run(args: Settings, console: Console) -> None:
+    import torch
+
+    from scripts.demo.base.language import answer_questions
+    from scripts.demo.base.questions import MIXTURE, Packer
+    from scripts.demo.base.tower import encode_scenes, name_patches
+    from scripts.demo.base.world import draw_world, read_words
+
+    if args.device == "auto":
+        args = replace(args, device="cuda" if torch.cuda.is_available() else "cpu")
     began = time.time()
     torch.manual_seed(args.seed)
     MIXTURE.update(args.mixture)

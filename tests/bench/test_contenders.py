@@ -6,8 +6,9 @@ import weakref
 import torch
 from torch import nn
 
-from bench.bench_model import SIZES, Setting, make_batch, saved_bytes
+from bench.bench_model import make_batch, saved_bytes
 from bench.contenders import LoopLinear, loop, ours, per_sample
+from bench.settings import SIZES, Setting
 
 SETTING = Setting(size=SIZES["tiny"], num_experts=3, rank=4, device="cpu", dtype=torch.float32)
 

@@ -9,8 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from bench.bench_model import SIZES, make_backbone, make_batch, make_mixture
+from bench.bench_model import make_backbone, make_batch, make_mixture
 from bench.planning import measured_peak, optimizer_bytes, planned
+from bench.settings import SIZES
 from moa.backbones.shapes import find_shape
 from moa.build import build_model
 from moa.config import TrainConfig

@@ -24,25 +24,28 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the questions' words; capitals, as on signs, stay single characters."""
+def byte_level(texts: list[str], *, blank: bool, **options: Any) -> Tokenizer:
+    """Byte-level BPE over texts; `blank`: one is put before each."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=800,
-        min_frequency=4,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<pad>", "<s>", "</s>"],
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False, **options)
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Over the questions' words; capitals, as on signs, stay single characters."""
+    special = ["<pad>", "<s>", "</s>"]
+    tokenizer = byte_level(
+        texts, blank=False, vocab_size=800, min_frequency=4, special_tokens=special
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         model_max_length=512,
     )  # fmt: skip
-    places = [AddedToken(f"<loc{i:04d}>", normalized=False) for i in range(NUM_BINS)]
-    fast.add_tokens(places)
+    fast.add_tokens([AddedToken(f"<loc{i:04d}>", normalized=False) for i in range(NUM_BINS)])
     fast.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
     fast.image_token = "<image>"
     return fast
@@ -80,11 +83,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         tie_word_embeddings=True,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config)
+    # Equal queries and keys: a token first attends to tokens like its own (Trockman & Kolter 2023, section 3)
     for layer in model.model.language_model.layers:
-        look_for_the_like(layer.self_attn)
+        attention: Any = layer.self_attn
+        attention.q_proj.weight.data.copy_(attention.k_proj.weight.data)
     return model
-
-
-def look_for_the_like(attention: Any) -> None:
-    """Equal queries and keys: a token first attends to tokens like its own (Trockman & Kolter 2023, section 3)."""
-    attention.q_proj.weight.data.copy_(attention.k_proj.weight.data)
