@@ -6,6 +6,7 @@ Writes results/benchmarks.md, results/bench_mixture.png and results/bench_genera
 What was not measured is left out, and named as such.
 """
 
+import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,23 +25,16 @@ def read(name: str) -> dict[str, Any] | None:
 
 
 def transposed(table: Table) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
-    for row, cells in table.items():
-        for column, value in cells.items():
-            found.setdefault(column, {})[row] = value
-    return found
+    columns = dict.fromkeys(column for cells in table.values() for column in cells)
+    return {c: {row: cells[c] for row, cells in table.items() if c in cells} for c in columns}
 
 
 def mixture(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     steps = {f"step, over {name}": c for name, c in transposed(found["step_ours_over"]).items()}
-    yield (
-        "Our time over theirs, by experts:",
-        {**steps, "layer, over lora": found["layer_ours_over_lora"]},
-    )
+    layer = {"layer, over lora": found["layer_ours_over_lora"]}
+    yield "Our time over theirs, by experts:", steps | layer
     kept = {
-        count: {
-            f"step, {n}": row["MiB"] for n, row in step.items() if n != "frozen" and "MiB" in row
-        }
+        count: {f"step, {n}": r["MiB"] for n, r in step.items() if n != "frozen" and "MiB" in r}
         for count, step in found["step"].items()
     }
     yield "MiB kept for the backward pass:", transposed(kept)
@@ -48,10 +42,8 @@ def mixture(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
 
 def generation(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     for count, batches in found["tokens_over_merged"].items():
-        yield (
-            f"{count} experts, tokens/s over those of the merged model, by batch:",
-            transposed(batches),
-        )
+        caption = f"{count} experts, tokens/s over those of the merged model, by batch:"
+        yield caption, transposed(batches)
 
 
 def every_number(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
@@ -104,30 +96,28 @@ def section(name: str) -> Iterator[str]:
 def draw_charts() -> None:
     from bench.charts import line_panels
 
-    def numbered(series: Table) -> dict[str, dict[int, float]]:
-        return {name: {int(x): y for x, y in points.items()} for name, points in series.items()}
+    def panel(x: str, title: str, table: Table) -> tuple[str, str, dict[str, dict[int, float]]]:
+        series = transposed(table).items()
+        return x, title, {name: {int(x): y for x, y in found.items()} for name, found in series}
 
-    found = {title: read(f"mixture_{size}") for size, title in SIZES.items()}
-    panels = [
-        ("experts", title, numbered(transposed(one["step_ours_over"])))
-        for title, one in found.items()
-        if one is not None
+    steps = [
+        panel("experts", title, found["step_ours_over"])
+        for size, title in SIZES.items()
+        if (found := read(f"mixture_{size}"))
     ]
-    if panels:
-        subtitle = "our time over theirs: below 1 is faster"
-        line_panels(
-            RESULTS / "bench_mixture.png", [panels], title="Training step", subtitle=subtitle
-        )
-    if decoding := read("generation"):
-        panels = [
-            ("batch", f"{count} experts", numbered(transposed(batches)))
-            for count, batches in decoding["tokens_over_merged"].items()
-        ]
-        subtitle = "tokens/s over the merged model's"
-        line_panels(RESULTS / "bench_generation.png", [panels], title="Decoding", subtitle=subtitle)
+    decoding = (read("generation") or {"tokens_over_merged": {}})["tokens_over_merged"].items()
+    batches = [panel("batch", f"{count} experts", table) for count, table in decoding]
+    for name, panels, title, subtitle in (
+        ("mixture", steps, "Training step", "our time over theirs: below 1 is faster"),
+        ("generation", batches, "Decoding", "tokens/s over the merged model's"),
+    ):
+        if panels:
+            line_panels(RESULTS / f"bench_{name}.png", [panels], title=title, subtitle=subtitle)
 
 
 def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
     head = ["# Benchmarks", "", "`make bench` takes these numbers; docs/LOG.md explains them."]
     lines = [*head, *(line for name in SECTIONS for line in section(name))]
     write_file(RESULTS / "benchmarks.md", "\n".join(lines) + "\n")
