@@ -7,7 +7,7 @@ What only shows between rows is kept as hashes: memory grows by 32 bytes a row.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
@@ -21,7 +21,7 @@ from data.workers import map_in_workers
 
 CHUNK = 500  # rows that a process reports at once
 KEPT = 100  # examples of each rule
-HASHES = ("ids", "image_ids", "contents")
+COLUMNS = ("numbers", "ids", "image_ids", "contents")
 DUPLICATE = "duplicate id"
 LEAKS = {"image_ids": "image of training, by image id", "contents": "image of training"}
 REASONS = (*get_args(Rule), DUPLICATE, *LEAKS.values())
@@ -35,6 +35,10 @@ class Finding:
     examples: list[str] = field(default_factory=list)
 
 
+def column() -> Any:
+    return field(default_factory=lambda: np.zeros(0, np.uint64))
+
+
 @dataclass(kw_only=True)
 class Audit:
     """What was found in the first `rows` rows of a source; unreadable rows have no hashes."""
@@ -42,10 +46,11 @@ class Audit:
     name: str
     rows: int = 0
     found: dict[str, Finding] = field(default_factory=dict)  # by rule
-    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of readable rows
-    ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    image_ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    contents: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    # of readable rows, [rows] uint64 each
+    numbers: np.ndarray = column()
+    ids: np.ndarray = column()
+    image_ids: np.ndarray = column()
+    contents: np.ndarray = column()
 
     def note(self, rule: str, examples: Sequence[str], count: int = 1) -> None:
         known = self.found.setdefault(rule, Finding())
@@ -90,7 +95,7 @@ class LengthCheck:
         return self.fixed[kind] + len(self.collator.text(sample).encode())
 
 
-def audit_rows(source: Source, name: str, collator: Collator, rows: range) -> Audit:
+def audit_rows(rows: range, source: Source, name: str, collator: Collator) -> Audit:
     """The findings of some rows, each by itself."""
     audit, too_long = Audit(name=name, rows=len(rows)), LengthCheck(collator)
     readable: list[tuple[int, int, int, int]] = []
@@ -104,8 +109,7 @@ def audit_rows(source: Source, name: str, collator: Collator, rows: range) -> Au
             audit.note(error.rule, [str(error)])
         readable.append((index, *hashes_of(item)))
     table = np.array(readable, dtype=np.uint64).reshape(-1, 4).T
-    audit.numbers = table[0].astype(np.int64)
-    audit.ids, audit.image_ids, audit.contents = table[1:]
+    audit.numbers, audit.ids, audit.image_ids, audit.contents = table
     return audit
 
 
@@ -138,38 +142,18 @@ def audit_source(
     """
     total = len(source) if limit is None else min(limit, len(source))
     parts = [range(first, min(first + CHUNK, total)) for first in range(0, total, CHUNK)]
-    whole = Audit(name=name)
-    hashed: dict[str, list[np.ndarray]] = {key: [] for key in ("numbers", *HASHES)}
-    for part in run_parts(source, name, collator, parts, workers):
+    whole, done = Audit(name=name), list[Audit]()
+    shared = {"source": source, "name": name, "collator": collator}
+    for part in map_in_workers(audit_rows, parts, shared, workers, "fork"):
         whole.rows += part.rows
         for rule, finding in part.found.items():
             whole.note(rule, finding.examples, finding.count)
-        for key, pieces in hashed.items():
-            pieces.append(getattr(part, key))
+        done.append(part)
         advance(part.rows)
-    for key, pieces in hashed.items():
-        setattr(whole, key, np.concatenate(pieces) if pieces else getattr(whole, key))
+    for key in COLUMNS:
+        setattr(whole, key, np.concatenate([getattr(a, key) for a in (whole, *done)]))
     find_duplicates(whole)
     return whole
-
-
-def run_parts(
-    source: Source, name: str, collator: Collator, parts: Sequence[range], workers: int
-) -> Iterator[Audit]:
-    """In order, in processes of their own where there are several."""
-    setup = (source, name, collator)
-    return map_in_workers(_audit, parts, workers=workers, method="fork", start=_start, setup=setup)
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start(source: Source, name: str, collator: Collator) -> None:
-    _worker.update(source=source, name=name, collator=collator)
-
-
-def _audit(rows: range) -> Audit:
-    return audit_rows(**_worker, rows=rows)
 
 
 def find_duplicates(audit: Audit) -> None:
@@ -194,8 +178,8 @@ def find_leaks(training: Sequence[Audit], held_out: Audit) -> None:
             for place in np.flatnonzero(leaked)[:KEPT]:
                 other = np.argmax(getattr(trained, key) == getattr(held_out, key)[place])
                 examples.append(
-                    f"source {held_out.name!r}, sample {held_out.numbers[place] + 1}: {rule}: "
-                    f"sample {trained.numbers[other] + 1} of {trained.name!r}"
+                    f"source {held_out.name!r}, sample {int(held_out.numbers[place]) + 1}: {rule}: "
+                    f"sample {int(trained.numbers[other]) + 1} of {trained.name!r}"
                 )
             if examples:
                 held_out.note(rule, examples, int(leaked.sum()))

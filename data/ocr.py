@@ -13,12 +13,12 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL.Image import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import track
 
 from data.images import to_rgb
 from data.ocr_engines import Engine, RapidOcr, Words
@@ -26,27 +26,15 @@ from data.sample import OcrWord
 from data.workers import map_in_workers
 from moa.files.atomic import atomic_file
 
-
-class Images(Protocol):
-    """A lazy sequence of images."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Image: ...
-
-
 # A cache or a live engine, from an image; None = no OCR was run.
 OcrSource = Callable[[Image], Words | None]
 Table = dict[str, Words]
 
 METADATA_KEY = b"moa.ocr"
-SCHEMA = pa.schema(
-    [
-        ("hash", pa.string()),
-        ("words", pa.list_(pa.string())),
-        ("boxes", pa.list_(pa.list_(pa.int32()))),
-        ("confidences", pa.list_(pa.float64())),
-    ]
-)
+SCHEMA = pa.schema({
+    "hash": pa.string(), "words": pa.list_(pa.string()),
+    "boxes": pa.list_(pa.list_(pa.int32())), "confidences": pa.list_(pa.float64()),
+})  # fmt: skip
 
 
 def content_hash(image: Image) -> str:
@@ -128,15 +116,14 @@ def _words(row: dict[str, Any]) -> Words:
 
 def write_table(path: Path, table: Table, settings: dict[str, Any]) -> None:
     """Write atomically; rows are sorted by hash, so that the same images give the same file."""
-    columns = [
-        sorted(table),
-        [[w.text for w in table[key]] for key in sorted(table)],
-        [[[int(v) for v in w.box] for w in table[key]] for key in sorted(table)],
-        [[w.confidence for w in table[key]] for key in sorted(table)],
-    ]
+    columns = {
+        "hash": sorted(table),
+        "words": [[w.text for w in table[key]] for key in sorted(table)],
+        "boxes": [[[int(v) for v in w.box] for w in table[key]] for key in sorted(table)],
+        "confidences": [[w.confidence for w in table[key]] for key in sorted(table)],
+    }
     schema = SCHEMA.with_metadata({METADATA_KEY: json.dumps(settings, sort_keys=True)})
-    arrays = [pa.array(column, f.type) for column, f in zip(columns, SCHEMA, strict=True)]
-    written = pa.Table.from_arrays(arrays, schema=schema)
+    written = pa.Table.from_pydict(columns, schema=schema)
     with atomic_file(path) as temporary:
         pq.write_table(written, temporary, compression="zstd", compression_level=19)
 
@@ -165,7 +152,7 @@ class BuildReport:
 
 
 def build_cache(
-    images: Images,
+    images: Any,
     path: str | Path,
     *,
     num_workers: int = 2,
@@ -176,9 +163,9 @@ def build_cache(
 ) -> BuildReport:
     """Read every image into the cache at `path`, `part_size` images at a time.
 
-    `images` is indexed inside the worker processes, so a lazy sequence renders or decodes there; it
-    must pickle. A killed build goes on from its last part; images already in the file are kept. A
-    image that cannot be opened or read is counted by reason, and the others go on.
+    `images`, a sequence of images, is indexed inside the worker processes, so that a lazy one renders or
+    decodes there; it must pickle. A killed build continues from its last part, and images in the file
+    are kept. An image that cannot be opened or read is counted by reason.
 
     `shard` (i, n) reads only the images i, i + n, ..., into `shard_file(path, i, n)`; those that are
     in `path` already are known. `merge_shards` then writes what one build would have written.
@@ -186,11 +173,14 @@ def build_cache(
     path, engine, report = Path(path), engine or RapidOcr(), BuildReport()
     before = _resume([path], engine.settings) if shard[1] > 1 else {}
     path = shard_file(path, *shard)
-    table = _resume([path, *_parts(path)], engine.settings)
-    known, fresh = frozenset(before | table), Table()
+    table, fresh = _resume([path, *_parts(path)], engine.settings), Table()
+    known = frozenset(before | table)
     positions = range(shard[0], len(images), shard[1])
-    results = _read_all(images, positions, engine, known, num_workers, progress)
-    for position, (key, words, reason) in zip(positions, results, strict=True):
+    # spawn: a forked onnxruntime session may hang on locks that its parent held
+    shared = {"images": images, "engine": engine, "known": known}
+    results = map_in_workers(_read_one, positions, shared, num_workers, "spawn", chunksize=4)
+    bar = track(results, "OCR", total=len(positions), disable=not progress)
+    for position, (key, words, reason) in zip(positions, bar, strict=True):
         if reason is not None:
             report.failures.setdefault(reason, []).append(position)
         elif words is None or key in table:
@@ -199,7 +189,8 @@ def build_cache(
             report.read += 1
             table[key] = fresh[key] = words
         if len(fresh) >= part_size:
-            write_table(_part(path, len(table)), fresh, engine.settings)
+            part = path.with_name(f"{path.name}.part-{len(table):08d}")
+            write_table(part, fresh, engine.settings)
             fresh = {}
     write_table(path, table, engine.settings)
     for part in _parts(path):
@@ -218,7 +209,7 @@ def merge_shards(path: str | Path, count: int) -> None:
     The file is, byte by byte, that of one build. ValueError for a shard that is missing, was read
     with other settings, or has other words for an image.
     """
-    path, table, settings = Path(path), Table(), None
+    path, table, settings = Path(path), Table(), dict[str, Any]()
     files = [shard_file(path, index, count) for index in range(count)]
     for index, file in enumerate(files):
         if not file.exists():
@@ -230,11 +221,7 @@ def merge_shards(path: str | Path, count: int) -> None:
         for key, words in rows.items():
             if table.setdefault(key, words) != words:
                 raise ValueError(f"{file}: has other words than a shard before it for image {key}")
-    write_table(path, table, settings or {})
-
-
-def _part(path: Path, rows: int) -> Path:
-    return path.with_name(f"{path.name}.part-{rows:08d}")
+    write_table(path, table, settings)
 
 
 def _parts(path: Path) -> list[Path]:
@@ -251,48 +238,13 @@ def _resume(files: Iterable[Path], settings: dict[str, Any]) -> Table:
     return table
 
 
-def _read_all(
-    images: Any,
-    positions: range,
-    engine: Engine,
-    known: frozenset,
-    num_workers: int,
-    progress: bool,
-):
-    """(hash, words or None if known, reason or None) of the image at each position, in order."""
-    columns = (TextColumn("OCR"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task("OCR", total=len(positions))
-        for result in _results(images, positions, engine, known, num_workers):
-            bar.advance(task)
-            yield result
-
-
-def _results(images: Any, positions: range, engine: Engine, known: frozenset, num_workers: int):
-    # spawn: a forked onnxruntime session may hang on locks that its parent held
-    return map_in_workers(
-        _read_one,
-        positions,
-        workers=num_workers,
-        method="spawn",
-        start=_start_worker,
-        setup=(images, engine, known),
-        chunksize=4,
-    )
-
-
-_worker: dict[str, Any] = {}
-
-
-def _start_worker(images: Any, engine: Engine, known: frozenset) -> None:
-    _worker.update(images=images, engine=engine, known=known)
-
-
-def _read_one(position: int) -> tuple[str | None, Words | None, str | None]:
+def _read_one(
+    position: int, images: Any, engine: Engine, known: frozenset[str]
+) -> tuple[str, Words | None, str | None]:
+    """The hash of an image, its words (None if known), and why it could not be read."""
     try:
-        image = _worker["images"][position]
+        image = images[position]
         key = content_hash(image)
-        words = None if key in _worker["known"] else _worker["engine"].read(image)
+        return key, None if key in known else engine.read(image), None
     except Exception as error:  # one bad image must not stop the rest: it is counted and named
-        return None, None, f"{type(error).__name__}: {error}"
-    return key, words, None
+        return "", None, f"{type(error).__name__}: {error}"

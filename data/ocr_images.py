@@ -23,26 +23,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
-class SceneImages:
-    """The scenes of some splits."""
-
-    splits: Sequence[tuple[str, int, str | None]]
-    seed: int
-
-    def __len__(self) -> int:
-        return sum(count for _, count, _ in self.splits)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        for split, count, style in self.splits:
-            if index < count:
-                return render_scene(split, index, self.seed, style)[0]
-            index -= count
-        raise IndexError(index)
-
-
-@dataclass(frozen=True)
-class FolderImages:
-    """The image files under a folder."""
+class FileImages:
+    """The images of some files."""
 
     files: tuple[Path, ...]
 
@@ -51,6 +33,21 @@ class FolderImages:
 
     def __getitem__(self, index: int) -> Image.Image:
         return open_image(self.files[index], str(self.files[index]))
+
+
+@dataclass(frozen=True)
+class SceneImages:
+    """The scenes of some splits: split, index, style."""
+
+    scenes: tuple[tuple[str, int, str | None], ...]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        split, number, style = self.scenes[index]
+        return render_scene(split, number, self.seed, style)[0]
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,13 @@ class SourceImages:
 def source_images(config: RunConfig, name: str | None) -> SourceImages:
     """The images of the source of that name, or of the only one that has files."""
     parts = (config.data.sources, config.data.validation, config.eval.sources)
-    every = [source for part in parts for source in part.values()]
-    found = {s.name: s for s in every if s.format != "scenes" and name in (None, s.name)}
+    every = {s.name: s for part in parts for s in part.values() if s.format != "scenes"}
+    found = [source for source in every.values() if name in (None, source.name)]
     if len(found) != 1:
-        names = sorted({s.name for s in every if s.format != "scenes"})
-        raise ValueError(f"source: name one of {', '.join(names) or 'none: all are scenes'}")
-    (source,) = found.values()
+        raise ValueError(
+            f"source: name one of {', '.join(sorted(every)) or 'none: all are scenes'}"
+        )
+    source = found[0]
     return SourceImages(source, first_samples(open_records(source, None)))
 
 
@@ -103,13 +101,13 @@ def first_samples(dataset: RecordDataset) -> tuple[int, ...]:
     return tuple(first.values())
 
 
-def folder_images(folder: Path) -> FolderImages:
+def folder_images(folder: Path) -> FileImages:
     """The images under a folder, sorted by path; an empty or missing folder is an error."""
     found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     files = sorted(p for p in found if not is_hidden(p.relative_to(folder)))
     if not files:
         raise ValueError(f"folder: {folder} holds no image files ({', '.join(sorted(SUFFIXES))})")
-    return FolderImages(tuple(files))
+    return FileImages(tuple(files))
 
 
 def scene_images(splits: Sequence[str], seed: int) -> SceneImages:
@@ -119,5 +117,5 @@ def scene_images(splits: Sequence[str], seed: int) -> SceneImages:
         name, count, style = [*text.split(":"), "", ""][:3]
         if not name or not count.isdecimal() or text.count(":") > 2:
             raise ValueError(f"scenes: {text!r}: write SPLIT:COUNT[:STYLE], as in train:3000")
-        found.append((name, int(count), style or None))
-    return SceneImages(found, seed)
+        found += [(name, number, style or None) for number in range(int(count))]
+    return SceneImages(tuple(found), seed)

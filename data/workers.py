@@ -13,31 +13,35 @@ Done = TypeVar("Done")
 
 
 def map_in_workers(
-    work: Callable[[Job], Done],
+    work: Callable[..., Done],
     jobs: Sequence[Job],
-    *,
+    shared: dict[str, Any],
     workers: int,
     method: str,
-    start: Callable[..., None],
-    setup: tuple[Any, ...],
     chunksize: int = 1,
 ) -> Iterator[Done]:
-    """`work` of each job, in order, in processes that begin with `start(*setup)`.
+    """`work(job, **shared)` of each job, in order, in processes that get `shared` once.
 
-    One worker or none is this process itself. `method` is fork (inherits `setup`) or spawn (pickles it).
+    One worker or none is this process itself. `method` is fork (inherits `shared`) or spawn (pickles it).
     """
     if workers <= 1:
-        start(*setup)
-        yield from map(work, jobs)
+        yield from (work(job, **shared) for job in jobs)
         return
-    context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(start, setup)) as pool:
-        yield from pool.map(work, jobs, chunksize=chunksize)
+    context, setup = multiprocessing.get_context(method), (work, shared)
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=setup) as pool:
+        yield from pool.map(_run, jobs, chunksize=chunksize)
 
 
-def _begin(start: Callable[..., None], setup: tuple[Any, ...]) -> None:
+_worker: dict[str, Any] = {}
+
+
+def _begin(work: Callable[..., Any], shared: dict[str, Any]) -> None:
     end_with_parent()
-    start(*setup)
+    _worker.update(work=work, shared=shared)
+
+
+def _run(job: Any) -> Any:
+    return _worker["work"](job, **_worker["shared"])
 
 
 def end_with_parent() -> None:

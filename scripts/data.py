@@ -55,12 +55,11 @@ class Settings:
     progress: bool = True  # of check: progress bar
 
     def __post_init__(self) -> None:
-        if self.ignore:
+        for reason in self.ignore:
             from data.audit import REASONS
 
-            for reason in self.ignore:
-                if reason not in REASONS:
-                    raise ValueError(f"ignore: no reason {reason!r}; choices: {', '.join(REASONS)}")
+            if reason not in REASONS:
+                raise ValueError(f"ignore: no reason {reason!r}; choices: {', '.join(REASONS)}")
         if self.only == []:
             raise ValueError("only: names no source")
 
@@ -79,10 +78,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_settings(arguments: list[str]) -> tuple[Settings, RunConfig, bool]:
     """Settings, the run's config, and whether it is a run's (its tasks and experts are known)."""
     own = {item.name for item in fields(Settings)}
-    mine = [text for text in arguments if first_key(text) in own]
-    rest = [text for text in arguments if first_key(text) not in own]
-    lone = any(first_key(text) == "source" for text in mine)
-    settings = load(Settings, None, [*(["source.format=jsonl"] if lone else []), *mine])
+    keys = {text: text.partition("=")[0].partition(".")[0] for text in arguments}
+    mine = [text for text in arguments if keys[text] in own]
+    rest = [text for text in arguments if keys[text] not in own]
+    lone = ["source.format=jsonl"] if "source" in keys.values() else []
+    settings = load(Settings, None, [*lone, *mine])
     if (settings.config is None) == (settings.source is None):
         raise ValueError("give either config=FILE, that of a run, or source.path=FILE")
     if settings.source is None:
@@ -91,10 +91,6 @@ def read_settings(arguments: list[str]) -> tuple[Settings, RunConfig, bool]:
     entry = yaml.safe_dump({source.pop("name"): source}, default_flow_style=True, width=10**6)
     config = load_config(None, ["experts={any: {}}", f"data.sources={entry}", *rest])
     return settings, config, False
-
-
-def first_key(override: str) -> str:
-    return override.partition("=")[0].partition(".")[0]
 
 
 def collator_of(config: RunConfig, known: bool) -> "Collator":
@@ -108,12 +104,10 @@ def collator_of(config: RunConfig, known: bool) -> "Collator":
 def chosen(config: RunConfig, only: list[str] | None) -> dict[str, list[SourceConfig]]:
     """Part of the config -> its sources; each data set once, however many parts it is in."""
     parts = (config.data.sources, config.data.validation, config.eval.sources)
-    names = [name for part in parts for name in part]
+    names = dict.fromkeys(name for part in parts for name in part)
     for name in only or ():
         if name not in names:
-            raise ValueError(
-                f"only: no source {name!r}; choices: {', '.join(dict.fromkeys(names))}"
-            )
+            raise ValueError(f"only: no source {name!r}; choices: {', '.join(names)}")
     found: dict[str, list[SourceConfig]] = {}
     for key, part in zip(PARTS, parts, strict=True):
         fresh = [s for s in part.values() if s not in sum(found.values(), [])]
@@ -154,18 +148,14 @@ def check(settings: Settings, config: RunConfig, known: bool, console: Console) 
     console.print(table_of(audits, settings.ignore))
     for line in examples(audits, settings.show):
         console.print(line, markup=False)
-    total = sum(audit.rows for part in audits.values() for audit in part)
-    errors = sum(
-        finding.count
-        for part in audits.values()
-        for audit in part
-        for rule, finding in audit.found.items()
-        if rule not in settings.ignore
+    every = sum(audits.values(), [])
+    total, found = (
+        sum(audit.rows for audit in every),
+        [pair for a in every for pair in a.found.items()],
     )
-    console.print(
-        f"{total:,} rows in {seconds:.1f} s ({total / seconds:,.0f} rows/s, {settings.workers} "
-        f"processes), {errors:,} errors"
-    )
+    errors = sum(finding.count for rule, finding in found if rule not in settings.ignore)
+    speed = f"{total / seconds:,.0f} rows/s, {settings.workers} processes"
+    console.print(f"{total:,} rows in {seconds:.1f} s ({speed}), {errors:,} errors")
     return errors
 
 

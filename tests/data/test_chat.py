@@ -252,7 +252,7 @@ def test_a_sample_that_a_processor_refuses_is_named_and_the_others_are_read(num_
     assert [s.id for s in batch.samples] == ["0", "2"]
     assert torch.equal(batch.input_ids, collate([sample(0), sample(2)]).input_ids)
     assert len(rejected) == 1 and refused_by(rejected[0], 1) and "aspect ratio" in str(rejected[0])
-    audit = audit_rows(rows, "s", collate, range(3))
+    audit = audit_rows(range(3), rows, "s", collate)
     assert {rule: f.count for rule, f in audit.found.items()} == {"refused by processor": 1}
 
 
@@ -265,7 +265,7 @@ def test_a_sample_that_a_template_refuses_is_named_in_a_batch_and_by_the_check()
     batch, rejected = collate.split(rows)
     assert [s.id for s in batch.samples] == ["0"]
     assert refused_by(rejected[0], 1) and "no system here" in str(rejected[0])
-    found = audit_rows(rows, "s", collate, range(2)).found
+    found = audit_rows(range(2), rows, "s", collate).found
     assert found["refused by processor"].count == 1
     assert collate.split(rows[1:])[0] is None
 

@@ -127,10 +127,10 @@ def test_a_killed_build_goes_on_from_its_parts_to_the_same_file(tmp_path, monkey
 
     read_one = ocr._read_one
 
-    def dies(position):
+    def dies(position, **shared):
         if position == 5:
             raise KeyboardInterrupt
-        return read_one(position)
+        return read_one(position, **shared)
 
     monkeypatch.setattr(ocr, "_read_one", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -160,10 +160,10 @@ def test_shards_of_several_machines_merge_to_the_file_of_one_even_after_a_kill(
 
     read_one = ocr._read_one
 
-    def dies(position):
+    def dies(position, **shared):
         if position == 8:
             raise KeyboardInterrupt
-        return read_one(position)
+        return read_one(position, **shared)
 
     with monkeypatch.context() as patch:
         patch.setattr(ocr, "_read_one", dies)
