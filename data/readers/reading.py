@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data.images import coco_number, find_image
+from data.images import coco_number
 from data.readers.fields import field, name, tags_of, text, texts
 from data.readers.format import parses, reads
-from data.readers.record import Record, Records
+from data.readers.record import Record, Records, asked
 from data.readers.rows import JsonRows, Row, read_json
 from data.sample import Box, OcrWord
 from moa.config import SourceConfig
@@ -34,17 +34,10 @@ def read_textvqa(source: SourceConfig) -> Records:
 
 
 def parse_textvqa(source: SourceConfig, ocr: JsonRows | None, row: Row) -> Record:
-    value, image_id = row.value, name(row.value, "image_id")
-    return Record(
-        id=name(value, "question_id"),
-        image_id=image_id,
-        image=find_image(source.images, f"{image_id}.jpg"),
-        question=text(value, "question"),
-        answers=texts(value, "answers", missing=()),
-        ocr=None if ocr is None else rosetta_words(ocr.one(image_id)),
-        frame=(1.0, 1.0),
-        split=text(value, "set_name"),
-    )
+    image_id, answers = name(row.value, "image_id"), texts(row.value, "answers", missing=())
+    more: dict[str, Any] = {"answers": answers, "split": text(row.value, "set_name")}
+    words = None if ocr is None else rosetta_words(ocr.one(image_id))
+    return asked(source, row, f"{image_id}.jpg", ocr=words, frame=(1.0, 1.0), **more)
 
 
 def rosetta_words(row: Any) -> tuple[OcrWord, ...]:
@@ -75,18 +68,13 @@ def read_docvqa(source: SourceConfig) -> Records:
 def parse_docvqa(source: SourceConfig, row: Row) -> Record:
     value, image = row.value, text(row.value, "image")
     ocr, page = source.ocr, PurePosixPath(image)
-    words, frame = (None, None) if ocr is None else page_words(Path(ocr), page.stem)
-    return Record(
-        id=name(value, "questionId"),
-        image_id=image,
-        image=find_image(source.images, image, page.name),
-        question=text(value, "question"),
-        answers=texts(value, "answers", missing=()),
-        ocr=words,
-        frame=frame,
-        split=text(value, "data_split"),
-        tags=texts(value, "question_types") if value.get("question_types") else (),
-    )
+    more: dict[str, Any] = {"id": name(value, "questionId"), "split": text(value, "data_split")}
+    if ocr is not None:
+        more["ocr"], more["frame"] = page_words(Path(ocr), page.stem)
+    if value.get("question_types"):
+        more["tags"] = texts(value, "question_types")
+    answers = texts(value, "answers", missing=())
+    return asked(source, row, image, page.name, image_id=image, answers=answers, **more)
 
 
 def page_words(folder: Path, page: str) -> tuple[tuple[OcrWord, ...], tuple[float, float]]:
@@ -116,15 +104,9 @@ def bounds(corners: list[float]) -> Box:
 @parses("stvqa", at="data", task="ocr_vqa")
 def parse_stvqa(source: SourceConfig, row: Row) -> Record:
     value, path = row.value, text(row.value, "file_path")
-    return Record(
-        id=name(value, "question_id"),
-        image_id=coco_number(path),
-        image=find_image(source.images, path),
-        question=text(value, "question"),
-        answers=texts(value, "answers", missing=()),
-        split=text(value, "set_name") if "set_name" in value else None,
-        tags=tags_of(value, "dataset"),
-    )
+    more: dict[str, Any] = {"image_id": coco_number(path), "tags": tags_of(value, "dataset")}
+    more |= {"split": text(value, "set_name") if "set_name" in value else None}
+    return asked(source, row, path, answers=texts(value, "answers", missing=()), **more)
 
 
 @reads("ocrvqa", needs=("path", "images", "split"), task="ocr_vqa")
@@ -147,25 +129,16 @@ def parse_ocrvqa(source: SourceConfig, row: Row) -> Record:
     if len(questions) != len(answers):
         raise ValueError(f"has {len(questions)} questions and {len(answers)} answers")
     suffix = PurePosixPath(text(row.value, "imageURL")).suffix
-    return Record(
-        id=f"{row.key}/{row.part}",
-        image_id=row.key,
-        image=find_image(source.images, f"{row.key}{suffix}", f"{row.key}.jpg"),
-        question=questions[row.part],
-        answers=(answers[row.part],),
-        split=source.split,
-        tags=tags_of(row.value, "genre"),
-    )
+    more: dict[str, Any] = {"id": f"{row.key}/{row.part}", "image_id": row.key}
+    more |= {"question": questions[row.part], "answers": (answers[row.part],)}
+    more |= {"split": source.split, "tags": tags_of(row.value, "genre")}
+    return asked(source, row, f"{row.key}{suffix}", f"{row.key}.jpg", **more)
 
 
 @parses("chartqa", task="ocr_vqa")
 def parse_chartqa(source: SourceConfig, row: Row) -> Record:
     image = text(row.value, "imgname")
-    return Record(
-        id=row.where.rpartition(": ")[2],
-        image_id=image,
-        image=find_image(source.images, image),
-        question=text(row.value, "query"),
-        answers=(text(row.value, "label"),),
-        tags=(Path(source.path or "").stem.rpartition("_")[2],),  # human or augmented
-    )
+    more: dict[str, Any] = {"id": row.where.rpartition(": ")[2], "image_id": image}
+    more |= {"question": text(row.value, "query"), "answers": (text(row.value, "label"),)}
+    more |= {"tags": (Path(source.path or "").stem.rpartition("_")[2],)}  # human or augmented
+    return asked(source, row, image, **more)

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.checks import BadSampleError, check_sample, check_words
-from data.images import StoredImage, open_image
+from data.images import StoredImage, find_image, open_image
 from data.ocr import OcrSource
+from data.readers.fields import name, text
 from data.readers.rows import Row, Rows
 from data.sample import Box, OcrWord, Sample, Turn
+from moa.config import SourceConfig
+
+SAME = ("id", "image_id", "answers", "system", "turns", "tags", "choices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,17 @@ class Record:
     turns: tuple[Turn, ...] = ()
     tags: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+
+
+def asked(source: SourceConfig, row: Row, *files: str, **more: Any) -> Record:
+    """The record of a question, with the keys that most data sets have, about the first of `files` that is there."""
+    keys = {
+        "id": ("question_id", name),
+        "image_id": ("image_id", name),
+        "question": ("question", text),
+    }
+    own = {key: read(row.value, at) for key, (at, read) in keys.items() if key not in more}
+    return Record(image=find_image(source.images, *files), **own, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +92,13 @@ def reason(error: Exception) -> str:
 
 def check_record(record: Record) -> None:
     """ValueError for texts that are not Unicode, and a frame that no box can lie in."""
-    for name, value in vars(record).items():
-        for text in texts_in(value):
+    for key, value in vars(record).items():
+        for found in texts_in(value):
             try:
-                text.encode()
+                found.encode()
             except UnicodeEncodeError:
-                raise ValueError(
-                    f"{name!r} holds half a character (a lone surrogate): {text!r:.60}"
-                ) from None
+                detail = f"half a character (a lone surrogate): {found!r:.60}"
+                raise ValueError(f"{key!r} holds {detail}") from None
     if record.frame is not None and not all(0 < float(side) < math.inf for side in record.frame):
         raise ValueError(f"boxes lie in a frame of {record.frame}; both sides must be above 0")
 
@@ -148,25 +162,18 @@ class RecordDataset:
         ocr = None if record.ocr is None else tuple(fitted(w, frame, size) for w in record.ocr)
         if ocr is None and self.ocr is not None and image is not None:
             ocr = self.ocr(image)
+        boxes = [clip_if_near(scaled(b, frame, size), size, record.slack) for b in record.boxes]
         return Sample(
-            id=record.id,
-            image_id=record.image_id,
             image=image,
             question=self.prompt.replace("{question}", record.question),
-            answers=record.answers,
             task=self.task or record.task or self.default_task,
             source=self.source,
             expert=self.expert,
             split=record.split or self.split,
-            boxes=tuple(
-                clip_if_near(scaled(b, frame, size), size, record.slack) for b in record.boxes
-            ),
+            boxes=tuple(boxes),
             ocr=ocr,
             instruction=self.instruction,
-            system=record.system,
-            turns=record.turns,
-            tags=record.tags,
-            choices=record.choices,
+            **{key: getattr(record, key) for key in SAME},
         )
 
 

@@ -13,12 +13,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
+from typing import Any
 
 from data.checks import BadSampleError
 from data.images import coco_number, find_image
 from data.readers.fields import answers_of, field, name, tags_of, text, texts
 from data.readers.format import FOUR, parses, reads
-from data.readers.record import Record, Records
+from data.readers.record import Record, Records, asked
 from data.readers.rows import JsonLines, JsonRows, ListRows, Row, read_json
 from data.readers.scanner import member_of
 from moa.config import SourceConfig
@@ -35,58 +36,41 @@ def read_vqa(source: SourceConfig) -> Records:
     subset = member_of(questions.path, "data_subtype")
     answers = source.annotations
     found = JsonRows(answers, at="annotations", key="question_id") if answers else None
-    parse = partial(parse_vqa, annotations=found, images=source.images, subset=subset)
+    parse = partial(parse_vqa, annotations=found, source=source, subset=subset)
     return Records(rows=questions, parse=parse)
 
 
-def parse_vqa(row: Row, annotations: JsonRows | None, images: str | None, subset: str) -> Record:
-    answers: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    number, image_id = name(row.value, "question_id"), name(row.value, "image_id")
+def parse_vqa(row: Row, annotations: JsonRows | None, source: SourceConfig, subset: str) -> Record:
+    more: dict[str, Any] = {"split": subset}
     if annotations is not None:
-        annotation = annotations.one(number)
+        annotation = annotations.one(name(row.value, "question_id"))
         chosen = annotation.get("multiple_choice_answer")
         # the order of answers decides nothing but ties, and those go to the chosen answer
-        answers = tuple(sorted(answers_of(annotation, "answers"), key=lambda a: a != chosen))
-        tags = tags_of(annotation, "answer_type", "question_type")
-    return Record(
-        id=number,
-        image_id=image_id,
-        image=coco_image(images, image_id, subset),
-        question=text(row.value, "question"),
-        answers=answers,
-        split=subset,
-        tags=tags,
-    )
+        answers = sorted(answers_of(annotation, "answers"), key=lambda a: a != chosen)
+        more |= {"answers": tuple(answers)}
+        more |= {"tags": tags_of(annotation, "answer_type", "question_type")}
+    return asked(source, row, *coco_names(name(row.value, "image_id"), subset), **more)
 
 
-def coco_image(images: str | None, number: str, subset: str) -> Path:
-    """COCO's file of an image, by its name of 2014 (the folder may hold the subsets) or of 2017."""
+def coco_names(number: str, subset: str) -> tuple[str, ...]:
+    """Where COCO's image may be, by its name of 2014 (the folder may hold the subsets) or of 2017."""
     subset = subset.replace("test-dev", "test")
     old, new = f"COCO_{subset}_{int(number):012d}.jpg", f"{int(number):012d}.jpg"
-    return find_image(images, old, f"{subset}/{old}", new, f"{subset}/{new}")
+    return old, f"{subset}/{old}", new, f"{subset}/{new}"
 
 
 @parses("aokvqa")
 def parse_aokvqa(source: SourceConfig, row: Row) -> Record:
-    value, number = row.value, name(row.value, "image_id")
-    split = text(value, "split")
-    return Record(
-        id=name(value, "question_id"),
-        image_id=number,
-        image=coco_image(source.images, number, f"{split}2017"),
-        question=text(value, "question"),
-        answers=texts(value, "direct_answers", missing=()),
-        split=split,
-    )
+    number, split = name(row.value, "image_id"), text(row.value, "split")
+    answers = texts(row.value, "direct_answers", missing=())
+    return asked(source, row, *coco_names(number, f"{split}2017"), answers=answers, split=split)
 
 
 @parses("aokvqa_choice", instruction=LETTER)
 def parse_aokvqa_choice(source: SourceConfig, row: Row) -> Record:
     """The options are in the question, and the answer is a letter; the test split has none."""
-    record = parse_aokvqa(source, row)
+    record, key = parse_aokvqa(source, row), "correct_choice_idx"
     question = f"{record.question}\n{lettered(texts(row.value, 'choices'))}"
-    key = "correct_choice_idx"
     answers = (letter(row.value, key),) if key in row.value else ()
     return replace(record, question=question, answers=answers)
 
@@ -105,15 +89,12 @@ def letter(row: dict, key: str) -> str:
 
 @parses("gqa")
 def parse_gqa(source: SourceConfig, row: Row) -> Record:
-    value, image_id = row.value, name(row.value, "imageId")
-    return Record(
-        id=row.key,
-        image_id=image_id,
-        image=find_image(source.images, f"{image_id}.jpg"),
-        question=text(value, "question"),
-        answers=(text(value, "answer"),) if "answer" in value else (),  # test splits have none
-        tags=tags_of(value.get("types") or {}, "structural", "semantic"),
-    )
+    image_id = name(row.value, "imageId")
+    more: dict[str, Any] = {"id": row.key, "image_id": image_id}
+    if "answer" in row.value:  # test splits have none
+        more["answers"] = (text(row.value, "answer"),)
+    more["tags"] = tags_of(row.value.get("types") or {}, "structural", "semantic")
+    return asked(source, row, f"{image_id}.jpg", **more)
 
 
 @parses("vizwiz")
@@ -122,14 +103,9 @@ def parse_vizwiz(source: SourceConfig, row: Row) -> Record:
     kind: tuple[str, ...] = ()
     if "answerable" in value:  # not in the test split
         kind = ("answerable" if field(value, "answerable", int) else "unanswerable",)
-    return Record(
-        id=image,
-        image_id=image,
-        image=find_image(source.images, image),
-        question=text(value, "question"),
-        answers=answers_of(value, "answers") if "answers" in value else (),
-        tags=(*kind, *tags_of(value, "answer_type")),
-    )
+    answers = answers_of(value, "answers") if "answers" in value else ()
+    tags = (*kind, *tags_of(value, "answer_type"))
+    return asked(source, row, image, id=image, image_id=image, answers=answers, tags=tags)
 
 
 @reads("pope")
@@ -140,14 +116,10 @@ def read_pope(source: SourceConfig) -> Records:
 
 def parse_pope(source: SourceConfig, row: Row) -> Record:
     image = text(row.value, "image")
-    return Record(
-        id=name(row.value, "question_id"),
-        image_id=coco_number(image),
-        image=find_image(source.images, image),
-        question=text(row.value, "text"),
-        answers=(text(row.value, "label"),),
-        tags=(Path(source.path or "").stem.removeprefix("coco_pope_"),),
-    )
+    more: dict[str, Any] = {"image_id": coco_number(image), "question": text(row.value, "text")}
+    more |= {"answers": (text(row.value, "label"),)}
+    more |= {"tags": (Path(source.path or "").stem.removeprefix("coco_pope_"),)}
+    return asked(source, row, image, **more)
 
 
 @reads("scienceqa", needs=FOUR, instruction=LETTER)

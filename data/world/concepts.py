@@ -93,3 +93,8 @@ SPLITS = {
     "test_ground": Split(grounds=tuple(HELD_OUT_GROUNDS)),
     "test_wordings": Split(wordings="held_out"),
 }
+
+
+def check_choice(name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is unknown; choices: {', '.join(map(str, choices))}")

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data.sample import Sample
-from data.world.concepts import STYLES
+from data.world.concepts import STYLES, check_choice
 from data.world.scenes import render_svg, scene_rng, svg_file
 
 SIZE = 60  # pixels, square
@@ -78,9 +78,8 @@ class DrawingDataset:
         source: str | None = None,
         seed: int = 0,
     ):
-        for key, value, choices in (("task", task, TASKS), ("style", style or "color", DRAWN)):
-            if value not in choices:
-                raise ValueError(f"{key} {value!r} is unknown; choices: {', '.join(choices)}")
+        check_choice("task", task, TASKS)
+        check_choice("style", style or "color", DRAWN)
         self.split, self.task, self.num_samples = split, task, num_samples
         self.style, self.expert, self.source = style or "color", expert, source or task
         self.seed = seed

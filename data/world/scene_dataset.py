@@ -17,7 +17,7 @@ from itertools import count
 from PIL.Image import Image
 
 from data.sample import OcrWord, Sample
-from data.world.concepts import SPLITS
+from data.world.concepts import SPLITS, check_choice
 from data.world.questions import TASKS, Question, questions
 from data.world.scenes import Scene, render_scene, scene_rng
 
@@ -57,9 +57,8 @@ class SceneDataset:
         seed: int = 0,
         ocr: OcrReader | None = None,
     ):
-        _check_choice("split", split, (*SPLITS, *SLICES))
-        if split in SPLITS:
-            _check_choice("task", task, TASKS)
+        check_choice("split", split, (*SPLITS, *SLICES))
+        check_choice("task", task, TASKS if split in SPLITS else (task,))
         self.split, self.task, self.num_samples, self.style = split, task, num_samples, style
         self.expert, self.source, self.seed, self.ocr = expert, source or task or split, seed, ocr
 
@@ -71,27 +70,15 @@ class SceneDataset:
             raise IndexError(f"sample {index} of {self.num_samples}")
         pick = self._pick(index)
         image, scene = _scene(pick, self.seed)
-        return self._sample(pick, image, scene, _choose(pick, scene, self.seed))
-
-    def _pick(self, index: int) -> Pick:
-        if self.split in SLICES:
-            return SLICES[self.split](index, self.seed)
-        assert self.task is not None  # checked in __init__
-        return Pick(
-            split=self.split, task=self.task, scene=scene_of(index, self.task), style=self.style
-        )
-
-    def _sample(self, pick: Pick, image: Image, scene: Scene, question: Question) -> Sample:
+        question = _choose(pick, scene, self.seed)
         rng = scene_rng(f"wording/{pick.task}", pick.scene, self.seed)
         wordings = question.wordings(SPLITS[pick.split].wordings)
-        wording = (
-            wordings[0] if self.split in SLICES else wordings[int(rng.integers(len(wordings)))]
-        )
+        number = 0 if self.split in SLICES else int(rng.integers(len(wordings)))
         return Sample(
             id=f"{self.split}/{pick.task}/{scene.id}",
             image_id=scene.id,
             image=image,
-            question=wording,
+            question=wordings[number],
             answers=question.answers,
             task=pick.task,
             source=self.source,
@@ -100,6 +87,13 @@ class SceneDataset:
             ocr=None if self.ocr is None else self.ocr(image),
             tags=(question.kind, scene.style, scene.ground),
         )
+
+    def _pick(self, index: int) -> Pick:
+        if self.split in SLICES:
+            return SLICES[self.split](index, self.seed)
+        assert self.task is not None  # checked in __init__
+        scene = scene_of(index, self.task)
+        return Pick(split=self.split, task=self.task, scene=scene, style=self.style)
 
 
 def scene_of(index: int, task: str) -> int:
@@ -114,9 +108,8 @@ def expert_of(task: str, style: str) -> str | None:
     return "line" if (task, style) == ("vqa", "line") else task
 
 
-@lru_cache(maxsize=4096)  # about 110 kB an image; the tasks of one scene share it
-def _render(split: str, index: int, seed: int, style: str | None, num_things: int | None):
-    return render_scene(split, index, seed, style, num_things)
+# about 110 kB an image; the tasks of one scene share it
+_render = lru_cache(maxsize=4096)(render_scene)
 
 
 def _scene(pick: Pick, seed: int) -> tuple[Image, Scene]:
@@ -136,9 +129,9 @@ def _choose(pick: Pick, scene: Scene, seed: int) -> Question:
 
 
 def _slice_text(index: int, seed: int) -> Pick:
-    task = TRAINED_TASKS[index % len(TRAINED_TASKS)]
-    scene = scene_of(index // len(TRAINED_TASKS), "ocr_vqa")
-    return Pick(split="test", task=task, scene=10_000 + scene)
+    turn, task = divmod(index, len(TRAINED_TASKS))
+    scene = 10_000 + scene_of(turn, "ocr_vqa")
+    return Pick(split="test", task=TRAINED_TASKS[task], scene=scene)
 
 
 def _slice_ocr(index: int, seed: int) -> Pick:
@@ -158,19 +151,10 @@ def _slice_prefix(index: int, seed: int) -> Pick:
 
 
 def _slice_image(index: int, seed: int) -> Pick:
-    style = ("color", "line")[index % 2]
-    scene = 40_000 + index // 2
+    style, scene = ("color", "line")[index % 2], 40_000 + index // 2
     return Pick(split="test", task="vqa", scene=scene, kind="category", style=style, num_things=1)
 
 
 SLICES = {
-    "slice_text": _slice_text,
-    "slice_ocr": _slice_ocr,
-    "slice_prefix": _slice_prefix,
-    "slice_image": _slice_image,
+    f.__name__.removeprefix("_"): f for f in (_slice_text, _slice_ocr, _slice_prefix, _slice_image)
 }
-
-
-def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")

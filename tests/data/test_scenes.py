@@ -166,7 +166,7 @@ def test_every_split_answers_every_task(split):
 
 
 def test_an_unknown_split_or_task_is_named_with_the_choices():
-    with pytest.raises(ValueError, match="split 'tset' is unknown; choose from pretrain, train"):
+    with pytest.raises(ValueError, match="split 'tset' is unknown; choices: pretrain, train"):
         SceneDataset("tset", "vqa", num_samples=1)
-    with pytest.raises(ValueError, match="task 'vqq' is unknown; choose from vqa"):
+    with pytest.raises(ValueError, match="task 'vqq' is unknown; choices: vqa"):
         SceneDataset("train", "vqq", num_samples=1)
