@@ -54,7 +54,8 @@ def first_model(args: Settings) -> tuple[Any, Any]:
         model: Any = LlavaForConditionalGeneration.from_pretrained(args.start, dtype="float32")
         return model.to(args.device), AutoProcessor.from_pretrained(args.start)
     tokenizer = build_tokenizer(corpus(args.seed))
-    return build_model(tokenizer).to(args.device), build_processor(tokenizer)
+    model = build_model(tokenizer)
+    return model.to(args.device), build_processor(tokenizer)
 
 
 def run(args: Settings, console: Console) -> None:
