@@ -20,8 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are
 
 
 def train(run: "Run", state: "TrainState | None") -> None:
-    """Run all stages, or what a checkpoint's `state` leaves of them, until they are done or a signal
-    stops the run.
+    """Run all stages, or what a checkpoint's `state` leaves of them, until they are done or a signal stops the run.
 
     Raises TrainingError, BadSampleError or OSError where it cannot continue; the last checkpoint is whole.
     """

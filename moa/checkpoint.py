@@ -55,10 +55,7 @@ class TrainState:
 def save_checkpoint(
     run: Path, step: int, model: MixtureModel, config: RunConfig, state: TrainState
 ) -> Path:
-    """Write checkpoint `step` of a run and let `last` name it; older ones are left alone.
-
-    Raises OSError, saying that the checkpoint before is whole, where the disk is full.
-    """
+    """Write checkpoint `step` of a run and let `last` name it; OSError, which names the one before, on a full disk."""
     target = run / "checkpoints" / step_name(step)
     try:
         with atomic_folder(target) as folder:
@@ -157,9 +154,7 @@ def pointed(run: Path, name: str) -> str | None:
 
 
 def prune(run: Path, keep_last: int, best: Collection[int] = ()) -> None:
-    """Delete all but the newest checkpoints, those of the steps `best`, and those that have a name;
-    and what killed runs left half written.
-    """
+    """Delete all but the newest checkpoints, the `best` and the named ones; also what killed runs left half written."""
     root = run / "checkpoints"
     steps = sorted(p.name for p in root.glob("step-*"))
     kept = {*steps[-keep_last:], *map(step_name, best), pointed(run, "best"), pointed(run, "last")}
@@ -212,8 +207,7 @@ def load_model(
 ) -> tuple[MixtureModel, Any, RunConfig]:
     """The model of a run (its best checkpoint, else its last) or of a step folder, for evaluation.
 
-    Raises ValueError for a folder that holds no checkpoint, or one with a missing or changed file, and for a base
-    that changed since (unless `other_base`).
+    ValueError for a missing or changed file, and for a base that changed since (unless `other_base`).
     """
     folder = step_folder(path)
     verify(folder)

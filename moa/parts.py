@@ -1,10 +1,8 @@
 """What a run trains beside the frozen base: one row per part.
 
-    experts     lora_A and lora_B of every expert, each in a PEFT folder of its own
-    router      all that decides gates: the router, its buffers, and the token routers of the sites
-    projector   the layers between vision tower and language model, with `model.train_projector`
-
-Stages, optimiser, checkpoints, sharding, averaging and merging read this table.
+experts     lora_A and lora_B of every expert, each in a PEFT folder of its own
+router      all that decides gates: the router, its buffers, and the token routers of the sites
+projector   the layers between vision tower and language model, with `model.train_projector`
 """
 
 from collections.abc import Callable

@@ -3,10 +3,8 @@
     python -m scripts.analyse adapters=[A,B]
     python -m scripts.analyse "adapters=[runs/demo/checkpoints/step-000260/experts/*]" out=OUT
 
-Prints a table of the experts and one of the pairs that meet most. A folder given as `out` also gets
-fidelity.json (every number, by site, module and layer) and fidelity.html, a page with images that
-needs no other file. No base model is read, and nothing is merged: scripts.merge writes the same
-page with what a merge kept and lost.
+Prints a table of the experts and one of the pairs that meet most. A folder given as `out` also gets fidelity.json
+(every number, by site, module and layer) and fidelity.html, a page with images that needs no other file.
 
     cosine             1: two experts want the same change, -1: they undo each other, 0: they do not meet
     disagree           of what both change, the share that pulls in opposite directions; 50% is chance

@@ -1,9 +1,8 @@
-"""What a run gained: the base, the routed experts and merged adapters, side by side.
+"""What a run gained: the base, the routed experts and merged adapters, side by side, in <run>/summary.json.
 
     python -m scripts.summary run=runs/demo merged=[runs/demo/merged/mean_gates,runs/demo/merged/ties]
 
-Scores the base and the merged adapters on the run's own data sets, adds the router's scores that eval.py
-wrote to <run>/eval, writes <run>/summary.json, and lists the images.
+Adds the router's scores that eval.py wrote to <run>/eval, and lists the images.
 """
 
 import os

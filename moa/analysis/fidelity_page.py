@@ -55,10 +55,7 @@ IMAGES: dict[str, tuple[Callable[[Path, Record], None], str]] = {
 def write_page(
     path: str | Path, record: Record, about: Mapping[str, Any], agreement: str | None = None
 ) -> None:
-    """Write the page of a fidelity record.
-
-    `about` is what the merge was, by name; `agreement` is a line on what the merged model answers, and comes first.
-    """
+    """Write the page of a record; `about` names what the merge was, `agreement` is a line on its answers, the first."""
     merged, several = "merged" in record["total"], len(record["experts"]) > 1
     first = [*([agreement] if agreement else []), *summary(record, about)]
     parts = [html.element("p", line, "first") for line in first]

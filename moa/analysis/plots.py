@@ -72,10 +72,7 @@ def color(index: int) -> str:
 
 
 def gate_heat_map(path: str | Path, routing: Mapping[str, Any], null_expert: bool = False) -> None:
-    """Task (split where it has several experts) x expert, from `moa.analysis.routing.summary`.
-
-    With a null expert the last column is its weight: what the experts leave of one.
-    """
+    """Task, split where it has several experts, x expert; with a null expert the last column is its weight."""
     experts, per_task = routing["experts"], routing["per_kind"]
     values = np.array(list(per_task.values()))
     if null_expert:
@@ -147,10 +144,7 @@ def layer_groups(sites: Sequence[str]) -> dict[str, list[int]]:
 def loss_curves(
     path: str | Path, rows: Iterable[Mapping[str, Any]], experts: Sequence[str] = ()
 ) -> None:
-    """Loss per task over steps: the values pale, their running mean strong, stages marked.
-
-    A task that is called as an expert has the expert's colour of the other images.
-    """
+    """Loss per task over steps, pale, their running mean strong; a task called as an expert has its colour."""
     rows = [row for row in rows if any(key.startswith("loss/") for key in row)]
     if not rows:
         raise ValueError("loss_curves: the log holds no row with a loss per task (loss/<task>)")

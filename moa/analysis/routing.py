@@ -49,11 +49,7 @@ def entropy(probabilities: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lea
 
 
 def mutual_information(gates: Float[Tensor, "sample expert"], tasks: Sequence[str]) -> float:
-    """I(task; expert) = H(expert) - H(expert | task) in bits.
-
-    0 when every task gets the same mixture; at most the entropy of the tasks, when a task tells the
-    expert and the expert tells the task.
-    """
+    """I(task; expert) = H(expert) - H(expert | task) in bits: 0 when every task gets the same mixture."""
     each = shares(gates)
     means = gates_per_task(each, tasks)
     conditional = sum(tasks.count(task) * float(entropy(mean)) for task, mean in means.items())
@@ -137,11 +133,9 @@ def summary(
 ) -> dict[str, Any]:
     """Everything above as one record for a JSON file.
 
-    `mean_gates` weighs the tasks alike (the trained ones, where any is among the samples), however
-    many samples each has: these gates are the weights of a merge. `per_kind` has a row for each
-    task, or for each expert of a task that has several. Where samples are meant for no expert, none is a
-    choice in the mutual information, entropy and accuracy. `sites` are the names of the wrapped layers, in
-    the order of `per_site`.
+    `mean_gates`, the weights of a merge, weighs the tasks alike (the trained ones, where any is among the samples).
+    `per_kind` has a row for each task, or for each expert of a task that has several. Where samples are meant for no
+    expert, none is a choice in the mutual information, entropy and accuracy.
     """
     mean = gates.float().mean(1)
     choices, decided = list(experts), mean

@@ -8,11 +8,7 @@ from moa.metrics.retrieval import mean_per_class_accuracy, recall_at
 
 
 def classification_scores(responses: Sequence[Response]) -> Scores:
-    """Top-1 and top-5 by the rank of the true class, and the mean over classes of top-1.
-
-    Which one a data set is published by differs: CLIP's paper has the mean over classes for
-    Caltech-101, Oxford pets, Flowers and Aircraft, and top-1 for most others.
-    """
+    """Top-1, top-5, and the mean over classes of top-1, by which CLIP's paper reports Caltech-101 and Aircraft."""
     ranks = ranks_of(responses)
     hits, classes = recall_at(ranks, 1), [r.sample.answers[0] for r in responses]
     return Scores(
@@ -23,10 +19,7 @@ def classification_scores(responses: Sequence[Response]) -> Scores:
 
 
 def retrieval_scores(responses: Sequence[Response]) -> Scores:
-    """R@1, R@5 and R@10 of one direction, over all images or all captions of the set that is searched.
-
-    The set decides how hard it is: the 1,000 or 5,000 images of Karpathy's test splits.
-    """
+    """R@1, R@5 and R@10 of one direction, over all that is searched, such as Karpathy's 1,000 or 5,000 images."""
     ranks = ranks_of(responses)
     return Scores(
         primary="R@1",

@@ -12,7 +12,6 @@ class Response:
     """A model's response to a sample: the text, the box that the codec found in it, the gates.
 
     `rank` (from 1) is that of the truth among all candidates, of a model that orders them.
-    `gates` are `[site or 1][expert]`, None where gates are decided per token.
     """
 
     sample: Sample

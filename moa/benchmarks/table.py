@@ -1,12 +1,10 @@
 """Every benchmark for models that generate: a row each, by the name that a config gives it.
 
-`TASKS` are for data of one's own: where neither source nor format names a benchmark, a sample is scored
-by that of its task, or by exact match if its task has another name. The others are published ones.
-A metric's published rule, quirks included, is documented at the metric (moa/metrics/).
+`TASKS` are for data of one's own: where neither source nor format names a benchmark, a sample is scored by that of its
+task, or by exact match if its task has another name. A metric's published rule is documented at the metric.
 
-Published TextVQA numbers of LLaVA-1.5 have OCR words in the prompt, and are ten points lower without; the
-result file records which. A-OKVQA leaves out the questions whose `difficult_direct_answer` is true. ChartQA
-is reported as the mean of its human and its augmented questions, which are two sources here.
+Published TextVQA numbers of LLaVA-1.5 have OCR words in the prompt, and are ten points lower without. A-OKVQA leaves
+out the questions whose `difficult_direct_answer` is true. ChartQA is the mean of two sources here.
 """
 
 from collections import Counter
@@ -136,8 +134,7 @@ HALVES = {"query": "open"} | dict.fromkeys(("verify", "logical", "choose", "comp
 def gqa(responses: Sequence[Response]) -> Scores:
     """Accuracy; `open` and `binary` beside it where the samples' tags name the structural type.
 
-    Consistency needs answers to questions outside the balanced split, validity and plausibility the
-    choices file of the authors, grounding their attention maps: none of these is computed here.
+    Consistency, validity, plausibility and grounding need files beyond the balanced split: none is computed here.
     """
     hits = [text.gqa_match(r.text, r.sample.answers[0]) for r in responses]
     halves: dict[str, list[float]] = {}
@@ -154,10 +151,7 @@ def gqa(responses: Sequence[Response]) -> Scores:
 
 
 def pope(responses: Sequence[Response]) -> Scores:
-    """Accuracy, and precision, recall, F1 and the share of "yes" over the whole file.
-
-    Papers report each of the three files (random, popular, adversarial) and the mean of their F1.
-    """
+    """Accuracy, and precision, recall, F1 and the share of "yes" over one file; papers have the mean F1 of three."""
     found = [text.yes_or_no(r.text) for r in responses]
     true = [r.sample.answers[0] for r in responses]
     corpus = text.yes_no_scores(found, true)
@@ -174,8 +168,7 @@ def pope(responses: Sequence[Response]) -> Scores:
 def option_letters(responses: Sequence[Response]) -> Scores:
     """ScienceQA, and A-OKVQA with choices: accuracy of the letter of one of the options.
 
-    An answer that names no option is wrong and counted, never replaced by a guess. The accuracy on
-    questions with an image, which papers report too, is under the tag `picture`.
+    An answer that names no option is wrong and counted. The accuracy with an image is under the tag `picture`.
     """
     letters = [text.option_letter(r.text) for r in responses]
     unparsed = [i for i, letter in enumerate(letters) if letter is None]
@@ -189,11 +182,7 @@ def option_letters(responses: Sequence[Response]) -> Scores:
 
 
 def captions(responses: Sequence[Response], *, meteor: bool = False) -> Scores:
-    """The primary score is CIDEr-D / 10, clipped to [0, 1]; the raw corpus metrics are beside it.
-
-    Document frequencies come from these references, so a subset has its own scale. METEOR needs Java
-    and some ten seconds; `notes` records where it is absent.
-    """
+    """The primary score is CIDEr-D / 10, clipped to [0, 1]; the raw corpus metrics are beside it."""
     found = caption_scores(
         [r.text for r in responses], [r.sample.answers for r in responses], meteor=meteor
     )

@@ -57,10 +57,7 @@ EXTRAS = {
 
 @contextmanager
 def mistakes_in_one_line() -> Iterator[None]:
-    """Inside, a ValueError or OSError (the user's: it names the key or file) ends with status 2.
-
-    So does a module of an extra that is not installed.
-    """
+    """Inside, a user's mistake (ValueError, OSError, a missing extra) is one line and ends with status 2."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -224,10 +224,7 @@ def full_paths(value: Any, key: str) -> Any:
 
 
 def expanded(path: str | Path) -> str:
-    """A path with `~` or `~user` in full; ValueError for a user without a home.
-
-    A path under `assets/` that the working folder lacks is the one that is installed with this package.
-    """
+    """A path with `~` in full, and under `assets/` the installed one where the working folder lacks it."""
     full = os.path.expanduser(path)
     if full.startswith("~"):
         raise ValueError(f"no home folder for {full!r}; write ./{full} for a folder of this name")

@@ -2,8 +2,6 @@
 
 [{"question_id": 42, "answer": "red"}]     {"id": "42", "prediction": "red"}, a line each
 [{"image_id": 42, "caption": "a red car"}]     and the other forms of moa/benchmarks/table.py
-
-A row with two texts may hold the reference beside the output, under any of these names: then the user names the key.
 """
 
 import json
@@ -48,11 +46,7 @@ class Answers:
 
 
 def read_answers(path: str | Path, text_key: str | None = None) -> Answers:
-    """The texts at `text_key`, or at the one key of `TEXTS` that the rows have.
-
-    ValueError, with file and row, for a row without id or text, or with several texts to choose from, and
-    for ids that are not unique.
-    """
+    """The texts at `text_key`, or at the one key of `TEXTS` that the rows have; ValueError with file and row."""
     rows = list(read_rows(Path(path)))
     if not rows:
         raise ValueError(f"{path}: holds no answers")
@@ -145,11 +139,7 @@ def score_answers(
     on_bad_sample: str = "error",
     progress: bool = True,
 ) -> Result:
-    """The result of a file of answers on a data set.
-
-    A question without an answer is an error, or (`missing` "empty") counts as an empty answer. Answers to
-    questions that the data set does not have are counted.
-    """
+    """The result of a file of answers on a data set; answers to questions that it does not have are counted."""
     by_task: dict[str, list[Response]] = {}
     skipped: list[BadSampleError] = []
     unanswered: list[str] = []

@@ -4,7 +4,6 @@
     samples with captions     images x all captions         -> recall, both ways
 
 The text of a class is gated as a text of the data set: by its words and the task, never by an image.
-Several processes share the batches of images and of texts; the main one compares.
 """
 
 import time

@@ -1,10 +1,8 @@
 """From features to responses, for models that compare images with texts: CLIP and its like.
 
-    classification  images x texts of the classes   -> Result with top-1, top-5, mean per class
-    retrieval       images x all captions           -> Result with R@1, R@5, R@10, both ways
-    captions        image x its caption             -> CLIPScore, RefCLIPScore
-
-The features may come from a run with its router or from a plain model.
+classification  images x texts of the classes   -> Result with top-1, top-5, mean per class
+retrieval       images x all captions           -> Result with R@1, R@5, R@10, both ways
+captions        image x its caption             -> CLIPScore, RefCLIPScore
 """
 
 from collections.abc import Callable, Sequence
@@ -34,10 +32,9 @@ def classify(
     class_features: ClassFeatures,
     **settings: Any,
 ) -> Result:
-    """Every image against the classes that its sample chooses from.
+    """Every image against the classes that its sample chooses from; the true class becomes a tag.
 
-    `class_features` is called once for each set of choices. The true class becomes a tag, so that
-    `by_tag` holds the accuracy of each. ValueError for an answer that is no choice.
+    ValueError for an answer that is no choice.
     """
     groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
     for row, sample in enumerate(samples):
@@ -78,8 +75,7 @@ def retrieve(
 ) -> Result:
     """The nearest caption of every image, and the nearest image of every caption.
 
-    A sample is an image with all its captions; `text_features` are those of all samples' answers in
-    their order. Standard errors are clustered by image both ways.
+    `text_features` are those of all samples' answers in their order.
     """
     image_of_text = [row for row, sample in enumerate(samples) for _ in sample.answers]
     captions = [caption for sample in samples for caption in sample.answers]
@@ -117,10 +113,7 @@ def clip_scores(
     caption_features: Float[Tensor, "captions dim"],
     reference_features: Sequence[Float[Tensor, "_ dim"]] | None = None,
 ) -> Scores:
-    """CLIPScore of generated captions, and RefCLIPScore where there are references.
-
-    All texts must have been encoded with `moa.metrics.clipscore.PREFIX` before them.
-    """
+    """CLIPScore of captions, and RefCLIPScore with references; all texts begin with `moa.metrics.clipscore.PREFIX`."""
     values = {"CLIPScore": clip_score(image_features, caption_features).tolist()}
     if reference_features is not None:
         found = ref_clip_score(image_features, caption_features, reference_features)

@@ -26,10 +26,7 @@ def routing_file(step: Path) -> Path:
 
 
 def read_routing(file: Path, step: Path | None = None) -> dict[str, Any]:
-    """A report of eval.py whose gates are finite numbers, measured on the weights of `step` if one is given.
-
-    Raises ValueError, with the way out, for a file that is missing, damaged, or of other weights.
-    """
+    """A report of eval.py, measured on the weights of `step` if one is given; ValueError, with the way out, else."""
     again = f"run `python eval.py run={run_of(step) if step else 'RUN'}` again"
     if not file.is_file():
         raise ValueError(f"{file}: missing, so there are no gates; {again}")

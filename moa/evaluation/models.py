@@ -102,10 +102,7 @@ def models_of(command: EvalCommand, overrides: Sequence[tuple[str, Any]]) -> lis
 def find_models(
     paths: Sequence[str], like: str | None, overrides: Sequence[Override] = ()
 ) -> list[EvaluatedModel]:
-    """The models of some paths, each with a label of its own; ValueError for a path that is given twice.
-
-    A model that is not a run has the config of `like`, by default that of the first run.
-    """
+    """The models of some paths, each with a label of its own; a model that is not a run has the config of `like`."""
     if like is not None:
         config_file(like)
     kinds = [kind_of(path) for path in paths]

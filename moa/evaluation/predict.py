@@ -36,10 +36,7 @@ ImageLike = Any  # a path, a PIL image, or an array [height, width, 3] of bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The answer's text, the box in it (pixels of the given image), and each expert's gate.
-
-    A gate is the mean over the wrapped layers; `gates` is None where every token has its own.
-    """
+    """The answer, its box in pixels of the given image, and each expert's mean gate; None where tokens differ."""
 
     answer: str
     box: Box | None
@@ -169,11 +166,7 @@ def respond(
     max_new_tokens: int,
     num_beams: int,
 ) -> tuple[list[Response], int]:
-    """Generate an answer to every sample of a batch, and count its tokens.
-
-    The gates are decided once, from the prompt, and hold for the whole answer. ValueError for NaN or
-    infinity in logits or gates.
-    """
+    """Generate an answer to every sample of a batch, and count its tokens; the gates hold for the whole answer."""
     logits, tokenizer = FiniteLogits(), collator.processor.tokenizer
     batch = batch.to(next(model.parameters()).device)
     ids, decided = model.answering().generate_routed(

@@ -2,12 +2,9 @@
 
     with join_processes() as processes:              # as torchrun or accelerate launch started them
         answers = processes.map(answer, batches)      # process r does jobs r, r + size, ...
-        if processes.is_main:
-            write(answers)                           # all of them, in the order of `batches`
 
-Alone, `map` is a loop. Python objects are exchanged over gloo, on the CPU. Every process must make the same
-calls in the same order. Accelerate's `gather_object` would wait for ever for a process that failed: here a store
-tells the others, so that they stop at their next job and raise the error of the first job that failed.
+Python objects are exchanged over gloo. Every process must make the same calls in the same order. Accelerate's
+`gather_object` would wait for ever for a process that failed: here a store tells the others, so that they stop too.
 """
 
 import os
@@ -63,8 +60,7 @@ class Processes:
     ) -> list[Done]:
         """`[work(job) for job in jobs]` on the main process, an empty list on the others.
 
-        An error of one process ends all of them, once the jobs before that one are done; each
-        raises the error of the first job that failed. `bar` names a progress bar of the main process.
+        An error ends all, once the jobs before that one are done; each raises that of the first job that failed.
         """
         hidden = not (self.is_main and bar and sys.stdout.isatty())
         numbers = range(self.rank, len(jobs), self.size)

@@ -72,10 +72,7 @@ def report(
 def routing_record(
     model: MixtureModel, config: RunConfig, results: Sequence[Result], trained: Collection[str] = ()
 ) -> dict[str, Any] | None:
-    """Gates by task and their statistics; None for token routing, and for a base without experts.
-
-    `missing_tasks` are the `trained` ones that no sample is of.
-    """
+    """Gates by task and their statistics; None for token routing, and for a base without experts."""
     responses = [r for result in results for r in result.responses if r.gates is not None]
     if not responses:
         return None

@@ -182,10 +182,7 @@ def comparison(
     title: str = "Scores in per cent ± standard error (clustered by image)",
     sign: str = "",
 ) -> Group:
-    """One row per model, one column per data set; a dash where a model was not scored on it.
-
-    As many tables as it takes for each to be no wider than a terminal.
-    """
+    """One row per model, one column per data set, in as many tables as fit a terminal's width."""
     names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
     cells = {
         name: [name, *(cell(scores.get(name), sign) for scores in rows.values())] for name in names

@@ -2,10 +2,7 @@
 
     data set -> instruction -> collator (left padding) -> gates -> generate -> Response -> Result
 
-Several processes share the batches: the same batches as of one process, and so the same answers.
-
-A sample that cannot be read, or that lacks what its benchmark needs, stops the evaluation or is counted
-by rule (`on_bad_sample`). An answer that cannot count scores 0 and is counted as a failure.
+A sample that cannot be read or scored stops the evaluation or is counted by rule (`on_bad_sample`).
 """
 
 import time
@@ -55,11 +52,9 @@ def evaluate(
 ) -> Result:
     """Generate an answer to every sample of a map-style data set and score it.
 
-    `collator` is one made with `for_generation`. `benchmark` scores every sample; None: each by the
-    benchmark of its task. Only the first `num_images` responses of a task keep their image: all of a
-    benchmark need too much memory. With `gates` oracle a sample without an expert gets a uniform mixture.
-
-    Of several `processes` all must call it; the main one has the result, the others one without tasks.
+    `collator` is one made with `for_generation`. `benchmark` scores every sample; None: each by that of its task. Only
+    the first `num_images` responses of a task keep their image: all need too much memory. With `gates` oracle a sample
+    without an expert gets a uniform mixture. All `processes` must call it; the main one has the result.
     """
     check_gates(settings.gates, model.bank.names, model.routing.granularity)
     keep = first_images(settings.num_images, benchmark)
@@ -158,8 +153,7 @@ def prepare(
 ) -> Sample | BadSampleError:
     """The sample with its benchmark's instruction, or why it cannot be scored.
 
-    An expert that this model does not have counts as none: the data may be another model's.
-    `tasks` are those that have a benchmark without being named after one; None: all.
+    An expert that this model does not have counts as none. `tasks` have a benchmark under any name; None: all.
     """
     if isinstance(item, BadSampleError):
         return item

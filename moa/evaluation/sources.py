@@ -33,10 +33,7 @@ def score_sources(
     progress: bool = False,
     processes: Processes = ALONE,
 ) -> list[Result]:
-    """The result of every data set of `config.eval`, on the main process; the others help, and have none.
-
-    With the same `ocr` each image is read only once.
-    """
+    """The result of every data set of `config.eval`, on the main process; the others help, and have none."""
     settings = settings_of(config)
     collator = prompt_collator(model, config, withhold_task=settings.withhold_task)
     results = []
@@ -93,10 +90,7 @@ class WithExperts:
 
 
 def trained_experts(config: RunConfig) -> Callable[[Sample], str | None]:
-    """Sample -> the expert that training gives to sources of its source's name, or else to its task.
-
-    None where that is no expert, or several.
-    """
+    """Sample -> the one expert that training gives to its source's name, or else to its task; else None."""
     by_source: dict[str, set[str]] = {}
     by_task: dict[str, set[str]] = {}
     for source in config.data.sources.values():

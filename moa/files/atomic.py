@@ -72,10 +72,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def system_error(error: Exception) -> tuple[int, str] | None:
-    """Number and text of what the system refused; None for another error.
-
-    Safetensors and tokenizers write it into the text of an error of their own, or of a bare Exception.
-    """
+    """Number and text of what the system refused, also inside a library's own error; None for another error."""
     if isinstance(error, OSError):
         return error.errno or errno.EIO, error.strerror or str(error)
     number = re.search(r"\(os error (\d+)\)", str(error))

@@ -30,10 +30,7 @@ class BaseFiles:
 
 
 def read_base(folder: str | Path, what: str = "base") -> BaseFiles:
-    """The keys of a local safetensors checkpoint, from headers alone.
-
-    Raises ValueError naming `what` it is to the user, and the file.
-    """
+    """The keys of a local safetensors checkpoint, from headers alone; ValueError names `what` it is to the user."""
     folder = Path(folder)
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -65,10 +62,7 @@ def read_base(folder: str | Path, what: str = "base") -> BaseFiles:
 
 
 def local_base(name: str, what: str = "base") -> Path:
-    """The folder of a base: itself, or what the hub's cache (or the hub) has under this name.
-
-    Raises ValueError naming `what` it is to the user.
-    """
+    """The folder of a base: itself, or what the hub has under this name; ValueError names `what` it is to the user."""
     folder = Path(expanded(name))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -86,10 +80,7 @@ def local_base(name: str, what: str = "base") -> Path:
 
 
 def match_sites(sites: Mapping[str, tuple[int, int]], base: BaseFiles) -> dict[str, str]:
-    """Site -> key of its weight on disk; the shape is [out, in], or [in, out] where stored so.
-
-    Raises ValueError as `match_parameters` does, and for a weight that the base ties to another.
-    """
+    """Site -> key of its weight on disk; ValueError as of `match_parameters`, and for a weight tied to another."""
     parts = (base.config, *(v for v in base.config.values() if isinstance(v, dict)))
     tied = any(part.get("tie_word_embeddings") for part in parts)
     for site in sites:
@@ -100,11 +91,10 @@ def match_sites(sites: Mapping[str, tuple[int, int]], base: BaseFiles) -> dict[s
 
 
 def match_parameters(parameters: Mapping[str, tuple[int, ...]], base: BaseFiles) -> dict[str, str]:
-    """Name of a parameter in the model -> its key on disk, where the path may be another.
+    """Name of a parameter in the model -> its key on disk, [out, in] or stored as [in, out].
 
-    transformers renames on loading (spelling.py), but keeps the numbers, the order of the words and the end of
-    a path. So the key is the one that is this name in another spelling, or else shares the longest sequence of words
-    with it, has its numbers, end and shape; it must be one alone, and no two names may share it.
+    transformers renames on loading (spelling.py), but keeps the numbers, the order of the words and the end of a path. So
+    the key is this name in another spelling, or else shares the longest sequence of words, its numbers and shape.
     """
     spelled = match_spelling(parameters, base.files)
     by_end: dict[tuple[str, ...], list[str]] = {}

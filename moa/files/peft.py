@@ -1,11 +1,8 @@
-"""One plain PEFT LoRA folder, read and written strictly.
+"""One plain PEFT LoRA folder, adapter_config.json beside adapter_model.safetensors, read and written strictly.
 
-It is adapter_config.json beside adapter_model.safetensors.
-Keys are `base_model.model.<site>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank]; a site
-is the path of a linear layer inside the base. The update is scaling * B A, with scaling alpha / rank
-or, for rsLoRA, alpha / sqrt(rank); rank and alpha may differ per site by PEFT's patterns. What else
-PEFT could mean (DoRA, biases, whole modules, base-changing initialisations) is refused with the
-reason, never dropped.
+Keys are `base_model.model.<site>.lora_A.weight` [rank, in] and `.lora_B.weight` [out, rank]; a site is the path of a
+linear layer inside the base. The update is scaling * B A, with scaling alpha / rank or, for rsLoRA, alpha / sqrt(rank),
+both per site by PEFT's patterns. What else PEFT could mean (DoRA, biases, whole modules) is refused with the reason.
 """
 
 import json
@@ -80,8 +77,7 @@ class ExpertHeader:
 
 
 def base_reference(name: str) -> str:
-    """What `base_model_name_or_path` says of a base: a hub name as it is, a local folder from the root on, so that
-    PEFT finds it from every working directory."""
+    """What `base_model_name_or_path` says of a base: a hub name, or a folder's whole path, so that PEFT finds it."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
@@ -91,11 +87,7 @@ def site_keys(site: str) -> tuple[str, str]:
 
 
 def read_header(path: str | Path) -> ExpertHeader:
-    """Check everything about an expert's folder that needs no weights.
-
-    Raises ValueError naming the file and the rule: a missing or unreadable file, an adapter that is
-    no plain LoRA, a key without its partner, a target without tensors, ranks unlike the config's.
-    """
+    """Check everything about an expert's folder that needs no weights; ValueError names the file and the rule."""
     folder = Path(path)
     config = read_config(folder)
     shapes, metadata = _read_shapes(folder / WEIGHTS_FILE)
@@ -159,10 +151,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def fit_to_base(header: ExpertHeader, base_shapes: Mapping[str, tuple[int, int]]) -> ExpertHeader:
-    """The header with its sites as the base spells them.
-
-    Raises ValueError where a site is missing in the base, or has another shape there.
-    """
+    """The header with its sites as the base spells them; ValueError for a site that is missing or has another shape."""
     names = match_spelling(header.ranks, base_shapes)
     for site, shape in header.shapes.items():
         found = base_shapes.get(names.get(site, site))
@@ -231,10 +220,9 @@ def save_expert(
     *,
     base_fingerprint: str | None = None,
 ) -> None:
-    """Write one expert for plain `PeftModel.from_pretrained`; `read_expert` returns the same bits.
+    """Write one expert, whole or not at all, for plain `PeftModel.from_pretrained`; what is read is the same bits.
 
-    The folder appears whole or not at all, and replaces an older one. `config` needs r, lora_alpha
-    and target_modules. Raises ValueError, and writes nothing, where `read_expert` would refuse.
+    `config` needs r, lora_alpha and target_modules. ValueError where reading would refuse.
     """
     with atomic_folder(path) as temporary:
         write_expert(temporary, tensors, config, name=path, base_fingerprint=base_fingerprint)
@@ -248,10 +236,7 @@ def write_expert(
     name: str | Path,
     base_fingerprint: str | None = None,
 ) -> None:
-    """The two files of an expert into a folder that exists; `name` stands in error messages.
-
-    `base_fingerprint` goes into the metadata of the weights' file, which PEFT does not read.
-    """
+    """The two files of an expert into a folder that exists; `name` stands in error messages."""
     full = {"peft_type": "LORA", "bias": "none", "inference_mode": True, **config}
     full = {key: sorted(value) if isinstance(value, set) else value for key, value in full.items()}
     check_tensors(name, tensors, full)

@@ -168,10 +168,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, site: str, default: Any) -> 
 
 
 def is_target(config: Mapping[str, Any], site: str) -> bool:
-    """Whether `target_modules` names the site, so that a base which has it gives it factors.
-
-    False where other settings decide too (exclude_modules, layers_to_transform, "all-linear").
-    """
+    """Whether `target_modules` alone names the site, without exclude_modules, layers_to_transform or "all-linear"."""
     targets = config["target_modules"]
     narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
     if narrowed or targets == "all-linear":

@@ -28,8 +28,7 @@ def write_shard(
 ) -> int:
     """Write `tensors`, which come in the order of `keys`, each in blocks of its rows; returns their bytes.
 
-    `cast` is the dtype of floating tensors; None: each its own. `origin` says in which file and under which key
-    a tensor like it lies; None: in the source's own.
+    `cast` is the dtype of floating tensors; None: each its own. `origin` gives the file and key of a tensor like it.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -17,10 +17,7 @@ def plain(name: str) -> str:
 
 
 def match_spelling(names: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """Of names that mean one weight or layer, the first one's spelling -> the second's.
-
-    A name that both have is the same. Of the rest, those that are plainly alike, where just one of each side is.
-    """
+    """Of names that mean one weight or layer, the first one's spelling -> the second's; none where it is ambiguous."""
     own, theirs = set(names), set(others)
     found = {name: name for name in own & theirs}
     left, right = _by_plain(own - theirs), _by_plain(theirs - own)

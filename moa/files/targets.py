@@ -40,16 +40,12 @@ def _compiled(pattern: str) -> Any:
 
 
 def is_target(module: nn.Module) -> bool:
-    """A linear layer whose forward runs: nn.MultiheadAttention reads its output projection's
-    weight instead, so an expert around that layer would never be used."""
+    """A linear layer whose forward runs: nn.MultiheadAttention reads its output projection's weight instead."""
     return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def select(patterns: Sequence[str], modules: Mapping[str, T], key: str) -> dict[str, T]:
-    """The modules, in their order, whose whole path one of the patterns is or matches.
-
-    Raises ValueError naming `key` for a pattern that matches nothing, with near names.
-    """
+    """The modules, in their order, whose whole path a pattern is or matches; ValueError for a pattern without any."""
     found: set[str] = set()
     for pattern in patterns:
         if pattern == ALL_LINEAR:

@@ -32,10 +32,7 @@ def best_iou(predicted: Box | None, truths: Sequence[Box]) -> float:
 def grounding_scores(
     predicted: Sequence[Box | None], truths: Sequence[Sequence[Box]], threshold: float = 0.5
 ) -> dict[str, list[float]]:
-    """Per sample: hits by both conventions, the IoU itself, and `unparsable` as 0/1.
-
-    `Acc@0.5` counts IoU >= 0.5 (lmms-eval, Qwen-VL), `Acc@>0.5` counts IoU > 0.5 (Shikra).
-    """
+    """Per sample: hits at IoU >= 0.5 (lmms-eval, Qwen-VL) and > 0.5 (Shikra), the IoU, and `unparsable` as 0/1."""
     overlaps = [best_iou(box, boxes) for box, boxes in zip(predicted, truths, strict=True)]
     return {
         f"Acc@{threshold}": [float(overlap >= threshold) for overlap in overlaps],

@@ -31,10 +31,9 @@ def caption_scores(
 ) -> CaptionScores:
     """CIDEr (that is CIDEr-D, at most 10), BLEU-1..4, ROUGE-L and, on request, METEOR 1.5.
 
-    Document frequencies come from the references of the images being scored: a subset is not
-    comparable with its whole set, and a single image always has CIDEr 0. The tokenizer is Stanford's
-    PTB where Java is present; otherwise a plain stand-in; `tokenizer` names the one used. METEOR needs Java
-    (and some ten seconds to load its tables): without it, `absent` names METEOR with the reason.
+    Document frequencies come from these references: a subset is not comparable with its whole set, and a single image
+    always has CIDEr 0. Java runs Stanford's PTB tokenizer and METEOR (some ten seconds); `tokenizer` and `absent` name
+    what was used or missing.
     """
     if len(predictions) != len(references) or not all(references):
         raise ValueError(

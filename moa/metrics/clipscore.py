@@ -3,8 +3,7 @@
     CLIPScore    = 2.5 * max(cos(image, caption), 0)
     RefCLIPScore = harmonic mean of CLIPScore and max over references of max(cos(caption, ref), 0)
 
-Hessel et al. 2021 (arXiv 2104.08718), with CLIP ViT-B/32 and `PREFIX` before every caption and
-reference. torchmetrics' CLIPScore is another number: 100 * cos, and no prefix.
+Hessel et al. 2021 (arXiv 2104.08718), with `PREFIX` before every text. torchmetrics' CLIPScore is 100 * cos.
 """
 
 from collections.abc import Sequence

@@ -41,9 +41,8 @@ def rank_retrieval(
     text_features: Float[Tensor, "texts dim"],
     image_of_text: Int[Tensor, " texts"],
 ) -> tuple[Ranking, Ranking]:
-    """Image to text, a query an image, and text to image, a query a caption.
+    """Image to text, a query an image, and text to image, a query a caption; `image_of_text` is a row for each caption.
 
-    `image_of_text` is the row of each caption's image. Features need not be normalised. Raises
     ValueError where a caption names no image, or an image has no caption.
     """
     count = len(image_features)
@@ -75,10 +74,7 @@ def recall_at(ranks: Sequence[int], k: int) -> list[float]:
 
 
 def mean_per_class_accuracy(hits: Sequence[float], classes: Sequence[Hashable]) -> float:
-    """The mean of the accuracies of the classes that occur, whatever their number of samples.
-
-    The convention of Caltech-101, Oxford pets, Flowers and Aircraft in CLIP's evaluation.
-    """
+    """The mean of the accuracies of the classes that occur, as CLIP reports Caltech-101, pets, Flowers and Aircraft."""
     found: dict[Hashable, list[float]] = defaultdict(list)
     for hit, name in zip(hits, classes, strict=True):
         found[name].append(hit)

@@ -1,9 +1,5 @@
 """Short answers: equality, edit distance, numbers with a tolerance, option letters, yes or no.
 
-    DocVQA  anls              ST-VQA  anls       ChartQA  relaxed_accuracy
-    GQA     gqa_match         POPE    yes_or_no, yes_no_scores
-    ScienceQA  option_letter  one's own  exact_match
-
 Each follows the code that the published numbers were made with; its name is in the docstring.
 """
 
@@ -80,11 +76,7 @@ def _number(text: str) -> float | None:
 
 
 def gqa_match(prediction: str, answer: str) -> float:
-    """1 if the prediction, without final periods and in lower case, is the answer.
-
-    GQA's eval.py compares literally; the lower case and the periods are LLaVA's conversion
-    (convert_gqa_for_eval.py). Articles stay: "a dog" misses "dog".
-    """
+    """1 if the prediction, without final periods and in lower case as LLaVA converts it, is the answer."""
     return float(prediction.rstrip(".").lower() == answer)
 
 
@@ -110,19 +102,13 @@ def option_letter(prediction: str, num_options: int = len(LETTERS)) -> str | Non
 
 
 def yes_or_no(prediction: str) -> str:
-    """How POPE's evaluate.py reads an answer: "no" if its first sentence has a No, no or not.
-
-    Anything else is a "yes", an empty answer and "NO" too; words are parted by blanks alone.
-    """
+    """ "no" if the first sentence has No, no or not, else "yes", also for "NO": POPE's evaluate.py splits at blanks."""
     words = prediction.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def yes_no_scores(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
-    """Accuracy, precision, recall and F1 of "yes", and its share of the answers.
-
-    0 where a score is 0 / 0: POPE's own code stops there.
-    """
+    """Accuracy, precision, recall and F1 of "yes", and its share; 0 for 0 / 0, where POPE's own code stops."""
     pairs = list(zip(predictions, labels, strict=True))
     hits = sum(found == true == "yes" for found, true in pairs)
     found_yes = sum(found == "yes" for found, _ in pairs)

@@ -52,11 +52,7 @@ def normalize_vqa(text: str) -> str:
 
 
 def normalize_evalai(text: str) -> str:
-    """The EvalAI processor: commas and question marks go and "'s" comes apart before the rest.
-
-    So "cat's" becomes "cat 's" here and stays "cat's" in `normalize_vqa`, and "1,000" never
-    deletes the other marks.
-    """
+    """The EvalAI processor: commas and question marks go, and "cat's" becomes "cat 's" before the rest."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     return _words(_punctuation(_flat(text)))
 
@@ -83,10 +79,7 @@ def _words(text: str) -> str:
 
 
 def vqa_official(prediction: str, answers: Sequence[str]) -> float:
-    """VQA v2's accuracy. If all answers are equal, nothing is normalised: "Two" misses ten times "2".
-
-    Line breaks and tabs become blanks on both sides in any case.
-    """
+    """VQA v2's accuracy. If all answers are equal, nothing is normalised: "Two" misses ten times "2"."""
     _check_ten("vqa_official", answers)
     answers, prediction = [_flat(answer) for answer in answers], _flat(prediction)
     if len(set(answers)) > 1:
@@ -124,11 +117,7 @@ def vqa_rule(answers: Sequence[str]) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy for data sets of one's own, by the rule that the number of answers allows.
-
-    `official_10` (10 answers or more) is `vqa_official`. `any_of_few` (fewer): 1 if the normalised
-    prediction equals a normalised answer; agreement of three annotators means nothing there.
-    """
+    """Accuracy for one's own data: `vqa_official` of 10 answers or more; of fewer, 1 for any normalised answer."""
     if vqa_rule(answers) == "official_10":
         return vqa_official(prediction, answers)
     return float(

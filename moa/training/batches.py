@@ -1,8 +1,7 @@
 """Which samples each process reads at each step, and the loaders that read them.
 
-A run walks the mixture's positions once, from 0 on. Step t of a run takes the next `batch_size`
-positions, cut into micro-batches, dealt to the processes in turn: the samples of a step, and so its
-gradient, are the same for any number of processes, workers and micro-batches.
+Step t of a run takes the next `batch_size` positions of the mixture, cut into micro-batches, dealt to the processes
+in turn: its samples, and so its gradient, are the same for any number of processes, workers and micro-batches.
 """
 
 import math
@@ -74,8 +73,7 @@ class Collate:
         self.collator = collator
 
     def __call__(self, items: list[Sample | BadSampleError]) -> Collated:
-        """The samples lose their images: nothing reads them any more, and sending them through a
-        worker's pipe, while the step waits, would take longer than all the rest."""
+        """The samples lose their images: nothing reads them any more, and a worker's pipe would take long."""
         batch, rejected = self.collator.split(items)
         if batch is not None:
             batch = replace(batch, samples=[replace(s, image=None) for s in batch.samples])
@@ -149,8 +147,7 @@ def make_loader(
 
 
 def dead_worker(error: Exception) -> str | None:
-    """What to print of a data worker that died, if `error` is its death: torch raises that as a
-    RuntimeError wherever the main thread is at that moment."""
+    """What to print where `error`, which torch raises anywhere in the main thread, is a data worker's death."""
     found = re.search(r"DataLoader (worker \(pid.*)", str(error))
     return DIED.format(found[1].strip(" .")) if found else None
 

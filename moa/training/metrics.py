@@ -54,10 +54,7 @@ class Metrics:
         self.seen.append((batch.samples, loss))
 
     def reduced(self, accelerator: Accelerator, stop: bool) -> dict[str, float]:
-        """Means by task, by source and over all samples of all processes; every process calls it.
-
-        Whether this one was asked to `stop` travels with the metrics.
-        """
+        """Means by task, by source and over all samples of all processes, which all call it; `stop` travels along."""
         self.rest[2] = float(stop)
         parts = [self.table.flatten(), self.by_source.flatten(), self.rest]
         total = accelerator.reduce(torch.cat(parts), "sum").double().cpu()

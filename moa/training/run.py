@@ -93,9 +93,8 @@ class Run:
     def begin_stage(self, state: TrainState | None) -> Trainer:
         """What the next stage trains, from its start, or from its middle where `state` was saved there.
 
-        The order matters: weights are loaded while they are whole, placed or sharded next, and the
-        optimiser is made of the parameters that this leaves. The random streams come last, so that
-        nothing of the set-up draws from them.
+        Weights are loaded while they are whole, placed or sharded next, and the optimiser is made of what this leaves.
+        The random streams come last, so that nothing of the set-up draws from them.
         """
         stage, config, accelerator = self.current, self.config, self.accelerator
         resumed = state if self.stage_step > 0 else None

@@ -1,9 +1,7 @@
 """The folder of a run: locked while one trains, cleared only once the next run could begin.
 
-    claim   lock it; refuse a folder that holds a run; find the step folder to continue from
-    begin   when model and data are open: remove the old run, write config, versions and data.json
-
-Only the main process looks and writes; `on_main` lets the others have its answer or its error.
+claim   lock it; refuse a folder that holds a run; find the step folder to continue from
+begin   when model and data are open: remove the old run, write config, versions and data.json
 """
 
 import fcntl
@@ -102,10 +100,7 @@ def begin(config: RunConfig, data: Mapping[str, Any], step: str | None, *, clear
 
 
 def lock(run: Path) -> None:
-    """Hold `run` until this process ends, however it ends.
-
-    A POSIX lock: it works over NFS, belongs to this process alone and not to its data workers.
-    """
+    """Hold `run` until this process ends, by a POSIX lock: it works over NFS, and data workers have no part in it."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / LOCK).open("a+")

@@ -34,10 +34,7 @@ SETTLED = ("rank", "alpha", "use_rslora")  # of an expert, where its config leav
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Accelerate as the launch file sets it; processes without a GPU communicate over gloo.
-
-    Raises ValueError where the launch file contradicts the run's settings.
-    """
+    """Accelerate as the launch file sets it; ValueError where that contradicts the run's settings."""
     check_launch(config.train)
     # every trained parameter takes part in every forward, and buffers are the same everywhere
     handlers: list[Any] = [
@@ -86,9 +83,8 @@ def open_run(
 ) -> tuple[Run, TrainState | None]:
     """A run at its start, or where its last checkpoint left it (`resume`, and there is one).
 
-    Raises ValueError for a folder that holds a run already, without `resume` or `overwrite`; for a
-    checkpoint with a missing file; for a resume with another config or data; and for what a later
-    stage or the evaluation could not use. Nothing of an old run is removed until all is checked.
+    ValueError for a folder that holds a run, a missing file, another config or data, and for what a later stage or the
+    evaluation could not use. Nothing of an old run is removed until all is checked.
     """
     check_sharding(accelerator, config)
     if resume and os.path.isfile(os.path.join(config.out, CONFIG)):

@@ -1,8 +1,7 @@
 """Signals that stop a run: it finishes the step under way, saves, and prints how to continue.
 
-SIGTERM and SIGUSR1 are what schedulers send before they take a machine away; SIGINT is Ctrl-C, and
-a second one stops at once. A handler only sets a flag. The loop adds up the flags of all processes
-with the step's metrics, so that all of them stop after the same step.
+SIGTERM and SIGUSR1 are what schedulers send; SIGINT is Ctrl-C, and a second one stops at once. A handler only sets
+a flag, which the processes add up with the step's metrics, so that all stop after the same step.
 """
 
 import signal

@@ -32,10 +32,7 @@ TRAINED = {
 
 
 def parameter_groups(model: MixtureModel, config: RunConfig) -> dict[str, Parameters]:
-    """Group -> name -> parameter, for everything that any stage may train.
-
-    Frozen experts are in no group, nor is the base, nor a projector that the config leaves alone.
-    """
+    """Group -> name -> parameter, for everything that any stage may train: no frozen expert, and not the base."""
     bank = model.bank
     names = [name for name in bank.names if bank.experts[name].frozen]
     frozen = {id(parameter) for name in names for parameter in bank.parameters(name)}
@@ -49,10 +46,7 @@ def parameter_groups(model: MixtureModel, config: RunConfig) -> dict[str, Parame
 def set_trainable(
     model: MixtureModel, groups: Mapping[str, Parameters], stage: StageConfig
 ) -> dict[str, Parameters]:
-    """Let exactly the stage's groups require gradients, and return them.
-
-    Raises ValueError for a stage without anything to train (means of samples are learned without gradients).
-    """
+    """Let exactly the stage's groups require gradients, and return them; ValueError where nothing is to be trained."""
     model.requires_grad_(False)
     chosen = {name: groups[name] for name in TRAINED[stage.kind] if groups.get(name)}
     for parameters in chosen.values():
@@ -101,10 +95,7 @@ def start_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) ->
 
 
 def check_starts(model: MixtureModel, config: RunConfig, begun: int) -> None:
-    """ValueError, naming the stage, where one that has not begun could not load what it starts from.
-
-    Each loads it once, and the model's weights are put back.
-    """
+    """ValueError, naming the stage, where a later one could not load what it starts from; weights are put back."""
     stages = [*config.stages.values()][begun:]
     if all(stage.init_from is None for stage in stages):
         return
@@ -151,10 +142,7 @@ def load_expert(model: MixtureModel, config: RunConfig, name: str, folder: Path)
 
 
 def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
-    """Projector and router of a checkpoint; a router of other settings is not loaded, and a line says so.
-
-    Experts and tasks that the checkpoint lacks keep their fresh rows of the router.
-    """
+    """Projector and router of a checkpoint; a line for a router of other settings, which stays fresh like new rows."""
     router, projector = PARTS["router"], PARTS["projector"]
     file = folder / projector.file
     if projector.is_trained(config) and file.is_file():

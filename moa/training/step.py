@@ -2,8 +2,7 @@
 
     loss = sum over the step's samples on all processes / their number + weighted losses on gates
 
-Sums and counts are reduced over processes, never means: micro-batches may differ in size where bad
-samples were left out. A step needs no run folder and no log, so that other loops can call `train_step`.
+Sums and counts are reduced over processes, never means: micro-batches may differ in size where bad samples go.
 """
 
 import math
@@ -75,8 +74,8 @@ def train_step(
 ) -> StepResult:
     """Step 1, 2, ... of a stage; every process calls it with its own micro-batches.
 
-    `extra_loss()` is added to the loss of the step, such as a proximal term of the parameters. `stop` is called once,
-    after backward: a signal that arrives until then ends the run with this step.
+    `extra_loss()` is added to the loss, such as a proximal term. `stop` is called once, after backward: a signal that
+    arrives until then ends the run with this step.
     """
     accelerator, strategy = trainer.accelerator, trainer.strategy
     counts = count_step(micro_batches, accelerator)
@@ -204,11 +203,7 @@ def check_gradients(
     gradient: Callable[[nn.Parameter], Tensor | None],
     finite: bool,
 ) -> None:
-    """Every trainable tensor has a (finite) gradient, or TrainingError lists those that have none.
-
-    Zero counts as a gradient: lora_A has one while lora_B is zero, and so have experts that no
-    sample of the first step belongs to.
-    """
+    """Every trainable tensor has a (finite) gradient, which may be zero, or TrainingError lists the others."""
     missing, broken = [], []
     for parameter, name in names_of(groups).items():
         found = gradient(parameter)
@@ -226,10 +221,7 @@ def check_gradients(
 def learn_means(
     trainer: Trainer, batches: Sequence[Batch], metrics: Metrics, stop: Callable[[], bool]
 ) -> tuple[dict[str, float], str | None]:
-    """Without gradients: add the samples to the anchors, then measure what the gates now are.
-
-    Every process ends with the anchors of all; where a loss is not finite, they are put back.
-    """
+    """Add the samples to the anchors of all processes, then measure the gates; undone where a loss is not finite."""
     model, accelerator = trainer.model, trainer.accelerator
     assert model.router is not None  # of a kind that learns by means
     buffers = dict(model.router.named_buffers())

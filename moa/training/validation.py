@@ -29,11 +29,7 @@ def validation_losses(
     on_bad_sample: str,
     gates: Callable[[Batch], Tensor | None],
 ) -> dict[str, float]:
-    """`validation/<source>` for each source, and `validation`, the mean over the sources.
-
-    The processes share the samples; every process must call it. A bad sample stops the run, or is
-    left out and counted in `validation_skipped`.
-    """
+    """`validation/<source>` for each source, and `validation`, their mean; every process must call it."""
     model.eval()
     sums = torch.zeros(len(sources), 3, device=accelerator.device)  # loss, samples, bad ones
     for row, (name, source) in enumerate(sources.items()):
@@ -69,10 +65,7 @@ def import_lines(
     collator: Collator,
     accelerator: Accelerator,
 ) -> list[str]:
-    """A line for each imported expert: its loss on the first samples of its own source, and the base's.
-
-    An expert that was trained with another prompt, or other boxes, is no better than the base here.
-    """
+    """A line for each imported expert: its loss on the first samples of its own source, and the base's."""
     model.eval()
     lines, names = [], model.bank.names
     for source in config.data.sources.values():

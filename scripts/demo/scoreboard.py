@@ -2,9 +2,7 @@
 
     python -m scripts.demo.scoreboard out=runs/scoreboard seeds=[0,1,2] jobs=2 num_samples=64
 
-Writes results/scoreboard.json, its table in Markdown and its chart. Trained runs and scored rows are in `out`, one
-folder a seed: a killed scoreboard continues where it stopped. Scores of other weights, questions or settings are
-measured again; runs that were trained with other settings are refused.
+Writes results/scoreboard.json, its table in Markdown and its chart. A killed scoreboard continues where it stopped.
 """
 
 import json

@@ -1,9 +1,8 @@
 """FSDP2 under the same loop: torch's `fully_shard`, set by the launch file's `fsdp_config`.
 
-Each block of the backbone is sharded by itself, and the rest as one. Accelerate itself carries FSDP
-only where there is an accelerator device, and matches an optimiser to its second stage's parameters
-by address, which empty shards (a rank below the number of processes) have in common. So the model is
-sharded here: once, before the first stage's optimiser is made.
+Accelerate carries FSDP only where there is an accelerator device, and matches an optimiser to its second stage's
+parameters by address, which empty shards (a rank below the number of processes) have in common. So the model is
+sharded here, block by block: once, before the first stage's optimiser is made.
 """
 
 import math

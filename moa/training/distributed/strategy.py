@@ -1,7 +1,6 @@
 """How the processes hold a stage's model: whole on each, or sharded by DeepSpeed or by FSDP2.
 
 The launch file decides (configs/accelerate/); the loop calls the same methods for all of them.
-Losses are averaged over processes. Tensors passed in and returned are whole, so every process must call.
 """
 
 import os

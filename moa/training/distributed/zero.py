@@ -1,8 +1,4 @@
-"""DeepSpeed ZeRO under the same loop: the few places where sharded training differs.
-
-Gradients, parameters and moments are sharded over processes there. Each function takes or returns
-whole tensors, and every process must call it.
-"""
+"""DeepSpeed ZeRO under the same loop: the few places where its shards of gradients, parameters and moments differ."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -54,9 +50,7 @@ class Zero:
         return safe_get_full_grad(parameter)
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """DeepSpeed clips and updates in one call, and returns the norm afterwards. Where the norm is not
-        finite, it has updated nothing and dropped the gradient.
-        """
+        """Clip and update in one call; where the norm is not finite, DeepSpeed drops the gradient instead."""
         self.engine.step()
         self.holds_gradient = False
         return float(self.engine.get_global_grad_norm())
@@ -87,11 +81,7 @@ class Zero:
 
 
 def compile_nothing() -> None:
-    """Keep DeepSpeed on a CPU from compiling its shared-memory operator when processes first meet.
-
-    Only its inference calls that operator; training reduces over gloo with or without it. A compiler
-    may be missing, and processes that compile at once may wait for each other's lock without end.
-    """
+    """Keep DeepSpeed on a CPU from compiling an operator that only its inference calls, and whose lock may hang."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}  # the operators that it would compile
@@ -100,8 +90,7 @@ def compile_nothing() -> None:
 def configure(accelerator: Accelerator, layout: Layout, train: TrainConfig) -> None:
     """Set what DeepSpeed needs before it wraps a model.
 
-    Half precision is autocast, as without DeepSpeed: its own `bf16` would cast the parameters. With
-    offload the optimiser stays torch's fused AdamW: DeepSpeed's Adam would have to be compiled.
+    Half precision is autocast: its own `bf16` would cast the parameters. The optimiser stays torch's fused AdamW.
     """
     dtype = str(DTYPES[train.precision]).removeprefix("torch.")
     accelerator.state.deepspeed_plugin.deepspeed_config |= {
@@ -142,10 +131,7 @@ def optimizer_tensors(engine: Any, names: Mapping[nn.Parameter, str]) -> dict[st
 def restore_optimizer(
     engine: Any, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
 ) -> None:
-    """Put back what `optimizer_tensors` gave, by name: torch makes moments at the first step only.
-
-    What was saved without DeepSpeed has no masters: they are the fp32 weights already.
-    """
+    """Put back what `optimizer_tensors` gave; what was saved without DeepSpeed has no masters, but fp32 weights."""
     optimizer = engine.optimizer
     stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
     flat = "fp32_partitioned_groups_flat" if stage_3 else "single_partition_of_fp32_groups"
@@ -167,9 +153,7 @@ def restore_optimizer(
 
 
 def link_moments(optimizer: Any) -> None:
-    """Let ZeRO-1/2 find each parameter's moments: by itself it links them once, after the first
-    parameter group's first step, when the other groups have none.
-    """
+    """Let ZeRO-1/2 find each parameter's moments, which it links by itself after the first group's first step only."""
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()

@@ -45,10 +45,7 @@ def stage_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def train(plan: Plan, row: str, *overrides: str) -> None:
-    """One run of train.py, unless it is there; a half-trained one is continued.
-
-    ValueError for a run that was trained with other settings, or on another base.
-    """
+    """One run of train.py, unless it is there; a half-trained one is continued, one of other settings refused."""
     out = plan.folder / row
     settings = [*overrides, f"out={out}", f"data.ocr_cache={plan.ocr_file}", "eval.every=0"]
     done, wanted = out / "done", plan.fingerprint(*settings)
