@@ -8,8 +8,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from moa.cli.command import mistakes_in_one_line
-from moa.cli.settings import describe
+from moa.cli.command import mistakes_in_one_line, settings_parser
 from moa.config import RunConfig, load_config
 
 if TYPE_CHECKING:
@@ -71,22 +70,12 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="settings, with their defaults:\n\n" + describe(RunConfig),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--config",
-        action="append",
-        help="YAML file of settings; a second one is laid over the first",
-    )
+    parser = settings_parser(RunConfig, __doc__)
     known = parser.add_mutually_exclusive_group()
     known.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
     known.add_argument(
         "--overwrite", action="store_true", help="delete the run in out= once the new one can begin"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="one setting")
     return parser.parse_intermixed_args()
 
 

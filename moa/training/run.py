@@ -37,6 +37,8 @@ from moa.training.stages import (
 from moa.training.step import StepResult, Trainer, refuse_bad_samples
 from moa.training.validation import import_lines, validation_losses
 
+COUNTERS = ("step", "stage", "stage_step", "best", "skipped", "non_finite_steps")
+
 
 @dataclass(kw_only=True)
 class Run:
@@ -124,16 +126,13 @@ class Run:
             losses=config.losses, train=config.train, tasks=config.data.tasks, sources=self.mixture.names,
         )  # fmt: skip
         if resumed is not None:
-            self.restore_trainer(trainer, resumed)
+            names, scaler = names_of(groups), accelerator.scaler
+            if strategy is not None and resumed.optimizer:  # none before the first update
+                strategy.restore_optimizer(names, by_name(resumed.optimizer, names))
+            restore_rng(resumed.rng, accelerator)
+            if scaler is not None and resumed.progress["scaler"]:
+                scaler.load_state_dict(resumed.progress["scaler"])
         return trainer
-
-    def restore_trainer(self, trainer: Trainer, state: TrainState) -> None:
-        names, scaler = names_of(trainer.groups), self.accelerator.scaler
-        if trainer.strategy is not None and state.optimizer:  # none before the first update
-            trainer.strategy.restore_optimizer(names, by_name(state.optimizer, names))
-        restore_rng(state.rng, self.accelerator)
-        if scaler is not None and state.progress["scaler"]:
-            scaler.load_state_dict(state.progress["scaler"])
 
     def steps(self) -> Iterator[list[Collated]]:
         """The micro-batches of each step that is left of the stage; counts the steps."""
@@ -256,23 +255,16 @@ class Run:
     def progress(self) -> dict[str, Any]:
         """The counters as JSON."""
         scaler = self.accelerator.scaler
-        return {
-            "step": self.step,
-            "stage": self.stage,
-            "stage_step": self.stage_step,
-            "best": self.best,
-            "skipped": dict(self.skipped),
-            "non_finite_steps": self.non_finite_steps,
+        return {name: getattr(self, name) for name in COUNTERS} | {
             "num_processes": self.layout.num_processes,
             "distributed": kind_of(self.accelerator),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
 
     def restore(self, progress: Mapping[str, Any]) -> None:
-        self.step, self.stage = progress["step"], progress["stage"]
-        self.stage_step, self.best = progress["stage_step"], progress["best"]
-        self.skipped = Counter(progress["skipped"])
-        self.non_finite_steps = progress["non_finite_steps"]
+        for name in COUNTERS:
+            setattr(self, name, progress[name])
+        self.skipped = Counter(self.skipped)
 
     def resume_hint(self) -> str:
         last = pointed(self.folder, "last")

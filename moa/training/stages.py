@@ -109,13 +109,7 @@ def check_starts(model: MixtureModel, config: RunConfig, begun: int) -> None:
             raise ValueError(key + str(error).removeprefix(key)) from None
         finally:
             for state, before in zip(own, kept, strict=True):
-                put_back(state, before)
-
-
-@torch.no_grad()
-def put_back(own: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
-    for key, tensor in own.items():
-        tensor.copy_(kept[key])
+                load_strictly(state, before, Path(key))
 
 
 def load_expert(model: MixtureModel, config: RunConfig, name: str, folder: Path) -> str:
@@ -150,7 +144,7 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
     other = load_config(folder / CONFIG)
     if different := router_differences(config, other):
         return f"router starts fresh: {folder} has another {', '.join(different)}"
-    now, then = choices_of(config), choices_of(other)
+    now, then = ({"expert": [*c.experts], "task": c.data.tasks} for c in (config, other))
     places = {kind: [now[kind].index(name) for name in names] for kind, names in then.items()}
     file, own = folder / router.file, router.state(model)
     found = {
@@ -168,11 +162,6 @@ def router_differences(config: RunConfig, other: RunConfig) -> list[str]:
     lost = set(other.data.tasks) - set(config.data.tasks)
     differ = [f"router.{key}" for key in ours if ours[key] != theirs[key]]
     return differ + (["data.tasks"] if lost else [])
-
-
-def choices_of(config: RunConfig) -> dict[str, list[str]]:
-    """What the rows of a router stand for, in their order."""
-    return {"expert": list(config.experts), "task": list(config.data.tasks)}
 
 
 def in_places(

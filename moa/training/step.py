@@ -23,7 +23,7 @@ from moa.model import MixtureModel, MixtureOutput
 from moa.parts import Parameters
 from moa.routing.losses import weights_at
 from moa.training.batches import Collated, TrainingError
-from moa.training.distributed.strategy import Strategy
+from moa.training.distributed.plain import Plain
 from moa.training.metrics import Metrics, non_finite
 from moa.training.optimizer import names_of, rate_factor, set_rates
 from moa.training.stages import stage_gates
@@ -38,9 +38,7 @@ class Trainer:
 
     model: MixtureModel
     accelerator: Accelerator
-    strategy: (
-        Strategy | None
-    )  # the optimiser, and the model on its processes; None: means are learned
+    strategy: Plain | None  # the optimiser, and the model on its processes; None: means are learned
     groups: dict[str, Parameters]  # what the optimiser moves, by part
     stage: StageConfig
     losses: LossConfig
@@ -100,7 +98,7 @@ def train_step(
 
 def forward_backward(
     trainer: Trainer,
-    strategy: Strategy,
+    strategy: Plain,
     batches: Sequence[Batch],
     counts: "Counts",
     metrics: Metrics,
@@ -123,7 +121,7 @@ def forward_backward(
 
 
 def check_and_update(
-    trainer: Trainer, strategy: Strategy, metrics: Metrics, step: int
+    trainer: Trainer, strategy: Plain, metrics: Metrics, step: int
 ) -> tuple[float, str | None]:
     """The gradient's norm before clipping, and what is not finite; nothing is updated then."""
     accelerator, train = trainer.accelerator, trainer.train

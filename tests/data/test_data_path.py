@@ -10,7 +10,7 @@ import pytest
 from data.boxes import CODECS
 from data.collate import ChatCollator
 from data.sources import open_sources
-from moa.training.batches import Collate, make_loader
+from moa.training.batches import collate, make_loader
 from tests import ROOT
 from tests.support.tiny import tiny_processor
 from tests.support.toy import toy_config
@@ -45,7 +45,7 @@ def toy_source(folder: Path):
 
 def test_samples_leave_their_images_behind(tmp_path):
     source, collator = toy_source(tmp_path)
-    batch, rejected = Collate(collator)([source[0], source[1]])
+    batch, rejected = collate(collator, [source[0], source[1]])
     assert batch is not None and not rejected
     assert [sample.image for sample in batch.samples] == [None, None]
     assert batch.image_mask.tolist() == [True, True]

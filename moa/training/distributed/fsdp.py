@@ -17,24 +17,23 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moa.training.optimizer import optimizer_tensors, restore_optimizer
+from moa.training.distributed.plain import Plain
 
 
-class Fsdp:
-    """See `moa.training.distributed.strategy.Strategy`."""
-
+class Fsdp(Plain):
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.accelerator, self.wrapped = accelerator, model
+        self.optimizer = self.prepared = optimizer
 
     def forward(self, *inputs: Any) -> Any:
         with self.accelerator.autocast():
-            return self.model(*inputs)
+            return self.wrapped(*inputs)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         # without it every micro-batch would reduce its gradients over the processes
-        self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        self.wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -47,27 +46,20 @@ class Fsdp:
         norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
         return float(full(norm))
 
-    def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def discard(self) -> None:
-        self.optimizer.zero_grad()
-
     def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-        return {key: full(value) for key, value in optimizer_tensors(self.optimizer, names).items()}
+        return {key: full(value) for key, value in super().optimizer_tensors(names).items()}
 
     def restore_optimizer(
         self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
     ) -> None:
-        restore_optimizer(self.optimizer, names, tensors)
+        super().restore_optimizer(names, tensors)
         for parameter, state in self.optimizer.state.items():
             for kind, value in state.items():
                 if value.shape == parameter.shape:  # a moment
                     state[kind] = like(value, parameter)
 
     def close(self) -> None:
-        reshard(self.model)
+        reshard(self.wrapped)
 
 
 def settings() -> FullyShardedDataParallelPlugin:

@@ -13,7 +13,12 @@ from moa.training import optimizer as states
 
 
 class Plain:
-    """See `moa.training.distributed.strategy.Strategy`."""
+    """A model and its optimiser, from the first step of a stage to the last; `Fsdp` and `Zero` shard them.
+
+    Tensors passed in and returned are whole, so every process must call.
+    """
+
+    optimizer: torch.optim.Optimizer  # as it was made: its groups have the rates
 
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
@@ -22,35 +27,44 @@ class Plain:
         self.wrapped, self.prepared = accelerator.prepare(model, optimizer)
 
     def forward(self, *inputs: Any) -> Any:
+        """The model's output, in the run's precision."""
         return self.wrapped(*inputs)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        """Around a micro-batch's forward and backward: the last one exchanges the gradients."""
         return nullcontext() if last else self.accelerator.no_sync(self.wrapped)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.accelerator.backward(loss)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The whole gradient, exchanged; None where backward has left none."""
         return parameter.grad
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
+        """Clip to a norm of `limit` (0: do not); returns the norm before."""
         return float(self.accelerator.clip_grad_norm_(parameters, limit or math.inf))
 
     def update(self) -> None:
+        """Step and drop the gradients; DeepSpeed has done both with `clip`."""
         self.prepared.step()
         self.prepared.zero_grad()
 
     def discard(self) -> None:
+        """Drop the gradients, before or after `clip` found them not finite, and update nothing."""
         self.prepared.zero_grad()
 
     def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
+        """The optimiser's state by `name:kind`."""
         return states.optimizer_tensors(self.optimizer, names)
 
     def restore_optimizer(
         self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
     ) -> None:
+        """Put back what `optimizer_tensors` gave."""
         states.restore_optimizer(self.optimizer, names, tensors)
 
     def close(self) -> None:
+        """Release the model: the next stage trains other parameters."""
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()

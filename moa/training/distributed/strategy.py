@@ -4,13 +4,11 @@ The launch file decides (configs/accelerate/); the loop calls the same methods f
 """
 
 import os
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moa.backbones.opening import class_of
@@ -22,48 +20,6 @@ from moa.training.distributed import fsdp, zero
 from moa.training.distributed.fsdp import Fsdp
 from moa.training.distributed.plain import Plain
 from moa.training.distributed.zero import Zero
-
-
-@runtime_checkable
-class Strategy(Protocol):
-    """A model and its optimiser, from the first step of a stage to the last."""
-
-    optimizer: torch.optim.Optimizer  # as it was made: its groups have the rates
-
-    def forward(self, *inputs: Any) -> Any:
-        """The model's output, in the run's precision."""
-
-    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        """Around a micro-batch's forward and backward: the last one exchanges the gradients."""
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a micro-batch."""
-
-    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """The whole gradient, exchanged; None where backward has left none."""
-
-    def clip(self, parameters: Sequence[nn.Parameter], limit: float) -> float:
-        """Clip to a norm of `limit` (0: do not); returns the norm before.
-
-        DeepSpeed has already updated when this returns.
-        """
-
-    def update(self) -> None:
-        """Step and drop the gradients; DeepSpeed has done both with `clip`."""
-
-    def discard(self) -> None:
-        """Drop the gradients, before or after `clip` found them not finite, and update nothing."""
-
-    def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-        """The optimiser's state by `name:kind`."""
-
-    def restore_optimizer(
-        self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
-    ) -> None:
-        """Put back what `optimizer_tensors` gave."""
-
-    def close(self) -> None:
-        """Release the model: the next stage trains other parameters."""
 
 
 def is_zero(accelerator: Accelerator) -> bool:
@@ -118,7 +74,7 @@ def make_strategy(
     optimizer: torch.optim.Optimizer,
     layout: Layout,
     config: RunConfig,
-) -> Strategy:
+) -> Plain:
     if is_zero(accelerator):
         return Zero(accelerator, model, optimizer, layout, config.train)
     return (Fsdp if is_fsdp() else Plain)(accelerator, model, optimizer)

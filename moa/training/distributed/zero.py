@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from moa.build import DTYPES
 from moa.config import TrainConfig
 from moa.training.batches import Layout, TrainingError
+from moa.training.distributed.plain import Plain
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Zero:
-    """See `moa.training.distributed.strategy.Strategy`."""
-
+class Zero(Plain):
     def __init__(
         self,
         accelerator: Accelerator,
