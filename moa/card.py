@@ -37,6 +37,7 @@ tokenizer = open_clip.get_tokenizer("local-dir:" + {folder!r})""",
 
 model, collator, config = load_model({folder!r})""",
 }
+CHECKED = "Reloaded in a fresh process: the largest logit difference, and the share of equal greedy tokens,"
 LIBRARY = {"adapter": "peft", "checkpoint": "transformers", "open_clip": "open_clip"}
 
 
@@ -56,14 +57,17 @@ class Card:
 
     def text(self) -> str:
         base = hub_name(self.base) if self.base else "BASE"
+        known = f", fingerprint `{self.fingerprint}`" if self.fingerprint else ""
+        data = [(s.name, s.task or "", s.split or "", s.path or s.format) for s in self.sources]
+        checks = [f"- {line}" for line in self.checks]
         parts = [
             _front_matter(self.kind, self.base),
             f"# {self.name}\n\n{self.about}",
-            _base_lines(base, self.fingerprint),
+            f"## Base\n\n`{base}`{known}. Another base, or other weights of it, give other answers.",
             _table("experts", ("name", "weight", "from"), self.rows),
-            _table("data", ("source", "task", "split", "from"), [_data(s) for s in self.sources]),
+            _table("data", ("source", "task", "split", "from"), data),
             _prompt_lines(self.config) if self.config else "",
-            _check_lines(self.checks),
+            "\n".join(["## Checked\n", CHECKED, "", *checks]) if checks else "",
             "## Load\n\n```python\n"
             + LOAD[self.kind].format(auto=auto_class(self.base), base=base, folder=self.name)
             + "\n```",
@@ -113,28 +117,12 @@ def _front_matter(kind: str, base: str | None) -> str:
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
 
 
-def _base_lines(base: str, fingerprint: str | None) -> str:
-    known = f", fingerprint `{fingerprint}`" if fingerprint else ""
-    return f"## Base\n\n`{base}`{known}. Another base, or other weights of it, give other answers."
-
-
-def _data(source: SourceConfig) -> tuple[str, str, str, str]:
-    return source.name, source.task or "", source.split or "", source.path or source.format
-
-
 def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
     lines = [head, ["---"] * len(head), *rows]
     cells = ("| " + " | ".join(str(c).replace("|", r"\|") for c in line) + " |" for line in lines)
     return f"## {title.capitalize()}\n\n" + "\n".join(cells)
-
-
-def _check_lines(checks: Sequence[str]) -> str:
-    if not checks:
-        return ""
-    head = "Reloaded in a fresh process: the largest logit difference, and the share of equal greedy tokens,"
-    return "\n".join(["## Checked\n", f"{head}\n", *(f"- {line}" for line in checks)])
 
 
 def _prompt_lines(config: RunConfig) -> str:

@@ -68,48 +68,41 @@ def save_checkpoint(
     except OSError as error:
         before = pointed(run, "last")
         kept = f"the checkpoint before, {before}, is whole" if before else "there is none before"
-        raise OSError(
-            error.errno, f"checkpoint {target.name} not written; {kept}: {error.strerror}"
-        ) from error
+        line = f"checkpoint {target.name} not written; {kept}: {error.strerror}"
+        raise OSError(error.errno, line) from error
     return target
 
 
 def write_model(folder: Path, model: MixtureModel, config: RunConfig) -> None:
     """The trained parts of a model: experts, router, projector, and what describes them."""
+    backbone = model.backbone
     for name in model.bank.names:
-        (folder / "experts" / name).mkdir(parents=True)
-        tensors, described = model.bank.state(name), peft_config(model, name)
+        target, described = folder / "experts" / name, model.bank.peft_config(name)
+        target.mkdir(parents=True)
+        base = base_reference(backbone.name)
+        own = {"base_model_name_or_path": base, "task_type": backbone.task_type}
         write_expert(
-            folder / "experts" / name,
-            tensors,
-            described,
+            target,
+            model.bank.state(name),
+            described | own,
             name=f"expert {name}",
-            base_fingerprint=model.backbone.fingerprint,
+            base_fingerprint=backbone.fingerprint,
         )
-        write_file(folder / "experts" / name / CARD, expert_card(model, config, name).text())
+        everyone = config.data.expert
+        card = Card(
+            name=name,
+            kind="adapter",
+            about=f"A LoRA expert of rank {described['r']} from a mixture, as an adapter that plain PEFT loads.",
+            base=backbone.name,
+            fingerprint=backbone.fingerprint,
+            config=config,
+            sources=[s for s in config.data.sources.values() if everyone or s.expert == name],
+        )
+        write_file(target / CARD, card.text())
     for part in beside_experts(config).values():
         save_tensors(folder / part.file, part.state(model))
-    model.backbone.processor.save_pretrained(folder / "processor")
+    backbone.processor.save_pretrained(folder / "processor")
     (folder / CONFIG).write_text(stored(config))
-
-
-def expert_card(model: MixtureModel, config: RunConfig, name: str) -> Card:
-    described = model.bank.peft_config(name)
-    return Card(
-        name=name,
-        kind="adapter",
-        about=f"A LoRA expert of rank {described['r']} from a mixture, as an adapter that plain PEFT loads.",
-        base=model.backbone.name,
-        fingerprint=model.backbone.fingerprint,
-        config=config,
-        sources=[s for s in config.data.sources.values() if config.data.expert or s.expert == name],
-    )
-
-
-def peft_config(model: MixtureModel, name: str) -> dict[str, Any]:
-    base = base_reference(model.backbone.name)
-    own = {"base_model_name_or_path": base, "task_type": model.backbone.task_type}
-    return {**model.bank.peft_config(name), **own}
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -224,13 +217,10 @@ def step_folder(path: str | Path, prefer: str = "best") -> Path:
     path = Path(path)
     if (path / STATE).is_file() or (path / MANIFEST).is_file():
         return path
-    for name in dict.fromkeys((prefer, "last")):
-        step = pointed(path, name)
-        if step is not None:
-            return path / "checkpoints" / step
-    raise ValueError(
-        f"{path}: neither a run with checkpoints/last nor a step folder with {MANIFEST}"
-    )
+    if step := pointed(path, prefer) or pointed(path, "last"):
+        return path / "checkpoints" / step
+    rule = "neither a run with checkpoints/last nor a step folder with"
+    raise ValueError(f"{path}: {rule} {MANIFEST}")
 
 
 def verify(folder: Path) -> None:
@@ -247,9 +237,13 @@ def verify(folder: Path) -> None:
             raise ValueError(f"{file}: its content is not what was written (sha256 differs)")
 
 
-def read_json(file: Path) -> Any:
+def check_there(file: Path) -> None:
     if not file.is_file():
         raise ValueError(f"{file}: missing; {file.parent} is no whole checkpoint")
+
+
+def read_json(file: Path) -> Any:
+    check_there(file)
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -280,8 +274,7 @@ def load_strictly(own: Mapping[str, Tensor], found: Mapping[str, Tensor], file: 
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise ValueError(f"{file}: missing; {file.parent} is no whole checkpoint")
+    check_there(file)
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:

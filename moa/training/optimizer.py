@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -17,22 +18,13 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """One or two parameter groups per named group: weight decay is for matrices alone."""
     check_partition(model, groups)
-    options = []
+    options: list[dict[str, Any]] = []
     for name, parameters in groups.items():
         rate = getattr(rates, name)
-        for decayed in (True, False):
-            chosen = [p for p in parameters.values() if is_matrix(p) == decayed]
-            if chosen:
-                decay = train.weight_decay if decayed else 0.0
-                options.append(
-                    {
-                        "params": chosen,
-                        "name": name,
-                        "lr": rate,
-                        "rate": rate,
-                        "weight_decay": decay,
-                    }
-                )
+        for decay, matrices in ((train.weight_decay, True), (0.0, False)):
+            if chosen := [p for p in parameters.values() if is_matrix(p) == matrices]:
+                own = {"name": name, "lr": rate, "rate": rate, "weight_decay": decay}
+                options.append({"params": chosen, **own})
     return torch.optim.AdamW(options, betas=(train.betas[0], train.betas[1]), fused=True)
 
 
@@ -103,10 +95,8 @@ def by_name(
         name, _, kind = key.rpartition(":")
         found.setdefault(name, {})[kind] = value
     if different := sorted(found.keys() ^ set(names.values())):
-        raise ValueError(
-            f"optimizer.safetensors: made for other parameters: {len(different)} differ, "
-            f"first {different[:2]}"
-        )
+        differ = f"{len(different)} differ, first {different[:2]}"
+        raise ValueError(f"optimizer.safetensors: made for other parameters: {differ}")
     return found
 
 
@@ -114,9 +104,9 @@ def parameter_table(
     model: MixtureModel, groups: Mapping[str, Parameters], rates: RateConfig
 ) -> Table:
     """Group -> parameters, trainable, learning rate, sites: shown before a stage begins."""
-    table = Table(title="what is trained")
-    for column in ("group", "parameters", "trainable", "learning rate", "sites"):
-        table.add_column(column, justify="left" if column == "group" else "right")
+    table = Table("group", title="what is trained")
+    for column in ("parameters", "trainable", "learning rate", "sites"):
+        table.add_column(column, justify="right")
     for name in model.bank.names:
         sites = str(len(model.bank.experts[name].sites))
         add_row(table, f"expert {name}", [*model.bank.parameters(name)], rates.experts, sites)

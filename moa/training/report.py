@@ -92,26 +92,22 @@ class Reporter:
             self.print(step_text(line))
 
     def waiting(self) -> str:
-        share = self.waited / max(self.seconds, 1e-9)
-        return (
-            f"waited for data: {self.waited:.1f} s of {self.seconds:.1f} s in steps ({share:.1%})"
-        )
+        waited, share = self.waited, self.waited / max(self.seconds, 1e-9)
+        return f"waited for data: {waited:.1f} s of {self.seconds:.1f} s in steps ({share:.1%})"
 
     def validation(self, line: dict[str, Any]) -> None:
         self.record(line)
         sources = "  ".join(f"{k[11:]} {v:.3f}" for k, v in line.items() if "/" in k)
-        self.print(
-            f"{line['stage']} {line['step']}  validation {line['validation']:.4f}  ({sources})"
-        )
+        place, mean = f"{line['stage']} {line['step']}", line["validation"]
+        self.print(f"{place}  validation {mean:.4f}  ({sources})")
 
 
 def step_text(line: dict[str, Any]) -> str:
     tasks = "  ".join(f"{k[5:]} {v:.3f}" for k, v in line.items() if k.startswith("loss/"))
-    guidance = line.get("aux/guidance")
+    guided = f"  guidance {line['aux/guidance']:.3f}" if "aux/guidance" in line else ""
     return (
-        f"{line['stage']} {line['step']}  loss {line['loss']:.4f}  ({tasks})"
-        + (f"  guidance {guidance:.3f}" if guidance is not None else "")
-        + f"  entropy {line['entropy']:.2f}  grad {line['grad_norm']:.2f}"
+        f"{line['stage']} {line['step']}  loss {line['loss']:.4f}  ({tasks}){guided}"
+        f"  entropy {line['entropy']:.2f}  grad {line['grad_norm']:.2f}"
         f"  {line['samples_per_s']:.0f} samples/s  {line['tokens_per_s']:.0f} tokens/s"
         f"  {line['memory_gib']:.1f} GiB"
     )
@@ -134,23 +130,16 @@ def keep_lines(path: Path, step: int) -> None:
 
 def mixture_table(mixture: Mixture, draws: int) -> Table:
     """What an epoch holds of each source, and how often the whole run walks it."""
-    shares = mixture.epoch()
     epoch = mixture.epoch_length
-    table = Table(title=f"the mixture: an epoch is {epoch:,} samples, the run draws {draws:,}")
-    per_epoch = ("draws per epoch", "passes per epoch")
-    for column in ("source", "samples", "weight", *per_epoch, "passes in the run"):
-        table.add_column(column, justify="left" if column == "source" else "right")
-    for share in shares:
+    title = f"the mixture: an epoch is {epoch:,} samples, the run draws {draws:,}"
+    table = Table("source", title=title)
+    for column in ("samples", "weight", "draws per epoch", "passes per epoch", "passes in the run"):
+        table.add_column(column, justify="right")
+    for share in mixture.epoch():
         passes = share.passes * draws / epoch
         weight = "-" if share.weight is None else f"{share.weight:g}"
-        row = (
-            f"{share.size:,}",
-            weight,
-            f"{share.draws:,}",
-            f"{share.passes:.2f}",
-            f"{passes:.2f}",
-        )
-        table.add_row(share.name, *row)
+        each = f"{share.draws:,}", f"{share.passes:.2f}"
+        table.add_row(share.name, f"{share.size:,}", weight, *each, f"{passes:.2f}")
     return table
 
 
@@ -158,10 +147,8 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
     """Without a key in the environment wandb writes offline, so that it works without an account."""
     if "wandb" in config.logging.trackers and "WANDB_API_KEY" not in os.environ:
         os.environ.setdefault("WANDB_MODE", "offline")
-    settings = flatten(yaml.safe_load(to_yaml(config)))
-    plain = {
-        k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()
-    }
+    kinds, settings = bool | int | float | str, flatten(yaml.safe_load(to_yaml(config)))
+    plain = {key: v if isinstance(v, kinds) else str(v) for key, v in settings.items()}
     options = {"wandb": {"name": Path(config.out).name, "dir": config.out}}
     accelerator.init_trackers(config.logging.project, config=plain, init_kwargs=options)
 
@@ -183,7 +170,3 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def count_rules(skipped: dict[str, int]) -> str:
-    return ", ".join(f"{count} x {rule}" for rule, count in sorted(skipped.items()))

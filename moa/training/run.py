@@ -25,7 +25,7 @@ from moa.training.batches import Collated, Layout, TrainingError, dead_worker, t
 from moa.training.distributed.strategy import is_zero_3, kind_of, make_strategy, place, whole
 from moa.training.optimizer import by_name, make_optimizer, names_of, parameter_table
 from moa.training.random_state import restore_rng, rng_tensors, seed_stage
-from moa.training.report import Reporter, count_rules, memory_gib
+from moa.training.report import Reporter, memory_gib
 from moa.training.signals import StopRequest
 from moa.training.stages import (
     first_position,
@@ -179,7 +179,8 @@ class Run:
             self.reporter.close()
         show(self.reporter.waiting())
         if self.skipped:
-            show(f"left out: {count_rules(self.skipped)}")
+            rules = ", ".join(f"{count} x {rule}" for rule, count in sorted(self.skipped.items()))
+            show(f"left out: {rules}")
         if self.non_finite_steps:
             show(f"not updated at {self.non_finite_steps} steps: loss or gradient not finite")
 

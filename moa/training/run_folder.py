@@ -90,11 +90,18 @@ def claim(config: RunConfig, *, resume: bool, overwrite: bool) -> str | None:
 def begin(config: RunConfig, data: Mapping[str, Any], step: str | None, *, clear: bool) -> None:
     """Remove the old run of this folder where asked to; write what the new one is."""
     run = Path(config.out)
-    if clear:
-        remove_run(run)
+    if clear:  # what the old run and its evaluations wrote, and nothing else
+        for name in OWN_FOLDERS:
+            shutil.rmtree(run / name, ignore_errors=True)
+        for name in OWN_FILES:
+            (run / name).unlink(missing_ok=True)
     if step is not None:
         same_data(run, data)
-        tidy(run, Path(step), config.train.keep_last)
+        # what a run killed between its checkpoint and what follows it has not done
+        best = [score["step"] for score in load_train_state(Path(step)).progress["best"]]
+        if best:
+            point(run, "best", step_name(best[0]))
+        prune(run, config.train.keep_last, best)
     write_run_header(run, config)
     write_json(run / DATA, data)
 
@@ -126,22 +133,6 @@ def holds_run(run: Path) -> bool:
     """Whether something was learned there: a run that failed at its first sample leaves nothing."""
     log = run / LOG
     return pointed(run, "last") is not None or (log.is_file() and log.stat().st_size > 0)
-
-
-def remove_run(run: Path) -> None:
-    """Remove all that the old run and its evaluations wrote, and nothing else."""
-    for name in OWN_FOLDERS:
-        shutil.rmtree(run / name, ignore_errors=True)
-    for name in OWN_FILES:
-        (run / name).unlink(missing_ok=True)
-
-
-def tidy(run: Path, step: Path, keep_last: int) -> None:
-    """What a run killed between its checkpoint and what follows it has not done."""
-    best = [score["step"] for score in load_train_state(step).progress["best"]]
-    if best:
-        point(run, "best", step_name(best[0]))
-    prune(run, keep_last, best)
 
 
 def stages_begun(step: Path | None) -> int:

@@ -102,11 +102,7 @@ def open_run(
         model=model,
         mixture=open_mixture(config, ocr),
         validation=open_sources(config.data.validation.values(), config.data, ocr),
-        collator=make_collator(
-            config,
-            model.backbone.intake,
-            pack_length=config.train.pack_length,
-        ),
+        collator=make_collator(config, model.backbone.intake, pack_length=config.train.pack_length),
         reporter=Reporter(config, accelerator),
         layout=make_layout(config.train, accelerator.num_processes),
     )
@@ -143,15 +139,11 @@ def filled(config: RunConfig, before: RunConfig) -> RunConfig:
     """The config with what the run settled at its start: its base, which is checked here, and experts' ranks."""
     model = replace(config.model, fingerprint=before.model.fingerprint or config.model.fingerprint)
     model = replace(model, fingerprint=check_base(model))
-    experts = {
-        name: replace(
-            expert,
-            **{k: getattr(before.experts[name], k) for k in SETTLED if getattr(expert, k) is None},
-        )
-        if name in before.experts
-        else expert
-        for name, expert in config.experts.items()
-    }
+    experts = dict(config.experts)
+    for name in experts.keys() & before.experts.keys():
+        own, found = experts[name], before.experts[name]
+        missing = [key for key in SETTLED if getattr(own, key) is None]
+        experts[name] = replace(own, **{key: getattr(found, key) for key in missing})
     return replace(config, model=model, experts=experts)
 
 
