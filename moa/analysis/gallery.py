@@ -7,34 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
-from data.sample import Box, OcrWord
+from data.sample import Box
 from moa.analysis.plots import INK, MUTED, color, page
+from moa.benchmarks.scores import Response
+from moa.metrics.boxes import best_iou
 
 TRUE, PREDICTED, READ = "#009E73", "#D55E00", "#0072B2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One sample of the gallery. `image` is what the model saw; boxes are in pixels of `size`."""
+    """One answer of the gallery, beside the image as the model saw it."""
 
     image: Image.Image
-    size: tuple[int, int]
-    task: str
-    question: str
-    prediction: str
-    truth: str
+    response: Response
     score: float
-    boxes: Sequence[Box] = ()
-    predicted_box: Box | None = None
-    ocr: Sequence[OcrWord] | None = None
     reads: bool = True  # whether the model takes OCR words: only then their absence is noted
-    gates: Sequence[float] | None = None
 
 
 def seen_image(
@@ -57,22 +52,24 @@ def gallery(path: str | Path, cards: Sequence[Card], experts: Sequence[str], tit
             draw_image(figure.add_subplot(grid[row, 2 * column]), card)
             side = grid[row, 2 * column + 1].subgridspec(2, 1, height_ratios=[1.7, 1])
             draw_words(figure.add_subplot(side[0]), card)
-            draw_gates(figure.add_subplot(side[1]), card.gates, experts)
+            draw_gates(figure.add_subplot(side[1]), card.response.gates, experts)
 
 
 def draw_image(axes: Axes, card: Card) -> None:
-    width, height = card.size
+    sample, answer = card.response.sample, card.response.box
+    width, height = sample.size
     axes.imshow(card.image, extent=(0, width, height, 0), interpolation="nearest")
     axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-    axes.set_title(card.task, fontsize=9)
-    for word in card.ocr or ():
+    task = sample.task
+    axes.set_title(task if sample.source == task else f"{sample.source} ({task})", fontsize=9)
+    for word in sample.ocr or ():
         _box(axes, word.box, READ, linewidth=0.9)
-    for box in card.boxes:
+    for box in sample.boxes:
         _box(axes, box, "white", linewidth=3.4)
         _box(axes, box, TRUE, linewidth=2)
-    if card.predicted_box is not None:
-        _box(axes, card.predicted_box, "white", linewidth=3.4)
-        _box(axes, card.predicted_box, PREDICTED, linewidth=2, linestyle=(0, (4, 2)))
+    if answer is not None:
+        _box(axes, answer, "white", linewidth=3.4)
+        _box(axes, answer, PREDICTED, linewidth=2, linestyle=(0, (4, 2)))
 
 
 def _box(axes: Axes, box: Box, edge: str, **style: Any) -> None:
@@ -83,13 +80,18 @@ def _box(axes: Axes, box: Box, edge: str, **style: Any) -> None:
 def draw_words(axes: Axes, card: Card) -> None:
     axes.axis("off")
     mark, ink = ("✓", TRUE) if card.score >= 0.5 else ("✗", PREDICTED)
-    answer = f"{mark} {card.prediction or '(nothing)'}"
-    lines = [(card.question, INK, "bold", 2), (answer, ink, "normal", 3)]
-    if card.truth and card.score < 1:
-        lines.append((f"true: {card.truth}", MUTED, "normal", 2))
-    if card.ocr:
-        lines.append((f"read: {' '.join(word.text for word in card.ocr)}", READ, "normal", 1))
-    elif card.ocr is None and card.reads:
+    sample, found, box = card.response.sample, card.response.text, card.response.box
+    if box is not None:
+        found = f"a box, IoU {best_iou(box, sample.boxes):.2f}"
+    lines = [
+        (sample.question, INK, "bold", 2),
+        (f"{mark} {found or '(nothing)'}", ink, "normal", 3),
+    ]
+    if (truth := " / ".join(dict.fromkeys(sample.answers))) and card.score < 1:
+        lines.append((f"true: {truth}", MUTED, "normal", 2))
+    if sample.ocr:
+        lines.append((f"read: {' '.join(word.text for word in sample.ocr)}", READ, "normal", 1))
+    elif sample.ocr is None and card.reads:
         lines.append(("no OCR was run", MUTED, "normal", 1))
     top = 1.0
     for text, ink, weight, most in lines:
@@ -102,13 +104,15 @@ def draw_words(axes: Axes, card: Card) -> None:
         top -= 0.105 * len(wrapped) + 0.04
 
 
-def draw_gates(axes: Axes, gates: Sequence[float] | None, experts: Sequence[str]) -> None:
-    if gates is None:
+def draw_gates(
+    axes: Axes, by_site: Sequence[Sequence[float]] | None, experts: Sequence[str]
+) -> None:
+    if by_site is None:
         axes.axis("off")
         why = "gates differ by token" if experts else "no experts"
         axes.text(0, 1, why, color=MUTED, va="top", transform=axes.transAxes)
         return
-    places = range(len(experts))
+    places, gates = range(len(experts)), torch.tensor(by_site).mean(0).tolist()
     axes.barh(places, gates, color=[color(i) for i in places], height=0.68)
     axes.set(xlim=(0, max(1.0, *gates) * 1.18), ylim=(len(experts) - 0.4, -0.6), xticks=[])
     axes.set_yticks(places, experts, fontsize=8)

@@ -6,7 +6,6 @@ target's text), the OCR words, and the whole sequence with the supervised tokens
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 from PIL import Image, ImageDraw
@@ -36,14 +35,6 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Consecutive tokens of one kind: `image`, `prompt`, or one supervised token as `answer`."""
-
-    kind: str
-    text: str
-
-
 def preview_page(items: Sequence[Sample | BadSampleError], collator: Collator, title: str) -> str:
     """The page of some samples; the card of a bad one has the reason."""
     return html.page(title, [LEGEND, *(card(item, collator) for item in items)], STYLE)
@@ -56,7 +47,7 @@ def card(item: Sample | BadSampleError, collator: Collator) -> str:
     image, size = image_html(item, batch, collator)
     words = " ".join(word.text for word in collator.words(item))
     about = f"task {item.task}, expert {item.expert or 'unknown'}, {size}, "
-    tokens = (html.element("span", t.text, t.kind) for t in tokens_of(batch, collator))
+    tokens = (html.element("span", text, kind) for kind, text in tokens_of(batch, collator))
     parts = [
         html.element("h2", f"{item.source} / {item.id}"),
         html.element("p", f"{about}{int(batch.attention_mask.sum())} tokens"),
@@ -106,8 +97,8 @@ def zoomed(box: Box, zoom: int) -> tuple[float, float, float, float]:
     return x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
 
 
-def tokens_of(batch: Batch, collator: Collator) -> Iterator[Tokens]:
-    """The first row's tokens: prompts in one piece, image tokens counted, answers one by one."""
+def tokens_of(batch: Batch, collator: Collator) -> Iterator[tuple[str, str]]:
+    """Kind and text of the first row's tokens: prompts in one piece, image tokens counted, answers one by one."""
     tokenizer = collator.processor.tokenizer
     image_id = getattr(collator.processor, "image_token_id", None)  # a CLIP has none
     ids = batch.input_ids[0].tolist()
@@ -119,8 +110,8 @@ def tokens_of(batch: Batch, collator: Collator) -> Iterator[Tokens]:
     for kind, group in groupby(zip(kinds, ids, strict=True), key=lambda pair: pair[0]):
         tokens = [token for _, token in group]
         if kind == "answer":
-            yield from (Tokens(kind, tokenizer.decode([token])) for token in tokens)
+            yield from ((kind, tokenizer.decode([token])) for token in tokens)
         elif kind == "image":
-            yield Tokens(kind, f"{tokenizer.decode(tokens[:1])} x {len(tokens)}")
+            yield kind, f"{tokenizer.decode(tokens[:1])} x {len(tokens)}"
         else:
-            yield Tokens(kind, tokenizer.decode(tokens))
+            yield kind, tokenizer.decode(tokens)

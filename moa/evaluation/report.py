@@ -14,7 +14,6 @@ from rich.console import Console
 from moa.analysis.gallery import Card, gallery, seen_image
 from moa.analysis.plots import gate_heat_map, layer_heat_map, loss_curves, read_log
 from moa.analysis.routing import delta_cosines, summary
-from moa.benchmarks.scores import Response
 from moa.benchmarks.table import benchmark_called, submission_rows
 from moa.checkpoint import versions
 from moa.config import RunConfig, SourceConfig
@@ -24,7 +23,6 @@ from moa.evaluation.models import EvaluatedModel
 from moa.evaluation.result import Result, table
 from moa.evaluation.settings import chosen_sources, variant_of
 from moa.files.atomic import write_file, write_json
-from moa.metrics.boxes import best_iou
 from moa.model import MixtureModel
 
 PARTIAL_GATES = " (not of all trained tasks and samples: weights=gates reads those of a full `eval.py` of the run)"
@@ -172,29 +170,12 @@ def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> li
     any_ocr = any(r.sample.ocr is not None for column in columns for r, _ in column)
     reads = any_ocr and model.router is not None and "ocr" in model.router.evidence
     turns = [pair for row in zip_longest(*columns) for pair in row if pair is not None]
-    return [make_card(model, response, score, reads) for response, score in turns[:count]]
-
-
-def make_card(model: MixtureModel, response: Response, score: float, reads: bool) -> Card:
-    sample, processor = response.sample, model.backbone.processor.image_processor
-    assert sample.image is not None  # make_cards has left those out
-    answer, gates = response.text, response.gates
-    if response.box is not None:
-        answer = f"a box, IoU {best_iou(response.box, sample.boxes):.2f}"
-    return Card(
-        image=seen_by_tower(sample.image, processor),
-        size=sample.size,
-        task=sample.task if sample.source == sample.task else f"{sample.source} ({sample.task})",
-        question=sample.question,
-        prediction=answer,
-        truth=" / ".join(dict.fromkeys(sample.answers)),
-        score=score,
-        boxes=sample.boxes,
-        predicted_box=response.box,
-        ocr=sample.ocr,
-        reads=reads,
-        gates=None if gates is None else torch.tensor(gates).mean(0).tolist(),
-    )
+    processor = model.backbone.processor.image_processor
+    return [
+        Card(image=seen_by_tower(r.sample.image, processor), response=r, score=score, reads=reads)
+        for r, score in turns[:count]
+        if r.sample.image is not None
+    ]
 
 
 def seen_by_tower(image: Image, processor: Any) -> Image:

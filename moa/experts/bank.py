@@ -137,7 +137,7 @@ class ExpertBank:
         kind: str = "lora",
         **options: Any,
     ) -> None:
-        """A trainable expert from its file, for LoRA a plain PEFT adapter as `read_expert` gives it.
+        """A trainable expert from its file, for LoRA a plain PEFT adapter as `moa.files.peft` reads it.
 
         Raises ValueError for keys that no site consumes, and for shapes of another base.
         """

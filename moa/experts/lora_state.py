@@ -60,7 +60,7 @@ def load(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
-    """Put the expert of a plain PEFT adapter, as `read_expert` gives it, at the sites that it names.
+    """Put the expert of a plain PEFT adapter, as `moa.files.peft` reads it, at the sites that it names.
 
     Returns what it was made with. Raises ValueError for keys that no site consumes, for shapes of
     another base, and for values that are not finite.

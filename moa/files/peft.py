@@ -67,9 +67,7 @@ class ExpertHeader:
     ranks: dict[str, int]  # site -> rank
     shapes: dict[str, tuple[int, int]]  # site -> (out, in)
     spelled: dict[str, str]  # site -> as the file spells it
-    base_fingerprint: str | None = (
-        None  # of the base that it was trained on, where that is recorded
-    )
+    base_fingerprint: str | None = None  # of the base that it was trained on, if recorded
 
     @property
     def weights_file(self) -> Path:
@@ -103,20 +101,6 @@ def read_header(path: str | Path) -> ExpertHeader:
     )
 
 
-def read_expert(
-    path: str | Path, *, base_shapes: Mapping[str, tuple[int, int]] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read one PEFT folder whole: (tensors by PEFT key, as stored; config).
-
-    `base_shapes` (site -> (out, in) of the base's linear layers) refuses an adapter of another base.
-    Raises ValueError as `read_header` does, and for values that are not finite.
-    """
-    header = read_header(path)
-    if base_shapes is not None:
-        header = fit_to_base(header, base_shapes)
-    return read_tensors(header), header.config
-
-
 def read_tensors(header: ExpertHeader) -> dict[str, Tensor]:
     """All tensors by PEFT key, as stored; ValueError for values that are not finite."""
     sites = (read_site(header, site) for site in header.ranks)
@@ -130,12 +114,11 @@ def read_site(header: ExpertHeader, site: str) -> dict[str, Tensor]:
         tensors = {key: file.get_tensor(own) for key, own in stored}
     for key, tensor in tensors.items():
         if not all_finite(tensor):
-            broken = ~torch.isfinite(tensor)
-            rows = broken.any(1).nonzero().flatten().tolist()
-            raise ValueError(
-                f"{header.weights_file}: {key} has {int(broken.sum())} NaN or infinite values, "
-                f"in {len(rows)} rows, first {rows[0]}"
+            rows = (broken := ~torch.isfinite(tensor)).any(1).nonzero().flatten().tolist()
+            what = (
+                f"{int(broken.sum())} NaN or infinite values, in {len(rows)} rows, first {rows[0]}"
             )
+            raise ValueError(f"{header.weights_file}: {key} has {what}")
     return tensors
 
 
@@ -172,28 +155,24 @@ def rename_sites(header: ExpertHeader, names: Mapping[str, str]) -> ExpertHeader
         return header
     if len(set(names.values())) < len(names):
         raise ValueError(f"{header.weights_file}: two of its sites are one layer, in two spellings")
-    return replace(
-        header,
-        ranks={names[site]: rank for site, rank in header.ranks.items()},
-        shapes={names[site]: shape for site, shape in header.shapes.items()},
-        spelled={names[site]: own for site, own in header.spelled.items()},
-        config=rename_config(header.config, names),
-    )
+    return _with_sites(header, names, rename_config(header.config, names))
 
 
 def keep_sites(header: ExpertHeader, sites: Sequence[str]) -> ExpertHeader:
     """The header with some of its sites alone."""
-    kept = set(sites)
-    return replace(
-        header,
-        ranks={site: rank for site, rank in header.ranks.items() if site in kept},
-        shapes={site: shape for site, shape in header.shapes.items() if site in kept},
-        spelled={site: own for site, own in header.spelled.items() if site in kept},
-        config={
-            **{k: v for k, v in header.config.items() if k not in NARROWING},
-            "target_modules": list(sites),
-        },
+    config = {key: value for key, value in header.config.items() if key not in NARROWING}
+    kept = {site: site for site in sites}
+    return _with_sites(header, kept, {**config, "target_modules": list(sites)})
+
+
+def _with_sites(
+    header: ExpertHeader, names: Mapping[str, str], config: dict[str, Any]
+) -> ExpertHeader:
+    ranks, shapes, spelled = (
+        {names[site]: value for site, value in values.items() if site in names}
+        for values in (header.ranks, header.shapes, header.spelled)
     )
+    return replace(header, ranks=ranks, shapes=shapes, spelled=spelled, config=config)
 
 
 def check_tensors(

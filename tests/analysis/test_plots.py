@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data.sample import OcrWord
+from data.sample import OcrWord, Sample
 from moa.analysis import gallery as cards
 from moa.analysis import plots
+from moa.benchmarks.scores import Response
 
 ROUTING = {
     "experts": ["vqa", "caption"],
@@ -38,22 +39,25 @@ def words(figure):
     return [text.get_text() for text in figure.findobj(plots.matplotlib.text.Text)]
 
 
-def card(**changes):
+def card(
+    score=1.0, reads=True, text="", box=(2.0, 3.0, 12.0, 13.0), gates=([0.25, 0.75],), **changes
+):
     values = {
-        "image": Image.new("RGB", (8, 8), "red"), "size": (40, 30), "task": "grounding",
-        "question": "where is the $5 note?", "prediction": "a box, IoU 0.50", "truth": "",
-        "score": 1.0, "boxes": ((1.0, 2.0, 11.0, 12.0),), "predicted_box": (2.0, 3.0, 12.0, 13.0),
+        "id": "1", "image_id": "1", "image": Image.new("RGB", (40, 30)), "task": "grounding",
+        "source": "grounding", "question": "where is the $5 note?", "answers": (),
+        "boxes": ((2.0, 3.0, 12.0, 23.0),),
         "ocr": (OcrWord(text="EXIT", box=(5.0, 5.0, 9.0, 9.0), confidence=1.0),),
-        "gates": [0.25, 0.75],
     }  # fmt: skip
-    return cards.Card(**{**values, **changes})
+    sample, seen = Sample(**{**values, **changes}), Image.new("RGB", (8, 8), "red")
+    response = Response(sample=sample, text=text, box=box, gates=gates and [*gates])
+    return cards.Card(image=seen, response=response, score=score, reads=reads)
 
 
 def test_a_card_shows_both_boxes_in_original_pixels_the_words_and_the_gates(tmp_path, pages):
     cards.gallery(tmp_path / "samples.png", [card()], ["vqa", "grounding"], "Samples")
     picture, _, bars = pages[0].axes
     corners = [p.get_bbox().extents.tolist() for p in picture.patches]
-    assert [1.0, 2.0, 11.0, 12.0] in corners and [2.0, 3.0, 12.0, 13.0] in corners
+    assert [2.0, 3.0, 12.0, 23.0] in corners and [2.0, 3.0, 12.0, 13.0] in corners
     assert [5.0, 5.0, 9.0, 9.0] in corners and picture.get_xlim() == (0, 40)
     assert [bar.get_width() for bar in bars.patches] == [0.25, 0.75]
     shown = words(pages[0])
@@ -62,7 +66,9 @@ def test_a_card_shows_both_boxes_in_original_pixels_the_words_and_the_gates(tmp_
 
 
 def test_a_wrong_answer_is_shown_beside_the_true_one_and_missing_ocr_is_said(tmp_path, pages):
-    wrong = card(prediction="", truth="cat / a cat", score=0.0, boxes=(), ocr=None, gates=None)
+    wrong = card(
+        answers=("cat", "a cat", "cat"), score=0.0, box=None, boxes=(), ocr=None, gates=None
+    )
     cards.gallery(tmp_path / "samples.png", [wrong], ["vqa"], "Samples")
     shown = words(pages[0])
     assert {"✗ (nothing)", "true: cat / a cat", "no OCR was run"} <= set(shown)

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from moa.experts.bank import ExpertBank
-from moa.files.peft import read_expert, save_expert, site_keys
+from moa.files.peft import save_expert, site_keys
 from moa.files.peft_config import site_rank, site_scaling
 from tests.support.banks import LANGUAGE, SITE, fill, inputs, make_bank
+from tests.support.peft import read_expert
 from tests.support.tiny import tiny_llava
 
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from moa.files import peft as peft_io
 from moa.files import peft_config
 from moa.files.peft import (
-    read_expert,
     save_expert,
     site_keys,
     write_expert,
 )  # fmt: skip
 from moa.files.peft_config import site_rank, site_scaling
+from tests.support.peft import read_expert
 from tests.support.tiny import tiny_llava
 
 SITES = ["model.language_model.layers.0.self_attn.q_proj", "model.multi_modal_projector.linear_1"]
