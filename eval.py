@@ -19,6 +19,7 @@ eval.compare, end in one table.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -66,17 +67,13 @@ def evaluate_model(
         folder = model.folder / "eval" / variant_of(config.eval)
         label = f"{model.label}: {gates}" if len(model.gate_rules) > 1 else model.label
         with model.named():
-            kept = (
-                kept_results(network, config, folder, model.fingerprint()) if command.reuse else []
-            )
+            known = model.fingerprint() if command.reuse else None
+            kept = kept_results(network, config, folder, known)
             done = {result.name for result in kept}
             left = [source.name for source in chosen_sources(config) if source.name not in done]
             config = with_eval(config, only=left) if kept and left else config
-            results = (
-                score_sources(network, config, progress=command.progress, processes=processes)
-                if left
-                else []
-            )
+            score = partial(score_sources, progress=command.progress, processes=processes)
+            results = score(network, config) if left else []
         if not processes.is_main:
             continue
         if kept:
@@ -84,7 +81,7 @@ def evaluate_model(
             Console().print(f"{label}: results of {names} are those in {folder}", soft_wrap=True)
         if results:
             report(model, network, config, results, label, full=model.is_full and not kept)
-        tables[label] = [*kept, *map(measured, results)]
+        tables[label] = [*kept, *(measured(result.record(), result.rows()) for result in results)]
     return tables
 
 

@@ -16,7 +16,7 @@ from moa.model import MixtureModel
 Parameters = dict[str, nn.Parameter]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Part:
     """One part; the names of its parameters are those of the optimiser's file."""
 
@@ -67,16 +67,12 @@ def projector_state(model: MixtureModel) -> dict[str, Tensor]:
 
 
 PARTS = {
-    "experts": Part(
-        parameters=expert_parameters,
-        state=expert_state,
-        file="experts/*/adapter_model.safetensors",
-    ),
-    "router": Part(parameters=router_parameters, state=router_state, file="router.safetensors"),
+    "experts": Part(expert_parameters, expert_state, "experts/*/adapter_model.safetensors"),
+    "router": Part(router_parameters, router_state, "router.safetensors"),
     "projector": Part(
-        parameters=projector_parameters,
-        state=projector_state,
-        file="projector.safetensors",
+        projector_parameters,
+        projector_state,
+        "projector.safetensors",
         is_trained=lambda config: config.model.train_projector,
     ),
 }

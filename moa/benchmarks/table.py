@@ -96,14 +96,10 @@ def submission_rows(row: Row, responses: Sequence[Response]) -> list[dict[str, A
 
 # -- Scores -----------------------------------------------------------------------------------------
 
+SAME = (text.exact_match, text.relaxed_accuracy, vqa.vqa_accuracy, vqa.vqa_evalai, vqa.vqa_official)
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "ANLS": text.anls,
-    "direct_answer": vqa.aokvqa_direct,
-    "exact_match": text.exact_match,
-    "relaxed_accuracy": text.relaxed_accuracy,
-    "vqa_accuracy": vqa.vqa_accuracy,
-    "vqa_evalai": vqa.vqa_evalai,
-    "vqa_official": vqa.vqa_official,
+    **{metric.__name__: metric for metric in SAME},
+    **{"ANLS": text.anls, "direct_answer": vqa.aokvqa_direct},
 }
 
 

@@ -21,7 +21,6 @@ from data.checks import BadSampleError
 from data.mixture import Source, read_sample
 from data.pairs import PairCollator, fill, only_images, only_texts, templates
 from data.sample import Sample
-from moa.benchmarks.scores import Response
 from moa.clip_model import CHUNK, ClipMixture
 from moa.config import EvalConfig
 from moa.evaluation.embedding import classify, retrieve
@@ -35,7 +34,7 @@ from moa.evaluation.settings import check_gates
 Group = tuple[str, tuple[str, ...]]  # the question and the choices of samples
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Images:
     """What became of the samples of one batch."""
 
@@ -72,21 +71,16 @@ def evaluate_pairs(
         batch, rejected = collator.split(known)
         if rejected and settings.on_bad_sample != "skip":
             raise rejected[0]
-        read = [*map(sample_digest, items)]
+        part = Images(rejected=rejected, read=[*map(sample_digest, items)])
         if batch is None:
-            return Images(rejected=rejected, read=read)
+            return part
         batch = only_images(batch.to(device))
         gates = gates_of(model, batch, settings.gates)
-        features = model.image_features(batch, gates).cpu()
+        part.features = model.image_features(batch, gates).cpu()
         check_finite(batch.samples, "gates", gates.isfinite())
-        check_finite(batch.samples, "features", features.isfinite())
-        return Images(
-            rejected=rejected,
-            read=read,
-            samples=[*map(keep, batch.samples)],
-            features=features,
-            gates=gates.float().cpu().tolist(),
-        )
+        check_finite(batch.samples, "features", part.features.isfinite())
+        part.samples, part.gates = [*map(keep, batch.samples)], gates.float().cpu().tolist()
+        return part
 
     batches = rows_of_batches(len(dataset), settings.batch_size)
     parts = processes.map(encode, batches, bar=name if progress else None)
@@ -107,13 +101,16 @@ def evaluate_pairs(
         "on_bad_sample": settings.on_bad_sample or "error",
         "templates": sorted({t for s in samples for t in templates(s.question)}),
     }
-    result = with_gates(
-        score(name, samples, features, encoded, asked),
-        samples,
-        [rows for part in parts for rows in part.gates],
-    )
+    result = score(name, samples, features, encoded, asked)
+    gates = [rows for part in parts for rows in part.gates]
+    by_image = {s.image_id: rows for s, rows in zip(samples, gates, strict=True)}
+    tasks = {
+        task: ([replace(r, gates=by_image[r.sample.image_id]) for r in found], scores)
+        for task, (found, scores) in result.tasks.items()
+    }
     return replace(
         result,
+        tasks=tasks,
         skipped=skipped,
         seconds=time.perf_counter() - began,
         num_processes=processes.size,
@@ -188,15 +185,3 @@ def text_features(
         return []
     rest = iter(found)
     return [torch.cat([next(rest) for _ in own]).to(device) for own in starts]
-
-
-def with_gates(
-    result: Result, samples: Sequence[Sample], decided: Sequence[list[list[float]]]
-) -> Result:
-    """The result with the gates of each image."""
-    by_image = {s.image_id: rows for s, rows in zip(samples, decided, strict=True)}
-
-    def gated(responses: Sequence[Response]) -> list[Response]:
-        return [replace(r, gates=by_image[r.sample.image_id]) for r in responses]
-
-    return replace(result, tasks={t: (gated(r), scores) for t, (r, scores) in result.tasks.items()})

@@ -35,7 +35,7 @@ BASE_ONLY: tuple[Override, ...] = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EvaluatedModel:
     """A model by the path or hub name that the user gave, with the config of its prompt and data sets."""
 
@@ -136,14 +136,7 @@ def find_model(
     settings, stored = config.eval, load_config(file, own).eval
     part = settings.only, settings.num_samples
     whole = part == (None, None) and settings.score and settings.sources == stored.sources
-    return EvaluatedModel(
-        path=path,
-        kind=kind,
-        label=label,
-        config=config,
-        folder=folder,
-        is_full=kind == "run" and whole,
-    )
+    return EvaluatedModel(path, kind, label, config, folder, kind == "run" and whole)
 
 
 def kind_of(path: str) -> Kind:

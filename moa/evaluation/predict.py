@@ -9,7 +9,7 @@ found.gates     # {"vqa": 0.04, "ocr_vqa": 0.93, ...}
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,30 +89,17 @@ def predict_batch(
     if not pairs:
         return []
     collator = prompt_collator(network, model.config, withhold_task=task is None)
+    blank = Sample(
+        id="", image_id="", image=None, question="", answers=(), task=task or "", source="predict"
+    )
     samples = []
     for number, (given, question) in enumerate(pairs):
         image, name = read_image(given), str(number)
         words = model.ocr(image) if model.ocr is not None else None
-        samples.append(
-            Sample(
-                id=name,
-                image_id=name,
-                image=image,
-                question=question,
-                answers=(),
-                task=task or "",
-                source="predict",
-                ocr=words,
-            )
-        )
-    responses, _ = respond(
-        network,
-        collator,
-        collator(samples),
-        gates,
-        max_new_tokens=max_new_tokens or settings.max_new_tokens,
-        num_beams=num_beams or settings.num_beams,
-    )
+        own = replace(blank, id=name, image_id=name, image=image, question=question, ocr=words)
+        samples.append(own)
+    lengths = max_new_tokens or settings.max_new_tokens, num_beams or settings.num_beams
+    responses, _ = respond(network, collator, collator(samples), gates, *lengths)
     return [prediction_of(network, collator, response) for response in responses]
 
 
@@ -126,9 +113,8 @@ def read_image(image: ImageLike) -> Image:
     if isinstance(image, str):
         image = Path(image)
     if not isinstance(image, Path | Image):
-        raise ValueError(
-            f"image: must be a path, a PIL image or an array, got {type(image).__name__}"
-        )
+        found = type(image).__name__
+        raise ValueError(f"image: must be a path, a PIL image or an array, got {found}")
     return open_image(image, "image")
 
 
@@ -147,13 +133,8 @@ def prediction_of(network: MixtureModel, collator: ChatCollator, response: Respo
 
 def prompt_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bool) -> Any:
     """The run's own prompts, for generation; held-out tasks are allowed."""
-    return make_collator(
-        config,
-        model.backbone.intake,
-        for_generation=True,
-        withhold_task=withhold_task,
-        allow_unknown_tasks=True,
-    )
+    options = {"for_generation": True, "allow_unknown_tasks": True, "withhold_task": withhold_task}
+    return make_collator(config, model.backbone.intake, **options)
 
 
 @torch.no_grad()
@@ -162,7 +143,6 @@ def respond(
     collator: ChatCollator,
     batch: Batch,
     gates: str,
-    *,
     max_new_tokens: int,
     num_beams: int,
 ) -> tuple[list[Response], int]:
@@ -199,9 +179,7 @@ class FiniteLogits:
     """
 
     def __init__(self) -> None:
-        self.finite: torch.Tensor | None = (
-            None  # [rows]; on the device, so that nothing waits for it
-        )
+        self.finite: torch.Tensor | None = None  # [rows]; on the device: nothing waits for it
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         finite = scores.amax(-1).isfinite()
@@ -235,8 +213,6 @@ def gate_rule(model: MixtureModel, batch: Batch, rule: str) -> dict[str, torch.T
         return {"available": left.to(device)}
     if rule == "oracle":
         return {"gates": one_hot_gates(batch.expert_ids, len(names))}
-    weights = {
-        "uniform": [1.0 / len(names) for _ in names],
-        "off": [0.0] * len(names),
-    }.get(rule, [float(name == rule) for name in names])
+    known = {"uniform": [1.0 / len(names) for _ in names], "off": [0.0] * len(names)}
+    weights = known.get(rule, [float(name == rule) for name in names])
     return {"gates": torch.tensor(weights, device=device).expand(len(batch), -1)}

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
@@ -103,20 +102,13 @@ class Processes:
     def __enter__(self) -> "Processes":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Wait for the others; where one failed outside of `map`, all raise its error."""
         if self.size == 1:
             return
         try:
             if not self._over and (error is None or isinstance(error, Exception)):
-                first = self._exchange(
-                    None if error is None else self._report(self._num_jobs, error)
-                )
+                first = self._exchange(self._report(self._num_jobs, error) if error else None)
                 if first is not None and error is None:
                     raise first.error()
         finally:

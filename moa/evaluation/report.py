@@ -3,6 +3,7 @@
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def report(
 ) -> None:
     """Files, table and images of one model with one kind of gates; `full`: of all its samples."""
     console, variant = Console(), variant_of(config.eval)
+    show = partial(console.print, soft_wrap=True, markup=False)
     folder = model.folder / "eval" / variant
     about = {
         "checkpoint": model.weights,
@@ -49,22 +51,19 @@ def report(
     write_results(folder, results, chosen_sources(config), about)
     console.print(table(results, f"{label}: scores"))
     for result in results:
-        turns = sum(bool(r.sample.turns) for r in result.responses)
-        if turns:
+        if turns := sum(bool(r.sample.turns) for r in result.responses):
             count = f"{turns} of {len(result.responses)} samples"
             line = f"{result.name}: {count} are conversations: only the first question is scored"
-            console.print(line, soft_wrap=True, markup=False)
-    console.print(f"scores: {folder}/*.json", soft_wrap=True, markup=False)
+            show(line)
+    show(f"scores: {folder}/*.json")
     routing = routing_record(network, config, results, trained_tasks(config, model.folder))
     if routing is not None:
         full = full and not routing["missing_tasks"]
         file = write_routing(folder, routing, full, about)
-        console.print(
-            f"gates: {file}" + ("" if full else PARTIAL_GATES), soft_wrap=True, markup=False
-        )
+        show(f"gates: {file}{'' if full else PARTIAL_GATES}")
     if number := config.eval.num_images:
         drawn = draw_pictures(model.folder, variant, network, results, routing, number)
-        console.print("pictures: " + " ".join(map(str, drawn)), soft_wrap=True, markup=False)
+        show("pictures: " + " ".join(map(str, drawn)))
 
 
 def routing_record(
@@ -159,9 +158,9 @@ def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> li
     """The first samples of each data set and task in turn, as the vision tower got them."""
     columns = [
         [
-            (response, score)
-            for response, score in zip(found, scores.values[scores.primary], strict=True)
-            if response.sample.image is not None
+            pair
+            for pair in zip(found, scores.values[scores.primary], strict=True)
+            if pair[0].sample.image
         ]
         for result in results
         for task, (found, scores) in result.tasks.items()

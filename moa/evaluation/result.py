@@ -1,7 +1,7 @@
 """The scores of one data set, as objects, as plain data for JSON files, and as tables."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from moa.metrics.standard_error import clustered_standard_error
 Score = dict[str, float | None]  # {"value", "se"}
 ScoresByName = Mapping[str, Score]  # by data set
 Rows = Sequence[Mapping[str, Any]]  # of a NAME.jsonl
+ASKED = ("id", "image_id", "task", "source", "expert", "question")  # of a sample, in a row
 WIDTH = 80  # of a terminal
 
 
@@ -69,10 +70,9 @@ class Result:
             "settings": self.settings,
         }
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """One record per response, for a JSON-lines file."""
-        for response, score in zip(self.responses, self.sample_scores, strict=True):
-            yield response_record(response, score)
+        return [*map(response_record, self.responses, self.sample_scores)]
 
 
 def task_record(responses: Sequence[Response], scores: Scores) -> dict[str, Any]:
@@ -102,12 +102,7 @@ def response_record(response: Response, score: float) -> dict[str, Any]:
     if gates is not None:
         means = [round(sum(column) / len(gates), 5) for column in zip(*gates, strict=True)]
     return {
-        "id": sample.id,
-        "image_id": sample.image_id,
-        "task": sample.task,
-        "source": sample.source,
-        "expert": sample.expert,
-        "question": sample.question,
+        **{key: getattr(sample, key) for key in ASKED},
         "answers": list(sample.answers),
         "prediction": response.text,
         "score": score,
@@ -132,11 +127,7 @@ class Measured:
     rows: Rows
 
 
-def measured(result: Result) -> Measured:
-    return measured_in(result.record(), [*result.rows()])
-
-
-def measured_in(record: Mapping[str, Any], rows: Rows) -> Measured:
+def measured(record: Mapping[str, Any], rows: Rows) -> Measured:
     metrics = list(dict.fromkeys(task["primary"] for task in record["tasks"].values()))
     return Measured(name=record["name"], score=record["score"], metrics=metrics, rows=rows)
 
@@ -219,13 +210,13 @@ def cell(score: Score | None, sign: str = "") -> str:
 def differences(rows: Mapping[str, Mapping[str, Rows]]) -> dict[str, dict[str, Score]]:
     """Every other model's scores minus the first one's, over the questions that both answered."""
     (_, first), *others = rows.items()
-    pairs = {
-        label: {name: paired_difference(first.get(name, ()), own) for name, own in scored.items()}
-        for label, scored in others
-    }
     return {
-        label: {name: found for name, found in scored.items() if found is not None}
-        for label, scored in pairs.items()
+        label: {
+            name: found
+            for name, own in scored.items()
+            if (found := paired_difference(first.get(name, ()), own)) is not None
+        }
+        for label, scored in others
     }
 
 

@@ -25,10 +25,11 @@ from moa.evaluation.result import Result
 from moa.evaluation.settings import check_gates
 from moa.model import MixtureModel
 
+ANSWERING = ("gates", "batch_size", "max_new_tokens", "num_beams")
 PROMPT = ("task_in_prompt", "ocr_in_prompt", "task_template", "ocr_template")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class BatchResult:
     """What became of the samples of one batch."""
 
@@ -67,25 +68,14 @@ def evaluate(
         batch, rejected = collator.split(items)
         if rejected and settings.on_bad_sample != "skip":
             raise rejected[0]
-        read = [*map(sample_digest, samples)]
+        part = BatchResult(rejected=rejected, read=[*map(sample_digest, samples)])
         if batch is None:
-            return BatchResult(rejected=rejected, read=read)
-        begin, length = time.perf_counter(), settings.max_new_tokens
-        responses, num_tokens = respond(
-            model,
-            collator,
-            batch,
-            settings.gates,
-            max_new_tokens=length,
-            num_beams=settings.num_beams,
-        )
-        return BatchResult(
-            responses=[replace(r, sample=keep(r.sample)) for r in responses],
-            rejected=rejected,
-            read=read,
-            seconds=time.perf_counter() - begin,
-            num_tokens=num_tokens,
-        )
+            return part
+        begin, lengths = time.perf_counter(), (settings.max_new_tokens, settings.num_beams)
+        found, part.num_tokens = respond(model, collator, batch, settings.gates, *lengths)
+        part.responses = [replace(r, sample=keep(r.sample)) for r in found]
+        part.seconds = time.perf_counter() - begin
+        return part
 
     batches = rows_of_batches(len(dataset), settings.batch_size)
     parts = processes.map(answer, batches, bar=name if progress else None)
@@ -110,9 +100,7 @@ def collect(
         raise ValueError(f"{name}: none of {len(read)} samples can be scored; {skipped[0]}")
     asked = asked_of(settings, benchmark, collator)
     asked["prompt"] |= {"example": collator.prompt(responses[0].sample)}
-    keep = first_images(
-        settings.num_images, benchmark
-    )  # each process kept as many as it might need
+    keep = first_images(settings.num_images, benchmark)  # of all that the processes kept
     by_task: dict[str, list[Response]] = {}
     for response in responses:
         kept = replace(response, sample=keep(response.sample))
@@ -134,10 +122,7 @@ def asked_of(settings: EvalConfig, benchmark: str | None, collator: ChatCollator
     return {
         "benchmark": benchmark,
         "scored": settings.score,
-        "gates": settings.gates,
-        "batch_size": settings.batch_size,
-        "max_new_tokens": settings.max_new_tokens,
-        "num_beams": settings.num_beams,
+        **{key: getattr(settings, key) for key in ANSWERING},
         "on_bad_sample": settings.on_bad_sample or "error",
         "prompt": {"withhold_task": collator.withhold_task}
         | {key: getattr(collator.settings, key) for key in PROMPT},
@@ -159,10 +144,8 @@ def prepare(
         return item
     name = benchmark or item.task
     if name not in BENCHMARKS and tasks is not None and name not in tasks:
-        detail = (
-            f"{name!r} is neither one of the run's tasks nor a benchmark; name one by "
-            f"sources.{item.source}.benchmark; choices: {', '.join(BENCHMARKS)}"
-        )
+        way_out = f"name one by sources.{item.source}.benchmark; choices: {', '.join(BENCHMARKS)}"
+        detail = f"{name!r} is neither one of the run's tasks nor a benchmark; {way_out}"
         return BadSampleError(name_of(item), "unknown task", detail)
     chosen = benchmark_called(name)
     lacks = chosen.needs(item) if scored else None

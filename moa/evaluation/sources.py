@@ -19,7 +19,7 @@ from moa.evaluation.dual_encoder import evaluate_pairs
 from moa.evaluation.fingerprints import data_digest, read_result, sample_digest, settings_digest
 from moa.evaluation.predict import prompt_collator
 from moa.evaluation.processes import ALONE, Processes
-from moa.evaluation.result import Measured, Result, measured_in
+from moa.evaluation.result import Measured, Result, measured
 from moa.evaluation.run import asked_of, evaluate
 from moa.evaluation.settings import benchmark_of, chosen_sources
 from moa.model import MixtureModel
@@ -152,5 +152,5 @@ def kept_results(
         }
         record, rows = found
         if record["versions"] == versions() and wanted.items() <= record["fingerprints"].items():
-            kept.append(measured_in(record, rows))
+            kept.append(measured(record, rows))
     return kept

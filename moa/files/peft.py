@@ -168,10 +168,11 @@ def keep_sites(header: ExpertHeader, sites: Sequence[str]) -> ExpertHeader:
 def _with_sites(
     header: ExpertHeader, names: Mapping[str, str], config: dict[str, Any]
 ) -> ExpertHeader:
-    ranks, shapes, spelled = (
-        {names[site]: value for site, value in values.items() if site in names}
-        for values in (header.ranks, header.shapes, header.spelled)
-    )
+    def named(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {names[site]: value for site, value in values.items() if site in names}
+
+    ranks, shapes = named(header.ranks), named(header.shapes)
+    spelled = named(header.spelled)
     return replace(header, ranks=ranks, shapes=shapes, spelled=spelled, config=config)
 
 

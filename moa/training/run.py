@@ -224,9 +224,7 @@ class Run:
             self.validation,
             self.collator,
             self.accelerator,
-            batch_size=self.config.eval.batch_size,
-            num_workers=self.config.data.num_workers,
-            on_bad_sample=self.config.data.on_bad_sample,
+            self.config,
             gates=lambda batch: stage_gates(self.model, batch, self.current.kind),
         )
         self.reporter.validation(self.header() | losses)

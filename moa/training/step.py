@@ -52,7 +52,7 @@ class Trainer:
             self.strategy.close()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepResult:
     """What a step computed; alike on all processes."""
 
@@ -88,12 +88,7 @@ def train_step(
         values = metrics.reduced(accelerator, stop=stop())
         grad_norm, problem = check_and_update(trainer, strategy, metrics, step)
         values |= {"grad_norm": grad_norm} | {f"lr/{name}": rate for name, rate in rates.items()}
-    return StepResult(
-        metrics=values,
-        problem=problem,
-        rejected=counts.rejected,
-        stopping=metrics.num_stopping > 0,
-    )
+    return StepResult(values, problem, counts.rejected, metrics.num_stopping > 0)
 
 
 def forward_backward(
@@ -138,18 +133,14 @@ def check_and_update(
         strategy.discard()
         return math.nan, problem
     strategy.update()
-    watch_overflows(trainer)
-    return (grad_norm if math.isfinite(grad_norm) else -1.0), None
-
-
-def watch_overflows(trainer: Trainer) -> None:
-    skipped = trainer.accelerator.optimizer_step_was_skipped
+    skipped = accelerator.optimizer_step_was_skipped
     trainer.overflows = trainer.overflows + 1 if skipped else 0
     if trainer.overflows > MAX_OVERFLOWS:
+        happened = f"fp16 gradients overflowed {trainer.overflows} times in a row"
         raise TrainingError(
-            f"fp16 gradients overflowed {trainer.overflows} times in a row; choose "
-            "train.precision=bf16 or fp32, or a lower learning rate"
+            f"{happened}; choose train.precision=bf16 or fp32, or a lower learning rate"
         )
+    return (grad_norm if math.isfinite(grad_norm) else -1.0), None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,10 +23,7 @@ def validation_losses(
     sources: Mapping[str, Source],
     collator: Collator,
     accelerator: Accelerator,
-    *,
-    batch_size: int,
-    num_workers: int,
-    on_bad_sample: str,
+    config: RunConfig,
     gates: Callable[[Batch], Tensor | None],
 ) -> dict[str, float]:
     """`validation/<source>` for each source, and `validation`, their mean; every process must call it."""
@@ -37,12 +34,12 @@ def validation_losses(
             source,
             name,
             collator,
-            batch_size=batch_size,
+            batch_size=config.eval.batch_size,
             process=accelerator.process_index,
             num_processes=accelerator.num_processes,
-            num_workers=num_workers,
+            num_workers=config.data.num_workers,
         ):
-            if errors and on_bad_sample == "error":
+            if errors and config.data.on_bad_sample == "error":
                 raise errors[0]
             sums[row, 2] += len(errors)
             if batch is not None:
@@ -58,6 +55,7 @@ def validation_losses(
     return losses | {"validation": sum(means) / len(means)} | skipped
 
 
+@torch.no_grad()
 def import_lines(
     model: MixtureModel,
     config: RunConfig,
@@ -77,18 +75,12 @@ def import_lines(
         if batch is None:  # bad samples, which training names
             continue
         own = one_hot_gates(torch.full((len(batch),), names.index(expert)), len(names))
-        loss, alone = (
-            mean_loss(model, batch, gates, accelerator) for gates in (own, torch.zeros_like(own))
-        )
+        batch, own = batch.to(accelerator.device), own.to(accelerator.device)
+        with accelerator.autocast():
+            outputs = [model(batch, gates) for gates in (own, torch.zeros_like(own))]
+        loss, alone = (float(output.loss_per_sample.mean()) for output in outputs)
         line = f"imported {expert}: loss {loss:.2f} on {len(batch)} samples of {source.name}"
         hint = "" if loss < alone else "; was it trained with this prompt? docs/experts.md"
         lines.append(f"{line}, the base alone {alone:.2f}{hint}")
     model.train()
     return lines
-
-
-@torch.no_grad()
-def mean_loss(model: MixtureModel, batch: Batch, gates: Tensor, accelerator: Accelerator) -> float:
-    with accelerator.autocast():
-        output = model(batch.to(accelerator.device), gates.to(accelerator.device))
-    return float(output.loss_per_sample.mean())

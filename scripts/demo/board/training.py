@@ -6,9 +6,10 @@ import sys
 from typing import Any
 
 from moa.build import ALPHA, RANK
-from moa.config import RunConfig
 from moa.files.atomic import write_file
 from scripts.demo.board.plan import CONFIG, EVIDENCE, ROOT, Plan
+
+SCHEDULE = ("steps", "warmup_steps", "lr_end")
 
 
 def train_rows(plan: Plan) -> None:
@@ -16,7 +17,10 @@ def train_rows(plan: Plan) -> None:
     config, steps = plan.config(), plan.steps()
     ranks = [expert.rank or RANK for expert in config.experts.values()]
     first = next(iter(config.experts.values()))
-    rates = stage_settings(config)
+    rates: dict[str, dict[str, Any]] = {
+        name: {key: getattr(stage, key) for key in SCHEDULE} | {"lr": vars(stage.lr)}
+        for name, stage in config.stages.items()
+    }
     for row, rank in (("lora", ranks[0]), ("lora_equal_rank", sum(ranks))):
         alpha = (first.alpha or ALPHA) / ranks[0] * rank
         stage = rates["experts"] | {"steps": sum(steps.values())}
@@ -30,18 +34,6 @@ def train_rows(plan: Plan) -> None:
     joint = rates["joint"] | start | {"steps": steps["router"] + steps["joint"]}
     token = "{kind: top_k, top_k: 2, granularity: token}"
     train(plan, "router_token_top2", f"router={token}", f"stages={json.dumps({'joint': joint})}")
-
-
-def stage_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
-    return {
-        name: {
-            "steps": stage.steps,
-            "lr": vars(stage.lr),
-            "warmup_steps": stage.warmup_steps,
-            "lr_end": stage.lr_end,
-        }
-        for name, stage in config.stages.items()
-    }
 
 
 def train(plan: Plan, row: str, *overrides: str) -> None:
