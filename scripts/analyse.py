@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import progress_bar, run_command
 from moa.cli.ranges import FilePath
 from moa.files.atomic import write_json
 
@@ -34,8 +34,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def analyse(settings: AnalyseConfig, console: Console) -> None:
-    from rich.progress import Progress
-
     from moa.analysis.fidelity_page import details, summary, write_page
     from moa.merging.adapters import adapter_folders, all_sites, check_experts, open_adapters
     from moa.merging.report.console import interference_tables
@@ -43,9 +41,8 @@ def analyse(settings: AnalyseConfig, console: Console) -> None:
 
     experts = open_adapters(adapter_folders(settings.adapters))
     check_experts(experts)
-    with Progress(console=console) as progress:
-        bar = progress.add_task("measuring", total=len(all_sites(experts)))
-        record = measure(experts, on_site=lambda site: progress.advance(bar))
+    with progress_bar("measuring", len(all_sites(experts)), console) as advance:
+        record = measure(experts, on_site=advance)
     console.print(*interference_tables(record), sep="\n")
     console.print(*summary(record, {}), *details(record), sep="\n", soft_wrap=True)
     if settings.out is not None:

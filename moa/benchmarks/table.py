@@ -63,29 +63,26 @@ def number(what: str, value: str) -> int:
     return int(value)
 
 
-def vqa_row(r: Response) -> dict[str, Any]:
-    return {"question_id": number("question id", r.sample.id), "answer": r.text}
+def row(key: str, answer: str = "answer", *, image: bool = False) -> Row:
+    """The id of the question (or image) as a whole number under `key`, and the text under `answer`."""
+    what = "image id" if image else "question id"
+    return lambda r: {
+        key: number(what, r.sample.image_id if image else r.sample.id),
+        answer: r.text,
+    }
 
 
 def vizwiz_row(r: Response) -> dict[str, Any]:
     return {"image": r.sample.image_id, "answer": r.text}
 
 
-def rrc_row(r: Response) -> dict[str, Any]:
-    return {"questionId": number("question id", r.sample.id), "answer": r.text}
-
-
 def gqa_row(r: Response) -> dict[str, Any]:
     return {"questionId": r.sample.id, "prediction": r.text.rstrip(".").lower()}
 
 
-def caption_row(r: Response) -> dict[str, Any]:
-    return {"image_id": number("image id", r.sample.image_id), "caption": r.text}
-
-
-def submission_rows(row: Row, responses: Sequence[Response]) -> list[dict[str, Any]]:
+def submission_rows(make: Row, responses: Sequence[Response]) -> list[dict[str, Any]]:
     """The rows of all responses; ValueError for an id that no server takes, or that is not unique."""
-    rows = [row(response) for response in responses]
+    rows = [*map(make, responses)]
     keys = Counter(next(iter(made.values())) for made in rows)
     twice = [key for key, count in keys.items() if count > 1]
     if twice:
@@ -249,20 +246,20 @@ BENCHMARKS: dict[str, Benchmark] = {
     "ocr_vqa": Benchmark(score=mean_of("exact_match", "ANLS")),
     "count": EXACT,
     "yes_no": EXACT,
-    "vqav2": short(OFFICIAL, submission=vqa_row, **TEN),
-    "okvqa": short(OFFICIAL, submission=vqa_row, **TEN),
+    "vqav2": short(OFFICIAL, submission=row("question_id"), **TEN),
+    "okvqa": short(OFFICIAL, submission=row("question_id"), **TEN),
     "aokvqa": short(DIRECT, **TEN),
     "aokvqa_choice": short(option_letters, instruction=LETTER, needs=needs_letter),
-    "textvqa": short(EVALAI, submission=vqa_row, **TEN),
+    "textvqa": short(EVALAI, submission=row("question_id"), **TEN),
     "vizwiz": short(EVALAI, instruction=f"{UNANSWERABLE}\n{SHORT_ANSWER}", submission=vizwiz_row, **TEN),
-    "docvqa": short(RRC, submission=rrc_row),
-    "stvqa": short(RRC, submission=vqa_row),
+    "docvqa": short(RRC, submission=row("questionId")),
+    "stvqa": short(RRC, submission=row("question_id")),
     "chartqa": short(RELAXED),
     "gqa": short(gqa, submission=gqa_row),
     "scienceqa": short(option_letters, instruction=LETTER, needs=needs_letter),
     "pope": short(pope, needs=needs_yes_or_no),
     "refcoco": Benchmark(score=grounding, needs=needs_box),
-    "coco_captions": Benchmark(score=partial(captions, meteor=True), submission=caption_row),
+    "coco_captions": Benchmark(score=partial(captions, meteor=True), submission=row("image_id", "caption", image=True)),
 }  # fmt: skip
 
 # format of a source -> what scores it; formats that are not listed hold tasks of any kind

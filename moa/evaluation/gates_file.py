@@ -51,17 +51,17 @@ def read_routing(file: Path, step: Path | None = None) -> dict[str, Any]:
 def _check_gates(report: dict[str, Any], where: str, again: str) -> None:
     """Every row of gates has a finite number for each expert, and `per_site` a row for each site."""
     num_experts, num_sites = len(report["experts"]), len(report["sites"])
+
+    def is_row(row: Any) -> bool:
+        numbers = isinstance(row, list) and all(isinstance(v, int | float) for v in row)
+        return numbers and len(row) == num_experts and all(map(math.isfinite, row))
+
     tables = [report["per_task"], *report.get("per_site", {}).values()]
     for table in tables:
         rows = table.values() if isinstance(table, dict) else table
         fits = isinstance(table, dict) or len(rows) == num_sites
-        if not fits or not all(_is_row(row, num_experts) for row in rows):
+        if not fits or not all(map(is_row, rows)):
             raise ValueError(f"{where}its gates are not {num_experts} numbers a row; {again}")
-
-
-def _is_row(row: Any, size: int) -> bool:
-    numbers = isinstance(row, list) and all(isinstance(v, int | float) for v in row)
-    return numbers and len(row) == size and all(map(math.isfinite, row))
 
 
 def _refuse(constant: str) -> None:

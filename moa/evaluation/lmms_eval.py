@@ -28,7 +28,7 @@ def manifest() -> ModelManifest:
     return ModelManifest(model_id="moa", simple_class_path=f"{__name__}.Moa")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Options:
     """Generation options of one request; ValueError for what is not greedy or beam search."""
 
@@ -44,11 +44,8 @@ class Options:
         if given.get("do_sample") or given.get("temperature"):
             raise ValueError("generation_kwargs: answers are not sampled here; set temperature: 0")
         until = given.get("until", ())
-        return cls(
-            max_new_tokens=int(given.get("max_new_tokens", 32)),
-            num_beams=int(given.get("num_beams") or 1),
-            until=(until,) if isinstance(until, str) else tuple(until),
-        )
+        until = (until,) if isinstance(until, str) else tuple(until)
+        return cls(int(given.get("max_new_tokens", 32)), int(given.get("num_beams") or 1), until)
 
     def cut(self, text: str) -> str:
         """The text up to the first stop word."""
@@ -71,9 +68,7 @@ class Moa(lmms):
         super().__init__()
         self.model = load(run, like=like, device=device)
         self.gates, self.task, self.batch_size = gates, task, int(batch_size)
-        predict_batch(
-            self.model, [], task, gates=gates
-        )  # refuses wrong arguments before the questions
+        predict_batch(self.model, [], task, gates=gates)  # refuses wrong arguments at once
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answers in the order of the requests; neighbours with equal options share a batch."""

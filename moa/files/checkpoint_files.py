@@ -39,10 +39,8 @@ def read_base(folder: str | Path, what: str = "base") -> BaseFiles:
         )
     config = read_json_object(config_file)
     parts = (config, *(value for value in config.values() if isinstance(value, dict)))
-    quantised = next((found for part in parts if (found := part.get("quantization_config"))), None)
-    if quantised:
-        named = isinstance(quantised, dict) and quantised.get("quant_method")
-        method = named or "some method"
+    for quantised in filter(None, (part.get("quantization_config") for part in parts)):
+        method = isinstance(quantised, dict) and quantised.get("quant_method") or "some method"
         raise ValueError(
             f"{what}: {config_file}: quantization_config says that its weights are packed by {method}, so no update "
             "can be added to them on a CPU; give base= the weights it was made from, or write an adapter for it "
@@ -102,9 +100,8 @@ def match_parameters(parameters: Mapping[str, tuple[int, ...]], base: BaseFiles)
         by_end.setdefault(signature(key), []).append(key)
     found: dict[str, str] = {}
     for name, shape in parameters.items():
-        best = (
-            [spelled[name]] if name in spelled else nearest(name, by_end.get(signature(name), []))
-        )
+        known = by_end.get(signature(name), [])
+        best = [spelled[name]] if name in spelled else nearest(name, known)
         if len(best) != 1:
             fits = "no weight fits" if not best else f"{best} fit equally"
             raise ValueError(f"{name}: {fits} this name in the base {base.folder}")

@@ -37,11 +37,8 @@ def write_shard(
         with safe_open(file_of, framework="pt") as handle:
             entry = handle.get_slice(own)
             name, shape = entry.get_dtype(), entry.get_shape()
-            width = (
-                handle.get_tensor(own).element_size()
-                if name not in FLOATS
-                else FLOATS[name].itemsize
-            )
+            like = FLOATS.get(name) or handle.get_tensor(own).dtype
+            width = like.itemsize
         if cast is not None and name in FLOATS:
             name, width = NAMES[cast], cast.itemsize
         start, end = end, end + width * torch.Size(shape).numel()
