@@ -29,10 +29,9 @@ def answer_positions(
 ) -> tuple[Float[Tensor, "batch answer width"], Int[Tensor, "batch answer"]]:
     """The hidden states that predict a sample's supervised tokens, and those tokens.
 
-    They are at the left of the sample's row, with zeros and -100 behind them. The output layer is
-    the widest of all: running it on the images' and the prompt's positions would take most of its
-    time and memory for nothing. Samples are in the order of their numbers; without `segments`
-    a row is a sample.
+    They are at the left of the sample's row, with zeros and -100 behind them. The output layer is the widest of all:
+    running it on the images' and the prompt's positions would take most of its time and memory for nothing. Samples are
+    in the order of their numbers; without `segments` a row is a sample.
     """
     if segments is None:
         segments = torch.arange(num_samples, device=labels.device)[:, None].expand_as(labels)

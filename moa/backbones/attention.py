@@ -1,9 +1,8 @@
 """open_clip's attention as four linear layers, which experts can wrap, and back again.
 
-`nn.MultiheadAttention` keeps query, key and value in one Parameter, `in_proj_weight` [3 width, width],
-and reads its output layer's weight without calling it: no expert around either would ever run.
-`split_attention` puts q_proj, k_proj, v_proj and out_proj in its place, `pack_attention` the original
-names; the weights are the same bits either way.
+`nn.MultiheadAttention` keeps query, key and value in one Parameter, `in_proj_weight` [3 width, width], and reads its
+output layer's weight without calling it: no expert around either would ever run. `split_attention` puts q_proj, k_proj,
+v_proj and out_proj in its place, `pack_attention` the original names; the weights are the same bits either way.
 """
 
 from typing import Any

@@ -167,9 +167,8 @@ def load_clip(name: str, dtype: torch.dtype = torch.float32) -> ClipBackbone:
 def check_end_of_text(backbone: ClipBackbone) -> None:
     """ValueError where the text tower would not pool at the end of the text.
 
-    CLIP of transformers looks for `eos_token_id`; at 2, which old configs have by mistake, for the
-    largest id instead. Where that finds nothing, it silently pools at position 0, which under a
-    causal mask is the same for every text.
+    CLIP of transformers looks for `eos_token_id`; at 2, which old configs have by mistake, for the largest id instead.
+    Where that finds nothing, it silently pools at position 0, which under a causal mask is the same for every text.
     """
     ids, mask = backbone.processor.texts(["a"])
     rule, place = backbone.pooled_place(ids[0])

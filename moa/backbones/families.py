@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# The first axis of the tower's layers: images or equal tiles of them ("images"), LLaVA-NeXT's
-# tiles after padding is dropped ("tiles"), Idefics' slots [batch, slot] without the empty ones
-# ("slots"), or the patches of all images in one long row ("patches", each `merge` of which are
-# one row of the projector).
+# The first axis of the tower's layers: images or equal tiles of them ("images"), LLaVA-NeXT's tiles after padding is
+# dropped ("tiles"), Idefics' slots [batch, slot] without the empty ones ("slots"), or the patches of all images in one
+# long row ("patches", each `merge` of which are one row of the projector).
 Rows = Literal["images", "tiles", "slots", "patches"]
 
 

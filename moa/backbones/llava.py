@@ -136,9 +136,8 @@ class Backbone:
     def hidden_states(self, batch: Batch, features: Any) -> Float[Tensor, "rows seq width"]:
         """The language model's last hidden states; positions count from the first real token.
 
-        In packed rows each sample's count from its own, and where they restart attention ends. Then
-        no mask goes along: transformers would take it for the whole truth, and samples would see
-        each other.
+        In packed rows each sample's count from its own, and where they restart attention ends. Then no mask goes along:
+        transformers would take it for the whole truth, and samples would see each other.
         """
         inputs = self._prompt(batch)
         first = self.family.first_position
@@ -359,9 +358,8 @@ def load_backbone(
 ) -> Backbone:
     """A frozen model of the family from a local folder or by its hub name, in eval mode.
 
-    `image_processor` are settings that its image processor is to have. Raises ValueError for what is
-    neither, for other architectures, and for a quantization ("4bit", "8bit") that this machine
-    cannot run.
+    `image_processor` are settings that its image processor is to have. Raises ValueError for what is neither, for other
+    architectures, and for a quantization ("4bit", "8bit") that this machine cannot run.
     """
     read_config(name_or_path)
     options = quantization_config(quantization, dtype)

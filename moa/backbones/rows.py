@@ -25,9 +25,8 @@ def image_rows(
 ) -> dict[str, Int[Tensor, " _"]]:
     """By stream ("image", and "merged" where rows are patches), the sample of each row.
 
-    `counts` are the prompts' image tokens, `inputs` the model's, `image_index` the
-    sample of each image, empty for a blank one that is in no prompt.
-    Raises ValueError where the image tokens are no whole number for each row.
+    `counts` are the prompts' image tokens, `inputs` the model's, `image_index` the sample of each image, empty for a
+    blank one that is in no prompt. Raises ValueError where the image tokens are no whole number for each row.
     """
     pixels = inputs["pixel_values"]
     if family.rows == "slots":  # [batch, slot, ...]; those of zeros alone are left out

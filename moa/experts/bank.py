@@ -60,11 +60,10 @@ class ExpertBank:
     ) -> "ExpertBank":
         """Wrap the linear layers that the targets name.
 
-        A target is a full module path, a regular expression for the whole path, or `all-linear`. `unused` are
-        layers whose output the model never reads, `stream_of` gives what a site's first axis
-        counts: samples ("text"), or the rows of another stream, such as images ("image").
-        Raises ValueError for a target or an exclusion that matches nothing, for unused layers, and for
-        layers whose weight is another layer's too.
+        A target is a full module path, a regular expression for the whole path, or `all-linear`. `unused` are layers
+        whose output the model never reads, `stream_of` gives what a site's first axis counts: samples ("text"), or the
+        rows of another stream, such as images ("image"). Raises ValueError for a target or an exclusion that matches
+        nothing, for unused layers, and for layers whose weight is another layer's too.
         """
         layer_of = KINDS[kind].layer
         if any(isinstance(module, layer_of) for module in model.modules()):
@@ -221,11 +220,10 @@ class ExpertBank:
     ) -> None:
         """Gates of the coming forward, for every site or one row for all; experts as in `names`.
 
-        A site of another stream than "text" has something else on its first axis, such as images:
-        `owners` names the sample of each row, by stream, or of the stream "image" alone. A stream
-        without owners must not run. `segments` names the sample of each token where rows of the text
-        stream hold several (-1, padding, gets those of sample 0). `expand` lets generation repeat the
-        samples.
+        A site of another stream than "text" has something else on its first axis, such as images: `owners` names the
+        sample of each row, by stream, or of the stream "image" alone. A stream without owners must not run. `segments`
+        names the sample of each token where rows of the text stream hold several (-1, padding, gets those of sample 0).
+        `expand` lets generation repeat the samples.
         """
         if gates.shape[1] not in (1, len(self.sites)) or gates.shape[2] != len(self.names):
             raise ValueError(

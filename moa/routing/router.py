@@ -1,9 +1,8 @@
 """The task-aware router: evidence about a sample -> one logit per expert (and site).
 
-Each kind of evidence (image tokens, question tokens, OCR words with boxes, task) has an encoder
-that pools it into one vector, and a learned "missing" vector for where there is none; the vectors
-together are read by a small head. Everything is float32, also under autocast. The evidence is the
-prompt side alone: an answer cannot reach the gates.
+Each kind of evidence (image tokens, question tokens, OCR words with boxes, task) has an encoder that pools it into one
+vector, and a learned "missing" vector for where there is none; the vectors together are read by a small head.
+Everything is float32, also under autocast. The evidence is the prompt side alone: an answer cannot reach the gates.
 """
 
 import re

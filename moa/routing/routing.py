@@ -35,10 +35,9 @@ class Gates:
 class Routing(nn.Module):
     """Decides the gates of each sample by itself, from the prompt side alone.
 
-    kind: a row of moa/routing/kinds.py, with its `router` where it has one. weights: of kind fixed,
-    uniform by default. granularity "token": each site routes each token, and `router` is None.
-    null_expert: one choice more, which adds nothing to the backbone, so that a sample's gates may
-    sum to less than one.
+    kind: a row of moa/routing/kinds.py, with its `router` where it has one. weights: of kind fixed, uniform by default.
+    granularity "token": each site routes each token, and `router` is None. null_expert: one choice more, which adds
+    nothing to the backbone, so that a sample's gates may sum to less than one.
     """
 
     weights: Tensor
