@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_merge(settings: PartsConfig, console: Console) -> None:
     from moa.checkpoint import save_tensors
     from moa.files.atomic import atomic_folder, write_json
-    from moa.merging.checkpoints.parts import merge_parts, read_parts
+    from moa.merging.checkpoints.parts import merge_parts, part_line, read_parts
     from moa.merging.export.folder import REPORT_FILE, check_out
 
     if settings.out is None:
@@ -51,18 +51,15 @@ def run_merge(settings: PartsConfig, console: Console) -> None:
     runs = {name: read_parts(run) for name, run in folders.items()}
     grams: Mapping[str, Mapping[str, Any]] = {}
     if "regmean" in settings.parts.values():
-        grams = {
-            name: projector_grams(run, settings)
-            for name, run in track(folders.items(), description="inputs of the projectors")
-        }
+        shown = track(folders.items(), description="inputs of the projectors")
+        grams = {name: projector_grams(run, settings) for name, run in shown}
     merged, reports = merge_parts(runs, settings.parts, grams)
-    record = {report.part: report.record() for report in reports}
     with atomic_folder(settings.out) as folder:
         for part, tensors in merged.items():
             save_tensors(folder / f"{part}.safetensors", tensors)
         write_json(folder / "manifest.json", {part: sorted(t) for part, t in merged.items()})
-        write_json(folder / REPORT_FILE, {"kind": "parts", "runs": folders, "parts": record})
-    lines = (report.line() for report in reports)
+        write_json(folder / REPORT_FILE, {"kind": "parts", "runs": folders, "parts": reports})
+    lines = (part_line(*item) for item in reports.items())
     console.print(*lines, f"written: {settings.out}", sep="\n", highlight=False, soft_wrap=True)
 
 

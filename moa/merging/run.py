@@ -3,7 +3,6 @@
 source -> plan -> merged factors of each site, on the disk -> what was kept -> files, verified in a fresh process
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,20 +20,8 @@ from moa.cli.command import progress_bar
 from moa.evaluation.gates_file import read_routing, routing_file
 from moa.files.checkpoint_files import match_sites, read_base
 from moa.files.spool import open_spool
-from moa.merging.adapters import (
-    Expert,
-    all_shapes,
-    check_base_names,
-    common_fingerprint,
-    respell,
-)
-from moa.merging.export.export import (
-    Verify,
-    export_adapter,
-    export_checkpoint,
-    rows_of,
-    stored_dtype,
-)
+from moa.merging import adapters
+from moa.merging.export import export as exports
 from moa.merging.export.folder import check_out
 from moa.merging.export.probe import probe_of_noise, probe_of_run
 from moa.merging.export.verify import make_verify
@@ -51,12 +38,12 @@ from moa.merging.weights import (
     Weights,
     gates_line,
     gates_of,
-    is_weights_file,
     parse_weights,
     read_weights,
     tasks_of,
 )
 
+Merged = dict[str, MergedSite]
 ROUNDING = 1e-12  # share of the energy below which nothing was cut
 
 
@@ -82,22 +69,26 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
             "merged=true, or name its experts by adapters="
         )
     check_out(settings.out, source.folders)
-    check_values(source.experts)
+    for expert in source.experts:
+        for site in expert.ranks:
+            expert.read(site)  # refuses values that are not finite, before a base is looked for
     if settings.base is None:
-        check_base_names(source.experts)
+        adapters.check_base_names(source.experts)
     console.print(*source.beside, sep="\n", soft_wrap=True)
     needs_base = settings.merged or settings.verify
     to_open_clip = is_open_clip(source.base_name or "")
     layers = None if to_open_clip else known_layers(source, needs_base)
-    source = replace(source, experts=respell(source.experts, layers))
+    source = replace(source, experts=adapters.respell(source.experts, layers))
     plan = plan_merge(settings, source, console)
     source = identify_base(source, needs_base, settings.other_base)
     if to_open_clip:
         check_for_open_clip(settings.merged, settings.verify, settings.dtype)
     elif needs_base:
-        match_sites(all_shapes(source.experts), read_base(source.base()))
+        match_sites(adapters.all_shapes(source.experts), read_base(source.base()))
     warn_of_factors(plan, console)
-    kept = torch.float32 if settings.merged else stored_dtype(source.experts, settings.dtype)
+    kept = (
+        torch.float32 if settings.merged else exports.stored_dtype(source.experts, settings.dtype)
+    )
     with open_spool(Path(settings.out).parent, kept) as spool:
         with progress_bar("merging", len(plan.sites), console) as advance:
             merged = run_plan(plan, keep=spool.keep, on_site=advance)
@@ -110,17 +101,9 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
         verify = None
         if settings.verify:
             exact = summary["total"]["energy_kept"] > 1 - ROUNDING
-            counts = settings.num_probes, settings.new_tokens
-            verify = prepare_verify(source, sum_gates(plan), exact, *counts)
+            verify = prepare_verify(settings, source, sum_gates(plan), exact)
         report = export(settings, source, merged, summary, card, verify)
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
-
-
-def check_values(experts: Sequence[Expert]) -> None:
-    """Read every expert once, before a base is looked for: ValueError for a value that is not finite."""
-    for expert in experts:
-        for site in expert.ranks:
-            expert.read(site)
 
 
 def known_layers(source: Source, needs_base: bool) -> dict[str, tuple[int, int]] | None:
@@ -138,39 +121,30 @@ def identify_base(source: Source, needs_base: bool, other_base: bool) -> Source:
     base = source.base_name if needs_base else None
     if base is not None and not is_open_clip(base):
         base = str(source.base())
-    return replace(source, base_fingerprint=common_fingerprint(source.experts, base, other_base))
+    return replace(
+        source, base_fingerprint=adapters.common_fingerprint(source.experts, base, other_base)
+    )
 
 
 def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan:
     names = [expert.name for expert in source.experts]
-    by_gates = isinstance(settings.weights, str) and settings.weights.partition(":")[0] == GATES
-    if (by_gates or settings.run) and not settings.approximate:
-        check_granularity(source)
-    if by_gates:
-        task = settings.weights.partition(":")[2] or None
-        weights: Weights | None = measured_gates(source, settings.routing, task, console)
-    elif is_weights_file(settings.weights):
-        weights = read_weights(settings.weights, source.experts)
-    else:
-        weights = parse_weights(settings.weights, names)
-    return make_plan(
-        source.experts,
-        method=settings.method,
-        options=settings.options,
-        weights=weights,
-        rank=settings.rank,
-        space=settings.space,
-        rules=[replace(r, weights=parse_weights(r.weights, names)) for r in settings.sites],
-    )
-
-
-def check_granularity(source: Source) -> None:
-    """ValueError for a token-level mixture, which has no weights."""
-    if source.config is not None and source.config.router.granularity == "token":
+    given = settings.weights if isinstance(settings.weights, str) else ""
+    by_gates, task = given.partition(":")[0] == GATES, given.partition(":")[2] or None
+    by_token = source.config is not None and source.config.router.granularity == "token"
+    if by_token and (by_gates or settings.run) and not settings.approximate:
         raise ValueError(
             "run: its router gates every token by itself, and no single adapter equals that; "
             "approximate=true merges with the mean gates and reports the error"
         )
+    if by_gates:
+        weights: Weights | None = measured_gates(source, settings.routing, task, console)
+    elif given.endswith(".json"):
+        weights = read_weights(given, source.experts)
+    else:
+        weights = parse_weights(settings.weights, names)
+    rules = [replace(rule, weights=parse_weights(rule.weights, names)) for rule in settings.sites]
+    own = {name: getattr(settings, name) for name in ("method", "options", "rank", "space")}
+    return make_plan(source.experts, weights=weights, rules=rules, **own)
 
 
 def measured_gates(
@@ -212,31 +186,23 @@ def check_for_open_clip(merged: bool, verify: bool, dtype: str) -> None:
 
 
 def merge_into_open_clip(
-    out: str,
-    source: Source,
-    merged: Mapping[str, MergedSite],
-    kept: dict[str, Any],
-    card: Mapping[str, Any],
+    out: str, source: Source, merged: Merged, kept: dict[str, Any], card: dict[str, Any]
 ) -> str:
     """Write the folder that plain open_clip loads, checked against the base with the update added; a line on it."""
     backbone = load_open_clip(str(source.base_name))
     deltas = {site: result.lora_b @ result.lora_a for site, result in merged.items()}
     text = Card(kind="open_clip", name=Path(out).name, **card).text()
     gap = export_open_clip(out, backbone, deltas, {"merge": kept}, text)["max_abs_difference"]
-    return (
-        f"checkpoint: {out}, for open_clip local-dir:{out}; reloaded features differ by {gap:.1e}"
-    )
+    features = f"reloaded features differ by {gap:.1e}"
+    return f"checkpoint: {out}, for open_clip local-dir:{out}; {features}"
 
 
 def prepare_verify(
-    source: Source,
-    gates: dict[str, Tensor] | None,
-    exact: bool,
-    num_probes: int,
-    new_tokens: int,
-) -> Verify:
+    settings: MergeExperts, source: Source, gates: dict[str, Tensor] | None, exact: bool
+) -> exports.Verify:
     """The probe and the live models that the reloaded files are compared with."""
     backbone = open_backbone(str(source.base()))
+    num_probes, new_tokens = settings.num_probes, settings.new_tokens
     inputs, routed = None, None
     if source.config is not None and source.step is not None:
         inputs, routed = probe_of_run(source.step, source.config, num_probes, new_tokens)
@@ -259,9 +225,7 @@ def prepare_verify(
     )
 
 
-def card_of(
-    source: Source, merged: Mapping[str, MergedSite], settings: MergeExperts
-) -> dict[str, Any]:
+def card_of(source: Source, merged: Merged, settings: MergeExperts) -> dict[str, Any]:
     """The fields of the card that an export cannot fill by itself."""
     kind = "a checkpoint" if settings.merged else "one LoRA adapter"
     how = f"by `{settings.method}` at rank {settings.rank}"
@@ -271,7 +235,7 @@ def card_of(
         "base": source.base_name,
         "fingerprint": source.base_fingerprint or local_fingerprint(source.base_name),
         "about": f"{len(source.experts)} LoRA experts merged into {kind} {how}.",
-        "rows": rows_of(source.experts, merged, source.folders),
+        "rows": exports.rows_of(source.experts, merged, source.folders),
         "config": source.config,
         "sources": [s for s in sources if s.expert in experts],
     }
@@ -280,10 +244,10 @@ def card_of(
 def export(
     settings: MergeExperts,
     source: Source,
-    merged: dict[str, MergedSite],
+    merged: Merged,
     summary: dict[str, Any],
     card: dict[str, Any],
-    verify: Verify | None,
+    verify: exports.Verify | None,
 ) -> dict[str, Any]:
     about = {
         "method": settings.method,
@@ -298,24 +262,18 @@ def export(
     if settings.fidelity:
         record = measure(source.experts, merged)
         files["fidelity.json"] = {**about, **record}
-        files["fidelity.html"] = lambda path, report: write_page(
-            path, record, about, agreement_line(report)
+        files["fidelity.html"] = lambda p, report: write_page(
+            p, record, about, agreement_line(report)
         )
-    shared: dict[str, Any] = {
-        "dtype": settings.dtype,
-        "report": {
-            "merge": {**about, "kept": summary["total"]},
-            "base_fingerprint": card["fingerprint"],
-        },
-        "files": files,
-        "card": card,
-        "verify": verify,
-    }
+    merge = {**about, "kept": summary["total"]}
+    report = {"merge": merge, "base_fingerprint": card["fingerprint"]}
+    shared: dict[str, Any] = {"dtype": settings.dtype, "verify": verify}
+    shared |= {"report": report, "files": files, "card": card}
     out = str(settings.out)
     if not settings.merged:
         base = settings.base or (source.config.model.name if source.config else None)
-        return export_adapter(out, merged, source.experts, base=base, **shared)
-    return export_checkpoint(
+        return exports.export_adapter(out, merged, source.experts, base=base, **shared)
+    return exports.export_checkpoint(
         out,
         merged,
         source.experts,

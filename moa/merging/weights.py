@@ -34,10 +34,6 @@ def parse_weights(raw: Any, names: Sequence[str]) -> dict[str, Any] | None:
     return dict(raw)
 
 
-def is_weights_file(raw: Any) -> bool:
-    return isinstance(raw, str) and raw.endswith(".json")
-
-
 def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
     """The weights of a file that scripts.learn_weights wrote: by expert, or by site and expert.
 

@@ -10,7 +10,7 @@ from transformers import CLIPConfig, CLIPModel
 from moa.experts.bank import ExpertBank
 from moa.merging.adapters import experts_of_bank
 from moa.merging.learn import ziplora
-from moa.merging.learn.cached import CachedMerge
+from moa.merging.learn.cached import cached_merge
 from moa.merging.learn.fusion import AdapterFusion, learn_fusion
 from moa.merging.learn.gradient import descend_weights, mean_entropy
 from moa.merging.learn.search import prefix_soup
@@ -224,7 +224,7 @@ def test_a_prefix_soup_takes_the_first_of_an_order_as_far_as_it_helps():
 def test_merging_from_the_cache_is_merging(model, method, options, rank):
     experts = experts_of_bank(model.bank)
     settings = {"method": method, "options": options, "rank": rank}
-    cached = CachedMerge(experts, **settings)
+    cached = cached_merge(experts, **settings)
     site = next(iter(experts[0].ranks))
     per_site = {s: dict(zip(NAMES, (0.2, 0.5, -0.1), strict=True)) for s in experts[0].ranks}
     for weights in (None, per_site):

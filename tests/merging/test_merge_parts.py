@@ -6,7 +6,7 @@ import torch
 from moa.build import build_model
 from moa.checkpoint import TrainState, save_checkpoint
 from moa.config import ExpertConfig, ModelConfig, RunConfig
-from moa.merging.checkpoints.parts import merge_parts, read_parts, split_router
+from moa.merging.checkpoints.parts import merge_parts, part_line, read_parts, split_router
 from moa.parts import PARTS
 from tests.support.families import tiny_family
 
@@ -67,7 +67,7 @@ def test_each_part_goes_by_its_rule_and_the_report_says_so():
         merged["ocr_encoder"]["router.missing.ocr"], RUNS["b"]["ocr_encoder"]["router.missing.ocr"]
     )
     assert "prefixes" not in merged
-    assert [report.line() for report in reports] == [
+    assert [part_line(*item) for item in reports.items()] == [
         "projector of a, b: mean, 2 tensors",
         "ocr_encoder of a, b: keep:b, 2 tensors",
         "prefixes of a, b: dropped",

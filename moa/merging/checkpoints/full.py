@@ -1,8 +1,7 @@
 """Whole checkpoints of one base, merged tensor by tensor from shards to shards.
 
-What a method sees are the differences from the base, in blocks of rows read from the files; a result is written
-before the next tensor is read. So memory is a block of every model and one tensor of the result, however large the
-models are. Every key of every input gets a line in the manifest: which rule it met, and what came out.
+What a method sees are the differences from the base, in blocks of rows read from the files, so that memory is a block
+of every model and one tensor of the result. The manifest has each key's line: which rule it met, and what came out.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,13 +18,7 @@ from moa.files.atomic import atomic_folder
 from moa.files.checkpoint_files import FLOATS, BaseFiles, read_base
 from moa.files.peft import all_finite
 from moa.files.spelling import match_spelling
-from moa.merging.export.folder import (
-    DTYPES,
-    check_out,
-    copy_other_files,
-    write_report,
-    write_weights,
-)
+from moa.merging.export import folder as export_folder
 from moa.merging.functions import import_function
 from moa.merging.methods.stack import BLOCK_VALUES, Stack
 from moa.merging.methods.table import check_options, find_method
@@ -72,12 +65,10 @@ def merge_checkpoints(
     those on factors have no meaning here. Integer tensors are the base's. Raises ValueError for inputs that do not
     fit together and no rule covers, and then writes nothing.
     """
-    check_out(out)
+    export_folder.check_out(out)
     row = find_method(method)
     if row.joint:
-        raise ValueError(
-            f"method: {method} works on LoRA factors, which whole checkpoints do not have"
-        )
+        raise ValueError(f"method: {method} works on LoRA factors, which checkpoints do not have")
     settings = check_options(method, options or {})
     inputs = open_inputs(models, base, rules or Rules())
     chosen = weight_row([*inputs.models], weights, row.weights).to(COMPUTE)
@@ -86,7 +77,7 @@ def merge_checkpoints(
     if row.prepare:
         stacks = (difference_stack(inputs, key, depths[key]) for key in changed)
         settings["shared"] = import_function(f"methods.{row.prepare}")(stacks, **settings)
-    cast = None if dtype == "auto" else DTYPES[dtype]
+    cast = None if dtype == "auto" else export_folder.DTYPES[dtype]
 
     def results(keys: Sequence[str]) -> Iterator[tuple[str, Iterator[Tensor]]]:
         for key in keys:
@@ -94,10 +85,8 @@ def merge_checkpoints(
             if key in inputs.kept:
                 yield key, iter([own.to(cast) if cast and own.is_floating_point() else own])
             else:
-                merged = row.function(
-                    difference_stack(inputs, key, depths[key]), chosen, **settings
-                )
-                yield key, _added(key, own.view(merged.shape), merged, cast or own.dtype)
+                parts = difference_stack(inputs, key, depths[key]), chosen
+                yield key, _added(key, own, row.function(*parts, **settings), cast or own.dtype)
             on_key(key)
 
     manifest = _manifest(inputs, method)
@@ -113,9 +102,9 @@ def merge_checkpoints(
         "rows": [(name, f"{share[name]:.4g}", str(folder)) for name, folder in models.items()],
     }
     with atomic_folder(out) as folder:
-        write_weights(folder, inputs.base, results, cast, max_shard_gb)
-        copy_other_files(inputs.base.folder, folder, cast)
-        write_report(folder, report, {MANIFEST: manifest}, card)
+        export_folder.write_weights(folder, inputs.base, results, cast, max_shard_gb)
+        export_folder.copy_other_files(inputs.base.folder, folder, cast)
+        export_folder.write_report(folder, report, {MANIFEST: manifest}, card)
     return manifest
 
 
@@ -130,15 +119,15 @@ def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules
     dropped: dict[str, list[str]] = {}
     for name, model in opened.items():
         lacking = [key for key in root.files if key not in model.keys]
-        _check_rule(name, "missing", lacking, rules.missing, "is missing")
+        _check_rule(name, "missing", lacking, rules)
         _check_floats(name, model, root)
         _check_config(name, model, root, rules.config)
         shapes = {key: model.files.shapes[own] for key, own in model.keys.items()}
         odd = [key for key in root.files if shapes.get(key, root.shapes[key]) != root.shapes[key]]
-        _check_rule(name, "shape", odd, rules.shape, "has another shape than the base's")
+        _check_rule(name, "shape", odd, rules)
         kept |= dict.fromkeys(odd, f"shape differs in {name}: the base's")
         extra = sorted(model.files.files.keys() - set(model.keys.values()))
-        _check_rule(name, "extra", extra, rules.extra, "is not in the base")
+        _check_rule(name, "extra", extra, rules)
         for key in extra:
             dropped.setdefault(key, []).append(name)
     for key in root.files:
@@ -171,11 +160,8 @@ def _open_model(name: str, folder: str | Path, base: BaseFiles) -> Model:
 
 def _check_floats(name: str, model: Model, base: BaseFiles) -> None:
     """ValueError for packed weights, whose numbers mean nothing without their scales."""
-    packed = [
-        own
-        for key, own in model.keys.items()
-        if base.dtypes[key].is_floating_point and not model.files.dtypes[own].is_floating_point
-    ]
+    floating = {key: own for key, own in model.keys.items() if base.dtypes[key].is_floating_point}
+    packed = [own for own in floating.values() if not model.files.dtypes[own].is_floating_point]
     if packed:
         raise ValueError(
             f"models.{name}: {packed[0]} is not stored as {', '.join(FLOATS)} and is so in the base (and "
@@ -213,19 +199,19 @@ def _differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any
         yield key, one, other
 
 
-# rule -> (what it does, in its error)
+# rule -> what is wrong with a key, and what to do about it
 WAYS = {
-    "missing": ("base", "takes the base's"),
-    "shape": ("base", "keeps the base's"),
-    "extra": ("drop", "leaves it out"),
+    "missing": ("is missing", "base takes the base's"),
+    "shape": ("has another shape than the base's", "base keeps the base's"),
+    "extra": ("is not in the base", "drop leaves it out"),
 }
 
 
-def _check_rule(name: str, rule: str, keys: Sequence[str], chosen: str, what: str) -> None:
-    if keys and chosen == "error":
-        value, effect = WAYS[rule]
+def _check_rule(name: str, rule: str, keys: Sequence[str], rules: Rules) -> None:
+    if keys and getattr(rules, rule) == "error":
+        what, way = WAYS[rule]
         others = f" (and {len(keys) - 1} others)" if len(keys) > 1 else ""
-        raise ValueError(f"models.{name}: {keys[0]} {what}{others}; rules.{rule}={value} {effect}")
+        raise ValueError(f"models.{name}: {keys[0]} {what}{others}; rules.{rule}={way}")
 
 
 def difference_stack(inputs: Inputs, key: str, depth: float) -> Stack:
@@ -267,9 +253,8 @@ def _mapped(files: BaseFiles, key: str) -> Tensor:
 def _finite(block: Tensor, what: str, files: BaseFiles, key: str) -> Tensor:
     """The block; ValueError naming the model, its file and key where a value is NaN or infinite."""
     if not all_finite(block):
-        raise ValueError(
-            f"{what}: {files.folder / files.files[key]}: {key} has NaN or infinite values"
-        )
+        where = f"{what}: {files.folder / files.files[key]}"
+        raise ValueError(f"{where}: {key} has NaN or infinite values")
     return block
 
 
@@ -280,9 +265,8 @@ def _added(key: str, own: Tensor, merged: Tensor, dtype: torch.dtype) -> Iterato
         rows = slice(start, start + step)
         stored = merged[rows].add_(own[rows]).to(dtype)
         if not all_finite(stored):
-            raise ValueError(
-                f"{key}: the merge has values that are not finite, or do not fit in {dtype}"
-            )
+            what = "values that are not finite, or do not fit in"
+            raise ValueError(f"{key}: the merge has {what} {dtype}")
         yield stored
 
 

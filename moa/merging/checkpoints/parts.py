@@ -10,7 +10,6 @@ The parts are the projector, the OCR encoder, the task prefixes (embeddings), an
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +30,6 @@ ROUTER_PARTS = {
     "prefixes": r"router\.(encoders|missing)\.task\b",
 }
 BESIDE = ("projector", *ROUTER_PARTS, "router")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartReport:
-    """What became of one part: which runs had it, by which rule, how many tensors came out."""
-
-    part: str
-    runs: list[str]
-    rule: str
-    tensors: int
-
-    def line(self) -> str:
-        if self.rule == "drop":
-            return f"{self.part} of {', '.join(self.runs)}: dropped"
-        return f"{self.part} of {', '.join(self.runs)}: {self.rule}, {self.tensors} tensors"
-
-    def record(self) -> dict[str, Any]:
-        return {"runs": self.runs, "rule": self.rule, "tensors": self.tensors}
 
 
 def read_parts(run: str | Path) -> dict[str, dict[str, Tensor]]:
@@ -72,36 +53,36 @@ def merge_parts(
     runs: Mapping[str, Mapping[str, Tensors]],
     rules: Mapping[str, str],
     grams: Mapping[str, Mapping[str, Float[Tensor, "in in"]]] | None = None,
-) -> tuple[dict[str, dict[str, Tensor]], list[PartReport]]:
-    """Part -> merged tensors, and what became of each part that some run has; `runs` are as `read_parts` reads them.
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
+    """Part -> merged tensors, and for each part that some run has: `runs`, `rule`, and how many `tensors` came out.
 
-    `grams` are X^T X / tokens by run and by the name of a linear layer, for `regmean`. Raises ValueError for a part
-    without a rule, a rule for an unknown part or run, and for tensors that do not fit together.
+    `runs` are as `read_parts` reads them, `grams` X^T X / tokens by run and linear layer, for `regmean`. Raises
+    ValueError for a part without a rule, a rule for an unknown part or run, and for tensors that do not fit together.
     """
     for part in rules:
         if part not in BESIDE:
             raise ValueError(f"parts.{part}: no such part; choices: {', '.join(BESIDE)}")
-    merged, reports = {}, []
+    merged, reports = {}, {}
     for part in BESIDE:
         own = {run: parts[part] for run, parts in runs.items() if part in parts}
         if not own:
             continue
         if part not in rules:
             raise ValueError(f"parts.{part}: {', '.join(own)} trained one; the rules are {RULES}")
-        tensors = _merge_part(part, own, rules[part], grams or {})
-        if tensors:
+        if tensors := _merge_part(part, own, rules[part], grams or {}):
             merged[part] = tensors
-        reports.append(
-            PartReport(part=part, runs=list(own), rule=rules[part], tensors=len(tensors))
-        )
+        reports[part] = {"runs": list(own), "rule": rules[part], "tensors": len(tensors)}
     return merged, reports
 
 
+def part_line(part: str, row: Mapping[str, Any]) -> str:
+    """What became of a part, of a row of `merge_parts`."""
+    fate = "dropped" if row["rule"] == "drop" else f"{row['rule']}, {row['tensors']} tensors"
+    return f"{part} of {', '.join(row['runs'])}: {fate}"
+
+
 def _merge_part(
-    part: str,
-    own: Mapping[str, Tensors],
-    rule: str,
-    grams: Mapping[str, Mapping[str, Tensor]],
+    part: str, own: Mapping[str, Tensors], rule: str, grams: Mapping[str, Tensors]
 ) -> dict[str, Tensor]:
     if rule == "drop":
         return {}
@@ -133,7 +114,7 @@ def _check_alike(part: str, own: Mapping[str, Tensors]) -> None:
 
 
 def _regression(
-    part: str, own: Mapping[str, Tensors], grams: Mapping[str, Mapping[str, Tensor]]
+    part: str, own: Mapping[str, Tensors], grams: Mapping[str, Tensors]
 ) -> dict[str, Tensor]:
     """The weights of the part's linear layers whose outputs are nearest to each run's own on its own inputs."""
     solved = {}
@@ -141,8 +122,7 @@ def _regression(
         layer = name.removesuffix(".weight")
         if not name.endswith(".weight") or not any(layer in inputs for inputs in grams.values()):
             continue
-        missing = [run for run in own if layer not in grams.get(run, {})]
-        if missing:
+        if missing := [run for run in own if layer not in grams.get(run, {})]:
             raise ValueError(f"parts.{part}: regmean has no inputs of {layer} from {missing}")
         inputs = shrink(torch.stack([grams[run][layer].double() for run in own]))
         total = inputs.sum(0)

@@ -1,15 +1,16 @@
 """A merge on disk: one plain PEFT adapter, or a whole checkpoint in the base's own layout.
 
-A checkpoint is streamed from the base's files shard by shard: every key of the base comes out once
-under its own name, untouched unless a site changes it, so the key sets agree by construction and a
-model is never in memory whole. `verify` reads the written files before they take their name.
+A checkpoint is streamed from the base's files shard by shard, so that a model is never in memory whole. Every key of
+the base comes out once, untouched unless a site changes it. `verify` reads the files before they take their name.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,12 +48,12 @@ class Written:
     """What an export stored, for a reference computation that rounds as the files do."""
 
     deltas: dict[str, Callable[[], Float[Tensor, "out in"]]]  # site -> dense update, made on call
-    dtypes: dict[str, torch.dtype]  # site -> stored dtype of the whole weight; none for an adapter
-    cast: torch.dtype | None  # of all other floating tensors; None: as the base has them
     num_keys: int
-    is_adapter: bool
-    replaced: dict[str, torch.dtype]  # parameters stored anew, such as a trained projector's
     is_float32: bool  # nothing was rounded to a narrower dtype
+    is_adapter: bool = False
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)  # site -> of its whole weight
+    cast: torch.dtype | None = None  # of all other floating tensors; None: as the base has them
+    replaced: dict[str, torch.dtype] = field(default_factory=dict)  # parameters stored anew
 
 
 def export_adapter(
@@ -73,26 +74,16 @@ def export_adapter(
     """
     check_out(out)
     stored = stored_dtype(experts, dtype)
-    tensors = {}
-    for site, result in merged.items():
-        key_a, key_b = site_keys(site)
-        tensors[key_a], tensors[key_b] = result.lora_a.to(stored), result.lora_b.to(stored)
+    tensors = tensors_of(merged, stored)
     written = Written(
         deltas={site: _product(*(tensors[key] for key in site_keys(site))) for site in merged},
-        dtypes={},
-        cast=None,
         num_keys=len(tensors),
-        is_adapter=True,
-        replaced={},
         is_float32=stored == torch.float32,
+        is_adapter=True,
     )
     config = adapter_config(merged, experts, base)
     report = {"kind": "adapter", "dtype": dtype_name(stored), "keys_written": len(tensors)}
-    card = {
-        "base": config[BASE],
-        "rows": rows_of(experts, merged),
-        **(about.pop("card", None) or {}),
-    }
+    card = {"base": config[BASE], "rows": rows_of(experts, merged)} | about.pop("card", {})
     with atomic_folder(out) as folder:
         own = card.get("fingerprint")
         write_expert(folder, tensors, config, name=out, base_fingerprint=own)
@@ -129,7 +120,6 @@ def export_checkpoint(
         dtypes={site: cast or source.dtypes[key] for site, key in targets.items()},
         cast=cast,
         num_keys=len(source.files),
-        is_adapter=False,
         replaced={name: cast or source.dtypes[key] for name, key in renamed.items()},
         is_float32=all((cast or d) == torch.float32 for d in source.dtypes.values()),
     )
@@ -155,7 +145,7 @@ def export_checkpoint(
     count = len(source.files)
     report = {"kind": "checkpoint", "dtype": dtype, "keys_written": count}
     report |= {"keys_changed": sorted(changed), "keys_of_base": count}
-    card = {"base": str(base), "rows": rows_of(experts, merged), **(about.pop("card", None) or {})}
+    card = {"base": str(base), "rows": rows_of(experts, merged)} | about.pop("card", {})
     with atomic_folder(out) as folder:
         write_weights(folder, source, tensors, cast, max_shard_gb)
         copy_other_files(source.folder, folder, cast)
@@ -173,16 +163,21 @@ def _finish(
     card: Mapping[str, Any],
     written: Written,
     verify: Verify | None,
-    *,
-    report: Mapping[str, Any] | None = None,
-    files: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] = MappingProxyType({}),
+    files: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    full = {**own, **(report or {}), "verified": verify is not None}
+    full = {**own, **report, "verified": verify is not None}
     if verify is not None:
         full |= verify(folder, written)
     about = {"about": ABOUT[full["kind"]], "checks": comparison_lines(full)}
-    write_report(folder, full, files or {}, {"name": name, "kind": full["kind"], **about, **card})
+    write_report(folder, full, files, {"name": name, "kind": full["kind"], **about, **card})
     return full
+
+
+def tensors_of(merged: Mapping[str, MergedSite], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The factors by PEFT key."""
+    pairs = ((site_keys(s), (found.lora_a, found.lora_b)) for s, found in merged.items())
+    return {k: v.to(dtype) for keys, both in pairs for k, v in zip(keys, both, strict=True)}
 
 
 def rows_of(
@@ -207,10 +202,10 @@ def adapter_config(
     pattern = {f"^{re.escape(site)}": rank for site, rank in ranks.items() if rank != usual}
     configs = [expert.config for expert in experts]
     tasks = {config.get("task_type") for config in configs}
-    bases = [config.get(BASE) for config in configs]
+    bases = (config[BASE] for config in configs if config.get(BASE))
     return {
         "task_type": tasks.pop() if len(tasks) == 1 else None,
-        BASE: base_reference(base) if base else next(filter(None, bases), None),
+        BASE: base_reference(base) if base else next(bases, None),
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": pattern,
@@ -226,11 +221,8 @@ def stored_dtype(experts: Sequence[Expert], dtype: str = "auto") -> torch.dtype:
     """What an adapter is written in: "auto" is the widest that an expert is stored in."""
     if dtype != "auto":
         return DTYPES[dtype]
-    stored = [expert.read(next(iter(expert.ranks)))[0].dtype for expert in experts]
-    widest = stored[0]
-    for other in stored[1:]:
-        widest = torch.promote_types(widest, other)
-    return widest
+    stored = (expert.read(next(iter(expert.ranks)))[0].dtype for expert in experts)
+    return functools.reduce(torch.promote_types, stored)
 
 
 def _product(lora_a: Tensor, lora_b: Tensor) -> Callable[[], Tensor]:

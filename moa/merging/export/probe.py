@@ -1,8 +1,4 @@
-"""The probe: one small batch of prompts, and what a model answers.
-
-Every comparison of an export uses the same batch: the base, the live mixture of the experts,
-the model that routes each sample, and the reloaded files.
-"""
+"""The probe: one small batch of prompts, and what a model answers: the same for every comparison of an export."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +11,6 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from data.batch import Batch
 from data.sources import make_collator, open_ocr, open_sources
 from moa.checkpoint import load_model
 from moa.config import RunConfig
@@ -23,7 +18,6 @@ from moa.contrastive import compared
 from moa.experts.bank import ExpertBank
 from moa.files.peft import site_keys
 from moa.merging.adapters import Expert
-from moa.model import MixtureModel
 
 QUESTIONS = (
     "What is this?",
@@ -35,11 +29,8 @@ QUESTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """The outputs of a model on the probe.
-
-    A CLIP generates nothing: its `logits` are the features of each image and its text, one after the
-    other, and its `tokens` the text that is nearest to each image.
-    """
+    """Of a model on the probe. A CLIP's `logits` are the features of each image and then of its text, and its `tokens`
+    the text that is nearest to each image."""
 
     logits: Float[Tensor, "batch seq vocab"]
     tokens: Int[Tensor, "batch new"]  # greedy
@@ -57,13 +48,8 @@ def probe_inputs(
             prompts.append(processor.image_token + question)
         else:
             prompts.append(processor.apply_chat_template(message, add_generation_prompt=True))
-    batch = processor(
-        images=[[image] for image in images],
-        text=prompts,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
+    options = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    batch = processor(images=[[image] for image in images], text=prompts, **options)
     for name in ("labels", "num_crops"):  # given unasked; a model takes them for an answer, or not
         batch.pop(name, None)
     return {name: torch.as_tensor(batch[name]).contiguous() for name in batch}
@@ -79,12 +65,11 @@ def probe_of_run(
         return None, None
     model, _, _ = load_model(step)
     samples = [data[i % len(data)][i // len(data) % len(data[i % len(data)])] for i in range(count)]
-    collator = make_collator(
-        config, model.backbone.intake, for_generation=True, allow_unknown_tasks=True
-    )
-    batch = collator(samples)
-    routed = routed_outputs(model.float(), batch, new_tokens)
-    return model.backbone.inputs_of(batch), routed
+    options = {"for_generation": True, "allow_unknown_tasks": True}
+    batch = make_collator(config, model.backbone.intake, **options)(samples)
+    with torch.no_grad():
+        logits, tokens = model.float().eval().probe(batch, **greedy(new_tokens))
+    return model.backbone.inputs_of(batch), Outputs(logits=logits, tokens=tokens)
 
 
 def probe_of_noise(backbone: Any, count: int) -> dict[str, Tensor]:
@@ -93,22 +78,19 @@ def probe_of_noise(backbone: Any, count: int) -> dict[str, Tensor]:
     questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(count)]
     images = [Image.fromarray(pixels) for pixels in noise]
     if backbone.compares:
-        inputs: dict[str, Tensor] = backbone.probe(images, questions)
-        return inputs
+        return backbone.probe(images, questions)
     return probe_inputs(backbone.processor, images, questions)
 
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor], new_tokens: int) -> Outputs:
     """Of a plain transformers or PEFT model."""
-    model.eval()
+    found = model.eval()(**inputs)
     if not hasattr(model, "generate"):
-        found = model(**inputs)
         logits, tokens = compared(found.image_embeds, found.text_embeds)
         return Outputs(logits=logits, tokens=tokens)
-    logits = model(**inputs).logits.float()
     tokens = model.generate(**inputs, **greedy(new_tokens))  # type: ignore[operator]
-    return Outputs(logits=logits, tokens=tokens[:, -new_tokens:])
+    return Outputs(logits=found.logits.float(), tokens=tokens[:, -new_tokens:])
 
 
 def live_outputs(
@@ -129,7 +111,9 @@ def live_outputs(
     try:
         for expert in experts:
             config = {**expert.config, "lora_alpha": float(expert.config.get("lora_alpha", 8))}
-            bank.import_expert(expert.name, _tensors(expert), config)
+            pairs = ((site_keys(site), expert.read(site)) for site in expert.ranks)
+            tensors = {k: v for keys, both in pairs for k, v in zip(keys, both, strict=True)}
+            bank.import_expert(expert.name, tensors, config)
         batch = inputs["input_ids"].shape[0]
         table = torch.stack([gates[site] for site in bank.sites]).float()
         owners = {"image": torch.arange(batch)} if owners is None else owners
@@ -139,20 +123,7 @@ def live_outputs(
         bank.detach(model)
 
 
-@torch.no_grad()
-def routed_outputs(model: MixtureModel, batch: Batch, new_tokens: int) -> Outputs:
-    """The same from the model that routes each sample by itself; left padding in the batch."""
-    model.eval()
-    logits, tokens = model.probe(batch, **greedy(new_tokens))
-    return Outputs(logits=logits, tokens=tokens)
-
-
 def greedy(new_tokens: int) -> dict[str, Any]:
     """Settings of generation for exactly so many greedy tokens, an early end suppressed."""
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     return {"do_sample": False, "num_beams": 1, **length}
-
-
-def _tensors(expert: Expert) -> dict[str, Tensor]:
-    pairs = ((site_keys(site), expert.read(site)) for site in expert.ranks)
-    return {k: v for keys, values in pairs for k, v in zip(keys, values, strict=True)}

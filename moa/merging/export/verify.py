@@ -1,10 +1,7 @@
 """Reload an export in a fresh process with plain PEFT or transformers, and compare it on a probe.
 
-Two references, both computed here on the base model:
-    written: the base with the stored update added to its weights, rounded as stored; must agree.
-    live:    the bank of experts with the merge's weights as gates; how far a chosen rank, a narrow
-             dtype or a method that is not a sum moved the result from the mixture.
-The fresh process sees neither this project nor its folder.
+written   the base with the stored update added to its weights, rounded as stored; must agree
+live      the bank with the merge's weights as gates: how far rank, dtype or method moved the result from it
 """
 
 import json
@@ -132,10 +129,7 @@ def make_verify(
 
 @torch.no_grad()
 def add_written(model: nn.Module, written: Written, transpose: bool = False) -> None:
-    """Put a stored update into the model's weights, rounded as its files are.
-
-    Replaced parameters must be in the model already; they are rounded here.
-    """
+    """Put a stored update into the model's weights, rounded as its files are; replaced parameters are there already."""
     changed = {f"{site}.weight" for site in written.deltas}
     if written.cast is not None:
         for name, parameter in model.named_parameters():

@@ -23,9 +23,8 @@ from moa.checkpoint import CONFIG, load_strictly, load_tensors, step_folder, ver
 from moa.config import EvalConfig, RunConfig, load_config
 from moa.evaluation.predict import prompt_collator
 from moa.evaluation.run import evaluate
-from moa.files.peft import site_keys
 from moa.merging.adapters import Expert
-from moa.merging.export.export import adapter_config
+from moa.merging.export.export import adapter_config, tensors_of
 from moa.merging.merge import MergedSite
 from moa.model import MixtureModel
 from moa.parts import PARTS
@@ -75,7 +74,8 @@ def read_calibration(
     for name, source in open_sources(config.data.validation.values(), config.data, ocr).items():
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(source), generator=generator)[:num_samples].tolist()
-        read = [_checked(read_sample(source, index, name), collator) for index in order]
+        read = [read_sample(source, index, name) for index in order]
+        read = [s if isinstance(s, BadSampleError) else collator.error_of(s) or s for s in read]
         bad = [item for item in read if isinstance(item, BadSampleError)]
         if bad and config.data.on_bad_sample == "error":
             raise bad[0]
@@ -89,10 +89,6 @@ def read_calibration(
         prompts=prompt_collator(model, config, withhold_task=False),
         num_skipped=skipped,
     )
-
-
-def _checked(item: Sample | BadSampleError, collator: Collator) -> Sample | BadSampleError:
-    return item if isinstance(item, BadSampleError) else collator.error_of(item) or item
 
 
 def load_unrouted(run: str) -> tuple[MixtureModel, RunConfig]:
@@ -113,11 +109,8 @@ def with_merged(
     model: MixtureModel, merged: Mapping[str, MergedSite], experts: Sequence[Expert]
 ) -> Iterator[None]:
     """Inside, the merged update is one more expert, called MERGED."""
-    tensors = {}
-    for site, result in merged.items():
-        key_a, key_b = site_keys(site)
-        tensors[key_a], tensors[key_b] = result.lora_a.float(), result.lora_b.float()
-    model.bank.import_expert(MERGED, tensors, adapter_config(merged, experts, None))
+    config = adapter_config(merged, experts, None)
+    model.bank.import_expert(MERGED, tensors_of(merged, torch.float32), config)
     try:
         yield
     finally:
@@ -144,18 +137,10 @@ def benchmark_score(
     model: MixtureModel, data: CalibrationData, config: RunConfig, expert: str = MERGED
 ) -> float:
     """Mean of the data sets' primary metrics over generated answers, with one expert on."""
+    sizes = {name: getattr(config.eval, name) for name in ("batch_size", "max_new_tokens")}
+    settings = EvalConfig(gates=expert, **sizes)
     results = [
-        evaluate(
-            model,
-            samples,
-            data.prompts,
-            EvalConfig(
-                gates=expert,
-                batch_size=config.eval.batch_size,
-                max_new_tokens=config.eval.max_new_tokens,
-            ),
-            name=name,
-        )
+        evaluate(model, samples, data.prompts, settings, name=name)
         for name, samples in data.samples.items()
     ]
     return mean(float(result.score["value"] or 0.0) for result in results)
@@ -188,13 +173,12 @@ def own_answers(
 
 @torch.no_grad()
 def perturbed_answers(
-    model: MixtureModel, data: CalibrationData, size: int, *, runs: int, noise: float, seed: int
+    model: MixtureModel, batches: Sequence[Batch], *, runs: int, noise: float, seed: int
 ) -> dict[str, torch.Tensor]:
     """Each expert's probabilities [run, question, option] of the first answer token, the images under noise.
 
     The first run is without noise; the others add normal noise of `noise` times the pixels' own spread.
     """
-    batches = data.batches(size)
     found = {}
     for index, name in enumerate(model.bank.names):
         gates = torch.eye(len(model.bank.names))[index]

@@ -8,7 +8,8 @@ itself at the start. Gates depend on the token, so no single adapter equals the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,30 +60,17 @@ class AdapterFusion(nn.Module):
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Inside, every site adds its fusion to the base's output, whatever the gates are."""
-        hooks = [
-            self.bank.sites[key.replace("/", ".")].register_forward_hook(self._adding(fusion))
-            for key, fusion in self.sites.items()
-        ]
-        try:
-            with self.bank.context.disabled():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with ExitStack() as hooks, self.bank.context.disabled():
+            for key, fusion in self.sites.items():
+                site: nn.Module = self.bank.sites[key.replace("/", ".")]
+                hooks.enter_context(site.register_forward_hook(partial(_add, fusion)))
+            yield
 
-    def _adding(self, fusion: nn.Module) -> Callable[..., Tensor]:
-        def add(site: ExpertLinear, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            x = args[0].float()
-            outputs = torch.stack(
-                [
-                    scaling * (x @ site.lora_A[name].T @ site.lora_B[name].T)
-                    for name, scaling in site.scalings.items()
-                ],
-                dim=-2,
-            )
-            return out + fusion(x, outputs).to(out.dtype)
 
-        return add
+def _add(fusion: nn.Module, site: ExpertLinear, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    x, a, b = args[0].float(), site.lora_A, site.lora_B
+    outputs = [scaling * (x @ a[e].T @ b[e].T) for e, scaling in site.scalings.items()]
+    return out + fusion(x, torch.stack(outputs, dim=-2)).to(out.dtype)
 
 
 def learn_fusion(

@@ -6,9 +6,11 @@ The base's part cancels, so this holds for the updates; and B_i (A_i G_i P) is a
 RegMean turns experts into experts, `linear` at weights of 1 adds them up, and the result can have any rank.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from moa.merging.adapters import Expert
+from moa.merging.learn.gradient import frozen
 from moa.model import MixtureModel
 
 Grams = dict[str, Float[Tensor, "expert in in"]]  # by site
@@ -29,68 +32,38 @@ def gather_grams(model: MixtureModel, batches: Mapping[str, Sequence[Batch]]) ->
     models. Raises ValueError for an expert without batches.
     """
     names = list(model.bank.names)
-    for name in names:
-        if not batches.get(name):
-            raise ValueError(f"batches.{name}: none; RegMean needs inputs of every expert")
-    training = model.training
-    model.eval()
-    grams: dict[str, list[Tensor]] = {}
-    try:
-        for index, name in enumerate(names):
-            one_hot = torch.eye(len(names))[index]
-            sums: dict[str, Tensor] = {}
-            tokens: dict[str, int] = {}
-            for batch in batches[name]:
-                with _summed_inputs(model.bank.sites, batch, sums, tokens):
-                    model(batch, one_hot.expand(len(batch), -1))
-            for site, total in sums.items():
-                grams.setdefault(site, []).append(total / tokens[site])
-    finally:
-        model.train(training)
-    return {site: torch.stack(rows) for site, rows in grams.items()}
+    if missing := [name for name in names if not batches.get(name)]:
+        raise ValueError(f"batches.{missing[0]}: none; RegMean needs inputs of every expert")
+    pairs = zip(names, torch.eye(len(names)), strict=True)
+    found = [input_grams(model, model.bank.sites, batches[name], alone) for name, alone in pairs]
+    sites = dict.fromkeys(chain.from_iterable(found))
+    return {site: torch.stack([own[site] for own in found if site in own]) for site in sites}
 
 
 @torch.no_grad()
 def input_grams(
-    model: MixtureModel, modules: Mapping[str, nn.Module], batches: Sequence[Batch]
+    model: MixtureModel,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    gates: Float[Tensor, " expert"] | None = None,
 ) -> dict[str, Float[Tensor, "in in"]]:
-    """X^T X / tokens of some linear layers, such as the projector's, in the model as it is, its own gates deciding."""
-    training = model.training
-    model.eval()
+    """X^T X / tokens of some linear layers, such as the projector's, at these gates, or at the model's own."""
     sums: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}
-    try:
-        for batch in batches:
-            with _summed_inputs(modules, batch, sums, tokens):
-                model(batch)
-    finally:
-        model.train(training)
-    return {name: total / tokens[name] for name, total in sums.items()}
 
-
-@contextmanager
-def _summed_inputs(
-    modules: Mapping[str, nn.Module],
-    batch: Batch,
-    sums: dict[str, Tensor],
-    tokens: dict[str, int],
-) -> Iterator[None]:
-    def add(site: str, x: Tensor) -> None:
-        real = batch.attention_mask.bool()
-        rows = x[real] if x.shape[:2] == real.shape else x.flatten(0, -2)
-        rows = rows.double()
+    def add(site: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        (x,) = args
+        rows = (x[real] if x.shape[:2] == real.shape else x.flatten(0, -2)).double()
         sums[site] = sums.get(site, 0) + rows.T @ rows
         tokens[site] = tokens.get(site, 0) + len(rows)
 
-    hooks = [
-        site.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
-        for name, site in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with frozen(model), ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(add, name)))
+        for batch in batches:
+            real = batch.attention_mask.bool()
+            model(batch, None if gates is None else gates.expand(len(batch), -1))
+    return {site: total / tokens[site] for site, total in sums.items()}
 
 
 def regmean(

@@ -9,21 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from data.batch import Batch
 from moa.config import RunConfig
 from moa.merging.adapters import Expert, experts_of_bank
-from moa.merging.learn import search
-from moa.merging.learn.cached import CachedMerge
-from moa.merging.learn.calibration import (
-    CalibrationData,
-    answers_loss,
-    benchmark_score,
-    own_answers,
-    perturbed_answers,
-    with_merged,
-)
-from moa.merging.learn.gradient import learn_weights
-from moa.merging.learn.regmean import gather_grams
-from moa.merging.learn.regmean import regmean as regression_mean
+from moa.merging.learn import calibration, gradient, search
+from moa.merging.learn import regmean as regression
+from moa.merging.learn.cached import cached_merge
 from moa.merging.learn.ziplora import apply_mergers, learn_mergers
 from moa.merging.merge import MergedSite, merge
 from moa.merging.weights import Weights
@@ -38,7 +29,7 @@ class Session:
 
     model: MixtureModel  # without a router of tokens, which would have gates of its own
     config: RunConfig
-    data: CalibrationData
+    data: calibration.CalibrationData
     merge: Mapping[str, Any] = field(default_factory=dict)  # method, options, rank of `merge`
     metric: str = "loss"  # loss: of the answers; scores: mean primary metric of generated answers
     batch_size: int = 16
@@ -50,19 +41,23 @@ class Session:
         return experts_of_bank(self.model.bank)
 
     @cached_property
-    def remerge(self) -> CachedMerge:
-        return CachedMerge(self.experts, **self.merge)
+    def remerge(self) -> Callable[[Weights | None], dict[str, MergedSite]]:
+        return cached_merge(self.experts, **self.merge)
 
     @cached_property
-    def scored_batches(self) -> dict[str, Any]:
+    def scored_batches(self) -> dict[str, list[Batch]]:
         return self.data.by_source(self.batch_size)
+
+    @property
+    def names(self) -> list[str]:
+        return self.model.bank.names
 
     def value(self, merged: Mapping[str, MergedSite]) -> float:
         """The metric of a merge."""
-        with with_merged(self.model, merged, self.experts):
+        with calibration.with_merged(self.model, merged, self.experts):
             if self.metric == "loss":
-                return answers_loss(self.model, self.scored_batches)
-            return benchmark_score(self.model, self.data, self.config)
+                return calibration.answers_loss(self.model, self.scored_batches)
+            return calibration.benchmark_score(self.model, self.data, self.config)
 
     def scorer(self) -> search.Score:
         """Weights -> the higher the better; counts its trials."""
@@ -90,24 +85,25 @@ def _by_weights(session: Session, weights: Weights, **about: Any) -> Learned:
     return Learned(merged=session.remerge(weights), weights=weights, about=about)
 
 
+def _descended(session: Session, batches: Sequence[Batch], **options: Any) -> Learned:
+    found = gradient.learn_weights(session.model, batches, on_step=session.tick, **options)
+    return _by_weights(session, found)
+
+
 def lora_soups(
     session: Session, *, steps: int = 100, lr: float = 0.05, per_site: bool = True
 ) -> Learned:
     batches = session.data.batches(session.batch_size)
-    options: dict[str, Any] = {"steps": steps, "lr": lr, "per_site": per_site}
-    return _by_weights(
-        session, learn_weights(session.model, batches, on_step=session.tick, **options)
-    )
+    return _descended(session, batches, steps=steps, lr=lr, per_site=per_site)
 
 
 def adamerging(
     session: Session, *, steps: int = 100, lr: float = 0.05, per_site: bool = True
 ) -> Learned:
-    length = session.config.eval.max_new_tokens
-    batches = own_answers(session.model, session.data, session.batch_size, 0.3, length)
-    options: dict[str, Any] = {"steps": steps, "lr": lr, "per_site": per_site}
-    options |= {"objective": "entropy", "on_step": session.tick}
-    return _by_weights(session, learn_weights(session.model, batches, **options))
+    length, size = session.config.eval.max_new_tokens, session.batch_size
+    batches = calibration.own_answers(session.model, session.data, size, 0.3, length)
+    options: dict[str, Any] = {"objective": "entropy", "steps": steps, "lr": lr}
+    return _descended(session, batches, per_site=per_site, **options)
 
 
 def lorahub(
@@ -120,40 +116,36 @@ def lorahub(
 ) -> Learned:
     options: dict[str, Any] = {"budget": budget, "optimizer": optimizer, "bound": bound}
     options |= {"penalty": penalty, "seed": session.seed}
-    return _by_weights(
-        session, search.search(session.scorer(), session.model.bank.names, **options)
-    )
+    return _by_weights(session, search.search(session.scorer(), session.names, **options))
 
 
 def grid(
-    session: Session,
-    *,
-    values: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
+    session: Session, *, values: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 ) -> Learned:
-    return _by_weights(session, search.grid(session.scorer(), session.model.bank.names, values))
+    return _by_weights(session, search.grid(session.scorer(), session.names, values))
 
 
 def greedy_soup(session: Session) -> Learned:
-    return _by_weights(session, search.greedy_soup(session.scorer(), session.model.bank.names))
+    return _by_weights(session, search.greedy_soup(session.scorer(), session.names))
 
 
 def uq_merge(session: Session, *, runs: int = 4, noise: float = 0.2) -> Learned:
-    answers = perturbed_answers(
-        session.model, session.data, session.batch_size, runs=runs, noise=noise, seed=session.seed
-    )
+    batches = session.data.batches(session.batch_size)
+    options: dict[str, Any] = {"runs": runs, "noise": noise, "seed": session.seed}
+    answers = calibration.perturbed_answers(session.model, batches, **options)
     order = search.order_by_uncertainty(answers)
     return _by_weights(session, search.prefix_soup(session.scorer(), order), order=order)
 
 
 def _by_experts(session: Session, experts: Sequence[Expert]) -> Learned:
     rank = session.merge.get("rank", "sum")
-    merged = merge(experts, method="task_arithmetic", rank=rank)
-    return Learned(merged=merged, experts=experts)
+    return Learned(merged=merge(experts, method="task_arithmetic", rank=rank), experts=experts)
 
 
 def regmean(session: Session, *, nondiagonal: float = 0.9) -> Learned:
-    grams = gather_grams(session.model, session.data.by_expert(session.batch_size))
-    return _by_experts(session, regression_mean(session.experts, grams, nondiagonal=nondiagonal))
+    grams = regression.gather_grams(session.model, session.data.by_expert(session.batch_size))
+    found = regression.regmean(session.experts, grams, nondiagonal=nondiagonal)
+    return _by_experts(session, found)
 
 
 def ziplora(

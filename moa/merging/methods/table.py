@@ -13,6 +13,7 @@ RANDOM, BY_RANK, MIDDLE = "sparse.at_random", "sparse.by_rank", "sparse.without_
 LARGEST, ADD, VOTE = "sparse.largest", "sparse.add", "sparse.elect"
 SUM = {"reduce": "sum"}
 SHARED: dict[str, Any] = {"prepare": "sparse.model_thresholds"}
+ROWWISE: dict[str, Any] = {**SHARED, "spaces": ("rows",)}
 SUMS: dict[str, Any] = {"is_sum": True}
 LINEAR: dict[str, Any] = {**SUMS, "spaces": ("core", "factor")}
 PAIRS: dict[str, Any] = {"spaces": ("factor",), "joint": True}
@@ -25,83 +26,34 @@ def thinned(thin: str, combine: str, weights: Weights, paper: str, **more: Any) 
 
 ROWS: dict[str, Method] = {
     "linear": Method("linear", "mean", "Model Soups (Wortsman et al., 2022), on updates", **LINEAR),
-    "task_arithmetic": Method(
-        "linear", "ones", "Editing Models with Task Arithmetic (Ilharco et al., 2023)", **SUMS
-    ),
-    "lines": Method(
-        "linear", "ones", "LiNeS: Post-training Layer Scaling (Wang et al., 2025), eq. 3", **SUMS
-    ),
-    "sa_merge": Method(
-        "linear", "ones", "Selective Attention Merging (Shankar et al., 2025)", **SUMS
-    ),
-    "slerp": Method(
-        "linear", "mean", "Spherical linear interpolation (Shoemake, 1985), as in mergekit"
-    ),
-    "karcher": Method(
-        "linear", "mean", "Karcher mean on the sphere (Karcher, 1977), as in mergekit"
-    ),
+    "task_arithmetic": Method("linear", "ones", "Editing Models with Task Arithmetic (Ilharco et al., 2023)", **SUMS),
+    "lines": Method("linear", "ones", "LiNeS: Post-training Layer Scaling (Wang et al., 2025), eq. 3", **SUMS),
+    "sa_merge": Method("linear", "ones", "Selective Attention Merging (Shankar et al., 2025)", **SUMS),
+    "slerp": Method("linear", "mean", "Spherical linear interpolation (Shoemake, 1985), as in mergekit"),
+    "karcher": Method("linear", "mean", "Karcher mean on the sphere (Karcher, 1977), as in mergekit"),
     "model_stock": Method("linear", "mean", "Model Stock (Jang et al., 2024), eq. 5, per tensor"),
     "ties": thinned(LARGEST, VOTE, "ones", "TIES-Merging (Yadav et al., 2023)", **SHARED),
-    "knots": thinned(
-        LARGEST,
-        VOTE,
-        "ones",
-        "KnOTS (Stoica et al., 2025), TIES on common output directions",
-        spaces=("rows",),
-        **SHARED,
-    ),
-    "magnitude_prune": thinned(
-        LARGEST, ADD, "ones", "task arithmetic on the largest values, as in PEFT", **SHARED
-    ),
-    "dare_linear": thinned(
-        RANDOM, ADD, "mean", "DARE: Language Models are Super Mario (Yu et al., 2024)"
-    ),
-    "dare_ties": thinned(
-        RANDOM, VOTE, "mean", "DARE (Yu et al., 2024) with the vote of TIES", defaults=SUM
-    ),
+    "knots": thinned(LARGEST, VOTE, "ones", "KnOTS (Stoica et al., 2025), TIES on common output directions", **ROWWISE),
+    "magnitude_prune": thinned(LARGEST, ADD, "ones", "task arithmetic on the largest values, as in PEFT", **SHARED),
+    "dare_linear": thinned(RANDOM, ADD, "mean", "DARE: Language Models are Super Mario (Yu et al., 2024)"),
+    "dare_ties": thinned(RANDOM, VOTE, "mean", "DARE (Yu et al., 2024) with the vote of TIES", defaults=SUM),
     "della": thinned(BY_RANK, VOTE, "mean", "DELLA-Merging (Deep et al., 2024)", defaults=SUM),
-    "della_linear": thinned(
-        BY_RANK, ADD, "mean", "DELLA-Merging (Deep et al., 2024), without the vote"
-    ),
+    "della_linear": thinned(BY_RANK, ADD, "mean", "DELLA-Merging (Deep et al., 2024), without the vote"),
     "breadcrumbs": thinned(MIDDLE, ADD, "mean", "Model Breadcrumbs (Davari and Belilovsky, 2024)"),
-    "breadcrumbs_ties": thinned(
-        MIDDLE, VOTE, "mean", "Model Breadcrumbs (Davari and Belilovsky, 2024), vote of TIES"
-    ),
-    "pcb": Method(
-        "sparse", "ones", "Parameter Competition Balancing (Du et al., 2024)", spaces=ALL
-    ),
-    "consensus": Method(
-        "sparse", "ones", "TALL masks and Consensus Merging (Wang et al., 2024)", spaces=ALL
-    ),
+    "breadcrumbs_ties": thinned(MIDDLE, VOTE, "mean", "Model Breadcrumbs (Davari and Belilovsky, 2024), vote of TIES"),
+    "pcb": Method("sparse", "ones", "Parameter Competition Balancing (Du et al., 2024)", spaces=ALL),
+    "consensus": Method("sparse", "ones", "TALL masks and Consensus Merging (Wang et al., 2024)", spaces=ALL),
     "tsv_m": Method("spectral", "ones", "Task Singular Vectors (Gargiulo et al., 2025)"),
-    "iso_c": Method(
-        "spectral",
-        "ones",
-        "Isotropic Model Merging (Marczak et al., 2025), over the numerical rank",
-    ),
-    "iso_cts": Method(
-        "spectral",
-        "ones",
-        "Isotropic Model Merging (Marczak et al., 2025), common and own directions",
-    ),
-    "wudi": Method(
-        "spectral", "ones", "WUDI (Cheng et al., 2025), OptMerge (Wei et al., 2026), in closed form"
-    ),
+    "iso_c": Method("spectral", "ones", "Isotropic Model Merging (Marczak et al., 2025), over the numerical rank"),
+    "iso_cts": Method("spectral", "ones", "Isotropic Model Merging (Marczak et al., 2025), common and own directions"),
+    "wudi": Method("spectral", "ones", "WUDI (Cheng et al., 2025), OptMerge (Wei et al., 2026), in closed form"),
     "dc_merge": Method("spectral", "ones", "DC-Merge (2026), as released for LoRA"),
     "ctm": Method("spectral", "ones", "Compress-then-Merge (2026), Tucker-2 subspace and TIES"),
     "robustmerge": Method("factorwise", "ones", "RobustMerge (Zeng et al., 2025)", **PAIRS),
-    "lorahub_factors": Method(
-        "factorwise", "mean", "LoraHub (Huang et al., 2024), as released", **PAIRS
-    ),
-    "aligned_linear": Method(
-        "factorwise", "mean", "Git Re-Basin (Ainsworth et al., 2023), on the rank axis", **PAIRS
-    ),
-    "lego": Method(
-        "factorwise", "mean", "LoRA-LEGO (Zhao et al., 2025), as in Compress-then-Merge", **PAIRS
-    ),
-}
-
-
+    "lorahub_factors": Method("factorwise", "mean", "LoraHub (Huang et al., 2024), as released", **PAIRS),
+    "aligned_linear": Method("factorwise", "mean", "Git Re-Basin (Ainsworth et al., 2023), on the rank axis", **PAIRS),
+    "lego": Method("factorwise", "mean", "LoRA-LEGO (Zhao et al., 2025), as in Compress-then-Merge", **PAIRS),
+}  # fmt: skip
 # A row's function is called as the row.
 METHODS = {key: replace(row, name=key) for key, row in ROWS.items()}
 
