@@ -68,9 +68,7 @@ def rename_sites(expert: Expert, names: Mapping[str, str]) -> Expert:
         return expert
     own = {name: site for site, name in names.items()}
     if len(own) < len(names):
-        raise ValueError(
-            f"adapters: {expert.name}: two of its sites are one layer, in two spellings"
-        )
+        raise ValueError(f"adapters: {expert.name}: two of its sites are one layer, spelled twice")
     return replace(
         expert,
         config=rename_config(expert.config, names),

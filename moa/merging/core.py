@@ -2,13 +2,11 @@
 
     dW_i = scaling_i B_i A_i = Q_B M_i Q_A^T,   Q_B [out, rows], Q_A [in, cols] orthonormal
 
-rows and cols are at most R, the sum of the ranks. Q_B spans all scaled B side by side, Q_A all A; it is
-kept as these columns and an R x R matrix that makes them orthonormal, so that a product with it costs no
-more than one with the factors. For methods that work on single entries the axes are turned so that the first
-hold the most energy of all experts together: then the M_i are a function of the updates alone, and neither
-the order of the experts nor the way one is factored enters (Core Space merging, Panariello et al. 2025,
-takes the axes from the stacked factors instead, which depend on the factoring).
-The best rank-r result is an SVD of an R x R matrix (reference: PEFT's `svd`, of the dense update).
+rows and cols are at most R, the sum of the ranks. Q_B spans all scaled B side by side, Q_A all A; each is kept as these
+columns and an R x R matrix that makes them orthonormal, so that a product with it costs no more than one with the
+factors. For methods on single entries the axes are turned so that the first hold the most energy of all experts: then
+the M_i are a function of the updates alone, whatever the order or factoring of the experts (Core Space merging,
+Panariello et al. 2025, takes the axes from the stacked factors). The best rank-r result is an SVD of an R x R matrix.
 """
 
 from collections.abc import Sequence
@@ -152,7 +150,9 @@ def compress(
     u, s, v = torch.linalg.svd(core, full_matrices=False)
     size = min(choose_rank(s, rank, total_rank), s.numel())
     u, kept, v = u[:, :size], s[:size], v[:size]
-    low = _balanced(updates.b.expand(u), kept, updates.a.expand(v.T).T, lost=_energy(s[size:]))
+    low = _balanced(
+        updates.b.expand(u), kept, updates.a.expand(v.T).T, lost=float(s[size:].square().sum())
+    )
     return replace(low, core=(v, u))
 
 
@@ -180,9 +180,8 @@ def compress_dense(dense: Float[Tensor, "out in"], rank: int | str, total_rank: 
 def _balanced(u: Tensor, s: Tensor, v: Tensor, *, lost: float) -> LowRank:
     root = s.sqrt()
     sign = _signs(_probe(u.shape[0]).to(u.dtype) @ u)
-    return LowRank(
-        lora_a=(root * sign)[:, None] * v, lora_b=u * root * sign, singular_values=s, lost=lost
-    )
+    a, b = (root * sign)[:, None] * v, u * root * sign
+    return LowRank(lora_a=a, lora_b=b, singular_values=s, lost=lost)
 
 
 def choose_rank(singular_values: Float[Tensor, " rank"], rank: int | str, total_rank: int) -> int:
@@ -241,7 +240,3 @@ def _live(low: LowRank) -> Tensor:
 def inner_product(one: Factors, other: Factors) -> Tensor:
     """<B A, B' A'> of two updates, from their factors."""
     return ((one[1].T @ other[1]) * (one[0] @ other[0].T)).sum()
-
-
-def _energy(singular_values: Tensor) -> float:
-    return float(singular_values.square().sum())

@@ -14,19 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.files.peft_config import site_scaling
+from moa.merging import core
 from moa.merging.adapters import Expert, factors_of
-from moa.merging.core import (
-    CoreUpdates,
-    Factors,
-    LowRank,
-    Relation,
-    compress,
-    compress_dense,
-    inner_product,
-    relate,
-    relate_cores,
-    to_core,
-)
+from moa.merging.core import Factors, LowRank, Relation
 from moa.merging.functions import import_function
 from moa.merging.methods.stack import Stack, rounding_of, stack_of
 from moa.merging.site_plan import Job, Plan, make_plan
@@ -61,12 +51,7 @@ class OpenSite:
     """What of a site no weight changes: its experts as read, and their core form where the space has one."""
 
     factors: list[Factors | None]
-    updates: CoreUpdates | None
-
-    @property
-    def core(self) -> CoreUpdates:
-        assert self.updates is not None, "the site was opened for a space without cores"
-        return self.updates
+    updates: Any = None  # CoreUpdates
 
 
 def merge(
@@ -115,50 +100,47 @@ def with_shared(job: Job, dtype: torch.dtype) -> Job:
 def open_site(job: Job, site: str, dtype: torch.dtype) -> OpenSite:
     factors = factors_of(job.experts, site, dtype)
     if job.space not in ("core", "rows"):
-        return OpenSite(factors=factors, updates=None)
+        return OpenSite(factors=factors)
     canonical = job.space == "rows" or not job.method.is_sum
-    return OpenSite(factors=factors, updates=to_core(factors, canonical=canonical))
+    return OpenSite(factors=factors, updates=core.to_core(factors, canonical=canonical))
 
 
 def merge_site(job: Job, site: str, opened: OpenSite, dtype: torch.dtype) -> MergedSite:
     weights = job.weights[site].to(dtype)
     low, relation = _SPACES[job.space](job, site, opened, weights)
-    result = MergedSite(
-        lora_a=low.lora_a,
-        lora_b=low.lora_b,
-        weights=weights,
-        energy=float(low.singular_values.square().sum()),
-        lost=low.lost,
-        experts=relation,
-    )
+    energy = float(low.singular_values.square().sum())
+    shared: dict[str, Any] = {"lora_a": low.lora_a, "lora_b": low.lora_b, "lost": low.lost}
+    result = MergedSite(weights=weights, energy=energy, experts=relation, **shared)
     return result if job.scale[site] == 1 else result.scaled(job.scale[site])
 
 
 def _in_core(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
-    updates = opened.core
+    updates = opened.updates
     stack = stack_of(matrices=updates.cores, **job.about(site))
-    core = job.method.function(stack, weights, **job.options)
-    low = compress(updates, core, job.rank, sum(stack.ranks))
-    return low, relate_cores(low, updates.cores)
+    merged = job.method.function(stack, weights, **job.options)
+    low = core.compress(updates, merged, job.rank, sum(stack.ranks))
+    return low, core.relate_cores(low, updates.cores)
 
 
 def _in_rows(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
     """Rows in the experts' common output directions, columns as they are: KnOTS (Stoica et al. 2025, equation 2)."""
-    updates = opened.core
+    updates = opened.updates
     stack = stack_of(matrices=updates.cores @ updates.q_a.T, **job.about(site))
     merged = job.method.function(stack, weights, **job.options)
-    both = to_core([(merged, updates.q_b)])
-    low = compress(both, both.cores[0], job.rank, sum(stack.ranks))
-    return low, relate(low, opened.factors)
+    both = core.to_core([(merged, updates.q_b)])
+    low = core.compress(both, both.cores[0], job.rank, sum(stack.ranks))
+    return low, core.relate(low, opened.factors)
 
 
 def _in_dense(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
-    norms = [inner_product(f, f).sqrt() if f else weights.new_zeros(()) for f in opened.factors]
+    norms = [
+        core.inner_product(f, f).sqrt() if f else weights.new_zeros(()) for f in opened.factors
+    ]
     stack = dense_stack(job, site, lambda: opened.factors, weights.dtype)
     stack = replace(stack, rounding=rounding_of(torch.stack(norms)))
     merged = job.method.function(stack, weights, **job.options)
-    low = compress_dense(merged, job.rank, sum(stack.ranks))
-    return low, relate(low, opened.factors)
+    low = core.compress_dense(merged, job.rank, sum(stack.ranks))
+    return low, core.relate(low, opened.factors)
 
 
 def _in_factors(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
@@ -174,9 +156,9 @@ def _in_factors(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple
         pair = function(a, b, weights, **options)
     else:
         pair = function(a, weights.sign() * root, **options), function(b, root, **options)
-    updates = to_core([pair])
-    low = compress(updates, updates.cores[0], job.rank, sum(a.ranks))
-    return low, relate(low, opened.factors)
+    updates = core.to_core([pair])
+    low = core.compress(updates, updates.cores[0], job.rank, sum(a.ranks))
+    return low, core.relate(low, opened.factors)
 
 
 _SPACES = {"core": _in_core, "rows": _in_rows, "dense": _in_dense, "factor": _in_factors}
@@ -185,13 +167,12 @@ _SPACES = {"core": _in_core, "rows": _in_rows, "dense": _in_dense, "factor": _in
 def open_stack(job: Job, site: str, dtype: torch.dtype) -> Stack:
     """A site's stack for statistics over the whole model."""
     if job.space in ("core", "rows"):
-        updates = to_core(factors_of(job.experts, site, dtype))
+        updates = core.to_core(factors_of(job.experts, site, dtype))
         matrices = updates.cores if job.space == "core" else updates.cores @ updates.q_a.T
         return stack_of(matrices=matrices, **job.about(site))
     if job.space == "dense":
-        return dense_stack(
-            job, site, lru_cache(1)(lambda: factors_of(job.experts, site, dtype)), dtype
-        )
+        factors = lru_cache(1)(lambda: factors_of(job.experts, site, dtype))
+        return dense_stack(job, site, factors, dtype)
     raise ValueError("options.scope: 'model' has no meaning in space factor; use scope=tensor")
 
 
@@ -213,9 +194,8 @@ def factor_stacks(job: Job, site: str, factors: list[Factors | None]) -> tuple[S
     about = job.about(site)
     if len(set(about["ranks"])) > 1:
         ranks = dict(zip(job.names, about["ranks"], strict=True))
-        raise ValueError(
-            f"space: factor needs one rank for all experts, and {site} has {ranks}; use core"
-        )
+        rule = "factor needs one rank for all experts"
+        raise ValueError(f"space: {rule}, and {site} has {ranks}; use core")
     present = [f for f in factors if f is not None]
     scales = [site_scaling(expert.config, site) ** 0.5 for expert in job.experts]
     a = torch.stack([f[0] * s for f, s in zip(present, scales, strict=True)])

@@ -36,11 +36,9 @@ from moa.merging.source import Source, open_folders, open_run
 from moa.merging.weights import (
     GATES,
     Weights,
-    gates_line,
     gates_of,
     parse_weights,
     read_weights,
-    tasks_of,
 )
 
 Merged = dict[str, MergedSite]
@@ -154,10 +152,9 @@ def measured_gates(
     if routing is None and source.step is None:
         raise ValueError("weights: gates need run=, or routing= with a report of eval.py")
     file = Path(routing) if routing else routing_file(source.step or Path())
-    report = read_routing(file, source.step)
-    tasks = tasks_of(report, task)
-    console.print(gates_line(report, tasks), soft_wrap=True)
-    return gates_of(report, source.experts, tasks)
+    gates, line = gates_of(read_routing(file, source.step), source.experts, task)
+    console.print(line, soft_wrap=True)
+    return gates
 
 
 def warn_of_factors(plan: Plan, console: Console) -> None:

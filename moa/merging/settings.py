@@ -36,10 +36,8 @@ class SiteRule:
         if self.rank is not None:
             parse_rank(self.rank)
         if not self.scale or not all(map(math.isfinite, self.scale)):
-            raise ValueError(
-                f"sites.scale: of {self.match!r} must be one finite number, or several along the depth, "
-                f"got {self.scale}"
-            )
+            rule = "must be one finite number, or several along the depth"
+            raise ValueError(f"sites.scale: of {self.match!r} {rule}, got {self.scale}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +134,8 @@ class Slice:
 
     def __post_init__(self) -> None:
         if len(self.layers) != 2 or self.layers[0] >= self.layers[1]:
-            raise ValueError(
-                f"slices.layers: must be [start, stop], start below stop, got {self.layers}"
-            )
+            rule = "must be [start, stop], start below stop"
+            raise ValueError(f"slices.layers: {rule}, got {self.layers}")
 
 
 @dataclass(frozen=True, kw_only=True)

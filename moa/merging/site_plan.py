@@ -82,9 +82,8 @@ def make_plan(
         rule = None if index is None else rules[index]
         sites = [site for site, found in chosen.items() if found == index]
         if rule is not None and not sites:
-            raise ValueError(
-                f"sites: {rule.match!r} decides no site; rules before it, or none, match"
-            )
+            why = "rules before it, or none, match"
+            raise ValueError(f"sites: {rule.match!r} decides no site; {why}")
         numbers[index] = None
         if sites and not (rule and rule.drop):
             numbers[index] = len(jobs)
@@ -139,8 +138,7 @@ def sum_gates(plan: Plan) -> dict[str, Float[Tensor, " expert"]] | None:
     """The gates of the mixture that a merge equals, per site; None where some method is not a sum."""
     if any(not job.method.is_sum or job.space == "factor" for job in plan.jobs):
         return None  # sums of factors have cross terms
-    count = len(plan.jobs[0].experts)
-    zeros = torch.zeros(count, dtype=torch.float64)
+    zeros = torch.zeros(len(plan.jobs[0].experts), dtype=torch.float64)
     return {
         site: zeros if number is None else _coefficients(plan.jobs[number], site)
         for site, number in plan.sites.items()

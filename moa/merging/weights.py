@@ -84,8 +84,13 @@ def digest(expert: Expert) -> str:
     return found.hexdigest()[:32]
 
 
-def tasks_of(report: dict[str, Any], task: str | None) -> list[str]:
-    """All trained tasks, or the one that is named; ValueError where one was not evaluated."""
+def gates_of(
+    report: dict[str, Any], experts: Sequence[Expert], task: str | None
+) -> tuple[Weights, str]:
+    """Mean gates of all trained tasks, or of one, of a report of `read_routing`, by site where it has them so; a line.
+
+    Raises ValueError for a task that was not evaluated, and for a report of other experts or sites.
+    """
     if task is None and report["missing_tasks"]:
         raise ValueError(
             f"weights={GATES}: the trained tasks {report['missing_tasks']} were not evaluated; name them "
@@ -93,30 +98,21 @@ def tasks_of(report: dict[str, Any], task: str | None) -> list[str]:
         )
     if task is not None and task not in report["per_task"]:
         raise ValueError(f"weights: there is no task {task!r}; choices: {[*report['per_task']]}")
-    return [task] if task else list(report["mean_over"])
-
-
-def gates_line(report: dict[str, Any], tasks: Sequence[str]) -> str:
+    tasks = [task] if task else list(report["mean_over"])
     counts = ", ".join(f"{task} ({report['samples_per_task'][task]} samples)" for task in tasks)
-    return f"weights: the mean gates of {counts}, measured on {report.get('checkpoint')}"
-
-
-def gates_of(report: dict[str, Any], experts: Sequence[Expert], tasks: Sequence[str]) -> Weights:
-    """Mean gates of some tasks of a report of `read_routing`; by site where the report has them so."""
+    line = f"weights: the mean gates of {counts}, measured on {report.get('checkpoint')}"
     names = [expert.name for expert in experts]
     if sorted(report["experts"]) != sorted(names):
         raise ValueError(f"weights: the gates are of {report['experts']}, the experts are {names}")
     if "per_site" not in report:
         rows = [report["per_task"][name] for name in tasks]
-        return dict(zip(report["experts"], _mean(rows), strict=True))
+        return dict(zip(report["experts"], _mean(rows), strict=True)), line
     stacks = [dict(zip(report["sites"], report["per_site"][n], strict=True)) for n in tasks]
     sites = all_sites(experts)
     if lacking := [site for site in sites if site not in stacks[0]]:
         raise ValueError(f"weights: the gates have no site {lacking[0]}")
-    return {
-        site: dict(zip(report["experts"], _mean([stack[site] for stack in stacks]), strict=True))
-        for site in sites
-    }
+    means = {site: _mean([stack[site] for stack in stacks]) for site in sites}
+    return {s: dict(zip(report["experts"], m, strict=True)) for s, m in means.items()}, line
 
 
 def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
@@ -133,8 +129,7 @@ def weight_table(
     names = [expert.name for expert in experts]
     sites = all_sites(experts) if sites is None else sites
     if weights is None or not any(isinstance(value, Mapping) for value in weights.values()):
-        row = weight_row(names, weights, default)
-        return dict.fromkeys(sites, row)
+        return dict.fromkeys(sites, weight_row(names, weights, default))
     table: dict[str, Tensor] = {}
     for site in sites:
         if site not in weights:

@@ -9,7 +9,8 @@ In transformers every token of every sample counts as one value, padding too.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,9 +43,7 @@ def activation_matching(
     seen in the outputs of all linear layers and LayerNorms that make it.
     """
     layers = {name: [_makers(a, units, name) for units in s.units] for name, s in spec.items()}
-    seen = {
-        layer: Covariance() for groups in layers.values() for group in groups for layer in group
-    }
+    seen = {x: Covariance() for groups in layers.values() for group in groups for x in group}
     for batch in batches:
         mine, theirs = (_outputs(model, seen, batch, run) for model in (a, b))
         for layer, covariance in seen.items():
@@ -112,17 +111,11 @@ def watching(
     model: nn.Module, layers: Iterable[str], see: Callable[[str, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """`see(layer, output)` at every pass; what it returns, if anything, takes the output's place."""
-    handles = [
-        model.get_submodule(layer).register_forward_hook(
-            lambda module, inputs, output, layer=layer: see(layer, output)
-        )
-        for layer in layers
-    ]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hook = partial(lambda layer, module, inputs, output: see(layer, output), layer)
+            hooks.enter_context(model.get_submodule(layer).register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # Resetting --------------------------------------------------------------------------------------
@@ -149,21 +142,16 @@ def repair(
     for layer in layers:
         _linear(model, layer)
     found = [unit_statistics(endpoint, layers, batches, run) for endpoint in endpoints]
-    goals = {layer: _interpolate([ends[layer] for ends in found], weights) for layer in layers}
+    share, goals = torch.tensor(list(weights), dtype=torch.float64), Goals()
+    for layer in layers:
+        means, stds = zip(*(ends[layer] for ends in found), strict=True)
+        goals[layer] = share @ torch.stack(means), share @ torch.stack(stds)
     for layer, (mean, std) in unit_statistics(model, layers, batches, run, goals).items():
         linear, (goal_mean, goal_std) = _linear(model, layer), goals[layer]
         gain = goal_std / std
         linear.weight.copy_(linear.weight.double() * gain[:, None])
         linear.bias.copy_(goal_mean + gain * (linear.bias.double() - mean))
     return model
-
-
-def _interpolate(
-    ends: Sequence[tuple[Vector, Vector]], weights: Sequence[float]
-) -> tuple[Vector, Vector]:
-    share = torch.tensor(list(weights), dtype=torch.float64)
-    means, stds = (torch.stack(part) for part in zip(*ends, strict=True))
-    return share @ means, share @ stds
 
 
 def unit_statistics(
@@ -199,7 +187,6 @@ def _moments(count: int, total: Vector, squares: Vector) -> tuple[Vector, Vector
 def _linear(model: nn.Module, layer: str) -> nn.Linear:
     module = model.get_submodule(layer)
     if not isinstance(module, nn.Linear) or module.bias is None:
-        raise ValueError(
-            f"layers: {layer} is not a linear layer with a bias, which REPAIR writes to"
-        )
+        rule = "is not a linear layer with a bias, which REPAIR writes to"
+        raise ValueError(f"layers: {layer} {rule}")
     return module

@@ -87,9 +87,7 @@ def weight_matching(
     """
     check_pair(a, b, spec)
     rng = np.random.default_rng(seed)
-    maps = (
-        dict(start) if start else {name: identity(b, symmetry) for name, symmetry in spec.items()}
-    )
+    maps = dict(start or {name: identity(b, symmetry) for name, symmetry in spec.items()})
     for sweep in range(max_sweeps):
         changed = 0
         for name in rng.permutation(list(spec)):
@@ -110,13 +108,11 @@ def agreement(a: State, b: State, spec: Spec, maps: Maps, name: str) -> list[Mat
     others = {other: map for other, map in maps.items() if other != name}
     keys = {key for units in spec[name].units for key, _ in units.axes}
     moved = align({key: b[key] for key in keys}, spec, others)
-    return [
-        sum(
-            (rows(a[key], axis) @ rows(moved[key], axis).T for key, axis in units.axes),
-            start=torch.zeros(()),
-        )
+    products = (
+        [rows(a[key], axis) @ rows(moved[key], axis).T for key, axis in units.axes]
         for units in spec[name].units
-    ]
+    )
+    return [sum(own, start=torch.zeros(())) for own in products]
 
 
 def best_maps(agreements: list[Matrix], symmetry: Symmetry) -> tuple[list[Tensor], float]:

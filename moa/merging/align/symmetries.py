@@ -36,21 +36,14 @@ def clip_spec(
 def _tower(
     shapes: Shapes, tower: str, projection: str, heads: int, rotate: bool
 ) -> dict[str, Symmetry]:
-    layers = sorted(
-        {
-            match[0]
-            for key in shapes
-            if (match := re.match(rf"{tower}\.encoder\.layers\.(\d+)", key))
-        },
-        key=lambda layer: int(layer.rpartition(".")[2]),
-    )
+    found = (re.match(rf"{tower}\.encoder\.layers\.(\d+)", key) for key in shapes)
+    layers = sorted({m[0] for m in found if m}, key=lambda layer: int(layer.rpartition(".")[2]))
     spec = {f"{tower} residual": Symmetry(units=(_residual(shapes, tower, projection, layers),))}
     for layer in layers:
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         scores = Units(made=_linear(f"{attention}.q_proj") + _linear(f"{attention}.k_proj"))
-        values = Units(
-            made=_linear(f"{attention}.v_proj"), used=((f"{attention}.out_proj.weight", 1),)
-        )
+        out = ((f"{attention}.out_proj.weight", 1),)
+        values = Units(made=_linear(f"{attention}.v_proj"), used=out)
         spec[attention] = Symmetry(units=(scores, values), blocks=heads, rotate=rotate)
         hidden = Units(made=_linear(f"{mlp}.fc1"), used=((f"{mlp}.fc2.weight", 1),))
         spec[mlp] = Symmetry(units=(hidden,))
@@ -62,11 +55,7 @@ def _residual(shapes: Shapes, tower: str, projection: str, layers: Sequence[str]
     for key in shapes:
         if not key.startswith(f"{tower}."):
             continue
-        if (
-            ".embeddings.class_" in key
-            or ".embeddings.patch_" in key
-            or re.search(r"layer_?norm|layrnorm", key)
-        ):
+        if re.search(r"\.embeddings\.(class|patch)_|layer_?norm|layrnorm", key):
             made.append((key, 0))
         elif ".embeddings." in key and key.endswith(".weight"):
             made.append((key, 1))

@@ -20,9 +20,7 @@ def transport(a: State, b: State, spec: Spec) -> Maps:
     maps: Maps = {}
     for name, symmetry in spec.items():
         if symmetry.rotate:
-            raise ValueError(
-                f"spec: {name} may rotate, which transport cannot; build it with rotate=False"
-            )
+            raise ValueError(f"spec: {name} may rotate, which transport cannot; use rotate=False")
         costs = [_costs(a, b, spec, maps, units) for units in symmetry.units]
         maps[name] = tuple(best_maps([-cost for cost in costs], symmetry)[0])
     return maps

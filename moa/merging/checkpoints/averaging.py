@@ -13,16 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moa import checkpoint
 from moa.card import CARD, Card, local_fingerprint
-from moa.checkpoint import (
-    CONFIG,
-    MANIFEST,
-    load_tensors,
-    manifest_of,
-    read_json,
-    save_tensors,
-    verify,
-)
 from moa.config import load_config
 from moa.files.atomic import atomic_folder, write_file, write_json
 from moa.files.peft_config import CONFIG_FILE
@@ -46,9 +38,8 @@ def choose_steps(run: str | Path, steps: Sequence[int], last: int | None) -> lis
         return list(found.values())[-last:]
     missing = [step for step in steps if step not in found]
     if missing:
-        raise ValueError(
-            f"steps: {run} has no step {missing[0]}; choices: {list(found)} (train.keep_last keeps more)"
-        )
+        choices = f"choices: {list(found)} (train.keep_last keeps more)"
+        raise ValueError(f"steps: {run} has no step {missing[0]}; {choices}")
     if len(set(steps)) < len(steps):
         raise ValueError(f"steps: names one twice: {list(steps)}")
     return [found[step] for step in sorted(steps)]
@@ -66,7 +57,7 @@ def average_steps(
     if not 0 < decay <= 1:
         raise ValueError(f"decay: must be above 0 and at most 1, got {decay}")
     for folder in folders:
-        verify(folder)
+        checkpoint.verify(folder)
     raw = torch.tensor([decay**age for age in reversed(range(len(folders)))], dtype=torch.float64)
     weights = raw / raw.sum()
     files = _trained_files(folders)
@@ -74,18 +65,18 @@ def average_steps(
         _copy_rest(folders[-1], temporary)
         for file in files:
             (temporary / file).parent.mkdir(parents=True, exist_ok=True)
-            states = [load_tensors(folder / file) for folder in folders]
-            save_tensors(temporary / file, mean_state(states, weights, str(file)))
+            states = [checkpoint.load_tensors(folder / file) for folder in folders]
+            checkpoint.save_tensors(temporary / file, mean_state(states, weights, str(file)))
         report = {"steps": [folder.name for folder in folders], "weights": weights.tolist(),
                   "files": [str(file) for file in files]}  # fmt: skip
         write_json(temporary / REPORT, report)
         write_file(temporary / CARD, _card(out, folders, weights).text())
-        write_json(temporary / MANIFEST, manifest_of(temporary))
+        write_json(temporary / checkpoint.MANIFEST, checkpoint.manifest_of(temporary))
     return report
 
 
 def _card(out: str | Path, folders: Sequence[Path], weights: Tensor) -> Card:
-    config = load_config(folders[-1] / CONFIG)
+    config = load_config(folders[-1] / checkpoint.CONFIG)
     rows = zip(folders, weights.tolist(), strict=True)
     return Card(
         name=Path(out).name,
@@ -103,22 +94,17 @@ def mean_state(
     states: Sequence[Mapping[str, Tensor]], weights: Float[Tensor, " step"], name: str
 ) -> dict[str, Tensor]:
     """Weighted means of tensors with one name, in float64; tensors that are not floating are the last one's."""
-    for state in states[1:]:
-        odd = sorted({k for k in {*state, *states[0]} if _kind(state, k) != _kind(states[0], k)})
-        if odd:
-            raise ValueError(
-                f"{name}: {odd[0]} differs in shape or dtype between the steps; are they of one run?"
-            )
+    kinds = [{key: (t.shape, t.dtype) for key, t in state.items()} for state in states]
+    for kind in kinds[1:]:
+        if odd := sorted({key for key, _ in kind.items() ^ kinds[0].items()}):
+            what = "differs in shape or dtype between the steps; are they of one run?"
+            raise ValueError(f"{name}: {odd[0]} {what}")
     mean = dict(states[-1])
     for key, newest in mean.items():
         if newest.is_floating_point():
             total = sum(w * state[key].double() for w, state in zip(weights, states, strict=True))
             mean[key] = torch.as_tensor(total).to(newest.dtype)
     return mean
-
-
-def _kind(state: Mapping[str, Tensor], key: str) -> tuple[Any, ...] | None:
-    return (state[key].shape, state[key].dtype) if key in state else None
 
 
 def _trained_files(folders: Sequence[Path]) -> list[Path]:
@@ -132,16 +118,15 @@ def _trained_files(folders: Sequence[Path]) -> list[Path]:
             odd = sorted(str(f) for f in {*files} ^ {*first})
             raise ValueError(f"steps: {folder.name} and {folders[0].name} differ in {odd}")
         for config in (f.parent / CONFIG_FILE for f in first if f.parts[0] == "experts"):
-            if read_json(folder / config) != read_json(folders[0] / config):
-                raise ValueError(
-                    f"steps: {config} differs between {folder.name} and {folders[0].name}"
-                )
+            if checkpoint.read_json(folder / config) != checkpoint.read_json(folders[0] / config):
+                both = f"{folder.name} and {folders[0].name}"
+                raise ValueError(f"steps: {config} differs between {both}")
     return first
 
 
 def _copy_rest(step: Path, out: Path) -> None:
     shutil.copytree(step / "processor", out / "processor")
-    shutil.copyfile(step / CONFIG, out / CONFIG)
+    shutil.copyfile(step / checkpoint.CONFIG, out / checkpoint.CONFIG)
     for expert in step.glob("experts/*"):
         (out / "experts" / expert.name).mkdir(parents=True)
         for name in (CONFIG_FILE, CARD):

@@ -1,8 +1,7 @@
 """Passthrough: slices of layers from one or several checkpoints, stacked into one of another depth.
 
 As mergekit's `passthrough` (depth up-scaling, "frankenmerges"). All that is not a layer of the stack (embeddings, last
-norm, head, other towers) is the first slice's model's. Tensors go from file to file one at a time, whatever the
-depth; the config has the new one, and manifest.json the origin of every tensor.
+norm, head, other towers) is the first slice's model's. Tensors go from file to file one at a time.
 """
 
 import re
@@ -55,13 +54,11 @@ def plan_stack(slices: Sequence[Slice], stack: str | None = None) -> Stacked:
     first = models[slices[0].model]
     path = stack or find_stack(first)
     origins = _origins(models, slices, path)
-    files = replace(
-        first,
-        files={key: source.files.files[source.key] for key, source in origins.items()},
-        shapes={key: source.files.shapes[source.key] for key, source in origins.items()},
-        dtypes={key: source.files.dtypes[source.key] for key, source in origins.items()},
-        config=stacked_config(models, slices, path),
-    )
+    tables: dict[str, Any] = {
+        name: {key: getattr(source.files, name)[source.key] for key, source in origins.items()}
+        for name in ("files", "shapes", "dtypes")
+    }
+    files = replace(first, config=stacked_config(models, slices, path), **tables)
     return Stacked(slices=slices, files=files, origins=origins)
 
 
@@ -181,16 +178,11 @@ def stacked_config(
     part = config[name] if name else config
     depth = depth_of(models[slices[0].model], stack)
     if part.get(DEPTH, depth) != depth:
-        raise ValueError(
-            f"stack: {stack} has {depth} layers, but {name or 'the config'} has {part[DEPTH]}"
-        )
-    changes: dict[str, Any] = {
-        DEPTH: sum(stop - start for start, stop in (p.layers for p in slices))
-    }
+        where = name or "the config"
+        raise ValueError(f"stack: {stack} has {depth} layers, but {where} has {part[DEPTH]}")
+    changes: dict[str, Any] = {DEPTH: sum(p.layers[1] - p.layers[0] for p in slices)}
     if part.get(KINDS):
-        own = {
-            model: files.config[name] if name else files.config for model, files in models.items()
-        }
+        own = {key: f.config[name] if name else f.config for key, f in models.items()}
         changes[KINDS] = [own[p.model][KINDS][index] for p in slices for index in range(*p.layers)]
     if not name:
         return {**config, **changes}

@@ -29,12 +29,7 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
         layers.add_column(name, overflow="fold")  # of layers cut short, many would read alike
     for layer, row in {**summary["layers"], "all": total}.items():
         retained = [number(expert["retention"]) for expert in row["experts"].values()]
-        layers.add_row(
-            _short(layer),
-            str(row["rank"]),
-            f"{row['energy_kept']:.4f}",
-            *retained,
-        )
+        layers.add_row(_short(layer), str(row["rank"]), f"{row['energy_kept']:.4f}", *retained)
     return [experts, layers]
 
 
@@ -93,13 +88,12 @@ def comparison_lines(report: dict[str, Any]) -> list[str]:
 
 def agreement_line(report: dict[str, Any]) -> str | None:
     """The share of greedy tokens that the merge has in common with the routed model, or else with the live mixture."""
-    found = [
-        key for key in ("routed_model", "live_mixture") if key in report.get("comparisons", {})
-    ]
-    if not found:
+    found = report.get("comparisons", {})
+    key = next((key for key in MODELS if key in found), None)
+    if key is None:
         return None
-    share = report["comparisons"][found[0]]["greedy_token_agreement"]
-    of = f"{MODELS[found[0]]} ({report['probe']['samples']} prompts)"
+    share = found[key]["greedy_token_agreement"]
+    of = f"{MODELS[key]} ({report['probe']['samples']} prompts)"
     return f"{share:.0%} of the merge's greedy tokens are those of {of}."
 
 

@@ -5,8 +5,6 @@ what became of each           norm, retention <W, dW_i> / |dW_i|^2, energy insid
 what the method did           energy outside the experts' span, cut by the rank
 what it looks like            singular values of each expert, of their sum and of the result; in one site of each layer
                               also values of A, B and the update, and singular values after pruning and scaling
-A site's record is small, so that memory is one site's factors. Values that are not finite never get here: reading
-refuses them by file and key.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,17 +18,7 @@ from moa.files.peft_config import site_scaling
 from moa.merging.adapters import Expert, all_sites, factors_of
 from moa.merging.core import CoreUpdates, Factors, to_core
 from moa.merging.merge import MergedSite
-from moa.merging.report.interference import (
-    cosines,
-    cross_terms,
-    decompose,
-    histogram,
-    prune,
-    sample_entries,
-    sign_conflict,
-    sign_disagreement,
-    subspace_overlap,
-)
+from moa.merging.report import interference
 from moa.merging.report.retention import layer_of
 
 PRUNED_DENSITY = 0.2  # what RobustMerge keeps
@@ -71,15 +59,15 @@ def measure_site(
     """Of one site. Lists have one entry for each expert, in their order; an expert without the site counts as zero."""
     factors = factors_of(experts, site)
     updates = to_core(factors, canonical=False)
-    parts = [decompose(core) for core in updates.cores]
-    entries = sample_entries(factors)
+    parts = [interference.decompose(core) for core in updates.cores]
+    entries = interference.sample_entries(factors)
     weights = merged.weights if merged else torch.ones(len(experts), dtype=torch.float64)
     record = {
         "norms": updates.cores.square().sum((1, 2)).sqrt().tolist(),
-        "cosine": cosines(updates.cores).tolist(),
-        "overlap": subspace_overlap(parts).tolist(),
-        "sign_disagreement": sign_disagreement(entries).tolist(),
-        "sign_conflict": sign_conflict(entries),
+        "cosine": interference.cosines(updates.cores).tolist(),
+        "overlap": interference.subspace_overlap(parts).tolist(),
+        "sign_disagreement": interference.sign_disagreement(entries).tolist(),
+        "sign_conflict": interference.sign_conflict(entries),
         "cross_terms": site_cross_terms(experts, site, factors, weights),
         "singular_values": [s.tolist() for _, s, _ in parts],
         "zero_rows": [None if pair is None else _zero_rows(pair) for pair in factors],
@@ -95,11 +83,13 @@ def view_site(experts: Sequence[Expert], site: str) -> dict[str, Any]:
     present = [pair for pair in factors if pair is not None]
     return {
         "density": PRUNED_DENSITY,
-        "pruned": [None if pair is None else prune(pair, PRUNED_DENSITY) for pair in factors],
+        "pruned": [
+            None if pair is None else interference.prune(pair, PRUNED_DENSITY) for pair in factors
+        ],
         "histograms": {
-            "A": histogram(torch.cat([a.flatten() for a, _ in present])),
-            "B": histogram(torch.cat([b.flatten() for _, b in present])),
-            "update": histogram(sample_entries(present).flatten()),
+            "A": interference.histogram(torch.cat([a.flatten() for a, _ in present])),
+            "B": interference.histogram(torch.cat([b.flatten() for _, b in present])),
+            "update": interference.histogram(interference.sample_entries(present).flatten()),
         },
     }
 
@@ -115,7 +105,7 @@ def site_cross_terms(
         return None
     roots = [site_scaling(expert.config, site) ** 0.5 for expert in experts]
     pairs = [(f[0] * r, f[1] / r) for f, r in zip(factors, roots, strict=True) if f is not None]
-    return cross_terms(pairs, weights)
+    return interference.cross_terms(pairs, weights)
 
 
 def mean_cross_terms(
@@ -140,7 +130,9 @@ def _outcome(updates: CoreUpdates, merged: MergedSite) -> dict[str, Any]:
         "norm": energy**0.5,
         "rank": merged.lora_a.shape[0],
         "singular_values": b.norm(dim=0).square().tolist(),
-        "singular_values_of_sum": decompose(plain_sum)[1].tolist(),  # before pruning and scaling
+        "singular_values_of_sum": interference.decompose(plain_sum)[
+            1
+        ].tolist(),  # before pruning and scaling
         "cut_by_rank": merged.lost / (energy + merged.lost) if energy + merged.lost else 0.0,
         "outside_span": max(1 - float(inside.square().sum()) / energy, 0.0) if energy else 0.0,
         "retention": _ratio(merged.experts.overlap, merged.experts.energy),
@@ -174,7 +166,6 @@ def _over_sites(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return (values * product).sum(0) / total.clamp(min=TINY)
 
     disagreement, met = mean("sign_disagreement", product.sum(0)).tolist(), product.sum(0).tolist()
-
     weighed = list(zip(rows, energy.sum(1).tolist(), strict=True))
     record: dict[str, Any] = {
         "norms": whole.tolist(),
