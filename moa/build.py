@@ -75,22 +75,15 @@ def build_mixture(
             place(bank, name, header)
             note(f"expert {name}: {line}" if line else "")
         else:
-            bank.add(
-                name,
-                rank=expert.rank or RANK,
-                alpha=expert.alpha or ALPHA,
-                use_rslora=bool(expert.use_rslora),
-                targets=expert.targets,
-                seed=config.seed,
-            )
+            made: dict[str, Any] = {"rank": expert.rank or RANK, "alpha": expert.alpha or ALPHA}
+            made["use_rslora"] = bool(expert.use_rslora)
+            bank.add(name, targets=expert.targets, seed=config.seed, **made)
         bank.freeze(name, expert.frozen)
     router = build_router(config, bank, backbone.dims)
     if config.router.granularity == "token":
         bank.add_token_routers(seed=config.seed)
-    names, weights = (
-        ("kind", "top_k", "null_expert", "temperature", "granularity"),
-        config.router.weights,
-    )
+    weights = config.router.weights
+    names = ("kind", "top_k", "null_expert", "temperature", "granularity")
     routing: dict[str, Any] = {name: getattr(config.router, name) for name in names}
     routing["weights"] = [weights.get(name, 0.0) for name in config.experts] if weights else None
     if not backbone.compares:
@@ -189,12 +182,9 @@ def check_for_clip(config: RunConfig) -> None:
 
 def only_adapter(folder: str | Path) -> list[Override]:
     """Overrides that make a PEFT folder, such as a merged adapter, a config's only expert, always on."""
-    return [
-        ("data.expert", "merged"),
-        ("router", {"kind": "fixed"}),
-        ("stages", {}),
-        ("experts", {"merged": {"init_from": str(folder)}}),
-    ]
+    experts = {"merged": {"init_from": str(folder)}}
+    alone: list[Override] = [("router", {"kind": "fixed"}), ("stages", {})]
+    return [("data.expert", "merged"), *alone, ("experts", experts)]
 
 
 def build_router(config: RunConfig, bank: ExpertBank, dims: dict[str, int]) -> nn.Module | None:

@@ -18,14 +18,7 @@ from torch import Tensor
 
 from data.batch import Batch
 from data.pairs import PairBatch, fill, only_images, only_texts, templates
-from moa.contrastive import (
-    batch_sizes,
-    compared,
-    gather_rows,
-    not_negatives,
-    sigmoid_loss,
-    softmax_loss,
-)
+from moa import contrastive
 from moa.model import MixtureModel, MixtureOutput
 from moa.routing.routing import Gates
 
@@ -87,7 +80,7 @@ class ClipMixture(MixtureModel):
 
     def probe(self, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
         """What an export must reproduce: features [batch, side, dim] and each image's nearest text [batch, 1]."""
-        return compared(*self.routed_features(batch))
+        return contrastive.compared(*self.routed_features(batch))
 
     def image_features(
         self, batch: Batch, gates: Float[Tensor, "batch site expert"]
@@ -117,21 +110,21 @@ class ClipMixture(MixtureModel):
     def _contrast(self, batch: PairBatch, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [batch, all] and the loss; in training over the samples of all processes."""
         count = len(batch)
-        sizes = batch_sizes(count, images.device) if self.training else [count]
+        sizes = contrastive.batch_sizes(count, images.device) if self.training else [count]
         start = sum(sizes[: dist.get_rank()]) if len(sizes) > 1 else 0
         own = torch.arange(start, start + count, device=images.device)
         text_keys, image_keys, sources, all_texts = (
-            gather_rows(rows, sizes)
+            contrastive.gather_rows(rows, sizes)
             for rows in (batch.text_keys, batch.image_keys, batch.source_keys, texts)
         )
-        ignored = not_negatives(text_keys, image_keys, own)
+        ignored = contrastive.not_negatives(text_keys, image_keys, own)
         if self.negatives == "source":
             ignored = ignored | (sources[own, None] != sources)
         logits = self.backbone.logits(images, all_texts)
         if self.backbone.is_sigmoid:
-            return logits, sigmoid_loss(logits, own, ignored)
-        text_logits = self.backbone.logits(texts, gather_rows(images, sizes))
-        return logits, softmax_loss(logits, text_logits, own, ignored)
+            return logits, contrastive.sigmoid_loss(logits, own, ignored)
+        text_logits = self.backbone.logits(texts, contrastive.gather_rows(images, sizes))
+        return logits, contrastive.softmax_loss(logits, text_logits, own, ignored)
 
     def _classify(self, batch: PairBatch, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [batch, class], -inf past a sample's own choices, and the cross-entropy."""
@@ -142,9 +135,8 @@ class ClipMixture(MixtureModel):
         most = max(len(sample.choices) for sample in batch.samples)
         rows = []
         for image, sample in zip(images, batch.samples, strict=True):
-            row = self.backbone.logits(
-                image[None], self.frozen_head(sample.question, sample.choices)
-            )
+            head = self.frozen_head(sample.question, sample.choices)
+            row = self.backbone.logits(image[None], head)
             rows.append(F.pad(row[0], (0, most - row.shape[1]), value=-torch.inf))
         logits = torch.stack(rows)
         wanted = [sample.choices.index(sample.answers[0]) for sample in batch.samples]

@@ -100,10 +100,8 @@ class MixtureModel(nn.Module):
         """
         if override is not None:
             return self.routing.override(override, available)
-        evidence = self.evidence(batch, look)
-        return self.routing.decide(
-            evidence, batch.expert_ids, withhold=withhold, available=available
-        )
+        choice: dict[str, Any] = {"withhold": withhold, "available": available}
+        return self.routing.decide(self.evidence(batch, look), batch.expert_ids, **choice)
 
     def set_gates(self, decided: Gates, batch: Batch, *, expand: bool = False) -> None:
         """Let the coming forward of a batch use these gates; `expand` where generation repeats samples."""
@@ -144,16 +142,11 @@ class MixtureModel(nn.Module):
         `compare` the shapes of what was kept and what is recomputed: not of weights that come and go.
         """
         if not self.backbone.recomputes:
-            raise ValueError(
-                "train.gradient_checkpointing: open_clip recomputes without a place for the gates"
-            )
-        self.model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={
-                "use_reentrant": False,
-                "context_fn": self.bank.context.checkpoint_contexts,
-                "determinism_check": "default" if compare else "none",
-            }
-        )
+            why = "open_clip recomputes without a place for the gates"
+            raise ValueError(f"train.gradient_checkpointing: {why}")
+        options: dict[str, Any] = {"context_fn": self.bank.context.checkpoint_contexts}
+        options |= {"use_reentrant": False, "determinism_check": "default" if compare else "none"}
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 class LanguageMixture(MixtureModel):
@@ -238,10 +231,8 @@ class LanguageMixture(MixtureModel):
 
     def _is_plain(self, part: str) -> bool:
         """Whether a part of the model has neither experts nor training."""
-        parameters = self.model.get_submodule(part).parameters()
-        return not any(parameter.requires_grad for parameter in parameters) and not any(
-            site.startswith(f"{part}.") for site in self.bank.sites
-        )
+        trained = any(p.requires_grad for p in self.model.get_submodule(part).parameters())
+        return not trained and not any(site.startswith(f"{part}.") for site in self.bank.sites)
 
     def _decisions(self, batch: Batch, decided: Gates) -> tuple[dict[str, Tensor], Tensor]:
         """Losses on the decisions, and the gates [batch, site or 1, expert] that were used."""
@@ -266,9 +257,8 @@ def answer_loss(
     if labels is None:
         zeros = logits.new_zeros(num_samples, dtype=torch.float32)
         return zeros, zeros.long()
-    loss = F.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-    ).view(labels.shape)
+    flat = logits.float().flatten(0, 1), labels.flatten()  # -100 is ignored
+    loss = F.cross_entropy(*flat, reduction="none").view(labels.shape)
     count = (labels != -100).sum(1)
     return loss.sum(1) / count.clamp(min=1), count
 

@@ -54,14 +54,11 @@ def split_attention(model: nn.Module) -> list[str]:
 
     Attention with other keys than queries in width, or with the sequence first, stays as it is.
     """
-    packed = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention) and _can_be_split(module)
-    ]
-    for name in packed:
-        module: Any = model.get_submodule(name)
-        model.set_submodule(name, SplitAttention(module))
+    packed = []
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.MultiheadAttention) and _can_be_split(module):
+            model.set_submodule(name, SplitAttention(module))
+            packed.append(name)
     return packed
 
 
@@ -82,13 +79,9 @@ def _packed(split: SplitAttention) -> nn.MultiheadAttention:
     weights = [getattr(split, name).weight for name in PARTS]
     biases = [getattr(split, name).bias for name in PARTS]
     with torch.device("meta"):
-        packed = nn.MultiheadAttention(
-            weights[0].shape[1],
-            split.num_heads,
-            dropout=split.dropout,
-            bias=biases[0] is not None,
-            batch_first=True,
-        )
+        options: dict[str, Any] = {"bias": biases[0] is not None, "batch_first": True}
+        width = weights[0].shape[1]
+        packed = nn.MultiheadAttention(width, split.num_heads, split.dropout, **options)
     packed.in_proj_weight = nn.Parameter(torch.cat(weights), weights[0].requires_grad)
     if biases[0] is not None:
         packed.in_proj_bias = nn.Parameter(torch.cat(biases), biases[0].requires_grad)

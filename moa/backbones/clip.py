@@ -1,5 +1,4 @@
-"""CLIP and SigLIP of transformers behind the few operations that the mixture needs: two towers, each
-run by itself, and a processor that pads texts as the text tower was taught."""
+"""CLIP and SigLIP of transformers behind the few operations that the mixture needs: two towers, each run by itself."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -154,12 +153,8 @@ def load_clip(name: str, dtype: torch.dtype = torch.float32) -> ClipBackbone:
     widths = {"image": config.vision_config.hidden_size, "text": config.text_config.hidden_size}
     with faults_of(name, "processor"):
         processor = of_transformers(AutoProcessor.from_pretrained(name), config)
-    backbone = ClipBackbone(
-        model=model.eval().requires_grad_(False),
-        processor=processor,
-        dims=widths,
-        name=name,
-    )
+    frozen = model.eval().requires_grad_(False)
+    backbone = ClipBackbone(model=frozen, processor=processor, dims=widths, name=name)
     check_end_of_text(backbone)
     return backbone
 

@@ -2,10 +2,9 @@
 
     look      tower and projector without experts: what the router sees
     features  the images as the language model reads them, with the gates that are set
-    hidden_states, logits, generate   the model's own code, with those features as input
 
-What differs between architectures is a row of families.py. The model stays as it is: inside a
-`with`, a method of one of its modules gives back what was computed before.
+What differs between architectures is a row of families.py. The model stays as it is: inside a `with`, a method of one
+of its modules gives back what was computed before.
 """
 
 import functools
@@ -13,7 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -59,9 +58,7 @@ class Backbone:
 
     compares: ClassVar[bool] = False  # images with texts; else it answers in tokens
     shardable: ClassVar[bool] = True  # by DeepSpeed ZeRO and FSDP2
-    recomputes: ClassVar[bool] = (
-        True  # in the backward pass, each layer with the gates it first had
-    )
+    recomputes: ClassVar[bool] = True  # in the backward pass, with the gates it first had
     task_type: ClassVar[str | None] = "CAUSAL_LM"  # PEFT's word in an adapter's config
 
     @property
@@ -87,9 +84,8 @@ class Backbone:
 
         Raises ValueError where prompts and images do not fit: a prompt was cut, or images miss.
         """
-        counts, images = self._tokens_per_sample(batch), self._images(batch)
-        config, family = self.model.config, self.family
-        return image_rows(counts, images, batch.image_index, config, family)
+        both = self._tokens_per_sample(batch), self._images(batch)
+        return image_rows(*both, batch.image_index, self.model.config, self.family)
 
     def owners_of(self, inputs: Mapping[str, Tensor]) -> dict[str, Int[Tensor, " _"]]:
         """The same from the model's own inputs, where a prompt has at most one image."""
@@ -106,28 +102,20 @@ class Backbone:
         seen: dict[str, Any] = {}
         tower = self.model.get_submodule(self.family.tower)
         projector = self.model.get_submodule(self.family.projectors[0])
-        hooks = [
+        with (
             tower.register_forward_hook(lambda *call: seen.update(tower=call[-1])),
             projector.register_forward_pre_hook(lambda _, args: seen.update(tokens=args[0])),
-        ]
-        try:
+        ):
             features = self.features(batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
         owner, tokens = self.owners(batch)["image"], seen["tokens"]
         tokens = tokens if tokens.dim() == 3 else tokens[:, None]
         return Look(tokens=tokens, owner=owner, tower=seen["tower"], features=features)
 
     def features(self, batch: Batch, tower: Any = None) -> Any:
         """The output of get_image_features; `tower` is the tower's output, where it was computed before."""
-        inputs = self._images(batch)
-        if tower is None:
-            return self.model.model.get_image_features(**inputs, return_dict=True)
-        with answering(
-            self.model.get_submodule(self.family.tower), "forward", lambda *_, **__: tower
-        ):
-            return self.model.model.get_image_features(**inputs, return_dict=True)
+        module, read = self.model.get_submodule(self.family.tower), lambda *_, **__: tower
+        with nullcontext() if tower is None else answering(module, "forward", read):
+            return self.model.model.get_image_features(**self._images(batch), return_dict=True)
 
     def embed(self, ids: Int[Tensor, "*lead"]) -> Float[Tensor, "*lead width"]:
         """The language model's input embeddings."""
@@ -153,7 +141,8 @@ class Backbone:
             # through the prompt, so that gradients come in the same order on all (FSDP2).
             further = getattr(features, "deepstack_features", None) or ()  # Qwen3-VL
             nothing = 0.0 * _total([features.pooler_output, further])
-            with _adding(self.model.get_input_embeddings(), nothing):
+            embeddings = self.model.get_input_embeddings()
+            with embeddings.register_forward_hook(lambda _, args, output: output + nothing):
                 return self.model.model(**inputs, use_cache=False).last_hidden_state
         with self._with_features(features, batch):
             output = self.model.model(**inputs, **self._images(batch), use_cache=False)
@@ -188,13 +177,8 @@ class Backbone:
 
     def unused_sites(self) -> list[str]:
         """Linear layers of the vision tower whose output never reaches the language model."""
-        return [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
-            and _inside(name, self.family.tower)
-            and not self._is_read(name)
-        ]
+        layers = (n for n, m in self.model.named_modules() if isinstance(m, nn.Linear))
+        return [n for n in layers if _inside(n, self.family.tower) and not self._is_read(n)]
 
     def _is_read(self, name: str) -> bool:
         if _inside(name, *self.family.projectors):
@@ -241,9 +225,8 @@ class Backbone:
     def _with_features(self, features: Any, batch: Batch) -> Iterator[None]:
         """Inside, the model takes these features for the batch's images."""
         rows, counts = batch.pixel_values.shape[0], self._tokens_per_sample(batch)
-        own = self.model.model.get_image_features
 
-        @functools.wraps(own)  # generate reads the signature
+        @functools.wraps(self.model.model.get_image_features)  # generate reads the signature
         def features_of(pixel_values: Tensor, *_: Any, **__: Any) -> Any:
             times = pixel_values.shape[0] // rows
             return features if times == 1 else repeated(features, times, counts)
@@ -290,34 +273,19 @@ def repeated(features: Any, times: int, counts: Int[Tensor, " batch"]) -> Any:
     """
     if getattr(features, "deepstack_features", None) is not None:
         raise ValueError("num_beams, num_return_sequences: above 1 this needs transformers >= 5.23")
-    entries = features.pooler_output
-    starts, place = [], 0
-    for entry in entries:
-        starts.append(place)
-        place += len(entry)
-    owner = torch.searchsorted(counts.cumsum(0).cpu(), torch.tensor(starts), right=True)
+    entries: Any = features.pooler_output
+    sizes = torch.tensor([len(entry) for entry in entries])
+    owner = torch.searchsorted(counts.cumsum(0).cpu(), sizes.cumsum(0) - sizes, right=True)
     samples = [(owner == sample).nonzero()[:, 0].tolist() for sample in range(len(counts))]
     order = [i for own in samples for _ in range(times) for i in own]
-    copy = type(features)(**features)
-    copy.pooler_output = (
-        entries[order] if isinstance(entries, Tensor) else [entries[i] for i in order]
-    )
+    copy, whole = type(features)(**features), isinstance(entries, Tensor)
+    copy.pooler_output = entries[order] if whole else [entries[i] for i in order]
     return copy
 
 
 def _total(parts: Any) -> Any:
     """The sum of all numbers in tensors, nested in sequences."""
     return parts.sum() if isinstance(parts, Tensor) else sum(map(_total, parts))
-
-
-@contextmanager
-def _adding(module: nn.Module, number: Tensor) -> Iterator[None]:
-    """Inside, a module's output has a number added."""
-    hook = module.register_forward_hook(lambda _module, _inputs, output: output + number)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _inside(name: str, *prefixes: str) -> bool:
@@ -367,16 +335,14 @@ def load_backbone(
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights: in a log it is noise
     model = load_weights(AutoModelForImageTextToText, name_or_path, dtype=dtype, **options)
-    return Backbone(
-        model=model.eval().requires_grad_(False), processor=processor, name=name_or_path
-    )
+    frozen = model.eval().requires_grad_(False)
+    return Backbone(model=frozen, processor=processor, name=name_or_path)
 
 
 def read_config(name_or_path: str) -> Any:
     """The config of a base of the family; ValueError for any other."""
     config = read_any_config(name_or_path)
     if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model: {name_or_path} is a {config.model_type}; choices: {', '.join(FAMILIES)}"
-        )
+        choices = ", ".join(FAMILIES)
+        raise ValueError(f"model: {name_or_path} is a {config.model_type}; choices: {choices}")
     return config

@@ -33,13 +33,9 @@ def load_weights(auto: Any, name: str, **options: Any) -> Any:
     logging.set_verbosity_error()  # of its report on what is checked here
     try:
         with faults_of(name, "weights"):
-            model, found = auto.from_pretrained(
-                name,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below
-                **options,
-            )
+            options |= {"use_safetensors": True, "output_loading_info": True}
+            # what has another shape is named below
+            model, found = auto.from_pretrained(name, ignore_mismatched_sizes=True, **options)
     finally:
         logging.set_verbosity(level)
     check_loaded(name, found)
@@ -74,6 +70,5 @@ def faults_of(name: str, part: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or "no reason given"
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        raise ValueError(
-            f"model: {name}: its {part} cannot be loaded: {kind}{reason[:300]}"
-        ) from error
+        what = f"its {part} cannot be loaded: {kind}{reason[:300]}"
+        raise ValueError(f"model: {name}: {what}") from error

@@ -59,10 +59,8 @@ def text_tower(model: Any) -> Any:
 
 
 def image_tokens(model: Any, pixels: Tensor) -> Tensor:
-    found = model.visual.forward_intermediates(
-        pixels, indices=1, intermediates_only=True, output_fmt="NLC"
-    )
-    return found["image_intermediates"][-1]
+    options = {"indices": 1, "intermediates_only": True, "output_fmt": "NLC"}
+    return model.visual.forward_intermediates(pixels, **options)["image_intermediates"][-1]
 
 
 def is_open_clip(name: str) -> bool:
@@ -75,17 +73,12 @@ def load_open_clip(name: str, dtype: torch.dtype = torch.float32) -> OpenClipBac
 
     architecture, pretrained = parse_name(name)
     with faults_of(name, "open_clip files"):
-        model, _, transform = open_clip.create_model_and_transforms(
-            architecture,
-            pretrained=pretrained,
-            require_pretrained=True,
-            force_patch_dropout=0.0,  # the frozen base sees whole images, in training too
-        )
-        tokenizer = open_clip.get_tokenizer(architecture)
-    config = {
-        "model_cfg": open_clip.get_model_config(architecture),
-        "preprocess_cfg": dict(model.visual.preprocess_cfg),
-    }
+        # without patch dropout: the frozen base sees whole images, in training too
+        options: dict[str, Any] = {"require_pretrained": True, "force_patch_dropout": 0.0}
+        made = open_clip.create_model_and_transforms(architecture, pretrained, **options)
+        model, transform, tokenizer = made[0], made[2], open_clip.get_tokenizer(architecture)
+    config = {"model_cfg": open_clip.get_model_config(architecture)}
+    config["preprocess_cfg"] = dict(model.visual.preprocess_cfg)
     split_attention(model)
     take_dtype_from_embedding(model)
     model = model.eval().requires_grad_(False)
@@ -142,7 +135,7 @@ def files_of_open_clip(name: str) -> tuple[list[Path], dict[str, Any]]:
             file = download_pretrained(open_clip.get_pretrained_cfg(architecture, pretrained))
     if not file or config is None:
         raise ValueError(
-            f"model: {name} has no weights, or an architecture that open_clip does not have"
+            f"model: {name} has no weights, or is an architecture unknown to open_clip"
         )
     return [Path(file)], dict(config)
 
@@ -197,7 +190,6 @@ def reload_difference(folder: Path, backbone: OpenClipBackbone, expected: Tensor
     plain = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
     difference = float((probe_features(plain, backbone) - expected).abs().max())
     if not difference < TOLERANCE:
-        raise ValueError(
-            f"{folder}: reloaded features differ by {difference:.2g}; nothing was written"
-        )
+        what = f"reloaded features differ by {difference:.2g}"
+        raise ValueError(f"{folder}: {what}; nothing was written")
     return difference

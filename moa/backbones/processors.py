@@ -92,10 +92,8 @@ def adjusted(image_processor: Any, settings: Mapping[str, Any]) -> Any:
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"{KEY}.{name}: {kind.__name__} has no such setting; {hint}choices: "
-                f"{', '.join(known)}"
-            )
+            choices = f"{hint}choices: {', '.join(known)}"
+            raise ValueError(f"{KEY}.{name}: {kind.__name__} has no such setting; {choices}")
     try:
         return kind.from_dict({**image_processor.to_dict(), **settings})
     except (TypeError, ValueError) as error:

@@ -30,13 +30,7 @@ def quantization_config(name: str | None, dtype: torch.dtype) -> dict[str, Any]:
         )
     from transformers import BitsAndBytesConfig
 
-    if name == "8bit":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    four |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    config = BitsAndBytesConfig(**({"load_in_8bit": True} if name == "8bit" else four))
     return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}

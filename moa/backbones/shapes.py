@@ -72,9 +72,8 @@ def find_shape(name: str) -> Any:
         return named_shape(name)
     folder = Path(name)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise ValueError(
-            f"backbone: {name!r} is not a folder; choices: {', '.join(LLAMA_2)}, a folder"
-        )
+        choices = f"{', '.join(LLAMA_2)}, a folder"
+        raise ValueError(f"backbone: {name!r} is not a folder; choices: {choices}")
     config = read_any_config(name)
     possible = [kind for kind, family in FAMILIES.items() if family.rows in PLANNED]
     if config.model_type not in possible:

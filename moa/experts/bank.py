@@ -124,8 +124,7 @@ class ExpertBank:
         """
         self._check_new(name)
         chosen = self.sites if targets is None else select(targets, self.sites, f"{name}.targets")
-        made = KINDS[kind].fresh(chosen, name, seed=seed, **settings)
-        self._register(name, kind, made)
+        self._register(name, kind, KINDS[kind].fresh(chosen, name, seed=seed, **settings))
 
     def import_expert(
         self,
@@ -141,8 +140,7 @@ class ExpertBank:
         Raises ValueError for keys that no site consumes, and for shapes of another base.
         """
         self._check_new(name)
-        made = KINDS[kind].load(self.sites, name, tensors, config, **options)
-        self._register(name, kind, made)
+        self._register(name, kind, KINDS[kind].load(self.sites, name, tensors, config, **options))
 
     def fit(self, header: ExpertHeader) -> tuple[ExpertHeader, str | None]:
         """An adapter's header with the bank's own sites alone, as the model spells them; a line on what was dropped.
@@ -262,30 +260,24 @@ class ExpertBank:
         `decide` turns logits, divided by the temperature, into gates and probabilities. `recording`
         keeps each site's logits for `take_token_logits`.
         """
+        options: dict[str, Any] = {"temperature": temperature, "recording": recording}
         self.context.state = GateState(
-            gates=None,
-            experts=tuple(self.names),
-            decide=decide,
-            temperature=temperature,
-            recording=recording,
+            gates=None, experts=tuple(self.names), decide=decide, **options
         )
 
     def take_token_logits(self) -> dict[str, Float[Tensor, "*_ expert"]]:
         """Site -> the logits of the last forward's tokens, over the temperature; kept no longer."""
-        state = self.context.state
-        taken = dict(state.token_logits) if state is not None else {}
-        if state is not None:
-            state.token_logits.clear()  # they would keep the graph until the next forward
+        state, taken = self.context.state, dict[str, Tensor]()
+        if state is not None:  # left there, they would keep the graph until the next forward
+            taken, state.token_logits = state.token_logits, {}
         return taken
 
     def add_token_routers(self, *, seed: int = 0, std: float | int = 0.02) -> None:
         """A float32 router [expert, in] at every site; all experts come before, at all sites."""
         for name, site in self.sites.items():
             if site.experts != self.names:
-                raise ValueError(
-                    f"token routing needs every expert at every site: {name} has "
-                    f"{site.experts} of {self.names}"
-                )
+                rule = "token routing needs every expert at every site"
+                raise ValueError(f"{rule}: {name} has {site.experts} of {self.names}")
             generator = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}"))
             weight = torch.randn(len(self.names), site.base_layer.in_features, generator=generator)
             site.token_router = nn.Parameter((weight * std).to(site.base_layer.weight.device))

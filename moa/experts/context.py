@@ -50,9 +50,7 @@ class GateState:
             return self._token_gates(site, x, token_router)
         gates = self.gates.get(site)
         if gates is None:
-            raise ValueError(
-                f"{site}: has no gates: set_gates got no owners for the rows of its stream"
-            )
+            raise ValueError(f"{site}: has no gates: set_gates got no owners of its stream's rows")
         if x.dim() == 2 and gates.shape[0] == x.shape[0]:
             return gates[:, 0]  # a row is a token: the patches of all images, one after the other
         if x.dim() == 3 and gates.shape[0] in (1, x.shape[0]):

@@ -26,9 +26,8 @@ class ExpertKind:
     # (sites, name, tensors, config) -> settings: an expert from its file
     load: Callable[..., dict[str, Any]]
     state: Callable[..., dict[str, Tensor]]  # (sites, name): what its file holds, sharing memory
-    overwrite: Callable[
-        [Mapping[str, Tensor], Mapping[str, Tensor], str], None
-    ]  # a state by another
+    # a state by another
+    overwrite: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], str], None]
     config: Callable[..., dict[str, Any]]  # (sites, name, **settings): the settings in its file
 
 

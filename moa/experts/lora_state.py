@@ -103,10 +103,8 @@ def overwrite(own: Factors, tensors: Factors, name: str) -> None:
     """Copy tensors into an expert's own; ValueError unless keys and shapes are the same."""
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
-        raise ValueError(
-            f"expert {name}: {len(missing)} keys missing {missing[:2]}, {len(extra)} keys unknown "
-            f"{extra[:2]}"
-        )
+        lacking = f"{len(missing)} keys missing {missing[:2]}"
+        raise ValueError(f"expert {name}: {lacking}, {len(extra)} keys unknown {extra[:2]}")
     for key, tensor in tensors.items():
         if tensor.shape != own[key].shape:
             shapes = f"{list(tensor.shape)}, expected {list(own[key].shape)}"

@@ -156,14 +156,10 @@ def trace(
     tokens, pack = tokens or config.prompt.max_length, config.train.pack_length
     lengths = Lengths(tokens=tokens, answer=answer, image=run.image_tokens, pack=pack)
     samples = max(samples, 2)  # one alone has no padding, and so no mask
-    steps = []
-    for count in (samples, 2 * samples):
-        note(f"{backbone}: a step of {count} samples")
-        steps.append(run.measure(lengths, count))
-    low, high = steps
-    return Traced(
-        backbone=backbone, lengths=lengths, shape=run.shape, samples=samples, low=low, high=high
-    )
+    note(f"{backbone}: steps of {samples} and {2 * samples} samples")
+    low, high = (run.measure(lengths, count) for count in (samples, 2 * samples))
+    about: dict[str, Any] = {"backbone": backbone, "lengths": lengths, "shape": run.shape}
+    return Traced(samples=samples, low=low, high=high, **about)
 
 
 def make_plan(traced: Traced, layout: Layout, machine: Machine, quantized: bool) -> Plan:

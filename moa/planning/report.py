@@ -8,10 +8,7 @@ from rich.table import Table
 
 from moa.planning.plan import GB, GIB, Choice, Plan
 
-MEMORY = {
-    "trained": "experts, router",
-    "optimizer": "AdamW",
-}  # headings that are not the part's name
+MEMORY = {"trained": "experts, router", "optimizer": "AdamW"}  # headings that are not the part's
 PARTS = ("base", "trained", "gradients", "optimizer", "buffers", "activations")
 
 

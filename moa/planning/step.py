@@ -8,7 +8,7 @@ The step is the loop's: autocast, the model's own forward and backward, make_opt
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,9 +101,7 @@ def visited(model: nn.Module) -> Iterator[list[Tensor]]:
             found.extend(module.parameters(recurse=False))
 
     layers = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
-    hooks = [layer.register_forward_hook(collect) for layer in layers]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(collect))
         yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -20,22 +20,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
-    """What gates are decided from. Logits are divided by the temperature; a null expert is their last choice."""
-
-    logits: Any = None  # [batch, site, choice]; None for a kind without a router
-    mask: Any = None  # False where an expert may not be used; None: all may
-    top_k: int = 0
-    expert_ids: Any = None  # [batch]; -1 is unknown
-    weights: Any = None  # [expert]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Kind:
     """One kind: its function, and what the others need of it."""
 
-    # gates as logits, and of learned kinds the probabilities that losses read (before top-k, sum 1)
-    gates: "Callable[[Given], tuple[Tensor, Tensor | None]]"
+    # gates as logits, and of learned kinds the probabilities that losses read (before top-k, sum 1), from
+    #   logits [batch, site, choice], over the temperature, a null expert last; None without a router
+    #   mask, False where an expert may not be used, or None; top_k; expert_ids [batch], -1 unknown; weights [expert]
+    gates: "Callable[..., tuple[Tensor, Tensor | None]]"
     # makes the module with the logits from experts, sites, dims, num_tasks and the options
     router: "Callable[..., nn.Module] | None" = None
     learns: Literal["gradient", "means"] | None = None  # by an optimiser, or by adding samples up
@@ -43,40 +34,41 @@ class Kind:
     null_expert: bool = False  # may have one choice more, no expert at all
     by_expert: bool = False  # decides by the sample's own expert
     module_options: tuple[str, ...] = ()  # settings in the config that `router` takes
-    options: tuple[str, ...] = ()  # settings that the function reads from `Given`
+    options: tuple[str, ...] = ()  # settings that the function reads
 
 
-def softmax(given: Given) -> "tuple[Tensor, Tensor | None]":
+def softmax(*, logits: Any, mask: Any, **_: Any) -> "tuple[Tensor, Tensor | None]":
     from moa.routing.gating import softmax_gates, top_k_gates
 
-    probs, mask = softmax_gates(given.logits), given.mask
-    return (probs if mask is None else top_k_gates(given.logits, probs.shape[-1], mask)), probs
+    probs = softmax_gates(logits)
+    return (probs if mask is None else top_k_gates(logits, probs.shape[-1], mask)), probs
 
 
-def top_k(given: Given) -> "tuple[Tensor, Tensor | None]":
+def top_k(*, logits: Any, mask: Any, top_k: int, **_: Any) -> "tuple[Tensor, Tensor | None]":
     from moa.routing.gating import softmax_gates, top_k_gates
 
-    return top_k_gates(given.logits, given.top_k, given.mask), softmax_gates(given.logits)
+    return top_k_gates(logits, top_k, mask), softmax_gates(logits)
 
 
-def sigmoid(given: Given) -> "tuple[Tensor, Tensor | None]":
+def sigmoid(*, logits: Any, mask: Any, **_: Any) -> "tuple[Tensor, Tensor | None]":
     from moa.routing.gating import sigmoid_gates
 
-    gates = sigmoid_gates(given.logits)
-    probs = gates / gates.sum(-1, keepdim=True)
-    return (gates if given.mask is None else gates * given.mask), probs
+    gates = sigmoid_gates(logits)
+    return (gates if mask is None else gates * mask), gates / gates.sum(-1, keepdim=True)
 
 
-def one_hot(given: Given) -> "tuple[Tensor, Tensor | None]":
+def one_hot(
+    *, expert_ids: Any, weights: Any, mask: Any, **_: Any
+) -> "tuple[Tensor, Tensor | None]":
     from moa.routing.gating import apply_availability, one_hot_gates
 
-    gates = one_hot_gates(given.expert_ids, len(given.weights))[:, None]
-    return (gates if given.mask is None else apply_availability(gates, given.mask)), None
+    gates = one_hot_gates(expert_ids, len(weights))[:, None]
+    return (gates if mask is None else apply_availability(gates, mask)), None
 
 
-def fixed(given: Given) -> "tuple[Tensor, Tensor | None]":
-    gates = given.weights.expand(len(given.expert_ids), 1, -1)
-    return (gates if given.mask is None else gates * given.mask), None
+def fixed(*, expert_ids: Any, weights: Any, mask: Any, **_: Any) -> "tuple[Tensor, Tensor | None]":
+    gates = weights.expand(len(expert_ids), 1, -1)
+    return (gates if mask is None else gates * mask), None
 
 
 def learned_router(**options: Any) -> "nn.Module":

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moa.routing.gating import apply_availability
-from moa.routing.kinds import KINDS, Given
+from moa.routing.kinds import KINDS
 from moa.routing.losses import gate_losses
 from moa.routing.router import Evidence
 
@@ -77,9 +77,9 @@ class Routing(nn.Module):
     def override(self, gates: Tensor, available: Tensor | None = None) -> Gates:
         """Gates [batch, expert] or [batch, site or 1, expert] from elsewhere, where experts are available."""
         gates = (gates if gates.dim() == 3 else gates[:, None]).float()
-        return Gates(
-            gates=gates if available is None else apply_availability(gates, _rows(available, gates))
-        )
+        if available is not None:
+            gates = apply_availability(gates, _rows(available, gates))
+        return Gates(gates=gates)
 
     def decide(
         self,
@@ -128,15 +128,8 @@ class Routing(nn.Module):
     def _gates(
         self, logits: Tensor | None, mask: Tensor | None = None, expert_ids: Any = None
     ) -> tuple[Tensor, Tensor | None]:
-        return self.kind.gates(
-            Given(
-                logits=logits,
-                mask=mask,
-                top_k=self.top_k,
-                expert_ids=expert_ids,
-                weights=self.weights,
-            )
-        )
+        own: dict[str, Any] = {"top_k": self.top_k, "weights": self.weights}
+        return self.kind.gates(logits=logits, mask=mask, expert_ids=expert_ids, **own)
 
 
 def _rows(available: Bool[Tensor, "*batch expert"], like: Tensor) -> Bool[Tensor, "_ 1 expert"]:
