@@ -72,6 +72,7 @@ def compare(settings: CompareConfig, console: Console) -> None:
     from moa.checkpoint import load_model, step_folder
     from moa.evaluation.settings import with_eval
     from moa.evaluation.sources import score_sources
+    from moa.files.atomic import write_file, write_json
     from moa.merging.adapters import open_adapters
     from moa.merging.merge import merge
 
@@ -101,7 +102,9 @@ def compare(settings: CompareConfig, console: Console) -> None:
     if settings.learned:
         rows += score_learned(settings, ocr, experts, step, scores_of)
     table, out = markdown(rows, trained), Path(settings.out)
-    write_results(out, {"run": settings.run, "rank": settings.rank, "rows": rows}, table)
+    record = {"run": settings.run, "rank": settings.rank, "rows": rows}
+    write_json(out / "compare_merges.json", record)
+    write_file(out / "compare_merges.md", table)
     console.print(table, soft_wrap=True)
 
 
@@ -183,13 +186,6 @@ def markdown(rows: list[Row], trained: set[str]) -> str:
 
 def mean_of(row: Row, names: set[str]) -> float | None:
     return mean(row["scores"][name] for name in names) if names else None
-
-
-def write_results(out: Path, record: dict[str, Any], table: str) -> None:
-    from moa.files.atomic import write_file, write_json
-
-    write_json(out / "compare_merges.json", record)
-    write_file(out / "compare_merges.md", table)
 
 
 if __name__ == "__main__":

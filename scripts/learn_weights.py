@@ -85,16 +85,9 @@ def run_learner(settings: LearnConfig, console: Console) -> None:
     merge = {"method": settings.merge, "options": settings.merge_options, "rank": settings.rank}
     total = learner.ticks(options, len(model.bank.names))
     with progress_bar(settings.method, total, console) as advance:
-        session = Session(
-            model=model,
-            config=config,
-            data=data,
-            merge=merge,
-            metric=settings.metric,
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            tick=lambda number, value: advance(f"{value:.4f}"),
-        )
+        about = {name: getattr(settings, name) for name in ("metric", "batch_size", "seed")}
+        about["tick"] = lambda number, value: advance(f"{value:.4f}")
+        session = Session(model=model, config=config, data=data, merge=merge, **about)
         before = session.value(session.remerge(None))
         start = time.perf_counter()
         found = learner.function(session, **options)
@@ -141,10 +134,8 @@ def check_settings(settings: LearnConfig) -> dict[str, Any]:
     given = {k: v for k in sorted(options) if (v := getattr(settings, k)) is not None}
     for key in given:
         if key not in learner.options:
-            choices = list(learner.options) or "none"
-            raise ValueError(
-                f"{key}: has no effect with method={settings.method}; it has {choices}"
-            )
+            rule = f"has no effect with method={settings.method}"
+            raise ValueError(f"{key}: {rule}; it has {list(learner.options) or 'none'}")
     if not learner.searches and (settings.merge != "linear" or settings.merge_options):
         raise ValueError(f"merge: has no effect with method={settings.method}, which learns a sum")
     find_method(settings.merge)
@@ -154,9 +145,8 @@ def check_settings(settings: LearnConfig) -> dict[str, Any]:
 
         check_out(str(settings.out))
     elif not str(settings.out).endswith(".json"):
-        raise ValueError(
-            f"out: {settings.method} writes weights to a file .json, got {settings.out}"
-        )
+        rule = f"{settings.method} writes weights to a file .json"
+        raise ValueError(f"out: {rule}, got {settings.out}")
     return {**learner.options, **given}
 
 

@@ -29,18 +29,14 @@ from moa.merging.methods.method import SPACES
 from moa.merging.methods.table import METHODS
 from moa.merging.settings import MergeExperts, MergeModels, StackLayers, load_command
 
+SETTINGS = {"adapters= or run=": MergeExperts, "models=": MergeModels, "slices=": StackLayers}
 DEFAULT_WEIGHTS = {"mean": "1/N each", "ones": "1 each"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = settings_parser(MergeExperts, __doc__)
     parser.epilog = "\n\n".join(
-        f"settings with {inputs}:\n{describe(cls)}"
-        for inputs, cls in (
-            ("adapters= or run=", MergeExperts),
-            ("models=", MergeModels),
-            ("slices=", StackLayers),
-        )
+        f"settings with {inputs}:\n{describe(cls)}" for inputs, cls in SETTINGS.items()
     )
     args = parser.parse_intermixed_args(argv)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -94,18 +90,10 @@ def merge_models(settings: MergeModels, console: Console) -> None:
         raise ValueError("models: two folders have one name; rename one")
     base = local_base(settings.base)
     with progress_bar("merging", len(read_base(base).files), console) as advance:
-        manifest = merge_checkpoints(
-            settings.out,
-            folders,
-            base,
-            method=settings.method,
-            options=settings.options,
-            weights=parse_weights(settings.weights, list(folders)),
-            rules=settings.rules,
-            dtype=settings.dtype,
-            max_shard_gb=settings.max_shard_gb,
-            on_key=advance,
-        )
+        names = ("method", "options", "rules", "dtype", "max_shard_gb")
+        own: dict[str, Any] = {name: getattr(settings, name) for name in names}
+        own["weights"] = parse_weights(settings.weights, list(folders))
+        manifest = merge_checkpoints(settings.out, folders, base, on_key=advance, **own)
     for rule, count in Counter(line["rule"] for line in manifest.values()).items():
         console.print(f"{count} tensors: {rule}")
     console.print(f"checkpoint: {settings.out}", soft_wrap=True)
@@ -118,14 +106,11 @@ def stack_layers(settings: StackLayers, console: Console) -> None:
 
     if settings.out is None:
         raise ValueError("out: names no folder")
-    slices = [
-        replace(part, model=str(local_base(part.model, "slices"))) for part in settings.slices
-    ]
+    slices = [replace(s, model=str(local_base(s.model, "slices"))) for s in settings.slices]
     stacked = plan_stack(slices, settings.stack)
     with progress_bar("merging", len(stacked.origins), console) as advance:
-        manifest = write_stack(
-            settings.out, stacked, max_shard_gb=settings.max_shard_gb, on_key=advance
-        )
+        size = settings.max_shard_gb
+        manifest = write_stack(settings.out, stacked, max_shard_gb=size, on_key=advance)
     console.print(f"{len(manifest)} tensors stacked; checkpoint: {settings.out}", soft_wrap=True)
 
 

@@ -86,8 +86,6 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         text_only=False,
         box_codec="paligemma",
     ),
-    "internvl": Family(
-        image_width=shuffled_size, feature_layers=feature_layer, box_codec="internvl"
-    ),
+    "internvl": Family(**LLAVA | {"image_width": shuffled_size}, box_codec="internvl"),
     "gemma3": Family(image_width=hidden_size, token_types=("token_type_ids", "image")),
 }

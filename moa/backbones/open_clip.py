@@ -134,9 +134,7 @@ def files_of_open_clip(name: str) -> tuple[list[Path], dict[str, Any]]:
         else:
             file = download_pretrained(open_clip.get_pretrained_cfg(architecture, pretrained))
     if not file or config is None:
-        raise ValueError(
-            f"model: {name} has no weights, or is an architecture unknown to open_clip"
-        )
+        raise ValueError(f"model: {name} has no weights, or an architecture unknown to open_clip")
     return [Path(file)], dict(config)
 
 

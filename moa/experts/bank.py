@@ -163,7 +163,6 @@ class ExpertBank:
         return keep_sites(header, [site for site in header.ranks if site not in idle]), line
 
     def remove(self, name: str) -> None:
-        """Drop an expert from every site."""
         for site_name in self._spec(name).sites:
             self.sites[site_name].remove(name)
         del self.experts[name]
@@ -260,10 +259,8 @@ class ExpertBank:
         `decide` turns logits, divided by the temperature, into gates and probabilities. `recording`
         keeps each site's logits for `take_token_logits`.
         """
-        options: dict[str, Any] = {"temperature": temperature, "recording": recording}
-        self.context.state = GateState(
-            gates=None, experts=tuple(self.names), decide=decide, **options
-        )
+        more: dict[str, Any] = {"temperature": temperature, "recording": recording}
+        self.context.state = GateState(gates=None, experts=tuple(self.names), decide=decide, **more)
 
     def take_token_logits(self) -> dict[str, Float[Tensor, "*_ expert"]]:
         """Site -> the logits of the last forward's tokens, over the temperature; kept no longer."""

@@ -150,10 +150,8 @@ def compress(
     u, s, v = torch.linalg.svd(core, full_matrices=False)
     size = min(choose_rank(s, rank, total_rank), s.numel())
     u, kept, v = u[:, :size], s[:size], v[:size]
-    low = _balanced(
-        updates.b.expand(u), kept, updates.a.expand(v.T).T, lost=float(s[size:].square().sum())
-    )
-    return replace(low, core=(v, u))
+    a, lost = updates.a.expand(v.T).T, float(s[size:].square().sum())
+    return replace(_balanced(updates.b.expand(u), kept, a, lost=lost), core=(v, u))
 
 
 def compress_dense(dense: Float[Tensor, "out in"], rank: int | str, total_rank: int) -> LowRank:

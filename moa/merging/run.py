@@ -84,9 +84,8 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
     elif needs_base:
         match_sites(adapters.all_shapes(source.experts), read_base(source.base()))
     warn_of_factors(plan, console)
-    kept = (
-        torch.float32 if settings.merged else exports.stored_dtype(source.experts, settings.dtype)
-    )
+    dtype = "float32" if settings.merged else settings.dtype
+    kept = exports.stored_dtype(source.experts, dtype)
     with open_spool(Path(settings.out).parent, kept) as spool:
         with progress_bar("merging", len(plan.sites), console) as advance:
             merged = run_plan(plan, keep=spool.keep, on_site=advance)
@@ -119,9 +118,8 @@ def identify_base(source: Source, needs_base: bool, other_base: bool) -> Source:
     base = source.base_name if needs_base else None
     if base is not None and not is_open_clip(base):
         base = str(source.base())
-    return replace(
-        source, base_fingerprint=adapters.common_fingerprint(source.experts, base, other_base)
-    )
+    found = adapters.common_fingerprint(source.experts, base, other_base)
+    return replace(source, base_fingerprint=found)
 
 
 def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan:
@@ -259,9 +257,7 @@ def export(
     if settings.fidelity:
         record = measure(source.experts, merged)
         files["fidelity.json"] = {**about, **record}
-        files["fidelity.html"] = lambda p, report: write_page(
-            p, record, about, agreement_line(report)
-        )
+        files["fidelity.html"] = lambda p, r: write_page(p, record, about, agreement_line(r))
     merge = {**about, "kept": summary["total"]}
     report = {"merge": merge, "base_fingerprint": card["fingerprint"]}
     shared: dict[str, Any] = {"dtype": settings.dtype, "verify": verify}

@@ -171,9 +171,8 @@ def load_command(paths: Sequence[str] | None, overrides: Sequence[Override]) -> 
     chosen = given[0] if given else "slices" if raw.get("method") == "passthrough" else "adapters"
     for key in raw.keys() - _keys(COMMANDS[chosen]):
         if others := [f"{name}=" for name, cls in COMMANDS.items() if key in _keys(cls)]:
-            raise ValueError(
-                f"{key}: has no effect with {chosen}=; it belongs to {' and '.join(others)}"
-            )
+            rule = f"has no effect with {chosen}="
+            raise ValueError(f"{key}: {rule}; it belongs to {' and '.join(others)}")
     return load(COMMANDS[chosen], paths, overrides)
 
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    Decided = tuple[Tensor, Tensor | None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
@@ -26,7 +28,7 @@ class Kind:
     # gates as logits, and of learned kinds the probabilities that losses read (before top-k, sum 1), from
     #   logits [batch, site, choice], over the temperature, a null expert last; None without a router
     #   mask, False where an expert may not be used, or None; top_k; expert_ids [batch], -1 unknown; weights [expert]
-    gates: "Callable[..., tuple[Tensor, Tensor | None]]"
+    gates: "Callable[..., Decided]"
     # makes the module with the logits from experts, sites, dims, num_tasks and the options
     router: "Callable[..., nn.Module] | None" = None
     learns: Literal["gradient", "means"] | None = None  # by an optimiser, or by adding samples up
@@ -37,36 +39,34 @@ class Kind:
     options: tuple[str, ...] = ()  # settings that the function reads
 
 
-def softmax(*, logits: Any, mask: Any, **_: Any) -> "tuple[Tensor, Tensor | None]":
+def softmax(*, logits: Any, mask: Any, **_: Any) -> "Decided":
     from moa.routing.gating import softmax_gates, top_k_gates
 
     probs = softmax_gates(logits)
     return (probs if mask is None else top_k_gates(logits, probs.shape[-1], mask)), probs
 
 
-def top_k(*, logits: Any, mask: Any, top_k: int, **_: Any) -> "tuple[Tensor, Tensor | None]":
+def top_k(*, logits: Any, mask: Any, top_k: int, **_: Any) -> "Decided":
     from moa.routing.gating import softmax_gates, top_k_gates
 
     return top_k_gates(logits, top_k, mask), softmax_gates(logits)
 
 
-def sigmoid(*, logits: Any, mask: Any, **_: Any) -> "tuple[Tensor, Tensor | None]":
+def sigmoid(*, logits: Any, mask: Any, **_: Any) -> "Decided":
     from moa.routing.gating import sigmoid_gates
 
     gates = sigmoid_gates(logits)
     return (gates if mask is None else gates * mask), gates / gates.sum(-1, keepdim=True)
 
 
-def one_hot(
-    *, expert_ids: Any, weights: Any, mask: Any, **_: Any
-) -> "tuple[Tensor, Tensor | None]":
+def one_hot(*, expert_ids: Any, weights: Any, mask: Any, **_: Any) -> "Decided":
     from moa.routing.gating import apply_availability, one_hot_gates
 
     gates = one_hot_gates(expert_ids, len(weights))[:, None]
     return (gates if mask is None else apply_availability(gates, mask)), None
 
 
-def fixed(*, expert_ids: Any, weights: Any, mask: Any, **_: Any) -> "tuple[Tensor, Tensor | None]":
+def fixed(*, expert_ids: Any, weights: Any, mask: Any, **_: Any) -> "Decided":
     gates = weights.expand(len(expert_ids), 1, -1)
     return (gates if mask is None else gates * mask), None
 
@@ -77,7 +77,7 @@ def learned_router(**options: Any) -> "nn.Module":
     return Router(**options)
 
 
-def anchor_router(*, sites: int, **options: Any) -> "nn.Module":
+def anchors(*, sites: int, **options: Any) -> "nn.Module":
     from moa.routing.router import AnchorRouter
 
     return AnchorRouter(**options)
@@ -95,9 +95,7 @@ KINDS = {
     "sigmoid": Kind(gates=sigmoid, **LEARNED),
     "one_hot": Kind(gates=one_hot, by_expert=True),
     "fixed": Kind(gates=fixed, options=("weights",)),
-    "anchors": Kind(
-        gates=softmax, router=anchor_router, learns="means", module_options=("evidence",)
-    ),
+    "anchors": Kind(gates=softmax, router=anchors, learns="means", module_options=("evidence",)),
 }
 
 

@@ -90,9 +90,8 @@ class Router(nn.Module):
             "task": lambda: nn.Embedding(num_tasks, hidden),
         }
         self.encoders = nn.ModuleDict({kind: encoders[kind]() for kind in self.evidence})
-        self.missing = nn.ParameterDict(
-            {kind: nn.Parameter(torch.randn(hidden) * 0.02) for kind in self.evidence}
-        )
+        missing = {kind: nn.Parameter(torch.randn(hidden) * 0.02) for kind in self.evidence}
+        self.missing = nn.ParameterDict(missing)
         width = hidden * len(self.evidence)
         last = nn.Linear(hidden, experts)
         nn.init.normal_(last.weight, std=0.02)  # gates start nearly uniform

@@ -52,9 +52,7 @@ def learn_mergers(
 def unit_mergers(model: MixtureModel) -> Mergers:
     """All ones: the plain sum of the experts."""
     return {
-        name: {
-            expert: torch.ones_like(a[0], dtype=torch.float32) for expert, a in site.lora_A.items()
-        }
+        name: {e: torch.ones_like(a[0], dtype=torch.float32) for e, a in site.lora_A.items()}
         for name, site in model.bank.sites.items()
     }
 
@@ -64,21 +62,16 @@ def expert_outputs(
     model: MixtureModel, batches: Mapping[str, Sequence[Batch]]
 ) -> dict[str, list[tuple[Batch, Tensor]]]:
     """Each expert's batches with the logits that it alone gives for their answers."""
-    found = {}
+    found: dict[str, list[tuple[Batch, Tensor]]] = {}
     with frozen(model):
         for index, name in enumerate(model.bank.names):
             if not batches.get(name) or any(batch.labels is None for batch in batches[name]):
-                raise ValueError(
-                    f"batches.{name}: none with answers; ZipLoRA needs every expert's own"
-                )
+                rule = "none with answers; ZipLoRA needs every expert's own"
+                raise ValueError(f"batches.{name}: {rule}")
             alone = torch.eye(len(model.bank.names))[index]
-            found[name] = [
-                (
-                    batch,
-                    model(batch, alone.to(batch.input_ids.device).expand(len(batch), -1)).logits,
-                )
-                for batch in batches[name]
-            ]
+            for batch in batches[name]:
+                gates = alone.to(batch.input_ids.device).expand(len(batch), -1)
+                found.setdefault(name, []).append((batch, model(batch, gates).logits))
     return found
 
 

@@ -62,9 +62,8 @@ def slerp(stack: Stack, weights: Weights) -> Matrix:
     if cosine.abs() > PARALLEL:
         return linear(stack, torch.stack([1 - way, way]))
     angle = cosine.arccos()
-    return linear(
-        stack, torch.stack([((1 - way) * angle).sin(), (way * angle).sin()]) / angle.sin()
-    )
+    sines = torch.stack([((1 - way) * angle).sin(), (way * angle).sin()])
+    return linear(stack, sines / angle.sin())
 
 
 def karcher(

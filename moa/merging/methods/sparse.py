@@ -109,9 +109,7 @@ def without_outliers(stack: Stack, *, density: float = 0.85, outliers: float = 0
     if not 0 <= outliers <= 1 - density:
         raise ValueError(f"options.outliers: must be in [0, 1 - density], got {outliers}")
     low, high = stack.thresholds(density + outliers), stack.thresholds(outliers)
-    return lambda start, block: torch.where(
-        block.abs() <= high[:, None, None], trim(block, low), 0.0
-    )
+    return lambda _, block: torch.where(block.abs() <= high[:, None, None], trim(block, low), 0.0)
 
 
 def at_random(
@@ -146,9 +144,7 @@ def by_rank(
 
 
 def _draws(stack: Stack, seed: int, start: int, block: Tensor) -> Block:
-    return torch.stack(
-        [stack.uniform(seed, expert, start, block.shape[1]) for expert in range(len(block))]
-    )
+    return torch.stack([stack.uniform(seed, e, start, block.shape[1]) for e in range(len(block))])
 
 
 def _dropped(stack: Stack, rescale: str, keep: Keep) -> Thin:

@@ -70,7 +70,7 @@ def measure_site(
         "sign_conflict": interference.sign_conflict(entries),
         "cross_terms": site_cross_terms(experts, site, factors, weights),
         "singular_values": [s.tolist() for _, s, _ in parts],
-        "zero_rows": [None if pair is None else _zero_rows(pair) for pair in factors],
+        "zero_rows": [None if p is None else _zero_rows(p) for p in factors],
     }
     if merged is not None:
         record["merged"] = _outcome(updates, merged)
@@ -83,9 +83,7 @@ def view_site(experts: Sequence[Expert], site: str) -> dict[str, Any]:
     present = [pair for pair in factors if pair is not None]
     return {
         "density": PRUNED_DENSITY,
-        "pruned": [
-            None if pair is None else interference.prune(pair, PRUNED_DENSITY) for pair in factors
-        ],
+        "pruned": [p and interference.prune(p, PRUNED_DENSITY) for p in factors],
         "histograms": {
             "A": interference.histogram(torch.cat([a.flatten() for a, _ in present])),
             "B": interference.histogram(torch.cat([b.flatten() for _, b in present])),
@@ -130,9 +128,7 @@ def _outcome(updates: CoreUpdates, merged: MergedSite) -> dict[str, Any]:
         "norm": energy**0.5,
         "rank": merged.lora_a.shape[0],
         "singular_values": b.norm(dim=0).square().tolist(),
-        "singular_values_of_sum": interference.decompose(plain_sum)[
-            1
-        ].tolist(),  # before pruning and scaling
+        "singular_values_of_sum": interference.decompose(plain_sum)[1].tolist(),  # before pruning
         "cut_by_rank": merged.lost / (energy + merged.lost) if energy + merged.lost else 0.0,
         "outside_span": max(1 - float(inside.square().sum()) / energy, 0.0) if energy else 0.0,
         "retention": _ratio(merged.experts.overlap, merged.experts.energy),
@@ -167,6 +163,7 @@ def _over_sites(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     disagreement, met = mean("sign_disagreement", product.sum(0)).tolist(), product.sum(0).tolist()
     weighed = list(zip(rows, energy.sum(1).tolist(), strict=True))
+    crossings = [(row["cross_terms"], e) for row, e in weighed]
     record: dict[str, Any] = {
         "norms": whole.tolist(),
         "cosine": mean("cosine", torch.outer(whole, whole)).tolist(),
@@ -177,9 +174,7 @@ def _over_sites(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             for pair in zip(disagreement, met, strict=True)
         ],
         "sign_conflict": _mean([(row["sign_conflict"], e) for row, e in weighed]),
-        "cross_terms": _mean(
-            [(row["cross_terms"], e) for row, e in weighed if row["cross_terms"] is not None]
-        ),
+        "cross_terms": _mean([(crossed, e) for crossed, e in crossings if crossed is not None]),
         "zero_rows": [sum(row["zero_rows"][i] or 0 for row in rows) for i in range(len(whole))],
     }
     if "merged" in rows[0]:
