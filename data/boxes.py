@@ -21,10 +21,8 @@ def check_box(box: Box, width: int, height: int) -> None:
     """Raise ValueError unless 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height."""
     x0, y0, x1, y1 = box
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise ValueError(
-            f"box {tuple(box)} (x0, y0, x1, y1) must lie in its image of {width}x{height} pixels,"
-            " with x0 < x1 and y0 < y1"
-        )
+        place = f"in its image of {width}x{height} pixels, with x0 < x1 and y0 < y1"
+        raise ValueError(f"box {tuple(box)} (x0, y0, x1, y1) must lie {place}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +107,9 @@ def location_tokens(num_bins: int) -> BoxCodec:
     Bin k stands for k / (num_bins - 1) of the side, so that both edges are exact.
     """
     return BoxCodec(
-        box="<loc{}>" * 4,
-        pattern=r"\s*".join([r"<loc(\d{4})>"] * 4),
-        units=num_bins - 1,
-        y_first=True,
-        joiner="; ",
-        tokens=True,
-    )
+        box="<loc{}>" * 4, pattern=r"\s*".join([r"<loc(\d{4})>"] * 4), joiner="; ",
+        units=num_bins - 1, y_first=True, tokens=True,
+    )  # fmt: skip
 
 
 LIST = r"\[\s*N\s*,\s*N\s*,\s*N\s*,\s*N"

@@ -27,10 +27,9 @@ def check_parts(processor: Any) -> None:
     """ValueError for a processor without a part that every answer needs."""
     for name in ("eos_token", "pad_token"):
         if getattr(processor.tokenizer, name) is None:
-            raise ValueError(
-                f"the base's tokenizer has no {name}: name one of its tokens in tokenizer_config.json "
-                "(eos_token ends an answer; pad_token may be the same token)"
-            )
+            advice = "eos_token ends an answer; pad_token may be the same token"
+            place = "name one of its tokens in tokenizer_config.json"
+            raise ValueError(f"the base's tokenizer has no {name}: {place} ({advice})")
     if processor.chat_template is None and type(processor).__name__ not in WITHOUT_TEMPLATE:
         raise ValueError(
             "the base's processor has no chat template, so that questions and answers would have no "
@@ -74,7 +73,7 @@ class ChatEncoder:
             return self._encode_prompts([self._prompt(opening_of(c)) for c in chats], images)
         dialogues = [self.dialogue(chat) for chat in chats]
         encoded = self._encode_prompts([d.exchanges[0][0] for d in dialogues], images)
-        replies = [self._replies(dialogue) for dialogue in dialogues]
+        replies = [self.replies(dialogue) for dialogue in dialogues]
         pairs = list(zip(encoded["input_ids"], replies, strict=True))
         encoded["assistant_masks"] = [[0] * len(p) + mask for p, (_, mask) in pairs]
         encoded["input_ids"] = [[*p, *ids] for p, (ids, _) in pairs]
@@ -94,11 +93,8 @@ class ChatEncoder:
         ids = [[token for token, real in zip(*row, strict=True) if real] for row in rows]
         return {**encoded, "input_ids": ids}
 
-    def replies(self, chat: Chat) -> tuple[list[int], list[int]]:
+    def replies(self, dialogue: Dialogue) -> tuple[list[int], list[int]]:
         """Ids of everything behind the opening prompt, and 1 at answers and their ends."""
-        return self._replies(self.dialogue(chat))
-
-    def _replies(self, dialogue: Dialogue) -> tuple[list[int], list[int]]:
         end_text = self.processor.tokenizer.convert_ids_to_tokens(dialogue.end)
         ids: list[int] = []
         mask: list[int] = []
@@ -120,9 +116,8 @@ class ChatEncoder:
         if self.processor.chat_template is None:  # the processor puts a line break between the two
             return tokenizer(text, add_special_tokens=False)["input_ids"]
         before = before[-CONTEXT:]
-        known, whole, alone = tokenizer([before, before + text, text], add_special_tokens=False)[
-            "input_ids"
-        ]
+        encoded = tokenizer([before, before + text, text], add_special_tokens=False)
+        known, whole, alone = encoded["input_ids"]
         return whole[len(known) :] if whole[: len(known)] == known else alone
 
     def dialogue(self, chat: Chat) -> Dialogue:
@@ -160,16 +155,14 @@ class ChatEncoder:
         if prompt.startswith(done):
             if before.startswith(prompt) and not before[len(prompt) : mark].strip():
                 return prompt, before[len(prompt) :]
-            if (
-                before.split() == prompt.split()
-            ):  # OneVision writes "assistant \n" for "assistant\n"
+            # OneVision writes "assistant \n" for "assistant\n"
+            if before.split() == prompt.split():
                 return prompt, ""
         if self._marked:
             return before[:mark], before[mark:]
-        raise ValueError(
-            "the base's chat template rewrites the prompt once there is an answer: put "
-            "{% generation %} around the assistant's text in it"
-        )
+        advice = "put {% generation %} around the assistant's text in it"
+        problem = "the base's chat template rewrites the prompt once there is an answer"
+        raise ValueError(f"{problem}: {advice}")
 
     def _prompt(self, chat: Chat) -> str:
         """What precedes an answer: all of the chat, and the start of the assistant's turn."""

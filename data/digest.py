@@ -27,10 +27,8 @@ FILES = ("path", "annotations", "ocr", "ocr_cache")
 def digest_sources(sources: Mapping[str, Source], data: DataConfig) -> dict[str, dict[str, Any]]:
     """The digest of each training source, by name."""
     found = {}
-    for name, config in data.sources.items():
-        words = (
-            None if data.ocr_engine else config.ocr_cache or data.ocr_cache
-        )  # an engine adds words
+    for name, config in data.sources.items():  # an engine adds words to its cache
+        words = None if data.ocr_engine else config.ocr_cache or data.ocr_cache
         found[name] = digest_source(sources[name], replace(config, ocr_cache=words))
     return found
 
@@ -76,17 +74,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In words, what of one source is not what it was."""
     if before["samples"] != now["samples"]:
         return [f"has {now['samples']:,} samples, had {before['samples']:,}"]
-    files = [
-        f"{key} is another file"
-        for key, found in now["files"].items()
-        if before["files"].get(key, found) != found
-    ]
-    content, was = now["content"], before["content"]
-    moved = [
-        index
-        for index, found in content.items()
-        if was.get(index, found).replace("picture", "image") != found
-    ]
+    was, content = before["files"], now["content"]
+    files = [f"{key} is another file" for key, f in now["files"].items() if was.get(key, f) != f]
+    known = {i: found.replace("picture", "image") for i, found in before["content"].items()}
+    moved = [i for i, found in content.items() if known.get(i, found) != found]
     if moved:
         files.append(f"sample {moved[0]} is another ({len(moved)} of {len(content)} compared)")
     return files

@@ -32,17 +32,13 @@ class Geometry:
     def then(self, following: "Geometry") -> Self:
         """Both, one after the other; ValueError unless `following` starts at this one's frame."""
         if following.source != self.size:
-            raise ValueError(f"a frame of {self.size} cannot go on as one of {following.source}")
+            raise ValueError(f"a frame of {self.size} cannot continue as one of {following.source}")
         pairs = zip(self.scale, self.offset, following.scale, following.offset, strict=True)
         steps = [(first * second, shift * second + move) for first, shift, second, move in pairs]
         (scale_x, offset_x), (scale_y, offset_y) = steps
-        return replace(
-            self,
-            size=following.size,
-            scale=(scale_x, scale_y),
-            offset=(offset_x, offset_y),
-            seen=intersect(self.seen, self.to_source(following.seen)),
-        )
+        scale, offset = (scale_x, scale_y), (offset_x, offset_y)
+        seen = intersect(self.seen, self.to_source(following.seen))
+        return replace(self, size=following.size, scale=scale, offset=offset, seen=seen)
 
     def resize(self, width: int, height: int) -> Self:
         scale = (width / self.size[0], height / self.size[1])
@@ -51,15 +47,9 @@ class Geometry:
     def crop(self, left: int, top: int, width: int, height: int) -> Self:
         """The window of the frame at (left, top); where it reaches beyond the frame, it pads."""
         window = (float(left), float(top), float(left + width), float(top + height))
-        before = whole(*self.size)
-        return self.then(
-            replace(
-                before,
-                size=(width, height),
-                offset=(-float(left), -float(top)),
-                seen=intersect(before.seen, window),
-            )
-        )
+        before, offset = whole(*self.size), (-float(left), -float(top))
+        seen = intersect(before.seen, window)
+        return self.then(replace(before, size=(width, height), offset=offset, seen=seen))
 
     def pad(self, left: int, top: int, right: int, bottom: int) -> Self:
         width, height = self.size
@@ -82,7 +72,7 @@ class Geometry:
     def pixels(self, image: Image.Image, fill: tuple[int, int, int] = (0, 0, 0)) -> Image.Image:
         """The image as the frame shows it; `fill` is the colour of padding."""
         if image.size != self.source:
-            raise ValueError(f"a geometry of {self.source} got a picture of {image.size}")
+            raise ValueError(f"a geometry of {self.source} got an image of {image.size}")
         frame = Image.new("RGB", self.size, fill)
         left, top, right, bottom = map(round, self.to_frame(self.seen))
         if right > left and bottom > top:
@@ -93,13 +83,8 @@ class Geometry:
 
 def whole(width: int, height: int) -> Geometry:
     """The image as it is: where every geometry starts."""
-    return Geometry(
-        source=(width, height),
-        size=(width, height),
-        scale=(1.0, 1.0),
-        offset=(0.0, 0.0),
-        seen=(0.0, 0.0, float(width), float(height)),
-    )
+    size, seen = (width, height), (0.0, 0.0, float(width), float(height))
+    return Geometry(source=size, size=size, scale=(1.0, 1.0), offset=(0.0, 0.0), seen=seen)
 
 
 def intersect(first: Box, second: Box) -> Box:
@@ -127,11 +112,9 @@ def seen_by(image_processor: Any, width: int, height: int) -> Geometry:
         return start.resize(*pixel_budget(width, height, step, **size))
     if is_set(image_processor, "do_pad"):
         if not hasattr(image_processor, "pad_to_square"):
-            kind = type(image_processor).__name__
-            raise ValueError(
-                f"do_pad of {kind} fills batches up, so boxes have no frame; choices: false, or an"
-                " image processor that pads to a square, such as LlavaImageProcessor"
-            )
+            choices = "false, or an image processor that pads to a square (LlavaImageProcessor)"
+            kind = f"do_pad of {type(image_processor).__name__}"
+            raise ValueError(f"{kind} fills batches up, so boxes have no frame; choices: {choices}")
         start = pad_to_square(start)
     if image_processor.do_resize:
         start = start.resize(*resized(start.size, size))
@@ -161,10 +144,8 @@ def resized(size: Size, wanted: dict[str, int]) -> Size:
         if width <= height:
             return edge, int(edge * height / width)
         return int(edge * width / height), edge
-    raise ValueError(
-        f"the image processor's size={wanted} is not understood, so boxes have no frame; choices: "
-        "height and width, shortest_edge"
-    )
+    problem = f"the image processor's size={wanted} is not understood, so boxes have no frame"
+    raise ValueError(f"{problem}; choices: height and width, shortest_edge")
 
 
 def pad_to_square(start: Geometry) -> Geometry:

@@ -79,9 +79,8 @@ class Mixture:
         self.sources, self.seed = sources, seed
         self.names = list(sources)
         self.sizes = [len(source) for source in sources.values()]
-        empty = [name for name, size in zip(self.names, self.sizes, strict=True) if size == 0]
-        if empty:
-            raise ValueError(f"data.sources.{empty[0]}: holds no samples")
+        if 0 in self.sizes:
+            raise ValueError(f"data.sources.{self.names[self.sizes.index(0)]}: holds no samples")
         self.weights = None
         if draws is not None:
             self.quotas = [draws[name] for name in self.names]
@@ -91,10 +90,8 @@ class Mixture:
         self.block = sum(self.quotas)
         for name, quota in zip(self.names, self.quotas, strict=True):
             if quota == 0:
-                key = "epochs" if self.weights is None else "weight"
-                raise ValueError(
-                    f"data.sources.{name}.{key}: too small to be drawn once in {self.block}"
-                )
+                key = f"{name}.{'epochs' if self.weights is None else 'weight'}"
+                raise ValueError(f"data.sources.{key}: too small to be drawn once in {self.block}")
         self.grouping = grouping
         self._window: tuple[int, np.ndarray] | None = None  # the last one that was put in order
         if grouping is not None:
@@ -122,10 +119,9 @@ class Mixture:
         order, ranks = block_order(tuple(self.quotas), self.seed, block)
         number = int(order[place])
         drawn = block * self.quotas[number] + int(ranks[place])  # of this source, before this one
-        walk, step = divmod(drawn, self.sizes[number])
-        return self.names[number], int(
-            shuffle(self.sizes[number], self.seed, crc32(self.names[number].encode()), walk)[step]
-        )
+        (walk, step), name = divmod(drawn, self.sizes[number]), self.names[number]
+        order = shuffle(self.sizes[number], self.seed, crc32(name.encode()), walk)
+        return name, int(order[step])
 
     def __getitem__(self, position: int) -> Sample | BadSampleError:
         name, index = self.locate(position)
@@ -156,10 +152,11 @@ def check_lengths(sources: dict[str, Source]) -> None:
     """ValueError for a source that cannot tell lengths without opening images."""
     mute = [name for name, source in sources.items() if not hasattr(source, "lengths")]
     if mute:
-        raise ValueError(
-            f"data.group_by_length: the reader of {', '.join(mute)} cannot tell a sample's length "
-            "without making it; choices: data.group_by_length=false, a reader with lengths(index)"
+        problem = (
+            f"the reader of {', '.join(mute)} computes no length of a sample without making it"
         )
+        choices = "data.group_by_length=false, a reader with lengths(index)"
+        raise ValueError(f"data.group_by_length: {problem}; choices: {choices}")
 
 
 def lengths_of(source: Any, index: int) -> tuple[int, int]:

@@ -27,9 +27,10 @@ class Engine(Protocol):
     def read(self, image: Image) -> Words: ...
 
 
-def check_confidence(value: float) -> None:
+def checked_confidence(value: float) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"min_confidence: must lie in [0, 1], got {value}")
+    return value
 
 
 def split_line(text: str, box: Box, confidence: float) -> list[OcrWord]:
@@ -79,9 +80,10 @@ class RapidOcr:
     """
 
     def __init__(self, *, min_confidence: float = 0.5, limit_side_len: int = 320):
-        check_confidence(min_confidence)
-        self.min_confidence = min_confidence
-        self.limit_side_len = limit_side_len
+        self.min_confidence, self.limit_side_len = (
+            checked_confidence(min_confidence),
+            limit_side_len,
+        )
         self._session: Any = None
 
     @property
@@ -114,16 +116,10 @@ class RapidOcr:
             from rapidocr import RapidOCR
 
             threads = "EngineConfig.onnxruntime."
-            self._session = RapidOCR(
-                params={
-                    "Global.use_cls": False,
-                    "Global.log_level": "error",
-                    "Det.limit_side_len": self.limit_side_len,
-                    "Det.limit_type": "min",
-                    threads + "intra_op_num_threads": 1,
-                    threads + "inter_op_num_threads": 1,
-                }
-            )
+            params: dict[str, Any] = {"Global.use_cls": False, "Global.log_level": "error"}
+            params |= {"Det.limit_side_len": self.limit_side_len, "Det.limit_type": "min"}
+            params |= {threads + f"{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
+            self._session = RapidOCR(params=params)
         return self._session
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,13 +141,10 @@ class Tesseract:
     """
 
     def __init__(self, *, min_confidence: float = 0.5, layout: int = 11):
-        check_confidence(min_confidence)
         if shutil.which("tesseract") is None:
-            raise ValueError(
-                "the program `tesseract` is not installed (Debian: apt install tesseract-ocr);"
-                " the engine rapidocr comes with requirements.txt"
-            )
-        self.min_confidence, self.layout = min_confidence, layout
+            advice = "Debian: apt install tesseract-ocr); the engine rapidocr comes with requirements.txt"
+            raise ValueError(f"the program `tesseract` is not installed ({advice}")
+        self.min_confidence, self.layout = checked_confidence(min_confidence), layout
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -62,11 +62,8 @@ class PairCollator(Collator):
         texts = [self.text(sample) for sample in samples]
         with refusals():
             pixels = self.processor.images([sample.image for sample in samples])
-            return {
-                "input_ids": self.processor.tokens(texts),
-                "pixel_values": pixels,
-                "texts": texts,
-            }
+            ids = self.processor.tokens(texts)
+            return {"input_ids": ids, "pixel_values": pixels, "texts": texts}
 
     def batch(self, samples: list[Sample], encoded: dict[str, Any]) -> PairBatch:
         ids, mask = self.processor.padded(encoded["input_ids"])

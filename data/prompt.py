@@ -54,10 +54,8 @@ class Evidence:
     def box_codec(self) -> BoxCodec:
         """The convention for boxes; ValueError where there is none."""
         if self.codec is None:
-            raise ValueError(
-                "prompt.box_codec: auto, and how this base was taught to write boxes is unknown; "
-                f"choices: {', '.join(CODECS)}"
-            )
+            unknown = "auto, and how this base was taught to write boxes is unknown"
+            raise ValueError(f"prompt.box_codec: {unknown}; choices: {', '.join(CODECS)}")
         return self.codec
 
     def geometry(self, sample: Sample) -> Geometry:
@@ -159,19 +157,13 @@ class Prompt(Evidence):
 
     def prompt(self, sample: Sample) -> str:
         """The text of the user's turn; every word that the language model reads but the answer."""
-        settings = self.settings
-        names_task = settings.task_in_prompt and not self.withholds(sample)
+        settings, text = self.settings, sample.question
+        if settings.task_in_prompt and not self.withholds(sample):
+            text = settings.task_template.format(task=sample.task) + text
         words = settings.ocr_separator.join(word.text for word in self.words(sample))
-        return (
-            (settings.task_template.format(task=sample.task) if names_task else "")
-            + sample.question
-            + (
-                settings.ocr_template.format(words=words)
-                if settings.ocr_in_prompt and words
-                else ""
-            )
-            + (f"\n{sample.instruction}" if sample.instruction else "")
-        )
+        if settings.ocr_in_prompt and words:
+            text += settings.ocr_template.format(words=words)
+        return text + (f"\n{sample.instruction}" if sample.instruction else "")
 
     def text(self, sample: Sample) -> str:
         """What is tokenised of the sample, but for later turns."""

@@ -83,15 +83,8 @@ def make_collator(config: RunConfig, intake: Intake, **changes: Any) -> Any:
     }
     if intake.context_length is not None:
         if changes.pop("pack_length", None):
-            raise ValueError(
-                "train.pack_length: has no effect on a dual encoder, which reads pairs"
-            )
+            raise ValueError("train.pack_length: has no effect on a dual encoder (it reads pairs)")
         return PairCollator(**fields, context_length=intake.context_length, **changes)
     codec = intake.box_codec if config.prompt.box_codec == "auto" else config.prompt.box_codec
-    return ChatCollator(
-        **fields,
-        codec=None if codec is None else CODECS[codec],
-        text_only=intake.text_only,
-        stops=intake.stops,
-        **changes,
-    )
+    fields |= {"text_only": intake.text_only, "stops": intake.stops}
+    return ChatCollator(**fields, codec=None if codec is None else CODECS[codec], **changes)

@@ -43,22 +43,15 @@ def read_coco(source: SourceConfig) -> Records:
 
 def parse_coco_image(captions: JsonRows, images: str | None, row: Row) -> Record:
     number = name(row.value, "id")
-    return Record(
-        id=number,
-        image_id=number,
-        image=find_image(images, text(row.value, "file_name")),
-        answers=tuple(text(caption.value, "caption") for caption in captions.all(number)),
-    )
+    image = find_image(images, text(row.value, "file_name"))
+    answers = tuple(text(caption.value, "caption") for caption in captions.all(number))
+    return Record(id=number, image_id=number, image=image, answers=answers)
 
 
 def parse_coco_caption(named: JsonRows, images: str | None, row: Row) -> Record:
-    image_id = name(row.value, "image_id")
-    return Record(
-        id=name(row.value, "id"),
-        image_id=image_id,
-        image=find_image(images, text(named.one(image_id), "file_name")),
-        answers=(text(row.value, "caption"),),
-    )
+    image_id, answers = name(row.value, "image_id"), (text(row.value, "caption"),)
+    image = find_image(images, text(named.one(image_id), "file_name"))
+    return Record(id=name(row.value, "id"), image_id=image_id, image=image, answers=answers)
 
 
 @reads("karpathy", needs=("path", "images", "split"), may=("one_per",), **CAPTIONS)
@@ -87,13 +80,10 @@ def parse_karpathy(source: SourceConfig, row: Row) -> Record:
     sentences = field(value, "sentences", list)
     folder = text(value, "filepath") if "filepath" in value else "."  # Flickr's file has none
     chosen = sentences[row.part : row.part + 1] if single else sentences
-    return Record(
-        id=name(chosen[0], "sentid") if single else image_id,
-        image_id=image_id,
-        image=find_image(source.images, f"{folder}/{file}", file),
-        answers=tuple(text(sentence, "raw") for sentence in chosen),
-        split=text(value, "split"),
-    )
+    image = find_image(source.images, f"{folder}/{file}", file)
+    answers = tuple(text(sentence, "raw") for sentence in chosen)
+    number, split = name(chosen[0], "sentid") if single else image_id, text(value, "split")
+    return Record(id=number, image_id=image_id, image=image, answers=answers, split=split)
 
 
 @reads("flickr30k", may=("one_per",), **CAPTIONS)
@@ -102,9 +92,17 @@ def read_flickr30k(source: SourceConfig) -> Records:
     assert source.path
     by_image: dict[str, list[tuple[str, str, str]]] = {}
     for number, line in enumerate(text_lines(source.path), start=1):
-        if line.strip() and not line.startswith("image_name|"):
-            image, *caption = parse_flickr_line(line, f"{source.path}:{number}")
-            by_image.setdefault(image, []).append((caption[0], caption[1], caption[2]))
+        if not line.strip() or line.startswith("image_name|"):
+            continue
+        found, where = (
+            TOKEN_LINE.fullmatch(line) or CSV_LINE.fullmatch(line),
+            f"{source.path}:{number}",
+        )
+        if found is None:
+            forms = "IMAGE.jpg#NUMBER<TAB>CAPTION nor IMAGE.jpg| NUMBER| CAPTION"
+            raise ValueError(f"{where}: neither {forms}: {line!r:.60}")
+        caption = found["number"], found["caption"].strip(), where
+        by_image.setdefault(found["image"].strip(), []).append(caption)
     items: list[Any] = [(image, captions) for image, captions in by_image.items()]
     if source.one_per == "caption":
         items = [(image, [caption]) for image, captions in items for caption in captions]
@@ -112,22 +110,9 @@ def read_flickr30k(source: SourceConfig) -> Records:
     return Records(rows=rows, parse=partial(parse_flickr, source))
 
 
-def parse_flickr_line(line: str, where: str) -> tuple[str, str, str, str]:
-    found = TOKEN_LINE.fullmatch(line) or CSV_LINE.fullmatch(line)
-    if found is None:
-        raise ValueError(
-            f"{where}: neither IMAGE.jpg#NUMBER<TAB>CAPTION nor IMAGE.jpg| NUMBER| CAPTION:"
-            f" {line!r:.60}"
-        )
-    return found["image"].strip(), found["number"], found["caption"].strip(), where
-
-
 def parse_flickr(source: SourceConfig, row: Row) -> Record:
-    image, captions = row.value
-    stem = PurePosixPath(image).stem
-    return Record(
-        id=f"{stem}#{captions[0][0]}" if source.one_per == "caption" else stem,
-        image_id=stem,
-        image=find_image(source.images, image),
-        answers=tuple(caption for _, caption, _ in captions),
-    )
+    file, captions = row.value
+    stem, answers = PurePosixPath(file).stem, tuple(caption for _, caption, _ in captions)
+    number = f"{stem}#{captions[0][0]}" if source.one_per == "caption" else stem
+    image = find_image(source.images, file)
+    return Record(id=number, image_id=stem, image=image, answers=answers)

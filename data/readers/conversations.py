@@ -56,11 +56,9 @@ def parse_conversation(row: Row, images: str | None) -> Record:
     (question, answer), *later = [(clean(q), a) for q, a in turns]
     if any(a is None for _, a in later):
         raise ValueError("ends with a question without an answer")
-    image = found[0] if found else None
+    image, named = found[0] if found else None, row.value.get("id") is not None
     return Record(
-        id=name(row.value, "id")
-        if row.value.get("id") is not None
-        else row.where.rpartition("/")[2],
+        id=name(row.value, "id") if named else row.where.rpartition("/")[2],
         image_id=coco_number(image) if isinstance(image, str) else row.where,
         image=image_of(image, images),
         question=question,
@@ -81,10 +79,8 @@ def turns_of(
     for role, words in messages:
         if role == "system":
             if turns or system not in ("", words):
-                raise ValueError(
-                    "has a system text behind a question, or two; one may stand in the first message"
-                    " or in the row's `system`"
-                )
+                place = "one may stand in the first message or in the row's `system`"
+                raise ValueError(f"has a system text behind a question, or two; {place}")
             system = words
         elif role not in ROLES:
             raise ValueError(f"unknown role {role!r}; choices: system, {', '.join(ROLES)}")
@@ -124,10 +120,8 @@ def check_keys(value: Any) -> None:
         disliked = key == "label" and value[key] is False  # an answer that is not to be learned
         disliked |= str(key) not in READ and str(key).lower() in READ
         if disliked or (CHANGES.fullmatch(str(key)) and value[key] not in NOTHING):
-            raise ValueError(
-                f"has {key!r}: {value[key]!r:.40}, which is not read and changes what the row means;"
-                " remove the key or the row"
-            )
+            rest = "which is not read and changes what the row means; remove the key or the row"
+            raise ValueError(f"has {key!r}: {value[key]!r:.40}, {rest}")
 
 
 def words_of(message: Any, images: list[Any]) -> str:

@@ -112,15 +112,12 @@ def text_member(value: dict[str, Any], column: str) -> Any:
 
 def box_of(values: Any) -> Box:
     """Four numbers x0, y0, x1, y1."""
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != 4:
-        raise ValueError(f"a box is four numbers, got {values!r:.60}")
-    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-        raise ValueError(f"a box is four numbers, got {values!r:.60}")
-    try:
-        x0, y0, x1, y1 = map(float, values)
-    except OverflowError:
-        raise ValueError(f"a box is four numbers, got {values!r:.60}") from None
-    return x0, y0, x1, y1
+    numbers = isinstance(values, Sequence) and not isinstance(values, str) and len(values) == 4
+    if numbers and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        with suppress(OverflowError):
+            x0, y0, x1, y1 = map(float, values)
+            return x0, y0, x1, y1
+    raise ValueError(f"a box is four numbers, got {values!r:.60}")
 
 
 def box_of_xywh(values: Any) -> Box:

@@ -55,14 +55,9 @@ def file_row(file: Path) -> Row:
 
 
 def parse_file(row: Row, root: Path, classes: tuple[str, ...]) -> Record:
-    number = row.value.relative_to(root).as_posix()
-    return Record(
-        id=number,
-        image_id=number,
-        image=row.value,
-        answers=(row.value.parent.name,),
-        choices=classes,
-    )
+    file, number = row.value, row.value.relative_to(root).as_posix()
+    name = (file.parent.name,)
+    return Record(id=number, image_id=number, image=file, answers=name, choices=classes)
 
 
 class TarRows:

@@ -45,19 +45,11 @@ def read_refcoco(source: SourceConfig) -> Records:
     splits = Counter(ref.get("split") for ref in refs)
     if source.split not in splits:
         raise ValueError(f"{source.path}: no split {source.split!r}; it has {dict(splits)}")
-    rows = [
-        row
-        for number, ref in enumerate(refs)
-        if ref.get("split") == source.split
-        for row in sentences_of(ref, f"{source.path}: [{number}]")
-    ]
-    parse = partial(
-        parse_refcoco,
-        boxes=JsonRows(source.annotations, at="annotations", key="id"),
-        named=JsonRows(source.annotations, at="images", key="id"),
-        images=source.images,
-    )
-    return Records(rows=rows, parse=parse)
+    chosen = [(i, ref) for i, ref in enumerate(refs) if ref.get("split") == source.split]
+    rows = [row for i, ref in chosen for row in sentences_of(ref, f"{source.path}: [{i}]")]
+    boxes = JsonRows(source.annotations, at="annotations", key="id")
+    named = JsonRows(source.annotations, at="images", key="id")
+    return Records(rows=rows, parse=partial(parse_refcoco, source, boxes, named))
 
 
 def sentences_of(ref: dict[str, Any], where: str) -> list[Row]:
@@ -69,17 +61,17 @@ def sentences_of(ref: dict[str, Any], where: str) -> list[Row]:
     return [Row((kept, v), f"{where}.sentences[{i}]") for i, v in enumerate(values)]
 
 
-def parse_refcoco(row: Row, boxes: JsonRows, named: JsonRows, images: str | None) -> Record:
+def parse_refcoco(source: SourceConfig, boxes: JsonRows, named: JsonRows, row: Row) -> Record:
     """The image's name is that of instances.json: a reference's own carries the annotation."""
     ref, value = row.value
     image_id = name(ref, "image_id")
-    image = named.one(image_id)
+    image, box = named.one(image_id), field(boxes.one(name(ref, "ann_id")), "bbox", list)
     return Record(
         id=name(value, "sent_id"),
         image_id=image_id,
-        image=find_image(images, text(image, "file_name")),
+        image=find_image(source.images, text(image, "file_name")),
         question=text(value, "sent"),
-        boxes=(box_of_xywh(field(boxes.one(name(ref, "ann_id")), "bbox", list)),),
+        boxes=(box_of_xywh(box),),
         frame=(field(image, "width", int), field(image, "height", int)),
         slack=ROUNDING,
         split=text(ref, "split"),
@@ -169,12 +161,8 @@ def parse_phrase(source: SourceConfig, row: Row) -> Record:
 @reads("visual_genome", **REGIONS)
 def read_visual_genome(source: SourceConfig) -> Records:
     assert source.path
-    rows = JsonRows(source.path, count=regions_of_image, about="regions")
+    rows = JsonRows(source.path, count=lambda row: len(row["regions"]), about="regions")
     return Records(rows=rows, parse=partial(parse_region, source))
-
-
-def regions_of_image(row: Any) -> int:
-    return len(row["regions"])
 
 
 def parse_region(source: SourceConfig, row: Row) -> Record:

@@ -6,6 +6,7 @@ CSV and JSON are read here, since `datasets` guesses what their cells mean: 007 
 """
 
 import re
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -82,24 +83,14 @@ def open_table(path: str, split: str | None = None) -> Any:
         said = f"{type(cause).__name__}: {[*str(cause).splitlines(), 'no reason given'][0]}"
         if Path(name).exists():
             raise ValueError(f"{path}: no data set that can be read: {said}") from None
-        raise ValueError(
-            f"{path}: neither a file or folder here, nor a data set that can be had from the hub"
-            f" ({said})"
-        ) from None
+        neither = "neither a file or folder here, nor a data set that can be had from the hub"
+        raise ValueError(f"{path}: {neither} ({said})") from None
     if guessed:
-        raise ValueError(
-            f"{path}: holds CSV files, whose cells would be guessed (007 as 7); give the path of one"
-        )
-    return chosen_split(found, path, split)
-
-
-def chosen_split(found: Any, path: str, split: str | None) -> Any:
-    """One split of a data set that has several."""
-    if not isinstance(found, dict):
-        return found
-    if split not in found:
+        guess = "holds CSV files, whose cells would be guessed (007 as 7)"
+        raise ValueError(f"{path}: {guess}; give the path of one")
+    if isinstance(found, dict) and split not in found:
         raise ValueError(f"{path}: no split {split!r}; it has {', '.join(found)}")
-    return found[split]
+    return found[split] if isinstance(found, dict) else found
 
 
 @reads("table", needs=FILE, may=("images", "columns"))
@@ -129,11 +120,9 @@ def keys_of(rows: Rows) -> list[str]:
     """The keys that the first rows have; rows that cannot be read have none."""
     found: dict[str, None] = {}
     for index in range(min(len(rows), PROBED)):
-        try:
+        with suppress(BadSampleError):
             value = rows[index].value
-        except BadSampleError:
-            continue
-        found |= dict.fromkeys(value if isinstance(value, dict) else ())
+            found |= dict.fromkeys(value if isinstance(value, dict) else ())
     return [*found]
 
 
@@ -146,9 +135,8 @@ def check_columns(source: SourceConfig, found: list[str]) -> dict[str, str]:
         if field not in FIELDS:
             raise ValueError(f"columns.{field}: no such field; choices: {', '.join(FIELDS)}")
         if column not in found:
-            raise ValueError(
-                f"columns.{field}: {source.path} has no column {column!r}; it has {', '.join(found)}"
-            )
+            rest = f"has no column {column!r}; it has {', '.join(found)}"
+            raise ValueError(f"columns.{field}: {source.path} {rest}")
     check_unread(source, columns, found)
     return dict(columns)
 
@@ -206,11 +194,11 @@ def parse_table(
 
 def image_of(value: Any, images: str | None) -> StoredImage | None:
     """The image of a cell: a name in the folder `images`, or as `datasets` stores it, or nothing."""
+    if value is None:
+        return None
     if isinstance(value, dict) and value.get("bytes"):
         return bytes(value["bytes"])
     name = value.get("path") if isinstance(value, dict) else value
     if isinstance(name, str) and name:
         return named_image(name, images)
-    if value is None:
-        return None
     raise ValueError(f"no image in {value!r:.60}")

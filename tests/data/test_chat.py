@@ -93,7 +93,8 @@ def sample(number: int = 0, **changes) -> Sample:
 
 
 def learned(processor, chat) -> str:
-    ids, mask = ChatEncoder(processor).replies(chat)
+    encoder = ChatEncoder(processor)
+    ids, mask = encoder.replies(encoder.dialogue(chat))
     return processor.tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
 
 
@@ -124,7 +125,8 @@ def test_a_first_word_has_the_tokens_that_it_has_behind_its_prompt():
     """Llama's tokenizers write a blank before every text, so that a lone answer would have two."""
     processor = processor_of("llava-1.5")
     tokenizer = processor.tokenizer
-    ids, _ = ChatEncoder(processor).replies(CHAT[:2])
+    encoder = ChatEncoder(processor)
+    ids, _ = encoder.replies(encoder.dialogue(CHAT[:2]))
     assert tokenizer.convert_ids_to_tokens(ids) == ["▁red", "</s>"]
     text = processor.apply_chat_template(CHAT[:1], add_generation_prompt=True) + " red</s>"
     assert tokenizer(text)["input_ids"][-2:] == ids

@@ -228,7 +228,8 @@ def test_without_marks_every_answer_of_a_conversation_is_supervised_and_no_quest
     image = {"type": "image", "image": random_image(0)}
     chat = [said("user", "what?", image), said("assistant", "red"),
             said("user", "sure?"), said("assistant", "yes")]  # fmt: skip
-    ids, mask = ChatEncoder(collate.processor).replies(chat)
+    encoder = ChatEncoder(collate.processor)
+    ids, mask = encoder.replies(encoder.dialogue(chat))
     texts = [
         TOKENIZER.decode([t for t, m in zip(ids, mask, strict=True) if m == on]) for on in (0, 1)
     ]
