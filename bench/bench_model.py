@@ -73,10 +73,9 @@ def make_batch(size: Size, device: str, *, generate: bool = False) -> Batch:
     prompt = torch.cat([torch.full((count, side**2), IMAGE), ids(count, size.prompt + answer)], 1)
     labels = prompt.clone()
     labels[:, : side**2 + size.prompt] = -100
-    mask = torch.ones_like(prompt)
     return Batch(
         input_ids=prompt,
-        attention_mask=mask,
+        attention_mask=torch.ones_like(prompt),
         labels=None if generate else labels,
         pixel_values=torch.randn(count, 3, 14 * side, 14 * side, generator=generator),
         image_index=torch.arange(count),
@@ -131,10 +130,7 @@ def race(
 
 
 def ratio(seconds: Mapping[str, list[float]], one: str, other: str) -> float:
-    """Median over the rounds of one run's time over another's.
-
-    Within a round they ran side by side, so that a machine that slows down slows both.
-    """
+    """Median over the rounds of one run's time over another's: what slows a round slows both."""
     return median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
 

@@ -24,13 +24,9 @@ def line_panels(
             for axes, (x, y, series) in zip(axes_row, row, strict=True):
                 for name, points in series.items():
                     place = names.index(name)
-                    look: dict[str, Any] = {
-                        "color": color(place),
-                        "marker": "osD^v"[place % 5],
-                        "label": name,
-                    }
+                    look: dict[str, Any] = {"color": color(place), "marker": "osD^v"[place % 5]}
                     look |= {"markersize": 4 + 1.5 * min(place, 1), "zorder": 10 - place}
-                    axes.plot(list(points), list(points.values()), **look)
+                    axes.plot(list(points), list(points.values()), label=name, **look)
                 ticks = sorted({at for points in series.values() for at in points})
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -40,9 +36,5 @@ def line_panels(
                 axes.set_title(y)
                 axes.grid(axis="y")
         handles, labels = grid[0][0].get_legend_handles_labels()
-        legend: dict[str, Any] = {
-            "loc": "outside lower left",
-            "ncols": len(names),
-            "frameon": False,
-        }
-        figure.legend(handles, labels, labelcolor=INK, **legend)
+        where: dict[str, Any] = {"loc": "outside lower left", "ncols": len(names)}
+        figure.legend(handles, labels, labelcolor=INK, frameon=False, **where)

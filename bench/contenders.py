@@ -75,7 +75,8 @@ def frozen(setting: Setting) -> Contender:
 def lora(setting: Setting) -> Contender:
     backbone = backbone_of(setting)
     config = LoraConfig(r=setting.rank * setting.num_experts, target_modules=setting.targets)
-    return _plain(without_bank(_inside(backbone, get_peft_model(backbone.model, config))), setting)
+    peft: Any = get_peft_model(backbone.model, config).base_model
+    return _plain(without_bank(replace(backbone, model=peft.model)), setting)
 
 
 def loop(setting: Setting) -> Contender:
@@ -104,42 +105,30 @@ def xlora(setting: Setting) -> Contender:
         get_peft_model(backbone_of(setting).model, config).save_pretrained(folder)
         base = backbone_of(setting).model
         base.config.use_cache = False
-        gated = XLoraConfig(
-            task_type="CAUSAL_LM",
-            hidden_size=setting.size.width,
-            xlora_depth=1,
-            adapters={str(i): folder for i in range(setting.num_experts)},
-            use_trainable_adapters=True,
-        )
-        model = get_peft_model(base, gated).to(setting.device).train()
-
-    def loss() -> Tensor:
-        return model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            pixel_values=batch.pixel_values.to(setting.dtype),
-            labels=batch.labels,
-        ).loss
-
-    return Contender(model=model, loss=loss, setting=setting)
+        gated: dict[str, Any] = {"task_type": "CAUSAL_LM", "use_trainable_adapters": True}
+        gated |= {"adapters": {str(i): folder for i in range(setting.num_experts)}}
+        mixed = XLoraConfig(hidden_size=setting.size.width, xlora_depth=1, **gated)
+        model = get_peft_model(base, mixed).to(setting.device).train()
+    inputs: dict[str, Any] = {key: getattr(batch, key) for key in ("input_ids", "attention_mask")}
+    inputs |= {"pixel_values": batch.pixel_values.to(setting.dtype), "labels": batch.labels}
+    return Contender(model=model, loss=lambda: model(**inputs).loss, setting=setting)
 
 
 def per_sample(setting: Setting) -> Contender:
     """Each sample has one adapter: less arithmetic than a mixture, and no gates to learn."""
     backbone = backbone_of(setting)
     config = LoraConfig(r=setting.rank, target_modules=setting.targets)
-    peft = get_peft_model(backbone.model, config, adapter_name="0")
+    peft: Any = get_peft_model(backbone.model, config, adapter_name="0")
     for i in range(1, setting.num_experts):
         peft.add_adapter(str(i), config)
     names = [str(i % setting.num_experts) for i in range(setting.size.batch)]
     for name, parameter in peft.named_parameters():  # PEFT trains the active one alone
         parameter.requires_grad_("lora_" in name)
-    plain = _plain(without_bank(_inside(backbone, peft)), setting)
+    plain = _plain(without_bank(replace(backbone, model=peft.base_model.model)), setting)
     peft.eval()  # in training mode PEFT refuses adapter_names
-    tuner: Any = peft.base_model
 
     def loss() -> Tensor:
-        with tuner._enable_peft_forward_hooks(adapter_names=names):
+        with peft.base_model._enable_peft_forward_hooks(adapter_names=names):
             return plain.loss()
 
     return replace(plain, loss=loss)
@@ -175,10 +164,8 @@ def without_bank(backbone: Backbone) -> MixtureModel:
 
 
 def _mixture(setting: Setting) -> MixtureModel:
-    model = make_mixture(
-        backbone_of(setting), setting.num_experts, setting.rank, setting.device, setting.targets
-    )
-    return _ready(model, setting)
+    count, rank, place = setting.num_experts, setting.rank, setting.device
+    return _ready(make_mixture(backbone_of(setting), count, rank, place, setting.targets), setting)
 
 
 def _plain(model: MixtureModel, setting: Setting) -> Contender:
@@ -194,10 +181,6 @@ def _ready(model: MixtureModel, setting: Setting) -> MixtureModel:
     if setting.checkpointing:
         model.enable_gradient_checkpointing()
     return model.train()
-
-
-def _inside(backbone: Backbone, peft: Any) -> Backbone:
-    return replace(backbone, model=peft.base_model.model)
 
 
 def _mean(output: Any) -> Tensor:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +35,23 @@ MERGES: dict[str, dict[str, Any]] = {
     "ties_core": {"method": "ties", "rank": 16},
 }
 Metrics = dict[str, float]
+Factors = list[tuple[Tensor, Tensor]]  # A [rank, in] and B [out, rank] of each expert
 
 
-def timed(
-    function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter
-) -> tuple[float, Any]:
+def timed(function: Callable[[], Any], clock: Any = time.perf_counter) -> tuple[float, Any]:
     began = clock()
     result = function()
     return clock() - began, result
 
 
-def random_factors(
-    rank: int, count: int, rows: int = SIZE, columns: int = SIZE
-) -> list[tuple[Tensor, Tensor]]:
-    scale = (DELTA_SCALE / rank**0.5) ** 0.5
-    return [
-        (scale * torch.randn(rank, columns), scale * torch.randn(rows, rank)) for _ in range(count)
-    ]
+def random_factors(rank: int, count: int, rows: int = SIZE, columns: int = SIZE) -> Factors:
+    def draw(*shape: int) -> Tensor:
+        return (DELTA_SCALE / rank**0.5) ** 0.5 * torch.randn(shape)
+
+    return [(draw(rank, columns), draw(rows, rank)) for _ in range(count)]
 
 
-# One site against PEFT ------------------------------------------------------------------------------
-
-
-def peft_svd(factors: list[tuple[Tensor, Tensor]], rank: int) -> tuple[float, Tensor]:
+def peft_svd(factors: Factors, rank: int) -> tuple[float, Tensor]:
     """CPU-seconds of PEFT's merge, and the update that it makes."""
 
     class Layer(nn.Module):
@@ -72,14 +67,12 @@ def peft_svd(factors: list[tuple[Tensor, Tensor]], rank: int) -> tuple[float, Te
         layer = model.base_model.model.linear
         layer.lora_A[f"e{index}"].weight.data, layer.lora_B[f"e{index}"].weight.data = a, b
     names, weights = [f"e{i}" for i in range(len(factors))], [1 / len(factors)] * len(factors)
-    options = {"combination_type": "svd", "svd_rank": rank}
-    seconds, _ = timed(
-        lambda: model.add_weighted_adapter(names, weights, "merged", **options), time.process_time
-    )
+    add = partial(model.add_weighted_adapter, names, weights, "merged", svd_rank=rank)
+    seconds, _ = timed(partial(add, combination_type="svd"), time.process_time)
     return seconds, layer.get_delta_weight("merged").detach()
 
 
-def our_svd(factors: list[tuple[Tensor, Tensor]], rank: int) -> tuple[float, Tensor]:
+def our_svd(factors: Factors, rank: int) -> tuple[float, Tensor]:
     def run() -> Tensor:
         # in double precision and without canonical axes, as scripts.merge merges a sum
         updates = to_core([(a.double(), b.double()) for a, b in factors], canonical=False)
@@ -108,9 +101,6 @@ def against_peft() -> Metrics:
     return found
 
 
-# One site, again and again --------------------------------------------------------------------------
-
-
 def argsort_ties(updates: Tensor, density: float) -> Tensor:
     """TIES as it is usually written: sort every update whole (mean of what agrees)."""
     kept = torch.zeros_like(updates)
@@ -125,19 +115,16 @@ def argsort_ties(updates: Tensor, density: float) -> Tensor:
 
 def dense_ties() -> Metrics:
     factors = random_factors(16, NUM_EXPERTS)
-    stack = Stack(
-        site="q",
-        experts=tuple(f"e{i}" for i in range(NUM_EXPERTS)),
-        ranks=(16,) * NUM_EXPERTS,
-        shape=(SIZE, SIZE),
-        read=lambda start, stop: torch.stack([b[start:stop] @ a for a, b in factors]),
-    )
+    names, shape = tuple(f"e{i}" for i in range(NUM_EXPERTS)), (SIZE, SIZE)
+
+    def read(start: int, stop: int) -> Tensor:
+        return torch.stack([b[start:stop] @ a for a, b in factors])
+
+    stack = Stack(site="q", experts=names, ranks=(16,) * NUM_EXPERTS, shape=shape, read=read)
     ours, merged = timed(lambda: METHODS["ties"].function(stack, torch.ones(NUM_EXPERTS)))
     theirs, expected = timed(lambda: argsort_ties(stack.whole(), 0.2))
     different = float((merged != expected).float().mean())
-    print(
-        f"dense TIES: argsort {theirs:.2f} s, ours {ours:.2f} s, {different:.1e} of the entries differ"
-    )
+    print(f"dense TIES: argsort {theirs:.2f} s, ours {ours:.2f} s, {different:.1e} entries differ")
     return {"ties_dense_vs_argsort": theirs / ours}
 
 
@@ -155,9 +142,6 @@ def remerge() -> Metrics:
         slowest = max(slowest, seconds / 5)
         print(f"re-merging one site, {name}: {seconds / 5 * 1e3:.1f} ms")
     return {"remerge_ms": slowest * 1e3}
-
-
-# Adapters of a 7B model -----------------------------------------------------------------------------
 
 
 def write_adapters(folder: Path, num_sites: int) -> list[Path]:
@@ -218,9 +202,6 @@ def large_sets(num_sites: int) -> Metrics:
             found["llava7b_peak_gb"] = max(peak, found["llava7b_peak_gb"])
             print(f"{num_sites} sites, {label}: {seconds:.2f} s, io {io:.2f} s, peak {peak:.2f} GB")
     return found
-
-
-# Whole checkpoints ----------------------------------------------------------------------------------
 
 
 def write_checkpoints(folder: Path, num_layers: int) -> dict[str, Path]:

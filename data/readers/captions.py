@@ -16,9 +16,9 @@ from typing import Any
 
 from data.images import find_image
 from data.readers.fields import field, name, text
-from data.readers.format import reads
 from data.readers.record import Record, Records
 from data.readers.rows import JsonRows, Row, text_lines
+from data.readers.table import reads
 from moa.config import SourceConfig
 
 TOKEN_LINE = re.compile(r"(?P<image>[^#\t]+)#(?P<number>\d+)\t(?P<caption>.*)")

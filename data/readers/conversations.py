@@ -17,9 +17,9 @@ from typing import Any
 
 from data.images import coco_number
 from data.readers.fields import field, name, text
-from data.readers.format import FILE, reads
 from data.readers.record import Record, Records
 from data.readers.rows import Row, json_rows
+from data.readers.table import FILE, reads
 from data.readers.tables import TableRows, image_of, open_table
 from data.sample import Turn
 from moa.config import SourceConfig

@@ -22,10 +22,10 @@ from data.checks import BadSampleError
 from data.images import is_hidden
 from data.readers.captions import CAPTION
 from data.readers.fields import text
-from data.readers.format import FILE, reads
 from data.readers.index import Arrays, cached
 from data.readers.record import Record, Records
 from data.readers.rows import ListRows, Row
+from data.readers.table import FILE, reads
 from moa.config import SourceConfig
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")

@@ -18,10 +18,10 @@ from rich.progress import track
 
 from data.images import find_image
 from data.readers.fields import box_of, box_of_xywh, field, name, text
-from data.readers.format import FOUR, reads
 from data.readers.pickles import load_plain
 from data.readers.record import Record, Records
 from data.readers.rows import JsonRows, Row, require_file, text_lines
+from data.readers.table import FOUR, reads
 from data.sample import Box
 from moa.config import SourceConfig
 

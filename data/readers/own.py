@@ -15,9 +15,9 @@ from typing import Any
 
 from data.images import find_image
 from data.readers.fields import box_of, boxes_of, field, frame_of, name, text, texts
-from data.readers.format import FILE, reads
 from data.readers.record import Record, Records
 from data.readers.rows import JsonLines, Row
+from data.readers.table import FILE, reads
 from data.sample import OcrWord
 from moa.config import SourceConfig
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from data.images import coco_number
 from data.readers.fields import field, name, tags_of, text, texts
-from data.readers.format import parses, reads
 from data.readers.record import Record, Records, asked
 from data.readers.rows import JsonRows, Row, read_json
+from data.readers.table import parses, reads
 from data.sample import Box, OcrWord
 from moa.config import SourceConfig
 

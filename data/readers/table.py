@@ -1,19 +1,69 @@
-"""Opens a source by its format; data/readers/format.py tells how one is added."""
+"""Opens a source by its format; a reader becomes one by a line above its function, in any file of this folder:
+
+    @reads("vqav2", may=("annotations",))      source's config -> Records
+    @parses("docvqa", at="data")               source's config, row of one JSON file -> Record
+
+The line names the keys of the config that the format needs (path and images by default) and may use, so that a
+forgotten file or a setting without effect is one clear error, and the defaults of its samples.
+"""
 
 import re
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any, TypeVar
 
 from data.checks import one_line
 from data.ocr import OcrSource
-from data.readers.format import FORMATS, Format
 from data.readers.names import readers
-from data.readers.record import RecordDataset
+from data.readers.record import Record, RecordDataset, Records
+from data.readers.rows import JsonRows, Row
 from moa.config import SourceConfig
 
 SOME_USE = ("path", "images", "annotations", "ocr", "columns", "one_per", "style", "seed")
 DEFAULTS = {field.name: field.default for field in fields(SourceConfig)}
+Read = TypeVar("Read", bound=Callable[[SourceConfig], Records])
+Parse = TypeVar("Parse", bound=Callable[[SourceConfig, Row], Record])
+FILE = ("path",)
+FOUR = ("path", "annotations", "images", "split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A reader, the config keys that it needs and may use, and what its samples are by default."""
+
+    read: Callable[[SourceConfig], Records]
+    needs: tuple[str, ...] = ("path", "images")
+    may: tuple[str, ...] = ()
+    task: str = "vqa"
+    prompt: str = "{question}"
+    instruction: str = ""
+
+
+FORMATS: dict[str, Format] = {}  # those of the readers that are imported
+
+
+def reads(name: str, **row: Any) -> Callable[[Read], Read]:
+    def add(read: Read) -> Read:
+        FORMATS[name] = Format(read=read, **row)
+        return read
+
+    return add
+
+
+def parses(name: str, *, at: str | None = None, **row: Any) -> Callable[[Parse], Parse]:
+    """`at` is the member of the file's object that holds the rows; None is the file itself."""
+
+    def add(parse: Parse) -> Parse:
+        @reads(name, **row)
+        def read(source: SourceConfig) -> Records:
+            return Records(rows=JsonRows(source.path or "", at=at), parse=partial(parse, source))
+
+        return parse
+
+    return add
 
 
 def format_called(name: str) -> Format:

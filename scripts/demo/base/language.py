@@ -53,10 +53,8 @@ def answer_questions(
         chosen[:few] = read[torch.from_numpy(rng.integers(len(read), size=few))]
         rows = [packer.row(world.scenes[i], words[i], rng, args.questions) for i in chosen.tolist()]
         ids, labels = pad(rows, "ids", 0, torch.long), pad(rows, "labels", -100, torch.long)
-        segments, positions = (
-            pad(rows, "segments", -2, torch.long),
-            pad(rows, "positions", 0, torch.long),
-        )
+        segments = pad(rows, "segments", -2, torch.long)
+        positions = pad(rows, "positions", 0, torch.long)
         weights, tasks = pad(rows, "weights", 0.0, torch.float), pad(rows, "tasks", -1, torch.long)
         embed = language.get_input_embeddings()
         prefix = NUM_PATCHES + 1

@@ -1,6 +1,6 @@
 """Generic questions about the scenes, several of them in one row, each blind to the others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import numpy as np
@@ -86,31 +86,28 @@ class Packer:
         self.encode = cache(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def row(self, scene: Scene, words: str | None, rng: np.random.Generator, count: int) -> Row:
-        row = Row(
-            ids=[], labels=[], segments=[], positions=[], weights=[], tasks=[], names=[], places=[]
-        )
+        row = Row(**{item.name: [] for item in fields(Row)})
         for segment in range(count):
             asked = ask(scene, words, rng)
             if asked is None:
                 continue
             question, answer = self.encode(asked.prompt), self.encode(asked.answer)
             answer = [*answer, self.tokenizer.eos_token_id]
+            length, label = len(question) + len(answer), -1
+            names = [-1] * length
+            if asked.name is not None:
+                label = LABELS.index(asked.name)
+                names[question.index(self.encode(f" {asked.name}")[0])] = label
             row.ids.extend([*question, *answer])
             row.labels.extend([-100] * len(question) + answer)
-            row.segments.extend([segment] * (len(question) + len(answer)))
-            row.positions.extend(range(len(question) + len(answer)))
-            row.weights.extend([1 / len(answer)] * (len(question) + len(answer)))
-            row.names.extend(self._where_named(question, asked.name) + [-1] * len(answer))
-            where = LABELS.index(asked.name) if asked.name and asked.asks_where else -1
+            row.segments.extend([segment] * length)
+            row.positions.extend(range(length))
+            row.weights.extend([1 / len(answer)] * length)
+            row.names.extend(names)
+            where = label if asked.asks_where else -1
             row.places.extend([-1] * (len(question) - 1) + [where] * len(answer) + [-1])
-            row.tasks.extend([TASKS.index(asked.task)] * (len(question) + len(answer)))
+            row.tasks.extend([TASKS.index(asked.task)] * length)
         return row
-
-    def _where_named(self, question: list[int], name: str | None) -> list[int]:
-        marks = [-1] * len(question)
-        if name is not None:
-            marks[question.index(self.encode(f" {name}")[0])] = LABELS.index(name)
-        return marks
 
 
 def pad(rows: list[Row], name: str, value: float, dtype: torch.dtype) -> Tensor:
@@ -124,10 +121,8 @@ def block_mask(segments: Tensor, prefix: int) -> Tensor:
     image = torch.full((segments.shape[0], prefix), -1, device=segments.device)
     owner = torch.cat([image, segments], 1)
     same = (owner[:, :, None] == owner[:, None, :]) | (owner == -1)[:, None, :]
-    causal = torch.ones(
-        owner.shape[1], owner.shape[1], dtype=torch.bool, device=owner.device
-    ).tril()
-    return torch.where(same & causal, 0.0, -torch.inf)[:, None]
+    # tril: no token looks at a later one
+    return torch.where(same.tril(), 0.0, -torch.inf)[:, None]
 
 
 def corpus(seed: int) -> list[str]:
