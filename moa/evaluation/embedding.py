@@ -44,11 +44,11 @@ def classify(
         groups.setdefault((sample.question, sample.choices), []).append(row)
     responses: dict[int, Response] = {}
     for (question, choices), rows in groups.items():
-        ranking = rank_classes(
-            image_features[rows],
-            class_features(question, choices),
-            [choices.index(samples[row].answers[0]) for row in rows],
-        )
+        true = torch.tensor([choices.index(samples[row].answers[0]) for row in rows])
+        images, texts = image_features[rows], class_features(question, choices)
+        cosines = normalize(images, dim=-1) @ normalize(texts, dim=-1).T
+        wanted = one_hot(true.to(images.device), len(texts)).bool()
+        ranking = rank_candidates(cosines, wanted)
         for row, rank, nearest in zip(rows, *map(Tensor.tolist, ranking), strict=True):
             sample = samples[row]
             tagged = replace(sample, tags=(*sample.tags, f"class {sample.answers[0]}"))
@@ -56,14 +56,6 @@ def classify(
     done = [responses[row] for row in range(len(samples))]
     scored = {"classification": (done, classification_scores(done))}
     return Result(name=name, tasks=scored, settings=settings)
-
-
-def rank_classes(
-    images: Float[Tensor, "samples dim"], texts: Float[Tensor, "classes dim"], true: Sequence[int]
-) -> Ranking:
-    wanted = one_hot(torch.tensor(true, device=images.device), len(texts)).bool()
-    cosines = normalize(images, dim=-1) @ normalize(texts, dim=-1).T
-    return rank_candidates(cosines, wanted)
 
 
 def retrieve(

@@ -106,7 +106,8 @@ def find_models(
     if like is not None:
         config_file(like)
     kinds = [kind_of(path) for path in paths]
-    names = [parts_of(path) for path in paths]
+    places = [Path(path).resolve() if Path(path).exists() else Path(path) for path in paths]
+    names = [place.parts for place in places]
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
             raise ValueError(f"models: {path} is given twice")
@@ -154,10 +155,6 @@ def kind_of(path: str) -> Kind:
         others = "an adapter with adapter_config.json, a checkpoint with config.json"
         raise ValueError(f"{error}; choices too: {others}, ORG/MODEL of the hub") from None
     return "run"
-
-
-def parts_of(path: str) -> tuple[str, ...]:
-    return Path(path).resolve().parts if Path(path).exists() else Path(path).parts
 
 
 def label_among(name: tuple[str, ...], names: Sequence[tuple[str, ...]]) -> str:

@@ -58,7 +58,7 @@ NOT_GATHERED = (
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ExpertHeader:
     """What an expert's folder holds, from its config and the file's header: no weight is loaded."""
 
@@ -91,14 +91,8 @@ def read_header(path: str | Path) -> ExpertHeader:
     shapes, metadata = _read_shapes(folder / WEIGHTS_FILE)
     ranks, sizes = _check_pairs(folder / WEIGHTS_FILE, shapes)
     _check_sites(folder / CONFIG_FILE, config, ranks)
-    return ExpertHeader(
-        path=folder,
-        config=config,
-        ranks=ranks,
-        shapes=sizes,
-        spelled={site: site for site in ranks},
-        base_fingerprint=metadata.get(FINGERPRINT),
-    )
+    spelled = {site: site for site in ranks}
+    return ExpertHeader(folder, config, ranks, sizes, spelled, metadata.get(FINGERPRINT))
 
 
 def read_tensors(header: ExpertHeader) -> dict[str, Tensor]:

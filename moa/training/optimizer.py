@@ -61,31 +61,6 @@ def names_of(groups: Mapping[str, Parameters]) -> dict[nn.Parameter, str]:
     return {p: f"{group}/{name}" for group, ps in groups.items() for name, p in ps.items()}
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
-) -> dict[str, Tensor]:
-    """The optimiser's state as flat tensors, by `name:kind`."""
-    return {
-        f"{name}:{kind}": torch.as_tensor(value)
-        for parameter, name in names.items()
-        for kind, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[nn.Parameter, str],
-    tensors: Mapping[str, dict[str, Tensor]],
-) -> None:
-    """Put the state of each parameter back, by name."""
-    for parameter, name in names.items():
-        optimizer.state[parameter] = {
-            kind: value.to(parameter.device, copy=True)  # fused: the count of steps lies there too
-            for kind, value in tensors[name].items()
-            if kind != "master"  # fp32 copy that DeepSpeed keeps of a parameter
-        }
-
-
 def by_name(
     tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]
 ) -> dict[str, dict[str, Tensor]]:

@@ -30,16 +30,14 @@ class ScoreboardSettings:
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2])
     jobs: Count = 1  # seeds at a time, each in its own process
     num_samples: Count = 128  # questions of each column
-    overrides: list[str] = field(
-        default_factory=list
-    )  # of every run's config: [train.batch_size=8]
+    # of every run's config: [train.batch_size=8]
+    overrides: list[str] = field(default_factory=list)
     only_seed: Seed | None = None  # train and score this seed, and stop; null: all, and the table
 
     def __post_init__(self) -> None:
         check(self.num_samples >= 2, "num_samples", f"must be 2 or more, got {self.num_samples}")
-        check(
-            len(set(self.seeds)) == len(self.seeds), "seeds", f"must all differ, got {self.seeds}"
-        )
+        differ = len(set(self.seeds)) == len(self.seeds)
+        check(differ, "seeds", f"must all differ, got {self.seeds}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,8 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from moa.training import optimizer as states
-
 
 class Plain:
     """A model and its optimiser, from the first step of a stage to the last; `Fsdp` and `Zero` shard them.
@@ -56,13 +54,24 @@ class Plain:
 
     def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         """The optimiser's state by `name:kind`."""
-        return states.optimizer_tensors(self.optimizer, names)
+        return {
+            f"{name}:{kind}": torch.as_tensor(value)
+            for parameter, name in names.items()
+            for kind, value in self.optimizer.state.get(parameter, {}).items()
+        }
 
     def restore_optimizer(
         self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
     ) -> None:
         """Put back what `optimizer_tensors` gave."""
-        states.restore_optimizer(self.optimizer, names, tensors)
+        for parameter, name in names.items():
+            self.optimizer.state[parameter] = {
+                kind: value.to(
+                    parameter.device, copy=True
+                )  # fused: its count of steps lies there too
+                for kind, value in tensors[name].items()
+                if kind != "master"  # fp32 copy that DeepSpeed keeps of a parameter
+            }
 
     def close(self) -> None:
         """Release the model: the next stage trains other parameters."""

@@ -62,17 +62,49 @@ class Zero(Plain):
         if self.holds_gradient:
             self.clip([], 0.0)
             if self.engine.was_step_applied():
-                raise TrainingError(
-                    "DeepSpeed updated by the gradient of a loss that is not finite"
-                )
+                what = "the gradient of a loss that is not finite"
+                raise TrainingError(f"DeepSpeed updated by {what}")
 
     def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-        return optimizer_tensors(self.engine, names)
+        """Moments, step counts and fp32 masters, by name and kind."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        optimizer = self.engine.optimizer
+        states = [state for state in optimizer.optimizer.state.values() if "step" in state]
+        if not states:
+            return {}  # before the first update
+        link_moments(optimizer)
+        step = states[0]["step"]
+        tensors = {}
+        for parameter, name in names.items():
+            for kind in MOMENTS:
+                tensors[f"{name}:{kind}"] = safe_get_full_optimizer_state(parameter, kind).cpu()
+            tensors[f"{name}:master"] = safe_get_full_fp32_param(parameter).cpu()
+            tensors[f"{name}:step"] = torch.as_tensor(step).cpu()
+        return tensors
 
     def restore_optimizer(
         self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
     ) -> None:
-        restore_optimizer(self.engine, names, tensors)
+        """Put back what `optimizer_tensors` gave; what was saved without DeepSpeed has no masters, but fp32 weights."""
+        optimizer = self.engine.optimizer
+        stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+        flat = "fp32_partitioned_groups_flat" if stage_3 else "single_partition_of_fp32_groups"
+        step = next(iter(tensors.values()))["step"]
+        # The moments are made before they are set: torch makes them at its first step only.
+        for shard in getattr(optimizer, flat):
+            moments = {kind: torch.zeros_like(shard) for kind in MOMENTS}
+            optimizer.optimizer.state[shard] = {"step": step.clone(), **moments}
+        link_moments(optimizer)
+        for parameter, name in names.items():
+            for kind, key in (*((kind, kind) for kind in MOMENTS), ("master", None)):
+                if kind not in tensors[name]:
+                    continue
+                value = tensors[name][kind].to(self.engine.device)
+                if stage_3:
+                    optimizer.set_local_hp_param(shard_of(parameter, value), parameter, key)
+                else:
+                    parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         self.engine.destroy()
@@ -107,48 +139,6 @@ def whole(parameters: Sequence[nn.Parameter], write: bool) -> AbstractContextMan
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
-
-
-def optimizer_tensors(engine: Any, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """Moments, step counts and fp32 masters, by name and kind."""
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    states = [state for state in engine.optimizer.optimizer.state.values() if "step" in state]
-    if not states:
-        return {}  # before the first update
-    link_moments(engine.optimizer)
-    step = states[0]["step"]
-    tensors = {}
-    for parameter, name in names.items():
-        for kind in MOMENTS:
-            tensors[f"{name}:{kind}"] = safe_get_full_optimizer_state(parameter, kind).cpu()
-        tensors[f"{name}:master"] = safe_get_full_fp32_param(parameter).cpu()
-        tensors[f"{name}:step"] = torch.as_tensor(step).cpu()
-    return tensors
-
-
-def restore_optimizer(
-    engine: Any, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
-) -> None:
-    """Put back what `optimizer_tensors` gave; what was saved without DeepSpeed has no masters, but fp32 weights."""
-    optimizer = engine.optimizer
-    stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
-    flat = "fp32_partitioned_groups_flat" if stage_3 else "single_partition_of_fp32_groups"
-    step = next(iter(tensors.values()))["step"]
-    # The moments are made before they are set: torch makes them at its first step only.
-    for shard in getattr(optimizer, flat):
-        moments = {kind: torch.zeros_like(shard) for kind in MOMENTS}
-        optimizer.optimizer.state[shard] = {"step": step.clone(), **moments}
-    link_moments(optimizer)
-    for parameter, name in names.items():
-        for kind, key in (*((kind, kind) for kind in MOMENTS), ("master", None)):
-            if kind not in tensors[name]:
-                continue
-            value = tensors[name][kind].to(engine.device)
-            if stage_3:
-                optimizer.set_local_hp_param(shard_of(parameter, value), parameter, key)
-            else:
-                parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
 
 
 def link_moments(optimizer: Any) -> None:

@@ -35,11 +35,9 @@ def score_rows(plan: Plan) -> None:
     settings = plan.fingerprint()
     for row in ROWS:
         file = plan.folder / "scores" / f"{row}.json"
-        about = {
-            "fingerprint": fingerprint_of(plan, row, settings),
-            "num_samples": plan.num_samples,
-        }
-        if (read_score(file) or {}).get("fingerprint") == about["fingerprint"]:
+        wanted = fingerprint_of(plan, row, settings)
+        about = {"fingerprint": wanted, "num_samples": plan.num_samples}
+        if (read_score(file) or {}).get("fingerprint") == wanted:
             continue
         print(f"seed {plan.seed}: scoring {row}", flush=True)
         write_json(file, score_row(plan, row, ocr) | about | {"commit": git_commit()})
@@ -168,6 +166,5 @@ def read_images(plan: Plan, num_workers: int) -> None:
                 sample = dataset[index]
                 if sample.image is not None:
                     images[sample.image_id] = sample.image
-    build_cache(
-        list(images.values()), plan.ocr_file, engine=engine_of(config), num_workers=num_workers
-    )
+    engine = engine_of(config)
+    build_cache([*images.values()], plan.ocr_file, engine=engine, num_workers=num_workers)

@@ -7,6 +7,8 @@ from typing import Any
 
 from scripts.demo.board.plan import ROWS, Plan
 
+SPEEDS = ("adapter_parameters", "tokens_per_second")  # beside the scores
+
 
 def collect(plans: Sequence[Plan]) -> dict[str, Any]:
     """Mean and standard error over the seeds, by row and column; the commits are those that scored."""
@@ -14,17 +16,12 @@ def collect(plans: Sequence[Plan]) -> dict[str, Any]:
         row: [json.loads((p.folder / "scores" / f"{row}.json").read_text()) for p in plans]
         for row in ROWS
     }
-    rows = {
-        row: {
-            column: over_seeds([r["columns"][column] for r in records])
-            for column in records[0]["columns"]
-        }
-        | {
-            name: over_seeds([r[name] for r in records])
-            for name in ("adapter_parameters", "tokens_per_second")
-        }
-        for row, records in found.items()
-    }
+    rows = {}
+    for row, records in found.items():
+        columns = {name: [r["columns"][name] for r in records] for name in records[0]["columns"]}
+        columns |= {name: [r[name] for r in records] for name in SPEEDS}
+        rows[row] = {name: over_seeds(values) for name, values in columns.items()}
+    commits = {str(r["commit"]) for records in found.values() for r in records}
     diagnostics = {
         row: [{k: r[k] for k in ("routing", "lost_without") if k in r} for r in records]
         for row, records in found.items()
@@ -33,9 +30,7 @@ def collect(plans: Sequence[Plan]) -> dict[str, Any]:
     return {
         "rows": rows,
         "seeds": [plan.seed for plan in plans],
-        "commit": " ".join(
-            sorted({str(r["commit"]) for records in found.values() for r in records})
-        ),
+        "commit": " ".join(sorted(commits)),
         "samples_per_column": found[ROWS[0]][0]["num_samples"],
         "steps": plans[0].steps(),
         "routing": diagnostics,
