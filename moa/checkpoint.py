@@ -10,7 +10,6 @@
 """
 
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from moa.cli.settings import to_yaml
 from moa.config import RunConfig, load_config
 from moa.files.atomic import atomic_folder, remove_folder, write_file, write_json
 from moa.files.peft import base_reference, write_expert
+from moa.files.peft_config import read_json_object
 from moa.model import MixtureModel
 from moa.parts import beside_experts
 
@@ -242,12 +242,9 @@ def check_there(file: Path) -> None:
         raise ValueError(f"{file}: missing; {file.parent} is no whole checkpoint")
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path) -> dict[str, Any]:
     check_there(file)
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}: not readable as JSON: {error}") from None
+    return read_json_object(file)
 
 
 def restore_model(model: MixtureModel, folder: Path, config: RunConfig) -> None:

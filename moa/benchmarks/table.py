@@ -203,7 +203,7 @@ def grounding(responses: Sequence[Response]) -> Scores:
         values=grounding_scores([r.box for r in responses], [r.sample.boxes for r in responses]),
         failures={"no readable box": unparsable} if unparsable else {},
         notes={
-            "Acc@0.5": "hit at IoU >= 0.5, in pixels of the original picture",
+            "Acc@0.5": "hit at IoU >= 0.5, in pixels of the original image",
             "Acc@>0.5": "hit at IoU > 0.5",
         },
     )

@@ -69,11 +69,8 @@ def only_text(rows: Sequence[Any], path: str | Path) -> str:
     """The key of `TEXTS` that some row has; ValueError where that is none, or where others may be the output."""
     keys = [key for key in TEXTS if any(isinstance(row, dict) and key in row for row in rows)]
     first = rows[0] if keys and isinstance(rows[0], dict) else {}
-    keys += [
-        key
-        for key, value in first.items()
-        if key not in keys and isinstance(value, str) and OUTPUT.match(key)
-    ]
+    texts = [key for key, value in first.items() if isinstance(value, str)]
+    keys += [key for key in texts if key not in keys and OUTPUT.match(key)]
     if len(keys) > 1:
         raise ValueError(
             f"{path}: rows have {' and '.join(keys)}, and one of them may be the reference; name the "

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from data.checks import BadSampleError
 from data.mixture import Source, read_sample
@@ -38,16 +39,12 @@ def score_sources(
     collator = prompt_collator(model, config, withhold_task=settings.withhold_task)
     results = []
     for source, dataset in open_datasets(model, config, ocr):
+        shared: dict[str, Any] = {"name": source.name, "progress": progress, "processes": processes}
         if isinstance(model, ClipMixture) and isinstance(collator, PairCollator):
-            result = evaluate_pairs(
-                model, dataset, collator, settings,
-                name=source.name, progress=progress, processes=processes,
-            )  # fmt: skip
+            result = evaluate_pairs(model, dataset, collator, settings, **shared)
         else:
-            result = evaluate(
-                model, dataset, collator, settings,
-                name=source.name, benchmark=benchmark_of(source), progress=progress, processes=processes,
-            )  # fmt: skip
+            shared["benchmark"] = benchmark_of(source)
+            result = evaluate(model, dataset, collator, settings, **shared)
         results.append(result)
     return results if processes.is_main else []
 
@@ -123,12 +120,12 @@ def check_oracle(name: str, dataset: Source, experts: Collection[str]) -> None:
     samples = [read_sample(dataset, index, name) for index in range(len(dataset))]
     lost = [s for s in samples if isinstance(s, Sample) and s.expert not in experts]
     if lost:
-        raise ValueError(
-            f"gates=oracle: {len(lost)} of {len(samples)} samples of {name} have no expert, such as "
-            f"{lost[0].id} (task {lost[0].task!r}): neither the source nor a training source of this "
-            f"name or task names one of {', '.join(experts)}; set eval.sources.{name}.expert, or leave the "
-            "data set out by eval.only=[...]"
+        found = (
+            f"{len(lost)} of {len(samples)} samples of {name} have no expert, such as {lost[0].id}"
         )
+        way_out = f"set eval.sources.{name}.expert, or leave the data set out by eval.only=[...]"
+        task, choices = f"(task {lost[0].task!r})", f"choices: {', '.join(experts)}"
+        raise ValueError(f"gates=oracle: {found} {task}; {way_out}; {choices}")
 
 
 def kept_results(

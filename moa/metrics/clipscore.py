@@ -20,7 +20,7 @@ WEIGHT = 2.5
 def clip_score(
     image_features: Float[Tensor, "captions dim"], text_features: Float[Tensor, "captions dim"]
 ) -> Float[Tensor, " captions"]:
-    """CLIPScore of each picture and its caption."""
+    """CLIPScore of each image and its caption."""
     return WEIGHT * cosine_similarity(image_features, text_features, dim=-1).clamp(min=0)
 
 

@@ -69,11 +69,10 @@ class Metrics:
                 metrics[f"loss/{task}"] = row[1] / row[0]
                 gates = zip(self.experts, row[len(self.COLUMNS) :], strict=True)
                 metrics |= {f"gates/{task}/{expert}": gate / row[0] for expert, gate in gates}
-        for source, (number, total_loss) in zip(
-            self.sources, by_source.view(-1, 2).tolist(), strict=True
-        ):
+        pairs = by_source.view(-1, 2).tolist()
+        for source, (number, total_loss) in zip(self.sources, pairs, strict=True):
             if number:
-                metrics |= {f"source_loss/{source}": total_loss / number}
+                metrics[f"source_loss/{source}"] = total_loss / number
         names = [name for name in AUX if name in self.aux]
         return metrics | {f"aux/{name}": aux[AUX.index(name)] / count for name in names}
 
