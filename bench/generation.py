@@ -96,14 +96,10 @@ def run(settings: Settings, console: Console) -> None:
     with torch.no_grad():
         over_merged = {count: measure(settings, count) for count in settings.experts}
     routed = [found["routed"] for each in over_merged.values() for found in each.values()]
-    results = {
-        "tokens_vs_merged": min(routed),
-        "tokens_over_merged": over_merged,  # experts -> batch -> contender
-        "new_tokens": settings.new_tokens,
-        "rank": settings.rank,
-        "where": settings.where(settings.size),
-    }
-    write_results("generation", results)
+    # experts -> batch -> contender
+    results = {"tokens_vs_merged": min(routed), "tokens_over_merged": over_merged}
+    results |= {"new_tokens": settings.new_tokens, "rank": settings.rank}
+    write_results("generation", results | {"where": settings.where(settings.size)})
 
 
 def measure(settings: Settings, num_experts: int) -> dict[int, dict[str, float]]:

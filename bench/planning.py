@@ -124,10 +124,9 @@ def run(settings: Settings, console: Console) -> None:
             model.enable_gradient_checkpointing()
         peak, states = measured_peak(model, train, batch, device), optimizer_bytes(model, train)
         label = f"{count} experts{', checkpointing' if checkpointing else ''}"
-        print(
-            f"{label}: planned {plan.peak / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB; "
-            f"AdamW {plan.optimizer / 2**20:.2f} and {states / 2**20:.2f} MiB"
-        )
+        moments = f"AdamW {plan.optimizer / 2**20:.2f} and {states / 2**20:.2f} MiB"
+        peaks = f"planned {plan.peak / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB"
+        print(f"{label}: {peaks}; {moments}")
         found[label] = {"peak": plan.peak / peak, "optimizer": plan.optimizer / states}
     where = settings.where(settings.size)
     write_results("planning", {"where": where, "planned_over_measured": found})

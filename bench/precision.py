@@ -22,12 +22,9 @@ from moa.cli.command import run_command
 from moa.cli.ranges import Count
 
 TRAINING = (
-    ("ours bf16", "ours fp32"),
-    ("ours bf16", "lora bf16"),
-    ("ours fp32", "lora fp32"),
-    ("ours checkpointed", "ours fp32"),
-    ("ours checkpointed", "lora checkpointed"),
-)
+    ("ours bf16", "ours fp32"), ("ours bf16", "lora bf16"), ("ours fp32", "lora fp32"),
+    ("ours checkpointed", "ours fp32"), ("ours checkpointed", "lora checkpointed"),
+)  # fmt: skip
 DECODING = (("kept", "anew"), ("kept", "frozen"), ("anew", "frozen"))
 
 
@@ -49,11 +46,8 @@ def training(setting: Setting, rounds: int) -> tuple[dict[str, float], dict[str,
 
     changed = replace(setting, dtype=torch.bfloat16), replace(setting, checkpointing=True)
     variants = dict(zip(("fp32", "bf16", "checkpointed"), (setting, *changed), strict=True))
-    runs = {
-        f"{name} {variant}": CONTENDERS[name](own)
-        for variant, own in variants.items()
-        for name in ("ours", "lora")
-    }
+    pairs = [(name, variant) for variant in variants for name in ("ours", "lora")]
+    runs = {f"{name} {v}": CONTENDERS[name](variants[v]) for name, v in pairs}
     seconds = race({name: run.stepper() for name, run in runs.items()}, rounds, setting.device)
     saved = {n: saved_bytes(run.forward, run.model.parameters()) for n, run in runs.items()}
     shares = {f"{one} / {other}": saved[one] / saved[other] for one, other in TRAINING}

@@ -19,13 +19,14 @@ def machine(device: str = "cpu") -> dict[str, str | int]:
     import torch
 
     describe = ["git", "describe", "--always", "--dirty"]
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    chip = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    where: dict[str, str | int] = {
+        "device": chip,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout.strip(),
-        "date": date.today().isoformat(),
     }
+    return where | {"commit": commit, "date": date.today().isoformat()}
 
 
 def write_results(name: str, figures: Mapping[str, object]) -> Path:

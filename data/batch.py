@@ -76,10 +76,7 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        tensors: dict[str, Any] = {
-            f.name: change(value)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), torch.Tensor)
-        }
+        every = {item.name: getattr(self, item.name) for item in fields(self)}
+        tensors: dict[str, Any] = {k: change(v) for k, v in every.items() if isinstance(v, Tensor)}
         inputs = {name: change(value) for name, value in self.image_inputs.items()}
         return replace(self, **tensors, image_inputs=inputs)

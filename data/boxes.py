@@ -114,23 +114,19 @@ def location_tokens(num_bins: int) -> BoxCodec:
 
 LIST = r"\[\s*N\s*,\s*N\s*,\s*N\s*,\s*N"
 CORNERS = r"\(\s*N\s*,\s*N\s*\)\s*,\s*\(\s*N\s*,\s*N\s*\)"
-JSON_BOX = '{{"bbox_2d": [{}, {}, {}, {}]}}'
+LIST_BOX, JSON_BOX = "[{}, {}, {}, {}]", '{{"bbox_2d": [{}, {}, {}, {}]}}'
+QWEN2_BOX = "<|box_start|>({},{}),({},{})<|box_end|>"
 CODECS = {
     "location_tokens": location_tokens(32),  # of the embedded base
     "paligemma": location_tokens(1024),
     # LLaVA-1.5: its frame is the square-padded image where the processor pads (do_pad)
-    "llava": BoxCodec(box="[{}, {}, {}, {}]", pattern=LIST, units=1, decimals=2, joiner="; "),
-    # arXiv 2306.15195, 3.1
-    "shikra": BoxCodec(
+    "llava": BoxCodec(box=LIST_BOX, pattern=LIST, units=1, decimals=2, joiner="; "),
+    "shikra": BoxCodec(  # arXiv 2306.15195, 3.1
         box="{},{},{},{}", pattern=LIST, units=1, decimals=3, joiner=";", around="[{}]"
     ),
     "qwen_vl": BoxCodec(box="<box>({},{}),({},{})</box>", pattern=CORNERS, units=1000, joiner=""),
-    "qwen2_vl": BoxCodec(
-        box="<|box_start|>({},{}),({},{})<|box_end|>", pattern=CORNERS, units=1000, joiner=""
-    ),
+    "qwen2_vl": BoxCodec(box=QWEN2_BOX, pattern=CORNERS, units=1000, joiner=""),
     "qwen2_5_vl": BoxCodec(box=JSON_BOX, pattern=LIST, units=None, around="[{}]"),
     "qwen3_vl": BoxCodec(box=JSON_BOX, pattern=LIST, units=1000, around="[{}]"),
-    "internvl": BoxCodec(
-        box="[{}, {}, {}, {}]", pattern=LIST, units=1000, around="<box>[{}]</box>"
-    ),
+    "internvl": BoxCodec(box=LIST_BOX, pattern=LIST, units=1000, around="<box>[{}]</box>"),
 }

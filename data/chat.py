@@ -83,12 +83,10 @@ class ChatEncoder:
         """The prompts' ids, exactly as generation will see them, and the images."""
         begin = self.processor.tokenizer.bos_token
         begun = begin is not None and all(text.startswith(begin) for text in texts)
-        encoded = self.processor(
-            text=texts,
-            images=list(images) if any(images) else None,
-            padding=True,  # PaliGemma's processor cannot do without
-            **({"add_special_tokens": False} if begun else {}),  # or the text would begin twice
-        )
+        once = {"add_special_tokens": False} if begun else {}  # or the text would begin twice
+        shown = list(images) if any(images) else None
+        # padding: PaliGemma's processor cannot do without
+        encoded = self.processor(text=texts, images=shown, padding=True, **once)
         rows = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
         ids = [[token for token, real in zip(*row, strict=True) if real] for row in rows]
         return {**encoded, "input_ids": ids}

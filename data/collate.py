@@ -75,12 +75,12 @@ class Collator(Evidence):
         rejected += refused
         lengths = [len(ids) for ids in encoded["input_ids"]]
         if max(lengths, default=0) > self.max_length:
+            pairs, limit = [*zip(good, lengths, strict=True)], f"max_length={self.max_length}"
+            long = [(s, n) for s, n in pairs if n > self.max_length]
             rejected += [
-                BadSampleError(name_of(s), "too long", f"{n} tokens; max_length={self.max_length}")
-                for s, n in zip(good, lengths, strict=True)
-                if n > self.max_length
+                BadSampleError(name_of(s), "too long", f"{n} tokens; {limit}") for s, n in long
             ]
-            good = [s for s, n in zip(good, lengths, strict=True) if n <= self.max_length]
+            good = [s for s, n in pairs if n <= self.max_length]
             encoded = self.encode(good) if good else {}
         return (self.batch(good, encoded) if good else None), rejected
 
@@ -154,16 +154,9 @@ class ChatCollator(Prompt, Collator):
             segments, _ = pad(joined(numbers, rows), -1)
         questions = tokenizer([s.question for s in samples], add_special_tokens=False)["input_ids"]
         text_ids, text_mask = pad(questions, tokenizer.pad_token_id)
-        return Batch(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            labels=labels,
-            segments=segments,
-            **self._images(samples, encoded),
-            text_ids=text_ids,
-            text_mask=text_mask,
-            **evidence_of(self, samples),
-        )
+        text: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+        text |= {"segments": segments, "text_ids": text_ids, "text_mask": text_mask}
+        return Batch(**text, **self._images(samples, encoded), **evidence_of(self, samples))
 
     def _images(self, samples: list[Sample], encoded: dict[str, Any]) -> dict[str, Any]:
         """What the processor made of the images, and the sample of each.
@@ -175,13 +168,9 @@ class ChatCollator(Prompt, Collator):
         if not seen.any():
             blank = new_image("RGB", (64, 64), "gray")
             encoded = self.processor(text=[self.processor.image_token], images=[[blank]])
-        inputs = {
-            name: stack_images(value)
-            for name, value in encoded.items()
-            if name not in TEXT_INPUTS and value is not None
-        }
-        pixels = inputs.pop("pixel_values")
-        found = {"pixel_values": pixels, "image_inputs": inputs}
+        kept = {k: v for k, v in encoded.items() if k not in TEXT_INPUTS and v is not None}
+        inputs = {name: stack_images(value) for name, value in kept.items()}
+        found = {"pixel_values": inputs.pop("pixel_values"), "image_inputs": inputs}
         return {**found, "image_index": seen.nonzero()[:, 0], "image_mask": seen}
 
 

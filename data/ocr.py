@@ -230,11 +230,10 @@ def _parts(path: Path) -> list[Path]:
 
 def _resume(files: Iterable[Path], settings: dict[str, Any]) -> Table:
     table: Table = {}
-    for file in files:
-        if file.exists():
-            rows, found = read_table(file)
-            check_settings(file, found, settings)
-            table.update(rows)
+    for file in filter(Path.exists, files):
+        rows, found = read_table(file)
+        check_settings(file, found, settings)
+        table.update(rows)
     return table
 
 

@@ -88,12 +88,9 @@ class RapidOcr:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {
-            "engine": "rapidocr",
-            "version": importlib.metadata.version("rapidocr"),
-            "min_confidence": self.min_confidence,
-            "limit_side_len": self.limit_side_len,
-        }
+        own = {"engine": "rapidocr", "version": importlib.metadata.version("rapidocr")}
+        sizes = {"min_confidence": self.min_confidence, "limit_side_len": self.limit_side_len}
+        return own | sizes
 
     def read(self, image: Image) -> Words:
         """The words of an image in reading order; boxes in its pixels."""
@@ -101,11 +98,9 @@ class RapidOcr:
         result = self._started()(np.ascontiguousarray(pixels))
         if not result.txts:
             return ()
-        lines = [
-            (text, _bounds(corners, image.size), round(float(score), 3))
-            for text, corners, score in zip(result.txts, result.boxes, result.scores, strict=True)
-            if score >= self.min_confidence
-        ]
+        found = zip(result.txts, result.boxes, result.scores, strict=True)
+        sure = [line for line in found if line[2] >= self.min_confidence]
+        lines = [(t, _bounds(box, image.size), round(float(score), 3)) for t, box, score in sure]
         order = reading_order([box for _, box, _ in lines])
         return tuple(word for i in order for word in split_line(*lines[i]))
 
@@ -148,12 +143,8 @@ class Tesseract:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {
-            "engine": "tesseract",
-            "version": self._run("--version").decode().split()[1],
-            "min_confidence": self.min_confidence,
-            "layout": self.layout,
-        }
+        own = {"engine": "tesseract", "version": self._run("--version").decode().split()[1]}
+        return own | {"min_confidence": self.min_confidence, "layout": self.layout}
 
     def read(self, image: Image) -> Words:
         stream = io.BytesIO()

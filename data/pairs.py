@@ -66,18 +66,15 @@ class PairCollator(Collator):
             return {"input_ids": ids, "pixel_values": pixels, "texts": texts}
 
     def batch(self, samples: list[Sample], encoded: dict[str, Any]) -> PairBatch:
-        ids, mask = self.processor.padded(encoded["input_ids"])
+        text = read_by_both(*self.processor.padded(encoded["input_ids"]))
         return PairBatch(
-            input_ids=ids,
-            attention_mask=mask,
             pixel_values=encoded["pixel_values"],
             image_index=torch.arange(len(samples)),
             image_mask=torch.ones(len(samples), dtype=torch.bool),
-            text_ids=ids,
-            text_mask=mask.bool(),
             text_keys=keys(encoded["texts"]),
             image_keys=keys([sample.image_id for sample in samples]),
             source_keys=keys([sample.source for sample in samples]),
+            **text,
             **evidence_of(self, samples),
         )
 
@@ -89,20 +86,21 @@ class PairCollator(Collator):
 
     def text_batch(self, texts: Sequence[str], like: Sample) -> Batch:
         """Texts alone, of the task and the expert of a sample, for evaluation."""
-        ids, mask = self.processor.texts(texts)
-        rows = len(texts)
+        text, rows = read_by_both(*self.processor.texts(texts)), len(texts)
         return Batch(
-            input_ids=ids,
-            attention_mask=mask,
             pixel_values=torch.zeros(0, 3, 1, 1),
             image_index=torch.zeros(0, dtype=torch.long),
             image_mask=torch.zeros(rows, dtype=torch.bool),
-            text_ids=ids,
-            text_mask=mask.bool(),
             task_ids=torch.full((rows,), self.task_id(like)),
             expert_ids=torch.full((rows,), self.expert_id(like)),
+            **text,
             **no_words(rows),
         )
+
+
+def read_by_both(ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """The text, for the text tower and for the router."""
+    return {"input_ids": ids, "attention_mask": mask, "text_ids": ids, "text_mask": mask.bool()}
 
 
 def templates(question: str) -> list[str]:
@@ -127,10 +125,6 @@ def only_images(batch: Batch) -> Batch:
 
 def only_texts(batch: Batch) -> Batch:
     """The texts and the task; no image, nor anything read from one."""
-    return replace(
-        batch,
-        pixel_values=batch.pixel_values[:0],
-        image_index=batch.image_index[:0],
-        image_mask=torch.zeros_like(batch.image_mask),
-        ocr_mask=torch.zeros_like(batch.ocr_mask),
-    )
+    left: dict[str, Any] = {k: getattr(batch, k)[:0] for k in ("pixel_values", "image_index")}
+    left |= {k: torch.zeros_like(getattr(batch, k)) for k in ("image_mask", "ocr_mask")}
+    return replace(batch, **left)

@@ -98,14 +98,13 @@ def run(settings: Settings, console: Console) -> None:
         merge_shards(out, settings.merge)
     else:
         sizes = {"limit_side_len": settings.side} if settings.side else {}
-        report = build_cache(
-            images_of(settings),
-            out,
-            num_workers=settings.workers,
-            part_size=settings.part,
-            engine=ENGINES[settings.engine](min_confidence=settings.min_confidence, **sizes),
-            shard=settings.place,
-        )
+        engine = ENGINES[settings.engine](min_confidence=settings.min_confidence, **sizes)
+        how: dict[str, Any] = {
+            "num_workers": settings.workers,
+            "part_size": settings.part,
+            "engine": engine,
+        }
+        report = build_cache(images_of(settings), out, shard=settings.place, **how)
     print("\n".join(report_lines(report, shard_file(out, *settings.place))))
     sys.exit(1 if report.failed else 0)
 
@@ -115,13 +114,11 @@ def report_lines(report: "BuildReport", out: Path) -> list[str]:
 
     table, settings = read_table(out)
     words, size = sum(map(len, table.values())), out.stat().st_size / 1e6
-    lines = [
+    return [
         f"{out}: {len(table)} images, {words} words, {size:.2f} MB; {settings}",
         f"read {report.read}, known before {report.known}, failed {report.failed}",
+        *(f"  {len(n)} x {why} (first at position {n[0]})" for why, n in report.failures.items()),
     ]
-    for reason, positions in report.failures.items():
-        lines.append(f"  {len(positions)} x {reason} (first at position {positions[0]})")
-    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:

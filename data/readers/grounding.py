@@ -16,10 +16,9 @@ from xml.etree import ElementTree
 
 from rich.progress import track
 
-from data.images import find_image
 from data.readers.fields import box_of, box_of_xywh, field, name, text
 from data.readers.pickles import load_plain
-from data.readers.record import Record, Records
+from data.readers.record import Record, Records, asked
 from data.readers.rows import JsonRows, Row, require_file, text_lines
 from data.readers.table import FOUR, reads
 from data.sample import Box
@@ -66,16 +65,11 @@ def parse_refcoco(source: SourceConfig, boxes: JsonRows, named: JsonRows, row: R
     ref, value = row.value
     image_id = name(ref, "image_id")
     image, box = named.one(image_id), field(boxes.one(name(ref, "ann_id")), "bbox", list)
-    return Record(
-        id=name(value, "sent_id"),
-        image_id=image_id,
-        image=find_image(source.images, text(image, "file_name")),
-        question=text(value, "sent"),
-        boxes=(box_of_xywh(box),),
-        frame=(field(image, "width", int), field(image, "height", int)),
-        slack=ROUNDING,
-        split=text(ref, "split"),
-    )
+    own: dict[str, Any] = {"id": name(value, "sent_id"), "image_id": image_id}
+    own |= {"question": text(value, "sent"), "split": text(ref, "split")}
+    own |= {"frame": (field(image, "width", int), field(image, "height", int))}
+    boxes_of_it = (box_of_xywh(box),)
+    return asked(source, row, text(image, "file_name"), boxes=boxes_of_it, slack=ROUNDING, **own)
 
 
 class Phrase(NamedTuple):
@@ -147,15 +141,10 @@ def number_in(element: ElementTree.Element, path: str) -> float:
 
 def parse_phrase(source: SourceConfig, row: Row) -> Record:
     phrase: Phrase = row.value
-    return Record(
-        id=f"{phrase.image}#{phrase.sentence}#{phrase.number}",
-        image_id=phrase.image,
-        image=find_image(source.images, f"{phrase.image}.jpg"),
-        question=phrase.text,
-        boxes=tuple(box_of(box) for box in phrase.boxes),
-        frame=phrase.size,
-        slack=ROUNDING,
-    )
+    number = f"{phrase.image}#{phrase.sentence}#{phrase.number}"
+    own: dict[str, Any] = {"id": number, "image_id": phrase.image, "question": phrase.text}
+    own |= {"boxes": tuple(box_of(box) for box in phrase.boxes), "frame": phrase.size}
+    return asked(source, row, f"{phrase.image}.jpg", slack=ROUNDING, **own)
 
 
 @reads("visual_genome", **REGIONS)
@@ -169,12 +158,7 @@ def parse_region(source: SourceConfig, row: Row) -> Record:
     region = field(row.value, "regions", list)[row.part]
     image_id = name(region, "image_id")
     x, y, width, height = (field(region, key, int) for key in ("x", "y", "width", "height"))
-    file = f"{image_id}.jpg"
-    return Record(
-        id=name(region, "region_id"),
-        image_id=image_id,
-        image=find_image(source.images, f"VG_100K/{file}", f"VG_100K_2/{file}", file),
-        question=text(region, "phrase"),
-        boxes=(box_of_xywh((x, y, width, height)),),
-        slack=ROUNDING,
-    )
+    files = [f"{folder}{image_id}.jpg" for folder in ("VG_100K/", "VG_100K_2/", "")]
+    own: dict[str, Any] = {"id": name(region, "region_id"), "image_id": image_id}
+    own |= {"question": text(region, "phrase"), "boxes": (box_of_xywh((x, y, width, height)),)}
+    return asked(source, row, *files, slack=ROUNDING, **own)

@@ -45,24 +45,16 @@ def parse_own(images: str | None, folder: Path, row: Row) -> Record:
     image, file = text(value, "image"), Path(row.where).name
     boxes = boxes_of(value.get("boxes"))
     words = tuple(map(word_of, field(value, "ocr", list))) if value.get("ocr") is not None else None
-    return Record(
-        id=name(value, "id") if "id" in value else file,
-        image_id=name(value, "image_id") if "image_id" in value else image,
-        image=find_image(images, image) if images else folder / image,
-        question=text(value, "question"),
-        answers=texts(value, "answers", missing=()),
-        task=text(value, "task"),
-        boxes=boxes,
-        ocr=words,
-        frame=frame_of(value.get("frame"), boxes, words or ()),
-        tags=texts(value, "tags", missing=()),
-        choices=texts(value, "choices", missing=()),
-    )
+    own: dict[str, Any] = {key: text(value, key) for key in ("question", "task")}
+    own |= {key: texts(value, key, missing=()) for key in ("answers", "tags", "choices")}
+    own |= {"id": name(value, "id") if "id" in value else file}
+    own |= {"image_id": name(value, "image_id") if "image_id" in value else image}
+    own |= {"frame": frame_of(value.get("frame"), boxes, words or ())}
+    stored = find_image(images, image) if images else folder / image
+    return Record(image=stored, boxes=boxes, ocr=words, **own)
 
 
 def word_of(word: Any) -> OcrWord:
-    return OcrWord(
-        text=text(word, "text"),
-        box=box_of(field(word, "box", list)),
-        confidence=float(field(word, "confidence", int, float)) if "confidence" in word else 1.0,
-    )
+    said, box = text(word, "text"), box_of(field(word, "box", list))
+    sure = float(field(word, "confidence", int, float)) if "confidence" in word else 1.0
+    return OcrWord(text=said, box=box, confidence=sure)

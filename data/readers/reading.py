@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.images import coco_number
-from data.readers.fields import field, name, tags_of, text, texts
+from data.readers.fields import box_of_xywh, field, name, tags_of, text, texts
 from data.readers.record import Record, Records, asked
 from data.readers.rows import JsonRows, Row, read_json
 from data.readers.table import parses, reads
@@ -42,19 +42,16 @@ def parse_textvqa(source: SourceConfig, ocr: JsonRows | None, row: Row) -> Recor
 
 def rosetta_words(row: Any) -> tuple[OcrWord, ...]:
     """Rosetta's words, boxes in shares of the image; it gives no confidence."""
-    return tuple(
-        OcrWord(text=text(info, "word"), box=rosetta_box(info), confidence=1.0)
-        for info in field(row, "ocr_info", list)
-    )
+    infos = field(row, "ocr_info", list)
+    return tuple(OcrWord(text=text(i, "word"), box=rosetta_box(i), confidence=1.0) for i in infos)
 
 
 def rosetta_box(info: Any) -> Box:
-    corner = field(info, "bounding_box", dict)
-    x, y, width, height = (
-        float(field(corner, key, int, float))
-        for key in ("top_left_x", "top_left_y", "width", "height")
+    corner, keys = (
+        field(info, "bounding_box", dict),
+        ("top_left_x", "top_left_y", "width", "height"),
     )
-    return x, y, x + width, y + height
+    return box_of_xywh([float(field(corner, key, int, float)) for key in keys])
 
 
 @reads("docvqa", may=("ocr",), task="ocr_vqa")
@@ -81,16 +78,13 @@ def page_words(folder: Path, page: str) -> tuple[tuple[OcrWord, ...], tuple[floa
     """The words of a page in their lines' order, and the page's width and height there."""
     result = field(read_json(folder / f"{page}.json"), "recognitionResults", list)[0]
     size = tuple(float(field(result, key, int, float)) for key in ("width", "height"))
-    words = [
-        OcrWord(
-            text=text(word, "text"),
-            box=bounds(field(word, "boundingBox", list)),
-            confidence=LOW if word.get("confidence") == "Low" else 1.0,
-        )
-        for line in field(result, "lines", list)
-        for word in field(line, "words", list)
-    ]
-    return tuple(words), (size[0], size[1])
+    lines = [field(line, "words", list) for line in field(result, "lines", list)]
+    return tuple(page_word(word) for line in lines for word in line), (size[0], size[1])
+
+
+def page_word(word: Any) -> OcrWord:
+    said, box = text(word, "text"), bounds(field(word, "boundingBox", list))
+    return OcrWord(text=said, box=box, confidence=LOW if word.get("confidence") == "Low" else 1.0)
 
 
 def bounds(corners: list[float]) -> Box:

@@ -55,7 +55,9 @@ def asked(source: SourceConfig, row: Row, *files: str, **more: Any) -> Record:
         "image_id": ("image_id", name),
         "question": ("question", text),
     }
-    own = {key: read(row.value, at) for key, (at, read) in keys.items() if key not in more}
+    own: dict[str, Any] = {
+        k: read(row.value, at) for k, (at, read) in keys.items() if k not in more
+    }
     return Record(image=find_image(source.images, *files), **own, **more)
 
 
@@ -163,18 +165,12 @@ class RecordDataset:
         if ocr is None and self.ocr is not None and image is not None:
             ocr = self.ocr(image)
         boxes = [clip_if_near(scaled(b, frame, size), size, record.slack) for b in record.boxes]
-        return Sample(
-            image=image,
-            question=self.prompt.replace("{question}", record.question),
-            task=self.task or record.task or self.default_task,
-            source=self.source,
-            expert=self.expert,
-            split=record.split or self.split,
-            boxes=tuple(boxes),
-            ocr=ocr,
-            instruction=self.instruction,
-            **{key: getattr(record, key) for key in SAME},
-        )
+        own: dict[str, Any] = {key: getattr(record, key) for key in SAME}
+        own |= {key: getattr(self, key) for key in ("source", "expert", "instruction")}
+        own |= {"question": self.prompt.replace("{question}", record.question)}
+        own |= {"task": self.task or record.task or self.default_task}
+        own |= {"split": record.split or self.split}
+        return Sample(image=image, boxes=tuple(boxes), ocr=ocr, **own)
 
 
 def scaled(box: Box, frame: tuple[float, float], size: tuple[int, int]) -> Box:

@@ -89,18 +89,10 @@ def open_records(
         raise ValueError(one_line(f"{key}: format {source.format}: {error}")) from None
     if len(records) == 0:
         raise ValueError(f"{key}: {source.path} holds no rows")
-    return RecordDataset(
-        records=records,
-        source=source.name,
-        default_task=chosen.task,
-        task=source.task,
-        expert=expert,
-        split=source.split,
-        prompt=prompt,
-        instruction=chosen.instruction if source.instruction is None else source.instruction,
-        num_samples=source.num_samples,
-        ocr=ocr,
-    )
+    same: dict[str, Any] = {key: getattr(source, key) for key in ("task", "split", "num_samples")}
+    same |= {"source": source.name, "default_task": chosen.task, "prompt": prompt, "expert": expert}
+    how = chosen.instruction if source.instruction is None else source.instruction
+    return RecordDataset(records=records, instruction=how, ocr=ocr, **same)
 
 
 def check_keys(source: SourceConfig, chosen: Format, key: str) -> None:

@@ -176,20 +176,13 @@ def parse_table(
         raise ValueError(f"a row must be an object, got {row.value!r:.60}")
     found = {f: labelled(row.value.get(c), features.get(c)) for f, c in columns.items()}
     image, boxes = found.get("image"), boxes_of(found.get("boxes"))
-    said = {
-        field: cell_text(found[field], columns[field])
-        for field in ("id", "image_id", "question", "task", "split")
-        if found.get(field) is not None
-    }
+    there = [f for f in ("id", "image_id", "question", "task", "split") if found.get(f) is not None]
+    said = {field: cell_text(found[field], columns[field]) for field in there}
     number = re.findall(r"\d+", row.where)[-1]
-    own = {"id": number, "image_id": image if isinstance(image, str) else number}
-    return Record(
-        image=image_of(image, images),
-        answers=cell_texts(found.get("answers"), columns.get("answers", "answers")),
-        boxes=boxes,
-        frame=frame_of(found.get("frame"), boxes),
-        **own | said,
-    )
+    own: dict[str, Any] = {"id": number, "image_id": image if isinstance(image, str) else number}
+    answers = cell_texts(found.get("answers"), columns.get("answers", "answers"))
+    own |= {"image": image_of(image, images), "frame": frame_of(found.get("frame"), boxes)}
+    return Record(answers=answers, boxes=boxes, **own | said)
 
 
 def image_of(value: Any, images: str | None) -> StoredImage | None:

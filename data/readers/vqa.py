@@ -149,12 +149,8 @@ def parse_scienceqa(source: SourceConfig, row: Row) -> Record:
     question = f"{text(value, 'question')}\n{lettered(texts(value, 'choices'))}"
     image = field(value, "image", str, type(None))
     names = image and (f"{split}/{row.key}/{image}", f"{row.key}/{image}")
-    return Record(
-        id=row.key,
-        image_id=row.key,
-        image=find_image(source.images, *names) if names else None,
-        question=f"Context: {hint}\n{question}" if hint else question,
-        answers=(letter(value, "answer"),),
-        split=split,
-        tags=("picture" if image else "text", *tags_of(value, "subject", "grade")),
-    )
+    own: dict[str, Any] = {"id": row.key, "image_id": row.key, "split": split}
+    own |= {"question": f"Context: {hint}\n{question}" if hint else question}
+    own |= {"tags": ("picture" if image else "text", *tags_of(value, "subject", "grade"))}
+    found = find_image(source.images, *names) if names else None
+    return Record(image=found, answers=(letter(value, "answer"),), **own)

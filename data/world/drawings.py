@@ -11,6 +11,7 @@ two of them side by side. It is a function of (split, index, seed); nothing is s
 import colorsys
 import unicodedata
 from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -100,18 +101,12 @@ class DrawingDataset:
             name = names()[index % len(names())]
             image = draw(name, self.style, rng)
             answer = name if self.task == "names" else category_of(name)
-        return Sample(
-            id=f"{self.split}/{self.source}/{index}",
-            image_id=f"{self.split}-{self.task}-{self.style}-{self.seed}-{index}",
-            image=image,
-            question=self.template,
-            answers=(answer,),
-            choices=self.choices,
-            task=self.task,
-            source=self.source,
-            expert=self.expert,
-            tags=(self.style,),
-        )
+        own: dict[str, Any] = {
+            key: getattr(self, key) for key in ("choices", "task", "source", "expert")
+        }
+        own |= {"id": f"{self.split}/{self.source}/{index}", "question": self.template}
+        own |= {"image_id": f"{self.split}-{self.task}-{self.style}-{self.seed}-{index}"}
+        return Sample(image=image, answers=(answer,), tags=(self.style,), **own)
 
 
 def drawing_rng(split: str, index: int, seed: int) -> np.random.Generator:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
+from typing import Any
 
 from PIL.Image import Image
 
@@ -74,19 +75,11 @@ class SceneDataset:
         rng = scene_rng(f"wording/{pick.task}", pick.scene, self.seed)
         wordings = question.wordings(SPLITS[pick.split].wordings)
         number = 0 if self.split in SLICES else int(rng.integers(len(wordings)))
-        return Sample(
-            id=f"{self.split}/{pick.task}/{scene.id}",
-            image_id=scene.id,
-            image=image,
-            question=wordings[number],
-            answers=question.answers,
-            task=pick.task,
-            source=self.source,
-            expert=self.expert or expert_of(pick.task, scene.style),
-            boxes=question.boxes,
-            ocr=None if self.ocr is None else self.ocr(image),
-            tags=(question.kind, scene.style, scene.ground),
-        )
+        own: dict[str, Any] = {"id": f"{self.split}/{pick.task}/{scene.id}", "image_id": scene.id}
+        own |= {"task": pick.task, "expert": self.expert or expert_of(pick.task, scene.style)}
+        own |= {"question": wordings[number], "answers": question.answers, "boxes": question.boxes}
+        own |= {"tags": (question.kind, scene.style, scene.ground), "source": self.source}
+        return Sample(image=image, ocr=None if self.ocr is None else self.ocr(image), **own)
 
     def _pick(self, index: int) -> Pick:
         if self.split in SLICES:

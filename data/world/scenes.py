@@ -17,16 +17,8 @@ import resvg_py
 from PIL import Image, ImageDraw, ImageFont
 
 from data.sample import Box
-from data.world.concepts import (
-    CATEGORY,
-    COLORS,
-    CONCEPTS,
-    SPLITS,
-    STYLES,
-    TEXTURES,
-    Split,
-    sign_words,
-)
+from data.world import concepts
+from data.world.concepts import CATEGORY, COLORS, SPLITS, STYLES, Split
 
 SIZE = 192  # pixels, square
 SPRITE_SIZES = (64, 76, 88)
@@ -116,7 +108,7 @@ def _draw_ground(name: str, rng: np.random.Generator) -> Image.Image:
 def _texture(name: str) -> Image.Image:
     import skimage.data  # here, because its import takes a second that plain grounds need not pay
 
-    file, tint = TEXTURES[name]
+    file, tint = concepts.TEXTURES[name]
     image = Image.open(Path(skimage.data.__file__).parent / file).convert("RGB").resize((384, 384))
     pixels = np.asarray(image, dtype=np.float32) * np.array(tint, dtype=np.float32)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -138,7 +130,7 @@ def svg_file(code: str) -> Path:
 @lru_cache(maxsize=512)
 def sprite(name: str, style: str, size: int) -> Image.Image:
     """The drawing of a concept, cropped to its visible pixels."""
-    image = render_svg(CONCEPTS[CATEGORY[name]][name], STYLES[style], size)
+    image = render_svg(concepts.CONCEPTS[CATEGORY[name]][name], STYLES[style], size)
     return image.crop(image.getchannel("A").point(lambda a: 255 * (a > 32)).getbbox())
 
 
@@ -181,7 +173,7 @@ def _draw_sign(
     if index % 4 == 2:
         _scribble(pen, box, rng)
         return Sign(word=None, color=color, box=box)
-    word = str(rng.choice(sign_words()[slice(*rules.words)]))
+    word = str(rng.choice(concepts.sign_words()[slice(*rules.words)]))
     middle, font = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), _font(int(rng.integers(0, 3)))
     pen.text(middle, word, fill=(20, 20, 24), font=font, anchor="mm")
     return Sign(word=word, color=color, box=box)

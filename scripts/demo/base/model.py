@@ -55,13 +55,10 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """Images are squeezed to a square, so that boxes keep their place in parts of the side."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size=size, do_center_crop=False),
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        chat_template=CHAT_TEMPLATE,
+        image_processor=CLIPImageProcessor(size=size, do_center_crop=False), tokenizer=tokenizer,
+        patch_size=PATCH, chat_template=CHAT_TEMPLATE, num_additional_image_tokens=1,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    )  # fmt: skip
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
