@@ -85,14 +85,12 @@ class ClipMixture(MixtureModel):
     def image_features(
         self, batch: Batch, gates: Float[Tensor, "batch site expert"]
     ) -> Float[Tensor, "batch dim"]:
-        """Normalised features of the images with these gates."""
         self.set_gates(Gates(gates=gates), batch)
         return self.backbone.image_features(batch.pixel_values)
 
     def text_features(
         self, batch: Batch, gates: Float[Tensor, "batch site expert"]
     ) -> Float[Tensor, "batch dim"]:
-        """Normalised features of the texts with these gates."""
         self.set_gates(Gates(gates=gates), batch)
         return self.backbone.text_features(batch.input_ids, batch.attention_mask)
 

@@ -94,7 +94,8 @@ def compare(settings: CompareConfig, console: Console) -> None:
          "scores": scores_of(model, config, gates)}
         for label, gates in (("base", "off"), ("routed, not merged", "router"))
     ]  # fmt: skip
-    for method, options in track(variants(settings.methods), description="merging and scoring"):
+    merges = [(m, options) for m in settings.methods for options in OPTIONS.get(m, [{}])]
+    for method, options in track(merges, description="merging and scoring"):
         began = time.perf_counter()
         merged = merge(experts, method=method, options=options, rank=settings.rank)
         row = {"method": method, "options": options, "seconds": time.perf_counter() - began}
@@ -106,10 +107,6 @@ def compare(settings: CompareConfig, console: Console) -> None:
     write_json(out / "compare_merges.json", record)
     write_file(out / "compare_merges.md", table)
     console.print(table, soft_wrap=True)
-
-
-def variants(methods: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    return [(method, options) for method in methods for options in OPTIONS.get(method, [{}])]
 
 
 def score_adapter(merged: Any, experts: Sequence[Any], step: Path, scores_of: Scores) -> Row:

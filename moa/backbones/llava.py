@@ -340,7 +340,6 @@ def load_backbone(
 
 
 def read_config(name_or_path: str) -> Any:
-    """The config of a base of the family; ValueError for any other."""
     config = read_any_config(name_or_path)
     if config.model_type not in FAMILIES:
         choices = ", ".join(FAMILIES)

@@ -39,5 +39,5 @@ KINDS = {
         state=lora_state.state,
         overwrite=lora_state.overwrite,
         config=lora_state.peft_config,
-    ),
+    )
 }

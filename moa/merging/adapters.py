@@ -63,7 +63,6 @@ def expert_from_folder(path: str | Path, name: str | None = None) -> Expert:
 
 
 def rename_sites(expert: Expert, names: Mapping[str, str]) -> Expert:
-    """The expert with other names for its sites."""
     if all(site == name for site, name in names.items()):
         return expert
     own = {name: site for site, name in names.items()}

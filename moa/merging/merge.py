@@ -201,8 +201,3 @@ def factor_stacks(job: Job, site: str, factors: list[Factors | None]) -> tuple[S
     a = torch.stack([f[0] * s for f, s in zip(present, scales, strict=True)])
     b = torch.stack([f[1] / s for f, s in zip(present, scales, strict=True)])
     return stack_of(matrices=a, **about), stack_of(matrices=b, **about)
-
-
-def update_shape(result: MergedSite) -> tuple[int, int]:
-    """[out, in] of the dense update."""
-    return result.lora_b.shape[0], result.lora_a.shape[1]

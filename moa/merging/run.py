@@ -33,13 +33,7 @@ from moa.merging.report.retention import summarise
 from moa.merging.settings import MergeExperts
 from moa.merging.site_plan import Plan, make_plan, sum_gates
 from moa.merging.source import Source, open_folders, open_run
-from moa.merging.weights import (
-    GATES,
-    Weights,
-    gates_of,
-    parse_weights,
-    read_weights,
-)
+from moa.merging.weights import GATES, Weights, gates_of, parse_weights, read_weights
 
 Merged = dict[str, MergedSite]
 ROUNDING = 1e-12  # share of the energy below which nothing was cut

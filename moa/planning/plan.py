@@ -27,8 +27,6 @@ GIB, GB = 2**30, 1e9
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The devices of a run, all alike."""
-
     num_devices: int = 1
     memory: float = 80.0  # GiB of each
     reserve: float = 2.0  # GiB of it for the CUDA context, libraries and gaps between tensors
@@ -64,8 +62,6 @@ class Traced:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One configuration: what it holds and sends, and how far it goes."""
-
     name: str
     memory: Memory
     traffic: Traffic
@@ -177,7 +173,6 @@ def make_plan(traced: Traced, layout: Layout, machine: Machine, quantized: bool)
 
 
 def choose(name: str, traced: Traced, layout: Layout, machine: Machine) -> Choice:
-    """One configuration on a machine."""
     costs, devices = traced.costs(layout.micro_batch_size), machine.num_devices
     held = memory(name, traced.shape, costs, devices)
     sent = traffic(name, traced.shape, costs, devices, layout.accumulation)

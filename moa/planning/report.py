@@ -13,7 +13,6 @@ PARTS = ("base", "trained", "gradients", "optimizer", "buffers", "activations")
 
 
 def plan_table(plan: Plan) -> Table:
-    """A row for each configuration."""
     where = f"{gpus(plan.machine.num_devices)} of {plan.machine.memory:g} GiB"
     table = Table(title=f"{plan.backbone} on {where}: GiB on each")
     table.add_column("", overflow="fold")
@@ -40,7 +39,6 @@ def cells(choice: Choice) -> list[str]:
 
 
 def describe_plan(plan: Plan) -> Iterator[str]:
-    """What the table rests on, and what to use."""
     shape, lengths, layout, machine = plan.shape, plan.lengths, plan.layout, plan.machine
     yield (
         f"{shape.numbers / 1e6:,.1f}M parameters, {shape.trained_numbers / 1e6:.1f}M trained; "

@@ -21,9 +21,7 @@ def sigmoid_gates(logits: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead
 
 
 def top_k_gates(
-    logits: Float[Tensor, "*lead expert"],
-    k: int,
-    mask: Bool[Tensor, "*lead expert"] | None = None,
+    logits: Float[Tensor, "*lead expert"], k: int, mask: Bool[Tensor, "*lead expert"] | None = None
 ) -> Float[Tensor, "*lead expert"]:
     """The k best experts, softmax weights renormalised over them, exact zeros elsewhere.
 
@@ -54,8 +52,7 @@ def one_hot_gates(
 
 
 def apply_availability(
-    gates: Float[Tensor, "*lead expert"],
-    available: Bool[Tensor, "*#lead expert"],
+    gates: Float[Tensor, "*lead expert"], available: Bool[Tensor, "*#lead expert"]
 ) -> Float[Tensor, "*lead expert"]:
     """Exact zeros where an expert is not available; the others keep the row's sum.
 

@@ -72,16 +72,15 @@ def similarities(model: Any, count: int = 4) -> Tensor:
 def check_same(before: Tensor, after: Tensor, dtype: torch.dtype) -> dict[str, float]:
     difference, largest = float((after - before).abs().max()), float(before.abs().max())
     if difference > TOLERANCE[dtype] * largest:
-        raise ValueError(
-            f"out: the aligned model differs by {difference:.3g} of {largest:.3g} on the probe; not written"
-        )
+        gap = f"{difference:.3g} of {largest:.3g}"
+        raise ValueError(f"out: the aligned model differs by {gap} on the probe; not written")
     return {"difference": difference, "largest": largest}
 
 
 def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Of all weights as one vector."""
-
-    def product(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> float:
-        return sum(float((x[key].double() * y[key].double()).sum()) for key in x)
-
-    return product(a, b) / (product(a, a) * product(b, b)) ** 0.5
+    ab, aa, bb = (
+        sum(float((x[key].double() * y[key].double()).sum()) for key in x)
+        for x, y in ((a, b), (a, a), (b, b))
+    )
+    return ab / (aa * bb) ** 0.5

@@ -26,8 +26,6 @@ LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a tensor of the result comes from."""
-
     model: str  # as the user named it
     files: BaseFiles
     key: str

@@ -31,7 +31,7 @@ from moa.merging.export.folder import (
     write_report,
     write_weights,
 )
-from moa.merging.merge import MergedSite, update_shape
+from moa.merging.merge import MergedSite
 from moa.merging.report.console import comparison_lines
 
 BASE = "base_model_name_or_path"
@@ -112,7 +112,8 @@ def export_checkpoint(
     """
     check_out(out)
     source, replaced = read_base(base), replaced or {}
-    targets = match_sites({site: update_shape(result) for site, result in merged.items()}, source)
+    sizes = {site: (len(r.lora_b), r.lora_a.shape[1]) for site, r in merged.items()}
+    targets = match_sites(sizes, source)
     renamed = match_parameters({name: tuple(t.shape) for name, t in replaced.items()}, source)
     cast = None if dtype == "auto" else DTYPES[dtype]
     written = Written(

@@ -27,6 +27,7 @@ from moa.merging.export.probe import Outputs, live_outputs, outputs_of
 # Largest logit difference for "the same", as a share of the largest logit: float32 rounding remains
 # ten times below it at any depth, a lost scale or a missing site is far above.
 TOLERANCE = 1e-4
+Folder = str | Path
 
 FRESH = """
 import json, sys, warnings
@@ -148,8 +149,8 @@ def add_written(model: nn.Module, written: Written, transpose: bool = False) -> 
 def fresh_outputs(
     inputs: Mapping[str, Tensor],
     *,
-    model: str | Path,
-    adapter: str | Path | None = None,
+    model: Folder,
+    adapter: Folder | None = None,
     new_tokens: int = 8,
 ) -> tuple[Outputs, dict[str, Any]]:
     """The probe's outputs from a new Python process that imports peft and transformers alone.
@@ -159,19 +160,13 @@ def fresh_outputs(
     with tempfile.TemporaryDirectory() as folder:
         probe, result = Path(folder, "probe.safetensors"), Path(folder, "result.safetensors")
         save_file({name: tensor.contiguous() for name, tensor in inputs.items()}, probe)
-        job = {
-            "model": str(Path(model).resolve()),
-            "adapter": str(Path(adapter).resolve()) if adapter else None,
-            "probe": str(probe),
-            "result": str(result),
-            "new_tokens": new_tokens,
-            "threads": torch.get_num_threads(),
-        }
+        job: dict[str, Any] = {"probe": str(probe), "result": str(result), "new_tokens": new_tokens}
+        job |= {"model": str(Path(model).resolve()), "threads": torch.get_num_threads()}
+        job["adapter"] = str(Path(adapter).resolve()) if adapter else None
         # -I: neither the current folder nor PYTHONPATH can import this project.
         command = [sys.executable, "-I", "-c", FRESH, json.dumps(job)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        options: dict[str, Any] = {"capture_output": True, "text": True, "check": False}
-        done = subprocess.run(command, cwd=folder, env=environment, **options)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if done.returncode or not lines:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -198,7 +193,5 @@ def check_same(result: Mapping[str, float], what: str) -> None:
     """Raise ValueError unless a comparison is within rounding."""
     limit = TOLERANCE * result["max_abs_logit"]
     if not result["max_abs_logit_diff"] <= limit:  # NaN is not within
-        raise ValueError(
-            f"{what}: reloaded logits differ by {result['max_abs_logit_diff']:.3g} from the "
-            f"reference (limit {limit:.3g}); nothing was written"
-        )
+        gap = f"{result['max_abs_logit_diff']:.3g} from the reference (limit {limit:.3g})"
+        raise ValueError(f"{what}: reloaded logits differ by {gap}; nothing was written")

@@ -24,8 +24,6 @@ from moa.model import MixtureModel
 
 
 class SiteFusion(nn.Module):
-    """The attention of one site."""
-
     def __init__(self, site: ExpertLinear, dim: int) -> None:
         super().__init__()
         base = site.base_layer

@@ -51,18 +51,14 @@ def greedy_soup(score: Score, experts: Sequence[str]) -> dict[str, float]:
 
     Wortsman et al. 2022, recipe 1. Every expert is tried once; the others have weight 0.
     """
-
-    def mean_of(chosen: Sequence[str]) -> dict[str, float]:
-        return soup(chosen, experts)
-
-    alone = {name: score(mean_of([name])) for name in experts}
+    alone = {name: score(soup([name], experts)) for name in experts}
     order = sorted(experts, key=lambda name: -alone[name])
     chosen, best = [order[0]], alone[order[0]]
     for name in order[1:]:
-        found = score(mean_of([*chosen, name]))
+        found = score(soup([*chosen, name], experts))
         if found > best:
             chosen, best = [*chosen, name], found
-    return mean_of(chosen)
+    return soup(chosen, experts)
 
 
 def prefix_soup(score: Score, order: Sequence[str]) -> dict[str, float]:

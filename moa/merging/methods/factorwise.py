@@ -95,10 +95,7 @@ def aligned_linear(
                 rest_a, rest_b = all_a[others].mean(0), all_b[others].mean(0)
                 r = turn(all_a[own] @ rest_a.T + all_b[own].T @ rest_b)
                 all_a[own], all_b[own] = r.T @ all_a[own], all_b[own] @ r
-    return (
-        torch.einsum("e,erc->rc", weights, all_a),
-        torch.einsum("e,erc->rc", weights, all_b),
-    )
+    return (torch.einsum("e,erc->rc", weights, all_a), torch.einsum("e,erc->rc", weights, all_b))
 
 
 def _balanced(
