@@ -147,11 +147,7 @@ def add_written(model: nn.Module, written: Written, transpose: bool = False) -> 
 
 
 def fresh_outputs(
-    inputs: Mapping[str, Tensor],
-    *,
-    model: Folder,
-    adapter: Folder | None = None,
-    new_tokens: int = 8,
+    inputs: Mapping[str, Tensor], *, model: Folder, adapter: Folder | None = None, new_tokens: int
 ) -> tuple[Outputs, dict[str, Any]]:
     """The probe's outputs from a new Python process that imports peft and transformers alone.
 
