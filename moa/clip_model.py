@@ -3,8 +3,7 @@
     images -> vision tower, frozen -> router -> gates -> vision tower with experts -> features
     texts  -> token embeddings     -> router -> gates -> text tower with experts   -> features
 
-An image's gates are decided without any text and a text's without any image, so that features can be
-computed once and compared with anything; the router treats the other side's evidence as missing.
+An image's gates are decided without any text and a text's without any image, so that features are computed once.
 """
 
 from collections.abc import Sequence
@@ -28,9 +27,8 @@ CHUNK = 256  # texts encoded at a time
 class ClipMixture(MixtureModel):
     """A mixture around a dual encoder, which compares images with texts.
 
-    objective: `contrastive`, every text of the batch on all processes a negative of every image (or,
-    with `negatives` "source", those of the same data set); `classification`, against the frozen
-    texts of the sample's choices, computed once without experts.
+    objective: `contrastive`, every text of the batch on all processes is a negative of every image (`negatives`
+    "source": of its data set); `classification`, against the frozen texts of the sample's choices.
     """
 
     def __init__(

@@ -4,7 +4,6 @@
     SigLIP (Zhai et al. 2023)      -log sigmoid(+-logit), summed over all texts
 
 A pair that is not a true negative, because another sample has the same text or image, is left out.
-With all texts and images distinct these are the published losses.
 """
 
 from typing import Any

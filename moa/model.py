@@ -2,8 +2,7 @@
 
     batch -> evidence -> routing -> gates -> bank.set_gates -> vision tower, projector, language model
 
-Every way to decide gates (router kinds, oracle, fixed weights, an override) ends in the same gate
-tensor, and every forward takes the same path through the experts.
+Every way to decide gates ends in the same tensor, and every forward takes the same path through the experts.
 """
 
 from collections.abc import Collection
@@ -193,8 +192,7 @@ class LanguageMixture(MixtureModel):
     ) -> tuple[Int[Tensor, "rows new"], Gates]:
         """New token ids of a batch padded on the left, and the gates that they were generated with.
 
-        Gates are decided from the prompt and stay: beams and return sequences keep their sample's.
-        `kwargs` go to transformers' generate.
+        Beams and return sequences keep their sample's gates. `kwargs` go to transformers' generate.
         """
         if batch.segments is not None:
             raise ValueError("generation needs a row per sample: collate without pack_length")

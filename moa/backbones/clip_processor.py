@@ -1,8 +1,7 @@
 """Images and texts as a dual encoder reads them, for transformers' processors and open_clip's alike.
 
-Texts come out unpadded, so that a text that is too long is found and not cut. `pads_to_context` is how far the text
-tower wants them padded: CLIP of transformers pools at the end of the text, whatever follows it; the
-others learned on texts padded to the whole context, and read the padding.
+Texts come out unpadded, so that one that is too long is found and not cut. CLIP of transformers pools at the end of a
+text, whatever follows; the others read padding to the whole context (`pads_to_context`).
 """
 
 import json

@@ -14,8 +14,7 @@ QUANTIZATIONS = ("4bit", "8bit")
 def quantization_config(name: str | None, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of from_pretrained for a base in 4 bits (NF4, as QLoRA) or 8 bits; none for None.
 
-    `dtype` is what the products are computed in. Raises ValueError where the machine has no CUDA
-    device or no bitsandbytes.
+    `dtype` is that of the products. Raises ValueError where the machine has no CUDA device or no bitsandbytes.
     """
     if name is None:
         return {}

@@ -1,8 +1,7 @@
 """Which sample each row of the vision tower belongs to.
 
-A tower sees images, tiles of images, or the patches of all images in one row; the gates of a
-sample must reach each of its rows. Where all rows become equally many image tokens, the prompts
-decide: a sample has as many rows as its share of the image tokens.
+A tower sees images, tiles, or the patches of all images in one row. Where all rows become equally many image tokens, a
+sample has as many rows as its share of them.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
 """The bank of experts of one model: attach, add, freeze, remove, rename, import and export.
 
-The model stays as it is: the bank swaps chosen `nn.Linear` modules for `ExpertLinear` ones around
-them, and `detach` puts them back. An expert is of one kind, a row of moa/experts/kinds.py, over all
-sites or a subset, with its own settings and initialisation.
+The bank swaps chosen `nn.Linear` modules for `ExpertLinear` ones around them, and `detach` puts them back. An expert is
+of one kind, a row of moa/experts/kinds.py, over all sites or a subset.
 """
 
 import difflib
@@ -256,8 +255,7 @@ class ExpertBank:
     ) -> None:
         """Let every site route the tokens of the coming forward by its own token router.
 
-        `decide` turns logits, divided by the temperature, into gates and probabilities. `recording`
-        keeps each site's logits for `take_token_logits`.
+        `decide` turns logits, over the temperature, into gates and probabilities; `recording` keeps the logits.
         """
         more: dict[str, Any] = {"temperature": temperature, "recording": recording}
         self.context.state = GateState(gates=None, experts=tuple(self.names), decide=decide, **more)

@@ -1,7 +1,6 @@
 """The context that brings gates from the router to the layers, for every kind of expert.
 
-The gates of a forward live until the next one, so that activation checkpointing recomputes with
-the gates it first ran with, and decoding keeps the gates of the prompt.
+The gates of a forward live until the next one: checkpointing recomputes with them, and decoding keeps the prompt's.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,8 +20,7 @@ Decide = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> gates and probab
 class GateState:
     """The gates of one forward: by site [batch, 1, expert], the experts in the order of `experts`.
 
-    Where rows of tokens hold several samples they are [rows, seq, expert]. `gates` is None where
-    every token is routed at every site by the site's own token router.
+    In packed rows they are [rows, seq, expert]. `gates` is None where every site routes each token by its own router.
     """
 
     gates: dict[str, Tensor] | None
@@ -100,9 +98,8 @@ class GateContext:
     def checkpoint_contexts(self) -> tuple[Any, Any]:
         """The `context_fn` of torch.utils.checkpoint: recompute with the gates of this forward.
 
-        A checkpointed layer runs twice: now, and in the backward pass. By then a second forward (a
-        dual encoder's other tower, a router's look at the image) has set its own gates here.
-        Without this the first forward would be recomputed with those, and its gradients be wrong.
+        A checkpointed layer runs twice: now, and in the backward pass. By then a second forward (a dual encoder's other
+        tower, a router's look) has set its own gates here, and the gradients would be wrong.
         """
         return _Swap(self, None), _Swap(self, (self.state, self.enabled))
 

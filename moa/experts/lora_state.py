@@ -35,8 +35,7 @@ def fresh(
 ) -> dict[str, Any]:
     """Put an expert that changes no output yet at all these sites; returns what it was made with.
 
-    A is uniform in ±1/sqrt(in) as in PEFT, drawn from (seed, name, site): it depends neither on
-    device nor on the order of additions, and no two experts start alike. B is zero.
+    A is uniform in ±1/sqrt(in) as in PEFT, drawn from (seed, name, site), whatever the device and order. B is zero.
     """
     if rank < 1:
         raise ValueError(f"experts.{name}.rank must be 1 or more, got {rank}")
@@ -62,8 +61,7 @@ def load(
 ) -> dict[str, Any]:
     """Put the expert of a plain PEFT adapter, as `moa.files.peft` reads it, at the sites that it names.
 
-    Returns what it was made with. Raises ValueError for keys that no site consumes, for shapes of
-    another base, and for values that are not finite.
+    Returns what it was made with. Raises ValueError for keys without a site, other shapes, and infinite values.
     """
     for site_name, (a, b) in pair_up(name, tensors, sites).items():
         place(sites[site_name], name, a, b, site_scaling(config, site_name), dtype)

@@ -75,8 +75,7 @@ def patches_per_side(base: Any, model: ModelConfig) -> int:
 def example_batch(config: RunConfig, base: Any, lengths: Lengths, num_samples: int) -> Batch:
     """Samples of equal length, an image each, in rows; the last row is one token short.
 
-    Rows of a real batch differ in length, and a single padded token is what makes attention keep a
-    mask. `base` is the backbone's config.
+    A single padded token makes attention keep a mask, as a real batch does. `base` is the backbone's config.
     """
     image, count, words = base.image_token_id, num_samples, config.prompt.max_ocr_words
     sample = torch.full((lengths.tokens,), 2 if image != 2 else 3)

@@ -144,8 +144,7 @@ def trace(
 ) -> Traced:
     """Run the steps of a config with a backbone, around a micro-batch of `samples`.
 
-    A sample is taken to have `tokens` tokens (default: prompt.max_length), the image's and the
-    answer's included. Raises ValueError for what does not fit together.
+    A sample has `tokens` tokens (default: prompt.max_length), image and answer included. ValueError where they misfit.
     """
     note(f"{backbone}: building")
     run = FakeRun(config, backbone)

@@ -1,7 +1,6 @@
 """Logits -> gates: what weight each expert gets, as pure functions of tensors in float32.
 
-Gates are `[..., expert]`. Top-k, a missing modality, a client without an expert and an oracle are
-all the same thing here: a gate tensor with zeros in it. The expert layer has no other rule.
+Gates are `[..., expert]`. Top-k, a missing expert and an oracle are all a gate tensor with zeros in it.
 """
 
 import torch
@@ -76,8 +75,7 @@ def anchor_sums(
 ) -> tuple[Float[Tensor, "expert feature"], Float[Tensor, " expert"]]:
     """Add a batch of evidence to the running sum and count of each sample's expert.
 
-    Sums and counts, not means: processes and clients can add theirs up. Rows without the evidence
-    (`present` False) or without a known expert (id -1) are left out.
+    Sums and counts can be added up over processes. Rows without the evidence or a known expert (id -1) are left out.
     """
     used = (present & (expert_ids >= 0)).to(sums.dtype)
     one_hot = F.one_hot(expert_ids.clamp(min=0), sums.shape[0]).to(sums.dtype) * used[:, None]
@@ -92,9 +90,8 @@ def anchor_similarity(
 ) -> Float[Tensor, "batch expert"]:
     """Cosine of each sample's evidence with each expert's mean evidence, 0 where either is missing.
 
-    Both are taken relative to the mean over all experts: raw evidence of one encoder points nearly
-    one way, and its cosines hardly differ. As in HiDe-LLaVA the anchors need no gradient; unlike
-    there a sample is compared for itself, so that its gates do not depend on its batch.
+    Both are relative to the mean over all experts: raw evidence of one encoder points nearly one way. Unlike in
+    HiDe-LLaVA a sample is compared for itself, so that its gates do not depend on its batch.
     """
     seen = counts > 0
     anchors = sums / counts.clamp(min=1)[:, None]

@@ -1,8 +1,7 @@
 """Auxiliary losses on routing decisions. A new one is a function, a weight and a row, all in this file.
 
-Decisions are `[site, token, expert]`, where a "token" is whatever is routed: a sample, or a token.
-Each loss is computed per site over the valid tokens (`mask`) and averaged over sites, so that its
-size depends on neither depth, padding nor batch size.
+Decisions are `[site, token, expert]`, where a "token" is whatever is routed. Each loss is a mean over the valid tokens
+(`mask`) of a site and then over sites, whatever the depth, padding or batch size.
 """
 
 from dataclasses import dataclass, fields
@@ -83,9 +82,8 @@ def within_task_balancing_loss(
 ) -> Float[Tensor, ""]:
     """The load-balancing loss inside each task, weighted by the tasks' shares of valid tokens.
 
-    A router that gives each task its own expert is punished by the global form only where tasks
-    are unequally frequent, and here always; use it to spread a task over several experts. Tokens
-    of an unknown task (-1) are a task of their own.
+    A router that gives each task its own expert is punished by the global form only where tasks are unequally frequent,
+    and here always. Tokens of an unknown task (-1) are a task of their own.
     """
     weights = _weights(probs, mask)
     member = (task_ids[None] == task_ids.unique()[:, None]).to(probs.dtype)  # [task, token]

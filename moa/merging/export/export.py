@@ -69,8 +69,7 @@ def export_adapter(
     """One PEFT adapter, scaling exactly 1, with its report and card; returns the report.
 
     `dtype` "auto" is the widest of the experts'. `about` are `report`, which is joined to the export's, `files` of
-    `write_report`, and `card`, the fields of `Card` that this function does not have. Raises as `verify` does, and
-    then writes nothing.
+    `write_report`, and `card`, further fields of `Card`. Raises as `verify` does.
     """
     check_out(out)
     stored = stored_dtype(experts, dtype)

@@ -70,8 +70,7 @@ def _bytes(source: BaseFiles, key: str, cast: torch.dtype | None) -> int:
 def copy_other_files(source: Path, out: Path, cast: torch.dtype | None) -> None:
     """Config, processor, tokenizer, templates and license of a base: what `COPIED` matches.
 
-    A link that leads out of the base's folder (of the hub's cache: of the model's) is left out, with a note: what it
-    names is not part of the base.
+    A link that leads out of the base's folder (of the hub's cache: of the model's) is left out, with a note.
     """
     root = source.resolve()
     root = root.parent.parent if root.parent.name == "snapshots" else root

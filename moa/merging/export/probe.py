@@ -104,8 +104,7 @@ def live_outputs(
 ) -> Outputs:
     """The mixture of the experts in a bank around the model, with these gates at each site.
 
-    `owners` are those of `Backbone.owners` for the inputs; by default an image for each prompt.
-    The model is left as it was.
+    `owners` are those of `Backbone.owners`; by default an image for each prompt. The model is left as it was.
     """
     bank = ExpertBank.attach(model, list(gates), stream_of=stream_of)
     try:

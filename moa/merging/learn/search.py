@@ -77,9 +77,8 @@ def order_by_uncertainty(
 ) -> list[str]:
     """Experts from the surest to the least sure, without labels: by H(mean p) - mean H(p) over perturbed runs.
 
-    UQ-Merge (Qu et al. 2025): the mutual information between the answer and the perturbation; `prefix_soup` merges
-    in this order. The released code merges the sum so far with the next expert half and half, so that the last one
-    weighs most; here every chosen expert weighs the same.
+    UQ-Merge (Qu et al. 2025): the mutual information between answer and perturbation. The released code merges the sum
+    so far with the next expert half and half, so that the last one weighs most; here all chosen weigh the same.
     """
 
     def information(p: Tensor) -> float:

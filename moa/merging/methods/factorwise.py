@@ -1,8 +1,7 @@
 """Merging A and B apart: reproductions of published methods, which are not functions of the updates.
 
-Writing an expert as (B R, R^-1 A), the same update, changes every result here, and the sums of factors hold products
-of one expert's B with another's A that no mixture has. They are exact only where the experts share one A.
-Use `linear`, `ties` and the like in core space, unless a published number is to be reproduced.
+Writing an expert as (B R, R^-1 A), the same update, changes every result here, and sums of factors hold products of one
+expert's B with another's A. Use `linear`, `ties` and the like, unless a published number is to be reproduced.
 """
 
 import numpy as np

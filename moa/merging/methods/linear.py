@@ -1,8 +1,7 @@
 """Linear merging methods: sums of the experts' updates, exact in core space.
 
-A method is a function of a stack of matrices, the experts' weights, and its own options by keyword, which are the
-options of the command line; it returns the merged matrix. All but `slerp` and `karcher`, whose coefficients depend
-on the updates themselves, are the updates of some mixture of the experts.
+A method is a function of a stack of matrices, the experts' weights, and its options by keyword; it returns the merged
+matrix. All but `slerp` and `karcher`, whose coefficients depend on the updates, are the updates of some mixture.
 """
 
 import torch

@@ -22,11 +22,10 @@ Weights = Literal["mean", "ones"]  # where the user gives none: 1/N each, or 1 e
 class Method:
     """A row of the method table.
 
-    Its function(stack, weights, **options) returns the merged matrix [rows, cols] of a Stack: of the core matrices,
-    of the dense updates, or, in `factor` space, once of all A and once of all B. A `joint` method takes (stack of A,
-    stack of B, weights) and returns both. In place of a `module`, a sparse method has `thin`, which drops values of
-    each update, and `combine`, which makes one matrix of what is left. Keyword arguments of the functions are the
-    method's options.
+    Its function(stack, weights, **options) returns the merged matrix [rows, cols] of a Stack: of the core matrices, the
+    dense updates, or, in `factor` space, once of all A and once of all B. A `joint` method takes (stack of A, stack of
+    B, weights) and returns both. A sparse method has no `module`, but `thin`, which drops values of each update, and
+    `combine`, which makes one matrix of what is left.
     """
 
     module: str  # of its function, in this folder; empty for a sparse method

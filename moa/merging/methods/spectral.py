@@ -1,8 +1,7 @@
 """Direction-aware merging: on the singular directions of the updates, not on their entries.
 
-All of them are defined on the dense updates and are computed on the core matrices, which have the same singular
-values. That is not only cheaper: on a dense reconstruction of LoRAs most singular directions are rounding, and
-methods that count or flatten them change by more than the result itself when the input moves by 1e-7.
+Defined on the dense updates, computed on the core matrices, which have the same singular values: on a dense
+reconstruction most directions are rounding, and a method that counts or flattens them returns noise.
 """
 
 import torch
@@ -116,8 +115,7 @@ def ctm(
 ) -> Matrix:
     """Compress, then merge: the best common subspace of `size` directions first, then TIES inside of it.
 
-    So nothing that the vote decided is cut off by the export's rank. `even` = 1 gives every expert the same weight in
-    the subspace, 0 a weight by its norm.
+    Nothing that the vote decided is cut by the export's rank. `even` = 1 weighs every expert alike, 0 by its norm.
     """
     matrices = stack.whole()
     norms = matrices.square().sum((1, 2)).sqrt()

@@ -1,7 +1,6 @@
 """What a merge kept of each expert: in total, by layer, by site.
 
-Retention of expert i is <dW_merged, dW_i> / |dW_i|^2: 1 where the merged update still does all that
-the expert did along its own direction. Sums over sites weigh each site by its energy.
+Retention of expert i is <dW_merged, dW_i> / |dW_i|^2: 1 where the merge does all that it did along its direction.
 """
 
 import re
