@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from moa.backbones.fingerprint import base_fingerprint
@@ -32,9 +31,7 @@ class Expert:
     # of the base that it was trained on, where that is recorded
     base_fingerprint: str | None = None
 
-    def factors(
-        self, site: str, dtype: torch.dtype
-    ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    def factors(self, site: str, dtype: torch.dtype) -> Factors:
         """(A, scaling * B): the product B A is the expert's update, all scale folded in."""
         lora_a, lora_b = self.read(site)
         return lora_a.to(dtype), lora_b.to(dtype) * site_scaling(self.config, site)

@@ -4,7 +4,7 @@ experts -> stack of one site in the method's space -> method -> best factors at 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -44,6 +44,9 @@ class MergedSite:
             lost=self.lost * scale**2,
             experts=replace(self.experts, overlap=self.experts.overlap * scale),
         )
+
+
+Merged = Mapping[str, MergedSite]  # by site
 
 
 @dataclass(frozen=True, kw_only=True)

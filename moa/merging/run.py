@@ -25,7 +25,7 @@ from moa.merging.export import export as exports
 from moa.merging.export.folder import check_out
 from moa.merging.export.probe import probe_of_noise, probe_of_run
 from moa.merging.export.verify import make_verify
-from moa.merging.merge import MergedSite, run_plan
+from moa.merging.merge import Merged, run_plan
 from moa.merging.methods.table import check_options, find_method
 from moa.merging.report.console import agreement_line, report_lines, summary_tables
 from moa.merging.report.fidelity import mean_cross_terms, measure
@@ -35,7 +35,6 @@ from moa.merging.site_plan import Plan, make_plan, sum_gates
 from moa.merging.source import Source, open_folders, open_run
 from moa.merging.weights import GATES, Weights, gates_of, parse_weights, read_weights
 
-Merged = dict[str, MergedSite]
 ROUNDING = 1e-12  # share of the energy below which nothing was cut
 
 

@@ -5,7 +5,7 @@ backward in seconds. Ids, labels and masks stay real: the model's own code reads
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,9 +26,7 @@ def fake_mode() -> FakeTensorMode:
 class RealMasks(TorchDispatchMode):
     """Lets a real mask choose from a fake tensor: how many it chooses is known from the mask."""
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten.index.Tensor and isinstance(args[0], FakeTensor):
             tensor, (mask, *others) = args
             if not others and mask.dtype == torch.bool:
@@ -65,9 +63,7 @@ class LiveBytes(TorchDispatchMode):
         self._known.discard(key)
         self.now -= size
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor):

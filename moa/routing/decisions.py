@@ -43,9 +43,8 @@ def token_decisions(
     for (stream, (_, length, _)), stack in stacks.items():
         text = stream == "text"
         owner = token_samples.flatten() if text else owners[stream].repeat_interleave(length)
-        yield TokenDecisions(
-            logits=torch.stack(stack).flatten(1, 2), owner=owner.clamp(min=0), mask=owner >= 0
-        )
+        stacked = torch.stack(stack).flatten(1, 2)
+        yield TokenDecisions(logits=stacked, owner=owner.clamp(min=0), mask=owner >= 0)
 
 
 def token_losses(

@@ -23,6 +23,7 @@ from moa.merging.learn.regmean import shrink
 from moa.parts import beside_experts
 
 Tensors = Mapping[str, Tensor]
+ByRun = Mapping[str, Tensors]
 RULES = "mean, regmean, keep:NAME or drop"
 # Parts of the router that have a rule of their own -> regular expression of their tensors' names.
 ROUTER_PARTS = {
@@ -81,9 +82,7 @@ def part_line(part: str, row: Mapping[str, Any]) -> str:
     return f"{part} of {', '.join(row['runs'])}: {fate}"
 
 
-def _merge_part(
-    part: str, own: Mapping[str, Tensors], rule: str, grams: Mapping[str, Tensors]
-) -> dict[str, Tensor]:
+def _merge_part(part: str, own: ByRun, rule: str, grams: ByRun) -> dict[str, Tensor]:
     if rule == "drop":
         return {}
     if rule.startswith("keep:"):
@@ -101,7 +100,7 @@ def _merge_part(
     return mean if rule == "mean" else mean | _regression(part, own, grams)
 
 
-def _check_alike(part: str, own: Mapping[str, Tensors]) -> None:
+def _check_alike(part: str, own: ByRun) -> None:
     shapes = {run: {n: tuple(t.shape) for n, t in tensors.items()} for run, tensors in own.items()}
     (first, expected), *others = shapes.items()
     for run, found in others:
@@ -113,9 +112,7 @@ def _check_alike(part: str, own: Mapping[str, Tensors]) -> None:
                 )
 
 
-def _regression(
-    part: str, own: Mapping[str, Tensors], grams: Mapping[str, Tensors]
-) -> dict[str, Tensor]:
+def _regression(part: str, own: ByRun, grams: ByRun) -> dict[str, Tensor]:
     """The weights of the part's linear layers whose outputs are nearest to each run's own on its own inputs."""
     solved = {}
     for name, tensor in next(iter(own.values())).items():

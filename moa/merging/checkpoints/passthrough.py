@@ -19,6 +19,7 @@ from moa.files.checkpoint_files import BaseFiles, read_base
 from moa.merging.export.folder import check_out, copy_other_files, write_report, write_weights
 from moa.merging.settings import Slice
 
+Models = Mapping[str, BaseFiles]
 MANIFEST = "manifest.json"
 DEPTH, KINDS = "num_hidden_layers", "layer_types"  # keys of a config
 LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
@@ -121,9 +122,7 @@ def depth_of(files: BaseFiles, stack: str) -> int:
     return 1 + max(int(match["index"]) for match in found)
 
 
-def _origins(
-    models: Mapping[str, BaseFiles], slices: Sequence[Slice], stack: str
-) -> dict[str, Origin]:
+def _origins(models: Models, slices: Sequence[Slice], stack: str) -> dict[str, Origin]:
     """Key of the result -> its source, the layers in the place where the first model has them."""
     first = slices[0].model
     layers = _stacked(models, slices, stack)
@@ -137,9 +136,7 @@ def _origins(
     return origins
 
 
-def _stacked(
-    models: Mapping[str, BaseFiles], slices: Sequence[Slice], stack: str
-) -> dict[str, Origin]:
+def _stacked(models: Models, slices: Sequence[Slice], stack: str) -> dict[str, Origin]:
     layers: dict[str, Origin] = {}
     pattern: dict[str, Any] | None = None
     number = 0
@@ -167,9 +164,7 @@ def _stacked(
     return layers
 
 
-def stacked_config(
-    models: Mapping[str, BaseFiles], slices: Sequence[Slice], stack: str
-) -> dict[str, Any]:
+def stacked_config(models: Models, slices: Sequence[Slice], stack: str) -> dict[str, Any]:
     """The first model's config with the new depth, and with each layer's own kind where layers have kinds."""
     config = models[slices[0].model].config
     name = _part_of(config, stack)

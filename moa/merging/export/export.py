@@ -31,7 +31,7 @@ from moa.merging.export.folder import (
     write_report,
     write_weights,
 )
-from moa.merging.merge import MergedSite
+from moa.merging.merge import Merged
 from moa.merging.report.console import comparison_lines
 
 BASE = "base_model_name_or_path"
@@ -58,7 +58,7 @@ class Written:
 
 def export_adapter(
     out: str | Path,
-    merged: Mapping[str, MergedSite],
+    merged: Merged,
     experts: Sequence[Expert],
     *,
     base: str | None = None,
@@ -91,7 +91,7 @@ def export_adapter(
 
 def export_checkpoint(
     out: str | Path,
-    merged: Mapping[str, MergedSite],
+    merged: Merged,
     experts: Sequence[Expert],
     *,
     base: str | Path,
@@ -174,16 +174,14 @@ def _finish(
     return full
 
 
-def tensors_of(merged: Mapping[str, MergedSite], dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors_of(merged: Merged, dtype: torch.dtype) -> dict[str, Tensor]:
     """The factors by PEFT key."""
     pairs = ((site_keys(s), (found.lora_a, found.lora_b)) for s, found in merged.items())
     return {k: v.to(dtype) for keys, both in pairs for k, v in zip(keys, both, strict=True)}
 
 
 def rows_of(
-    experts: Sequence[Expert],
-    merged: Mapping[str, MergedSite],
-    folders: Sequence[str | Path] | None = None,
+    experts: Sequence[Expert], merged: Merged, folders: Sequence[str | Path] | None = None
 ) -> list[tuple[str, str, str]]:
     """The card's row of each expert: its name, its weight, its folder."""
     weights = torch.stack([site.weights for site in merged.values()])
@@ -192,9 +190,7 @@ def rows_of(
     return [(e.name, f"{w:.4g}" if s else "per site", str(folder)) for e, w, s, folder in rows]
 
 
-def adapter_config(
-    merged: Mapping[str, MergedSite], experts: Sequence[Expert], base: str | None
-) -> dict[str, Any]:
+def adapter_config(merged: Merged, experts: Sequence[Expert], base: str | None) -> dict[str, Any]:
     """A config of full paths with alpha == rank everywhere, patterns only where ranks differ."""
     ranks = {site: result.lora_a.shape[0] for site, result in merged.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]

@@ -25,10 +25,11 @@ from moa.evaluation.predict import prompt_collator
 from moa.evaluation.run import evaluate
 from moa.merging.adapters import Expert
 from moa.merging.export.export import adapter_config, tensors_of
-from moa.merging.merge import MergedSite
+from moa.merging.merge import Merged
 from moa.model import MixtureModel
 from moa.parts import PARTS
 
+Batches = Mapping[str, Sequence[Batch]]  # by data set
 MERGED = "merged-experts"  # name of the merged update among the live experts
 
 
@@ -105,9 +106,7 @@ def load_unrouted(run: str) -> tuple[MixtureModel, RunConfig]:
 
 
 @contextmanager
-def with_merged(
-    model: MixtureModel, merged: Mapping[str, MergedSite], experts: Sequence[Expert]
-) -> Iterator[None]:
+def with_merged(model: MixtureModel, merged: Merged, experts: Sequence[Expert]) -> Iterator[None]:
     """Inside, the merged update is one more expert, called MERGED."""
     config = adapter_config(merged, experts, None)
     model.bank.import_expert(MERGED, tensors_of(merged, torch.float32), config)
@@ -118,9 +117,7 @@ def with_merged(
 
 
 @torch.no_grad()
-def answers_loss(
-    model: MixtureModel, batches: Mapping[str, Sequence[Batch]], expert: str = MERGED
-) -> float:
+def answers_loss(model: MixtureModel, batches: Batches, expert: str = MERGED) -> float:
     """Mean loss of the answers over the samples of a data set, then over the data sets, with one expert on."""
     gates = torch.tensor([float(name == expert) for name in model.bank.names])
 

@@ -16,7 +16,7 @@ from moa.merging.learn import calibration, gradient, search
 from moa.merging.learn import regmean as regression
 from moa.merging.learn.cached import cached_merge
 from moa.merging.learn.ziplora import apply_mergers, learn_mergers
-from moa.merging.merge import MergedSite, merge
+from moa.merging.merge import Merged, MergedSite, merge
 from moa.merging.weights import Weights
 from moa.model import MixtureModel
 
@@ -52,7 +52,7 @@ class Session:
     def names(self) -> list[str]:
         return self.model.bank.names
 
-    def value(self, merged: Mapping[str, MergedSite]) -> float:
+    def value(self, merged: Merged) -> float:
         """The metric of a merge."""
         with calibration.with_merged(self.model, merged, self.experts):
             if self.metric == "loss":

@@ -17,20 +17,21 @@ from torch import Tensor
 from moa.files.peft_config import site_scaling
 from moa.merging.adapters import Expert, all_sites, factors_of
 from moa.merging.core import CoreUpdates, Factors, to_core
-from moa.merging.merge import MergedSite
+from moa.merging.merge import Merged, MergedSite
 from moa.merging.report import interference
 from moa.merging.report.retention import layer_of
 
 PRUNED_DENSITY = 0.2  # what RobustMerge keeps
 TINY = 1e-300
+Record = dict[str, Any]
 
 
 def measure(
     experts: Sequence[Expert],
-    merged: dict[str, MergedSite] | None = None,
+    merged: Merged | None = None,
     *,
     on_site: Callable[[str], None] = lambda site: None,
-) -> dict[str, Any]:
+) -> Record:
     """The fidelity record of experts, and of what they were merged to, for JSON.
 
     `sites`, their means over `modules` (a site's parent), `layers` and in `total`, the names of the `experts`, and
@@ -53,9 +54,7 @@ def measure(
     }
 
 
-def measure_site(
-    experts: Sequence[Expert], site: str, merged: MergedSite | None = None
-) -> dict[str, Any]:
+def measure_site(experts: Sequence[Expert], site: str, merged: MergedSite | None = None) -> Record:
     """Of one site. Lists have one entry for each expert, in their order; an expert without the site counts as zero."""
     factors = factors_of(experts, site)
     updates = to_core(factors, canonical=False)
@@ -77,7 +76,7 @@ def measure_site(
     return record
 
 
-def view_site(experts: Sequence[Expert], site: str) -> dict[str, Any]:
+def view_site(experts: Sequence[Expert], site: str) -> Record:
     """Values of A, B and the full updates at a site, and what pruning would make of each expert's spectrum."""
     factors = factors_of(experts, site)
     present = [pair for pair in factors if pair is not None]
@@ -120,7 +119,7 @@ def _zero_rows(pair: Factors) -> int:
     return int(((pair[0] == 0).all(1) | (pair[1] == 0).all(0)).sum())
 
 
-def _outcome(updates: CoreUpdates, merged: MergedSite) -> dict[str, Any]:
+def _outcome(updates: CoreUpdates, merged: MergedSite) -> Record:
     energy, a, b = merged.energy, merged.lora_a.double(), merged.lora_b.double()
     inside = updates.b.project(b) @ updates.a.project(a.T).T
     plain_sum = torch.einsum("e,erc->rc", merged.weights.double(), updates.cores)
@@ -141,16 +140,14 @@ def _ratio(part: Tensor, whole: Tensor) -> list[float | None]:
     return [p / w if w else None for p, w in zip(part.tolist(), whole.tolist(), strict=True)]
 
 
-def _grouped(
-    sites: Mapping[str, dict[str, Any]], group_of: Callable[[str], str]
-) -> dict[str, dict[str, Any]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
+def _grouped(sites: Mapping[str, Record], group_of: Callable[[str], str]) -> dict[str, Record]:
+    groups: dict[str, list[Record]] = {}
     for site, row in sites.items():
         groups.setdefault(group_of(site), []).append(row)
     return {name: _over_sites(rows) for name, rows in groups.items()}
 
 
-def _over_sites(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _over_sites(rows: Sequence[Record]) -> Record:
     """Of several sites as if they were one: what is about a pair counts by the product of its norms, else by energy."""
     norms = torch.tensor([row["norms"] for row in rows], dtype=torch.float64)
     energy = norms.square()
@@ -164,7 +161,7 @@ def _over_sites(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     disagreement, met = mean("sign_disagreement", product.sum(0)).tolist(), product.sum(0).tolist()
     weighed = list(zip(rows, energy.sum(1).tolist(), strict=True))
     crossings = [(row["cross_terms"], e) for row, e in weighed]
-    record: dict[str, Any] = {
+    record: Record = {
         "norms": whole.tolist(),
         "cosine": mean("cosine", torch.outer(whole, whole)).tolist(),
         "overlap": mean("overlap", product.sum(0)).tolist(),
@@ -189,7 +186,7 @@ def _mean(values: Sequence[tuple[float, float]]) -> float | None:
     return sum(value * weight for value, weight in values) / max(sum(w for _, w in values), TINY)
 
 
-def _merged_over_sites(rows: Sequence[dict[str, Any]], energy: Tensor) -> dict[str, Any]:
+def _merged_over_sites(rows: Sequence[Record], energy: Tensor) -> Record:
     own = [row["norm"] ** 2 for row in rows]
 
     def kept(name: str) -> list[float | None]:

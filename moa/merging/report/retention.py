@@ -4,11 +4,11 @@ Retention of expert i is <dW_merged, dW_i> / |dW_i|^2: 1 where the merge does al
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moa.merging.adapters import Expert
-from moa.merging.merge import MergedSite
+from moa.merging.merge import Merged, MergedSite
 
 
 def layer_of(site: str) -> str:
@@ -17,9 +17,7 @@ def layer_of(site: str) -> str:
     return match[1] if match else site.rpartition(".")[0] or site
 
 
-def summarise(
-    experts: Sequence[Expert], merged: Mapping[str, MergedSite]
-) -> dict[str, dict[str, Any]]:
+def summarise(experts: Sequence[Expert], merged: Merged) -> dict[str, dict[str, Any]]:
     """What a merge kept, for JSON: in total, per layer and per site, each with every expert."""
     layers: dict[str, dict[str, MergedSite]] = {}
     for site, result in merged.items():
@@ -31,7 +29,7 @@ def summarise(
     }
 
 
-def _kept(experts: Sequence[Expert], merged: Mapping[str, MergedSite]) -> dict[str, Any]:
+def _kept(experts: Sequence[Expert], merged: Merged) -> dict[str, Any]:
     results = list(merged.values())
     energy = sum(result.energy for result in results)
     before = energy + sum(result.lost for result in results)
