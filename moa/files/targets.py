@@ -1,7 +1,7 @@
 """Which layers of a model a list of target names or expressions means."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -53,15 +53,11 @@ def select(patterns: Sequence[str], modules: Mapping[str, T], key: str) -> dict[
             continue
         matches = {name for name in modules if name == pattern or fits(pattern, name, key)}
         if not matches:
-            raise ValueError(no_match(pattern, modules, key))
+            literal = regex.sub(r"[\\^$*+?()\[\]|]", "", pattern)
+            near = ", ".join(difflib.get_close_matches(literal, list(modules), n=3, cutoff=0.3))
+            rule = "it must be a full path or a regular expression for the whole path"
+            raise ValueError(
+                f"{key}: {pattern!r} matches no linear layer; {rule}. Near names: {near or 'none'}"
+            )
         found |= matches
     return {name: module for name, module in modules.items() if name in found}
-
-
-def no_match(pattern: str, names: Iterable[str], key: str) -> str:
-    literal = regex.sub(r"[\\^$*+?()\[\]|]", "", pattern)
-    near = difflib.get_close_matches(literal, list(names), n=3, cutoff=0.3)
-    return (
-        f"{key}: {pattern!r} matches no linear layer; it must be a full path or a regular "
-        f"expression for the whole path. Near names: {', '.join(near) or 'none'}"
-    )

@@ -17,7 +17,11 @@ def make_optimizer(
     model: nn.Module, groups: Mapping[str, Parameters], rates: RateConfig, train: TrainConfig
 ) -> torch.optim.AdamW:
     """One or two parameter groups per named group: weight decay is for matrices alone."""
-    check_partition(model, groups)
+    # a parameter in no group would never move, one in two would move twice
+    grouped = [id(p) for parameters in groups.values() for p in parameters.values()]
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
+    assert set(grouped) == trainable, "the groups are not the trainable parameters"
     options: list[dict[str, Any]] = []
     for name, parameters in groups.items():
         rate = getattr(rates, name)
@@ -31,14 +35,6 @@ def make_optimizer(
 def is_matrix(parameter: nn.Parameter) -> bool:
     # DeepSpeed keeps the shape of a tensor that lies elsewhere
     return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
-
-
-def check_partition(model: nn.Module, groups: Mapping[str, Parameters]) -> None:
-    """A parameter in no group would never move, one in two would move twice."""
-    grouped = [id(p) for parameters in groups.values() for p in parameters.values()]
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
-    assert set(grouped) == trainable, "the groups are not the trainable parameters"
 
 
 def rate_factor(stage: StageConfig, step: int) -> float:

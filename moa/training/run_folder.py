@@ -73,7 +73,9 @@ def claim(config: RunConfig, *, resume: bool, overwrite: bool) -> str | None:
     run = Path(config.out)
     lock(run)
     if not resume:
-        if not overwrite and holds_run(run):
+        log = run / LOG  # a run that failed at its first sample leaves nothing in it
+        learned = pointed(run, "last") is not None or (log.is_file() and log.stat().st_size > 0)
+        if learned and not overwrite:
             raise ValueError(
                 f"out={run}: holds a run already; choices: --resume, --overwrite, another out="
             )
@@ -127,12 +129,6 @@ def lock(run: Path) -> None:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     held[str(run.resolve())] = file
-
-
-def holds_run(run: Path) -> bool:
-    """Whether something was learned there: a run that failed at its first sample leaves nothing."""
-    log = run / LOG
-    return pointed(run, "last") is not None or (log.is_file() and log.stat().st_size > 0)
 
 
 def stages_begun(step: Path | None) -> int:

@@ -142,7 +142,10 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
     if projector.is_trained(config) and file.is_file():
         load_strictly(projector.state(model), load_tensors(file), file)
     other = load_config(folder / CONFIG)
-    if different := router_differences(config, other):
+    ours, theirs = (dataclasses.asdict(c.router) for c in (config, other))
+    different = [f"router.{key}" for key in ours if ours[key] != theirs[key]]
+    different += ["data.tasks"] if set(other.data.tasks) - set(config.data.tasks) else []
+    if different:
         return f"router starts fresh: {folder} has another {', '.join(different)}"
     now, then = ({"expert": [*c.experts], "task": c.data.tasks} for c in (config, other))
     places = {kind: [now[kind].index(name) for name in names] for kind, names in then.items()}
@@ -154,14 +157,6 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
     load_strictly(own, found, file)
     fresh = [f"{kind} {name}" for kind in now for name in now[kind] if name not in then[kind]]
     return f"router from {folder}" + (f", fresh for {', '.join(fresh)}" if fresh else "")
-
-
-def router_differences(config: RunConfig, other: RunConfig) -> list[str]:
-    """Settings by which a checkpoint's router is another one than the run's."""
-    ours, theirs = (dataclasses.asdict(c.router) for c in (config, other))
-    lost = set(other.data.tasks) - set(config.data.tasks)
-    differ = [f"router.{key}" for key in ours if ours[key] != theirs[key]]
-    return differ + (["data.tasks"] if lost else [])
 
 
 def in_places(

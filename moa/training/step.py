@@ -84,35 +84,23 @@ def train_step(
         values, problem = learn_means(trainer, batches, metrics, stop)
     else:
         rates = set_rates(strategy.optimizer, rate_factor(trainer.stage, step))
-        forward_backward(trainer, strategy, batches, counts, metrics, step, extra_loss)
+        weights = weights_at(trainer.losses, (step - 1) / max(trainer.stage.steps - 1, 1))
+        for number, batch in enumerate(batches, start=1):
+            last = number == len(batches)  # gradients are exchanged once, with the last
+            batch = batch.to(accelerator.device, non_blocking=True)
+            with strategy.accumulating(last):
+                gates = stage_gates(trainer.model, batch, trainer.stage.kind)
+                output = strategy.forward(batch, gates)
+                loss = objective(output, counts, weights, trainer.losses.reduction)
+                if extra_loss is not None:
+                    loss = loss + extra_loss() * len(batch) / counts.samples
+                # gradients are averaged over processes; the shares are to be added up
+                strategy.backward(loss * accelerator.num_processes, last)
+            metrics.add(batch, output)
         values = metrics.reduced(accelerator, stop=stop())
         grad_norm, problem = check_and_update(trainer, strategy, metrics, step)
         values |= {"grad_norm": grad_norm} | {f"lr/{name}": rate for name, rate in rates.items()}
     return StepResult(values, problem, counts.rejected, metrics.num_stopping > 0)
-
-
-def forward_backward(
-    trainer: Trainer,
-    strategy: Plain,
-    batches: Sequence[Batch],
-    counts: "Counts",
-    metrics: Metrics,
-    step: int,
-    extra_loss: Callable[[], Tensor] | None,
-) -> None:
-    weights = weights_at(trainer.losses, (step - 1) / max(trainer.stage.steps - 1, 1))
-    for number, batch in enumerate(batches, start=1):
-        last = number == len(batches)  # gradients are exchanged once, with the last
-        batch = batch.to(trainer.accelerator.device, non_blocking=True)
-        with strategy.accumulating(last):
-            gates = stage_gates(trainer.model, batch, trainer.stage.kind)
-            output = strategy.forward(batch, gates)
-            loss = objective(output, counts, weights, trainer.losses.reduction)
-            if extra_loss is not None:
-                loss = loss + extra_loss() * len(batch) / counts.samples
-            # gradients are averaged over processes; the shares are to be added up
-            strategy.backward(loss * trainer.accelerator.num_processes, last)
-        metrics.add(batch, output)
 
 
 def check_and_update(
