@@ -67,8 +67,9 @@ def evaluate_model(
         folder = model.folder / "eval" / variant_of(config.eval)
         label = f"{model.label}: {gates}" if len(model.gate_rules) > 1 else model.label
         with model.named():
-            known = model.fingerprint() if command.reuse else None
-            kept = kept_results(network, config, folder, known)
+            kept: list[Measured] = []
+            if command.reuse:
+                kept = kept_results(network, config, folder, model.fingerprint())
             done = {result.name for result in kept}
             left = [source.name for source in chosen_sources(config) if source.name not in done]
             config = with_eval(config, only=left) if kept and left else config
