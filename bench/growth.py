@@ -61,12 +61,10 @@ def measure(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
 
     runs = {name: CONTENDERS[name](setting) for name in NAMES}
     seconds = race({name: run.stepper() for name, run in runs.items()}, rounds, setting.device)
-    saved = {n: saved_bytes(run.forward, run.model.parameters()) for n, run in runs.items()}
+    saved = {n: saved_bytes(r.forward, r.model.parameters()) / 2**20 for n, r in runs.items()}
     trained = {n: trained_bytes(run.model) / 2**20 for n, run in runs.items()}
-    return {
-        n: {"ms": median(seconds[n]) * 1e3, "saved": saved[n] / 2**20, "trained": trained[n]}
-        for n in runs
-    }
+    times = {n: median(seconds[n]) * 1e3 for n in runs}
+    return {n: {"ms": times[n], "saved": saved[n], "trained": trained[n]} for n in runs}
 
 
 def run(settings: Settings, console: Console) -> None:

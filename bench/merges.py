@@ -206,11 +206,9 @@ def large_sets(num_sites: int) -> Metrics:
 
 def write_checkpoints(folder: Path, num_layers: int) -> dict[str, Path]:
     """A base and two models in bfloat16 shards of a layer each, shaped like a 7B model's."""
-    layers = [
-        {f"model.layers.{i}.part_{j}.weight": shape for j, shape in enumerate(LAYER)}
-        for i in range(num_layers)
-    ]
-    shards = [{"model.embed_tokens.weight": (32000, SIZE)}, *layers]
+    shards = [{"model.embed_tokens.weight": (32000, SIZE)}]
+    for i in range(num_layers):
+        shards.append({f"model.layers.{i}.part_{j}.weight": s for j, s in enumerate(LAYER)})
     for name in ("base", "a", "b"):
         (folder / name).mkdir()
         where = {}

@@ -9,7 +9,6 @@ made anew. Writes results/bench_precision_<size>.json.
 """
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -80,12 +79,9 @@ def decoding(setting: Setting, rounds: int) -> dict[str, float]:
         for _, base in sites:
             base(tokens[base.in_features])
 
-    runs: dict[str, Callable[[], None]] = {
-        "kept": partial(step, True),
-        "anew": partial(step, False),
-    }
+    runs = {"kept": partial(step, True), "anew": partial(step, False), "frozen": partial(frozen)}
     with torch.no_grad():
-        return ratios(race(runs | {"frozen": frozen}, rounds, setting.device), DECODING)
+        return ratios(race(runs, rounds, setting.device), DECODING)
 
 
 def run(settings: Settings, console: Console) -> None:

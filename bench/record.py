@@ -21,12 +21,9 @@ def machine(device: str = "cpu") -> dict[str, str | int]:
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout.strip()
     chip = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    where: dict[str, str | int] = {
-        "device": chip,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    return where | {"commit": commit, "date": date.today().isoformat()}
+    where: dict[str, str | int] = {"device": chip, "threads": torch.get_num_threads()}
+    where |= {"torch": torch.__version__, "commit": commit}
+    return where | {"date": date.today().isoformat()}
 
 
 def write_results(name: str, figures: Mapping[str, object]) -> Path:

@@ -100,11 +100,8 @@ def draw_charts() -> None:
         series = transposed(table).items()
         return x, title, {name: {int(x): y for x, y in found.items()} for name, found in series}
 
-    steps = [
-        panel("experts", title, found["step_ours_over"])
-        for size, title in SIZES.items()
-        if (found := read(f"mixture_{size}"))
-    ]
+    measured = {title: read(f"mixture_{size}") for size, title in SIZES.items()}
+    steps = [panel("experts", t, found["step_ours_over"]) for t, found in measured.items() if found]
     decoding = (read("generation") or {"tokens_over_merged": {}})["tokens_over_merged"].items()
     batches = [panel("batch", f"{count} experts", table) for count, table in decoding]
     for name, panels, title, subtitle in (

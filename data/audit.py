@@ -160,11 +160,8 @@ def find_duplicates(audit: Audit) -> None:
     """Note the rows whose id an earlier row has; samples are counted from 1, as lines are."""
     order = np.argsort(audit.ids, kind="stable")
     same = audit.ids[order][1:] == audit.ids[order][:-1]
-    examples = [
-        f"source {audit.name!r}, samples {first} and {second}: {DUPLICATE}"
-        for place in np.flatnonzero(same)[:KEPT]
-        for first, second in [audit.numbers[order[place : place + 2]] + 1]
-    ]
+    pairs = [audit.numbers[order[at : at + 2]] + 1 for at in np.flatnonzero(same)[:KEPT]]
+    examples = [f"source {audit.name!r}, samples {a} and {b}: {DUPLICATE}" for a, b in pairs]
     if examples:
         audit.note(DUPLICATE, examples, int(same.sum()))
 
@@ -177,9 +174,10 @@ def find_leaks(training: Sequence[Audit], held_out: Audit) -> None:
             examples = []
             for place in np.flatnonzero(leaked)[:KEPT]:
                 other = np.argmax(getattr(trained, key) == getattr(held_out, key)[place])
-                examples.append(
-                    f"source {held_out.name!r}, sample {int(held_out.numbers[place]) + 1}: {rule}: "
-                    f"sample {int(trained.numbers[other]) + 1} of {trained.name!r}"
+                leak = (
+                    f"source {held_out.name!r}, sample {int(held_out.numbers[place]) + 1}: {rule}"
                 )
+                seen = f"sample {int(trained.numbers[other]) + 1} of {trained.name!r}"
+                examples.append(f"{leak}: {seen}")
             if examples:
                 held_out.note(rule, examples, int(leaked.sum()))

@@ -38,11 +38,9 @@ def digest_source(source: Source, config: SourceConfig) -> dict[str, Any]:
     size = len(source)
     chosen = sorted({int(index) for index in np.linspace(0, size - 1, min(size, SAMPLES))})
     paths = {key: Path(path) for key in FILES if (path := getattr(config, key)) is not None}
-    return {
-        "samples": size,
-        "files": {key: digest_file(path) for key, path in paths.items() if path.is_file()},
-        "content": {str(i): digest_sample(read_sample(source, i, config.name)) for i in chosen},
-    }
+    files = {key: digest_file(path) for key, path in paths.items() if path.is_file()}
+    content = {str(i): digest_sample(read_sample(source, i, config.name)) for i in chosen}
+    return {"samples": size, "files": files, "content": content}
 
 
 def digest_file(path: Path) -> str:

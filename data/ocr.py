@@ -132,10 +132,8 @@ def check_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) ->
     """Refuse to mix the readings of two engines, or of two settings, in one file."""
     for key in sorted(found.keys() | wanted.keys()):
         if found.get(key) != wanted.get(key):
-            raise ValueError(
-                f"{path}: {key} is {found.get(key)!r} in this cache and {wanted.get(key)!r} here;"
-                " delete the file, or ask for its own setting"
-            )
+            both = f"{found.get(key)!r} in this cache and {wanted.get(key)!r} here"
+            raise ValueError(f"{path}: {key} is {both}; delete the file, or take its own setting")
 
 
 @dataclass(kw_only=True)

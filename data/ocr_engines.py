@@ -80,10 +80,8 @@ class RapidOcr:
     """
 
     def __init__(self, *, min_confidence: float = 0.5, limit_side_len: int = 320):
-        self.min_confidence, self.limit_side_len = (
-            checked_confidence(min_confidence),
-            limit_side_len,
-        )
+        self.min_confidence = checked_confidence(min_confidence)
+        self.limit_side_len = limit_side_len
         self._session: Any = None
 
     @property

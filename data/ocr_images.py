@@ -3,9 +3,9 @@
 Each worker renders or decodes the images that it reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +23,26 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
-class FileImages:
-    """The images of some files."""
+class LazyImages:
+    """The images that `open` makes of some items."""
 
-    files: tuple[Path, ...]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Image.Image:
-        return open_image(self.files[index], str(self.files[index]))
-
-
-@dataclass(frozen=True)
-class SceneImages:
-    """The scenes of some splits: split, index, style."""
-
-    scenes: tuple[tuple[str, int, str | None], ...]
-    seed: int
+    items: tuple[Any, ...]
+    open: Callable[[Any], Image.Image]
 
     def __len__(self) -> int:
-        return len(self.scenes)
+        return len(self.items)
 
     def __getitem__(self, index: int) -> Image.Image:
-        split, number, style = self.scenes[index]
-        return render_scene(split, number, self.seed, style)[0]
+        return self.open(self.items[index])
+
+
+def open_file(file: Path) -> Image.Image:
+    return open_image(file, str(file))
+
+
+def open_scene(scene: tuple[str, int, str | None], seed: int) -> Image.Image:
+    split, number, style = scene
+    return render_scene(split, number, seed, style)[0]
 
 
 @dataclass(frozen=True)
@@ -101,16 +96,16 @@ def first_samples(dataset: RecordDataset) -> tuple[int, ...]:
     return tuple(first.values())
 
 
-def folder_images(folder: Path) -> FileImages:
+def folder_images(folder: Path) -> LazyImages:
     """The images under a folder, sorted by path; an empty or missing folder is an error."""
     found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     files = sorted(p for p in found if not is_hidden(p.relative_to(folder)))
     if not files:
         raise ValueError(f"folder: {folder} holds no image files ({', '.join(sorted(SUFFIXES))})")
-    return FileImages(tuple(files))
+    return LazyImages(tuple(files), open_file)
 
 
-def scene_images(splits: Sequence[str], seed: int) -> SceneImages:
+def scene_images(splits: Sequence[str], seed: int) -> LazyImages:
     """`train:3000` is a split and a number of scenes; `train:500:line` fixes their style too."""
     found = []
     for text in splits:
@@ -118,4 +113,4 @@ def scene_images(splits: Sequence[str], seed: int) -> SceneImages:
         if not name or not count.isdecimal() or text.count(":") > 2:
             raise ValueError(f"scenes: {text!r}: write SPLIT:COUNT[:STYLE], as in train:3000")
         found += [(name, number, style or None) for number in range(int(count))]
-    return SceneImages(tuple(found), seed)
+    return LazyImages(tuple(found), partial(open_scene, seed=seed))

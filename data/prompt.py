@@ -149,10 +149,8 @@ class Prompt(Evidence):
         visible = self.settings.min_visible
         if hidden <= 1 - visible + 1e-6:  # as much as the crop's rounding
             return None
-        detail = (
-            f"{hidden:.0%} of a box; let the processor pad (do_pad) or resize, or accept it by "
-            f"prompt.min_visible={visible:g}"
-        )
+        accept = f"or accept it by prompt.min_visible={visible:g}"
+        detail = f"{hidden:.0%} of a box; let the processor pad (do_pad) or resize, {accept}"
         return BadSampleError(name_of(sample), "box hidden by crop", detail)
 
     def prompt(self, sample: Sample) -> str:

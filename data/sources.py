@@ -75,12 +75,8 @@ def draws_of(source: SourceConfig, size: int) -> int:
 
 def make_collator(config: RunConfig, intake: Intake, **changes: Any) -> Any:
     """The run's ChatCollator, or PairCollator for a dual encoder; `changes` are its fields."""
-    fields: dict[str, Any] = {
-        "processor": intake.processor,
-        "tasks": list(config.data.tasks),
-        "experts": config.routes,
-        "settings": config.prompt,
-    }
+    fields: dict[str, Any] = {"processor": intake.processor, "tasks": list(config.data.tasks)}
+    fields |= {"experts": config.routes, "settings": config.prompt}
     if intake.context_length is not None:
         if changes.pop("pack_length", None):
             raise ValueError("train.pack_length: has no effect on a dual encoder (it reads pairs)")

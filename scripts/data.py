@@ -149,10 +149,7 @@ def check(settings: Settings, config: RunConfig, known: bool, console: Console) 
     for line in examples(audits, settings.show):
         console.print(line, markup=False)
     every = sum(audits.values(), [])
-    total, found = (
-        sum(audit.rows for audit in every),
-        [pair for a in every for pair in a.found.items()],
-    )
+    total, found = sum(a.rows for a in every), [pair for a in every for pair in a.found.items()]
     errors = sum(finding.count for rule, finding in found if rule not in settings.ignore)
     speed = f"{total / seconds:,.0f} rows/s, {settings.workers} processes"
     console.print(f"{total:,} rows in {seconds:.1f} s ({speed}), {errors:,} errors")

@@ -99,12 +99,8 @@ def run(settings: Settings, console: Console) -> None:
     else:
         sizes = {"limit_side_len": settings.side} if settings.side else {}
         engine = ENGINES[settings.engine](min_confidence=settings.min_confidence, **sizes)
-        how: dict[str, Any] = {
-            "num_workers": settings.workers,
-            "part_size": settings.part,
-            "engine": engine,
-        }
-        report = build_cache(images_of(settings), out, shard=settings.place, **how)
+        how: dict[str, Any] = {"num_workers": settings.workers, "part_size": settings.part}
+        report = build_cache(images_of(settings), out, engine=engine, shard=settings.place, **how)
     print("\n".join(report_lines(report, shard_file(out, *settings.place))))
     sys.exit(1 if report.failed else 0)
 

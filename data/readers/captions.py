@@ -94,10 +94,8 @@ def read_flickr30k(source: SourceConfig) -> Records:
     for number, line in enumerate(text_lines(source.path), start=1):
         if not line.strip() or line.startswith("image_name|"):
             continue
-        found, where = (
-            TOKEN_LINE.fullmatch(line) or CSV_LINE.fullmatch(line),
-            f"{source.path}:{number}",
-        )
+        found = TOKEN_LINE.fullmatch(line) or CSV_LINE.fullmatch(line)
+        where = f"{source.path}:{number}"
         if found is None:
             forms = "IMAGE.jpg#NUMBER<TAB>CAPTION nor IMAGE.jpg| NUMBER| CAPTION"
             raise ValueError(f"{where}: neither {forms}: {line!r:.60}")

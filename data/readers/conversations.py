@@ -57,15 +57,11 @@ def parse_conversation(row: Row, images: str | None) -> Record:
     if any(a is None for _, a in later):
         raise ValueError("ends with a question without an answer")
     image, named = found[0] if found else None, row.value.get("id") is not None
-    return Record(
-        id=name(row.value, "id") if named else row.where.rpartition("/")[2],
-        image_id=coco_number(image) if isinstance(image, str) else row.where,
-        image=image_of(image, images),
-        question=question,
-        answers=() if answer is None else (answer,),
-        system=system,
-        turns=tuple(Turn(question=q, answer=a or "") for q, a in later),
-    )
+    own: dict[str, Any] = {"question": question, "answers": () if answer is None else (answer,)}
+    own |= {"id": name(row.value, "id") if named else row.where.rpartition("/")[2]}
+    own |= {"image_id": coco_number(image) if isinstance(image, str) else row.where}
+    own |= {"turns": tuple(Turn(question=q, answer=a or "") for q, a in later)}
+    return Record(image=image_of(image, images), system=system, **own)
 
 
 def turns_of(

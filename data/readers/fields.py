@@ -93,10 +93,8 @@ def cell_text(value: Any, column: str) -> str:
         value = text_member(value, column)
     if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
         return str(value)
-    raise ValueError(
-        f"column {column!r} holds {value!r:.60} ({type(value).__name__}); only texts and whole"
-        " numbers are read: store it as text"
-    )
+    rule = "only texts and whole numbers are read: store it as text"
+    raise ValueError(f"column {column!r} holds {value!r:.60} ({type(value).__name__}); {rule}")
 
 
 def text_member(value: dict[str, Any], column: str) -> Any:
@@ -104,10 +102,8 @@ def text_member(value: dict[str, Any], column: str) -> Any:
     found = [key for key in TEXT_KEYS if value.get(key) is not None]
     if len(found) == 1:
         return value[found[0]]
-    raise ValueError(
-        f"column {column!r} holds an object with {', '.join(map(str, value))}; exactly one of"
-        f" {', '.join(TEXT_KEYS)} is read: store its text alone"
-    )
+    rule = f"exactly one of {', '.join(TEXT_KEYS)} is read: store its text alone"
+    raise ValueError(f"column {column!r} holds an object with {', '.join(map(str, value))}; {rule}")
 
 
 def box_of(values: Any) -> Box:
@@ -153,10 +149,9 @@ def frame_of(value: Any, boxes: Sequence[Box], words: Sequence[OcrWord] = ()) ->
         return tuple(frame)
     for kind in (boxes, [word.box for word in words]):
         if kind and all(0 <= edge <= 1 for box in kind for edge in box):
-            raise ValueError(
-                f"boxes are read in pixels, and all of {[*kind]!r:.60} lie in [0, 1]; for shares of"
-                " the image give the row `frame`: [1, 1]"
-            )
+            advice = "for shares of the image give the row `frame`: [1, 1]"
+            inside = f"all of {[*kind]!r:.60} lie in [0, 1]"
+            raise ValueError(f"boxes are read in pixels, and {inside}; {advice}")
     return None
 
 

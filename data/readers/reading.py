@@ -47,10 +47,8 @@ def rosetta_words(row: Any) -> tuple[OcrWord, ...]:
 
 
 def rosetta_box(info: Any) -> Box:
-    corner, keys = (
-        field(info, "bounding_box", dict),
-        ("top_left_x", "top_left_y", "width", "height"),
-    )
+    corner = field(info, "bounding_box", dict)
+    keys = ("top_left_x", "top_left_y", "width", "height")
     return box_of_xywh([float(field(corner, key, int, float)) for key in keys])
 
 

@@ -55,9 +55,7 @@ def asked(source: SourceConfig, row: Row, *files: str, **more: Any) -> Record:
         "image_id": ("image_id", name),
         "question": ("question", text),
     }
-    own: dict[str, Any] = {
-        k: read(row.value, at) for k, (at, read) in keys.items() if k not in more
-    }
+    own: dict[str, Any] = {k: f(row.value, at) for k, (at, f) in keys.items() if k not in more}
     return Record(image=find_image(source.images, *files), **own, **more)
 
 

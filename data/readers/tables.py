@@ -146,10 +146,9 @@ def check_unread(source: SourceConfig, columns: dict[str, str], found: list[str]
     if source.columns is None:
         for column in found:
             if column not in FIELDS and (field := column.strip().lower()) in FIELDS:
-                raise ValueError(
-                    f"columns: {source.path} has {column!r}, which is read as {field!r} alone: rename "
-                    f"it, or name the columns: {{{field}: {column!r}, ...}}"
-                )
+                advice = f"rename it, or name the columns: {{{field}: {column!r}, ...}}"
+                problem = f"{source.path} has {column!r}, which is read as {field!r} alone"
+                raise ValueError(f"columns: {problem}: {advice}")
     if columns.get("image") in found:
         return
     names = IMAGE_COLUMNS if source.columns is None else {"image"}

@@ -77,18 +77,15 @@ class Split:
     wordings: str = "known"  # which question templates: known | held_out | all
 
 
+ALL, ALL_STYLES = frozenset(CATEGORY), {"color": 0.7, "line": 0.15, "flat": 0.15}
 SPLITS = {
     "pretrain": Split(
-        concepts=frozenset(CATEGORY),
-        grounds=GROUNDS,
-        styles={"color": 0.7, "line": 0.15, "flat": 0.15},
-        words=(344, None),
-        wordings="all",
+        concepts=ALL, grounds=GROUNDS, styles=ALL_STYLES, words=(344, None), wordings="all"
     ),
     "train": Split(words=(0, 258)),
     "validation": Split(words=(0, 258)),
     "test": Split(),
-    "test_concepts": Split(concepts=frozenset(CATEGORY), focus=HELD_OUT_CONCEPTS),
+    "test_concepts": Split(concepts=ALL, focus=HELD_OUT_CONCEPTS),
     "test_style": Split(styles={"flat": 1.0}),
     "test_ground": Split(grounds=tuple(HELD_OUT_GROUNDS)),
     "test_wordings": Split(wordings="held_out"),

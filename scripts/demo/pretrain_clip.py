@@ -31,23 +31,17 @@ class Settings:
 def run(args: Settings, console: Console) -> None:
     import torch
 
-    from scripts.demo.base.clip import (
-        build_model,
-        build_processor,
-        build_tokenizer,
-        recipe_of,
-        train,
-    )
+    from scripts.demo.base import clip
 
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
-    model, processor = build_model(tokenizer), build_processor(tokenizer)
+    tokenizer = clip.build_tokenizer()
+    model, processor = clip.build_model(tokenizer), clip.build_processor(tokenizer)
     with atomic_folder(args.out) as folder:
         processor.save_pretrained(folder)
         with (folder / "pretraining_log.jsonl").open("w", buffering=1) as log:
-            train(model.train(), processor, args, log)
+            clip.train(model.train(), processor, args, log)
         model.save_pretrained(folder)
-        write_file(folder / "recipe.json", json.dumps(recipe_of(model, args), indent=2) + "\n")
+        write_file(folder / "recipe.json", json.dumps(clip.recipe_of(model, args), indent=2) + "\n")
 
 
 if __name__ == "__main__":

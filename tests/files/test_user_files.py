@@ -363,7 +363,7 @@ def test_hidden_files_and_folders_are_left_out(tmp_path):
         write_image(tmp_path / ".data" / name)  # a folder above may be hidden
     assert opened("image_folder", tmp_path, path=".data")[0].choices == ("cat", "dog")
     assert len(opened("image_folder", tmp_path, path=".data")) == 2
-    assert [f.parent.name for f in folder_images(tmp_path / ".data").files] == ["cat", "dog"]
+    assert [f.parent.name for f in folder_images(tmp_path / ".data").items] == ["cat", "dog"]
     with tarfile.open(tmp_path / "0.tar", "w") as archive:
         for name in ("./1.png", "._1.png", "__MACOSX/._1.png", ".DS_Store"):
             archive.add(tmp_path / ".data/cat/1.png", name)

@@ -57,13 +57,9 @@ def ask(scene: Scene, words: str | None, rng: np.random.Generator) -> Asked | No
     boxes = [codec.encode([box], frame) for box in question.boxes]
     answer = [*boxes, *question.answers][0]
     # "where is the cat?" has two answers: without the prefix both are right, and both are seen
-    return Asked(
-        task=task,
-        prompt=prompt(question, wording, words, bool(rng.random() < 0.7)),
-        answer=" " + answer,
-        name=dict(question.slots).get("name"),
-        asks_where=question.kind in ("box", "place"),
-    )
+    said = prompt(question, wording, words, bool(rng.random() < 0.7))
+    name, where = dict(question.slots).get("name"), question.kind in ("box", "place")
+    return Asked(task=task, prompt=said, answer=" " + answer, name=name, asks_where=where)
 
 
 @dataclass(frozen=True, kw_only=True)
