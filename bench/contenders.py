@@ -68,7 +68,7 @@ def frozen(setting: Setting) -> Contender:
     probe = nn.Parameter(torch.zeros((), device=setting.device))
     embed = model.model.get_input_embeddings()
     embed.register_forward_hook(lambda m, args, out: out + probe.to(out.dtype))
-    model.register_parameter("probe", probe)
+    model.register_parameter("embedding_probe", probe)
     return _plain(model, setting)
 
 
