@@ -54,9 +54,7 @@ def main() -> None:
         config = load_config(arguments.config, arguments.overrides)
         accelerator = make_accelerator(config)
         # run folder, frozen backbone with experts and router, mixture of data sets: all checked first
-        run, state = open_run(
-            config, accelerator, resume=arguments.resume, overwrite=arguments.overwrite
-        )
+        run, state = open_run(config, accelerator, resume=arguments.resume, overwrite=arguments.overwrite)
     try:
         with run.stop.on_signals():
             train(run, state)
@@ -73,9 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = settings_parser(RunConfig, __doc__)
     known = parser.add_mutually_exclusive_group()
     known.add_argument("--resume", action="store_true", help="continue from the last checkpoint")
-    known.add_argument(
-        "--overwrite", action="store_true", help="delete the run in out= once the new one can begin"
-    )
+    known.add_argument("--overwrite", action="store_true", help="delete the run in out= once the new one can begin")
     return parser.parse_intermixed_args()
 
 

@@ -92,9 +92,7 @@ def make_batch(size: Size, device: str, *, generate: bool = False) -> Batch:
     ).to(device)
 
 
-def make_mixture(
-    backbone: Backbone, num_experts: int, rank: int, device: str, targets: str = TARGETS
-) -> MixtureModel:
+def make_mixture(backbone: Backbone, num_experts: int, rank: int, device: str, targets: str = TARGETS) -> MixtureModel:
     """Experts with values in B, as after training, and the whole router before them."""
     bank = ExpertBank.attach(backbone.model, [targets], stream_of=backbone.stream_of)
     for i in range(num_experts):
@@ -115,9 +113,7 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def race(
-    runs: Mapping[str, Callable[[], object]], rounds: int, device: str
-) -> dict[str, list[float]]:
+def race(runs: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of each run in each round, the runs taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):  # the first one warms up
@@ -134,9 +130,7 @@ def ratio(seconds: Mapping[str, list[float]], one: str, other: str) -> float:
     return median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
 
 
-def ratios(
-    seconds: Mapping[str, list[float]], pairs: Iterable[tuple[str, str]]
-) -> dict[str, float]:
+def ratios(seconds: Mapping[str, list[float]], pairs: Iterable[tuple[str, str]]) -> dict[str, float]:
     return {f"{one} / {other}": ratio(seconds, one, other) for one, other in pairs}
 
 

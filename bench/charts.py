@@ -9,9 +9,7 @@ from moa.analysis.plots import INK, color, page
 Panel = tuple[str, str, Mapping[str, Mapping[int, float]]]  # x axis, title, series -> x -> y
 
 
-def line_panels(
-    path: str | Path, rows: Sequence[Sequence[Panel]], *, title: str, subtitle: str
-) -> None:
+def line_panels(path: str | Path, rows: Sequence[Sequence[Panel]], *, title: str, subtitle: str) -> None:
     """A grid of panels to one PNG; x is counted in doublings, a series looks the same in all panels.
 
     The first series lies on top, in smaller marks, so that an equal one shows around it.

@@ -134,9 +134,7 @@ def per_sample(setting: Setting) -> Contender:
     return replace(plain, loss=loss)
 
 
-CONTENDERS = {
-    f.__name__.replace("_", "-"): f for f in (frozen, lora, ours, loop, xlora, per_sample)
-}
+CONTENDERS = {f.__name__.replace("_", "-"): f for f in (frozen, lora, ours, loop, xlora, per_sample)}
 
 
 class LoopLinear(nn.Module):

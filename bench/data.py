@@ -67,9 +67,7 @@ def read_all(folder: Path, processor: Any, count: int) -> None:
     from data.readers.table import open_records
 
     samples = open_records(open_source(folder), "vqa", OcrCache(folder / "ocr.parquet"))
-    collator = ChatCollator(
-        processor=processor, tasks=["vqa"], experts=["vqa"], codec=CODECS["llava"]
-    )
+    collator = ChatCollator(processor=processor, tasks=["vqa"], experts=["vqa"], codec=CODECS["llava"])
     for start in range(0, count, BATCH):
         batch, rejected = collator.split([samples[i] for i in range(start, start + BATCH)])
         assert batch is not None and not rejected and bool(batch.ocr_mask.all())
@@ -81,9 +79,7 @@ def open_all(folder: Path, processor: Any, count: int) -> None:
 
     asked = [json.loads(line)["question"] for line in (folder / "rows.jsonl").open()]
     for start in range(0, count, BATCH):
-        images = [
-            [Image.open(folder / f"{i}.jpg").convert("RGB")] for i in range(start, start + BATCH)
-        ]
+        images = [[Image.open(folder / f"{i}.jpg").convert("RGB")] for i in range(start, start + BATCH)]
         texts = [f"{processor.image_token} {asked[i]}" for i in range(start, start + BATCH)]
         processor(images=images, text=texts, padding=True, return_tensors="pt")
 

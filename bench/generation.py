@@ -114,9 +114,7 @@ def measure(settings: Settings, num_experts: int) -> dict[int, dict[str, float]]
         seconds = race(turns, settings.rounds, settings.place)
         table[number] = {name: ratio(seconds, "merged", name) for name in runs}
         shown = "   ".join(f"{name} {value:.3f}" for name, value in table[number].items())
-        print(
-            f"{num_experts} experts, batch {number:2d}, tokens/s over merged: {shown}", flush=True
-        )
+        print(f"{num_experts} experts, batch {number:2d}, tokens/s over merged: {shown}", flush=True)
     return table
 
 

@@ -45,9 +45,7 @@ class Settings(Sized):
         return [n for n in dict.fromkeys([*names, "frozen", "ours"]) if n not in left_out]
 
 
-def measure_step(
-    names: list[str], setting: Setting, rounds: int, peak: float
-) -> tuple[Table, dict[str, float]]:
+def measure_step(names: list[str], setting: Setting, rounds: int, peak: float) -> tuple[Table, dict[str, float]]:
     """Milliseconds and MiB of each contender's step, and the ratios of ours to the others'."""
     from bench.bench_model import flops_of, peak_bytes, race, ratio, saved_bytes
     from bench.contenders import CONTENDERS
@@ -95,9 +93,7 @@ def run(settings: Settings, console: Console) -> None:
     dtype = f"_{settings.dtype}" if settings.dtype != "fp32" else ""
     name = f"mixture_{settings.size}{dtype}{'_checkpointed' if settings.checkpointing else ''}"
     ratios = {"layer_ours_over_lora": layer_ratio, "step_ours_over": step_ratio}
-    write_results(
-        name, {"where": settings.where(settings.size), **ratios, "layer": layer, "step": step}
-    )
+    write_results(name, {"where": settings.where(settings.size), **ratios, "layer": layer, "step": step})
 
 
 if __name__ == "__main__":

@@ -81,9 +81,7 @@ class Device:
         import torch
 
         dtype, device = getattr(torch, DTYPES[self.dtype]), self.place
-        return Setting(
-            size=size, num_experts=num_experts, rank=self.rank, device=device, dtype=dtype
-        )
+        return Setting(size=size, num_experts=num_experts, rank=self.rank, device=device, dtype=dtype)
 
     def where(self, size: str) -> dict[str, str | int]:
         """How the numbers were taken."""

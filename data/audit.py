@@ -174,9 +174,7 @@ def find_leaks(training: Sequence[Audit], held_out: Audit) -> None:
             examples = []
             for place in np.flatnonzero(leaked)[:KEPT]:
                 other = np.argmax(getattr(trained, key) == getattr(held_out, key)[place])
-                leak = (
-                    f"source {held_out.name!r}, sample {int(held_out.numbers[place]) + 1}: {rule}"
-                )
+                leak = f"source {held_out.name!r}, sample {int(held_out.numbers[place]) + 1}: {rule}"
                 seen = f"sample {int(trained.numbers[other]) + 1} of {trained.name!r}"
                 examples.append(f"{leak}: {seen}")
             if examples:

@@ -62,9 +62,7 @@ class ChatEncoder:
     processor: Any  # of transformers
     stops: Collection[int] = ()
 
-    def encode(
-        self, chats: list[Chat], images: Sequence[Sequence[Any]], *, prompts: bool
-    ) -> dict[str, Any]:
+    def encode(self, chats: list[Chat], images: Sequence[Sequence[Any]], *, prompts: bool) -> dict[str, Any]:
         """Token ids and assistant masks as lists of unequal length, and the images of each chat.
 
         `prompts`: up to the first answer, without masks.

@@ -77,9 +77,7 @@ class Collator(Evidence):
         if max(lengths, default=0) > self.max_length:
             pairs, limit = [*zip(good, lengths, strict=True)], f"max_length={self.max_length}"
             long = [(s, n) for s, n in pairs if n > self.max_length]
-            rejected += [
-                BadSampleError(name_of(s), "too long", f"{n} tokens; {limit}") for s, n in long
-            ]
+            rejected += [BadSampleError(name_of(s), "too long", f"{n} tokens; {limit}") for s, n in long]
             good = [s for s, n in pairs if n <= self.max_length]
             encoded = self.encode(good) if good else {}
         return (self.batch(good, encoded) if good else None), rejected
@@ -91,9 +89,7 @@ class Collator(Evidence):
             raise refused[0]
         return len(encoded["input_ids"][0])
 
-    def _encode_each(
-        self, samples: list[Sample]
-    ) -> tuple[list[Sample], dict[str, Any], list[BadSampleError]]:
+    def _encode_each(self, samples: list[Sample]) -> tuple[list[Sample], dict[str, Any], list[BadSampleError]]:
         """The samples that the processor takes, encoded, and an error for each that it refuses."""
         nothing: dict[str, Any] = {"input_ids": []}
         try:

@@ -157,7 +157,5 @@ def scaled_greys(values: np.ndarray, bits: int | None) -> np.ndarray:
         bits = bits or (8 if high <= 255 else 16)
         inside, scaled = high < 2**bits, values >> (bits - 8)
     if not (low >= 0 and inside):  # also for NaN
-        raise ValueError(
-            f"grey values from {low} to {high} have no known range; save the image with 8 or 16 bits"
-        )
+        raise ValueError(f"grey values from {low} to {high} have no known range; save the image with 8 or 16 bits")
     return scaled.astype(np.uint8)

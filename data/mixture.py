@@ -152,9 +152,7 @@ def check_lengths(sources: dict[str, Source]) -> None:
     """ValueError for a source that cannot tell lengths without opening images."""
     mute = [name for name, source in sources.items() if not hasattr(source, "lengths")]
     if mute:
-        problem = (
-            f"the reader of {', '.join(mute)} computes no length of a sample without making it"
-        )
+        problem = f"the reader of {', '.join(mute)} computes no length of a sample without making it"
         choices = "data.group_by_length=false, a reader with lengths(index)"
         raise ValueError(f"data.group_by_length: {problem}; choices: {choices}")
 

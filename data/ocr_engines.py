@@ -154,9 +154,7 @@ class Tesseract:
     def _run(self, *arguments: str, by: bytes = b"") -> bytes:
         """What the program prints; `by` is what it reads."""
         environment = os.environ | ONE_THREAD
-        done = subprocess.run(
-            ["tesseract", *arguments], input=by, capture_output=True, env=environment
-        )
+        done = subprocess.run(["tesseract", *arguments], input=by, capture_output=True, env=environment)
         if done.returncode != 0:
             raise ValueError(f"tesseract: {done.stderr.decode(errors='replace').strip()}")
         return done.stdout

@@ -74,9 +74,7 @@ def source_images(config: RunConfig, name: str | None) -> SourceImages:
     every = {s.name: s for part in parts for s in part.values() if s.format != "scenes"}
     found = [source for source in every.values() if name in (None, source.name)]
     if len(found) != 1:
-        raise ValueError(
-            f"source: name one of {', '.join(sorted(every)) or 'none: all are scenes'}"
-        )
+        raise ValueError(f"source: name one of {', '.join(sorted(every)) or 'none: all are scenes'}")
     source = found[0]
     return SourceImages(source, first_samples(open_records(source, None)))
 

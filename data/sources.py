@@ -43,9 +43,7 @@ def open_ocr(data: DataConfig, path: str | None = None) -> OcrCache | None:
     return OcrCache(file, engine=engine)
 
 
-def open_sources(
-    sources: Iterable[SourceConfig], data: DataConfig, ocr: OcrCache | None
-) -> dict[str, Source]:
+def open_sources(sources: Iterable[SourceConfig], data: DataConfig, ocr: OcrCache | None) -> dict[str, Source]:
     """One data set per entry, by name; caches are shared, since they hold their words in memory."""
     sources = [*sources]
     caches: dict[str | None, OcrCache | None] = {None: ocr}

@@ -41,8 +41,7 @@ def build_model(config: RunConfig, experts: Path | None = None) -> MixtureModel:
 def open_adapters(config: RunConfig, experts: Path | None = None) -> dict[str, ExpertHeader]:
     """The headers of the PEFT folders that a config's experts start from, or of a checkpoint's."""
     folders = {
-        name: experts / name if experts is not None else expert.init_from
-        for name, expert in config.experts.items()
+        name: experts / name if experts is not None else expert.init_from for name, expert in config.experts.items()
     }
     return {name: read_header(folder) for name, folder in folders.items() if folder is not None}
 
@@ -139,10 +138,7 @@ def settled(config: RunConfig) -> RunConfig:
     """The config with what its base and adapters decide: the base's fingerprint, and rank, alpha and rsLoRA of
     imported experts. ValueError for a base or a setting that contradicts them."""
     adapters = open_adapters(config)
-    experts = {
-        name: _settled_expert(name, expert, adapters.get(name))
-        for name, expert in config.experts.items()
-    }
+    experts = {name: _settled_expert(name, expert, adapters.get(name)) for name, expert in config.experts.items()}
     model = replace(config.model, fingerprint=check_base(config.model))
     return replace(config, model=model, experts=experts)
 

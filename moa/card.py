@@ -92,9 +92,7 @@ def license_of(base: str | None) -> dict[str, Any]:
     file = Path(base).expanduser() / CARD if base else None
     if file is None or not file.is_file():
         return {}
-    matter = re.match(
-        r"---\n(.*?)\n---\n", file.read_text(encoding="utf-8", errors="replace"), re.S
-    )
+    matter = re.match(r"---\n(.*?)\n---\n", file.read_text(encoding="utf-8", errors="replace"), re.S)
     try:
         found = yaml.safe_load(matter[1]) if matter else None
     except yaml.YAMLError:

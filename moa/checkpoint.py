@@ -52,9 +52,7 @@ class TrainState:
 # Writing ----------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    run: Path, step: int, model: MixtureModel, config: RunConfig, state: TrainState
-) -> Path:
+def save_checkpoint(run: Path, step: int, model: MixtureModel, config: RunConfig, state: TrainState) -> Path:
     """Write checkpoint `step` of a run and let `last` name it; OSError, which names the one before, on a full disk."""
     target = run / "checkpoints" / step_name(step)
     try:
@@ -115,9 +113,7 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
-    return {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
-    }
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
 
 
 def weights_fingerprint(step: Path) -> str:

@@ -31,9 +31,7 @@ class ClipMixture(MixtureModel):
     "source": of its data set); `classification`, against the frozen texts of the sample's choices.
     """
 
-    def __init__(
-        self, *parts: Any, objective: str = "contrastive", negatives: str = "all", **settings: Any
-    ) -> None:
+    def __init__(self, *parts: Any, objective: str = "contrastive", negatives: str = "all", **settings: Any) -> None:
         super().__init__(*parts, **settings)
         self.objective, self.negatives = objective, negatives
         self._heads: dict[tuple[str, tuple[str, ...]], Tensor] = {}
@@ -44,9 +42,7 @@ class ClipMixture(MixtureModel):
                 f"in the text tower and would never learn, first {texts[0]}"
             )
 
-    def forward(
-        self, batch: PairBatch, gates: Tensor | None = None, **choice: Any
-    ) -> MixtureOutput:
+    def forward(self, batch: PairBatch, gates: Tensor | None = None, **choice: Any) -> MixtureOutput:
         """Loss per sample and what the router decided; `choice` are options of `compute_gates`."""
         sides = [only_images(batch)]
         if self.objective == "contrastive":
@@ -71,24 +67,18 @@ class ClipMixture(MixtureModel):
 
     def routed_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Features of a batch's images and of its texts, each with its own gates."""
-        images, texts = (
-            _of_samples(self.compute_gates(side(batch))) for side in (only_images, only_texts)
-        )
+        images, texts = (_of_samples(self.compute_gates(side(batch))) for side in (only_images, only_texts))
         return self.image_features(batch, images), self.text_features(batch, texts)
 
     def probe(self, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
         """What an export must reproduce: features [batch, side, dim] and each image's nearest text [batch, 1]."""
         return contrastive.compared(*self.routed_features(batch))
 
-    def image_features(
-        self, batch: Batch, gates: Float[Tensor, "batch site expert"]
-    ) -> Float[Tensor, "batch dim"]:
+    def image_features(self, batch: Batch, gates: Float[Tensor, "batch site expert"]) -> Float[Tensor, "batch dim"]:
         self.set_gates(Gates(gates=gates), batch)
         return self.backbone.image_features(batch.pixel_values)
 
-    def text_features(
-        self, batch: Batch, gates: Float[Tensor, "batch site expert"]
-    ) -> Float[Tensor, "batch dim"]:
+    def text_features(self, batch: Batch, gates: Float[Tensor, "batch site expert"]) -> Float[Tensor, "batch dim"]:
         self.set_gates(Gates(gates=gates), batch)
         return self.backbone.text_features(batch.input_ids, batch.attention_mask)
 

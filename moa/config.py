@@ -139,9 +139,7 @@ class LossConfig(GateLosses):
 
 def is_file_name(name: str) -> bool:
     """Whether files can be called so in the folder that they are written to, and nowhere else."""
-    plain = re.fullmatch(
-        r"[^\x00-\x1f\x7f\ud800-\udfff/\\.][^\x00-\x1f\x7f\ud800-\udfff/\\]*", name
-    )
+    plain = re.fullmatch(r"[^\x00-\x1f\x7f\ud800-\udfff/\\.][^\x00-\x1f\x7f\ud800-\udfff/\\]*", name)
     return plain is not None and len(name.encode()) <= 150
 
 
@@ -433,8 +431,6 @@ def stage_sources(config: RunConfig, stage: StageConfig) -> list[SourceConfig]:
     return [s for name, s in config.data.sources.items() if name in stage.sources]
 
 
-def load_config(
-    path: str | Path | Sequence[str | Path] | None, overrides: Sequence[Override] = ()
-) -> RunConfig:
+def load_config(path: str | Path | Sequence[str | Path] | None, overrides: Sequence[Override] = ()) -> RunConfig:
     """The run's config from YAML files and `key.sub=value` overrides; see `moa.cli.settings.load`."""
     return load(RunConfig, path, overrides)

@@ -82,9 +82,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
-        padded = F.pad(
-            rows.flatten(1) if rows.dim() > 1 else rows[:, None], (0, 0, 0, max(sizes) - len(rows))
-        )
+        padded = F.pad(rows.flatten(1) if rows.dim() > 1 else rows[:, None], (0, 0, 0, max(sizes) - len(rows)))
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded.contiguous())
         whole = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])

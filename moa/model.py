@@ -174,9 +174,7 @@ class LanguageMixture(MixtureModel):
             aux=aux,
         )
 
-    def generate(
-        self, batch: Batch, gates: Tensor | None = None, **options: Any
-    ) -> Int[Tensor, "rows new"]:
+    def generate(self, batch: Batch, gates: Tensor | None = None, **options: Any) -> Int[Tensor, "rows new"]:
         """New token ids, a row per sample and return sequence; see `generate_routed`."""
         return self.generate_routed(batch, gates, **options)[0]
 

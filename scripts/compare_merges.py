@@ -32,9 +32,7 @@ from moa.merging.rank import parse_rank
 LEFT_OUT = ("slerp", "sa_merge")
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "task_arithmetic": [{"scale": 1.0}, {"scale": 0.5}],
-    "robustmerge": [
-        {"variant": v} for v in ("paper_per_task", "paper_factor_sum", "official_code")
-    ],
+    "robustmerge": [{"variant": v} for v in ("paper_per_task", "paper_factor_sum", "official_code")],
     "ties": [{}, {"reduce": "sum"}],
 }
 FUSION = "adapter_fusion"

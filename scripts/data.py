@@ -170,9 +170,7 @@ def audit_all(
             speed = bar.tasks[task].completed / (time.perf_counter() - began)
             bar.update(task, speed=f"{speed:,.0f}")
 
-        yield audit_source(
-            source, name, collator, limit=settings.limit, workers=settings.workers, advance=advance
-        )
+        yield audit_source(source, name, collator, limit=settings.limit, workers=settings.workers, advance=advance)
 
 
 def table_of(audits: "Mapping[str, list[Audit]]", ignore: list[str]) -> Table:

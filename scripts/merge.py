@@ -35,9 +35,7 @@ DEFAULT_WEIGHTS = {"mean": "1/N each", "ones": "1 each"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = settings_parser(MergeExperts, __doc__)
-    parser.epilog = "\n\n".join(
-        f"settings with {inputs}:\n{describe(cls)}" for inputs, cls in SETTINGS.items()
-    )
+    parser.epilog = "\n\n".join(f"settings with {inputs}:\n{describe(cls)}" for inputs, cls in SETTINGS.items())
     args = parser.parse_intermixed_args(argv)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with mistakes_in_one_line():

@@ -231,9 +231,7 @@ def wrong_end(kind: str, exitcode: int | None, out: Path, said: str) -> str:
     return "" if right else f"exit status {exitcode}: {said[-1000:]}"
 
 
-def trial(
-    kind: str, course: Course, disk: Path, rng: random.Random, while_writing: bool
-) -> Outcome | None:
+def trial(kind: str, course: Course, disk: Path, rng: random.Random, while_writing: bool) -> Outcome | None:
     """Strike a run, judge, resume, compare; None where it had ended before it felt the strike."""
     out, output = disk / "run", course.folder / f"{kind}.txt"
     num_workers = int(kind in ("kill", "worker"))
@@ -293,9 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=20, help="of each kind")
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the moments, as far as clocks agree"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of the moments, as far as clocks agree")
     arguments = parser.parse_args()
     table = Table(title="crash trials")
     for column in ("kind", "trials", "while writing", "torn", "unequal", "wrong end"):

@@ -89,9 +89,7 @@ def read_table(table: Path, only: list[str] | None = None) -> list[Mutant]:
     for mutant in mutants:
         text = (ROOT / mutant.file).read_text(encoding="utf-8")
         if (count := text.count(mutant.old)) != 1:
-            raise ValueError(
-                f"{table}: {mutant.id}: its text is {count} times in {mutant.file}, not once"
-            )
+            raise ValueError(f"{table}: {mutant.id}: its text is {count} times in {mutant.file}, not once")
         compile(text.replace(mutant.old, mutant.new), f"{mutant.id}: {mutant.file}", "exec")
     return [mutant for mutant in mutants if only is None or mutant.id in only]
 

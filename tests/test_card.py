@@ -57,9 +57,7 @@ NAMED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MERGES)
-def test_the_card_of_a_merge_names_base_parts_and_license_and_its_lines_load_it(
-    world, tmp_path, monkeypatch, kind
-):
+def test_the_card_of_a_merge_names_base_parts_and_license_and_its_lines_load_it(world, tmp_path, monkeypatch, kind):
     arguments = [argument.replace("W/", f"{world}/") for argument in MERGES[kind]]
     script.main([*arguments, f"out={tmp_path / 'out'}"])
     card = (tmp_path / "out" / CARD).read_text()

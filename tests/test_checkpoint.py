@@ -139,9 +139,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole(run, model, config, monk
         checkpoint.save_file(dict(tensors), file)
 
     monkeypatch.setattr(checkpoint, "save_tensors", full)
-    with pytest.raises(
-        OSError, match="step-000006 not written.*step-000003, is whole.*No space"
-    ) as e:
+    with pytest.raises(OSError, match="step-000006 not written.*step-000003, is whole.*No space") as e:
         save_checkpoint(run, 6, model, config, STATE)
     assert e.value.errno == 28
     assert pointed(run, "last") == "step-000003"

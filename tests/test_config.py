@@ -34,10 +34,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(tmp_
     file.write_text("experts: {a: {rank: 2}}\ntrain: {batch_size: 8, clip_norm: 0.5}\n")
     config = load_config(file, ["train.batch_size=16"])
     assert (config.train.batch_size, config.train.clip_norm) == (16, 0.5)
-    assert (
-        config.train.keep_last
-        == RunConfig.__dataclass_fields__["train"].default_factory().keep_last
-    )
+    assert config.train.keep_last == RunConfig.__dataclass_fields__["train"].default_factory().keep_last
 
 
 def test_an_override_replaces_what_stands_at_its_key(tmp_path):
@@ -182,15 +179,11 @@ def test_every_shipped_run_config_loads(file):
 def test_the_share_of_a_source_is_a_weight_or_a_number_of_draws():
     entry = "{}: {{task: vqa, num_samples: 4, expert: a, {}}}"
     both = entry.format("s", "weight: 2.0, count: 3")
-    assert "data.sources.s: has weight and count; choose one" in error_of(
-        f"data.sources={{{both}}}"
-    )
+    assert "data.sources.s: has weight and count; choose one" in error_of(f"data.sources={{{both}}}")
     mixed = f"{entry.format('s', 'count: 3')}, {entry.format('t', 'weight: 2.0')}"
     message = "data.sources.t: count or epochs of s need count or epochs here too"
     assert message in error_of(f"data.sources={{{mixed}}}")
-    assert "data.sources.s.epochs: must be above 0" in error_of(
-        f"data.sources={{{entry.format('s', 'epochs: 0')}}}"
-    )
+    assert "data.sources.s.epochs: must be above 0" in error_of(f"data.sources={{{entry.format('s', 'epochs: 0')}}}")
 
 
 def test_off_and_no_are_words_where_words_are_asked_for_and_false_where_booleans_are():
@@ -306,9 +299,7 @@ def test_any_text_in_any_place_is_a_setting_or_one_line(text, key):
 
 
 def test_a_text_is_taken_as_it_is_and_never_from_the_environment():
-    assert "prompt.task_template: settings are not interpolated" in error_of(
-        "prompt.task_template='${oc.env:HOME}'"
-    )
+    assert "prompt.task_template: settings are not interpolated" in error_of("prompt.task_template='${oc.env:HOME}'")
     kept = load_config(None, [EXPERTS, "prompt.ocr_separator='{a:>5}, x:y'"])
     assert kept.prompt.ocr_separator == "{a:>5}, x:y"
 
@@ -326,22 +317,14 @@ def test_the_home_folder_of_a_path_is_written_out_everywhere(tmp_path, monkeypat
 
 def test_an_error_names_the_entry_that_it_is_about():
     assert "eval.sources.s.path: format jsonl needs" in error_of("eval.sources.s.format=jsonl")
-    assert "stages.routr: 'routr' is neither experts, router nor joint" in error_of(
-        "stages={routr: {steps: 2}}"
-    )
+    assert "stages.routr: 'routr' is neither experts, router nor joint" in error_of("stages={routr: {steps: 2}}")
     assert "data.tasks: must be a list, [...], got 'vqa'" in error_of("data.tasks=vqa")
 
 
 def test_help_holds_comments_of_several_lines_and_beside_parts_and_no_marks_of_tools():
-    docs = {
-        key: doc
-        for cls in (StackLayers, MergeExperts, RunConfig)
-        for key, _, _, doc in settings(cls, "")
-    }
+    docs = {key: doc for cls in (StackLayers, MergeExperts, RunConfig) for key, _, _, doc in settings(cls, "")}
     assert docs["weights"].startswith("[1,1] as adapters") and docs["weights"].endswith("own")
     assert docs["stack"].startswith("path of these layers")
-    assert (
-        docs["prompt.box_codec"].startswith("how boxes") and "fmt" not in docs["prompt.box_codec"]
-    )
+    assert docs["prompt.box_codec"].startswith("how boxes") and "fmt" not in docs["prompt.box_codec"]
     assert all(docs.values())
     assert r'prompt.ocr_template="\nReference OCR token: {words}"' in describe(RunConfig)

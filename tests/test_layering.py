@@ -85,9 +85,7 @@ def inside(module: str, *prefixes: str) -> bool:
 
 def level(module: str) -> int | None:
     """The level of the longest prefix that names the module."""
-    found = [
-        (len(prefix), i) for i, row in enumerate(LEVELS) for prefix in row if inside(module, prefix)
-    ]
+    found = [(len(prefix), i) for i, row in enumerate(LEVELS) for prefix in row if inside(module, prefix)]
     return max(found)[1] if found else None
 
 
@@ -127,8 +125,7 @@ def test_a_library_stays_in_its_rooms(library):
     strays = [
         module
         for module in sources()
-        if any(inside(name, library) for name in imports(module))
-        and not inside(module, *ROOMS[library])
+        if any(inside(name, library) for name in imports(module)) and not inside(module, *ROOMS[library])
     ]
     assert not strays, f"{strays} import {library}; only {ROOMS[library]} may"
 
@@ -145,8 +142,7 @@ def test_data_knows_no_model():
         for module in sources()
         if inside(module, "data")
         for other in imports(module)
-        if inside(other, "moa")
-        and not inside(other, "moa.config", "moa.files.atomic", "moa.cli.settings")
+        if inside(other, "moa") and not inside(other, "moa.config", "moa.files.atomic", "moa.cli.settings")
         if other in sources() and other != "moa"
     ]
     assert not strays, "\n".join(strays)

@@ -25,14 +25,10 @@ EVERYWHERE = (LANGUAGE, PROJECTOR, VISION)
 LEARNED = ("softmax", "top_k", "sigmoid")
 
 
-def make_model(
-    kind: str = "softmax", targets=EVERYWHERE, *, filled=True, **changes
-) -> MixtureModel:
+def make_model(kind: str = "softmax", targets=EVERYWHERE, *, filled=True, **changes) -> MixtureModel:
     model, processor = tiny_llava()
     backbone = Backbone(model=model.requires_grad_(False), processor=processor)
-    bank = ExpertBank.attach(
-        model, list(targets), unused=backbone.unused_sites(), stream_of=backbone.stream_of
-    )
+    bank = ExpertBank.attach(model, list(targets), unused=backbone.unused_sites(), stream_of=backbone.stream_of)
     for name, rank in (("vqa", 4), ("caption", 2), ("grounding", 8)):
         bank.add(name, rank=rank, alpha=8)
     generator = torch.Generator().manual_seed(1)
@@ -83,9 +79,7 @@ def test_the_loss_is_each_samples_mean_over_its_answer_tokens():
         attention_mask=batch.attention_mask,
         pixel_values=batch.pixel_values,
     ).logits
-    expected = [
-        F.cross_entropy(logits[i, :-1], batch.labels[i, 1:], ignore_index=-100) for i in range(4)
-    ]
+    expected = [F.cross_entropy(logits[i, :-1], batch.labels[i, 1:], ignore_index=-100) for i in range(4)]
     out = make_model(filled=False)(batch)
     close(out.loss_per_sample, torch.stack(expected))
     assert out.num_tokens.equal((batch.labels != -100).sum(1))
@@ -339,9 +333,7 @@ def test_a_prompt_whose_image_tokens_were_cut_is_refused():
 # Gradients ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "kind", ["softmax", "top_k", "sigmoid", "per site", "token", "token top_k"]
-)
+@pytest.mark.parametrize("kind", ["softmax", "top_k", "sigmoid", "per site", "token", "token top_k"])
 def test_every_kind_of_router_has_a_gradient_from_the_language_loss(kind):
     if kind.startswith("token"):
         model = make_model("top_k" if "top_k" in kind else "softmax", granularity="token")
@@ -591,9 +583,7 @@ WHAT, WHERE = ("what is this?", "what do you see?"), ("where is this?", "where d
 TELLING = {
     "image": lambda ids: {"images": [100 * i + j % 4 for j, i in enumerate(ids)]},
     "text": lambda ids: {"questions": [(WHERE, WHAT)[i][j % 2] for j, i in enumerate(ids)]},
-    "word order": lambda ids: {
-        "questions": [("dog left of cat", "cat left of dog")[i] for i in ids]
-    },
+    "word order": lambda ids: {"questions": [("dog left of cat", "cat left of dog")[i] for i in ids]},
     "ocr": lambda ids: {"words": [("stop",) if i else () for i in ids]},
     "task": lambda ids: {"tasks": ids},
 }
@@ -630,15 +620,11 @@ def telling_batch(model: MixtureModel, kind: str, generator: torch.Generator) ->
 @pytest.mark.parametrize("targets", [[LANGUAGE], EVERYWHERE], ids=["language", "everywhere"])
 def test_text_alone_has_the_same_gates_and_loss_with_and_without_pictures_beside_it(targets):
     model = make_model(targets=targets)
-    collate = ChatCollator(
-        processor=model.backbone.processor, tasks=["vqa"], experts=["vqa"], codec=CODEC
-    )
+    collate = ChatCollator(processor=model.backbone.processor, tasks=["vqa"], experts=["vqa"], codec=CODEC)
     text = toy_sample(image=None, ocr=None, task="vqa", expert="vqa")
     seen = dataclasses.replace(text, image=random_image(0))
     alone, beside = (model(collate(samples)) for samples in ([text], [seen, text]))
     close(alone.gates[0], beside.gates[1])
     close(alone.loss_per_sample[0], beside.loss_per_sample[1])
-    ids = model.generate(
-        dataclasses.replace(collate, for_generation=True)([text]), max_new_tokens=3
-    )
+    ids = model.generate(dataclasses.replace(collate, for_generation=True)([text]), max_new_tokens=3)
     assert ids.shape == (1, 3)

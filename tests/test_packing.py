@@ -126,9 +126,7 @@ def test_with_the_gates_of_another_sample_the_logits_would_differ():
     first = right.gates[:1].detach().expand(len(packed), -1, -1)
     model.bank.set_gates(first, packed.image_index, packed.segments)
     hidden = model.backbone.hidden_states(packed, model.backbone.features(packed))
-    wrong = model.backbone.logits(
-        answer_positions(hidden, packed.labels, packed.segments, len(packed))[0]
-    )
+    wrong = model.backbone.logits(answer_positions(hidden, packed.labels, packed.segments, len(packed))[0])
     used = right.labels != -100
     assert (wrong[used] - right.logits[used]).abs().max() > 0.1
 
@@ -184,9 +182,7 @@ def test_attention_that_would_mix_samples_is_refused():
         if fine:
             check_packing(config, rows)
         else:
-            with pytest.raises(
-                ValueError, match="does not separate the samples of . rows; choices"
-            ):
+            with pytest.raises(ValueError, match="does not separate the samples of . rows; choices"):
                 check_packing(config, rows)
 
 

@@ -141,9 +141,7 @@ def kill_at(step: int, monkeypatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [2, pytest.param(5, marks=SLOW), 8, pytest.param(11, marks=SLOW)])
-def test_a_killed_run_goes_on_to_the_losses_of_the_unbroken_one(
-    world, unbroken, step, monkeypatch, tmp_path
-):
+def test_a_killed_run_goes_on_to_the_losses_of_the_unbroken_one(world, unbroken, step, monkeypatch, tmp_path):
     config = replace(unbroken, out=str(tmp_path / "killed"))
     with monkeypatch.context() as patch:
         kill_at(step, patch)
@@ -171,13 +169,9 @@ def test_two_runs_of_one_seed_are_bit_identical_and_of_another_seed_are_not(worl
 
 
 @pytest.mark.slow
-def test_the_best_checkpoints_of_a_stage_are_kept_and_best_names_the_first(
-    world, tmp_path, monkeypatch
-):
+def test_the_best_checkpoints_of_a_stage_are_kept_and_best_names_the_first(world, tmp_path, monkeypatch):
     losses = iter([3.0, float("nan"), 1.0, 2.0, 1.0])
-    monkeypatch.setattr(
-        run_module, "validation_losses", lambda *a, **k: {"validation": next(losses)}
-    )
+    monkeypatch.setattr(run_module, "validation_losses", lambda *a, **k: {"validation": next(losses)})
     config = toy_config(
         world, out=str(tmp_path / "run"), eval__every=1, train__keep_best=2, train__keep_last=1,
         train__save_every=100, stages={"joint": {"steps": 5}},
@@ -205,9 +199,7 @@ def test_a_run_that_is_done_resumes_to_nothing(unbroken):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_worker_processes_change_nothing_even_across_a_resume(
-    unbroken, monkeypatch, tmp_path, num_workers
-):
+def test_worker_processes_change_nothing_even_across_a_resume(unbroken, monkeypatch, tmp_path, num_workers):
     data = replace(unbroken.data, num_workers=num_workers)
     config = replace(unbroken, out=str(tmp_path / "workers"), data=data)
     with monkeypatch.context() as patch:
@@ -243,9 +235,7 @@ def assert_close(lines: list[dict], others: list[dict]) -> None:
 def test_gradient_checkpointing_gives_the_same_losses(world, tmp_path):
     changes = {"stages": {"joint": {"steps": 3}}, "data__validation": {}}
     plain = toy_config(world, out=str(tmp_path / "plain"), **changes)
-    saving = toy_config(
-        world, out=str(tmp_path / "saving"), train__gradient_checkpointing=True, **changes
-    )
+    saving = toy_config(world, out=str(tmp_path / "saving"), train__gradient_checkpointing=True, **changes)
     run_once(plain)
     run_once(saving)
     for one, other in zip(steps_of(plain), steps_of(saving), strict=True):
@@ -323,9 +313,7 @@ def test_the_projector_is_trained_saved_and_resumed_where_asked_for(world, tmp_p
 
 
 @pytest.mark.slow
-def test_a_stage_starts_from_a_run_and_a_router_of_another_config_starts_fresh(
-    world, unbroken, tmp_path
-):
+def test_a_stage_starts_from_a_run_and_a_router_of_another_config_starts_fresh(world, unbroken, tmp_path):
     stages = {"router": {"steps": 1, "init_from": unbroken.out}}
     config = toy_config(world, out=str(tmp_path / "same"), stages=stages)
     assert same_expert(load_model(unbroken.out)[0], run_once(config).model, "grounding")
@@ -335,9 +323,7 @@ def test_a_stage_starts_from_a_run_and_a_router_of_another_config_starts_fresh(
 
 
 @pytest.mark.slow
-def test_a_stage_starts_from_peft_folders_and_refuses_one_of_another_scale(
-    world, unbroken, tmp_path
-):
+def test_a_stage_starts_from_peft_folders_and_refuses_one_of_another_scale(world, unbroken, tmp_path):
     last = Path(unbroken.out) / "checkpoints" / pointed(Path(unbroken.out), "last")
     source = {"vqa": str(last / "experts" / "vqa")}
     stages = {"router": {"steps": 1, "init_from": source}}
@@ -408,9 +394,7 @@ def test_a_bad_row_stops_the_run_with_its_file_row_and_rule(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_bad_rows_are_left_out_counted_and_reported_where_the_config_says_so(
-    world, tmp_path, capsys
-):
+def test_bad_rows_are_left_out_counted_and_reported_where_the_config_says_so(world, tmp_path, capsys):
     config = with_bad_rows(world, tmp_path, "skip")
     run = run_once(config)
     assert run.skipped == {"missing image": 8}  # of 24 rows, one pass
@@ -433,9 +417,7 @@ def poison(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_source_with_one_percent_of_broken_pictures_trains_to_the_end_with_exact_counts(
-    world, tmp_path, num_workers
-):
+def test_a_source_with_one_percent_of_broken_pictures_trains_to_the_end_with_exact_counts(world, tmp_path, num_workers):
     config, rules = toy_config(world), poison(tmp_path)
     rows = toy_rows(tmp_path, "vqa", 400)
     planted = dict(zip((31, 144, 260, 399), rules, strict=True))

@@ -64,9 +64,7 @@ def parse_conversation(row: Row, images: str | None) -> Record:
     return Record(image=image_of(image, images), system=system, **own)
 
 
-def turns_of(
-    messages: list[tuple[str, str]], beside: str | None
-) -> tuple[str, list[tuple[str, str | None]]]:
+def turns_of(messages: list[tuple[str, str]], beside: str | None) -> tuple[str, list[tuple[str, str | None]]]:
     """The system prompt, and questions with their answers (None for a last one without)."""
     if not isinstance(beside, str | None):
         raise ValueError(f"'system' must be text, got {beside!r:.60}")

@@ -29,9 +29,7 @@ ROUNDING = 1.0  # pixels by which these files' boxes may stick out of their imag
 PHRASE = re.compile(r"\[/EN#(?P<id>\d+)(?:/[^\s\]]+)+ (?P<text>[^\]]*)\]")
 
 
-REGION = (
-    "Please provide the bounding box coordinate of the region this sentence describes: {question}"
-)
+REGION = "Please provide the bounding box coordinate of the region this sentence describes: {question}"
 REGIONS: dict[str, Any] = {"task": "grounding", "prompt": REGION}
 
 
@@ -121,9 +119,7 @@ def entity_boxes(file: Path) -> tuple[dict[str, tuple[Box, ...]], tuple[int, int
         size = int(number_in(root, "size/width")), int(number_in(root, "size/height"))
         boxes: dict[str, tuple[Box, ...]] = {}
         for thing in root.iterfind("object[bndbox]"):
-            x0, y0, x1, y1 = (
-                number_in(thing, f"bndbox/{edge}") - 1 for edge in ("xmin", "ymin", "xmax", "ymax")
-            )
+            x0, y0, x1, y1 = (number_in(thing, f"bndbox/{edge}") - 1 for edge in ("xmin", "ymin", "xmax", "ymax"))
             for entity in thing.iterfind("name"):
                 key = entity.text or ""
                 boxes[key] = (*boxes.get(key, ()), (x0, y0, x1, y1))

@@ -61,9 +61,7 @@ def scan_json(
             elif element.key is not None:
                 keys.append(key_bytes(utf8(element.key)))
     starts, ends, counts = np.array(spans, np.int64).reshape(-1, 3).T
-    return {"starts": starts, "ends": ends, "counts": counts} | (
-        {"keys": np.array(keys)} if keys else {}
-    )
+    return {"starts": starts, "ends": ends, "counts": counts} | ({"keys": np.array(keys)} if keys else {})
 
 
 def counted(count: Callable[[Any], int] | None, row: Any) -> int:

@@ -71,9 +71,7 @@ def format_called(name: str) -> Format:
     return FORMATS[name]
 
 
-def open_records(
-    source: SourceConfig, expert: str | None, ocr: OcrSource | None = None
-) -> RecordDataset:
+def open_records(source: SourceConfig, expert: str | None, ocr: OcrSource | None = None) -> RecordDataset:
     """The data set of a source; ValueError, naming its key, for files that are missing or of another form."""
     chosen = format_called(source.format)
     key = f"data.sources.{source.name}"

@@ -168,9 +168,7 @@ def labelled(value: Any, feature: Any) -> Any:
     return value
 
 
-def parse_table(
-    row: Row, columns: dict[str, str], features: dict[str, Any], images: str | None
-) -> Record:
+def parse_table(row: Row, columns: dict[str, str], features: dict[str, Any], images: str | None) -> Record:
     if not isinstance(row.value, dict):
         raise ValueError(f"a row must be an object, got {row.value!r:.60}")
     found = {f: labelled(row.value.get(c), features.get(c)) for f, c in columns.items()}

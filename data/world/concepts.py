@@ -79,9 +79,7 @@ class Split:
 
 ALL, ALL_STYLES = frozenset(CATEGORY), {"color": 0.7, "line": 0.15, "flat": 0.15}
 SPLITS = {
-    "pretrain": Split(
-        concepts=ALL, grounds=GROUNDS, styles=ALL_STYLES, words=(344, None), wordings="all"
-    ),
+    "pretrain": Split(concepts=ALL, grounds=GROUNDS, styles=ALL_STYLES, words=(344, None), wordings="all"),
     "train": Split(words=(0, 258)),
     "validation": Split(words=(0, 258)),
     "test": Split(),

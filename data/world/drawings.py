@@ -101,9 +101,7 @@ class DrawingDataset:
             name = names()[index % len(names())]
             image = draw(name, self.style, rng)
             answer = name if self.task == "names" else category_of(name)
-        own: dict[str, Any] = {
-            key: getattr(self, key) for key in ("choices", "task", "source", "expert")
-        }
+        own: dict[str, Any] = {key: getattr(self, key) for key in ("choices", "task", "source", "expert")}
         own |= {"id": f"{self.split}/{self.source}/{index}", "question": self.template}
         own |= {"image_id": f"{self.split}-{self.task}-{self.style}-{self.seed}-{index}"}
         return Sample(image=image, answers=(answer,), tags=(self.style,), **own)
@@ -143,9 +141,7 @@ def _drawn(
         size = int(rng.integers(sizes[0], sizes[1] + 1))
         image = image.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR)
         image = image.resize((size, size), Image.Resampling.BILINEAR)
-        x, y = (
-            int(rng.integers(low, max(low, high - size) + 1)) for low, high in (across, (0, SIZE))
-        )
+        x, y = (int(rng.integers(low, max(low, high - size) + 1)) for low, high in (across, (0, SIZE)))
         canvas.paste(image, (x, y), image)
     change = {"negative": ImageOps.invert, "turned": lambda image: image.rotate(180)}.get(style)
     return change(canvas) if change else canvas

@@ -58,9 +58,7 @@ class Question:
         return [template.format(**dict(self.slots)) for template in chosen]
 
 
-def questions(
-    scene: Scene, task: str, absent: tuple[str, ...] = (), generic: bool = False
-) -> list[Question]:
+def questions(scene: Scene, task: str, absent: tuple[str, ...] = (), generic: bool = False) -> list[Question]:
     """Every question of `task` that has one clear answer in `scene`, in a fixed order.
 
     `absent` names concepts that are not there, for questions whose answer is no.

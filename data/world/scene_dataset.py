@@ -148,6 +148,4 @@ def _slice_image(index: int, seed: int) -> Pick:
     return Pick(split="test", task="vqa", scene=scene, kind="category", style=style, num_things=1)
 
 
-SLICES = {
-    f.__name__.removeprefix("_"): f for f in (_slice_text, _slice_ocr, _slice_prefix, _slice_image)
-}
+SLICES = {f.__name__.removeprefix("_"): f for f in (_slice_text, _slice_ocr, _slice_prefix, _slice_image)}

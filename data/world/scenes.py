@@ -134,9 +134,7 @@ def sprite(name: str, style: str, size: int) -> Image.Image:
     return image.crop(image.getchannel("A").point(lambda a: 255 * (a > 32)).getbbox())
 
 
-def _draw_thing(
-    canvas: Image.Image, name: str, style: str, rng: np.random.Generator, taken: list[Box]
-) -> Thing | None:
+def _draw_thing(canvas: Image.Image, name: str, style: str, rng: np.random.Generator, taken: list[Box]) -> Thing | None:
     """Paste a drawing where nothing is yet; None if no place was found."""
     image = sprite(name, style, int(rng.choice(SPRITE_SIZES)))
     if box := _free_place(*image.size, rng, taken):

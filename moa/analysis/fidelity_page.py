@@ -52,9 +52,7 @@ IMAGES: dict[str, tuple[Callable[[Path, Record], None], str]] = {
 }
 
 
-def write_page(
-    path: str | Path, record: Record, about: Mapping[str, Any], agreement: str | None = None
-) -> None:
+def write_page(path: str | Path, record: Record, about: Mapping[str, Any], agreement: str | None = None) -> None:
     """Write the page of a record; `about` names what the merge was, `agreement` is a line on its answers, the first."""
     merged, several = "merged" in record["total"], len(record["experts"]) > 1
     first = [*([agreement] if agreement else []), *summary(record, about)]
@@ -82,9 +80,7 @@ def shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}={shown(inner)}" for key, inner in value.items() if shown(inner))
     if isinstance(value, list | tuple):
-        return ("; " if any(isinstance(v, Mapping) for v in value) else ", ").join(
-            map(shown, value)
-        )
+        return ("; " if any(isinstance(v, Mapping) for v in value) else ", ").join(map(shown, value))
     return "" if value is None or value is False else str(value)
 
 
@@ -129,9 +125,7 @@ def _strongest(record: Record, i: int, j: int, sign: int) -> str:
 
 def _loss(record: Record, about: Mapping[str, Any]) -> str:
     merged = record["total"]["merged"]
-    kept = {
-        n: v for n, v in zip(record["experts"], merged["retention"], strict=True) if v is not None
-    }
+    kept = {n: v for n, v in zip(record["experts"], merged["retention"], strict=True) if v is not None}
     if not kept:
         return "Every expert is a zero update."
     least, most = min(kept, key=kept.__getitem__), max(kept, key=kept.__getitem__)
@@ -159,9 +153,7 @@ def details(record: Record) -> list[str]:
             )
     for name, count in zip(record["experts"], total["zero_rows"], strict=True):
         if count:
-            lines.append(
-                f"{name} has {count} ranks that do nothing: their row of A or column of B is zero."
-            )
+            lines.append(f"{name} has {count} ranks that do nothing: their row of A or column of B is zero.")
     return lines
 
 
@@ -171,10 +163,7 @@ Rows = Sequence[Sequence[str]]
 def _expert_rows(record: Record) -> Rows:
     total, merged = record["total"], record["total"]["merged"]
     columns = (record["experts"], total["norms"], merged["retention"], merged["energy_in_span"])
-    body = [
-        (n, f"{size:.3g}", _share(kept), _share(span))
-        for n, size, kept, span in zip(*columns, strict=True)
-    ]
+    body = [(n, f"{size:.3g}", _share(kept), _share(span)) for n, size, kept, span in zip(*columns, strict=True)]
     return [("expert", "norm", "retention", "energy in the result's span"), *body]
 
 

@@ -156,9 +156,7 @@ def draw_values(path: Path, record: Record) -> None:
             axes.plot(middle[1:-1], drawn, color=ink, ls=line, lw=1.6,
                       label=f"{name}: {beyond:.1%} beyond 3, one is {histogram['limit'] / 4:.2g}")  # fmt: skip
         bell = np.exp(-(middle**2) / 2)
-        axes.plot(
-            middle, bell / bell.sum(), color=MUTED, lw=1, ls=":", label="normal: 0.3% beyond 3"
-        )
+        axes.plot(middle, bell / bell.sum(), color=MUTED, lw=1, ls=":", label="normal: 0.3% beyond 3")
         axes.set(yscale="log", xlabel="value in standard deviations")
         axes.set_ylabel("share of values")
         axes.legend(frameon=False, fontsize=8)
@@ -178,9 +176,7 @@ _SCALES: dict[str, Callable[[float], tuple[str, float, float, Callable[[float], 
 }
 
 
-def _table(
-    axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], key: str
-) -> None:
+def _table(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], key: str) -> None:
     """Numbers in coloured cells."""
     cmap, low, high, text = _SCALES[key](np.nan_to_num(np.abs(values)).max())
     axes.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto")

@@ -32,9 +32,7 @@ class Card:
     reads: bool = True  # whether the model takes OCR words: only then their absence is noted
 
 
-def seen_image(
-    pixels: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]
-) -> Image.Image:
+def seen_image(pixels: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]) -> Image.Image:
     """The image of one row of `pixel_values`: exactly the input of the vision tower."""
     array = pixels.float().cpu().numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
     return Image.fromarray((array.clip(0, 1) * 255).round().astype(np.uint8))
@@ -104,9 +102,7 @@ def draw_words(axes: Axes, card: Card) -> None:
         top -= 0.105 * len(wrapped) + 0.04
 
 
-def draw_gates(
-    axes: Axes, by_site: Sequence[Sequence[float]] | None, experts: Sequence[str]
-) -> None:
+def draw_gates(axes: Axes, by_site: Sequence[Sequence[float]] | None, experts: Sequence[str]) -> None:
     if by_site is None:
         axes.axis("off")
         why = "gates differ by token" if experts else "no experts"

@@ -20,9 +20,7 @@ td:first-child, th:first-child {{ text-align: left; }}
 def page(title: str, parts: Sequence[str], style: str = "") -> str:
     """A whole page under its heading; `style` adds to the common one."""
     name = html.escape(title)
-    head = (
-        f'<!doctype html><meta charset="utf-8"><title>{name}</title><style>{STYLE}{style}</style>'
-    )
+    head = f'<!doctype html><meta charset="utf-8"><title>{name}</title><style>{STYLE}{style}</style>'
     return head + "\n".join([f"<h1>{name}</h1>", *parts, ""])
 
 

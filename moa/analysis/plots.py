@@ -95,9 +95,7 @@ def _heat(axes: Axes, values: np.ndarray) -> Any:
 def layer_heat_map(path: str | Path, routing: Mapping[str, Any], sites: Sequence[str]) -> None:
     """Task x expert x layer: one panel a task; the sites of one layer are averaged."""
     if "per_site" not in routing:
-        raise ValueError(
-            "layer_heat_map: these gates are shared over sites (router.per_site=false)"
-        )
+        raise ValueError("layer_heat_map: these gates are shared over sites (router.per_site=false)")
     layers = layer_groups(sites)
     experts, per_site = routing["experts"], routing["per_site"]
     width = 1.4 + len(per_site) * (0.7 + 0.42 * len(experts))
@@ -127,9 +125,7 @@ def layer_groups(sites: Sequence[str]) -> dict[str, list[int]]:
 # -- Losses ---------------------------------------------------------------------------------------
 
 
-def loss_curves(
-    path: str | Path, rows: Iterable[Mapping[str, Any]], experts: Sequence[str] = ()
-) -> None:
+def loss_curves(path: str | Path, rows: Iterable[Mapping[str, Any]], experts: Sequence[str] = ()) -> None:
     """Loss per task over steps, pale, their running mean strong; a task called as an expert has its colour."""
     rows = [row for row in rows if any(key.startswith("loss/") for key in row)]
     if not rows:

@@ -67,9 +67,7 @@ def image_html(sample: Sample, batch: Batch, collator: Collator) -> tuple[str, s
     return html.image(file.getvalue()), words
 
 
-def frame_of(
-    image: Image.Image, batch: Batch, collator: Collator, geometry: Geometry
-) -> Image.Image:
+def frame_of(image: Image.Image, batch: Batch, collator: Collator, geometry: Geometry) -> Image.Image:
     """The input of the vision tower; drawn by the geometry where that is tiles or flat patches."""
     pixels, processor = batch.pixel_values, collator.processor.image_processor
     if pixels.dim() == 4 and tuple(pixels.shape[:1:-1]) == geometry.size:

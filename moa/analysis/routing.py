@@ -115,10 +115,7 @@ def leave_one_out(
 ) -> dict[str, dict[str, float]]:
     """What each column loses when one expert is gone: `score(None) - score(name)`, per expert."""
     whole = score(None)
-    return {
-        name: {column: whole[column] - value for column, value in score(name).items()}
-        for name in experts
-    }
+    return {name: {column: whole[column] - value for column, value in score(name).items()} for name in experts}
 
 
 def summary(

@@ -60,9 +60,7 @@ class ClipBackbone:
         bias = self.model.logit_bias.float() if self.is_sigmoid else 0.0
         return self.model.logit_scale.float().exp() * first @ second.T + bias
 
-    def image_features(
-        self, pixel_values: Float[Tensor, "images 3 height width"]
-    ) -> Float[Tensor, "images dim"]:
+    def image_features(self, pixel_values: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images dim"]:
         """Normalised, in float32."""
         return F.normalize(self._image_features(pixel_values.to(self.dtype)).float(), dim=-1)
 

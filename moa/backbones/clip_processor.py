@@ -73,9 +73,7 @@ class OpenClipTokenizer:
             known.decoder[number] for number in known.all_special_ids
         ]
 
-    def __call__(
-        self, texts: Sequence[str], add_special_tokens: bool = True
-    ) -> dict[str, list[list[int]]]:
+    def __call__(self, texts: Sequence[str], add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
         if not add_special_tokens and hasattr(self.tokenizer, "encode"):
             return {"input_ids": [self.tokenizer.encode(text) for text in texts]}
         # One more than the context holds: a longer text shows by it.

@@ -240,8 +240,7 @@ def check_packing(config: Any, num_rows: int) -> None:
     if FAMILIES[config.model_type].token_types is not None:
         simple = [name for name, family in FAMILIES.items() if family.token_types is None]
         raise ValueError(
-            f"train.pack_length: {config.model_type} has positions or masks of its own; "
-            f"choices: {', '.join(simple)}"
+            f"train.pack_length: {config.model_type} has positions or masks of its own; choices: {', '.join(simple)}"
         )
     attention = config.text_config._attn_implementation
     if attention not in PACKING and not ("flash" in attention and num_rows == 1):

@@ -86,9 +86,7 @@ def load_open_clip(name: str, dtype: torch.dtype = torch.float32) -> OpenClipBac
     with torch.no_grad():
         tokens = image_tokens(model, torch.zeros(1, 3, *processor.image_processor.sides))
     widths = {"image": tokens.shape[-1], "text": text_tower(model).token_embedding.weight.shape[1]}
-    backbone = OpenClipBackbone(
-        model=model.to(dtype), processor=processor, dims=widths, name=name, config=config
-    )
+    backbone = OpenClipBackbone(model=model.to(dtype), processor=processor, dims=widths, name=name, config=config)
     check_end_of_text(backbone)
     return backbone
 

@@ -24,8 +24,7 @@ def quantization_config(name: str | None, dtype: torch.dtype) -> dict[str, Any]:
     missing += [] if find_spec("bitsandbytes") else ["the package bitsandbytes"]
     if missing:
         raise ValueError(
-            f"model.quantization: {name} needs {' and '.join(missing)}, which this machine has not; "
-            "choices here: null"
+            f"model.quantization: {name} needs {' and '.join(missing)}, which this machine has not; choices here: null"
         )
     from transformers import BitsAndBytesConfig
 

@@ -63,6 +63,5 @@ def _tiles(inputs: Mapping[str, Tensor], config: Any) -> list[int]:
         cut = [number == 1 for number in numbers.tolist() for _ in range(number)]
     side, grid = config.vision_config.image_size, config.image_grid_pinpoints
     return [
-        image_size_to_num_patches(size, grid, side) if is_cut else 1
-        for size, is_cut in zip(sizes, cut, strict=True)
+        image_size_to_num_patches(size, grid, side) if is_cut else 1 for size, is_cut in zip(sizes, cut, strict=True)
     ]

@@ -78,8 +78,7 @@ def find_shape(name: str) -> Any:
     possible = [kind for kind, family in FAMILIES.items() if family.rows in PLANNED]
     if config.model_type not in possible:
         raise ValueError(
-            f"backbone: {name} is a {config.model_type}; what an image costs is planned for: "
-            f"{', '.join(possible)}"
+            f"backbone: {name} is a {config.model_type}; what an image costs is planned for: {', '.join(possible)}"
         )
     return config
 

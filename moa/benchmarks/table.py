@@ -106,9 +106,7 @@ def mean_of(*names: str, rule: str = "") -> ScoreFunction:
     def score(responses: Sequence[Response]) -> Scores:
         values = {n: [METRICS[n](r.text, r.sample.answers) for r in responses] for n in names}
         notes = {"rule": rule} if rule else {}
-        return Scores(
-            primary=names[0], values=values, failures=empty_answers(responses), notes=notes
-        )
+        return Scores(primary=names[0], values=values, failures=empty_answers(responses), notes=notes)
 
     return score
 
@@ -176,9 +174,7 @@ def option_letters(responses: Sequence[Response]) -> Scores:
 
 def captions(responses: Sequence[Response], *, meteor: bool = False) -> Scores:
     """The primary score is CIDEr-D / 10, clipped to [0, 1]; the raw corpus metrics are beside it."""
-    found = caption_scores(
-        [r.text for r in responses], [r.sample.answers for r in responses], meteor=meteor
-    )
+    found = caption_scores([r.text for r in responses], [r.sample.answers for r in responses], meteor=meteor)
     return Scores(
         primary="CIDEr/10",
         values={
@@ -231,12 +227,8 @@ TEN: dict[str, Any] = {"needs": needs_ten_answers}
 EVALAI = mean_of("vqa_evalai", rule="EvalAI's answer processor: always normalised, on both sides")
 RRC = mean_of("ANLS", "exact_match", rule="the RRC server's: threshold 0.5, which itself counts")
 OFFICIAL = mean_of("vqa_official", rule="vqaEval.py: normalised only where the ten answers differ")
-DIRECT = mean_of(
-    "direct_answer", rule="eval_predictions.py: equal as written, three matches are full marks"
-)
-RELAXED = mean_of(
-    "relaxed_accuracy", rule="pix2struct's relaxed_correctness: years too may be 5 % off"
-)
+DIRECT = mean_of("direct_answer", rule="eval_predictions.py: equal as written, three matches are full marks")
+RELAXED = mean_of("relaxed_accuracy", rule="pix2struct's relaxed_correctness: years too may be 5 % off")
 
 TASKS = ("vqa", "caption", "grounding", "ocr_vqa", "count", "yes_no")
 BENCHMARKS: dict[str, Benchmark] = {

@@ -75,13 +75,9 @@ def note(line: str) -> None:
 
 
 @contextmanager
-def progress_bar(
-    title: str, total: int | None, console: Console
-) -> Iterator[Callable[[str], None]]:
+def progress_bar(title: str, total: int | None, console: Console) -> Iterator[Callable[[str], None]]:
     """A bar that a call moves by one, and that shows the text given to it."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        TextColumn(title), *columns, TextColumn("{task.description}"), console=console
-    ) as progress:
+    with Progress(TextColumn(title), *columns, TextColumn("{task.description}"), console=console) as progress:
         bar = progress.add_task("", total=total)
         yield lambda text: progress.update(bar, advance=1, description=text)

@@ -27,9 +27,7 @@ class Range:
             f"at most {self.most:.10g}": lambda number: number <= self.most,
             f"below {self.below:.10g}": lambda number: number < self.below,
         }
-        return {text: rule for text, rule in ends.items() if "inf" not in text} | {
-            "finite": math.isfinite
-        }
+        return {text: rule for text, rule in ends.items() if "inf" not in text} | {"finite": math.isfinite}
 
     def broken_by(self, number: float) -> str | None:
         """The first rule that a number breaks, in words."""

@@ -258,9 +258,7 @@ def apply_override(raw: dict[str, Any], override: Override) -> None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            raise ValueError(
-                f"{override!r}: {part} is {shortened(node)}, which has no keys; give it whole"
-            )
+            raise ValueError(f"{override!r}: {part} is {shortened(node)}, which has no keys; give it whole")
     node[last] = value
 
 

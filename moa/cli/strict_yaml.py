@@ -38,9 +38,7 @@ class Loader(yaml.SafeLoader):
         if self.num_values > MAX_VALUES:
             raise ConstructorError(None, None, f"more than {MAX_VALUES:,} values", None)
         if getattr(event, "tag", None) not in (None, "!", f"{TAG}str"):
-            raise ConstructorError(
-                None, None, f"tag {event.tag} is not used here", event.start_mark
-            )
+            raise ConstructorError(None, None, f"tag {event.tag} is not used here", event.start_mark)
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: Any) -> Any:

@@ -64,10 +64,7 @@ def evaluate_pairs(
 
     def encode(rows: range) -> Images:
         items = [read_sample(dataset, row, name) for row in rows]
-        known = [
-            without_unknown_expert(item, model.routes) if isinstance(item, Sample) else item
-            for item in items
-        ]
+        known = [without_unknown_expert(item, model.routes) if isinstance(item, Sample) else item for item in items]
         batch, rejected = collator.split(known)
         if rejected and settings.on_bad_sample != "skip":
             raise rejected[0]
@@ -88,9 +85,7 @@ def evaluate_pairs(
     skipped = [error for part in parts for error in part.rejected]
     if processes.is_main and not samples:
         raise ValueError(f"{name}: none of {len(dataset)} samples can be scored; {skipped[0]}")
-    texts, like = processes.from_main(
-        lambda: (texts_of(name, samples), replace(samples[0], image=None))
-    )
+    texts, like = processes.from_main(lambda: (texts_of(name, samples), replace(samples[0], image=None)))
     encoded = text_features(model, collator, texts, like, settings.gates, processes)
     if not processes.is_main:
         return Result(name=name, tasks={})

@@ -90,9 +90,7 @@ def retrieve(
     return Result(name=name, tasks=tasks, settings=settings)
 
 
-def ranked(
-    samples: Sequence[Sample], texts: Sequence[str], ranking: Ranking
-) -> tuple[list[Response], Scores]:
+def ranked(samples: Sequence[Sample], texts: Sequence[str], ranking: Ranking) -> tuple[list[Response], Scores]:
     responses = [
         Response(sample=sample, text=text, rank=rank)
         for sample, text, rank in zip(samples, texts, ranking.rank.tolist(), strict=True)

@@ -41,9 +41,7 @@ def read_routing(file: Path, step: Path | None = None) -> dict[str, Any]:
         verify(step)  # its manifest is what the fingerprint is made of
     if step is not None and report["weights"] != weights_fingerprint(step):
         measured = report.get("checkpoint", "other weights")
-        raise ValueError(
-            f"{file}: was measured on {measured}, whose weights were not those of {step}; {again}"
-        )
+        raise ValueError(f"{file}: was measured on {measured}, whose weights were not those of {step}; {again}")
     _check_gates(report, f"{file}: ", again)
     return report
 

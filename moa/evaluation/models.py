@@ -99,9 +99,7 @@ def models_of(command: EvalCommand, overrides: Sequence[tuple[str, Any]]) -> lis
     return models
 
 
-def find_models(
-    paths: Sequence[str], like: str | None, overrides: Sequence[Override] = ()
-) -> list[EvaluatedModel]:
+def find_models(paths: Sequence[str], like: str | None, overrides: Sequence[Override] = ()) -> list[EvaluatedModel]:
     """The models of some paths, each with a label of its own; a model that is not a run has the config of `like`."""
     if like is not None:
         config_file(like)
@@ -118,9 +116,7 @@ def find_models(
     ]
 
 
-def find_model(
-    path: str, kind: Kind, label: str, like: str | None, overrides: Sequence[Override]
-) -> EvaluatedModel:
+def find_model(path: str, kind: Kind, label: str, like: str | None, overrides: Sequence[Override]) -> EvaluatedModel:
     own: list[Override] = []
     if kind == "run":
         file, folder = step_folder(path) / CONFIG, run_of(step_folder(path))

@@ -59,9 +59,7 @@ def load(run: str | Path, *, like: str | Path | None = None, device: str = "auto
     return LoadedModel(network=network, config=model.config, ocr=open_ocr(model.config.data))
 
 
-def predict(
-    model: LoadedModel, image: ImageLike, question: str, task: str | None = None, **options: Any
-) -> Prediction:
+def predict(model: LoadedModel, image: ImageLike, question: str, task: str | None = None, **options: Any) -> Prediction:
     """The answer to one question about one image; the options are those of `predict_batch`."""
     return predict_batch(model, [(image, question)], task, **options)[0]
 
@@ -89,9 +87,7 @@ def predict_batch(
     if not pairs:
         return []
     collator = prompt_collator(network, model.config, withhold_task=task is None)
-    blank = Sample(
-        id="", image_id="", image=None, question="", answers=(), task=task or "", source="predict"
-    )
+    blank = Sample(id="", image_id="", image=None, question="", answers=(), task=task or "", source="predict")
     samples = []
     for number, (given, question) in enumerate(pairs):
         image, name = read_image(given), str(number)

@@ -54,9 +54,7 @@ class Processes:
         self._num_jobs = 0  # of all calls of `map` before
         self._over = size == 1  # no process to wait for
 
-    def map(
-        self, work: Callable[[Job], Done], jobs: Sequence[Job], *, bar: str | None = None
-    ) -> list[Done]:
+    def map(self, work: Callable[[Job], Done], jobs: Sequence[Job], *, bar: str | None = None) -> list[Done]:
         """`[work(job) for job in jobs]` on the main process, an empty list on the others.
 
         An error ends all, once the jobs before that one are done; each raises that of the first job that failed.

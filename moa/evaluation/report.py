@@ -157,11 +157,7 @@ def write_submissions(folder: Path, result: Result) -> dict[str, str]:
 def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> list[Card]:
     """The first samples of each data set and task in turn, as the vision tower got them."""
     columns = [
-        [
-            pair
-            for pair in zip(found, scores.values[scores.primary], strict=True)
-            if pair[0].sample.image
-        ]
+        [pair for pair in zip(found, scores.values[scores.primary], strict=True) if pair[0].sample.image]
         for result in results
         for task, (found, scores) in result.tasks.items()
         if task != "text_to_image"  # its answers are images, for which a card has no place

@@ -175,9 +175,7 @@ def comparison(
 ) -> Group:
     """One row per model, one column per data set, in as many tables as fit a terminal's width."""
     names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
-    cells = {
-        name: [name, *(cell(scores.get(name), sign) for scores in rows.values())] for name in names
-    }
+    cells = {name: [name, *(cell(scores.get(name), sign) for scores in rows.values())] for name in names}
     widths = {name: max(map(len, column)) + 1 for name, column in cells.items()}
     grids = []
     for chunk in chunks(widths, WIDTH - max(map(len, rows), default=0)):

@@ -62,9 +62,7 @@ def evaluate(
 
     def answer(rows: range) -> BatchResult:
         samples = [read_sample(dataset, row, name) for row in rows]
-        items = [
-            prepare(s, model.routes, benchmark, settings.score, collator.tasks) for s in samples
-        ]
+        items = [prepare(s, model.routes, benchmark, settings.score, collator.tasks) for s in samples]
         batch, rejected = collator.split(items)
         if rejected and settings.on_bad_sample != "skip":
             raise rejected[0]
@@ -124,8 +122,7 @@ def asked_of(settings: EvalConfig, benchmark: str | None, collator: ChatCollator
         "scored": settings.score,
         **{key: getattr(settings, key) for key in ANSWERING},
         "on_bad_sample": settings.on_bad_sample or "error",
-        "prompt": {"withhold_task": collator.withhold_task}
-        | {key: getattr(collator.settings, key) for key in PROMPT},
+        "prompt": {"withhold_task": collator.withhold_task} | {key: getattr(collator.settings, key) for key in PROMPT},
     }
 
 

@@ -30,9 +30,7 @@ class EvalCommand:
     eval: EvalConfig = field(default_factory=EvalConfig)  # in place of what the run's config has
 
 
-def read_command(
-    files: Sequence[str] | None, overrides: Sequence[str]
-) -> tuple[EvalCommand, list[tuple[str, Any]]]:
+def read_command(files: Sequence[str] | None, overrides: Sequence[str]) -> tuple[EvalCommand, list[tuple[str, Any]]]:
     """The command, and the settings of `eval` that replace those of each run."""
     rest = [text for text in overrides if not re.match(r"eval[.=]", text)]
     command = load(EvalCommand, files, rest)  # checks the files too
@@ -58,10 +56,7 @@ def chosen_sources(config: RunConfig) -> list[SourceConfig]:
     check_sources(sources.values(), settings.only or ())
     chosen = [s for s in sources.values() if settings.only is None or s.name in settings.only]
     limit = settings.num_samples
-    return [
-        s if limit is None else replace(s, num_samples=min(limit, s.num_samples or limit))
-        for s in chosen
-    ]
+    return [s if limit is None else replace(s, num_samples=min(limit, s.num_samples or limit)) for s in chosen]
 
 
 def check_sources(sources: Iterable[SourceConfig], only: Sequence[str] = ()) -> None:

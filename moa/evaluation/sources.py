@@ -50,9 +50,7 @@ def score_sources(
 
 
 def settings_of(config: RunConfig) -> EvalConfig:
-    return replace(
-        config.eval, on_bad_sample=config.eval.on_bad_sample or config.data.on_bad_sample
-    )
+    return replace(config.eval, on_bad_sample=config.eval.on_bad_sample or config.data.on_bad_sample)
 
 
 def open_datasets(
@@ -120,17 +118,13 @@ def check_oracle(name: str, dataset: Source, experts: Collection[str]) -> None:
     samples = [read_sample(dataset, index, name) for index in range(len(dataset))]
     lost = [s for s in samples if isinstance(s, Sample) and s.expert not in experts]
     if lost:
-        found = (
-            f"{len(lost)} of {len(samples)} samples of {name} have no expert, such as {lost[0].id}"
-        )
+        found = f"{len(lost)} of {len(samples)} samples of {name} have no expert, such as {lost[0].id}"
         way_out = f"set eval.sources.{name}.expert, or leave the data set out by eval.only=[...]"
         task, choices = f"(task {lost[0].task!r})", f"choices: {', '.join(experts)}"
         raise ValueError(f"gates=oracle: {found} {task}; {way_out}; {choices}")
 
 
-def kept_results(
-    model: MixtureModel, config: RunConfig, folder: Path, weights: str | None
-) -> list[Measured]:
+def kept_results(model: MixtureModel, config: RunConfig, folder: Path, weights: str | None) -> list[Measured]:
     """The results in `folder` that an evaluation now would only repeat; none of a CLIP."""
     settings = settings_of(config)
     collator = prompt_collator(model, config, withhold_task=settings.withhold_task)

@@ -250,9 +250,7 @@ class ExpertBank:
             expand=expand,
         )
 
-    def route_tokens(
-        self, decide: Decide, temperature: float | int = 1.0, *, recording: bool = True
-    ) -> None:
+    def route_tokens(self, decide: Decide, temperature: float | int = 1.0, *, recording: bool = True) -> None:
         """Let every site route the tokens of the coming forward by its own token router.
 
         `decide` turns logits, over the temperature, into gates and probabilities; `recording` keeps the logits.

@@ -135,9 +135,7 @@ class ExpertLinear(nn.Module):
     def _rank_gates(self, x: Tensor, state: GateState, dtype: torch.dtype) -> Tensor:
         return widen(self._gates(x, state), *self.columns(state)).to(dtype)
 
-    def _prepared(
-        self, x: Tensor, state: GateState, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _prepared(self, x: Tensor, state: GateState, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Rank gates, A [rank, in] and B^T [rank, out], kept in the state until the next gates."""
         kept = state.prepared.get(self.name)
         if kept is None or not kept.fits(x, dtype):

@@ -42,9 +42,7 @@ def widen(
     return gates.index_select(-1, place) * scaling
 
 
-def concatenate(
-    factors_a: Sequence[Tensor], factors_b: Sequence[Tensor], dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def concatenate(factors_a: Sequence[Tensor], factors_b: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """All factors as A [rank, in] and B [out, rank]; a lone expert's are not copied."""
     if len(factors_a) == 1:
         return factors_a[0].to(dtype), factors_b[0].to(dtype)

@@ -69,9 +69,7 @@ def load(
     return {"rank": config["r"], "alpha": alpha, "use_rslora": use_rslora}
 
 
-def place(
-    site: ExpertLinear, name: str, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype
-) -> None:
+def place(site: ExpertLinear, name: str, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> None:
     device = site.base_layer.weight.device
     own_a, own_b = (f.to(device=device, dtype=dtype, copy=True) for f in (a, b))
     site.add(name, nn.Parameter(own_a), nn.Parameter(own_b), scaling)
@@ -141,9 +139,7 @@ def check_finite(name: str, tensors: Factors) -> None:
             raise ValueError(f"expert {name}: {key} has NaN or infinite values")
 
 
-def peft_config(
-    sites: Sites, name: str, *, rank: int, alpha: float | int, use_rslora: bool
-) -> dict[str, Any]:
+def peft_config(sites: Sites, name: str, *, rank: int, alpha: float | int, use_rslora: bool) -> dict[str, Any]:
     """adapter_config.json of an expert: full paths, and patterns only where sites differ."""
     own = {site_name: site for site_name, site in sites.items() if name in site.scalings}
     ranks, alphas = {}, {}

@@ -80,9 +80,7 @@ def system_error(error: Exception) -> tuple[int, str] | None:
 
 
 @contextmanager
-def _beside(
-    path: str | Path, kind: str, make: Callable[[Path], None]
-) -> Iterator[tuple[Path, Path]]:
+def _beside(path: str | Path, kind: str, make: Callable[[Path], None]) -> Iterator[tuple[Path, Path]]:
     """Where `path` leads to, and a new hidden file or folder beside it that is gone in the end.
 
     Raises OSError that names `path` for whatever the system refuses inside.

@@ -34,9 +34,7 @@ def read_base(folder: str | Path, what: str = "base") -> BaseFiles:
     folder = Path(folder)
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise ValueError(
-            f"{what}: {folder} has no config.json; it must be a local checkpoint folder"
-        )
+        raise ValueError(f"{what}: {folder} has no config.json; it must be a local checkpoint folder")
     config = read_json_object(config_file)
     parts = (config, *(value for value in config.values() if isinstance(value, dict)))
     for quantised in filter(None, (part.get("quantization_config") for part in parts)):
@@ -126,16 +124,12 @@ def weight_files(folder: Path, what: str = "base") -> list[str]:
     index = folder / INDEX_FILE
     if not index.is_file():
         found = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
-        pickled = (
-            f"; {found[0]} is a pickle, and is not opened: save it as safetensors" if found else ""
-        )
+        pickled = f"; {found[0]} is a pickle, and is not opened: save it as safetensors" if found else ""
         raise ValueError(f"{what}: {folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}{pickled}")
     where = read_json_object(index).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise ValueError(f"{what}: {index}: weight_map must map keys to file names")
     for key, name in where.items():
         if not isinstance(name, str) or Path(name).name != name or not name:
-            raise ValueError(
-                f"{what}: {index}: weight_map.{key} must name a file beside it, got {name!r}"
-            )
+            raise ValueError(f"{what}: {index}: weight_map.{key} must name a file beside it, got {name!r}")
     return sorted(set(where.values()))

@@ -109,9 +109,7 @@ def read_site(header: ExpertHeader, site: str) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if not all_finite(tensor):
             rows = (broken := ~torch.isfinite(tensor)).any(1).nonzero().flatten().tolist()
-            what = (
-                f"{int(broken.sum())} NaN or infinite values, in {len(rows)} rows, first {rows[0]}"
-            )
+            what = f"{int(broken.sum())} NaN or infinite values, in {len(rows)} rows, first {rows[0]}"
             raise ValueError(f"{header.weights_file}: {key} has {what}")
     return tensors
 
@@ -159,9 +157,7 @@ def keep_sites(header: ExpertHeader, sites: Sequence[str]) -> ExpertHeader:
     return _with_sites(header, kept, {**config, "target_modules": list(sites)})
 
 
-def _with_sites(
-    header: ExpertHeader, names: Mapping[str, str], config: dict[str, Any]
-) -> ExpertHeader:
+def _with_sites(header: ExpertHeader, names: Mapping[str, str], config: dict[str, Any]) -> ExpertHeader:
     def named(values: Mapping[str, Any]) -> dict[str, Any]:
         return {names[site]: value for site, value in values.items() if site in names}
 
@@ -266,9 +262,7 @@ def _check_pairs(
         if not stray:
             raise ValueError(f"{source}: holds no tensors; {NOT_GATHERED}")
         reason = next(text for sign, text in STRAY_KEYS.items() if re.search(sign, stray[0]))
-        raise ValueError(
-            f"{source}: {len(stray)} keys are no factors of a linear layer, first {stray[0]} ({reason})"
-        )
+        raise ValueError(f"{source}: {len(stray)} keys are no factors of a linear layer, first {stray[0]} ({reason})")
     ranks, sizes = {}, {}
     for site in dict.fromkeys(match["site"] for match in matches.values() if match):
         missing = [key for key in site_keys(site) if key not in shapes]
@@ -279,8 +273,7 @@ def _check_pairs(
             raise ValueError(f"{source}: {site} is empty; {NOT_GATHERED}")
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise ValueError(
-                f"{source}: at {site} lora_A {list(a)} and lora_B {list(b)} must be [rank, in] and "
-                "[out, rank]"
+                f"{source}: at {site} lora_A {list(a)} and lora_B {list(b)} must be [rank, in] and [out, rank]"
             )
         ranks[site], sizes[site] = a[0], (b[0], a[1])
     return ranks, sizes

@@ -17,11 +17,9 @@ WHOLE_CHECKPOINT = (
     "such checkpoints (models=[A,B] base=BASE)"
 )
 REFUSED_SETTINGS = {
-    "use_dora": "DoRA rescales the rows of W + BA, so its update is no low-rank product"
-    + WHOLE_CHECKPOINT,
+    "use_dora": "DoRA rescales the rows of W + BA, so its update is no low-rank product" + WHOLE_CHECKPOINT,
     "lora_bias": "a bias on lora_B is no low-rank update of the weight" + WHOLE_CHECKPOINT,
-    "modules_to_save": "whole modules lie beside the factors, and would be dropped"
-    + WHOLE_CHECKPOINT,
+    "modules_to_save": "whole modules lie beside the factors, and would be dropped" + WHOLE_CHECKPOINT,
     "trainable_token_indices": "trained embedding rows lie beside the factors, and are dropped",
     "target_parameters": "its factors sit on raw parameters and not on linear layers",
     "layer_replication": "it repeats layers of the base, so a site names several weights",
@@ -73,12 +71,8 @@ SETTINGS = {
     "rank_pattern": "a mapping of expressions to positive integers",
     "alpha_pattern": "a mapping of expressions to finite numbers",
     "layers_to_transform": "an integer or a list of them",
-    **dict.fromkeys(
-        ("peft_type", "task_type", "base_model_name_or_path", "revision", "bias"), "text"
-    ),
-    **dict.fromkeys(
-        ("target_modules", "exclude_modules", "layers_pattern"), "text or a list of texts"
-    ),
+    **dict.fromkeys(("peft_type", "task_type", "base_model_name_or_path", "revision", "bias"), "text"),
+    **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), "text or a list of texts"),
     **dict.fromkeys(("use_rslora", "fan_in_fan_out", "inference_mode"), "true or false"),
     **dict.fromkeys(("init_lora_weights", "auto_mapping", "peft_version"), "anything"),
     **dict.fromkeys(("megatron_core", "qalora_group_size", "eva_config"), "anything"),
@@ -90,9 +84,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json as a dict, refused with the reason where it is no plain LoRA."""
     file = folder / CONFIG_FILE
     if not file.is_file():
-        raise ValueError(
-            f"{file}: missing; an expert is a folder of {CONFIG_FILE}, adapter_model.safetensors"
-        )
+        raise ValueError(f"{file}: missing; an expert is a folder of {CONFIG_FILE}, adapter_model.safetensors")
     config = read_json_object(file)
     check_config(config, file)
     return config
@@ -122,9 +114,7 @@ def check_config(config: Mapping[str, Any], source: str | Path) -> None:
         if config.get(key):
             raise ValueError(f"{source}: {key}={_shown(config[key])} is not supported: {reason}")
     if config.get("bias", "none") != "none":
-        raise ValueError(
-            f"{source}: bias={_shown(config['bias'])} is not supported: it would be dropped"
-        )
+        raise ValueError(f"{source}: bias={_shown(config['bias'])} is not supported: it would be dropped")
     if config.get("init_lora_weights", True) not in BASE_KEEPING_INITS:
         raise ValueError(
             f"{source}: init_lora_weights={_shown(config['init_lora_weights'])} changes the base, so the "

@@ -36,8 +36,6 @@ class Spool:
 @contextmanager
 def open_spool(folder: str | Path, dtype: torch.dtype) -> Iterator[Spool]:
     """A spool on the disk where `folder` is, or will be; it has no name there and leaves nothing behind."""
-    nearest = next(
-        path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir()
-    )
+    nearest = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir())
     with tempfile.TemporaryFile(dir=nearest) as file:
         yield Spool(file, dtype)

@@ -19,9 +19,7 @@ def fits(pattern: str, path: str, where: str) -> bool:
     try:
         return _compiled(pattern).fullmatch(path, timeout=SECONDS) is not None
     except (regex.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"{where}: {pattern[:80]!r} is not a regular expression: {error}"
-        ) from None
+        raise ValueError(f"{where}: {pattern[:80]!r} is not a regular expression: {error}") from None
     except TimeoutError:
         raise ValueError(
             f"{where}: {pattern[:80]!r} took over {SECONDS:g} s for {path}: repetitions inside repetitions; "
@@ -56,8 +54,6 @@ def select(patterns: Sequence[str], modules: Mapping[str, T], key: str) -> dict[
             literal = regex.sub(r"[\\^$*+?()\[\]|]", "", pattern)
             near = ", ".join(difflib.get_close_matches(literal, list(modules), n=3, cutoff=0.3))
             rule = "it must be a full path or a regular expression for the whole path"
-            raise ValueError(
-                f"{key}: {pattern!r} matches no linear layer; {rule}. Near names: {near or 'none'}"
-            )
+            raise ValueError(f"{key}: {pattern!r} matches no linear layer; {rule}. Near names: {near or 'none'}")
         found |= matches
     return {name: module for name, module in modules.items() if name in found}

@@ -74,9 +74,7 @@ def rename_sites(expert: Expert, names: Mapping[str, str]) -> Expert:
     )
 
 
-def expert_from_tensors(
-    name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> Expert:
+def expert_from_tensors(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Expert:
     """An expert in memory, such as a live bank's `state(name)` and `peft_config(name)`."""
     ranks, shapes = peft_io.check_tensors(name, tensors, config)
 
@@ -134,9 +132,7 @@ def respell(experts: Sequence[Expert], layers: Iterable[str] | None) -> list[Exp
     ]
 
 
-def common_fingerprint(
-    experts: Sequence[Expert], base: str | Path | None, other_base: bool
-) -> str | None:
+def common_fingerprint(experts: Sequence[Expert], base: str | Path | None, other_base: bool) -> str | None:
     """The fingerprint of the experts' base: the base's own where it is on this machine, else what they record.
 
     Raises ValueError where an expert was trained on another base, unless `other_base`.
@@ -160,9 +156,7 @@ def experts_of_bank(bank: ExpertBank) -> list[Expert]:
     return [expert_from_tensors(n, bank.state(n), bank.peft_config(n)) for n in bank.names]
 
 
-def factors_of(
-    experts: Sequence[Expert], site: str, dtype: torch.dtype = torch.float64
-) -> list[Factors | None]:
+def factors_of(experts: Sequence[Expert], site: str, dtype: torch.dtype = torch.float64) -> list[Factors | None]:
     """(A, scaling * B) of each expert; None for one without the site."""
     return [e.factors(site, dtype) if site in e.ranks else None for e in experts]
 

@@ -120,9 +120,7 @@ def _orthonormal(
     return Basis(columns=q, turn=torch.eye(q.shape[1], dtype=q.dtype)), r
 
 
-def _principal_axes(
-    basis: Basis, cores: Float[Tensor, "expert axes _"]
-) -> Float[Tensor, "axes axes"]:
+def _principal_axes(basis: Basis, cores: Float[Tensor, "expert axes _"]) -> Float[Tensor, "axes axes"]:
     """The rotation of a basis to the experts' energy, most first; signs fixed in the original space."""
     axes = torch.linalg.eigh((cores @ cores.mT).sum(0)).eigenvectors.flip(1)
     probe = _probe(basis.columns.shape[0]).to(axes.dtype)
@@ -139,9 +137,7 @@ def _signs(products: Float[Tensor, " count"]) -> Float[Tensor, " count"]:
     return torch.where(products < 0, -1.0, 1.0).to(products.dtype)
 
 
-def compress(
-    updates: CoreUpdates, core: Float[Tensor, "rows cols"], rank: int | str, total_rank: int
-) -> LowRank:
+def compress(updates: CoreUpdates, core: Float[Tensor, "rows cols"], rank: int | str, total_rank: int) -> LowRank:
     """The best approximation of q_b core q_a^T at the given rank, as balanced factors.
 
     `rank` is a number, "sum" (exact: `total_rank`, the sum of the experts' ranks) or "energy:x",

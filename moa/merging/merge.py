@@ -136,9 +136,7 @@ def _in_rows(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[Lo
 
 
 def _in_dense(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
-    norms = [
-        core.inner_product(f, f).sqrt() if f else weights.new_zeros(()) for f in opened.factors
-    ]
+    norms = [core.inner_product(f, f).sqrt() if f else weights.new_zeros(()) for f in opened.factors]
     stack = dense_stack(job, site, lambda: opened.factors, weights.dtype)
     stack = replace(stack, rounding=rounding_of(torch.stack(norms)))
     merged = job.method.function(stack, weights, **job.options)
@@ -179,9 +177,7 @@ def open_stack(job: Job, site: str, dtype: torch.dtype) -> Stack:
     raise ValueError("options.scope: 'model' has no meaning in space factor; use scope=tensor")
 
 
-def dense_stack(
-    job: Job, site: str, factors: Callable[[], list[Factors | None]], dtype: torch.dtype
-) -> Stack:
+def dense_stack(job: Job, site: str, factors: Callable[[], list[Factors | None]], dtype: torch.dtype) -> Stack:
     """Rows of the dense updates, each made when it is read."""
     shape = next(expert.shapes[site] for expert in job.experts if site in expert.shapes)
 

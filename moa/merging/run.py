@@ -136,9 +136,7 @@ def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan
     return make_plan(source.experts, weights=weights, rules=rules, **own)
 
 
-def measured_gates(
-    source: Source, routing: str | None, task: str | None, console: Console
-) -> Weights:
+def measured_gates(source: Source, routing: str | None, task: str | None, console: Console) -> Weights:
     """The mean gates that eval.py measured, over the trained tasks or of one task."""
     if routing is None and source.step is None:
         raise ValueError("weights: gates need run=, or routing= with a report of eval.py")
@@ -173,9 +171,7 @@ def check_for_open_clip(merged: bool, verify: bool, dtype: str) -> None:
         raise ValueError(f"dtype: an open_clip checkpoint is written in float32, not {dtype}")
 
 
-def merge_into_open_clip(
-    out: str, source: Source, merged: Merged, kept: dict[str, Any], card: dict[str, Any]
-) -> str:
+def merge_into_open_clip(out: str, source: Source, merged: Merged, kept: dict[str, Any], card: dict[str, Any]) -> str:
     """Write the folder that plain open_clip loads, checked against the base with the update added; a line on it."""
     backbone = load_open_clip(str(source.base_name))
     deltas = {site: result.lora_b @ result.lora_a for site, result in merged.items()}

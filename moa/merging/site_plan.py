@@ -140,8 +140,7 @@ def sum_gates(plan: Plan) -> dict[str, Float[Tensor, " expert"]] | None:
         return None  # sums of factors have cross terms
     zeros = torch.zeros(len(plan.jobs[0].experts), dtype=torch.float64)
     return {
-        site: zeros if number is None else _coefficients(plan.jobs[number], site)
-        for site, number in plan.sites.items()
+        site: zeros if number is None else _coefficients(plan.jobs[number], site) for site, number in plan.sites.items()
     }
 
 
@@ -161,7 +160,4 @@ def find_depths(sites: tuple[str, ...]) -> dict[str, float]:
     for match in numbers.values():
         if match:
             last[match[1]] = max(last.get(match[1], 0), int(match[2]))
-    return {
-        site: int(match[2]) / max(last[match[1]], 1) if match else 0.0
-        for site, match in numbers.items()
-    }
+    return {site: int(match[2]) / max(last[match[1]], 1) if match else 0.0 for site, match in numbers.items()}

@@ -55,9 +55,7 @@ def open_run(run: str | Path, base: str | None = None) -> Source:
     )
 
 
-def open_folders(
-    adapters: Sequence[str], base: str | None = None, projector: str | None = None
-) -> Source:
+def open_folders(adapters: Sequence[str], base: str | None = None, projector: str | None = None) -> Source:
     """The experts in some folders, and what the runs around them trained beside."""
     folders = adapter_folders(adapters)
     experts = open_adapters(folders)

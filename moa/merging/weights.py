@@ -28,8 +28,7 @@ def parse_weights(raw: Any, names: Sequence[str]) -> dict[str, Any] | None:
         raw = dict(zip(names, raw, strict=True))
     if not isinstance(raw, Mapping):
         raise ValueError(
-            f"weights: must be a list [1,1], a mapping {{NAME: 1}}, '{GATES}', '{GATES}:TASK' or "
-            f"FILE.json, got {raw!r}"
+            f"weights: must be a list [1,1], a mapping {{NAME: 1}}, '{GATES}', '{GATES}:TASK' or FILE.json, got {raw!r}"
         )
     return dict(raw)
 
@@ -84,9 +83,7 @@ def digest(expert: Expert) -> str:
     return found.hexdigest()[:32]
 
 
-def gates_of(
-    report: dict[str, Any], experts: Sequence[Expert], task: str | None
-) -> tuple[Weights, str]:
+def gates_of(report: dict[str, Any], experts: Sequence[Expert], task: str | None) -> tuple[Weights, str]:
     """Mean gates of all trained tasks, or of one, of a report of `read_routing`, by site where it has them so; a line.
 
     Raises ValueError for a task that was not evaluated, and for a report of other experts or sites.

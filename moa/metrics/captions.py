@@ -59,9 +59,7 @@ def caption_scores(
             corpus["METEOR"] = meteor_score(hypotheses, truths)
         except ValueError as error:  # the answers may have taken hours: the other scores stay
             absent["METEOR"] = str(error)
-    return CaptionScores(
-        corpus=corpus, cider=[float(v) for v in each], tokenizer=tokenizer, absent=absent
-    )
+    return CaptionScores(corpus=corpus, cider=[float(v) for v in each], tokenizer=tokenizer, absent=absent)
 
 
 def meteor_score(hypotheses: dict[int, list[str]], truths: dict[int, list[str]]) -> float:

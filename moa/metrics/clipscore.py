@@ -35,6 +35,4 @@ def ref_clip_score(
         cosine_similarity(text[None], references, dim=-1).clamp(min=0).amax()
         for text, references in zip(text_features, reference_features, strict=True)
     ])  # fmt: skip
-    return torch.where(
-        alone + nearest > 0, 2 * alone * nearest / (alone + nearest), torch.zeros_like(alone)
-    )
+    return torch.where(alone + nearest > 0, 2 * alone * nearest / (alone + nearest), torch.zeros_like(alone))

@@ -23,9 +23,7 @@ class Ranking(NamedTuple):
     nearest: Int[Tensor, " query"]
 
 
-def rank_candidates(
-    scores: Float[Tensor, "query candidate"], wanted: Bool[Tensor, "query candidate"]
-) -> Ranking:
+def rank_candidates(scores: Float[Tensor, "query candidate"], wanted: Bool[Tensor, "query candidate"]) -> Ranking:
     """The ranking of every row.
 
     A candidate that is not wanted and scores the same is ranked before the wanted ones: features that
@@ -53,17 +51,13 @@ def rank_retrieval(
         raise ValueError(f"retrieval: {count - len(used)} of {count} images have no caption")
     images, texts = normalize(image_features, dim=-1), normalize(text_features, dim=-1)
     rows = torch.arange(count, device=image_of_text.device)
-    to_text = [
-        rank_candidates(images[block] @ texts.T, image_of_text == block[:, None])
-        for block in rows.split(BLOCK)
-    ]
+    to_text = [rank_candidates(images[block] @ texts.T, image_of_text == block[:, None]) for block in rows.split(BLOCK)]
     to_image = [
         rank_candidates(part @ images.T, owner[:, None] == rows)
         for part, owner in zip(texts.split(BLOCK), image_of_text.split(BLOCK), strict=True)
     ]
     (first, second) = (
-        Ranking(*(torch.cat(part) for part in zip(*blocks, strict=True)))
-        for blocks in (to_text, to_image)
+        Ranking(*(torch.cat(part) for part in zip(*blocks, strict=True))) for blocks in (to_text, to_image)
     )
     return first, second
 

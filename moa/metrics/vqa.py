@@ -120,6 +120,4 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     """Accuracy for one's own data: `vqa_official` of 10 answers or more; of fewer, 1 for any normalised answer."""
     if vqa_rule(answers) == "official_10":
         return vqa_official(prediction, answers)
-    return float(
-        normalize_vqa(_flat(prediction)) in {normalize_vqa(_flat(answer)) for answer in answers}
-    )
+    return float(normalize_vqa(_flat(prediction)) in {normalize_vqa(_flat(answer)) for answer in answers})

@@ -107,9 +107,7 @@ def example_batch(config: RunConfig, base: Any, lengths: Lengths, num_samples: i
     )
 
 
-def in_rows(
-    sample: Tensor, labels: Tensor, count: int, pack: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def in_rows(sample: Tensor, labels: Tensor, count: int, pack: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, labels and segments [rows, seq] of `count` copies; a row each without `pack`."""
     length = len(sample)
     per_row = 1 if pack is None else pack // length

@@ -189,9 +189,7 @@ def choose(name: str, traced: Traced, layout: Layout, machine: Machine) -> Choic
     )
 
 
-def plan_run(
-    config: RunConfig, backbones: Sequence[str], machines: Sequence[Machine], **options: Any
-) -> list[Plan]:
+def plan_run(config: RunConfig, backbones: Sequence[str], machines: Sequence[Machine], **options: Any) -> list[Plan]:
     """A plan for each backbone ("config" is the config's own) on each machine; `options` are `trace`'s."""
     layouts = [make_layout(config.train, machine.num_devices) for machine in machines]
     samples = min(layout.micro_batch_size for layout in layouts)

@@ -52,8 +52,7 @@ def offered(num_devices: int, quantized: bool) -> list[str]:
     return [
         name
         for name, strategy in STRATEGIES.items()
-        if (strategy.alone if num_devices == 1 else strategy.together)
-        and not (quantized and strategy.cuts_parameters)
+        if (strategy.alone if num_devices == 1 else strategy.together) and not (quantized and strategy.cuts_parameters)
     ]
 
 
@@ -110,9 +109,7 @@ def gathered(strategy: Strategy, shape: ModelShape) -> float:
     return shape.all_bytes * min(1.0, GATHERED / shape.numbers) + shape.small_bytes
 
 
-def traffic(
-    name: str, shape: ModelShape, costs: StepCosts, num_devices: int, accumulation: int
-) -> Traffic:
+def traffic(name: str, shape: ModelShape, costs: StepCosts, num_devices: int, accumulation: int) -> Traffic:
     """By rings: a sum over all devices sends its bytes twice, a gathering or a cut sum once.
 
     Parameters that are cut are gathered for each forward, and what gradients go through for each

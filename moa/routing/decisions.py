@@ -73,9 +73,7 @@ def token_losses(
 
 
 @torch.no_grad()
-def mean_token_gates(
-    groups: list[TokenDecisions], num_samples: int, decide: Decide
-) -> Float[Tensor, "batch 1 expert"]:
+def mean_token_gates(groups: list[TokenDecisions], num_samples: int, decide: Decide) -> Float[Tensor, "batch 1 expert"]:
     """Each sample's gates, averaged over its valid tokens at all sites: for reading, not for use."""
     total = count = torch.zeros(())
     for group in groups:

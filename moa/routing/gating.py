@@ -40,9 +40,7 @@ def top_k_gates(
     return torch.softmax(logits.masked_fill(~kept, -1e30), dim=-1).masked_fill(~kept, 0.0)
 
 
-def one_hot_gates(
-    expert_ids: Int[Tensor, " batch"], num_experts: int
-) -> Float[Tensor, "batch expert"]:
+def one_hot_gates(expert_ids: Int[Tensor, " batch"], num_experts: int) -> Float[Tensor, "batch expert"]:
     """The oracle's gates: one expert each; id -1 (unknown) gets the uniform mixture, and
     id `num_experts` (the null expert) zeros."""
     known = expert_ids >= 0

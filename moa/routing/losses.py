@@ -92,9 +92,7 @@ def within_task_balancing_loss(
     return (loss * in_task.sum(1) / weights.sum().clamp(min=1)).sum(1).mean()
 
 
-def z_loss(
-    logits: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None
-) -> Float[Tensor, ""]:
+def z_loss(logits: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None) -> Float[Tensor, ""]:
     """Mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, eq. 5): keeps them small."""
     return _mean(logits.logsumexp(-1).square(), _weights(logits, mask))
 

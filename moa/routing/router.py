@@ -99,9 +99,7 @@ class Router(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), last)
         self.site_offset = nn.Parameter(torch.zeros(sites, experts)) if per_site else None
 
-    def forward(
-        self, evidence: Evidence, withhold: Collection[str] = ()
-    ) -> Float[Tensor, "batch site expert"]:
+    def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch site expert"]:
         """Logits in float32; kinds in `withhold` are treated as missing in every sample."""
         device = next(self.parameters()).device.type
         with torch.autocast(device, enabled=False):
@@ -226,9 +224,7 @@ class AnchorRouter(nn.Module):
             sums.copy_(new_sums)
             counts.copy_(new_counts)
 
-    def forward(
-        self, evidence: Evidence, withhold: Collection[str] = ()
-    ) -> Float[Tensor, "batch 1 expert"]:
+    def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch 1 expert"]:
         """Logits in float32; kinds in `withhold` are left out."""
         total = count = torch.zeros(())
         for kind in self.evidence:

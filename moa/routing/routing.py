@@ -119,10 +119,7 @@ class Routing(nn.Module):
         """The losses on decisions, row after row; empty where no gradient could follow them."""
         if self.kind.learns != "gradient" or any(d.logits is None for d in decided):
             return {}
-        logits, probs = (
-            torch.cat([getattr(d, name) for d in decided]).transpose(0, 1)
-            for name in ("logits", "probs")
-        )
+        logits, probs = (torch.cat([getattr(d, name) for d in decided]).transpose(0, 1) for name in ("logits", "probs"))
         return gate_losses(logits, probs, expert_ids, task_ids, top_k=self.places)
 
     def _gates(

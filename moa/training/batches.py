@@ -59,10 +59,7 @@ def make_layout(train: TrainConfig, num_processes: int) -> Layout:
         raise ValueError(f"train.batch_size: {size} must divide by {num_processes} processes")
     micro = min(train.micro_batch_size or size, size // num_processes)
     if size % (micro * num_processes):
-        raise ValueError(
-            f"train.micro_batch_size: {micro} on {num_processes} processes must divide "
-            f"batch_size={size}"
-        )
+        raise ValueError(f"train.micro_batch_size: {micro} on {num_processes} processes must divide batch_size={size}")
     return Layout(batch_size=size, micro_batch_size=micro, num_processes=num_processes)
 
 
@@ -117,9 +114,7 @@ class Positions:
         return len(self.starts) * self.layout.accumulation
 
 
-def make_loader(
-    dataset: Any, collator: Collator, sampler: Any, num_workers: int, ahead: int = 1
-) -> DataLoader:
+def make_loader(dataset: Any, collator: Collator, sampler: Any, num_workers: int, ahead: int = 1) -> DataLoader:
     """`ahead` batches, and one for each worker, are ready before they are asked for."""
     return DataLoader(
         dataset,
@@ -165,8 +160,5 @@ def source_loader(
 ) -> Iterator[Collated]:
     """One process's share of all samples of a source, in order."""
     rows = Rows(source, name, range(process, len(source), num_processes))
-    batches = [
-        list(range(first, min(first + batch_size, len(rows))))
-        for first in range(0, len(rows), batch_size)
-    ]
+    batches = [list(range(first, min(first + batch_size, len(rows)))) for first in range(0, len(rows), batch_size)]
     yield from make_loader(rows, collator, batches, num_workers)

@@ -57,9 +57,7 @@ def names_of(groups: Mapping[str, Parameters]) -> dict[nn.Parameter, str]:
     return {p: f"{group}/{name}" for group, ps in groups.items() for name, p in ps.items()}
 
 
-def by_name(
-    tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]
-) -> dict[str, dict[str, Tensor]]:
+def by_name(tensors: Mapping[str, Tensor], names: Mapping[nn.Parameter, str]) -> dict[str, dict[str, Tensor]]:
     """`name:kind` tensors as name -> kind -> tensor; ValueError unless the names are these."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -71,9 +69,7 @@ def by_name(
     return found
 
 
-def parameter_table(
-    model: MixtureModel, groups: Mapping[str, Parameters], rates: RateConfig
-) -> Table:
+def parameter_table(model: MixtureModel, groups: Mapping[str, Parameters], rates: RateConfig) -> Table:
     """Group -> parameters, trainable, learning rate, sites: shown before a stage begins."""
     table = Table("group", title="what is trained")
     for column in ("parameters", "trainable", "learning rate", "sites"):
@@ -93,9 +89,7 @@ def parameter_table(
     return table
 
 
-def add_row(
-    table: Table, name: str, parameters: list[nn.Parameter], rate: float, sites: str
-) -> None:
+def add_row(table: Table, name: str, parameters: list[nn.Parameter], rate: float, sites: str) -> None:
     # DeepSpeed keeps the size of a tensor that lies elsewhere
     sizes = [getattr(p, "ds_numel", p.numel()) for p in parameters]
     total = sum(sizes)

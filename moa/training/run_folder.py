@@ -45,9 +45,7 @@ FREE_ON_RESUME = ("out", "root", "logging", "eval", "data.num_workers", "data.va
                   "model.fingerprint", "model.other_base",  # the base has been checked by now
                   "train.save_every", "train.keep_last", "train.keep_best",
                   "train.on_non_finite", "train.max_non_finite_steps")  # fmt: skip
-WAY_OUT = (
-    "To start from its weights with other settings or data, use stages.*.init_from and another out="
-)
+WAY_OUT = "To start from its weights with other settings or data, use stages.*.init_from and another out="
 held: dict[str, Any] = {}  # open lock files by run folder: closing one would unlock it
 
 
@@ -76,9 +74,7 @@ def claim(config: RunConfig, *, resume: bool, overwrite: bool) -> str | None:
         log = run / LOG  # a run that failed at its first sample leaves nothing in it
         learned = pointed(run, "last") is not None or (log.is_file() and log.stat().st_size > 0)
         if learned and not overwrite:
-            raise ValueError(
-                f"out={run}: holds a run already; choices: --resume, --overwrite, another out="
-            )
+            raise ValueError(f"out={run}: holds a run already; choices: --resume, --overwrite, another out=")
         return None
     last = pointed(run, "last")
     step = run / "checkpoints" / last if last else None
@@ -120,9 +116,7 @@ def lock(run: Path) -> None:
     except (BlockingIOError, PermissionError):
         file.seek(0)
         who = file.read().strip() or "another process"
-        raise ValueError(
-            f"out={run}: {who} trains there; wait for its end, or choose another out="
-        ) from None
+        raise ValueError(f"out={run}: {who} trains there; wait for its end, or choose another out=") from None
     except OSError as error:
         print(f"out={run}: not locked ({error.strerror}); start no second training there")
     file.truncate(0)
@@ -149,8 +143,7 @@ def same_config(config: RunConfig, run: Path, begun: int) -> None:
     different = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(key == name or key.startswith(f"{name}.") for name in free)
+        if before.get(key) != now.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
     if different:
         raise ValueError(f"--resume: {run / CONFIG} differs: {'; '.join(different)}. {WAY_OUT}")

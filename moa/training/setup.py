@@ -37,9 +37,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """Accelerate as the launch file sets it; ValueError where that contradicts the run's settings."""
     check_launch(config.train)
     # every trained parameter takes part in every forward, and buffers are the same everywhere
-    handlers: list[Any] = [
-        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    ]
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     deepspeed, on_cpu = asked_for("ACCELERATE_USE_DEEPSPEED"), not torch.cuda.is_available()
     if on_cpu and deepspeed:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -73,9 +71,7 @@ def check_launch(train: TrainConfig) -> None:
         )
     for name, variable in (("DeepSpeed", "DEEPSPEED"), ("FSDP2", "FSDP")):
         if train.precision == "fp16" and asked_for(f"ACCELERATE_USE_{variable}"):
-            raise ValueError(
-                f"train.precision: fp16 does not run under {name}; choices: bf16, fp32"
-            )
+            raise ValueError(f"train.precision: fp16 does not run under {name}; choices: bf16, fp32")
 
 
 def open_run(

@@ -43,9 +43,7 @@ def parameter_groups(model: MixtureModel, config: RunConfig) -> dict[str, Parame
     }
 
 
-def set_trainable(
-    model: MixtureModel, groups: Mapping[str, Parameters], stage: StageConfig
-) -> dict[str, Parameters]:
+def set_trainable(model: MixtureModel, groups: Mapping[str, Parameters], stage: StageConfig) -> dict[str, Parameters]:
     """Let exactly the stage's groups require gradients, and return them; ValueError where nothing is to be trained."""
     model.requires_grad_(False)
     chosen = {name: groups[name] for name in TRAINED[stage.kind] if groups.get(name)}
@@ -53,15 +51,11 @@ def set_trainable(
         for parameter in parameters.values():
             parameter.requires_grad_(True)
     if not chosen and model.routing.kind.learns != "means":
-        raise ValueError(
-            f"stages.{stage.name}: nothing to train: no expert, router or projector learns"
-        )
+        raise ValueError(f"stages.{stage.name}: nothing to train: no expert, router or projector learns")
     return chosen
 
 
-def stage_gates(
-    model: MixtureModel, batch: Batch, stage: str
-) -> Float[Tensor, "batch expert"] | None:
+def stage_gates(model: MixtureModel, batch: Batch, stage: str) -> Float[Tensor, "batch expert"] | None:
     """The stage's override of the gates; None where the model's own router decides."""
     if stage != "experts":
         return None
@@ -159,9 +153,7 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
     return f"router from {folder}" + (f", fresh for {', '.join(fresh)}" if fresh else "")
 
 
-def in_places(
-    own: Tensor, found: Tensor, axes: Sequence[str], places: Mapping[str, Sequence[int]]
-) -> Tensor:
+def in_places(own: Tensor, found: Tensor, axes: Sequence[str], places: Mapping[str, Sequence[int]]) -> Tensor:
     """`own` with `found` in the rows of the experts and tasks that the checkpoint has."""
     names = [*axes, *[""] * (found.dim() - len(axes))]
     sizes = zip(names, own.shape, found.shape, strict=False)

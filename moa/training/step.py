@@ -103,9 +103,7 @@ def train_step(
     return StepResult(values, problem, counts.rejected, metrics.num_stopping > 0)
 
 
-def check_and_update(
-    trainer: Trainer, strategy: Plain, metrics: Metrics, step: int
-) -> tuple[float, str | None]:
+def check_and_update(trainer: Trainer, strategy: Plain, metrics: Metrics, step: int) -> tuple[float, str | None]:
     """The gradient's norm before clipping, and what is not finite; nothing is updated then."""
     accelerator, train = trainer.accelerator, trainer.train
     scaled = train.precision == "fp16"  # its scaler skips a step that overflows
@@ -125,9 +123,7 @@ def check_and_update(
     trainer.overflows = trainer.overflows + 1 if skipped else 0
     if trainer.overflows > MAX_OVERFLOWS:
         happened = f"fp16 gradients overflowed {trainer.overflows} times in a row"
-        raise TrainingError(
-            f"{happened}; choose train.precision=bf16 or fp32, or a lower learning rate"
-        )
+        raise TrainingError(f"{happened}; choose train.precision=bf16 or fp32, or a lower learning rate")
     return (grad_norm if math.isfinite(grad_norm) else -1.0), None
 
 
@@ -162,9 +158,7 @@ def refuse_bad_samples(micro_batches: Sequence[Collated], policy: str) -> None:
             raise TrainingError(f"every sample of a micro-batch is bad: {errors[0]}")
 
 
-def objective(
-    output: MixtureOutput, counts: Counts, weights: Mapping[str, float], reduction: str
-) -> Tensor:
+def objective(output: MixtureOutput, counts: Counts, weights: Mapping[str, float], reduction: str) -> Tensor:
     """This micro-batch's share of the step's loss; the shares of all processes add up to it."""
     if reduction == "token":
         language = (output.loss_per_sample * output.num_tokens).sum() / counts.tokens

@@ -39,9 +39,7 @@ def words(figure):
     return [text.get_text() for text in figure.findobj(plots.matplotlib.text.Text)]
 
 
-def card(
-    score=1.0, reads=True, text="", box=(2.0, 3.0, 12.0, 13.0), gates=([0.25, 0.75],), **changes
-):
+def card(score=1.0, reads=True, text="", box=(2.0, 3.0, 12.0, 13.0), gates=([0.25, 0.75],), **changes):
     values = {
         "id": "1", "image_id": "1", "image": Image.new("RGB", (40, 30)), "task": "grounding",
         "source": "grounding", "question": "where is the $5 note?", "answers": (),
@@ -66,9 +64,7 @@ def test_a_card_shows_both_boxes_in_original_pixels_the_words_and_the_gates(tmp_
 
 
 def test_a_wrong_answer_is_shown_beside_the_true_one_and_missing_ocr_is_said(tmp_path, pages):
-    wrong = card(
-        answers=("cat", "a cat", "cat"), score=0.0, box=None, boxes=(), ocr=None, gates=None
-    )
+    wrong = card(answers=("cat", "a cat", "cat"), score=0.0, box=None, boxes=(), ocr=None, gates=None)
     cards.gallery(tmp_path / "samples.png", [wrong], ["vqa"], "Samples")
     shown = words(pages[0])
     assert {"✗ (nothing)", "true: cat / a cat", "no OCR was run"} <= set(shown)
@@ -123,8 +119,7 @@ def test_the_running_mean_looks_back_only():
 
 def test_losses_are_drawn_per_task_with_stages_named(tmp_path, pages):
     rows = [
-        {"step": i, "stage": "experts" if i < 5 else "router", "loss/vqa": 2.0, "loss/caption": 1.0}
-        for i in range(10)
+        {"step": i, "stage": "experts" if i < 5 else "router", "loss/vqa": 2.0, "loss/caption": 1.0} for i in range(10)
     ]
     plots.loss_curves(tmp_path / "losses.png", [*rows, {"step": 10, "note": "no loss here"}])
     assert {"vqa 2.00", "caption 1.00", " experts", " router"} <= set(words(pages[0]))

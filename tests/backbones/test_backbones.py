@@ -111,9 +111,7 @@ def test_every_convention_for_boxes_is_one_that_prompts_can_use():
 @each_family
 def test_the_parts_in_a_row_are_the_model_that_transformers_runs(name):
     backbone, samples = tiny_family(name), samples_for(name)[:3]
-    batch = batch_of(
-        backbone, samples, for_generation=True, settings=PromptConfig(task_in_prompt=False)
-    )
+    batch = batch_of(backbone, samples, for_generation=True, settings=PromptConfig(task_in_prompt=False))
     questions = [sample.question + "\nReference OCR token: stop" * (i == 1)
                  for i, sample in enumerate(samples)]  # fmt: skip
     native = probe_inputs(backbone.processor, [s.image for s in samples], questions)
@@ -231,18 +229,14 @@ def test_gradients_reach_experts_and_router_alone_and_survive_checkpointing(name
     def gradients() -> dict[str, torch.Tensor | None]:
         model.zero_grad()
         model(batch).loss_per_sample.sum().backward()
-        return {
-            n: p.grad if p.grad is None else p.grad.clone() for n, p in model.named_parameters()
-        }
+        return {n: p.grad if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
 
     plain = gradients()
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n for n, grad in plain.items() if grad is not None} == trained
     assert all("lora_" in n or "router." in n for n in trained)
     for site in model.bank.sites:
-        assert any(plain[n].abs().sum() > 0 for n in trained if n.startswith(f"model.{site}.")), (
-            site
-        )
+        assert any(plain[n].abs().sum() > 0 for n in trained if n.startswith(f"model.{site}.")), site
     model.enable_gradient_checkpointing()
     for parameter, grad in gradients().items():
         if grad is not None:
@@ -342,9 +336,7 @@ def same_process(monkeypatch):
     """Reload here instead of in a fresh process, which costs seconds of imports."""
 
     def reload(inputs, *, model, adapter=None, new_tokens):
-        loaded, info = AutoModelForImageTextToText.from_pretrained(
-            model, dtype=torch.float32, output_loading_info=True
-        )
+        loaded, info = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
         assert not info["missing_keys"] and not info["mismatched_keys"]
         if adapter:
             loaded = PeftModel.from_pretrained(loaded, adapter)
@@ -363,9 +355,7 @@ def some_slow(*fast: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
 @some_slow("llava", "qwen2_5_vl", "idefics3")
-def test_a_mixture_exports_to_what_plain_peft_or_transformers_computes(
-    name, kind, tmp_path, same_process
-):
+def test_a_mixture_exports_to_what_plain_peft_or_transformers_computes(name, kind, tmp_path, same_process):
     model = mixture(name)
     base = tiny_family(name)
     base.model.save_pretrained(tmp_path / "base")

@@ -134,16 +134,12 @@ def test_an_adapter_that_wraps_the_towers_unused_layer_becomes_an_expert(tmp_pat
         stages={},
     )
     bank = build_model(config).bank
-    assert re.search(
-        r"expert vqa: .*plain: \d+ sites dropped that change no output", capfd.readouterr().err
-    )
+    assert re.search(r"expert vqa: .*plain: \d+ sites dropped that change no output", capfd.readouterr().err)
     assert not any("encoder.layers.2." in site for site in bank.experts["vqa"].sites)
     theirs = wrapped.state_dict()
     for site in bank.experts["vqa"].sites:
         for key in site_keys(site):
-            assert torch.equal(
-                bank.state("vqa")[key], theirs[key.replace(".weight", ".default.weight")]
-            )
+            assert torch.equal(bank.state("vqa")[key], theirs[key.replace(".weight", ".default.weight")])
 
 
 def test_all_linear_leaves_out_what_cannot_learn_or_be_merged(tmp_path):
@@ -166,9 +162,7 @@ def test_an_expert_on_a_tied_lm_head_is_refused_at_the_start(tmp_path):
 def test_a_site_outside_the_targets_is_named_with_the_way_out(tmp_path):
     peft_adapter(tmp_path / "plain", ["q_proj", "up_proj"])
     config = toy_config(tmp_path, experts__vqa={"init_from": str(tmp_path / "plain")})
-    with pytest.raises(
-        ValueError, match=r"plain: \d+ of its sites are not among model.targets.*all-linear"
-    ):
+    with pytest.raises(ValueError, match=r"plain: \d+ of its sites are not among model.targets.*all-linear"):
         build_model(config)
 
 
@@ -199,10 +193,7 @@ def test_the_base_alone_gives_the_same_backbone_with_its_fingerprint(tmp_path):
 def old_spelling(source: Path, folder: Path) -> Path:
     """The same adapter as transformers before 4.52 would have keyed it."""
     header = read_header(source)
-    names = {
-        site: site.replace("model.language_model.", "language_model.model.")
-        for site in header.ranks
-    }
+    names = {site: site.replace("model.language_model.", "language_model.model.") for site in header.ranks}
     renamed = rename_sites(header, names)
     save_expert(folder, read_tensors(renamed), renamed.config)
     return folder

@@ -83,9 +83,7 @@ def test_fresh_experts_and_experts_off_are_the_library_bit_for_bit(kind, folders
 def test_splitting_permuting_and_padding_a_batch_change_no_gate_and_no_feature(kind, folders):
     model = mixture_of(folders[kind], kind, std=0.5)
     images, texts, gates = features_of(model)
-    assert (
-        gates[0].std(0).max() > 1e-3 and gates[1].std(0).max() > 1e-3
-    )  # they do depend on the sample
+    assert gates[0].std(0).max() > 1e-3 and gates[1].std(0).max() > 1e-3  # they do depend on the sample
     order = [2, 0, 3, 1]
     swapped = features_of(model, [TEXTS[i] for i in order], [PICTURES[i] for i in order])
     # the shortest text alone is not padded as it is beside the longest
@@ -207,9 +205,7 @@ def test_open_clip_is_never_loaded_with_random_weights(tmp_path, folders):
 def test_an_open_clip_architecture_loads_its_weights_from_a_file(tmp_path, folders):
     open_clip.add_model_config(folders["open_clip"].parent)
     (tmp_path / "tiny-moa.json").write_text(
-        json.dumps(
-            json.loads((folders["open_clip"] / "open_clip_config.json").read_text())["model_cfg"]
-        )
+        json.dumps(json.loads((folders["open_clip"] / "open_clip_config.json").read_text())["model_cfg"])
     )
     open_clip.add_model_config(tmp_path)
     file = folders["open_clip"] / "open_clip_model.safetensors"

@@ -33,9 +33,7 @@ def reading(request, monkeypatch):
         monkeypatch.setattr(moa.backbones.fingerprint, "BLOCK", 64)
 
 
-def rewritten(
-    base: Path, folder: Path, change: Callable[[Tensors], Tensors], **config: object
-) -> Path:
+def rewritten(base: Path, folder: Path, change: Callable[[Tensors], Tensors], **config: object) -> Path:
     shutil.copytree(base, folder)
     tensors = change(load_file(folder / "model.safetensors"))
     save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "model.safetensors")
@@ -85,9 +83,7 @@ def test_a_changed_weight_shows(base, tmp_path, change):
     assert base_fingerprint(other) != base_fingerprint(base)
 
 
-def test_a_config_that_computes_something_else_shows_and_one_that_does_not_is_the_same(
-    base, tmp_path
-):
+def test_a_config_that_computes_something_else_shows_and_one_that_does_not_is_the_same(base, tmp_path):
     own = base_fingerprint(base)
     for number, (changes, same) in enumerate([
         ({"vision_feature_layer": -1}, False),
@@ -112,13 +108,9 @@ def test_a_stored_copy_of_tied_embeddings_does_not_show_and_another_lm_head_does
     tiny_llava(tie_word_embeddings=True)[0].save_pretrained(tmp_path / "base")
     own = base_fingerprint(tmp_path / "base")
     embeddings, head = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-    copy = rewritten(
-        tmp_path / "base", tmp_path / "copy", lambda ts: {**ts, head: ts[embeddings].clone()}
-    )
+    copy = rewritten(tmp_path / "base", tmp_path / "copy", lambda ts: {**ts, head: ts[embeddings].clone()})
     assert base_fingerprint(copy) == own
-    other = rewritten(
-        tmp_path / "base", tmp_path / "other", lambda ts: {**ts, head: ts[embeddings] + 1}
-    )
+    other = rewritten(tmp_path / "base", tmp_path / "other", lambda ts: {**ts, head: ts[embeddings] + 1})
     assert base_fingerprint(other) != own
 
 

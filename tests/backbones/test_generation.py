@@ -18,9 +18,7 @@ def world() -> tuple[MixtureModel, object]:
 
     model, processor = tiny_llava()
     backbone = Backbone(model=model.requires_grad_(False), processor=processor)
-    bank = ExpertBank.attach(
-        model, [r"model\.language_model\..*_proj"], stream_of=backbone.stream_of
-    )
+    bank = ExpertBank.attach(model, [r"model\.language_model\..*_proj"], stream_of=backbone.stream_of)
     generator = torch.Generator().manual_seed(1)
     for name, rank in (("one", 2), ("two", 3)):
         bank.add(name, rank=rank, alpha=4)

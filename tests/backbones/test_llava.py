@@ -64,9 +64,7 @@ def test_generation_is_that_of_the_whole_model_and_the_model_is_left_as_it_was()
 def test_features_are_repeated_with_their_prompts(kind):
     """What a transformers that repeats prompts ahead of the pictures asks for."""
     entries = torch.arange(4.0)[:, None, None].expand(4, 2, 1)  # four pictures of two tokens
-    features = BaseModelOutputWithPooling(
-        pooler_output=entries if kind == "tensor" else list(entries)
-    )
+    features = BaseModelOutputWithPooling(pooler_output=entries if kind == "tensor" else list(entries))
     counts = torch.tensor([4, 0, 2, 2])  # two of the first sample, none of the second
     found = repeated(features, 2, counts).pooler_output
     assert [int(entry[0, 0]) for entry in found] == [0, 1, 0, 1, 2, 2, 3, 3]
@@ -80,9 +78,7 @@ def test_the_unused_sites_are_those_whose_weights_get_no_gradient(name):
     without = {
         site
         for site, module in backbone.model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and backbone.stream_of(site) == "image"
-        and module.weight.grad is None
+        if isinstance(module, torch.nn.Linear) and backbone.stream_of(site) == "image" and module.weight.grad is None
     }
     assert set(backbone.unused_sites()) == without
 

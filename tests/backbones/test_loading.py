@@ -62,11 +62,7 @@ class Bomb:
 
 
 def only_a_pickle(folder: Path) -> None:
-    kind = (
-        "open_clip_pytorch_model"
-        if (folder / "open_clip_config.json").exists()
-        else "pytorch_model"
-    )
+    kind = "open_clip_pytorch_model" if (folder / "open_clip_config.json").exists() else "pytorch_model"
     weights(folder).unlink()
     (folder / f"{kind}.bin").write_bytes(pickle.dumps(Bomb()))
 
@@ -96,12 +92,8 @@ FAULTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind"), [(fault, kind) for fault, row in FAULTS.items() for kind in row[1]]
-)
-def test_a_base_with_a_fault_is_refused_in_one_line(
-    bases, tmp_path, monkeypatch, capfd, fault, kind
-):
+@pytest.mark.parametrize(("fault", "kind"), [(fault, kind) for fault, row in FAULTS.items() for kind in row[1]])
+def test_a_base_with_a_fault_is_refused_in_one_line(bases, tmp_path, monkeypatch, capfd, fault, kind):
     spoil, _, expected = FAULTS[fault]
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "base"

@@ -34,9 +34,7 @@ def test_do_pad_brings_back_the_square_that_llava_was_trained_with(tmp_path):
     saved_llava(tmp_path)
     wide = random_image(3, 80, 40)
     cropped = load_backbone(str(tmp_path)).processor.image_processor
-    padded = load_backbone(
-        str(tmp_path), image_processor={"do_pad": True}
-    ).processor.image_processor
+    padded = load_backbone(str(tmp_path), image_processor={"do_pad": True}).processor.image_processor
     assert seen_by(cropped, 80, 40).seen == pytest.approx((20.0, 0.0, 60.0, 40.0))
     geometry = seen_by(padded, 80, 40)
     assert geometry.seen == (0.0, 0.0, 80.0, 40.0)
@@ -83,9 +81,7 @@ def test_auto_writes_boxes_as_the_family_was_trained(name):
 
 def tokenizer_without_locations():
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=transformers.AutoTokenizer.from_pretrained(
-            "assets/clip_base"
-        ).backend_tokenizer
+        tokenizer_object=transformers.AutoTokenizer.from_pretrained("assets/clip_base").backend_tokenizer
     )
 
 

@@ -36,17 +36,13 @@ def test_every_benchmark_yields_its_primary_score_first_and_within_zero_and_one(
 
 
 def test_vqa_reports_its_rule_and_the_plain_match_beside_the_soft_score():
-    scores = BENCHMARKS["vqa"].score(
-        [prediction("yes", ["yes"] * 2 + ["no"] * 8), prediction("The cat", ["cat"])]
-    )
+    scores = BENCHMARKS["vqa"].score([prediction("yes", ["yes"] * 2 + ["no"] * 8), prediction("The cat", ["cat"])])
     assert dict(scores) == {"vqa_accuracy": pytest.approx(0.8), "exact_match": 0.5}
     assert scores.notes == {"rule": "any_of_few: 1, official_10: 1"}
 
 
 def test_ocr_vqa_gives_part_of_the_credit_by_anls_only():
-    scores = BENCHMARKS["ocr_vqa"].score(
-        [prediction("STATIO", ["station"]), prediction("", ["exit"])]
-    )
+    scores = BENCHMARKS["ocr_vqa"].score([prediction("STATIO", ["station"]), prediction("", ["exit"])])
     assert dict(scores) == {"exact_match": 0.0, "ANLS": pytest.approx(3 / 7)}
     assert scores.failures == {"empty answer": [1]}
 

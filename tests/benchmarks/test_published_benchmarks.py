@@ -51,9 +51,7 @@ def test_each_benchmark_scores_by_its_own_rule(name, text, answers, expected):
 
 def test_gqa_parts_open_questions_from_those_with_two_answers():
     rows = [("red", "red", "query"), ("blue", "red", "query"), ("yes", "yes", "verify")]
-    made = [
-        with_id(prediction(said, [true]), said, tags=(kind, "attr")) for said, true, kind in rows
-    ]
+    made = [with_id(prediction(said, [true]), said, tags=(kind, "attr")) for said, true, kind in rows]
     assert dict(scored("gqa", made)) == {
         "accuracy": pytest.approx(2 / 3),
         "binary": 1.0,
@@ -162,8 +160,7 @@ def test_a_source_is_scored_by_the_benchmark_that_it_names(run):
     assert record["n"] == 2 and record["skipped_samples"][0].endswith("and has 1")
     example = record["settings"]["prompt"]["example"]
     assert example == (
-        "[vqa] what is written?\nReference OCR token: EXIT\n"
-        "Answer the question using a single word or phrase."
+        "[vqa] what is written?\nReference OCR token: EXIT\nAnswer the question using a single word or phrase."
     )
     assert record["num_with_ocr_words"] == 1 and record["settings"]["prompt"]["ocr_in_prompt"]
     assert record["versions"]["pycocoevalcap"] == "1.2"

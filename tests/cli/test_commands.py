@@ -30,12 +30,8 @@ except SystemExit as end:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_comes_without_the_libraries_of_the_work(command):
-    done = subprocess.run(
-        [sys.executable, "-c", HELP, command], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.stdout.rstrip().endswith("ENDED 0 [] True"), (
-        done.stdout[-300:] + done.stderr[-2000:]
-    )
+    done = subprocess.run([sys.executable, "-c", HELP, command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("ENDED 0 [] True"), done.stdout[-300:] + done.stderr[-2000:]
     assert len(done.stdout.splitlines()) > 5
 
 

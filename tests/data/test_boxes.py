@@ -40,12 +40,8 @@ def test_each_convention_writes_as_its_authors_do(name, text):
 
 def test_several_boxes_stand_as_the_convention_joins_them():
     boxes = [(0, 0, 50, 100), (50, 0, 100, 100)]
-    assert CODECS["shikra"].encode(boxes, whole(100, 100)) == (
-        "[0.000,0.000,0.500,1.000;0.500,0.000,1.000,1.000]"
-    )
-    assert CODECS["internvl"].encode(boxes, whole(100, 100)) == (
-        "<box>[[0, 0, 500, 1000], [500, 0, 1000, 1000]]</box>"
-    )
+    assert CODECS["shikra"].encode(boxes, whole(100, 100)) == ("[0.000,0.000,0.500,1.000;0.500,0.000,1.000,1.000]")
+    assert CODECS["internvl"].encode(boxes, whole(100, 100)) == ("<box>[[0, 0, 500, 1000], [500, 0, 1000, 1000]]</box>")
 
 
 def test_llava_speaks_of_the_square_that_the_processor_pads_to():
@@ -101,9 +97,7 @@ def test_a_box_comes_back_within_half_a_step_and_is_always_readable(name, x, y, 
             assert abs(got - wanted) <= step * (1.0 if thin else 0.5) + 1e-6
 
 
-@pytest.mark.parametrize(
-    "box", [(-1, 0, 5, 5), (0, 0, 11, 5), (0, 0, 5, 11), (5, 0, 5, 5), (0, 6, 5, 5)]
-)
+@pytest.mark.parametrize("box", [(-1, 0, 5, 5), (0, 0, 11, 5), (0, 0, 5, 11), (5, 0, 5, 5), (0, 6, 5, 5)])
 def test_a_box_outside_its_image_or_without_area_is_refused(box):
     with pytest.raises(ValueError, match="10x10 pixels"):
         CODEC.encode([box], whole(10, 10))
@@ -145,6 +139,4 @@ def test_special_tokens_may_be_gone_from_the_answer():
 
 
 def test_the_number_of_location_tokens_is_a_parameter():
-    assert location_tokens(3).encode([(0, 0, 4, 8)], whole(8, 8)) == (
-        "<loc0000><loc0000><loc0002><loc0001>"
-    )
+    assert location_tokens(3).encode([(0, 0, 4, 8)], whole(8, 8)) == ("<loc0000><loc0000><loc0002><loc0001>")

@@ -39,9 +39,7 @@ def text_of(rng: Random, special: re.Pattern[str]) -> str:
     """A short text, most of it parts of end tokens, as a reader gives it: no special token, not blank."""
     while True:
         rare = [chr(rng.choice([rng.randrange(32, 0x250), rng.randrange(0xE000, 0x1F700)]))]
-        parts = rng.choices(
-            [*PIECES, *"<|/>s_ aeniof\n.3", "red", "a dog", *rare], k=rng.randint(1, 3)
-        )
+        parts = rng.choices([*PIECES, *"<|/>s_ aeniof\n.3", "red", "a dog", *rare], k=rng.randint(1, 3))
         text = "".join(parts).strip()
         if text and not special.search(text):
             return text
@@ -51,9 +49,7 @@ def chat_of(rng: Random, name: str) -> list[dict]:
     """One to three questions and answers; some begin with a system prompt."""
     special = special_of(name)
     roles = ["user", "assistant"] * rng.choice([1, 1, 2, 3])
-    if (
-        rng.random() < 0.2 and name != "pixtral"
-    ):  # it puts the system prompt before the last question
+    if rng.random() < 0.2 and name != "pixtral":  # it puts the system prompt before the last question
         roles = ["system", *roles]
     return [message(role, text_of(rng, special)) for role in roles]
 
@@ -67,9 +63,7 @@ def test_an_answer_and_one_end_token_are_learned_behind_the_prompt_of_generation
     end = tokenizer.convert_tokens_to_ids(HUB[name].end)
     learned = encoder.encode(chats, [[]] * len(chats), prompts=False)
     asked = encoder.encode(chats, [[]] * len(chats), prompts=True)["input_ids"]
-    for chat, prompt, ids, mask in zip(
-        chats, asked, learned["input_ids"], learned["assistant_masks"], strict=True
-    ):
+    for chat, prompt, ids, mask in zip(chats, asked, learned["input_ids"], learned["assistant_masks"], strict=True):
         first = mask.index(1)
         assert ids[:first] == prompt  # of the first answer
         said = [i for i, m in zip(ids, mask, strict=True) if m]
@@ -112,9 +106,7 @@ CHAT = [message("user", "what?"), message("assistant", "red"),
 @each_template
 def test_with_an_image_the_prompt_is_still_the_one_of_generation(name):
     turns = (Turn(question="and?", answer="end"),)
-    batches = [
-        collator(processor_of(name), for_generation=g)([sample(turns=turns)]) for g in (0, 1)
-    ]
+    batches = [collator(processor_of(name), for_generation=g)([sample(turns=turns)]) for g in (0, 1)]
     (whole,), (prompt,) = (batch.input_ids for batch in batches)
     start = int((batches[0].labels[0] != IGNORED).nonzero()[0])
     assert whole[:start].equal(prompt)
@@ -259,9 +251,7 @@ def test_a_sample_that_a_processor_refuses_is_named_and_the_others_are_read(num_
 
 
 def test_a_sample_that_a_template_refuses_is_named_in_a_batch_and_by_the_check():
-    refuse = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-    )
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     collate = collator(with_template(refuse + QWEN2, "<|im_start|>"))
     rows = [sample(0, image=None), sample(1, image=None, system="be brief")]
     batch, rejected = collate.split(rows)
@@ -317,9 +307,7 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
         ({"chat_template": ENDLESS + IDEFICS}, "chat template fails.*not done after 0.2 seconds"),
     ],
 )
-def test_a_base_whose_processor_lacks_a_part_is_refused_with_a_way_out(
-    tmp_path, monkeypatch, changes, message
-):
+def test_a_base_whose_processor_lacks_a_part_is_refused_with_a_way_out(tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(opening, "TEMPLATE_SECONDS", 0.2)
     with pytest.raises(ValueError, match=rf"^model: {tmp_path}: .*{message}") as error:
         open_intake(saved(tmp_path, **changes))

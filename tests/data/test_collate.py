@@ -16,9 +16,7 @@ from tests.support.tiny import random_image, tiny_processor
 CODEC = CODECS["location_tokens"]
 PROCESSOR = tiny_processor()
 TOKENIZER = PROCESSOR.tokenizer
-COLLATE = ChatCollator(
-    processor=PROCESSOR, tasks=["vqa", "grounding"], experts=["one", "two"], codec=CODEC
-)
+COLLATE = ChatCollator(processor=PROCESSOR, tasks=["vqa", "grounding"], experts=["one", "two"], codec=CODEC)
 
 
 def word(text: str, confidence: float = 0.9) -> OcrWord:
@@ -79,9 +77,7 @@ def test_the_prompt_holds_task_question_and_ocr_words():
 def test_task_and_ocr_words_leave_the_prompt_by_their_switches():
     written = replace(COLLATE, settings=PromptConfig(task_template="<{task}> "))([sample()])
     assert "<vqa> what" in prompt_of(written)
-    bare = replace(COLLATE, settings=PromptConfig(task_in_prompt=False, ocr_in_prompt=False))(
-        [sample()]
-    )
+    bare = replace(COLLATE, settings=PromptConfig(task_in_prompt=False, ocr_in_prompt=False))([sample()])
     assert "[vqa]" not in prompt_of(bare) and "STOP" not in prompt_of(bare)
     assert bare.task_ids.tolist() == [0] and bare.ocr_mask.any()  # the router still sees both
 
@@ -99,9 +95,7 @@ def test_tasks_are_withheld_from_training_samples_alone_by_their_share():
         for share in (0.0, 0.3, 1.0)
     ]
     assert counts[0] == 0 and counts[1] == pytest.approx(1500, abs=150) and counts[2] == 5000
-    asked = replace(COLLATE, for_generation=True, settings=PromptConfig(task_dropout=1.0))(
-        [sample()]
-    )
+    asked = replace(COLLATE, for_generation=True, settings=PromptConfig(task_dropout=1.0))([sample()])
     assert "[vqa]" in prompt_of(asked) and asked.task_ids.tolist() == [0]
 
 
@@ -230,9 +224,7 @@ def test_without_marks_every_answer_of_a_conversation_is_supervised_and_no_quest
             said("user", "sure?"), said("assistant", "yes")]  # fmt: skip
     encoder = ChatEncoder(collate.processor)
     ids, mask = encoder.replies(encoder.dialogue(chat))
-    texts = [
-        TOKENIZER.decode([t for t, m in zip(ids, mask, strict=True) if m == on]) for on in (0, 1)
-    ]
+    texts = [TOKENIZER.decode([t for t, m in zip(ids, mask, strict=True) if m == on]) for on in (0, 1)]
     assert "sure?" in texts[0] and "red" not in texts[0] and "yes" not in texts[0]
     assert texts[1] == " red</s> yes</s>"
     prompt = collate.processor.apply_chat_template(chat[:1], add_generation_prompt=True)
@@ -284,9 +276,7 @@ def test_the_worst_of_several_boxes_counts_and_the_least_share_is_enough():
 
 
 def test_a_cropped_box_is_learned_as_what_is_left_of_it_where_that_is_accepted():
-    collate = replace(
-        COLLATE, processor=CROPPING, codec=CODECS["llava"], settings=PromptConfig(min_visible=0.8)
-    )
+    collate = replace(COLLATE, processor=CROPPING, codec=CODECS["llava"], settings=PromptConfig(min_visible=0.8))
     boxed = sample(image=WIDE, answers=(), boxes=((12, 0, 30, 30),))
     learned = collate([boxed]).labels[0]
     text = TOKENIZER.decode(learned[learned != IGNORED])
@@ -296,9 +286,7 @@ def test_a_cropped_box_is_learned_as_what_is_left_of_it_where_that_is_accepted()
 
 def test_an_instruction_stands_behind_the_ocr_words_as_llava_writes_it():
     asked = sample(instruction="Answer with one word.")
-    batch = replace(COLLATE, settings=PromptConfig(ocr_separator=", ", task_in_prompt=False))(
-        [asked]
-    )
+    batch = replace(COLLATE, settings=PromptConfig(ocr_separator=", ", task_in_prompt=False))([asked])
     expected = "what colour is the square?\nReference OCR token: STOP, now\nAnswer with one word."
     assert expected in prompt_of(batch)
 

@@ -37,9 +37,7 @@ def test_the_log_says_what_each_step_waited_and_the_end_of_a_run_its_share(tmp_p
 
 def toy_source(folder: Path):
     config = toy_config(folder)
-    collator = ChatCollator(
-        processor=tiny_processor(), tasks=["vqa"], experts=["vqa"], codec=CODECS["location_tokens"]
-    )
+    collator = ChatCollator(processor=tiny_processor(), tasks=["vqa"], experts=["vqa"], codec=CODECS["location_tokens"])
     return open_sources(config.data.sources.values(), config.data, None)["vqa"], collator
 
 

@@ -34,8 +34,7 @@ def test_names_belong_to_one_category_each():
 
 def test_a_negative_is_its_drawing_with_every_colour_turned_round():
     plain, negative = (
-        DrawingDataset("test", "names", num_samples=1, style=style)[0].image
-        for style in ("color", "negative")
+        DrawingDataset("test", "names", num_samples=1, style=style)[0].image for style in ("color", "negative")
     )
     assert np.array_equal(255 - np.asarray(plain), np.asarray(negative))
 
@@ -54,10 +53,7 @@ def test_wrong_settings_name_the_choices():
 
 
 def test_a_turned_drawing_is_its_drawing_upside_down():
-    plain, turned = (
-        DrawingDataset("test", "names", num_samples=3, style=style)[2]
-        for style in ("color", "turned")
-    )
+    plain, turned = (DrawingDataset("test", "names", num_samples=3, style=style)[2] for style in ("color", "turned"))
     pixels = np.asarray(plain.image)[::-1, ::-1]
     assert np.array_equal(np.asarray(turned.image), pixels)
     assert turned.question == "an upside-down drawing of {}"

@@ -74,9 +74,7 @@ def grey_png(depth: int) -> Callable[[Pixels], tuple[bytes, Pixels]]:
 def deep_rgb_png(numbers: Pixels) -> tuple[bytes, Pixels]:
     values = np.stack([numbers >> 16, numbers & 0xFFFF, (numbers >> 8) & 0xFFFF], axis=-1)
     clear = values[0, 0]
-    content = png(
-        16, 2, [packed(r, 16) for r in values], values.shape[1], struct.pack(">3H", *clear)
-    )
+    content = png(16, 2, [packed(r, 16) for r in values], values.shape[1], struct.pack(">3H", *clear))
     # PIL drops the low bytes, so every pixel of the same high bytes is transparent
     return content, on_white(values >> 8, np.where((values >> 8 == clear >> 8).all(-1), 0, 255))
 
@@ -118,9 +116,7 @@ def floats_tiff(top: float) -> Callable[[Pixels], tuple[bytes, Pixels]]:
 def pgm(numbers: Pixels) -> tuple[bytes, Pixels]:
     values = numbers >> 20
     head = f"P5 {values.shape[1]} {values.shape[0]} 4095\n".encode()
-    return head + values.astype(">u2").tobytes(), rgb(
-        np.rint(values / 4095 * 65535).astype(int) >> 8
-    )
+    return head + values.astype(">u2").tobytes(), rgb(np.rint(values / 4095 * 65535).astype(int) >> 8)
 
 
 def with_alpha(mode: str, kind: str) -> Callable[[Pixels], tuple[bytes, Pixels]]:

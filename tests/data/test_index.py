@@ -20,9 +20,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
-REUSED = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+REUSED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(autouse=True)

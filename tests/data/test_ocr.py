@@ -147,9 +147,7 @@ FAKE = {"num_workers": 1, "part_size": 2, "engine": FakeEngine(), "progress": Fa
 REDS = [3, 9, 3, 255, 7, 1, 9, 4, 5, 6]  # twice 3, twice 9, and one that cannot be read
 
 
-def test_shards_of_several_machines_merge_to_the_file_of_one_even_after_a_kill(
-    tmp_path, monkeypatch
-):
+def test_shards_of_several_machines_merge_to_the_file_of_one_even_after_a_kill(tmp_path, monkeypatch):
     images = [plain(red) for red in REDS]
     whole, path = tmp_path / "whole.parquet", tmp_path / "ocr.parquet"
     for file in (whole, path):
@@ -187,9 +185,7 @@ def test_shards_that_do_not_belong_together_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"1-of-2.parquet: has other words .* for image a"):
         merge_shards(path, 2)
     write_table(shard_file(path, 1, 2), {"a": ()}, {"engine": "two"})
-    with pytest.raises(
-        ValueError, match=r"1-of-2.parquet: engine is 'two' in this cache and 'one'"
-    ):
+    with pytest.raises(ValueError, match=r"1-of-2.parquet: engine is 'two' in this cache and 'one'"):
         merge_shards(path, 2)
     assert not path.exists()
 
@@ -218,9 +214,7 @@ def test_failures_are_counted_by_reason_and_the_other_images_are_read(tmp_path):
     path = tmp_path / "ocr.parquet"
     report = build_cache(Broken(), path, num_workers=1, engine=FakeEngine(), progress=False)
     assert report.failures == {"OSError: truncated": [1]} and report.read == 2
-    report = build_cache(
-        [plain(255), plain(9)], path, num_workers=1, engine=FakeEngine(), progress=False
-    )
+    report = build_cache([plain(255), plain(9)], path, num_workers=1, engine=FakeEngine(), progress=False)
     assert report.failures == {"RuntimeError: engine failed": [0]}
     assert len(OcrCache(path)) == 3
 
@@ -282,9 +276,7 @@ TABLE = """level\tpage_num\tblock_num\tpar_num\tline_num\tword_num\tleft\ttop\tw
 
 
 def test_tesseracts_table_becomes_words_with_boxes_and_confidences():
-    assert tsv_words(TABLE) == (
-        OcrWord(text='HE"LO', box=(20.0, 28.0, 110.0, 46.0), confidence=0.958),
-    )
+    assert tsv_words(TABLE) == (OcrWord(text='HE"LO', box=(20.0, 28.0, 110.0, 46.0), confidence=0.958),)
 
 
 def test_a_missing_tesseract_says_how_to_get_it(monkeypatch):

@@ -91,9 +91,7 @@ def test_a_missing_file_is_named_with_its_source_and_format(name, tmp_path):
 
 def test_a_key_that_a_format_lacks_or_does_not_use_is_named(tmp_path):
     folder = written("vqav2", tmp_path / "data")
-    with pytest.raises(
-        ValueError, match=r"mine\.images: format vqav2 needs it: path, images, anno"
-    ):
+    with pytest.raises(ValueError, match=r"mine\.images: format vqav2 needs it: path, images, anno"):
         opened("vqav2", folder, images=None)
     with pytest.raises(ValueError, match=r"mine\.ocr: has no effect with format=vqav2"):
         opened("vqav2", folder, ocr="annotations.json")
@@ -107,9 +105,7 @@ def test_a_test_split_has_no_answers(tmp_path):
     folder = written("vqav2", tmp_path / "vqa")
     assert opened("vqav2", folder, annotations=None)[0].answers == ()
     folder = written("aokvqa", tmp_path / "aokvqa")
-    edit("val.json", lambda v: [v[0].pop(k) for k in ("direct_answers", "correct_choice_idx")])(
-        folder
-    )
+    edit("val.json", lambda v: [v[0].pop(k) for k in ("direct_answers", "correct_choice_idx")])(folder)
     assert opened("aokvqa", folder)[0].answers == opened("aokvqa_choice", folder)[0].answers == ()
 
 
@@ -210,9 +206,7 @@ def test_a_pickle_that_names_code_is_refused_and_nothing_runs(tmp_path, protocol
     folder, trace = written("refcoco", tmp_path / "data"), tmp_path / "trace"
     content = pickle.dumps([Malicious(trace)], protocol=protocol)
     (folder / "refs(unc).p").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"refs\(unc\)\.p: not a pickle of plain containers: names"
-    ):
+    with pytest.raises(ValueError, match=r"refs\(unc\)\.p: not a pickle of plain containers: names"):
         opened("refcoco", folder)
     assert not trace.exists()
     pickle.loads(content)
@@ -307,9 +301,7 @@ def test_open_clips_table_of_images_and_titles_is_read(tmp_path):
 def test_class_labels_of_a_saved_table_become_their_names(tmp_path):
     import datasets
 
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])}
-    )
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["cat", "dog"])})
     table = datasets.Dataset.from_dict({"text": ["?", "!"], "label": [1, 0]}, features=features)
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved")
     columns = {"question": "text", "answers": "label"}
@@ -367,9 +359,7 @@ def all_formats(folder: Path, toy: dict) -> dict:
     sources = {}
     for name, case in CASES.items():
         written(name, folder / name)
-        paths = {
-            key: str(folder / name / value) for key, value in case.config.items() if key in PATHS
-        }
+        paths = {key: str(folder / name / value) for key, value in case.config.items() if key in PATHS}
         sources[name] = {**case.config, **paths, "format": name, "expert": "vqa"}
     toy["data"] = {
         "sources": sources,

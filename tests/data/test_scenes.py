@@ -78,9 +78,7 @@ def test_training_never_asks_in_a_held_out_wording(task):
 
 
 def test_no_word_of_the_test_signs_was_met_by_the_base():
-    ranges = {
-        name: range(*slice(*SPLITS[name].words).indices(len(sign_words()))) for name in SPLITS
-    }
+    ranges = {name: range(*slice(*SPLITS[name].words).indices(len(sign_words()))) for name in SPLITS}
     assert not set(ranges["test"]) & (set(ranges["train"]) | set(ranges["pretrain"]))
     assert len(set(sign_words())) == len(sign_words())
 

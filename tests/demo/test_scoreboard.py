@@ -34,9 +34,7 @@ def test_a_run_of_other_settings_is_neither_used_nor_overwritten(plan, monkeypat
     train(plan, "lora", "train.batch_size=8")
     assert len(started) == 1
     for other in (replace(plan, overrides=["train.clip_norm=9"]), replace(plan, seed=0)):
-        with pytest.raises(
-            ValueError, match="lora: was trained with other settings.*another `out`"
-        ):
+        with pytest.raises(ValueError, match="lora: was trained with other settings.*another `out`"):
             train(other, "lora", "train.batch_size=4")
     assert len(started) == 1
 
@@ -46,9 +44,7 @@ class Done:
 
 
 @pytest.mark.slow
-def test_scores_are_measured_again_where_anything_that_they_belong_to_has_changed(
-    plan, monkeypatch
-):
+def test_scores_are_measured_again_where_anything_that_they_belong_to_has_changed(plan, monkeypatch):
     for run in {scoring.run_of(row) for row in ROWS}:
         checkpoint(plan, run, "a")
     scored = []

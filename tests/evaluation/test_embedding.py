@@ -58,9 +58,7 @@ def test_an_answer_that_is_no_choice_is_named():
 
 def test_retrieval_asks_both_ways_and_clusters_by_picture():
     pictures = samples_of(["?", "?"])
-    pictures = [
-        replace(s, answers=a) for s, a in zip(pictures, [("a", "b", "c"), ("d",)], strict=True)
-    ]
+    pictures = [replace(s, answers=a) for s, a in zip(pictures, [("a", "b", "c"), ("d",)], strict=True)]
     images = torch.tensor([[1.0, 0], [0, 1.0]])
     texts = torch.tensor([[1.0, 0], [0.1, 1.0], [1.0, 0.1], [0, 1.0]])
     result = retrieve("flickr", pictures, images, texts)
@@ -98,9 +96,7 @@ def features(clip, count):
     torch.manual_seed(1)
     output = clip(
         pixel_values=torch.randn(count, 3, 8, 8),
-        input_ids=torch.cat(
-            [torch.randint(2, 31, (2 * count, 6)), torch.full((2 * count, 1), 31)], 1
-        ),
+        input_ids=torch.cat([torch.randint(2, 31, (2 * count, 6)), torch.full((2 * count, 1), 31)], 1),
         attention_mask=torch.ones(2 * count, 7, dtype=torch.long),
     )
     return output

@@ -90,10 +90,7 @@ def texts(results):
 
 def test_eval_writes_scores_answers_routing_and_pictures_into_the_run_folder(run, capsys):
     (run / "log.jsonl").write_text(
-        "".join(
-            json.dumps({"step": i, "stage": "experts", "loss/vqa": 2 - i / 9}) + "\n"
-            for i in range(9)
-        )
+        "".join(json.dumps({"step": i, "stage": "experts", "loss/vqa": 2 - i / 9}) + "\n" for i in range(9))
     )
     overrides = ["progress=false", "eval.max_new_tokens=6", "eval.num_images=4"]
     eval_script.main([f"run={run}", *overrides])
@@ -114,9 +111,7 @@ def test_eval_writes_scores_answers_routing_and_pictures_into_the_run_folder(run
 
 
 def answers_of(folder: Path) -> list[str]:
-    return [
-        json.loads(line)["prediction"] for line in (folder / "vqa.jsonl").read_text().splitlines()
-    ]
+    return [json.loads(line)["prediction"] for line in (folder / "vqa.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -169,9 +164,7 @@ def test_a_checkpoint_may_be_asked_as_a_yaml_file_says(run, tmp_path, monkeypatc
         (["no/such/folder"], "neither a run with checkpoints/last"),
     ],
 )
-def test_a_model_that_cannot_be_opened_is_one_error_that_says_what_can(
-    run, models, message, capsys
-):
+def test_a_model_that_cannot_be_opened_is_one_error_that_says_what_can(run, models, message, capsys):
     paths = [path.format(base=run.parent / "base") for path in models]
     assert message in refused(capsys, f"models={json.dumps(paths)}")
 
@@ -401,9 +394,7 @@ def test_gates_without_a_trained_task_are_not_those_of_the_run(tmp_path, capsys)
     sources = toy_world(tmp_path)["data"]["sources"]
     data = {"sources": {task: {**source, "task": task} for task, source in sources.items()},
             "validation": {}, "tasks": ["vqa", "grounding"]}  # fmt: skip
-    run = make_run(
-        tmp_path, data=data, eval={"sources": {"vqa": {**sources["vqa"], "num_samples": 2}}}
-    )
+    run = make_run(tmp_path, data=data, eval={"sources": {"vqa": {**sources["vqa"], "num_samples": 2}}})
     eval_script.main([f"run={run}", *FAST])
     assert not (run / "eval" / "routing.json").exists()
     report = json.loads((run / "eval" / "partial" / "routing.json").read_text())
@@ -436,18 +427,13 @@ def test_results_are_refused_for_other_weights_data_or_settings(tmp_path, capsys
     save_checkpoint(run, 2, model, config, TrainState(progress={"step": 2}))
     with pytest.raises(ValueError, match="other weights"):
         score_all(run, [])
-    with pytest.raises(
-        ValueError, match="step-000001, whose weights were not those of .*step-000002"
-    ):
+    with pytest.raises(ValueError, match="step-000001, whose weights were not those of .*step-000002"):
         read_routing(routing_file(step_folder(run)), step_folder(run))
 
 
 def oracle_world(folder: Path, *, expert: str | None, task: str) -> dict[str, dict]:
     """An eval source called apart from the training sources, whose rows may be of a task of theirs."""
-    rows = [
-        {"image": f"{i}.png", "task": task, "question": "what?", "answers": ["red"]}
-        for i in range(3)
-    ]
+    rows = [{"image": f"{i}.png", "task": task, "question": "what?", "answers": ["red"]} for i in range(3)]
     path = write_rows(folder / f"{task}_test.jsonl", rows)
     source = {"format": "jsonl", "path": str(path)}
     return {f"{task}_test": source | ({"expert": expert} if expert else {})}
@@ -457,9 +443,7 @@ def test_the_oracle_takes_the_expert_of_the_training_source_of_a_name_or_task(lo
     model, config = loaded
     found = {}
     for task in ("vqa", "grounding"):
-        sources = load(
-            EvalConfig, None, [("sources", oracle_world(run.parent, expert=None, task=task))]
-        ).sources
+        sources = load(EvalConfig, None, [("sources", oracle_world(run.parent, expert=None, task=task))]).sources
         if task == "grounding":
             (source,) = sources.values()
             sources = {"grounding": replace(source, name="grounding", benchmark="vqa")}
@@ -470,9 +454,7 @@ def test_the_oracle_takes_the_expert_of_the_training_source_of_a_name_or_task(lo
 
 def test_the_oracle_refuses_samples_that_no_expert_is_known_for(loaded, run):
     model, config = loaded
-    sources = load(
-        EvalConfig, None, [("sources", oracle_world(run.parent, expert=None, task="count"))]
-    ).sources
+    sources = load(EvalConfig, None, [("sources", oracle_world(run.parent, expert=None, task="count"))]).sources
     with pytest.raises(ValueError, match="3 of 3 samples of count_test have no expert"):
         score_sources(model, with_eval(config, sources=sources, gates="oracle"))
     score_sources(model, with_eval(config, sources=sources))  # the router needs none
@@ -487,10 +469,7 @@ def test_a_task_of_ones_own_is_scored_by_exact_match_and_named_so(tmp_path, caps
     data = {"sources": sources, "validation": sources, "tasks": ["signs"]}
     run = make_run(tmp_path, data=data)
     eval_script.main([f"run={run}", *FAST])
-    assert (
-        json.loads((run / "eval/signs.json").read_text())["tasks"]["signs"]["primary"]
-        == "exact_match"
-    )
+    assert json.loads((run / "eval/signs.json").read_text())["tasks"]["signs"]["primary"] == "exact_match"
     assert "exact_match" in capsys.readouterr().out
 
 
@@ -526,9 +505,7 @@ def test_a_model_that_computes_nan_is_an_error_that_names_model_and_sample(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["../x", "/tmp/x", "routing", "Routing", ".hidden", "", "a/b", "a\\b", "x" * 300]
-)
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "routing", "Routing", ".hidden", "", "a/b", "a\\b", "x" * 300])
 def test_names_of_data_sets_stay_inside_the_run(run, capsys, name):
     sources = {name: toy_world(run.parent)["data"]["sources"]["vqa"]}
     before = sorted(run.parent.rglob("*"))
@@ -579,9 +556,7 @@ def test_an_argument_without_effect_or_meaning_is_refused(run, capsys, arguments
 
 
 @pytest.mark.slow
-def test_models_of_one_name_get_labels_that_differ_and_differences_by_question(
-    run, tmp_path, capsys
-):
+def test_models_of_one_name_get_labels_that_differ_and_differences_by_question(run, tmp_path, capsys):
     """A path that is YAML text, too: `lr=0.1,rank=2` and `a: b` are names of folders."""
     adapter = next((run / "checkpoints").glob("step-*/experts/grounding"))
     names = ("a: {b}", "lr=0.1,rank=2 #3")
@@ -617,9 +592,7 @@ def test_results_of_the_same_weights_data_and_settings_are_reused(tmp_path, caps
         (["eval.max_new_tokens=3"], "vqa, gr"),
     ):
         eval_script.main([*models, "reuse=true", *change])
-        assert (f"run: router: results of {reused}" in capsys.readouterr().out) is (
-            reused is not None
-        )
+        assert (f"run: router: results of {reused}" in capsys.readouterr().out) is (reused is not None)
 
 
 def test_a_question_is_paired_with_itself_whatever_the_order_and_the_number():
@@ -682,9 +655,7 @@ def test_any_settings_are_taken_or_refused_in_one_line(given_settings):
     try:
         found = load(EvalConfig, None, list(given_settings.items()))
     except ValueError as error:
-        assert "\n" not in str(error) and any(
-            key in str(error) for key in (*given_settings, "data.")
-        )
+        assert "\n" not in str(error) and any(key in str(error) for key in (*given_settings, "data."))
     else:
         assert found.num_beams >= 1
 

@@ -18,9 +18,7 @@ from moa.evaluation.predict import load, predict
 from tests.evaluation.test_eval import make_run
 
 GROUP = "lmms_eval.models"
-DOCS = {
-    "toy": {"test": [{"image": Image.new("RGB", (40, 30), color)} for color in ("red", "blue")]}
-}
+DOCS = {"toy": {"test": [{"image": Image.new("RGB", (40, 30), color)} for color in ("red", "blue")]}}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +35,7 @@ def request(doc_id: int, question: str, **options) -> Instance:
 def harnessed(monkeypatch, arguments: str) -> Moa:
     """The model as lmms-eval makes it: entry point, registry, argument string."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    found = [
-        EntryPoint(name, value, GROUP) for name, value in project["entry-points"][GROUP].items()
-    ]
+    found = [EntryPoint(name, value, GROUP) for name, value in project["entry-points"][GROUP].items()]
     registry = registry_v2.ModelRegistryV2()
     monkeypatch.setattr(registry, "_select_entry_points", lambda group: found)
     registry.load_entrypoint_manifests()

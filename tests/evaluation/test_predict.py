@@ -35,9 +35,7 @@ def test_an_answer_is_that_of_the_evaluation_with_its_gates_by_expert(model):
 def test_a_file_its_pixels_and_an_array_of_them_have_one_answer(run, model):
     file = run.parent / "0.png"
     pixels = Image.open(file).convert("RGB")
-    found = [
-        predict(model, image, "what?") for image in (file, str(file), pixels, np.array(pixels))
-    ]
+    found = [predict(model, image, "what?") for image in (file, str(file), pixels, np.array(pixels))]
     assert found[0] == found[1] == found[2] == found[3]
 
 

@@ -79,9 +79,7 @@ def failing_outside(rank: int):
 def test_an_error_between_jobs_ends_the_others_at_their_next_step(rank):
     began = time.perf_counter()
     errors = run_ranks(failing_outside, rank)
-    assert [(type(error), str(error)) for error in errors] == [
-        (ValueError, "cannot be written")
-    ] * 2
+    assert [(type(error), str(error)) for error in errors] == [(ValueError, "cannot be written")] * 2
     assert time.perf_counter() - began < 30
 
 

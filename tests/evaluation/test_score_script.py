@@ -29,9 +29,7 @@ def world(tmp_path):
 
 
 def run(world, answers, *overrides, benchmark="textvqa"):
-    (world / "answers.json").write_text(
-        answers if isinstance(answers, str) else json.dumps(answers)
-    )
+    (world / "answers.json").write_text(answers if isinstance(answers, str) else json.dumps(answers))
     source = f"{{name: val, format: jsonl, path: {world / 'val.jsonl'}, benchmark: {benchmark}}}"
     options = [f"predictions={world / 'answers.json'}", f"source={source}", f"out={world / 'out'}"]
     score.main([*options, "progress=false", *overrides])
@@ -130,9 +128,7 @@ def test_of_two_texts_in_a_row_the_caller_names_the_output(world, capsys, keys):
     assert run(world, rows, f"text_key={keys[1]}")["score"]["value"] == 0.5
 
 
-@pytest.mark.parametrize(
-    "key", ["Prediction", "gpt4_output", "llava_reply", "result", "final_answer"]
-)
+@pytest.mark.parametrize("key", ["Prediction", "gpt4_output", "llava_reply", "result", "final_answer"])
 def test_an_output_of_another_name_beside_a_reference_is_named_by_the_caller(world, capsys, key):
     rows = [{"id": "1", "answer": "cat", key: "cat"}, {"id": "2", "answer": "dog", key: "cow"}]
     with pytest.raises(SystemExit, match="2"):

@@ -88,8 +88,7 @@ def test_a_model_with_gated_experts_equals_the_model_with_their_sum_in_its_weigh
     ours = model(**inputs(processor)).logits
     for name, site in bank.sites.items():
         scaled = (
-            w * site.scalings[e] * site.lora_B[e] @ site.lora_A[e]
-            for w, e in zip(weights, bank.names, strict=True)
+            w * site.scalings[e] * site.lora_B[e] @ site.lora_A[e] for w, e in zip(weights, bank.names, strict=True)
         )
         dense.get_submodule(name).weight.data += sum(scaled)
     torch.testing.assert_close(ours, dense(**inputs(processor)).logits, atol=1e-5, rtol=1e-4)

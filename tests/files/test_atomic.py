@@ -149,9 +149,7 @@ with atomic.atomic_folder(sys.argv[1]) as folder:
 
 
 @pytest.mark.parametrize(("moment", "found"), [("before", "old"), ("after", "new")])
-def test_a_kill_leaves_the_old_or_the_new_and_the_next_writer_removes_the_rest(
-    moment, found, tmp_path
-):
+def test_a_kill_leaves_the_old_or_the_new_and_the_next_writer_removes_the_rest(moment, found, tmp_path):
     with atomic_folder(tmp_path / "out") as folder:
         (folder / "old").touch()
     command = [sys.executable, "-c", KILLED, str(tmp_path / "out"), moment]

@@ -144,9 +144,7 @@ def test_a_row_with_any_value_anywhere_is_a_sample_or_one_line(name, folders, da
 def test_a_file_with_any_bytes_damaged_is_samples_or_one_line(name, folders, seed):
     folder, chance = folders(name), random.Random(seed)
     images = (".jpg", ".png")
-    file = chance.choice(
-        sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix not in images)
-    )
+    file = chance.choice(sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix not in images))
     file.write_bytes(damaged(file.read_bytes(), chance))
     read_all(name, folder)
 
@@ -162,9 +160,7 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
     return bytes(found[: chance.choice([None, None, None, chance.randrange(len(found) + 1)])])
 
 
-CSV_CELLS = st.one_of(
-    TEXTS, st.integers(-5, 99).map(str), st.sampled_from(['"', '""', "'", "[[1,2,3,4]]"])
-)
+CSV_CELLS = st.one_of(TEXTS, st.integers(-5, 99).map(str), st.sampled_from(['"', '""', "'", "[[1,2,3,4]]"]))
 
 
 @inputs(40)
@@ -179,9 +175,7 @@ def test_any_csv_is_samples_or_one_line_a_row(header, rows, raw):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         random_image(0).save(folder / "a.png")
-        with (folder / "t.csv").open(
-            "w", newline="", encoding="utf-8", errors="surrogatepass"
-        ) as file:
+        with (folder / "t.csv").open("w", newline="", encoding="utf-8", errors="surrogatepass") as file:
             writer = csv.writer(file)
             for cells in (header, *rows):
                 if raw:

@@ -175,9 +175,7 @@ def test_a_missing_partner_and_a_stray_key_are_named(folder):
     rewrite_tensors(folder, lambda tensors: tensors.pop(site_keys(SITES[0])[1]))
     with pytest.raises(ValueError, match=r"q_proj.lora_B.weight is missing"):
         read_expert(folder)
-    rewrite_tensors(
-        folder, lambda tensors: tensors.update({site_keys(SITES[0])[1]: torch.ones(4, 3)})
-    )
+    rewrite_tensors(folder, lambda tensors: tensors.update({site_keys(SITES[0])[1]: torch.ones(4, 3)}))
     with pytest.raises(ValueError, match=r"q_proj lora_A \[2, 4\] and lora_B \[4, 3\] must be"):
         read_expert(folder)
     rewrite_tensors(folder, lambda tensors: tensors.update(x=torch.ones(1)))
@@ -214,9 +212,7 @@ def test_an_adapter_of_another_base_is_refused(folder):
 def test_what_could_not_be_read_is_not_written(tmp_path):
     tensors = factors()
     tensors[site_keys(SITES[0])[0]][0, 0] = torch.inf
-    with pytest.raises(
-        ValueError, match="q_proj.lora_A.weight has NaN or infinite values; nothing was"
-    ):
+    with pytest.raises(ValueError, match="q_proj.lora_A.weight has NaN or infinite values; nothing was"):
         save_expert(tmp_path / "expert", tensors, config())
     with pytest.raises(ValueError, match="has rank 2, but its config says 5"):
         save_expert(tmp_path / "expert", factors(), config(r=5))
@@ -358,9 +354,7 @@ def test_sites_in_another_spelling_are_renamed_with_their_scaling(tmp_path, writ
 def test_a_site_that_no_spelling_finds_is_named_with_the_nearest_and_the_way_out(tmp_path):
     site = "my.tower.layers.0.self_attn.q_proj"
     save_expert(tmp_path / "e", factors([site]), config(target_modules=[site]))
-    with pytest.raises(
-        ValueError, match=r"nearest: model.language_model.layers.0.*rename"
-    ) as error:
+    with pytest.raises(ValueError, match=r"nearest: model.language_model.layers.0.*rename") as error:
         read_expert(tmp_path / "e", base_shapes=dict.fromkeys(SITES, (4, 4)))
     assert "adapter_model.safetensors" in str(error.value) and site in str(error.value)
 
@@ -391,10 +385,7 @@ def test_the_bases_fingerprint_is_stored_where_peft_does_not_mind_it(tmp_path):
         st.sampled_from([*peft_config.SETTINGS, "use_dora", "other"]),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-            lambda inner: (
-                st.lists(inner, max_size=3)
-                | st.dictionaries(st.text(max_size=4), inner, max_size=2)
-            ),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
             max_leaves=4,
         ),
         max_size=4,
@@ -409,9 +400,7 @@ def test_any_config_is_read_or_refused_in_one_line(tmp_path_factory, changes):
     except ValueError as error:
         assert "adapter_config.json" in str(error) and "\n" not in str(error)
     else:
-        assert all(
-            0 < abs(site_scaling(found, site)) < 1e31 or not found["lora_alpha"] for site in SITES
-        )
+        assert all(0 < abs(site_scaling(found, site)) < 1e31 or not found["lora_alpha"] for site in SITES)
 
 
 @limits(max_examples=60, deadline=None, derandomize=True)

@@ -116,9 +116,7 @@ def test_a_list_of_answers_written_as_text_is_refused(cell, name, tmp_path):
     assert "'answers'" in said and "a list or an object written as text" in said
 
 
-@pytest.mark.parametrize(
-    "cell", ["[0.1, 0.2]", "[]", "[1] red", '{"total": 3}', "{", "[red", "[" * 100_000]
-)
+@pytest.mark.parametrize("cell", ["[0.1, 0.2]", "[]", "[1] red", '{"total": 3}', "{", "[red", "[" * 100_000])
 def test_other_answers_with_brackets_are_learned_as_written(cell, tmp_path):
     rows = json.dumps([{"image": "a.png", "question": "q", "answers": cell}])
     assert table(tmp_path, rows, name="t.json")[0].answers == (cell,)
@@ -210,12 +208,10 @@ def test_class_labels_in_a_list_become_names_and_images_in_a_list_stay_as_they_a
     values = {"question": ["q"], "answers": [[1, 0]], "messages": [messages],
               "images": [[{"bytes": image_bytes(), "path": None}]]}  # fmt: skip
     found = datasets.Dataset.from_dict(values)
-    found.cast_column("answers", labels).cast_column("images", images).to_parquet(
-        tmp_path / "t.parquet"
-    )
-    assert opened(
-        "table", tmp_path, path="t.parquet", columns={"question": "question", "answers": "answers"}
-    )[0].answers == ("dog", "cat")
+    found.cast_column("answers", labels).cast_column("images", images).to_parquet(tmp_path / "t.parquet")
+    assert opened("table", tmp_path, path="t.parquet", columns={"question": "question", "answers": "answers"})[
+        0
+    ].answers == ("dog", "cat")
     assert opened("messages", tmp_path, path="t.parquet", images=None)[0].size == (40, 30)
 
 
@@ -427,9 +423,7 @@ def test_a_word_of_a_cache_that_is_not_finite_is_a_bad_sample(wrong, tmp_path):
     source = SourceConfig(name="mine", format="jsonl", path=str(tmp_path / "x.jsonl"))
     assert open_records(source, None, OcrCache(tmp_path / "o.parquet"))[0].ocr
     found = pq.read_table(tmp_path / "o.parquet")
-    row = found.to_pylist()[0] | {
-        f"{k}s" if k == "confidence" else "boxes": [v] for k, v in wrong.items()
-    }
+    row = found.to_pylist()[0] | {f"{k}s" if k == "confidence" else "boxes": [v] for k, v in wrong.items()}
     damaged = pa.Table.from_pylist([row]).replace_schema_metadata(found.schema.metadata)
     pq.write_table(damaged, tmp_path / "o.parquet")
     said = said_of(open_records(source, None, OcrCache(tmp_path / "o.parquet")))
@@ -468,10 +462,7 @@ def test_boxes_as_shares_are_refused_unless_the_row_says_so(boxes, key, tmp_path
     data = opened("jsonl", tmp_path, path="x.jsonl")
     assert "boxes are read in pixels" in said_of(data) and "`frame`: [1, 1]" in said_of(data)
     found = data[1].boxes if key == "boxes" else tuple(word.box for word in data[1].ocr)
-    right = [
-        tuple(edge * side for edge, side in zip(box, (40, 30, 40, 30), strict=True))
-        for box in boxes
-    ]
+    right = [tuple(edge * side for edge, side in zip(box, (40, 30, 40, 30), strict=True)) for box in boxes]
     assert found == tuple(pytest.approx(box) for box in right)
 
 

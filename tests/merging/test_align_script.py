@@ -51,9 +51,7 @@ def test_the_aligned_checkpoint_computes_the_same_in_another_frame(world, tmp_pa
     torch.testing.assert_close(similarities(after), similarities(before), rtol=1e-4, atol=1e-4)
     moved = load_file(tmp_path / "out" / "model.safetensors")
     same = [key for key, t in before.state_dict().items() if torch.equal(moved[key], t)]
-    assert "logit_scale" in same and not [
-        key for key in same if key.endswith("weight") and "norm" not in key
-    ]
+    assert "logit_scale" in same and not [key for key in same if key.endswith("weight") and "norm" not in key]
     report = json.loads((tmp_path / "out" / "export_report.json").read_text())
     assert report["cosine_after"] > report["cosine_before"]
     assert (tmp_path / "out" / "tokenizer.json").is_file()
@@ -74,9 +72,7 @@ def test_align_merge_repair_is_a_whole_path(world, tmp_path):
     for layer in layers_of(model):
         assert not torch.equal(reset[f"{layer}.weight"], parts[2][f"{layer}.weight"])
     kept = {key for key, tensor in reset.items() if torch.equal(tensor, parts[2][key])}
-    assert kept == reset.keys() - {
-        f"{n}.{part}" for n in layers_of(model) for part in ("weight", "bias")
-    }
+    assert kept == reset.keys() - {f"{n}.{part}" for n in layers_of(model) for part in ("weight", "bias")}
 
 
 def refused(script, arguments, capsys):
@@ -88,9 +84,7 @@ def refused(script, arguments, capsys):
 def test_what_cannot_be_aligned_is_said(world, tmp_path, capsys):
     model, _ = tiny_llava()
     model.save_pretrained(tmp_path / "llava")
-    said = refused(
-        align, [f"model={tmp_path / 'llava'}", f"to={world / 'a'}", f"out={tmp_path / 'o'}"], capsys
-    )
+    said = refused(align, [f"model={tmp_path / 'llava'}", f"to={world / 'a'}", f"out={tmp_path / 'o'}"], capsys)
     assert "is a 'llava'; only a 'clip' can be aligned" in said
     clip(0, width=16, vocab=400).save_pretrained(tmp_path / "narrow")
     said = refused(

@@ -35,13 +35,7 @@ from tests.support.networks import (
 def mlp_spec(layers):
     """Linear layers one after the other, with activations that act on each unit alone between them."""
     return {
-        one: Symmetry(
-            units=(
-                Units(
-                    made=((f"{one}.weight", 0), (f"{one}.bias", 0)), used=((f"{two}.weight", 1),)
-                ),
-            )
-        )
+        one: Symmetry(units=(Units(made=((f"{one}.weight", 0), (f"{one}.bias", 0)), used=((f"{two}.weight", 1),)),))
         for one, two in itertools.pairwise(layers)
     }
 
@@ -67,9 +61,7 @@ def random_maps(state, spec, seed=0):
             if symmetry.rotate:
                 whole = torch.zeros(symmetry.blocks, width, symmetry.blocks, width)
                 for i, j in enumerate(order):
-                    whole[i, :, j] = torch.linalg.qr(
-                        torch.randn(width, width, generator=generator)
-                    )[0]
+                    whole[i, :, j] = torch.linalg.qr(torch.randn(width, width, generator=generator))[0]
                 map = whole.flatten(2).flatten(0, 1)
             else:
                 parts = [torch.randperm(width, generator=generator) + width * j for j in order]
@@ -102,9 +94,7 @@ def test_the_clip_specification_moves_every_axis_that_is_free():
     """What stays: pixels, words, positions, patches, and the temperature."""
     model = clip(0, layers=2)
     state = model.state_dict()
-    moved = {
-        axis for s in spec_of(model, True).values() for units in s.units for axis in units.axes
-    }
+    moved = {axis for s in spec_of(model, True).values() for units in s.units for axis in units.axes}
     still = {(key, axis) for key, tensor in state.items() for axis in range(tensor.ndim)} - moved
     assert moved <= {(key, axis) for key, tensor in state.items() for axis in range(tensor.ndim)}
     assert still == {
@@ -125,18 +115,11 @@ def test_blocks_and_units_are_assigned_together_as_by_trying_all():
     found, value = best_maps(matrices, Symmetry(units=units, blocks=2))
     inner = [torch.tensor(p) for p in itertools.permutations(range(3))]
     best = max(
-        sum(
-            max(
-                value_of(m, torch.cat([one + 3 * i, two + 3 * j])) for one in inner for two in inner
-            )
-            for m in matrices
-        )
+        sum(max(value_of(m, torch.cat([one + 3 * i, two + 3 * j])) for one in inner for two in inner) for m in matrices)
         for i, j in ((0, 1), (1, 0))
     )
     assert value == pytest.approx(best, rel=1e-5)
-    assert sum(value_of(m, f) for m, f in zip(matrices, found, strict=True)) == pytest.approx(
-        value, rel=1e-5
-    )
+    assert sum(value_of(m, f) for m, f in zip(matrices, found, strict=True)) == pytest.approx(value, rel=1e-5)
 
 
 @pytest.mark.parametrize("match", [weight_matching, transport])
@@ -309,22 +292,12 @@ def test_clips_trained_apart_average_only_once_aligned():
                 aligned = with_state(b, align(b.state_dict(), spec, maps))
                 found[name] = average(a, aligned)
                 merged = average(a, aligned)
-                found[f"{name}, REPAIR"] = repair(
-                    merged, [a, aligned], layers, few, run=similarities
-                )
+                found[f"{name}, REPAIR"] = repair(merged, [a, aligned], layers, few, run=similarities)
         with torch.no_grad():
-            rows.append(
-                {n: loss_and_accuracy(similarities(m, test[0]), test[1]) for n, m in found.items()}
-            )
+            rows.append({n: loss_and_accuracy(similarities(m, test[0]), test[1]) for n, m in found.items()})
     show(rows)
     assert accuracy(rows, "a") > 0.5 and accuracy(rows, "plain") < 0.08
     best = "activations, rotated, REPAIR"
     assert accuracy(rows, best) > 4 * accuracy(rows, "plain") and recovered(rows, best) > 0.5
-    assert (
-        accuracy(rows, best) > accuracy(rows, "activations, rotated") > 2 * accuracy(rows, "plain")
-    )
-    assert (
-        accuracy(rows, best)
-        > accuracy(rows, "weights, rotated, REPAIR")
-        > 2 * accuracy(rows, "plain")
-    )
+    assert accuracy(rows, best) > accuracy(rows, "activations, rotated") > 2 * accuracy(rows, "plain")
+    assert accuracy(rows, best) > accuracy(rows, "weights, rotated, REPAIR") > 2 * accuracy(rows, "plain")

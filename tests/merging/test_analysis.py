@@ -61,13 +61,9 @@ def test_an_expert_is_dead_only_if_no_task_uses_it():
 
 def test_cosines_of_updates_equal_the_dense_computation():
     torch.manual_seed(0)
-    factors = {
-        name: {s: (torch.randn(2, 5), torch.randn(4, 2)) for s in ("one", "two")} for name in "abc"
-    }
+    factors = {name: {s: (torch.randn(2, 5), torch.randn(4, 2)) for s in ("one", "two")} for name in "abc"}
     dense = [torch.cat([(b @ a).flatten() for a, b in factors[n].values()]) for n in "abc"]
-    expected = torch.cosine_similarity(
-        torch.stack(dense)[:, None], torch.stack(dense)[None], dim=-1
-    )
+    expected = torch.cosine_similarity(torch.stack(dense)[:, None], torch.stack(dense)[None], dim=-1)
     assert torch.allclose(delta_cosines(factors).float(), expected, atol=1e-5)
 
 

@@ -68,9 +68,7 @@ def test_what_is_no_float_is_the_last_ones():
     found = mean_state(states, torch.tensor([0.5, 0.5], dtype=torch.float64), "x")
     assert found["w"] == 1.5 and found["n"] == 2
     with pytest.raises(ValueError, match="x: w differs in shape or dtype"):
-        mean_state(
-            [states[0], {**states[1], "w": torch.zeros(2)}], torch.ones(2, dtype=torch.float64), "x"
-        )
+        mean_state([states[0], {**states[1], "w": torch.zeros(2)}], torch.ones(2, dtype=torch.float64), "x")
 
 
 def test_wrong_steps_are_named(run, tmp_path, capsys):

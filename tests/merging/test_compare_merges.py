@@ -32,13 +32,9 @@ def test_every_row_has_a_cell_under_every_heading(trained, means):
 
 
 def result(name, **sample):
-    made = Sample(
-        id="1", task="vqa", question="q", answers=("a",), source=name, image_id="1", image=None
-    )
+    made = Sample(id="1", task="vqa", question="q", answers=("a",), source=name, image_id="1", image=None)
     prediction = Response(sample=replace(made, **sample), text="a")
-    return Result(
-        name=name, tasks={"vqa": ([prediction], Scores(primary="x", values={"x": [1.0]}))}
-    )
+    return Result(name=name, tasks={"vqa": ([prediction], Scores(primary="x", values={"x": [1.0]}))})
 
 
 def test_a_data_set_is_trained_by_its_expert_source_or_task_not_by_an_experts_name():

@@ -155,9 +155,7 @@ def test_a_checkpoint_has_the_keys_of_the_base_and_equals_the_live_mixture(world
 def test_a_checkpoint_may_be_sharded_and_narrow(world, tmp_path, dtype, same_process):
     experts, merged, verify = merge_and_verify(world)
     out = tmp_path / "out"
-    report = export_checkpoint(
-        out, merged, experts, base=world / "base", dtype=dtype, max_shard_gb=1e-4, verify=verify
-    )
+    report = export_checkpoint(out, merged, experts, base=world / "base", dtype=dtype, max_shard_gb=1e-4, verify=verify)
     assert report["comparisons"]["written"]["max_abs_logit_diff"] < 1e-5
     assert len(list(out.glob("*.safetensors"))) > 1
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -190,15 +188,11 @@ def test_a_trained_projector_goes_into_the_checkpoint(world, tmp_path, same_proc
         exact=True,
         stream_of=stream_of,
     )
-    report = export_checkpoint(
-        tmp_path / "out", merged, experts, base=world / "base", replaced=trained, verify=verify
-    )
+    report = export_checkpoint(tmp_path / "out", merged, experts, base=world / "base", replaced=trained, verify=verify)
     assert "multi_modal_projector.linear_2.bias" in report["keys_changed"]
     with pytest.raises(ValueError, match=r"projector.linear_9.bias: no weight fits"):
         name = "model.multi_modal_projector.linear_9.bias"
-        export_checkpoint(
-            tmp_path / "x", merged, experts, base=world / "base", replaced={name: torch.ones(32)}
-        )
+        export_checkpoint(tmp_path / "x", merged, experts, base=world / "base", replaced={name: torch.ones(32)})
 
 
 def test_only_an_earlier_export_is_replaced(world, tmp_path):
@@ -218,12 +212,8 @@ def test_one_expert_alone_exports_to_itself(world, tmp_path, same_process):
     merged = merge(experts, weights={"two": 1})
     export_adapter(tmp_path / "out", merged, experts)
     inputs = probe(world)
-    mine, _ = verifying.fresh_outputs(
-        inputs, model=world / "base", adapter=tmp_path / "out", new_tokens=4
-    )
-    theirs, _ = verifying.fresh_outputs(
-        inputs, model=world / "base", adapter=world / "two", new_tokens=4
-    )
+    mine, _ = verifying.fresh_outputs(inputs, model=world / "base", adapter=tmp_path / "out", new_tokens=4)
+    theirs, _ = verifying.fresh_outputs(inputs, model=world / "base", adapter=world / "two", new_tokens=4)
     torch.testing.assert_close(mine.logits, theirs.logits, rtol=0, atol=1e-5)
     assert torch.equal(mine.tokens, theirs.tokens)
 
@@ -241,9 +231,7 @@ def test_a_live_bank_exports_what_it_computes(world, tmp_path, same_process):
     experts = experts_of_bank(bank)
     merged = merge(experts, weights={"vqa": 0.8, "caption": 0.3})
     export_adapter(tmp_path / "out", merged, experts)
-    found, _ = verifying.fresh_outputs(
-        inputs, model=world / "base", adapter=tmp_path / "out", new_tokens=1
-    )
+    found, _ = verifying.fresh_outputs(inputs, model=world / "base", adapter=tmp_path / "out", new_tokens=1)
     torch.testing.assert_close(found.logits, live, rtol=0, atol=1e-5)
 
 
@@ -299,9 +287,7 @@ def test_every_linear_layer_of_the_base_is_found_with_its_own_weight(world):
 
 def test_a_base_that_does_not_fit_is_refused(world, tmp_path):
     base = read_base(world / "base")
-    with pytest.raises(
-        ValueError, match="layers.9.q_proj.weight: no weight fits this name in the base"
-    ):
+    with pytest.raises(ValueError, match="layers.9.q_proj.weight: no weight fits this name in the base"):
         match_sites({"model.language_model.layers.9.q_proj": (32, 32)}, base)
     site = "model.language_model.layers.0.self_attn.q_proj"
     with pytest.raises(ValueError, match=r"another base: it is \[64, 48\], and \[32, 32\] at"):
@@ -326,9 +312,7 @@ def test_a_tied_output_layer_and_a_quantised_base_are_refused(tmp_path):
 def test_the_fresh_process_cannot_see_this_project(world, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (tmp_path / "peft.py").write_text("raise RuntimeError('the wrong peft')")
-    outputs, info = fresh_outputs(
-        probe(world), model=world / "base", adapter=world / "one", new_tokens=2
-    )
+    outputs, info = fresh_outputs(probe(world), model=world / "base", adapter=world / "one", new_tokens=2)
     plain = outputs_of(load_base(world), probe(world), 2)
     assert not torch.allclose(outputs.logits, plain.logits, atol=1e-3)
     assert info["consumed"] == len(load_file(world / "one/adapter_model.safetensors"))

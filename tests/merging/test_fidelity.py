@@ -141,9 +141,7 @@ def test_the_summary_names_who_fights_where_and_what_was_lost(three):
     assert "cut off 0.7% of the result's energy" in second  # 0.25 of 36.25
     assert "apart has 2 ranks that do nothing: " in details(measure(three))[-1]
     (line,) = summary(measure([three[0], three[2]]), {})
-    assert line.startswith(
-        "No two experts fight or help each other: every cosine lies between 0.00"
-    )
+    assert line.startswith("No two experts fight or help each other: every cosine lies between 0.00")
     (line,) = summary(measure([three[0], three[0]]), {})
     assert "plus and plus pull together most: cosine 1.00" in line
 
@@ -170,9 +168,7 @@ def test_an_expert_without_a_site_counts_as_nothing_there(three):
 
 def lone(name, site, value=1.0):
     """An expert of one site."""
-    tensors = dict(
-        zip(site_keys(site), (torch.tensor([[value, 0, 0]]), torch.ones(3, 1)), strict=True)
-    )
+    tensors = dict(zip(site_keys(site), (torch.tensor([[value, 0, 0]]), torch.ones(3, 1)), strict=True))
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [site]}
     return expert_from_tensors(name, tensors, config)
 

@@ -40,9 +40,7 @@ def make_run(run, base, seed):
         experts={name: ExpertConfig(rank=2, alpha=4.0) for name in NAMES},
         data=DataConfig(
             validation={
-                name: SourceConfig(
-                    name=name, split="validation", task=name, expert=name, num_samples=4
-                )
+                name: SourceConfig(name=name, split="validation", task=name, expert=name, num_samples=4)
                 for name in NAMES
             }
         ),
@@ -81,9 +79,7 @@ def test_what_is_learned_is_read_by_the_merge(world, tmp_path, method):
     assert set(record["score"]) == {"metric", "before", "after"}
     adapters = f"adapters=[{world}/A/checkpoints/step-000001/experts/*]"
     merged = tmp_path / "merged"
-    merge_script.main(
-        [f"weights={out}", adapters, "verify=false", "fidelity=false", f"out={merged}"]
-    )
+    merge_script.main([f"weights={out}", adapters, "verify=false", "fidelity=false", f"out={merged}"])
     kept = json.loads((merged / "merge_report.json").read_text())["sites"]
     for site, row in kept.items():
         wanted = record["weights"].get(site, record["weights"])
@@ -95,18 +91,14 @@ def test_what_is_learned_is_read_by_the_merge(world, tmp_path, method):
 def test_weights_learned_with_other_values_of_the_experts_are_refused(world, tmp_path, capsys):
     out, other = tmp_path / "w.json", f"adapters=[{world}/B/checkpoints/step-000001/experts/*]"
     script.main([f"run={world}/A", f"out={out}", "num_samples=1", "method=grid", "values=[0.5]"])
-    message = refused(
-        capsys, merge_script.main, f"weights={out}", other, "verify=false", f"out={tmp_path}/x"
-    )
+    message = refused(capsys, merge_script.main, f"weights={out}", other, "verify=false", f"out={tmp_path}/x")
     assert f"{out} was learned with other values of the expert caption; learn it again" in message
 
 
 @pytest.mark.slow
 def test_the_grid_and_the_greedy_soup_do_not_score_worse_than_what_they_tried(world, tmp_path):
     out = tmp_path / "w.json"
-    script.main(
-        [f"run={world}/A", f"out={out}", "num_samples=2", "method=grid", "values=[0.5,0.2]"]
-    )
+    script.main([f"run={world}/A", f"out={out}", "num_samples=2", "method=grid", "values=[0.5,0.2]"])
     score = json.loads(out.read_text())["score"]
     assert score["after"] <= score["before"] + 1e-6  # the mean of two is 0.5 of each
 
@@ -154,9 +146,7 @@ def test_parts_of_two_runs_are_merged_by_their_rules(world, tmp_path, capsys):
     own = [load_file(world / run / step / "projector.safetensors") for run in "AB"]
     merged = load_file(out / "projector.safetensors")
     name = "model.multi_modal_projector.linear_1"
-    torch.testing.assert_close(
-        merged[f"{name}.bias"], (own[0][f"{name}.bias"] + own[1][f"{name}.bias"]) / 2
-    )
+    torch.testing.assert_close(merged[f"{name}.bias"], (own[0][f"{name}.bias"] + own[1][f"{name}.bias"]) / 2)
     # Both runs look at the same pictures with the same tower: equal inputs, for which regmean is the mean. What the
     # second layer reads, the first one made.
     first, second = (
@@ -166,9 +156,7 @@ def test_parts_of_two_runs_are_merged_by_their_rules(world, tmp_path, capsys):
     torch.testing.assert_close(*first)
     assert 1e-3 < (second[0] - second[1]).norm() / second[1].norm() < 1
     assert not (out / "router.safetensors").exists()
-    message = refused(
-        capsys, parts_script.main, runs, "parts={projector: mean}", f"out={tmp_path}/no"
-    )
+    message = refused(capsys, parts_script.main, runs, "parts={projector: mean}", f"out={tmp_path}/no")
     assert "parts.ocr_encoder: A, B trained one; the rules are mean" in message
 
 

@@ -109,9 +109,7 @@ def test_one_expert_alone_is_zipped_to_itself():
 
 def test_learned_mergers_bring_the_merge_nearer_to_every_expert(model, batches):
     losses = []
-    ziplora.learn_mergers(
-        model, batches, steps=4, lr=0.05, on_step=lambda step, loss: losses.append(loss)
-    )
+    ziplora.learn_mergers(model, batches, steps=4, lr=0.05, on_step=lambda step, loss: losses.append(loss))
     assert losses[-1] < 0.9 * losses[0]
     with pytest.raises(ValueError, match=r"batches.caption: none with answers"):
         ziplora.learn_mergers(model, {**batches, "caption": []}, steps=1)
@@ -155,9 +153,7 @@ def test_a_fusion_without_preference_is_the_mean_of_the_experts(model):
 def test_learning_a_fusion_lowers_the_answers_loss_and_leaves_the_experts(model):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = []
-    learn_fusion(
-        model, [batch_of(model)], steps=4, lr=0.003, on_step=lambda step, loss: losses.append(loss)
-    )
+    learn_fusion(model, [batch_of(model)], steps=4, lr=0.003, on_step=lambda step, loss: losses.append(loss))
     assert losses[-1] < losses[0]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -244,10 +240,7 @@ def write(path, weights):
 
 def test_a_weights_file_gives_back_what_was_learned(model, tmp_path):
     experts = experts_of_bank(model.bank)
-    rows = {
-        site: {name: 0.1 * i + j for j, name in enumerate(NAMES)}
-        for i, site in enumerate(experts[0].ranks)
-    }
+    rows = {site: {name: 0.1 * i + j for j, name in enumerate(NAMES)} for i, site in enumerate(experts[0].ranks)}
     assert read_weights(write(tmp_path / "w.json", rows), experts) == rows
     flat = dict.fromkeys(NAMES, 0.5)
     assert read_weights(write(tmp_path / "w.json", flat), experts) == flat

@@ -50,8 +50,7 @@ def test_robustmerge_of_the_paper(pair, variant):
     """Zeng et al. 2025: equations 2 to 4, then algorithm 1 or the product of sums."""
     a, weights = pair[0], torch.tensor([0.5, -1.0, 2.0])
     kept_a, kept_b = (
-        w * (w.abs() >= w.abs().flatten(1).kthvalue(int(w[0].numel() * 0.8)).values[:, None, None])
-        for w in pair
+        w * (w.abs() >= w.abs().flatten(1).kthvalue(int(w[0].numel() * 0.8)).values[:, None, None]) for w in pair
     )
     scale = a.abs().sum(-1) / kept_a.abs().sum(-1)
     scale = weights[:, None] * scale / scale.sum(0)
@@ -63,16 +62,9 @@ def test_robustmerge_of_the_paper(pair, variant):
     torch.testing.assert_close(merged_b @ merged_a, expected)
 
 
-@pytest.mark.parametrize(
-    "variant, power", [("paper_per_task", 1), ("paper_factor_sum", 1), ("official_code", 2)]
-)
-def test_the_strength_of_robustmerge_counts_once_and_in_the_released_code_twice(
-    pair, variant, power
-):
-    one, three = (
-        factorwise.robustmerge(*stacks(*pair), ONES, variant=variant, strength=s)
-        for s in (1.0, 3.0)
-    )
+@pytest.mark.parametrize("variant, power", [("paper_per_task", 1), ("paper_factor_sum", 1), ("official_code", 2)])
+def test_the_strength_of_robustmerge_counts_once_and_in_the_released_code_twice(pair, variant, power):
+    one, three = (factorwise.robustmerge(*stacks(*pair), ONES, variant=variant, strength=s) for s in (1.0, 3.0))
     torch.testing.assert_close(three[1] @ three[0], 3**power * (one[1] @ one[0]))
 
 

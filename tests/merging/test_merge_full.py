@@ -56,13 +56,9 @@ def test_the_weighted_sum_of_differences_is_added_to_the_base(world, tmp_path):
 
 
 def test_transformers_loads_the_result_from_its_shards(world, tmp_path):
-    merge_checkpoints(
-        tmp_path / "out", models(world), world / "base", method="slerp", max_shard_gb=6e-5
-    )
+    merge_checkpoints(tmp_path / "out", models(world), world / "base", method="slerp", max_shard_gb=6e-5)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    loaded, report = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
+    loaded, report = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     found = tensors_of(tmp_path / "out")
     weight = loaded.get_input_embeddings().weight
@@ -71,9 +67,7 @@ def test_transformers_loads_the_result_from_its_shards(world, tmp_path):
 
 def test_ties_over_the_model_is_the_released_procedure_on_flattened_models(world, tmp_path):
     options = {"scope": "model", "density": 0.2}
-    merge_checkpoints(
-        tmp_path / "out", models(world), world / "base", method="ties", options=options
-    )
+    merge_checkpoints(tmp_path / "out", models(world), world / "base", method="ties", options=options)
     base, one, two = (tensors_of(world / name) for name in ("base", *NAMES))
     keys = list(base)
     rows = torch.stack([torch.cat([(m[k] - base[k]).flatten() for k in keys]) for m in (one, two)])
@@ -130,9 +124,7 @@ def test_a_method_that_goes_by_depth_finds_it_in_the_names_of_the_layers(small, 
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_whole_numbers_and_what_a_rule_keeps_are_the_bases_in_the_dtype_asked_for(
-    small, tmp_path, dtype
-):
+def test_whole_numbers_and_what_a_rule_keeps_are_the_bases_in_the_dtype_asked_for(small, tmp_path, dtype):
     found, manifest = merged_small(small, tmp_path, dtype=dtype)
     stored = torch.float32 if dtype == "auto" else torch.bfloat16
     assert found["steps"].tolist() == [1, 7] and found["steps"].dtype == torch.int64
@@ -145,9 +137,7 @@ def test_a_merge_that_its_dtype_cannot_hold_is_refused_and_leaves_nothing(tmp_pa
     made = {n: save_model(tmp_path / n, w=torch.full((2, 2), v).half()) for n, v in
             (("base", 3e4), ("one", 6e4), ("two", 6e4))}  # fmt: skip
     base = made.pop("base")
-    with pytest.raises(
-        ValueError, match="w: the merge has values that .* do not fit in torch.float16"
-    ):
+    with pytest.raises(ValueError, match="w: the merge has values that .* do not fit in torch.float16"):
         merge_checkpoints(tmp_path / "out", made, base, method="task_arithmetic")
     assert not (tmp_path / "out").exists()
     merge_checkpoints(tmp_path / "out", made, base, method="task_arithmetic", dtype="float32")
@@ -218,9 +208,7 @@ def test_a_model_in_another_spelling_is_merged_as_the_same_model(world, tmp_path
     """Over a model of both: each in its own spelling, and half of the keys in each."""
     spellings = {
         "all": lambda tensors: {respelled(k): t for k, t in tensors.items()},
-        "some": lambda tensors: {
-            respelled(k) if i % 2 else k: t for i, (k, t) in enumerate(tensors.items())
-        },
+        "some": lambda tensors: {respelled(k) if i % 2 else k: t for i, (k, t) in enumerate(tensors.items())},
     }
     merge_checkpoints(tmp_path / "plain", models(world), world / "base")
     for name, change in spellings.items():
@@ -234,9 +222,7 @@ def test_a_model_in_another_spelling_is_merged_as_the_same_model(world, tmp_path
 
 
 def test_a_model_that_shares_few_keys_is_refused_whatever_the_rules(world, tmp_path):
-    changed_copy(
-        world, tmp_path / "other", lambda t: {f"net.{i}.w": v for i, v in enumerate(t.values())}
-    )
+    changed_copy(world, tmp_path / "other", lambda t: {f"net.{i}.w": v for i, v in enumerate(t.values())})
     given = {"one": world / "one", "other": tmp_path / "other"}
     rules = Rules(missing="base", extra="drop", shape="base")
     with pytest.raises(ValueError, match=r"models\.other: .* shares 0 of the \d+ keys of the base"):
@@ -247,9 +233,7 @@ def test_a_tensor_that_only_the_base_has_is_called_the_bases(world, tmp_path):
     lost = next(iter(tensors_of(world / "base")))
     changed_copy(world, tmp_path / "one", lambda t: {k: v for k, v in t.items() if k != lost})
     rules = Rules(missing="base")
-    manifest = merge_checkpoints(
-        tmp_path / "out", {"one": tmp_path / "one"}, world / "base", rules=rules
-    )
+    manifest = merge_checkpoints(tmp_path / "out", {"one": tmp_path / "one"}, world / "base", rules=rules)
     assert manifest[lost]["rule"] == "missing in every model: the base's"
     assert torch.equal(tensors_of(tmp_path / "out")[lost], tensors_of(world / "base")[lost])
 
@@ -333,9 +317,7 @@ def test_a_config_that_computes_otherwise_is_named_and_taken_only_on_demand(tmp_
         config = {"text_config": {"rope_theta": theta, "dtype": name}, "_name_or_path": name}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
     inputs = tmp_path / "out", {"one": tmp_path / "one"}, tmp_path / "base"
-    with pytest.raises(
-        ValueError, match=r"models.one: .* text_config.rope_theta=500000.0, .*10000.0"
-    ):
+    with pytest.raises(ValueError, match=r"models.one: .* text_config.rope_theta=500000.0, .*10000.0"):
         merge_checkpoints(*inputs)
     merge_checkpoints(*inputs, rules=Rules(config="base"))
     assert "10000.0" in (tmp_path / "out" / "config.json").read_text()
@@ -346,9 +328,7 @@ def test_keys_of_a_model_that_ran_distributed_are_the_bases(tmp_path):
     save_model(tmp_path / "base", w=torch.ones(2, 2), v=torch.ones(2, 2))
     save_model(tmp_path / "one", **{"module.w": torch.full((2, 2), 3.0), "v": torch.ones(2, 2)})
     rules = Rules(missing="base", extra="drop")
-    manifest = merge_checkpoints(
-        tmp_path / "out", {"one": tmp_path / "one"}, tmp_path / "base", rules=rules
-    )
+    manifest = merge_checkpoints(tmp_path / "out", {"one": tmp_path / "one"}, tmp_path / "base", rules=rules)
     assert manifest["w"]["spelled"] == {"one": "module.w"} and len(manifest) == 2
     assert load_file(tmp_path / "out" / "model.safetensors")["w"].eq(3).all()
     save_model(tmp_path / "both", **{"module.w": torch.zeros(2, 2), "w": torch.full((2, 2), 5.0)})

@@ -20,9 +20,7 @@ NUMBERS = st.one_of(
     st.floats(-2, 2, allow_nan=False).map(lambda x: round(x, 3)),
     st.sampled_from([0, 1, -1]),
 )
-ODD = st.sampled_from(
-    ["[]", "{}", "null", "true", "word", ".nan", ".inf", "[1]", "1e400", "'x'", "-3", "~", "{a: 1}"]
-)
+ODD = st.sampled_from(["[]", "{}", "null", "true", "word", ".nan", ".inf", "[1]", "1e400", "'x'", "-3", "~", "{a: 1}"])
 KEYS = ("method", "options", "options.scale", "options.density", "weights", "rank", "space", "sites", "rules.missing",
         "dtype", "merged", "base", "run", "models", "slices", "stack", "routing", "projector", "max_shard_gb",
         "verify", "num_probes", "fidelity", "adapters")  # fmt: skip
@@ -76,9 +74,7 @@ def attempt(capsys, *arguments: str) -> str | None:
 @pytest.mark.slow
 @FUZZ
 @given(data=st.data())
-def test_a_weighted_sum_of_any_adapters_is_the_sum_of_their_updates(
-    data, adapters, tmp_path, capsys
-):
+def test_a_weighted_sum_of_any_adapters_is_the_sum_of_their_updates(data, adapters, tmp_path, capsys):
     names = data.draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
     weights = [data.draw(NUMBERS) for _ in names]
     out = tmp_path / data.draw(st.sampled_from(NAMES))
@@ -106,9 +102,7 @@ def test_an_odd_setting_is_refused_in_a_line_that_names_it_or_gives_a_finite_ada
     key, value, adapters, tmp_path, capsys
 ):
     out = tmp_path / "out"
-    message = attempt(
-        capsys, quoted(adapters / "plain", adapters / "a#b"), f"out={out}", f"{key}={value}"
-    )
+    message = attempt(capsys, quoted(adapters / "plain", adapters / "a#b"), f"out={out}", f"{key}={value}")
     if message is not None:
         assert NAMED.match(message) and "Traceback" not in message, message
         assert not list(tmp_path.glob(".*")), "litter"

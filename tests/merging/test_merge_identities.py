@@ -65,9 +65,7 @@ def rewritten(expert, seed):
         lora_a, lora_b = expert.read(site)
         generator = torch.Generator().manual_seed(seed)
         rank = lora_a.shape[0]
-        mix = torch.randn(rank, rank, generator=generator, dtype=torch.float64) + 2 * torch.eye(
-            rank
-        )
+        mix = torch.randn(rank, rank, generator=generator, dtype=torch.float64) + 2 * torch.eye(rank)
         return torch.linalg.solve(mix, lora_a), lora_b @ mix
 
     return Expert(**{**vars(expert), "read": read})
@@ -159,9 +157,7 @@ def test_twins_of_opposite_weights_cancel_in_every_vote(space, methods, count):
         twins = [plus, minus if seed % 3 else rewritten(minus, seed)]
         method = methods[seed % len(methods)]
         weights = {"plus": 0.7, "minus": -0.7}
-        merged = merge(
-            twins, method=method, space=space, options=KEEPS_ONE[method], weights=weights
-        )
+        merged = merge(twins, method=method, space=space, options=KEEPS_ONE[method], weights=weights)
         (site,) = merged.values()
         assert (site.lora_b @ site.lora_a).abs().max() < 1e-8, (method, seed)
 
@@ -199,9 +195,7 @@ def test_the_number_of_threads_changes_nothing(method):
 def test_ties_over_the_model_trims_all_sites_of_adapters_together():
     experts, options = experts_of(5, 3, (8,)), {"scope": "model", "density": 0.3}
     found = update_of(experts, "ties", options=options, space="dense")
-    rows = torch.stack(
-        [torch.cat([u.flatten() for u in update_of([e], "linear").values()]) for e in experts]
-    )
+    rows = torch.stack([torch.cat([u.flatten() for u in update_of([e], "linear").values()]) for e in experts])
     expected = ties_merging(rows, 0.3)
     torch.testing.assert_close(torch.cat([u.flatten() for u in found.values()]), expected)
     apart = update_of(experts, "ties", options={"density": 0.3}, space="dense")

@@ -20,9 +20,7 @@ def model():
 def test_learned_weights_lower_the_answers_loss_and_merge_exactly(model):
     batch = batch_of(model)
     losses = []
-    weights = gradient.learn_weights(
-        model, [batch], steps=12, lr=0.3, on_step=lambda step, loss: losses.append(loss)
-    )
+    weights = gradient.learn_weights(model, [batch], steps=12, lr=0.3, on_step=lambda step, loss: losses.append(loss))
     assert losses[-1] < losses[0]
     assert all(sum(row.values()) == pytest.approx(1, abs=1e-5) for row in weights.values())
     gates = torch.tensor([list(row.values()) for row in weights.values()])
@@ -74,9 +72,7 @@ def bowl(weights):
 
 @pytest.mark.parametrize("optimizer", ["NGOpt", "CMA"])
 def test_search_finds_the_best_weights_and_prefers_small_ones(optimizer):
-    found = search.search(
-        bowl, ("one", "two", "three"), budget=150, penalty=0.05, optimizer=optimizer
-    )
+    found = search.search(bowl, ("one", "two", "three"), budget=150, penalty=0.05, optimizer=optimizer)
     assert found["one"] == pytest.approx(0.8, abs=0.15)
     assert found["two"] == pytest.approx(-0.4, abs=0.15)
     assert abs(found["three"]) < 0.2
@@ -128,9 +124,7 @@ def test_regmean_is_the_least_squares_layer(model):
     inputs = torch.randn(3, 200, columns, generator=generator, dtype=torch.float64)
     grams = {name: (inputs.mT @ inputs)[:, : e.shapes[name][1], : e.shapes[name][1]]
              for e in experts for name in e.shapes if e.shapes[name][1] <= columns}  # fmt: skip
-    chosen = [
-        replace(e, ranks={site: e.ranks[site]}, shapes={site: e.shapes[site]}) for e in experts
-    ]
+    chosen = [replace(e, ranks={site: e.ranks[site]}, shapes={site: e.shapes[site]}) for e in experts]
     shares = dict(zip(model.bank.names, (0.5, 2.0, 1.0), strict=True))
     turned = regmean(chosen, grams, weights=shares, nondiagonal=1.0, ridge=0.0)
     merged = merge(turned, weights=dict.fromkeys(model.bank.names, 1.0))[site]
@@ -175,11 +169,7 @@ def test_grams_are_those_of_the_experts_own_inputs_without_padding(model):
 
 def test_regmean_of_equal_inputs_is_the_mean(model):
     experts = experts_of_bank(model.bank)
-    same = {
-        site: torch.eye(shape[1]).expand(3, -1, -1)
-        for e in experts
-        for site, shape in e.shapes.items()
-    }
+    same = {site: torch.eye(shape[1]).expand(3, -1, -1) for e in experts for site, shape in e.shapes.items()}
     merged = merge(regmean(experts, same), weights=dict.fromkeys(model.bank.names, 1.0))
     expected = merge(experts)
     for site, result in merged.items():

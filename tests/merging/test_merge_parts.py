@@ -47,9 +47,7 @@ def test_the_projector_of_any_family_is_its_part(tmp_path, family):
     base.model.save_pretrained(tmp_path / "base")
     base.processor.save_pretrained(tmp_path / "base")
     config = RunConfig(
-        model=ModelConfig(
-            name=str(tmp_path / "base"), targets=["all-linear"], train_projector=True
-        ),
+        model=ModelConfig(name=str(tmp_path / "base"), targets=["all-linear"], train_projector=True),
         experts={"a": ExpertConfig(rank=1)},
     )
     model = build_model(config)
@@ -63,9 +61,7 @@ def test_each_part_goes_by_its_rule_and_the_report_says_so():
     merged, reports = merge_parts(RUNS, RULES)
     mean = (BESIDE["a"][f"{LAYER}.bias"] + BESIDE["b"][f"{LAYER}.bias"]) / 2
     torch.testing.assert_close(merged["projector"][f"{LAYER}.bias"], mean)
-    assert torch.equal(
-        merged["ocr_encoder"]["router.missing.ocr"], RUNS["b"]["ocr_encoder"]["router.missing.ocr"]
-    )
+    assert torch.equal(merged["ocr_encoder"]["router.missing.ocr"], RUNS["b"]["ocr_encoder"]["router.missing.ocr"])
     assert "prefixes" not in merged
     assert [part_line(*item) for item in reports.items()] == [
         "projector of a, b: mean, 2 tensors",
@@ -109,9 +105,7 @@ def test_a_part_without_a_fitting_rule_is_refused(changes, message):
 
 def test_routers_of_different_experts_have_no_mean():
     runs = {"a": RUNS["a"], "b": make_run(1, experts=2)}
-    with pytest.raises(
-        ValueError, match=r"router.head.3.weight is \(3, 3\) in a and \(2, 3\) in b"
-    ):
+    with pytest.raises(ValueError, match=r"router.head.3.weight is \(3, 3\) in a and \(2, 3\) in b"):
         merge_parts(runs, RULES)
     merged, _ = merge_parts(runs, RULES | {"router": "keep:a"})
     assert merged["router"]["router.head.3.weight"].shape == (3, 3)

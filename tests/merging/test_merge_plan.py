@@ -28,9 +28,7 @@ def test_the_first_rule_that_matches_a_site_decides_and_the_rest_keep_the_merges
     ]
     found = dense(merge(experts(), weights={"e0": 1, "e1": 2, "e2": 3}, rules=rules))
     plain = update_of(experts(), "linear", weights={"e0": 1, "e1": 2, "e2": 3})
-    ties = update_of(
-        experts(), "ties", options={"density": 0.5}, weights={"e0": 1, "e1": 2, "e2": 3}
-    )
+    ties = update_of(experts(), "ties", options={"density": 0.5}, weights={"e0": 1, "e1": 2, "e2": 3})
     first = merge(experts(), weights={"e0": 1, "e1": 0, "e2": 0}, rank=1)
     torch.testing.assert_close(found["model.layers.0.up"], ties["model.layers.0.up"])
     torch.testing.assert_close(found["model.layers.0.q"], dense(first)["model.layers.0.q"])
@@ -60,9 +58,7 @@ def test_a_dropped_site_is_not_in_the_result_and_has_no_gates():
     assert sum_gates(plan)["head"].tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "values, expected", [([-0.5], [-0.5] * 3), ([0, 1, 4], [0, 1, 4]), ([0.2, 1], [0.2, 0.6, 1])]
-)
+@pytest.mark.parametrize("values, expected", [([-0.5], [-0.5] * 3), ([0, 1, 4], [0, 1, 4]), ([0.2, 1], [0.2, 0.6, 1])])
 def test_a_scale_runs_along_the_depth_of_the_whole_model(values, expected):
     rules = [SiteRule(match=r"\.q$", scale=[float(v) for v in values])]
     plan = make_plan(experts(), rules=rules)

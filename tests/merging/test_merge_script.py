@@ -49,9 +49,7 @@ def make_run(run, base, router):
         experts={name: ExpertConfig(rank=2, alpha=4.0) for name in ("vqa", "caption")},
         router=router,
         data=DataConfig(
-            validation={
-                "scenes": SourceConfig(name="scenes", split="validation", task="vqa", num_samples=4)
-            }
+            validation={"scenes": SourceConfig(name="scenes", split="validation", task="vqa", num_samples=4)}
         ),
     )
     model = build_model(config)
@@ -111,9 +109,7 @@ def test_two_folders_become_one_adapter(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_is_merged_by_its_mean_gates_and_compared_with_the_router(
-    world, tmp_path, same_process, capsys
-):
+def test_a_run_is_merged_by_its_mean_gates_and_compared_with_the_router(world, tmp_path, same_process, capsys):
     out = tmp_path / "out"
     script.main(["fidelity=false", f"run={world}/sample", "weights=gates", "rank=3", f"out={out}"])
     report = json.loads((out / "export_report.json").read_text())
@@ -153,9 +149,7 @@ def test_a_method_that_needs_data_says_where_it_is(world, capsys, tmp_path):
 @pytest.mark.slow
 def test_factor_space_warns_of_its_cross_terms_and_core_space_does_not(world, tmp_path, capsys):
     adapters = f"adapters=[{world}/sample/checkpoints/step-000001/experts/*]"
-    script.main(
-        ["fidelity=false", adapters, "space=factor", "verify=false", f"out={tmp_path / 'factor'}"]
-    )
+    script.main(["fidelity=false", adapters, "space=factor", "verify=false", f"out={tmp_path / 'factor'}"])
     assert "warning: A and B are merged apart" in capsys.readouterr().out
     script.main(["fidelity=false", adapters, "verify=false", f"out={tmp_path / 'core'}"])
     assert "warning" not in capsys.readouterr().out
@@ -182,9 +176,7 @@ def test_a_run_with_fixed_gates_is_merged_without_loss(world, tmp_path, same_pro
     given = "weights={vqa: 0.8, caption: -0.3}"
     for merged in ("false", "true"):
         out = tmp_path / merged
-        script.main(
-            ["fidelity=false", f"run={tmp_path}/run", given, f"merged={merged}", f"out={out}"]
-        )
+        script.main(["fidelity=false", f"run={tmp_path}/run", given, f"merged={merged}", f"out={out}"])
         comparisons = json.loads((out / "export_report.json").read_text())["comparisons"]
         assert comparisons["routed_model"]["max_abs_logit_diff"] < 1e-5
         assert comparisons["routed_model"]["greedy_token_agreement"] == 1.0
@@ -201,9 +193,7 @@ def test_the_gates_of_one_task_may_be_taken(world, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_token_level_run_needs_to_be_told_that_it_is_approximate(
-    world, tmp_path, same_process, capsys
-):
+def test_a_token_level_run_needs_to_be_told_that_it_is_approximate(world, tmp_path, same_process, capsys):
     arguments = [f"run={world}/token", "weights=gates", f"out={tmp_path / 'out'}"]
     message = refused(capsys, *arguments)
     assert "its router gates every token" in message and "approximate=true" in message
@@ -419,9 +409,7 @@ def test_a_quantised_base_is_refused_with_what_to_do(world, tmp_path, capsys, me
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantised}))
     adapter, out = f"adapters=[{world}/adapters/one]", f"out={tmp_path / 'out'}"
     message = refused(capsys, adapter, f"base={tmp_path}/base", out, f"merged={merged}")
-    assert (
-        f"{file}: quantization_config says that its weights are packed by bitsandbytes" in message
-    )
+    assert f"{file}: quantization_config says that its weights are packed by bitsandbytes" in message
     assert "give base= the weights it was made from" in message
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     script.main([adapter, f"base={tmp_path}/base", "verify=false", "fidelity=false", out])
@@ -433,9 +421,7 @@ def test_a_refusal_of_the_real_command_line_is_one_line_and_exit_code_2(world, t
     shutil.copytree(world / "adapters/two", tmp_path / "bad")
     cut_file(tmp_path / "bad", 0)
     command = [sys.executable, "-m", "scripts.merge", f"adapters=[{tmp_path}/bad]"]
-    done = subprocess.run(
-        [*command, f"out={tmp_path}/out", "verify=false"], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, f"out={tmp_path}/out", "verify=false"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith(f"error: {tmp_path}/bad/adapter_model.safetensors: not readable")
@@ -466,9 +452,7 @@ def test_a_routing_report_of_other_experts_is_refused(world, tmp_path, capsys):
         ({"sites": None}, "has no 'sites'"),
     ],
 )
-def test_gates_that_were_not_measured_on_all_of_these_weights_are_refused(
-    world, tmp_path, capsys, change, message
-):
+def test_gates_that_were_not_measured_on_all_of_these_weights_are_refused(world, tmp_path, capsys, change, message):
     report = json.loads((world / "sample" / "eval" / "routing.json").read_text()) | change
     report = {key: value for key, value in report.items() if value is not None}
     (tmp_path / "routing.json").write_text(json.dumps(report))
@@ -482,9 +466,7 @@ def test_folders_of_one_name_become_different_experts(world, tmp_path):
     make_adapter(tmp_path / "one", 5, r=1)
     adapters = f"adapters=[{world}/adapters/one,{tmp_path}/one]"
     out = tmp_path / "out"
-    script.main(
-        ["fidelity=false", adapters, "weights={one: 1, one_2: 2}", "verify=false", f"out={out}"]
-    )
+    script.main(["fidelity=false", adapters, "weights={one: 1, one_2: 2}", "verify=false", f"out={out}"])
     report = json.loads((out / "export_report.json").read_text())
     assert set(report["merge"]["kept"]["experts"]) == {"one", "one_2"}
 

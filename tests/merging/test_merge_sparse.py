@@ -128,9 +128,7 @@ def test_random_masks_depend_on_seed_and_names_alone(matrices, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method", [METHODS["dare_linear"].function, METHODS["della_linear"].function]
-)
+@pytest.mark.parametrize("method", [METHODS["dare_linear"].function, METHODS["della_linear"].function])
 def test_the_expectation_over_masks_is_the_sum(method):
     matrices = torch.tensor([[[1.0, 0.5, -1.0, 0.5]], [[0.5, 0.1, 1.0, 0.7]]])
     draws = [method(stack(matrices), torch.ones(2), seed=seed) for seed in range(1000)]
@@ -154,12 +152,7 @@ def test_rescaling_by_l1_gives_the_norm_back(matrices, block_rows):
 
 def test_della_keeps_large_values_more_often():
     ramp = stack(torch.arange(1.0, 101.0).expand(1, 400, 100).contiguous())
-    kept = (
-        METHODS["della_linear"].function(
-            ramp, torch.ones(1), density=0.5, spread=0.4, rescale="none"
-        )
-        != 0
-    )
+    kept = METHODS["della_linear"].function(ramp, torch.ones(1), density=0.5, spread=0.4, rescale="none") != 0
     share = kept.float().mean(0)
     assert share[:10].mean() < 0.2 < 0.8 < share[-10:].mean()
     assert abs(share.mean() - 0.5) < 0.02
@@ -180,15 +173,11 @@ def test_della_at_full_spread_keeps_the_largest_of_a_row_and_drops_its_smallest(
 def test_breadcrumbs_drop_both_ends():
     signs = torch.tensor([1.0, -1.0]).repeat(50).view(1, 10, 10)
     matrices = signs * torch.arange(1.0, 101.0).view(1, 10, 10)
-    merged = METHODS["breadcrumbs"].function(
-        stack(matrices), torch.tensor([2.0]), density=0.5, outliers=0.1
-    )
+    merged = METHODS["breadcrumbs"].function(stack(matrices), torch.tensor([2.0]), density=0.5, outliers=0.1)
     # the ten largest are gone, and below them int(0.6 * 100) + 1 - 10 stay
     assert (merged[merged != 0] / 2).tolist() == matrices.flatten()[39:90].tolist()
     small = torch.arange(1.0, 10.0).view(1, 3, 3)  # a share of less than one value drops none
-    merged = METHODS["breadcrumbs"].function(
-        stack(small), torch.ones(1), density=0.9, outliers=0.01
-    )
+    merged = METHODS["breadcrumbs"].function(stack(small), torch.ones(1), density=0.9, outliers=0.01)
     assert merged.max() == 9
 
 
@@ -242,9 +231,7 @@ def test_consensus_keeps_what_enough_experts_need():
     block = torch.tensor([[[1.0, 1.0, 5.0]], [[1.0, 0.1, 0.0]], [[1.0, 0.1, 0.1]]])
     merged = METHODS["consensus"].function(stack(block), ONES, threshold=0.4, at_least=2)
     assert merged.tolist() == [[3.0, 0.0, 0.0]]
-    weights = torch.tensor(
-        [1.0, -1.0, 1.0]
-    )  # now the first entry's total is 1, and all three need it
+    weights = torch.tensor([1.0, -1.0, 1.0])  # now the first entry's total is 1, and all three need it
     merged = METHODS["consensus"].function(stack(block), weights, threshold=0.4, at_least=3)
     assert merged.tolist() == [[1.0, 0.0, 0.0]]
 

@@ -129,9 +129,7 @@ def test_dc_merge_is_the_released_procedure(factors, updates):
     u = whiten(torch.cat([p[0] for p in parts], 1))
     v = whiten(torch.cat([p[2] for p in parts]))
     cores = torch.stack([u.T @ p[0] @ p[2] @ v.T * p[1].mean() for p in parts])
-    kept = torch.where(
-        cores.abs() >= cores.abs().flatten(1).kthvalue(49 - 24).values[:, None, None], cores, 0.0
-    )
+    kept = torch.where(cores.abs() >= cores.abs().flatten(1).kthvalue(49 - 24).values[:, None, None], cores, 0.0)
     kept = MIXED[:, None, None] * kept
     sign = kept.sum(0).sign()
     agrees = (kept.sign() == sign) & (kept != 0)
@@ -155,9 +153,7 @@ def test_levelled_singular_values_keep_their_sum():
 
 def test_ctm_at_full_size_and_density_is_the_mean_of_what_agrees(factors, updates):
     """With the whole space and one expert, nothing is lost."""
-    one = in_core(
-        spectral.ctm, factors, weights=ONES * torch.tensor([1, 0, 0]), size=7, density=1.0
-    )
+    one = in_core(spectral.ctm, factors, weights=ONES * torch.tensor([1, 0, 0]), size=7, density=1.0)
     torch.testing.assert_close(one, updates[0])
 
 

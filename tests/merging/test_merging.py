@@ -136,10 +136,7 @@ def test_an_expert_without_a_site_adds_nothing_there():
 def test_weights_may_differ_per_site():
     one, two = make_expert("one", 0), make_expert("two", 1)
     weights = {site: {"one": i, "two": 1 - i} for i, site in enumerate(SITES)}
-    expected = {
-        site: i * dense(one, site, 3 / 2) + (1 - i) * dense(two, site, 3 / 2)
-        for i, site in enumerate(SITES)
-    }
+    expected = {site: i * dense(one, site, 3 / 2) + (1 - i) * dense(two, site, 3 / 2) for i, site in enumerate(SITES)}
     assert_same(merge([one, two], weights=weights), expected)
 
 
@@ -167,18 +164,14 @@ def test_a_fixed_rank_is_the_best_one_with_balanced_factors():
 def test_the_common_axes_of_nearly_parallel_experts_are_orthonormal_and_hold_them(apart):
     """Columns that differ by a share of 1e-7 are far from well conditioned, and their Gram matrix is far worse."""
     one, other = make_expert("one", 0), make_expert("two", 1)
-    pairs = zip(
-        one.factors("head", torch.float64), other.factors("head", torch.float64), strict=True
-    )
+    pairs = zip(one.factors("head", torch.float64), other.factors("head", torch.float64), strict=True)
     factors = [
         one.factors("head", torch.float64),
         tuple(own + apart * noise for own, noise in pairs),
     ]
     core = to_core(factors)
     for axes in (core.q_a, core.q_b):
-        torch.testing.assert_close(
-            axes.T @ axes, torch.eye(axes.shape[1]).double(), rtol=0, atol=1e-9
-        )
+        torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]).double(), rtol=0, atol=1e-9)
     for (a, b), own in zip(factors, core.cores, strict=True):
         torch.testing.assert_close(core.q_b @ own @ core.q_a.T, b @ a, rtol=0, atol=1e-12)
 
@@ -197,9 +190,7 @@ def test_a_dense_update_is_cut_to_a_rank_as_well_as_its_svd_can(exact, monkeypat
     assert compress_dense((u * s) @ v.T, "sum", 5).lora_a.shape[0] == 5
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"method": "magnitude_prune", "space": "dense", "options": {"density": 1.0}}]
-)
+@pytest.mark.parametrize("settings", [{}, {"method": "magnitude_prune", "space": "dense", "options": {"density": 1.0}}])
 def test_an_expert_lies_in_the_span_of_what_the_merge_has_and_not_of_empty_directions(settings):
     first, second = make_expert("first", 0), make_expert("second", 1, rank=1)
     merged = merge([first, second], weights={"first": 1, "second": 0}, **settings)
@@ -210,9 +201,7 @@ def test_an_expert_lies_in_the_span_of_what_the_merge_has_and_not_of_empty_direc
         inside = (u[:, :2].T @ other @ v[:2].T).square().sum()
         torch.testing.assert_close(result.experts.span_energy[1], inside)
         torch.testing.assert_close(result.experts.energy[1], other.square().sum())
-        torch.testing.assert_close(
-            result.experts.overlap[1], (dense(first, site, 1.5) * other).sum()
-        )
+        torch.testing.assert_close(result.experts.overlap[1], (dense(first, site, 1.5) * other).sum())
 
 
 def test_an_energy_keeps_the_smallest_sufficient_rank():
@@ -280,10 +269,7 @@ def test_experts_of_different_bases_are_refused():
     one = make_expert("one")
     wide = expert_from_tensors(
         "wide",
-        {
-            key: torch.ones(1, 9) if "lora_A" in key else torch.ones(9, 1)
-            for key in site_keys("head")
-        },
+        {key: torch.ones(1, 9) if "lora_A" in key else torch.ones(9, 1) for key in site_keys("head")},
         {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["head"]},
     )
     with pytest.raises(ValueError, match=r"different bases: head is .*'wide': \(9, 9\)"):
@@ -316,9 +302,7 @@ def test_the_report_says_what_was_kept_of_each_expert():
 
 
 def test_layers_are_the_numbered_blocks():
-    assert layer_of("model.language_model.layers.3.self_attn.q_proj") == (
-        "model.language_model.layers.3"
-    )
+    assert layer_of("model.language_model.layers.3.self_attn.q_proj") == ("model.language_model.layers.3")
     assert layer_of("model.multi_modal_projector.linear_1") == "model.multi_modal_projector"
     assert layer_of("lm_head") == "lm_head"
 
@@ -352,9 +336,7 @@ def test_the_merge_equals_pefts_cat_where_peft_is_right(tmp_path):
 
 
 def test_an_adapter_is_read_as_peft_computes_it(tmp_path):
-    expert = peft_adapter(
-        tmp_path / "rs", 3, r=4, lora_alpha=6, use_rslora=True, rank_pattern={"down_proj": 2}
-    )
+    expert = peft_adapter(tmp_path / "rs", 3, r=4, lora_alpha=6, use_rslora=True, rank_pattern={"down_proj": 2})
     merged = merge([expert])
     theirs = PeftModel.from_pretrained(tiny_llava()[0], tmp_path / "rs").base_model.model
     for site in merged:
@@ -372,7 +354,5 @@ def test_a_nan_in_one_adapter_stops_the_merge_and_names_the_file(tmp_path):
     stored = load_file(file)
     stored[site_keys("head")[0]][0, 0] = torch.nan
     save_file(stored, file)
-    with pytest.raises(
-        ValueError, match=r"broken/adapter_model.safetensors: .*head.lora_A.* 1 NaN"
-    ):
+    with pytest.raises(ValueError, match=r"broken/adapter_model.safetensors: .*head.lora_A.* 1 NaN"):
         merge([expert_from_folder(tmp_path / "broken")])

@@ -43,10 +43,7 @@ def entry(folder, start, stop):
 def test_slices_of_two_models_become_one_deeper_model(world, tmp_path):
     config = stacked(tmp_path / "out", [entry(world / "a", 0, 3), entry(world / "b", 1, 4)])
     assert config["num_hidden_layers"] == 6
-    a, b, deep = (
-        AutoModelForCausalLM.from_pretrained(f).eval()
-        for f in (world / "a", world / "b", tmp_path / "out")
-    )
+    a, b, deep = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (world / "a", world / "b", tmp_path / "out"))
     for number, (source, index) in enumerate([(a, 0), (a, 1), (a, 2), (b, 1), (b, 2), (b, 3)]):
         wanted, found = (
             source.model.layers[index].state_dict(),
@@ -76,19 +73,11 @@ def test_all_layers_of_one_model_are_that_model(world, tmp_path):
 def test_the_script_stacks_the_language_model_of_a_llava(tmp_path):
     model, _ = tiny_llava(num_layers=2, num_vision_layers=2)
     model.save_pretrained(tmp_path / "llava")
-    stack = next(
-        k
-        for k in load_file(tmp_path / "llava/model.safetensors")
-        if ".layers.0." in k and "language" in k
-    )
+    stack = next(k for k in load_file(tmp_path / "llava/model.safetensors") if ".layers.0." in k and "language" in k)
     path = stack.partition(".0.")[0]
     slices = f"[{{model: {tmp_path / 'llava'}, layers: [0, 2]}}, {{model: {tmp_path / 'llava'}, layers: [1, 2]}}]"
-    script.main(
-        ["method=passthrough", f"slices={slices}", f"stack={path}", f"out={tmp_path / 'out'}"]
-    )
-    deep, info = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
+    script.main(["method=passthrough", f"slices={slices}", f"stack={path}", f"out={tmp_path / 'out'}"])
+    deep, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert deep.config.text_config.num_hidden_layers == 3
     assert deep.config.vision_config.num_hidden_layers == 2

@@ -60,9 +60,7 @@ BOTH = [
 
 
 @pytest.mark.parametrize(("prediction", "answer", "count", "official", "evalai"), BOTH)
-def test_the_two_vqa_rules_give_the_values_of_their_own_code(
-    prediction, answer, count, official, evalai
-):
+def test_the_two_vqa_rules_give_the_values_of_their_own_code(prediction, answer, count, official, evalai):
     answers = [answer] * count + ["x"] * (10 - count)
     assert vqa_official(prediction, answers) == pytest.approx(official)
     assert vqa_evalai(prediction, answers) == pytest.approx(evalai)
@@ -98,9 +96,7 @@ def test_vqa_normalisation_keeps_the_official_quirks(text, expected):
     assert normalize_vqa(text) == expected
 
 
-@pytest.mark.parametrize(
-    "matches, expected", [(0, 0.0), (1, 1 / 3), (2, 2 / 3), (3, 1.0), (5, 1.0)]
-)
+@pytest.mark.parametrize("matches, expected", [(0, 0.0), (1, 1 / 3), (2, 2 / 3), (3, 1.0), (5, 1.0)])
 def test_a_okvqa_takes_three_equal_answers_for_certain_and_normalises_nothing(matches, expected):
     answers = ["cat"] * matches + ["Cat", "the cat", "dog", "cat."]
     assert aokvqa_direct("cat", answers) == pytest.approx(expected)

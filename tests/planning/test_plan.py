@@ -85,9 +85,7 @@ def test_the_planned_peak_is_the_allocators_and_the_state_is_adamws(checkpointin
 def test_checkpointing_keeps_less_and_computes_more(tmp_path):
     steps = []
     for on in (False, True):
-        run = FakeRun(
-            toy_config(tmp_path, train__gradient_checkpointing=on), str(tmp_path / "base")
-        )
+        run = FakeRun(toy_config(tmp_path, train__gradient_checkpointing=on), str(tmp_path / "base"))
         steps.append(run.measure(Lengths(**LENGTHS, image=4), 4))
     plain, checkpointed = steps
     assert checkpointed.kept < 0.5 * plain.kept and checkpointed.peak < plain.peak
@@ -244,9 +242,7 @@ def test_four_bits_take_a_quarter_of_the_linear_layers(tmp_path):
         str(tmp_path / "base"),
     )
     linear = [
-        m
-        for m in whole.model.model.modules()
-        if isinstance(m, torch.nn.Linear) and m is not whole.model.model.lm_head
+        m for m in whole.model.model.modules() if isinstance(m, torch.nn.Linear) and m is not whole.model.model.lm_head
     ]
     size = sum(m.weight.numel() for m in linear)
     saved = whole.shape.base_bytes - quarter.shape.base_bytes

@@ -131,9 +131,7 @@ def test_anchors_are_compared_around_the_mean_of_all_samples():
 
 def test_anchors_say_nothing_about_missing_evidence_or_unseen_experts():
     sums, counts = torch.zeros(2, 4), torch.tensor([0.0, 0.0])
-    sums, counts = anchor_sums(
-        sums, counts, logits(2, 4), torch.tensor([True, True]), torch.tensor([0, 0])
-    )
+    sums, counts = anchor_sums(sums, counts, logits(2, 4), torch.tensor([True, True]), torch.tensor([0, 0]))
     similarity = anchor_similarity(sums, counts, logits(2, 4), torch.tensor([True, False]))
     assert similarity[:, 1].tolist() == [0, 0]
     assert similarity[1].tolist() == [0, 0]

@@ -50,9 +50,7 @@ def test_the_gradient_of_load_balancing_moves_towards_uniform():
 LOSSES = {
     "load_balancing": lambda p, m: load_balancing_loss(p, 2, m),
     "dense_load_balancing": lambda p, m: load_balancing_loss(p, None, m),
-    "within_task": lambda p, m: within_task_balancing_loss(
-        p, torch.arange(p.shape[1]) % 2, None, m
-    ),
+    "within_task": lambda p, m: within_task_balancing_loss(p, torch.arange(p.shape[1]) % 2, None, m),
     "z": lambda p, m: z_loss(p.log(), m),
     "entropy": entropy_loss,
     "guidance": lambda p, m: task_guidance_loss(p.log(), torch.arange(p.shape[1]) % 3 - 1, m),

@@ -99,9 +99,7 @@ def test_padding_and_what_stands_in_it_never_change_the_logits(name, side):
             if field == f"{kind}_mask":
                 noise = torch.zeros(4, 2, dtype=torch.bool)
             padded[field] = torch.cat([value, noise] if side == "right" else [noise, value], dim=1)
-    torch.testing.assert_close(
-        router(dataclasses.replace(evidence, **padded)), router(evidence), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(router(dataclasses.replace(evidence, **padded)), router(evidence), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", EVIDENCE)
@@ -140,17 +138,13 @@ def test_evidence_that_only_one_sample_lacks_leaves_the_others_alone():
 def test_a_batch_without_any_ocr_word_is_no_special_case():
     router, evidence = make_router(), make_evidence()
     empty = {name: getattr(evidence, name)[:, :0] for name in PADDED["ocr"]}
-    torch.testing.assert_close(
-        router(dataclasses.replace(evidence, **empty)), router(without(evidence, "ocr"))
-    )
+    torch.testing.assert_close(router(dataclasses.replace(evidence, **empty)), router(without(evidence, "ocr")))
 
 
 def test_word_order_reaches_the_router():
     router, evidence = make_router(evidence=("text",)), make_evidence(3)
     turned = evidence.text_tokens.flip(1)
-    assert not torch.allclose(
-        router(evidence)[2], router(dataclasses.replace(evidence, text_tokens=turned))[2]
-    )
+    assert not torch.allclose(router(evidence)[2], router(dataclasses.replace(evidence, text_tokens=turned))[2])
 
 
 def test_the_places_of_ocr_words_reach_the_router():
@@ -163,9 +157,7 @@ def test_the_places_of_ocr_words_reach_the_router():
 
 def test_an_ocr_word_has_its_corners_its_size_and_its_confidence():
     router, seen = make_router(evidence=("ocr",)), []
-    router.encoders["ocr"].place.register_forward_pre_hook(
-        lambda module, args: seen.append(args[0])
-    )
+    router.encoders["ocr"].place.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     boxes = torch.tensor([[[0.1, 0.2, 0.5, 0.8]]])
     router(Evidence(ocr_tokens=torch.ones(1, 1, 5), ocr_boxes=boxes, ocr_confidence=torch.full((1, 1), 0.9),
                     ocr_mask=torch.ones(1, 1, dtype=torch.bool)))  # fmt: skip
@@ -174,10 +166,7 @@ def test_an_ocr_word_has_its_corners_its_size_and_its_confidence():
 
 def test_anchors_take_the_mean_over_the_kinds_that_a_sample_has_times_the_sharpness():
     evidence = make_evidence()
-    both, text, task = (
-        filled_anchors(evidence=kinds)(evidence)
-        for kinds in (("text", "task"), ("text",), ("task",))
-    )
+    both, text, task = (filled_anchors(evidence=kinds)(evidence) for kinds in (("text", "task"), ("text",), ("task",)))
     torch.testing.assert_close(both, (text + task) / 2)
     lacking = without(evidence, "task")
     torch.testing.assert_close(filled_anchors(evidence=("text", "task"))(lacking), text)

@@ -50,9 +50,7 @@ def tokenizer_with(**named: str) -> PreTrainedTokenizerFast:
 
 
 def text_config(tokenizer: PreTrainedTokenizerFast, model_type: str, **more: Any) -> dict[str, Any]:
-    ids = {
-        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
-    }
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return {**TEXT, "model_type": model_type, "vocab_size": len(tokenizer), **ids, **more}
 
 
@@ -166,9 +164,7 @@ def paligemma() -> tuple[Any, Any]:
     tokenizer = tokenizer_with(image_token="<image>")
     image_processor = transformers.SiglipImageProcessorPil(size={"height": 28, "width": 28})
     image_processor.image_seq_length = 4
-    processor = transformers.PaliGemmaProcessor(
-        image_processor=image_processor, tokenizer=tokenizer
-    )
+    processor = transformers.PaliGemmaProcessor(image_processor=image_processor, tokenizer=tokenizer)
     config = transformers.PaliGemmaConfig(
         vision_config={**siglip(28), "projection_dim": 16},
         text_config=text_config(tokenizer, "gemma2", final_logit_softcapping=3.0, query_pre_attn_scalar=8),

@@ -79,10 +79,7 @@ def edit_line(name: str, number: int, **changes: Any) -> Callable[[Path], None]:
 
 
 def ten(first: str, others: str) -> list[dict[str, Any]]:
-    return [
-        {"answer": first if i < 4 else others, "answer_confidence": "yes", "answer_id": i + 1}
-        for i in range(10)
-    ]
+    return [{"answer": first if i < 4 else others, "answer_confidence": "yes", "answer_id": i + 1} for i in range(10)]
 
 
 # --- questions about pictures -------------------------------------------------------------------

@@ -38,8 +38,7 @@ def launch(*commands: list[str], silence: float = SILENCE, longest: float = LONG
     }  # fmt: skip
     with tempfile.TemporaryFile("w+") as said:
         started = [
-            subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
-            for command in commands
+            subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT) for command in commands
         ]
         try:
             hung = not wait(started, said.fileno(), silence, longest)

@@ -44,9 +44,7 @@ def average(a, b):
 
 def layers_of(model):
     """The linear layers with a bias."""
-    return [
-        name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.bias is not None
-    ]
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.bias is not None]
 
 
 # MLPs -------------------------------------------------------------------------------------------
@@ -54,11 +52,7 @@ def layers_of(model):
 
 def mlp(sizes, seed):
     torch.manual_seed(seed)
-    layers = [
-        layer
-        for one, two in zip(sizes, sizes[1:], strict=False)
-        for layer in (nn.Linear(one, two), nn.ReLU())
-    ]
+    layers = [layer for one, two in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(one, two), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -99,9 +93,7 @@ def clip(seed, *, width=32, heads=4, layers=1, ratio=2, vocab=END + 1):
         "bos_token_id": 1, "eos_token_id": END, "pad_token_id": 0,
     }  # fmt: skip
     vision = {"image_size": 24, "patch_size": 8}
-    config = CLIPConfig(
-        text_config={**shared, **text}, vision_config={**shared, **vision}, projection_dim=width
-    )
+    config = CLIPConfig(text_config={**shared, **text}, vision_config={**shared, **vision}, projection_dim=width)
     return CLIPModel(config).eval()
 
 
@@ -120,9 +112,7 @@ def similarities(model, pictures):
 def train_clip(model, pictures, labels, seed, steps):
     """Each picture's own name against all the others."""
     optimizer = torch.optim.AdamW(model.train().parameters(), 2e-3, weight_decay=0.3)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, step / 30) * (1 - 0.9 * step / steps)
-    )
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 30) * (1 - 0.9 * step / steps))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         chosen = torch.randint(len(pictures), (48,), generator=generator)

@@ -49,9 +49,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _child(
-    pipe: Any, rank: int, size: int, port: int, work: Callable[..., Any], arguments: tuple
-) -> None:
+def _child(pipe: Any, rank: int, size: int, port: int, work: Callable[..., Any], arguments: tuple) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port), OMP_NUM_THREADS="1",

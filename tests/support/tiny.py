@@ -68,9 +68,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_processor(image_size: int = 28, patch_size: int = 14) -> LlavaProcessor:
-    image_processor = ClipImageProcessor(
-        size={"height": image_size, "width": image_size}, do_center_crop=False
-    )
+    image_processor = ClipImageProcessor(size={"height": image_size, "width": image_size}, do_center_crop=False)
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tiny_tokenizer(),
@@ -159,9 +157,7 @@ def tiny_batch(
     """
     count, tokenizer = len(questions), processor.tokenizer
     seeds = images if images is not None else range(count)
-    pixels = processor.image_processor(
-        [random_image(seed) for seed in seeds], return_tensors="pt"
-    ).pixel_values
+    pixels = processor.image_processor([random_image(seed) for seed in seeds], return_tensors="pt").pixel_values
     patches = (pixels.shape[-1] // processor.patch_size) ** 2
     rows, labels = [], []
     for i, question in enumerate(questions):

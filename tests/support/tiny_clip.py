@@ -140,9 +140,7 @@ def collator_of(backbone: ClipBackbone, **changes) -> PairCollator:
     )
 
 
-def mixture_of(
-    folder: Path, kind: str, *, std: float = 0.0, targets=None, **changes
-) -> ClipMixture:
+def mixture_of(folder: Path, kind: str, *, std: float = 0.0, targets=None, **changes) -> ClipMixture:
     """A mixture of three experts with a learned router; `std` gives them and it values."""
     backbone = open_backbone(str(folder))
     bank = ExpertBank.attach(backbone.model, targets or TARGETS[kind], stream_of=backbone.stream_of)

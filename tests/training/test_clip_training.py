@@ -139,15 +139,10 @@ def spread_gradients(folder, kind, rank):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_two_processes_have_the_loss_and_gradients_of_one_with_the_whole_batch(
-    kind, folders, tmp_path
-):
+def test_two_processes_have_the_loss_and_gradients_of_one_with_the_whole_batch(kind, folders, tmp_path):
     root = folders[kind].parent
     script = GATHER.format(root=str(ROOT))
-    commands = [
-        [sys.executable, "-c", script, str(rank), str(root), str(tmp_path / "meet"), kind]
-        for rank in (0, 1)
-    ]
+    commands = [[sys.executable, "-c", script, str(rank), str(root), str(tmp_path / "meet"), kind] for rank in (0, 1)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [subprocess.Popen(command, cwd=ROOT, env=environment) for command in commands]
     assert [process.wait(timeout=240) for process in running] == [0, 0]
@@ -251,9 +246,7 @@ def runs(folders, tmp_path_factory):
     made = {}
     for kind, base in folders.items():
         folder = tmp_path_factory.mktemp(kind)
-        (folder / "run.yaml").write_text(
-            yaml.safe_dump(clip_world(folder, base, kind), sort_keys=False)
-        )
+        (folder / "run.yaml").write_text(yaml.safe_dump(clip_world(folder, base, kind), sort_keys=False))
         config = load_config(folder / "run.yaml")
         AcceleratorState._reset_state(reset_partial_state=True)  # of a test before, in bf16
         run, state = open_run(config, make_accelerator(config))
@@ -274,9 +267,7 @@ def test_every_stage_trains_and_a_saved_run_loads_as_it_was(kind, runs):
     with torch.no_grad():
         moved = [b for e in EXPERTS for key, b in first.bank.state(e).items() if "lora_B" in key]
         assert any(b.abs().max() > 1e-3 for b in moved)
-        for one, two in zip(
-            first.routed_features(batch), second.routed_features(batch), strict=True
-        ):
+        for one, two in zip(first.routed_features(batch), second.routed_features(batch), strict=True):
             assert torch.equal(one, two)
 
 
@@ -313,9 +304,7 @@ def test_plain_peft_and_transformers_load_what_is_merged(family, runs, folders, 
     shared = [f"run={runs[family]}", UNIFORM, "verify=false", "fidelity=false"]
     merge([*shared, f"out={tmp_path / 'adapter'}"])
     merge([*shared, f"out={tmp_path / 'whole'}", "merged=true"])
-    adapted = PeftModel.from_pretrained(
-        AutoModel.from_pretrained(folders[family]), tmp_path / "adapter"
-    ).eval()
+    adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(folders[family]), tmp_path / "adapter").eval()
     whole = AutoModel.from_pretrained(tmp_path / "whole").eval()
     for plain in (adapted, whole):
         with torch.no_grad():
@@ -349,16 +338,12 @@ def test_plain_peft_loads_a_single_expert(family, runs, folders):
 
 
 @pytest.mark.slow
-def test_plain_open_clip_loads_the_merged_checkpoint_under_its_original_keys(
-    runs, folders, tmp_path
-):
+def test_plain_open_clip_loads_the_merged_checkpoint_under_its_original_keys(runs, folders, tmp_path):
     _, batch, images, texts = uniform_features(runs["open_clip"])
     merge([f"run={runs['open_clip']}", UNIFORM, "merged=true", f"out={tmp_path / 'whole'}"])
     original = load_file(folders["open_clip"] / "open_clip_model.safetensors")
     written = load_file(tmp_path / "whole" / "open_clip_model.safetensors")
-    assert {key: value.shape for key, value in written.items()} == {
-        key: value.shape for key, value in original.items()
-    }
+    assert {key: value.shape for key, value in written.items()} == {key: value.shape for key, value in original.items()}
     changed = {key for key in written if not torch.equal(written[key], original[key])}
     assert any(key.endswith("attn.in_proj_weight") for key in changed)
     assert all("attn" in key or "mlp" in key for key in changed)

@@ -247,9 +247,7 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_train_py_with_one_message_that_names_the_last_checkpoint(
-    world, tmp_path, monkeypatch
-):
+def test_a_full_disk_ends_train_py_with_one_message_that_names_the_last_checkpoint(world, tmp_path, monkeypatch):
     config = toy_config(world, out=str(tmp_path / "run"), **SHORT)
     save, saves = run_module.save_checkpoint, count(1)
 

@@ -59,9 +59,7 @@ def test_there_is_a_launch_file_for_each_way_to_train():
           "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "train.gradient_checkpointing=true"),
     ],
 )  # fmt: skip
-def test_a_launch_file_that_contradicts_the_run_is_refused(
-    tmp_path, monkeypatch, variables, message
-):
+def test_a_launch_file_that_contradicts_the_run_is_refused(tmp_path, monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
@@ -88,9 +86,7 @@ def test_anchors_are_not_sharded(sharded, tmp_path):
 def test_processes_that_hang_are_ended_with_their_stacks():
     hang = "import threading\ndef waits_for_the_other():\n threading.Event().wait()\n"
     command = [sys.executable, "-c", hang + "print('before'); waits_for_the_other()"]
-    with pytest.raises(
-        AssertionError, match=r"no output for 2(?s:.*)before(?s:.*)waits_for_the_other"
-    ):
+    with pytest.raises(AssertionError, match=r"no output for 2(?s:.*)before(?s:.*)waits_for_the_other"):
         launch(command, silence=2.0)
 
 
@@ -209,9 +205,7 @@ def spoiled(tmp_path_factory) -> RunConfig:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_two_processes_are_one_leave_out_the_step_of_one_and_resume_exactly(
-    references, spoiled, tmp_path, name
-):
+def test_two_processes_are_one_leave_out_the_step_of_one_and_resume_exactly(references, spoiled, tmp_path, name):
     if name != "ddp":  # a CLIP is not sharded
         references = [config for config in references if not config.out.endswith("pairs/run")]
     configs = [replace(c, out=str(tmp_path / Path(c.out).parent.name)) for c in references]
@@ -257,11 +251,7 @@ def assert_same_run(config: RunConfig, reference: RunConfig) -> None:
 def tensors_of(step: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint but the random states; each has elements."""
     files = [file for file in sorted(step.rglob("*.safetensors")) if file.stem != "rng"]
-    tensors = {
-        f"{file.relative_to(step)}:{key}": tensor
-        for file in files
-        for key, tensor in load_file(file).items()
-    }
+    tensors = {f"{file.relative_to(step)}:{key}": tensor for file in files for key, tensor in load_file(file).items()}
     empty = [key for key, tensor in tensors.items() if not tensor.numel()]
     assert tensors and not empty, empty
     return tensors

@@ -85,8 +85,7 @@ def test_the_old_experts_stay_and_the_new_one_learns_from_its_source_alone(world
     assert all(same_expert(before, after, name) for name in OLD)
     assert not same_expert(build_model(five), after, "count")
     sources = [
-        {key.removeprefix("source_loss/") for key in line if key.startswith("source_loss/")}
-        for line in steps_of(five)
+        {key.removeprefix("source_loss/") for key in line if key.startswith("source_loss/")} for line in steps_of(five)
     ]
     assert sources[:4] == [{"count"}] * 4
     assert set().union(*sources[4:]) == {*OLD, "count"}
@@ -118,9 +117,7 @@ def test_before_training_the_old_experts_have_the_old_logits(world, tmp_path):
     config = with_a_fifth(world, tmp_path)
     grown, old = build_model(config), load_model(world["out"])[0]
     lines = start_weights(grown, config, config.stages["experts"])
-    assert lines[-1].startswith("router from ") and lines[-1].endswith(
-        ", fresh for expert count, task count"
-    )
+    assert lines[-1].startswith("router from ") and lines[-1].endswith(", fresh for expert count, task count")
     generator = torch.Generator().manual_seed(0)
     encoder = old.router.encoders["image"]
     evidence = {
@@ -143,9 +140,7 @@ def test_a_run_that_lacks_an_expert_of_the_checkpoint_is_refused(world, tmp_path
     fewer = replace(
         config,
         experts={name: e for name, e in config.experts.items() if name != "vqa"},
-        data=replace(
-            config.data, sources={n: s for n, s in config.data.sources.items() if n != "vqa"}
-        ),
+        data=replace(config.data, sources={n: s for n, s in config.data.sources.items() if n != "vqa"}),
     )
     with pytest.raises(ValueError, match=r"stages.experts.init_from: .* has the experts .*'vqa'"):
         start_weights(build_model(fewer), fewer, config.stages["experts"])

@@ -81,9 +81,7 @@ def test_a_run_stops_at_its_first_and_goes_on_from_the_checkpoint_before(world, 
 
 
 @pytest.mark.slow
-def test_a_step_that_is_left_out_changes_nothing_and_is_counted_in_log_state_and_at_the_end(
-    world, tmp_path, capsys
-):
+def test_a_step_that_is_left_out_changes_nothing_and_is_counted_in_log_state_and_at_the_end(world, tmp_path, capsys):
     config = toy_config(world, out=str(tmp_path / "run"), **SKIP)
     run_spoiled(config, loss=2, gradient=3)
     assert checksums(config, 1) == checksums(config, 2) == checksums(config, 3)
@@ -135,9 +133,7 @@ ALIKE = {"router__modality_dropout": 0, "losses__load_balancing": 0, "train__mic
 
 def assert_left_out(config: RunConfig, plain: RunConfig) -> None:
     """Steps 2 and 3 were left out on both processes; the others are those of one process."""
-    left_out = {
-        line["step"]: line["not_finite"] for line in read_log(config.out) if "not_finite" in line
-    }
+    left_out = {line["step"]: line["not_finite"] for line in read_log(config.out) if "not_finite" in line}
     assert "rank 1: source" in left_out[2] and "rank 0" not in left_out[2]
     assert "rank 0: source" in left_out[3] and "rank 1: source" in left_out[3]
     assert_close(steps_of(config), steps_of(plain))

@@ -107,9 +107,7 @@ def _outputs(model: nn.Module, layers: Iterable[str], batch: Any, run: Run) -> d
 
 
 @contextmanager
-def watching(
-    model: nn.Module, layers: Iterable[str], see: Callable[[str, Tensor], Tensor | None]
-) -> Iterator[None]:
+def watching(model: nn.Module, layers: Iterable[str], see: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
     """`see(layer, output)` at every pass; what it returns, if anything, takes the output's place."""
     with ExitStack() as hooks:
         for layer in layers:

@@ -109,8 +109,7 @@ def agreement(a: State, b: State, spec: Spec, maps: Maps, name: str) -> list[Mat
     keys = {key for units in spec[name].units for key, _ in units.axes}
     moved = align({key: b[key] for key in keys}, spec, others)
     products = (
-        [rows(a[key], axis) @ rows(moved[key], axis).T for key, axis in units.axes]
-        for units in spec[name].units
+        [rows(a[key], axis) @ rows(moved[key], axis).T for key, axis in units.axes] for units in spec[name].units
     )
     return [sum(own, start=torch.zeros(())) for own in products]
 

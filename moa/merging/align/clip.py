@@ -80,7 +80,6 @@ def check_same(before: Tensor, after: Tensor, dtype: torch.dtype) -> dict[str, f
 def cosine(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """Of all weights as one vector."""
     ab, aa, bb = (
-        sum(float((x[key].double() * y[key].double()).sum()) for key in x)
-        for x, y in ((a, b), (a, a), (b, b))
+        sum(float((x[key].double() * y[key].double()).sum()) for key in x) for x, y in ((a, b), (a, a), (b, b))
     )
     return ab / (aa * bb) ** 0.5

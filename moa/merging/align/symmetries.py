@@ -8,9 +8,7 @@ from moa.merging.align.alignment import Axis, Symmetry, Units
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def clip_spec(
-    shapes: Shapes, *, text_heads: int, vision_heads: int, rotate: bool = True
-) -> dict[str, Symmetry]:
+def clip_spec(shapes: Shapes, *, text_heads: int, vision_heads: int, rotate: bool = True) -> dict[str, Symmetry]:
     """Both towers of a CLIPModel: every tensor but `logit_scale` is moved.
 
     - the residual stream of each tower: a permutation, with which LayerNorm commutes, as its own parameters go along;
@@ -33,9 +31,7 @@ def clip_spec(
     return {**spec, "joint space": Symmetry(units=(joint,), rotate=rotate)}
 
 
-def _tower(
-    shapes: Shapes, tower: str, projection: str, heads: int, rotate: bool
-) -> dict[str, Symmetry]:
+def _tower(shapes: Shapes, tower: str, projection: str, heads: int, rotate: bool) -> dict[str, Symmetry]:
     found = (re.match(rf"{tower}\.encoder\.layers\.(\d+)", key) for key in shapes)
     layers = sorted({m[0] for m in found if m}, key=lambda layer: int(layer.rpartition(".")[2]))
     spec = {f"{tower} residual": Symmetry(units=(_residual(shapes, tower, projection, layers),))}

@@ -26,9 +26,7 @@ def transport(a: State, b: State, spec: Spec) -> Maps:
     return maps
 
 
-def _costs(
-    a: State, b: State, spec: Spec, maps: Maps, units: Units
-) -> Float[Tensor, "units_a units_b"]:
+def _costs(a: State, b: State, spec: Spec, maps: Maps, units: Units) -> Float[Tensor, "units_a units_b"]:
     """Squared distances between A's and B's units, over the weights that read nothing but mapped units."""
     open_axes = {axis for n, s in spec.items() if n not in maps for u in s.units for axis in u.axes}
     settled = [

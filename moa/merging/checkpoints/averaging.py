@@ -45,9 +45,7 @@ def choose_steps(run: str | Path, steps: Sequence[int], last: int | None) -> lis
     return [found[step] for step in sorted(steps)]
 
 
-def average_steps(
-    out: str | Path, folders: Sequence[Path], *, decay: float = 1.0
-) -> dict[str, Any]:
+def average_steps(out: str | Path, folders: Sequence[Path], *, decay: float = 1.0) -> dict[str, Any]:
     """Write the mean of some step folders; returns the report, which is written beside it.
 
     `decay` 1 is the uniform mean; below it a step weighs `decay` times the next one, an exponential moving average.
@@ -90,9 +88,7 @@ def _card(out: str | Path, folders: Sequence[Path], weights: Tensor) -> Card:
     )
 
 
-def mean_state(
-    states: Sequence[Mapping[str, Tensor]], weights: Float[Tensor, " step"], name: str
-) -> dict[str, Tensor]:
+def mean_state(states: Sequence[Mapping[str, Tensor]], weights: Float[Tensor, " step"], name: str) -> dict[str, Tensor]:
     """Weighted means of tensors with one name, in float64; tensors that are not floating are the last one's."""
     kinds = [{key: (t.shape, t.dtype) for key, t in state.items()} for state in states]
     for kind in kinds[1:]:
@@ -110,8 +106,7 @@ def mean_state(
 def _trained_files(folders: Sequence[Path]) -> list[Path]:
     """The weight files, alike in all steps; the configs beside the experts must be equal."""
     first, *others = (
-        [f.relative_to(folder) for part in PARTS.values() for f in sorted(folder.glob(part.file))]
-        for folder in folders
+        [f.relative_to(folder) for part in PARTS.values() for f in sorted(folder.glob(part.file))] for folder in folders
     )
     for folder, files in zip(folders[1:], others, strict=True):
         if files != first:

@@ -144,9 +144,7 @@ def _stacked(models: Models, slices: Sequence[Slice], stack: str) -> dict[str, O
         files = models[part.model]
         depth = depth_of(files, stack)
         if part.layers[1] > depth:
-            raise ValueError(
-                f"slices: {part.model} has layers 0 to {depth - 1} at {stack}, not {list(part.layers)}"
-            )
+            raise ValueError(f"slices: {part.model} has layers 0 to {depth - 1} at {stack}, not {list(part.layers)}")
         for index in range(*part.layers):
             prefix = f"{stack}.{index}."
             own = {key.removeprefix(prefix): key for key in files.files if key.startswith(prefix)}

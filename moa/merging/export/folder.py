@@ -99,9 +99,7 @@ def copy_processor(source: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
-def check_out(
-    out: str | Path, inputs: Iterable[str | Path] = (), report: str = REPORT_FILE
-) -> None:
+def check_out(out: str | Path, inputs: Iterable[str | Path] = (), report: str = REPORT_FILE) -> None:
     """ValueError where writing `out` would replace an input, or a folder without the report of an earlier export."""
     folder = Path(out)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / report).is_file():
@@ -111,9 +109,7 @@ def check_out(
             raise ValueError(f"out: {out} would replace {given}, which is merged; name another")
 
 
-def write_report(
-    folder: Path, report: Mapping[str, Any], files: Mapping[str, Any], card: Mapping[str, Any]
-) -> None:
+def write_report(folder: Path, report: Mapping[str, Any], files: Mapping[str, Any], card: Mapping[str, Any]) -> None:
     """Card, report and further files: records for JSON, or functions of a path to write to and the report."""
     for name, value in files.items():
         if callable(value):

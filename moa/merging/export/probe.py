@@ -36,9 +36,7 @@ class Outputs:
     tokens: Int[Tensor, "batch new"]  # greedy
 
 
-def probe_inputs(
-    processor: Any, images: Sequence[Image.Image], questions: Sequence[str]
-) -> dict[str, Tensor]:
+def probe_inputs(processor: Any, images: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Tensor]:
     """Tensors of one batch of prompts, an image in each, padded on the left for generation."""
     prompts = []
     for question in questions:

@@ -124,22 +124,14 @@ def answers_loss(model: MixtureModel, batches: Batches, expert: str = MERGED) ->
     def total(batch: Batch) -> float:
         return float(model(batch, gates.expand(len(batch), -1)).loss_per_sample.sum())
 
-    return mean(
-        sum(total(batch) for batch in own) / sum(len(batch) for batch in own)
-        for own in batches.values()
-    )
+    return mean(sum(total(batch) for batch in own) / sum(len(batch) for batch in own) for own in batches.values())
 
 
-def benchmark_score(
-    model: MixtureModel, data: CalibrationData, config: RunConfig, expert: str = MERGED
-) -> float:
+def benchmark_score(model: MixtureModel, data: CalibrationData, config: RunConfig, expert: str = MERGED) -> float:
     """Mean of the data sets' primary metrics over generated answers, with one expert on."""
     sizes = {name: getattr(config.eval, name) for name in ("batch_size", "max_new_tokens")}
     settings = EvalConfig(gates=expert, **sizes)
-    results = [
-        evaluate(model, samples, data.prompts, settings, name=name)
-        for name, samples in data.samples.items()
-    ]
+    results = [evaluate(model, samples, data.prompts, settings, name=name) for name, samples in data.samples.items()]
     return mean(float(result.score["value"] or 0.0) for result in results)
 
 
@@ -159,8 +151,7 @@ def own_answers(
             ids = answering.generate(batch, gates.expand(len(batch), -1), **settings)
             texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
         labelled = [
-            replace(sample, answers=(text.strip(),), boxes=())
-            for sample, text in zip(samples, texts, strict=True)
+            replace(sample, answers=(text.strip(),), boxes=()) for sample, text in zip(samples, texts, strict=True)
         ]
         answered[name] = [s for s in labelled if s.answers[0] and data.collator.error_of(s) is None]
     if not any(answered.values()):

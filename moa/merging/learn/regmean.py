@@ -99,9 +99,7 @@ def regmean(
     return [solver(index) for index in range(len(experts))]
 
 
-def shrink(
-    grams: Float[Tensor, "expert in in"], nondiagonal: float = 0.9
-) -> Float[Tensor, "expert in in"]:
+def shrink(grams: Float[Tensor, "expert in in"], nondiagonal: float = 0.9) -> Float[Tensor, "expert in in"]:
     """All but the diagonals times `nondiagonal`."""
     diagonal = torch.diag_embed(grams.diagonal(dim1=1, dim2=2))
     return diagonal + nondiagonal * (grams - diagonal)

@@ -90,16 +90,12 @@ def _descended(session: Session, batches: Sequence[Batch], **options: Any) -> Le
     return _by_weights(session, found)
 
 
-def lora_soups(
-    session: Session, *, steps: int = 100, lr: float = 0.05, per_site: bool = True
-) -> Learned:
+def lora_soups(session: Session, *, steps: int = 100, lr: float = 0.05, per_site: bool = True) -> Learned:
     batches = session.data.batches(session.batch_size)
     return _descended(session, batches, steps=steps, lr=lr, per_site=per_site)
 
 
-def adamerging(
-    session: Session, *, steps: int = 100, lr: float = 0.05, per_site: bool = True
-) -> Learned:
+def adamerging(session: Session, *, steps: int = 100, lr: float = 0.05, per_site: bool = True) -> Learned:
     length, size = session.config.eval.max_new_tokens, session.batch_size
     batches = calibration.own_answers(session.model, session.data, size, 0.3, length)
     options: dict[str, Any] = {"objective": "entropy", "steps": steps, "lr": lr}
@@ -119,9 +115,7 @@ def lorahub(
     return _by_weights(session, search.search(session.scorer(), session.names, **options))
 
 
-def grid(
-    session: Session, *, values: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
-) -> Learned:
+def grid(session: Session, *, values: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)) -> Learned:
     return _by_weights(session, search.grid(session.scorer(), session.names, values))
 
 
@@ -148,9 +142,7 @@ def regmean(session: Session, *, nondiagonal: float = 0.9) -> Learned:
     return _by_experts(session, found)
 
 
-def ziplora(
-    session: Session, *, steps: int = 100, lr: float = 0.01, similarity: float = 0.01
-) -> Learned:
+def ziplora(session: Session, *, steps: int = 100, lr: float = 0.01, similarity: float = 0.01) -> Learned:
     batches = session.data.by_expert(session.batch_size)
     options: dict[str, Any] = {"steps": steps, "lr": lr, "similarity": similarity}
     mergers = learn_mergers(session.model, batches, on_step=session.tick, **options)

@@ -75,9 +75,7 @@ def expert_outputs(
     return found
 
 
-def zip_loss(
-    model: MixtureModel, mergers: Mergers, chosen: Mapping[str, tuple[Batch, Tensor]]
-) -> Float[Tensor, ""]:
+def zip_loss(model: MixtureModel, mergers: Mergers, chosen: Mapping[str, tuple[Batch, Tensor]]) -> Float[Tensor, ""]:
     """Sum over the experts: mean squared difference of the merge's logits from the expert's own, on its data."""
     turned = {
         f"model.{site}.lora_A_{expert}": model.bank.sites[site].lora_A[expert] * merger

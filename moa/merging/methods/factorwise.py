@@ -74,9 +74,7 @@ def lorahub_factors(a: Stack, b: Stack, weights: Weights) -> Pair:
     )
 
 
-def aligned_linear(
-    a: Stack, b: Stack, weights: Weights, *, align: str = "procrustes", sweeps: int = 10
-) -> Pair:
+def aligned_linear(a: Stack, b: Stack, weights: Weights, *, align: str = "procrustes", sweeps: int = 10) -> Pair:
     """Means of A and of B, after each expert's rank axis was turned (or permuted) to agree with the others' mean.
 
     `balanced` first rewrites every expert with A and B of one spectrum, and then turns it: what an expert's factors
@@ -120,9 +118,7 @@ def _permutation(agreement: Float[Tensor, "rank rank"]) -> Float[Tensor, "rank r
     return chosen
 
 
-def lego(
-    a: Stack, b: Stack, weights: Weights, *, size: int = 16, restarts: int = 10, seed: int = 0
-) -> Pair:
+def lego(a: Stack, b: Stack, weights: Weights, *, size: int = 16, restarts: int = 10, seed: int = 0) -> Pair:
     """Cluster all rank-one parts (row of A, column of B) by k-means into `size` new ones, rescaled as their members.
 
     Each part is balanced first, so that scaling a row of A against its column of B changes nothing.

@@ -65,9 +65,7 @@ def slerp(stack: Stack, weights: Weights) -> Matrix:
     return linear(stack, sines / angle.sin())
 
 
-def karcher(
-    stack: Stack, weights: Weights, *, max_iterations: int = 50, tolerance: float = 1e-9
-) -> Matrix:
+def karcher(stack: Stack, weights: Weights, *, max_iterations: int = 50, tolerance: float = 1e-9) -> Matrix:
     """The mean direction of the updates on the sphere, at the weighted mean of their norms."""
     gram = inner_products(stack)
     norms = gram.diagonal().clamp(min=0).sqrt()

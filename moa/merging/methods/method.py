@@ -53,9 +53,7 @@ class Method:
         if self.module:
             return functions[0]
         own = frozenset(read_function(self.parts[0])[1]) | ({"shared"} if self.prepare else set())
-        return partial(
-            import_function("methods.sparse.thin_and_combine"), *functions, own, **self.defaults
-        )
+        return partial(import_function("methods.sparse.thin_and_combine"), *functions, own, **self.defaults)
 
     @property
     def about(self) -> str:

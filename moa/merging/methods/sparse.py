@@ -31,17 +31,13 @@ def thin_and_combine(
     """A method of two parts; the options named in `own` are those of `thin`, the others those of `combine`."""
     thinned = thin(stack, **{key: value for key, value in options.items() if key in own})
     rest = {key: value for key, value in options.items() if key not in own}
-    return stack.map(
-        lambda start, block: combine(thinned(start, block), weights, stack.rounding, **rest)
-    )
+    return stack.map(lambda start, block: combine(thinned(start, block), weights, stack.rounding, **rest))
 
 
 # From thinned updates to one ------------------------------------------------------------------------
 
 
-def add(
-    block: Block, weights: Weights, rounding: Tensor | None = None
-) -> Float[Tensor, "rows cols"]:
+def add(block: Block, weights: Weights, rounding: Tensor | None = None) -> Float[Tensor, "rows cols"]:
     """Take the weighted sum."""
     return torch.einsum("e,erc->rc", weights, block)
 
@@ -83,9 +79,7 @@ def elect(
 # What is kept of each update --------------------------------------------------------------------------
 
 
-def largest(
-    stack: Stack, *, density: float = 0.2, scope: str = "tensor", shared: Tensor | None = None
-) -> Thin:
+def largest(stack: Stack, *, density: float = 0.2, scope: str = "tensor", shared: Tensor | None = None) -> Thin:
     """Keep each update's largest values (the share `density`)."""
     check_share("density", density)
     limits = stack.thresholds(density) if shared is None else shared
@@ -112,14 +106,10 @@ def without_outliers(stack: Stack, *, density: float = 0.85, outliers: float = 0
     return lambda _, block: torch.where(block.abs() <= high[:, None, None], trim(block, low), 0.0)
 
 
-def at_random(
-    stack: Stack, *, density: float = 0.5, rescale: str = "inverse", seed: int = 0
-) -> Thin:
+def at_random(stack: Stack, *, density: float = 0.5, rescale: str = "inverse", seed: int = 0) -> Thin:
     """Keep each value with probability `density`, and rescale."""
     check_share("density", density)
-    return _dropped(
-        stack, rescale, lambda start, block: (_draws(stack, seed, start, block) < density, density)
-    )
+    return _dropped(stack, rescale, lambda start, block: (_draws(stack, seed, start, block) < density, density))
 
 
 def by_rank(
@@ -204,9 +194,7 @@ def _to_unit(rows: Float[Tensor, "expert size"]) -> Tensor:
     return (rows - low) / (high - low).clamp(min=torch.finfo(rows.dtype).tiny)
 
 
-def consensus(
-    stack: Stack, weights: Weights, *, threshold: float = 0.4, at_least: int = 2
-) -> Matrix:
+def consensus(stack: Stack, weights: Weights, *, threshold: float = 0.4, at_least: int = 2) -> Matrix:
     """The sum, where at least so many experts matter: |own| > threshold * |sum - own| (TALL masks)."""
 
     def merge_block(start: int, block: Tensor) -> Tensor:

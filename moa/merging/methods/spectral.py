@@ -75,9 +75,7 @@ def wudi(stack: Stack, weights: Weights, *, time: float = 0.0) -> Matrix:
     return optimum + (start - optimum) @ (axes * left) @ axes.T
 
 
-def dc_merge(
-    stack: Stack, weights: Weights, *, smooth: str = "mean", density: float = 0.001
-) -> Matrix:
+def dc_merge(stack: Stack, weights: Weights, *, smooth: str = "mean", density: float = 0.001) -> Matrix:
     """Level each expert's singular values, meet in one space that covers all experts, and vote there as TIES does."""
     check_choice("smooth", smooth, ("mean", "linear", "none"))
     parts = [leading(m, r) for m, r in zip(stack.whole(), stack.ranks, strict=True)]

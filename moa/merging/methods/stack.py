@@ -63,9 +63,7 @@ class Stack:
         """Each expert's magnitude at and above which int(density * size) + 1 of its values are."""
         return magnitudes_above([self], density)
 
-    def uniform(
-        self, seed: int, expert: int, start: int, count: int
-    ) -> Float[Tensor, "count cols"]:
+    def uniform(self, seed: int, expert: int, start: int, count: int) -> Float[Tensor, "count cols"]:
         """Uniform numbers in [0, 1) for some rows, keyed by (seed, expert's name, site, row)."""
         name = f"{seed}\0{self.experts[expert]}\0{self.site}".encode()
         key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
@@ -78,9 +76,7 @@ class Stack:
         return torch.from_numpy(np.stack(rows))
 
 
-def stack_of(
-    site: str, experts: tuple[str, ...], matrices: Float[Tensor, "expert rows cols"], **more: object
-) -> Stack:
+def stack_of(site: str, experts: tuple[str, ...], matrices: Float[Tensor, "expert rows cols"], **more: object) -> Stack:
     """A stack of matrices in memory."""
     rows, cols = matrices.shape[1:]
     ranks = tuple(min(rows, cols) for _ in experts)

@@ -105,9 +105,7 @@ def site_cross_terms(
     return interference.cross_terms(pairs, weights)
 
 
-def mean_cross_terms(
-    experts: Sequence[Expert], weights: Mapping[str, Float[Tensor, " expert"]]
-) -> float:
+def mean_cross_terms(experts: Sequence[Expert], weights: Mapping[str, Float[Tensor, " expert"]]) -> float:
     """Mean of `site_cross_terms` over the sites that all experts have with one rank; 0 where there is none."""
     found = (site_cross_terms(experts, s, factors_of(experts, s), w) for s, w in weights.items())
     known = [ratio for ratio in found if ratio is not None]
@@ -167,8 +165,7 @@ def _over_sites(rows: Sequence[Record]) -> Record:
         "overlap": mean("overlap", product.sum(0)).tolist(),
         # None for a pair that changes no site in common
         "sign_disagreement": [
-            [v if m else None for v, m in zip(*pair, strict=True)]
-            for pair in zip(disagreement, met, strict=True)
+            [v if m else None for v, m in zip(*pair, strict=True)] for pair in zip(disagreement, met, strict=True)
         ],
         "sign_conflict": _mean([(row["sign_conflict"], e) for row, e in weighed]),
         "cross_terms": _mean([(crossed, e) for crossed, e in crossings if crossed is not None]),

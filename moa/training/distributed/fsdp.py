@@ -21,9 +21,7 @@ from moa.training.distributed.plain import Plain
 
 
 class Fsdp(Plain):
-    def __init__(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.accelerator, self.wrapped = accelerator, model
         self.optimizer = self.prepared = optimizer
 
@@ -49,9 +47,7 @@ class Fsdp(Plain):
     def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         return {key: full(value) for key, value in super().optimizer_tensors(names).items()}
 
-    def restore_optimizer(
-        self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
-    ) -> None:
+    def restore_optimizer(self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]) -> None:
         super().restore_optimizer(names, tensors)
         for parameter, state in self.optimizer.state.items():
             for kind, value in state.items():

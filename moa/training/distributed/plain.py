@@ -18,9 +18,7 @@ class Plain:
 
     optimizer: torch.optim.Optimizer  # as it was made: its groups have the rates
 
-    def __init__(
-        self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.accelerator, self.optimizer = accelerator, optimizer
         self.wrapped, self.prepared = accelerator.prepare(model, optimizer)
 
@@ -60,15 +58,11 @@ class Plain:
             for kind, value in self.optimizer.state.get(parameter, {}).items()
         }
 
-    def restore_optimizer(
-        self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
-    ) -> None:
+    def restore_optimizer(self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]) -> None:
         """Put back what `optimizer_tensors` gave."""
         for parameter, name in names.items():
             self.optimizer.state[parameter] = {
-                kind: value.to(
-                    parameter.device, copy=True
-                )  # fused: its count of steps lies there too
+                kind: value.to(parameter.device, copy=True)  # fused: its count of steps lies there too
                 for kind, value in tensors[name].items()
                 if kind != "master"  # fp32 copy that DeepSpeed keeps of a parameter
             }

@@ -55,9 +55,7 @@ def check_sharding(accelerator: Accelerator, config: RunConfig) -> None:
         raise ValueError(f"model.name: {name} is a CLIP, not to be sharded; choices {where}: ddp")
     # Such a stage has no optimiser, and so nothing that gathers for it.
     if (is_fsdp() or is_zero_3(accelerator)) and config.router.row.learns == "means":
-        raise ValueError(
-            f"router.kind={config.router.kind}: parameters are not sharded; choices {where}: ddp, zero2"
-        )
+        raise ValueError(f"router.kind={config.router.kind}: parameters are not sharded; choices {where}: ddp, zero2")
 
 
 def place(accelerator: Accelerator, model: MixtureModel) -> None:
@@ -80,9 +78,7 @@ def make_strategy(
     return (Fsdp if is_fsdp() else Plain)(accelerator, model, optimizer)
 
 
-def whole(
-    model: MixtureModel, config: RunConfig, *, write: bool = False
-) -> AbstractContextManager[Any]:
+def whole(model: MixtureModel, config: RunConfig, *, write: bool = False) -> AbstractContextManager[Any]:
     """Inside, what a checkpoint holds of the model is whole on every process.
 
     With `write`, values written inside are kept; every process must write the same ones.

@@ -83,9 +83,7 @@ class Zero(Plain):
             tensors[f"{name}:step"] = torch.as_tensor(step).cpu()
         return tensors
 
-    def restore_optimizer(
-        self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]
-    ) -> None:
+    def restore_optimizer(self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]) -> None:
         """Put back what `optimizer_tensors` gave; what was saved without DeepSpeed has no masters, but fp32 weights."""
         optimizer = self.engine.optimizer
         stage_3 = hasattr(optimizer, "fp32_partitioned_groups_flat")

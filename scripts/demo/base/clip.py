@@ -80,9 +80,7 @@ def read_batch(processor: Any, step: int, size: int, seed: int) -> tuple[Any, Te
 
 
 def train(model: CLIPModel, processor: Any, args: Any, log: IO[str]) -> None:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.08)
     began, mean = time.time(), {"loss": np.nan, "right": np.nan}
     for step in track(range(args.stop or args.steps), "pretrain", disable=not sys.stderr.isatty()):

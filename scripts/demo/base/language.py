@@ -34,9 +34,7 @@ def pointing_loss(attention: Tensor, named: Tensor, shown: Tensor) -> Tensor:
     return -(paid * target[:, None]).sum(-1).clamp(min=1e-6).log().mean()
 
 
-def answer_questions(
-    model: Any, packer: Packer, world: World, words: list[str | None], features: Tensor, args
-) -> None:
+def answer_questions(model: Any, packer: Packer, world: World, words: list[str | None], features: Tensor, args) -> None:
     """Stage 3: projector and language model on cached features, answers only."""
     model.set_attn_implementation("eager")  # shows its attention, and is no slower on a CPU
     language, projector = model.model.language_model, model.model.multi_modal_projector
@@ -46,9 +44,7 @@ def answer_questions(
     read = torch.tensor([i for i, found in enumerate(words) if found])
     begin = torch.tensor([[packer.tokenizer.bos_token_id]], device=args.device)
     number = 0
-    for chosen, take in steps(
-        parameters, args.steps, len(world.scenes), 32, 1.5e-3, args, "language"
-    ):
+    for chosen, take in steps(parameters, args.steps, len(world.scenes), 32, 1.5e-3, args, "language"):
         few = int(args.read_share * len(chosen))  # scenes with words are rare, and copying is hard
         chosen[:few] = read[torch.from_numpy(rng.integers(len(read), size=few))]
         rows = [packer.row(world.scenes[i], words[i], rng, args.questions) for i in chosen.tolist()]

@@ -38,9 +38,7 @@ def byte_level(texts: list[str], *, blank: bool, **options: Any) -> Tokenizer:
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Over the questions' words; capitals, as on signs, stay single characters."""
     special = ["<pad>", "<s>", "</s>"]
-    tokenizer = byte_level(
-        texts, blank=False, vocab_size=800, min_frequency=4, special_tokens=special
-    )
+    tokenizer = byte_level(texts, blank=False, vocab_size=800, min_frequency=4, special_tokens=special)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         model_max_length=512,

@@ -22,9 +22,7 @@ def name_patches(tower: nn.Module, world: World, args: Any) -> float:
     weight = torch.tensor([0.3 if name in GROUNDS else 1.0 for name in LABELS], device=args.device)
     parameters = [*tower.parameters(), *head.parameters()]
     right = 0.0
-    for rows, take in steps(
-        parameters, args.tower_steps, len(world.scenes), 64, 1e-3, args, "tower"
-    ):
+    for rows, take in steps(parameters, args.tower_steps, len(world.scenes), 64, 1e-3, args, "tower"):
         pixels = world.pixel_values[rows].to(args.device).float()
         target, true_box = world.labels[rows].to(args.device), world.boxes[rows].to(args.device)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):

@@ -61,9 +61,7 @@ def draw_world(processor: LlavaProcessor, num_scenes: int, seed: int) -> World:
         scenes += [scene for _, scene in drawn]
         covers += [patch_labels(scene) for _, scene in drawn]
     labels, boxes = (torch.from_numpy(np.stack(part)) for part in zip(*covers, strict=True))
-    return World(
-        scenes=scenes, pixel_values=torch.cat(pixels), labels=labels, boxes=boxes, hashes=hashes
-    )
+    return World(scenes=scenes, pixel_values=torch.cat(pixels), labels=labels, boxes=boxes, hashes=hashes)
 
 
 def read_words(world: World, cache_file: Path) -> list[str | None]:

@@ -44,10 +44,7 @@ class Column:
         of_slice = self.split.startswith("slice_")
         tasks = [self.task] if self.task or of_slice else list(TRAINED_TASKS)
         count = num_samples if len(tasks) == 1 else num_samples // 2
-        return [
-            SceneDataset(self.split, task, num_samples=count, style=self.style, ocr=ocr)
-            for task in tasks
-        ]
+        return [SceneDataset(self.split, task, num_samples=count, style=self.style, ocr=ocr) for task in tasks]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +68,7 @@ class Plan:
     def fingerprint(self, *more: Override) -> str:
         """Of the settings of a run of this seed and of the base that it starts from."""
         config = self.config(*more)
-        return digest(
-            json.dumps([asdict(config), base_fingerprint(config.model.name)], default=str)
-        )
+        return digest(json.dumps([asdict(config), base_fingerprint(config.model.name)], default=str))
 
     def config(self, *more: Override) -> RunConfig:
         return load_config(ROOT / CONFIG, [*self.overrides, f"seed={self.seed}", *more])

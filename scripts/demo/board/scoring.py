@@ -68,9 +68,7 @@ def run_of(row: str) -> str:
 def score_row(plan: Plan, row: str, ocr: OcrCache) -> dict[str, Any]:
     model, config, gates = open_row(plan, row)
     withheld = row == "router_no_prefix"
-    by_column = {
-        name: score_column(plan, name, model, config, ocr, gates, withheld) for name in plan.columns
-    }
+    by_column = {name: score_column(plan, name, model, config, ocr, gates, withheld) for name in plan.columns}
     scores = {name: mean_score(found) for name, found in by_column.items()}
     results = [result for found in by_column.values() for result in found]
     record: dict[str, Any] = {

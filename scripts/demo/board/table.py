@@ -12,10 +12,7 @@ SPEEDS = ("adapter_parameters", "tokens_per_second")  # beside the scores
 
 def collect(plans: Sequence[Plan]) -> dict[str, Any]:
     """Mean and standard error over the seeds, by row and column; the commits are those that scored."""
-    found = {
-        row: [json.loads((p.folder / "scores" / f"{row}.json").read_text()) for p in plans]
-        for row in ROWS
-    }
+    found = {row: [json.loads((p.folder / "scores" / f"{row}.json").read_text()) for p in plans] for row in ROWS}
     rows = {}
     for row, records in found.items():
         columns = {name: [r["columns"][name] for r in records] for name in records[0]["columns"]}
@@ -47,8 +44,7 @@ def markdown(board: dict[str, Any], columns: Sequence[str]) -> str:
     lines = ["| row | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row, cells in board["rows"].items():
         shown = [
-            f"{100 * cells[c]['mean']:.1f}"
-            + ("" if cells[c]["se"] is None else f" ± {100 * cells[c]['se']:.1f}")
+            f"{100 * cells[c]['mean']:.1f}" + ("" if cells[c]["se"] is None else f" ± {100 * cells[c]['se']:.1f}")
             for c in columns
         ]
         lines.append(f"| `{row}` | " + " | ".join(shown) + " |")
