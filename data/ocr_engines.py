@@ -86,7 +86,11 @@ class RapidOcr:
 
     @property
     def settings(self) -> dict[str, Any]:
-        own = {"engine": "rapidocr", "version": importlib.metadata.version("rapidocr")}
+        try:
+            version = importlib.metadata.version("rapidocr")
+        except importlib.metadata.PackageNotFoundError:
+            raise ModuleNotFoundError("rapidocr is not installed: pip install 'moa[ocr]'", name="rapidocr") from None
+        own = {"engine": "rapidocr", "version": version}
         sizes = {"min_confidence": self.min_confidence, "limit_side_len": self.limit_side_len}
         return own | sizes
 

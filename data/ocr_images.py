@@ -16,7 +16,6 @@ from data.checks import BadSampleError
 from data.images import is_hidden, open_image
 from data.readers.record import RecordDataset
 from data.readers.table import open_records
-from data.world.scenes import render_scene
 from moa.config import RunConfig, SourceConfig
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -41,6 +40,8 @@ def open_file(file: Path) -> Image.Image:
 
 
 def open_scene(scene: tuple[str, int, str | None], seed: int) -> Image.Image:
+    from data.world.scenes import render_scene  # of the extra `demo`
+
     split, number, style = scene
     return render_scene(split, number, seed, style)[0]
 

@@ -41,7 +41,7 @@ def summarise(settings: SummarySettings, console: Console) -> None:
     write_json(run / "summary.json", found)
     console.print(comparison(found["rows"]))
     for image in sorted((run / "pictures").glob("*.png")):
-        console.print(f"picture: {image}", soft_wrap=True)
+        console.print(f"image: {image}", soft_wrap=True)
 
 
 def score_all(run: Path, merged: Sequence[str]) -> dict[str, Any]:
