@@ -17,14 +17,15 @@ COMMANDS = ["train", "eval"] + sorted(
 )
 # Prints the help of a module as `python -m` does, then what was imported for it and the memory taken.
 HELP = """
-import resource, runpy, sys
+import re, runpy, sys
+from pathlib import Path
 sys.argv = [sys.argv[1], "--help"]
 try:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 except SystemExit as end:
     heavy = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "scipy"} & set(sys.modules)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print("ENDED", end.code, sorted(heavy), memory < 150)
+    peak = re.search("VmHWM: *(\\d+)", Path("/proc/self/status").read_text().replace("\t", " "))[1]
+    print("ENDED", end.code, sorted(heavy), int(peak) < 150 * 1024)  # kiB; getrusage counts the parent's, too
 """
 
 
