@@ -15,10 +15,13 @@ PARENT = """
 import sys, time
 from data.workers import map_in_workers
 
+def work(seconds, word):
+    print(word)
+    time.sleep(seconds)
+
+
 if __name__ == "__main__":
-    for seconds in map_in_workers(
-        time.sleep, [0, 0, 60, 60], workers=2, method=sys.argv[1], start=print, setup=("ready",)
-    ):
+    for _ in map_in_workers(work, [60, 60], {"word": "ready"}, workers=2, method=sys.argv[1]):
         pass
 """
 
@@ -42,11 +45,10 @@ def test_workers_end_with_a_parent_that_is_struck(tmp_path, method, sign):
 
 def test_jobs_are_done_in_order_by_any_number_of_workers_and_an_error_ends_them():
     def done(workers: int) -> list[int]:
-        options = {"method": "fork", "start": int, "setup": ()}
-        return [*map_in_workers(abs, range(-9, 0), workers=workers, chunksize=2, **options)]
+        return [*map_in_workers(pow, range(9), {"exp": 2}, workers, "fork", chunksize=2)]
 
-    assert done(0) == done(1) == done(2) == [*range(9, 0, -1)]
+    assert done(0) == done(1) == done(2) == [number**2 for number in range(9)]
     before = time.monotonic()
     with pytest.raises(TypeError):
-        [*map_in_workers(time.sleep, [None, 0], workers=2, method="fork", start=int, setup=())]
+        [*map_in_workers(pow, [None, 0], {"exp": 2}, workers=2, method="fork")]
     assert time.monotonic() - before < 20
