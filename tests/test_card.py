@@ -74,6 +74,7 @@ def test_the_card_of_a_merge_names_base_parts_and_license_and_its_lines_load_it(
     assert isinstance(found["model"], PeftModel) == (kind in ("adapter", "run"))
 
 
+@pytest.mark.slow
 def test_every_expert_of_a_step_has_a_card_whose_lines_load_it(world, monkeypatch):
     step = step_folder(world / "run")
     monkeypatch.chdir(step / "experts")
@@ -85,6 +86,7 @@ def test_every_expert_of_a_step_has_a_card_whose_lines_load_it(world, monkeypatc
         assert isinstance(found["model"], PeftModel)
 
 
+@pytest.mark.slow
 def test_the_card_of_an_average_names_its_steps(world, tmp_path, monkeypatch):
     average_checkpoints.main([f"run={world / 'run'}", "steps=[1]", f"out={tmp_path / 'mean'}"])
     card = (tmp_path / "mean" / CARD).read_text()

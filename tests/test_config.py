@@ -252,6 +252,7 @@ def test_every_number_has_its_range_and_names_its_key(number, accepted):
 ALIASES = [f"b{i}: &b{i} [*b{i - 1}, *b{i - 1}]\n" for i in range(1, 30)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -95,6 +95,7 @@ def test_every_module_has_a_level():
     assert not lost, f"{lost} stand in no row of LEVELS"
 
 
+@pytest.mark.slow
 def test_imports_point_down():
     upwards = [
         f"{module} (level {level(module)}) imports {other} (level {level(other)})"

@@ -434,6 +434,7 @@ def continue_without_cache(model: MixtureModel, batch: Batch, steps: int) -> tor
     return torch.stack(new, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["softmax", "per site", "token", "token top_k", "fixed"])
 def test_cached_decoding_equals_uncached(kind):
     if kind.startswith("token"):
@@ -445,6 +446,7 @@ def test_cached_decoding_equals_uncached(kind):
     assert cached.equal(continue_without_cache(model, batch, 8))
 
 
+@pytest.mark.slow
 def test_a_batch_decodes_what_its_samples_decode_alone():
     model = make_model()
     batch = batch_of(model, answers=None, left=True)
@@ -454,6 +456,7 @@ def test_a_batch_decodes_what_its_samples_decode_alone():
         assert model.generate(rows(batch, [i]), **options).equal(whole[i : i + 1])
 
 
+@pytest.mark.slow
 def test_beams_keep_the_gates_of_their_sample():
     model = make_model()
     batch = batch_of(model, answers=None, left=True)
@@ -492,6 +495,7 @@ def test_generation_in_the_midst_of_training_uses_the_cache_and_leaves_training_
     assert model.training
 
 
+@pytest.mark.slow
 def test_generation_sees_experts_that_were_trained_since():
     model = make_model()
     batch = batch_of(model, answers=None, left=True)

@@ -351,6 +351,7 @@ def test_an_expert_starts_from_its_own_peft_folder(world, unbroken, tmp_path):
     assert load_model(config.out)[0].bank.names == ["new"]
 
 
+@pytest.mark.slow
 def test_a_trainable_tensor_without_a_gradient_stops_the_run_by_name(world, tmp_path):
     config = toy_config(world, out=str(tmp_path / "run"), stages={"joint": {"steps": 2}})
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -360,6 +361,7 @@ def test_a_trainable_tensor_without_a_gradient_stops_the_run_by_name(world, tmp_
         train(run, state)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_names_step_rank_and_samples(world, tmp_path):
     config = toy_config(world, out=str(tmp_path / "run"), train__save_every=1)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -388,6 +390,7 @@ def with_bad_rows(world: Path, folder: Path, policy: str) -> RunConfig:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_bad_row_stops_the_run_with_its_file_row_and_rule(world, tmp_path):
     with pytest.raises(BadSampleError, match=r"vqa\.jsonl:\d+: missing image.*on_bad_sample=skip"):
         run_once(with_bad_rows(world, tmp_path, "error"))
@@ -477,6 +480,7 @@ def test_a_resume_with_another_config_names_the_settings(unbroken):
         run_once(changed, resume=True)
 
 
+@pytest.mark.slow
 def test_a_resume_from_a_checkpoint_with_a_missing_file_names_it(unbroken, tmp_path):
     shutil.copytree(unbroken.out, tmp_path / "run")
     config = replace(unbroken, out=str(tmp_path / "run"))

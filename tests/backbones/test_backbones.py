@@ -157,6 +157,7 @@ def test_fresh_experts_change_no_bit_and_experts_off_are_the_backbone(name):
         assert not torch.allclose(filled(batch, gates).loss_per_sample, before, rtol=1e-3)
 
 
+@pytest.mark.slow
 @each_family
 @torch.no_grad()
 def test_gates_are_a_samples_own_in_any_batch_and_know_no_answer(name):
@@ -219,6 +220,7 @@ def test_routing_each_token_keeps_to_the_samples_whatever_a_row_of_the_tower_is(
     mixture.cache_clear()
 
 
+@pytest.mark.slow
 @each_family
 def test_gradients_reach_experts_and_router_alone_and_survive_checkpointing(name):
     mixture.cache_clear()

@@ -100,6 +100,7 @@ def test_a_base_that_moved_is_the_same_base(run, tmp_path):
     assert now.experts["grounding"].rank == 3
 
 
+@pytest.mark.slow
 def test_a_plain_adapter_without_a_fingerprint_is_taken_and_its_folder_decides(tmp_path):
     peft_adapter(tmp_path / "plain", ["up_proj"], rank=3, alpha=5)
     config = toy_config(tmp_path, experts__vqa={"init_from": str(tmp_path / "plain")})
@@ -149,6 +150,7 @@ def test_all_linear_leaves_out_what_cannot_learn_or_be_merged(tmp_path):
     assert left_out and all("layers.2." in n or n == "lm_head" for n in left_out), left_out
 
 
+@pytest.mark.slow
 def test_an_expert_on_a_tied_lm_head_is_refused_at_the_start(tmp_path):
     model, processor = tiny_llava(tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "base")
@@ -286,6 +288,7 @@ def test_a_link_out_of_the_bases_folder_is_not_copied(tmp_path, capfd):
     assert (tmp_path / "out/vocab.json").is_file()
 
 
+@pytest.mark.slow
 def test_planning_a_run_with_an_imported_expert_reads_no_weights(tmp_path):
     peft_adapter(tmp_path / "plain", ["up_proj"], rank=3)
     config = toy_config(tmp_path, experts__vqa={"init_from": str(tmp_path / "plain")})
@@ -294,6 +297,7 @@ def test_planning_a_run_with_an_imported_expert_reads_no_weights(tmp_path):
     assert len(state) == 4 and {min(tensor.shape) for tensor in state.values()} == {3}
 
 
+@pytest.mark.slow
 def test_an_imported_experts_loss_on_its_own_source_is_told_before_the_first_step(tmp_path):
     peft_adapter(tmp_path / "plain", ["up_proj", "down_proj"])
     config = toy_config(tmp_path, experts__vqa={"init_from": str(tmp_path / "plain")})

@@ -65,6 +65,7 @@ def features_of(model, texts=TEXTS, pictures=PICTURES, gates=None):
     return model.image_features(batch, decided[0]), model.text_features(batch, decided[1]), decided
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_fresh_experts_and_experts_off_are_the_library_bit_for_bit(kind, folders):
     expected = plain_features(kind, folders[kind])

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import pytest
 import torch
 from torch import nn
 
@@ -40,6 +41,7 @@ def test_adapters_of_samples_have_the_loss_of_ours_with_one_gate_each():
     torch.testing.assert_close(other.forward(), expected)
 
 
+@pytest.mark.slow
 def test_counting_saved_bytes_leaves_nothing_behind():
     x, seen = torch.randn(8, 16, requires_grad=True), []
 

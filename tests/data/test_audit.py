@@ -127,6 +127,7 @@ def script() -> object:
     return module
 
 
+@pytest.mark.slow
 def test_settings_of_the_script_and_of_the_run_are_told_apart(tmp_path):
     read = script().read_settings
     settings, config, known = read(["source.path=a.jsonl", "workers=3", "prompt.max_length=99"])
@@ -183,6 +184,7 @@ def test_check_shows_the_first_rows_of_each_reason_and_how_many_there_are(tmp_pa
     assert ("  ... 7 of 'source' in all: unreadable row (show=3)" in said) is (show == 3)
 
 
+@pytest.mark.slow
 def test_the_data_of_a_clip_is_checked_and_shown_too(tmp_path):
     page = tmp_path / "page.html"
     arguments = [

@@ -54,6 +54,7 @@ def chat_of(rng: Random, name: str) -> list[dict]:
     return [message(role, text_of(rng, special)) for role in roles]
 
 
+@pytest.mark.slow
 @each_template
 @settings(max_examples=4, deadline=None, database=None)
 @given(rng=st.randoms(use_true_random=True))

@@ -56,6 +56,7 @@ def read_all(dataset: RecordDataset) -> None:
             dataset.records.rows[index]  # the row itself can be had, or is what is broken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in CASES if n not in ("webdataset", "table")])
 def test_no_missing_key_and_no_wrong_type_ends_in_anything_but_a_named_error(name, tmp_path):
     folder = written(name, tmp_path / "data")

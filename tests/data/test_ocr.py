@@ -74,6 +74,7 @@ def test_a_image_without_words_gives_an_empty_tuple():
     assert RapidOcr().read(Image.new("RGB", (192, 192), "white")) == ()
 
 
+@pytest.mark.slow
 def test_lines_below_the_confidence_are_dropped():
     assert RapidOcr(min_confidence=1.0).read(sign("HELLO\ngood day")) == ()
     with pytest.raises(ValueError, match=r"min_confidence: must lie in \[0, 1\], got 2"):
@@ -261,6 +262,7 @@ def test_the_command_reads_a_folder_and_names_a_truncated_image(tmp_path):
     assert [w.text for w in OcrCache(out).get(sign("EXIT"))] == ["EXIT"]
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong_with_an_empty_folder(tmp_path):
     command = [sys.executable, "-m", "scripts.ocr", "out=x.parquet", f"folder={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -14,6 +14,7 @@ from data.world.scene_dataset import SLICES, TRAINED_TASKS, SceneDataset
 from data.world.scenes import SIZE, Thing, render_scene
 
 
+@pytest.mark.slow
 def test_a_scene_is_the_same_in_another_process():
     code = (
         "from data.world.scenes import render_scene; from data.ocr import content_hash;"

@@ -43,6 +43,7 @@ def test_workers_end_with_a_parent_that_is_struck(tmp_path, method, sign):
     assert len(workers) >= 2 and not alive
 
 
+@pytest.mark.slow
 def test_jobs_are_done_in_order_by_any_number_of_workers_and_an_error_ends_them():
     def done(workers: int) -> list[int]:
         return [*map_in_workers(pow, range(9), {"exp": 2}, workers, "fork", chunksize=2)]

@@ -146,6 +146,7 @@ def test_a_plain_checkpoint_is_drawn_without_gates(run):
     assert (run / "others" / "base" / "pictures" / "samples.png").exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_may_be_asked_as_a_yaml_file_says(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     file = run.parent / "run.yaml"
@@ -203,6 +204,7 @@ def test_results_that_cannot_be_written_are_one_error_naming_the_folder(tmp_path
     assert str(run / "eval") in refused(capsys, f"run={run}", *options)
 
 
+@pytest.mark.slow
 def test_only_the_predictions_that_are_drawn_keep_their_pictures(loaded):
     model, config = loaded
     (result, *_) = score_sources(model, with_eval(config, num_images=2))

@@ -32,6 +32,7 @@ def test_an_answer_is_that_of_the_evaluation_with_its_gates_by_expert(model):
     assert predict(model, *pairs[0], task="vqa").answer == found[0].answer  # alone as in a batch
 
 
+@pytest.mark.slow
 def test_a_file_its_pixels_and_an_array_of_them_have_one_answer(run, model):
     file = run.parent / "0.png"
     pixels = Image.open(file).convert("RGB")

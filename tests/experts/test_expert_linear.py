@@ -296,6 +296,7 @@ def checkpointed(model: nn.Module, bank: ExpertBank) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["sample", "token"])
 def test_checkpointing_two_forwards_before_a_backward_gives_the_plain_gradients(routing):
     model, processor = tiny_llava()

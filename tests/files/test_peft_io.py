@@ -379,6 +379,7 @@ def test_the_bases_fingerprint_is_stored_where_peft_does_not_mind_it(tmp_path):
     assert load_file(tmp_path / "with" / "adapter_model.safetensors").keys() == factors().keys()
 
 
+@pytest.mark.slow
 @limits(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.dictionaries(
@@ -403,6 +404,7 @@ def test_any_config_is_read_or_refused_in_one_line(tmp_path_factory, changes):
         assert all(0 < abs(site_scaling(found, site)) < 1e31 or not found["lora_alpha"] for site in SITES)
 
 
+@pytest.mark.slow
 @limits(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.dictionaries(

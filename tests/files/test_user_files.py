@@ -181,6 +181,7 @@ def test_a_cell_is_text_or_is_refused_by_its_column_and_type(name, suffix, tmp_p
         assert right in said_of(rows) and "unreadable row" in said_of(rows)
 
 
+@pytest.mark.slow
 def test_a_date_in_a_json_table_stays_text_and_a_column_may_appear_later(tmp_path):
     first = {"image": "a.png", "question": "2020-01-01", "answers": "2020-01-01T00:00:00"}
     dump(tmp_path / "t.json", [first, {**first, "id": "007", "boxes": [[1, 2, 3, 4]]}])

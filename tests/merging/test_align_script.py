@@ -43,6 +43,7 @@ def settings(world, out, **more):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["weight_matching", "ot", "activations"])
 def test_the_aligned_checkpoint_computes_the_same_in_another_frame(world, tmp_path, method, capsys):
     data = {"data": world / "captions.jsonl"} if method == "activations" else {}
@@ -58,6 +59,7 @@ def test_the_aligned_checkpoint_computes_the_same_in_another_frame(world, tmp_pa
     assert "similarities on a probe: largest difference" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_align_merge_repair_is_a_whole_path(world, tmp_path):
     a, b, merged, fixed = world / "a", tmp_path / "b", tmp_path / "merged", tmp_path / "fixed"
     align.main(settings(world, b))

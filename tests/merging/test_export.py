@@ -151,6 +151,7 @@ def test_a_checkpoint_has_the_keys_of_the_base_and_equals_the_live_mixture(world
     AutoProcessor.from_pretrained(tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_checkpoint_may_be_sharded_and_narrow(world, tmp_path, dtype, same_process):
     experts, merged, verify = merge_and_verify(world)

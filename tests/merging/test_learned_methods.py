@@ -107,6 +107,7 @@ def test_one_expert_alone_is_zipped_to_itself():
         torch.testing.assert_close(own["vqa"], torch.ones_like(own["vqa"]), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_learned_mergers_bring_the_merge_nearer_to_every_expert(model, batches):
     losses = []
     ziplora.learn_mergers(model, batches, steps=4, lr=0.05, on_step=lambda step, loss: losses.append(loss))

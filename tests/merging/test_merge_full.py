@@ -43,6 +43,7 @@ def models(world):
     return {name: world / name for name in NAMES}
 
 
+@pytest.mark.slow
 def test_the_weighted_sum_of_differences_is_added_to_the_base(world, tmp_path):
     chosen = {"one": 0.75, "two": -0.5}
     manifest = merge_checkpoints(tmp_path / "out", models(world), world / "base", weights=chosen)
@@ -55,6 +56,7 @@ def test_the_weighted_sum_of_differences_is_added_to_the_base(world, tmp_path):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
 
 
+@pytest.mark.slow
 def test_transformers_loads_the_result_from_its_shards(world, tmp_path):
     merge_checkpoints(tmp_path / "out", models(world), world / "base", method="slerp", max_shard_gb=6e-5)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
@@ -65,6 +67,7 @@ def test_transformers_loads_the_result_from_its_shards(world, tmp_path):
     assert any(t.shape == weight.shape and torch.equal(t, weight) for t in found.values())
 
 
+@pytest.mark.slow
 def test_ties_over_the_model_is_the_released_procedure_on_flattened_models(world, tmp_path):
     options = {"scope": "model", "density": 0.2}
     merge_checkpoints(tmp_path / "out", models(world), world / "base", method="ties", options=options)
@@ -356,6 +359,7 @@ def test_a_model_that_is_cut_off_leaves_nothing_behind(world, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_script_merges_models_and_counts_the_rules(world, tmp_path, capsys):
     script.main(
         [f"models=[{world / 'one'},{world / 'two'}]", f"base={world / 'base'}", f"out={tmp_path / 'out'}",

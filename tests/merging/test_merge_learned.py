@@ -17,6 +17,7 @@ def model():
     return make_model("fixed")
 
 
+@pytest.mark.slow
 def test_learned_weights_lower_the_answers_loss_and_merge_exactly(model):
     batch = batch_of(model)
     losses = []

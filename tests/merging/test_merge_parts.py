@@ -41,6 +41,7 @@ def test_every_tensor_belongs_to_one_part():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
 def test_the_projector_of_any_family_is_its_part(tmp_path, family):
     base = tiny_family(family)

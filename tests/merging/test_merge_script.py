@@ -428,6 +428,7 @@ def test_a_refusal_of_the_real_command_line_is_one_line_and_exit_code_2(world, t
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
+@pytest.mark.slow
 def test_a_routing_report_of_other_experts_is_refused(world, tmp_path, capsys):
     report = f"routing={world}/sample/eval/routing.json"
     adapter = f"adapters=[{world}/adapters/one]"
@@ -438,6 +439,7 @@ def test_a_routing_report_of_other_experts_is_refused(world, tmp_path, capsys):
     assert "there is no task 'chess'; choices: ['vqa', 'caption', 'count']" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

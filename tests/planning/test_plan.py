@@ -235,6 +235,7 @@ def test_the_recommended_configuration_sends_least_and_has_room():
     assert plan(4.0).recommended is None and plan(4.0).micro_batch == 0
 
 
+@pytest.mark.slow
 def test_four_bits_take_a_quarter_of_the_linear_layers(tmp_path):
     whole = FakeRun(toy_config(tmp_path, model__dtype="bf16"), str(tmp_path / "base"))
     quarter = FakeRun(

@@ -189,6 +189,7 @@ def test_classification_refuses_experts_that_would_never_run(folders):
         )
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_recomputes_each_tower_with_its_own_gates(folders):
     """The texts' gates are set last; the pictures' layers are recomputed after that."""
     found = []
@@ -355,6 +356,7 @@ def test_plain_open_clip_loads_the_merged_checkpoint_under_its_original_keys(run
         torch.testing.assert_close(found, texts, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_an_adapter_for_open_clip_says_who_can_load_it(runs, tmp_path, capsys):
     with pytest.raises(SystemExit):
         merge([f"run={runs['open_clip']}", f"out={tmp_path / 'adapter'}"])

@@ -146,6 +146,7 @@ def test_a_run_that_lacks_an_expert_of_the_checkpoint_is_refused(world, tmp_path
         start_weights(build_model(fewer), fewer, config.stages["experts"])
 
 
+@pytest.mark.slow
 def test_a_router_of_other_settings_starts_fresh_and_names_them(world, tmp_path):
     config = with_a_fifth(world, tmp_path)
     other = replace(config, router=replace(config.router, hidden=16))
@@ -178,6 +179,7 @@ def test_every_tensor_of_every_router_grows_by_experts_and_tasks():
 # Sources of a stage -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sources", "message"),
     [(["colour"], "no such source 'colour'; choices: .*'vqa'"), ([], "names none"),
@@ -189,6 +191,7 @@ def test_a_stage_names_sources_that_there_are(world, tmp_path, sources, message)
         read(changed, tmp_path / "run.json")
 
 
+@pytest.mark.slow
 def test_a_stage_of_experts_draws_from_one_that_learns(world, tmp_path):
     frozen = {"rank": 2, "alpha": 4, "frozen": True}
     stages = {"experts": {"steps": 1, "sources": ["vqa"]}}

@@ -96,6 +96,7 @@ def test_a_step_that_is_left_out_changes_nothing_and_is_counted_in_log_state_and
     assert "not updated at 2 steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_more_such_steps_than_allowed_stop_the_run(world, tmp_path):
     config = toy_config(world, out=str(tmp_path / "run"), train__max_non_finite_steps=1, **SKIP)
     with pytest.raises(TrainingError, match=r"step 3: .*max_non_finite_steps=1 were before"):
