@@ -7,6 +7,7 @@ Nothing is truncated: cutting a sequence may cut image tokens, which no model su
 longer than `max_length` is a bad sample like any other.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,23 +33,24 @@ TEXT_INPUTS = {
 }  # fmt: skip
 
 
-class Collator(Evidence):
+class Collator(Evidence, ABC):
     """Makes batches of the samples that it can take; the same object for any number of workers."""
 
     @property
     def max_length(self) -> int:
         return self.settings.max_length
 
+    @abstractmethod
     def encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """`input_ids` of unequal length, and what `batch` needs beside them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batch(self, samples: list[Sample], encoded: dict[str, Any]) -> Any:
-        raise NotImplementedError
+        """The model's input, from what `encode` gave of the same samples."""
 
+    @abstractmethod
     def text(self, sample: Sample) -> str:
         """What is tokenised of the sample, but for later turns."""
-        raise NotImplementedError
 
     def __call__(self, samples: Sequence[Sample]) -> Any:
         """The batch of all samples; BadSampleError for the first bad one."""

@@ -5,6 +5,7 @@
 Every way to decide gates ends in the same tensor, and every forward takes the same path through the experts.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,7 @@ class MixtureOutput:
     aux: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
 
 
-class MixtureModel(nn.Module):
+class MixtureModel(nn.Module, ABC):
     """What every mixture has: a backbone, its bank of experts, and the routing that decides their gates.
 
     `LanguageMixture` answers, `ClipMixture` compares. `router` and `settings` are those of `Routing`.
@@ -69,9 +70,9 @@ class MixtureModel(nn.Module):
         """The module with the logits; None for kinds without one, and where tokens are routed."""
         return self.routing.router
 
+    @abstractmethod
     def probe(self, batch: Batch, **options: Any) -> tuple[Tensor, Tensor]:
         """What an export must reproduce, see the subclasses; `options` go to generation, where there is one."""
-        raise NotImplementedError
 
     def answering(self) -> "LanguageMixture":
         """This mixture, where it answers in tokens; ValueError for one that compares."""

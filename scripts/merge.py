@@ -4,7 +4,7 @@
     python -m scripts.merge run=runs/demo weights=gates rank=16 out=OUT
     python -m scripts.merge --config configs/merge/uniform.yaml adapters=[A,B] out=OUT merged=true
     python -m scripts.merge method=ties models=[A,B] base=BASE out=OUT
-    python -m scripts.merge method=passthrough slices=[{model: A, layers: [0, 8]}, {model: B, layers: [4, 12]}] out=OUT
+    python -m scripts.merge "slices=[{model: A, layers: [0, 8]}, {model: B, layers: [4, 12]}]" out=OUT
     python -m scripts.merge method=list
 
 `models` are whole checkpoints of one base, merged tensor by tensor: see manifest.json in OUT. Experts are any PEFT LoRA
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def merge(settings: Any, console: Console) -> None:
     if settings.method == "list":
+        if settings != MergeExperts(method="list"):
+            raise ValueError("method=list: prints the methods and does nothing else; leave the other settings out")
         console.print(*all_lines(), sep="\n", highlight=False, soft_wrap=True)
     elif settings.method in LEARNERS:
         raise ValueError(
@@ -72,7 +74,7 @@ def all_lines() -> Iterator[str]:
     yield "\nfrom a little data, by scripts.learn_weights:"
     yield from (f"    {name}: {learner.paper}" for name, learner in LEARNERS.items())
     yield "\nlayers of whole checkpoints, one slice on the other:"
-    yield "    passthrough: slices=[{model: A, layers: [0, 8]}, ...]; mergekit's passthrough, depth up-scaling"
+    yield '    passthrough: "slices=[{model: A, layers: [0, 8]}, ...]"; mergekit\'s passthrough, depth up-scaling'
 
 
 def merge_models(settings: MergeModels, console: Console) -> None:

@@ -1,7 +1,7 @@
 """Merge what runs trained beside their experts: projector, OCR encoder, task prefixes, router; a rule for each part.
 
     python -m scripts.merge_parts runs=[runs/A,runs/B] out=parts \\
-        parts={projector: regmean, ocr_encoder: mean, prefixes: keep:A, router: drop}
+        "parts={projector: regmean, ocr_encoder: mean, prefixes: keep:A, router: drop}"
     python -m scripts.merge "adapters=[A/*,B/*]" merged=true projector=parts/projector.safetensors out=OUT
 
 The rules are mean, regmean (linear layers, by each run's own inputs on its validation data), keep:NAME and drop. A

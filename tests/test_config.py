@@ -83,6 +83,11 @@ def test_a_second_file_is_laid_over_the_first(tmp_path):
     assert (config.router.kind, config.router.hidden, config.seed) == ("top_k", 8, 3)
     assert config.data.tasks == ["vqa"] and list(config.data.sources) == ["s", "t"]
     assert config.data.sources["s"].expert == "a" and config.data.sources["s"].weight == 2.0
+    second.write_text("data: {sources: {s: null, t: {num_samples: 5, expert: b}}}\nexperts: {a: null}\n")
+    config = load_config([first, second], ["stages={joint: {steps: 3}, router: {steps: 1}}", "stages.router=null"])
+    assert (list(config.data.sources), list(config.experts), list(config.stages)) == (["t"], ["b"], ["joint"])
+    with pytest.raises(ValueError, match="data.sources.u: is null, which takes an entry out, and there is none"):
+        load_config([first, second], ["data.sources.u=null"])
     second.write_text("routr: {kind: top_k}\n")
     with pytest.raises(ValueError, match=r"run.yaml, .*preset.yaml: routr: Key 'routr' not in"):
         load_config([first, second])

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from moa.cli.ranges import FINITE, PATH, Range
 from moa.cli.strict_yaml import parse_yaml, read_yaml
@@ -32,6 +32,8 @@ T = TypeVar("T")
 Override = str | tuple[str, Any]  # "key.sub=YAML text" of a user, or a key and its value as it is
 COMMENT = tokenize.COMMENT
 ROOT = "root"  # key of a stored config: the folder that its relative paths are taken from
+# What takes an entry out of a mapping of records: null in a layer, over an entry of those below.
+REMOVED = type("Removed", (), {"__repr__": lambda self: "null"})()
 Leaf = Callable[[Any, Sequence[Any], Any, str], Any]
 
 
@@ -78,6 +80,8 @@ def load(
 
 def laid_over(below: Any, above: Any) -> Any:
     """Mappings joined key by key, in the order of the lower one; anything else is replaced."""
+    if above is None and isinstance(below, dict):
+        return REMOVED
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
     joined = {key: laid_over(below.get(key), value) for key, value in above.items()}
@@ -90,7 +94,11 @@ def to_object(cls: type[T], raw: dict[Any, Any]) -> T:
         return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), raw)))
     except OmegaConfBaseException as error:
         key = re.sub(r"\[(\w+)\]", r".\1", str(error.full_key or ""))
-        raise Wrong(key, str(error).splitlines()[0]) from None
+        message = str(error).splitlines()[0]
+        if isinstance(error, ConfigKeyError) and "Did you mean" not in message:
+            kind: Any = error.object_type or cls
+            message += f"; choices: {', '.join(item.name for item in dataclasses.fields(kind))}"
+        raise Wrong(key, message) from None
 
 
 def visit(hint: Any, value: Any, key: str, leaf: Leaf) -> Any:
@@ -130,6 +138,8 @@ def unwrapped(hint: Any) -> tuple[Any, Sequence[Any]]:
 
 def check_value(kind: Any, marks: Sequence[Any], value: Any, key: str) -> Any:
     """The value, with `~` of a path in full; Wrong where it is not of its type or range."""
+    if value is REMOVED:  # for the mapping that it is an entry of
+        return value
     outer = dict if dataclasses.is_dataclass(kind) else typing.get_origin(kind)
     if outer in (dict, list) and value is not None:
         if not isinstance(value, outer):
@@ -151,6 +161,10 @@ def wrong_container(kind: Any, outer: type, value: Any) -> str:
     return f"must be a {one}, {two}, got {shortened(value)}"
 
 
+def is_records(kind: Any) -> bool:
+    return typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1])
+
+
 def is_by_name(kind: Any) -> bool:
     """Whether a type is a mapping of records that have their key as their `name`."""
     inner = typing.get_args(kind)[1:] if typing.get_origin(kind) is dict else ()
@@ -158,7 +172,15 @@ def is_by_name(kind: Any) -> bool:
 
 
 def named(kind: Any, value: Any, key: str) -> Any:
-    """A mapping of records, each with its key as its name; any other value as it is."""
+    """A mapping of records without those that null took out, each with its key as its name."""
+    if not is_records(kind):
+        return {k: None if v is REMOVED else v for k, v in value.items()} if isinstance(value, dict) else value
+    value = {name: entry for name, entry in value.items() if entry is not REMOVED}
+    for name, entry in value.items():
+        if entry is None:
+            raise Wrong(f"{key}.{name}", "is null, which takes an entry out, and there is none of this name")
+        if name == "":
+            raise Wrong(key, "a name must not be empty")
     if not is_by_name(kind):
         return value
     for name, entry in value.items():
@@ -259,7 +281,7 @@ def apply_override(raw: dict[str, Any], override: Override) -> None:
         node = node[part]
         if not isinstance(node, dict):
             raise ValueError(f"{override!r}: {part} is {shortened(node)}, which has no keys; give it whole")
-    node[last] = value
+    node[last] = laid_over(node.get(last), None) if value is None else value
 
 
 def read_override(override: str) -> tuple[str, Any]:

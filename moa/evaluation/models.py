@@ -53,8 +53,10 @@ class EvaluatedModel:
 
     @property
     def gate_rules(self) -> list[str]:
-        """The gates to score it with; of a run also those to compare with."""
+        """The gates to score it with; of a run also those to compare with. A checkpoint has no experts to gate."""
         settings = self.config.eval
+        if self.kind == "checkpoint":
+            return ["router"]
         others = settings.compare if self.kind == "run" else []
         return list(dict.fromkeys([settings.gates, *others]))
 
@@ -88,14 +90,15 @@ def models_of(command: EvalCommand, overrides: Sequence[tuple[str, Any]]) -> lis
     models = find_models(paths, command.like, overrides)
     if command.like is not None and all(model.kind == "run" for model in models):
         raise ValueError("like: has no effect on a run, which has its own prompt and data sets")
+    if "eval.gates" in dict(overrides) and all(model.kind == "checkpoint" for model in models):
+        raise ValueError("eval.gates: has no effect on checkpoints, which have no experts")
     if "eval.compare" in dict(overrides) and all(model.kind != "run" for model in models):
         raise ValueError("eval.compare: has no effect on models that are not runs")
     for model in models:
         with model.named():
             chosen_sources(model.config)
-            experts = [] if model.kind == "checkpoint" else list(model.config.experts)
             for rule in model.gate_rules:
-                check_gates(rule, experts, model.config.router.granularity)
+                check_gates(rule, list(model.config.experts), model.config.router.granularity)
     return models
 
 

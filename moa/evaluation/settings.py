@@ -75,7 +75,7 @@ def check_sources(sources: Iterable[SourceConfig], only: Sequence[str] = ()) -> 
             raise ValueError(f"sources.{source.name}.benchmark: {choices}")
     for name in only:
         if name not in names:
-            raise ValueError(f"only: no data set {name!r}; choices: {', '.join(names)}")
+            raise ValueError(f"eval.only: no data set {name!r}; choices: {', '.join(names)}")
 
 
 def benchmark_of(source: SourceConfig) -> str | None:
@@ -87,9 +87,9 @@ def check_gates(rule: str, names: Sequence[str], granularity: str = "sample") ->
     """ValueError, with the choices, for a rule that these experts do not have."""
     if rule not in GATE_RULES and rule.removeprefix("without:") not in names:
         choices = ", ".join([*GATE_RULES, *names, *(f"without:{name}" for name in names)])
-        raise ValueError(f"gates={rule}: unknown; choices: {choices}")
+        raise ValueError(f"eval.gates={rule}: unknown; choices: {choices}")
     if rule.startswith("without:") and granularity == "token":
-        raise ValueError(f"gates={rule}: has no meaning where every token is routed by itself")
+        raise ValueError(f"eval.gates={rule}: has no meaning where every token is routed by itself")
 
 
 def variant_of(settings: EvalConfig) -> str:

@@ -17,7 +17,7 @@ from moa.experts.lora_product import add_mixture, concatenate, mix, widen
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A site's rank gates and concatenated factors [rank, in], [out, rank] in its output's dtype."""
+    """A site's rank gates, and its concatenated factors A [rank, in] and B^T [rank, out] in its output's dtype."""
 
     shape: tuple[int, int]  # of the input they fit: first axis and number of axes
     gates: Tensor | None  # None: tokens are routed one by one
@@ -44,7 +44,7 @@ class ExpertLinear(nn.Module):
         self.context = context
         self.scalings: dict[str, float] = {}  # expert -> alpha / rank or alpha / sqrt(rank)
         self.register_parameter("token_router", None)
-        self._columns: tuple[Any, Tensor, Tensor] | None = None  # what `columns` gave last
+        self._per_rank: tuple[Any, Tensor, Tensor] | None = None  # what `per_rank` gave last
 
     def forward(self, x: Float[Tensor, "*lead in"]) -> Float[Tensor, "*lead out"]:
         """The base's output, plus each expert's B A x times its gate and scaling."""
@@ -56,7 +56,7 @@ class ExpertLinear(nn.Module):
             # Each factor goes in by itself, so that each gets its own gradient, also from gate 0.
             self.context.forget()  # the step that follows changes the factors
             gates = self._gates(x, state)  # [batch, 1, expert], or by token [batch, seq, expert]
-            return mix(x, out, gates, *self.columns(state), *self._factors(state))
+            return mix(x, out, gates, *self.per_rank(state), *self._factors(state))
         # A generation calls this at each token under the same gates: its rank gates, A and B are
         # put together at the first one. `out` is fresh, so that the product is added into it.
         rank_gates, a, b_t = self._prepared(x, state, out.dtype)
@@ -87,33 +87,33 @@ class ExpertLinear(nn.Module):
         self.register_parameter(f"lora_A_{expert}", a)
         self.register_parameter(f"lora_B_{expert}", b)
         self.scalings[expert] = scaling
-        self._columns = None
+        self._per_rank = None
 
     def remove(self, expert: str) -> tuple[nn.Parameter, nn.Parameter, float]:
         """Give back what `add` took."""
         removed = self.lora_A[expert], self.lora_B[expert], self.scalings.pop(expert)
         delattr(self, f"lora_A_{expert}")
         delattr(self, f"lora_B_{expert}")
-        self._columns = None
+        self._per_rank = None
         return removed
 
-    def columns(self, state: GateState) -> tuple[Tensor, Tensor]:
+    def per_rank(self, state: GateState) -> tuple[Tensor, Tensor]:
         """For each rank [total rank], the place of its expert among the gates, and its scaling."""
-        key, known = (state.experts, state.active), self._columns
+        key, known = (state.experts, state.active), self._per_rank
         if known is None or known[0] != key:
             device, running = self.base_layer.weight.device, self._running(state)
             ranks = [len(a) for a in self._factors(state)[0]]
             each = [e for e, rank in zip(running, ranks, strict=True) for _ in range(rank)]
             place = torch.tensor([state.experts.index(e) for e in each], device=device)
             scaling = torch.tensor([self.scalings[e] for e in each], device=device)
-            known = self._columns = key, place, scaling
+            known = self._per_rank = key, place, scaling
         return known[1], known[2]
 
     def extra_repr(self) -> str:
         return f"site={self.name}, ranks={self.ranks}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ExpertLinear":
-        self._columns = None  # the device may change
+        self._per_rank = None  # the device may change
         self.context.forget()
         return super()._apply(fn, recurse)
 
@@ -133,7 +133,7 @@ class ExpertLinear(nn.Module):
         return state.gates_at(self.name, x, self.token_router)
 
     def _rank_gates(self, x: Tensor, state: GateState, dtype: torch.dtype) -> Tensor:
-        return widen(self._gates(x, state), *self.columns(state)).to(dtype)
+        return widen(self._gates(x, state), *self.per_rank(state)).to(dtype)
 
     def _prepared(self, x: Tensor, state: GateState, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Rank gates, A [rank, in] and B^T [rank, out], kept in the state until the next gates."""

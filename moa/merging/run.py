@@ -125,6 +125,8 @@ def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan
             "run: its router gates every token by itself, and no single adapter equals that; "
             "approximate=true merges with the mean gates and reports the error"
         )
+    if settings.approximate and not by_token:
+        raise ValueError("approximate: has no effect on experts that are not gated by token; leave it out")
     if by_gates:
         weights: Weights | None = measured_gates(source, settings.routing, task, console)
     elif given.endswith(".json"):

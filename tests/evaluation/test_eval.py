@@ -543,6 +543,7 @@ def test_settings_are_checked_for_all_models_before_the_first_is_scored(run, tmp
         (["run={run}", "like=gone.yaml"], "like: gone.yaml: "),
         (["models=[{base}]", "like=gone.yaml"], "like: gone.yaml: "),
         (["models=[{base}]", "like={run}", "eval.compare=[off]"], "eval.compare: has no effect"),
+        (["models=[{base}]", "like={run}", "eval.gates=uniform"], "eval.gates: has no effect on checkpoints"),
         (["run={base}"], "is not a run; name it by models=[...]"),
         ([], "run: missing"),
         (["run={run}", "eval.every=5"], "eval.every: has no effect here"),
