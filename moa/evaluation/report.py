@@ -62,8 +62,8 @@ def report(
         file = write_routing(folder, routing, full, about)
         show(f"gates: {file}{'' if full else PARTIAL_GATES}")
     if number := config.eval.num_images:
-        drawn = draw_pictures(model.folder, variant, network, results, routing, number)
-        show("pictures: " + " ".join(map(str, drawn)))
+        drawn = draw_images(model.folder, variant, network, results, routing, number)
+        show("images: " + " ".join(map(str, drawn)))
 
 
 def routing_record(
@@ -181,7 +181,7 @@ def seen_by_tower(image: Image, processor: Any) -> Image:
     return seen_image(pixels[0], processor.image_mean, processor.image_std)
 
 
-def draw_pictures(
+def draw_images(
     run: Path,
     variant: str,
     model: MixtureModel,

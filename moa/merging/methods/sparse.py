@@ -107,7 +107,7 @@ def without_outliers(stack: Stack, *, density: float = 0.85, outliers: float = 0
 
 
 def at_random(stack: Stack, *, density: float = 0.5, rescale: str = "inverse", seed: int = 0) -> Thin:
-    """Keep each value with probability `density`, and rescale."""
+    """Keep each value with probability `density`, and rescale (unbiased with rescale=inverse)."""
     check_share("density", density)
     return _dropped(stack, rescale, lambda start, block: (_draws(stack, seed, start, block) < density, density))
 

@@ -44,14 +44,14 @@ ROWS: dict[str, Method] = {
     "pcb": Method("sparse", "ones", "Parameter Competition Balancing (Du et al., 2024)", spaces=ALL),
     "consensus": Method("sparse", "ones", "TALL masks and Consensus Merging (Wang et al., 2024)", spaces=ALL),
     "tsv_m": Method("spectral", "ones", "Task Singular Vectors (Gargiulo et al., 2025)"),
-    "iso_c": Method("spectral", "ones", "Isotropic Model Merging (Marczak et al., 2025), over the numerical rank"),
-    "iso_cts": Method("spectral", "ones", "Isotropic Model Merging (Marczak et al., 2025), common and own directions"),
-    "wudi": Method("spectral", "ones", "WUDI (Cheng et al., 2025), OptMerge (Wei et al., 2026), in closed form"),
+    "iso_c": Method("spectral", "ones", "No Task Left Behind (Marczak et al., 2025), over the numerical rank"),
+    "iso_cts": Method("spectral", "ones", "No Task Left Behind (Marczak et al., 2025), with own directions"),
+    "wudi": Method("spectral", "ones", "WUDI-Merging (Cheng, 2025), OptMerge (Wei, 2026), in closed form"),
     "dc_merge": Method("spectral", "ones", "DC-Merge (2026), as released for LoRA"),
     "ctm": Method("spectral", "ones", "Compress-then-Merge (2026), Tucker-2 subspace and TIES"),
     "robustmerge": Method("factorwise", "ones", "RobustMerge (Zeng et al., 2025)", **PAIRS),
     "lorahub_factors": Method("factorwise", "mean", "LoraHub (Huang et al., 2024), as released", **PAIRS),
-    "aligned_linear": Method("factorwise", "mean", "Git Re-Basin (Ainsworth et al., 2023), on the rank axis", **PAIRS),
+    "aligned_linear": Method("factorwise", "mean", "Git Re-Basin (Ainsworth et al., 2023), matching ranks", **PAIRS),
     "lego": Method("factorwise", "mean", "LoRA-LEGO (Zhao et al., 2025), as in Compress-then-Merge", **PAIRS),
 }  # fmt: skip
 # A row's function is called as the row.
