@@ -14,6 +14,7 @@ run's.
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -58,7 +59,8 @@ def show(settings: Settings, run_overrides: Sequence[str]) -> None:
     lengths = {"tokens": settings.tokens, "answer": settings.answer}
     with Console(stderr=True).status("") as status:
         plans = plan_run(config, settings.backbone, machines, note=status.update, **lengths)
-    console = Console(highlight=False)
+    # rich takes what is not a terminal to be 80 columns wide, where the table would break inside words
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
     if settings.json:
         print(json.dumps([record(plan) for plan in plans], indent=2))
     elif len(machines) > 1:
