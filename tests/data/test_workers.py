@@ -16,7 +16,7 @@ import sys, time
 from data.workers import map_in_workers
 
 def work(seconds, word):
-    print(word)
+    sys.stdout.write(word + "\\n")  # one write: print makes two, and those of two workers may mix
     time.sleep(seconds)
 
 

@@ -510,4 +510,4 @@ def test_help_and_lists_import_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "dare_ties: Keep each value with probability `density`, and rescale, then" in done.stdout
+    assert "dare_ties: Keep each value with probability `density`, and rescale" in done.stdout
