@@ -18,6 +18,9 @@ from moa.checkpoint import load_model, manifest_of, pointed
 from moa.config import RunConfig, StageConfig
 from moa.files.atomic import write_json
 from moa.files.peft import save_expert
+from moa.merging.adapters import expert_from_folder
+from moa.merging.export.export import export_adapter
+from moa.merging.merge import merge
 from moa.training import run as run_module
 from moa.training.batches import Layout, make_layout
 from moa.training.optimizer import rate_factor
@@ -349,6 +352,21 @@ def test_an_expert_starts_from_its_own_peft_folder(world, unbroken, tmp_path):
                        next(load_model(last)[0].bank.parameters("vqa")))  # fmt: skip
     run_once(config)
     assert load_model(config.out)[0].bank.names == ["new"]
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_a_merge_and_begins_with_its_loss(world, unbroken, tmp_path):
+    last = Path(unbroken.out) / "checkpoints" / pointed(Path(unbroken.out), "last")
+    experts = [expert_from_folder(last / "experts" / name) for name in ("vqa", "grounding")]
+    export_adapter(tmp_path / "merged", merge(experts, weights={"vqa": 0.7, "grounding": 0.3}), experts)
+    alone = {"experts": {"all": {"init_from": str(tmp_path / "merged")}}, "data__expert": "all",
+             "router__kind": "fixed", "data__validation": {}, "stages": {"joint": {"steps": 2}}}  # fmt: skip
+    run = run_once(toy_config(world, out=str(tmp_path / "run"), **alone))
+    batch, _ = run.collator.split([run.mixture[position] for position in range(4)])
+    with torch.no_grad():
+        whole = load_model(last)[0](batch, torch.tensor([[0.7, 0.3]]).expand(4, -1))
+    first, second = steps_of(run.config)
+    assert first["loss"] == pytest.approx(float(whole.loss_per_sample.mean()), rel=1e-5) != second["loss"]
 
 
 @pytest.mark.slow

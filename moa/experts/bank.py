@@ -7,6 +7,7 @@ of one kind, a row of moa/experts/kinds.py, over all sites or a subset.
 import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import compress
 from typing import Any
@@ -179,6 +180,26 @@ class ExpertBank:
                 site.add(new if expert == old else expert, *factors)
         self.experts = {new if n == old else n: spec for n, spec in self.experts.items()}
         self.context.state = None  # gates of other experts
+
+    @contextmanager
+    def only(self, names: Collection[str]) -> Iterator[None]:
+        """Inside, the bank has these experts alone, in their order; the others come back as they were."""
+        everyone = self.experts
+        held = {site: {expert: site.remove(expert) for expert in site.experts} for site in self.sites.values()}
+        try:
+            self.experts = {name: spec for name, spec in everyone.items() if name in names}
+            for site, own in held.items():
+                for expert in filter(self.experts.get, own):
+                    site.add(expert, *own[expert])
+            self.context.state = None  # gates of other experts
+            yield
+        finally:
+            for site, own in held.items():
+                for expert in site.experts:
+                    site.remove(expert)
+                for expert, factors in own.items():
+                    site.add(expert, *factors)
+            self.experts, self.context.state = everyone, None
 
     def freeze(self, name: str, frozen: bool = True) -> None:
         """A frozen expert takes part in the mixture and gets no gradient, so nothing moves it."""

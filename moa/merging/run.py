@@ -91,7 +91,7 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
         verify = None
         if settings.verify:
             exact = summary["total"]["energy_kept"] > 1 - ROUNDING
-            verify = prepare_verify(settings, source, sum_gates(plan), exact)
+            verify = prepare_verify(source, settings.num_probes, settings.new_tokens, sum_gates(plan), exact)
         report = export(settings, source, merged, summary, card, verify)
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
 
@@ -184,11 +184,14 @@ def merge_into_open_clip(out: str, source: Source, merged: Merged, kept: dict[st
 
 
 def prepare_verify(
-    settings: MergeExperts, source: Source, gates: dict[str, Tensor] | None, exact: bool
+    source: Source,
+    num_probes: int,
+    new_tokens: int,
+    gates: dict[str, Tensor] | None = None,
+    exact: bool = False,
 ) -> exports.Verify:
     """The probe and the live models that the reloaded files are compared with."""
     backbone = open_backbone(str(source.base()))
-    num_probes, new_tokens = settings.num_probes, settings.new_tokens
     inputs, routed = None, None
     if source.config is not None and source.step is not None:
         inputs, routed = probe_of_run(source.step, source.config, num_probes, new_tokens)

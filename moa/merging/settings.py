@@ -1,11 +1,11 @@
-"""The settings of scripts.merge: of merging experts, of merging whole checkpoints, and of stacking layers."""
+"""The settings of scripts.merge (of experts, of whole checkpoints, of stacked layers) and of scripts.distill."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from moa.cli.ranges import Count, CountOrZero, FilePath, Positive
+from moa.cli.ranges import Count, CountOrZero, FilePath, NotNegative, Positive, Seed, Size
 from moa.cli.settings import Override, apply_override, expanded, load
 from moa.cli.strict_yaml import read_yaml
 from moa.merging.rank import parse_rank
@@ -149,6 +149,52 @@ class StackLayers:
     method: Literal["passthrough"] = "passthrough"
     out: FilePath | None = None
     max_shard_gb: Positive = 5.0
+
+
+ZERO = "zero"  # where a student starts: from an update of zero
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A run's routed mixture is taught to one LoRA."""
+
+    run: FilePath | None = None  # run or step folder: the teacher
+    out: FilePath | None = None  # folder of the adapter; OUT.steps beside it holds what is not finished
+    rank: Size = 8  # of the student
+    alpha: Positive | None = None  # scaling is alpha / rank; null: rank
+    start: FilePath = ZERO  # zero, or a PEFT folder of at most this rank, such as one of scripts.merge
+    # what decides the teacher's gates: router, oracle (each sample's own expert), or another of eval.gates
+    gates: str = "router"
+    sources: list[str] | None = None  # names of the run's data.sources whose prompts are used; null: all
+    # the answers whose tokens are compared: the teacher's own, or those of the data
+    answers: Literal["teacher", "data"] = "teacher"
+    # kl: divergence from the teacher's probabilities; labels: cross-entropy of the answers' tokens
+    loss: Literal["kl", "labels"] = "kl"
+    temperature: Positive = 1.0  # of both probabilities in kl
+    hidden: NotNegative = 0.0  # weight of the distance between hidden states, mean over the blocks with experts
+    reduction: Literal["mean", "worst"] = "mean"  # over the tasks of a step
+    steps: CountOrZero = 100
+    batch_size: Size = 24  # samples of a step
+    micro_batch_size: Size | None = None  # samples per forward; null: all of a step
+    lr: Positive = 1e-3  # of Adam; cosine down to 0
+    warmup_steps: CountOrZero = 0  # linear from 0
+    max_new_tokens: Size | None = None  # of the teacher's answers; null: the run's eval.max_new_tokens
+    num_samples: Count = 32  # of each validation set, on which student and teacher are compared before and after
+    seed: Seed = 0  # of the student's initialisation and of the order of the prompts
+    save_every: Count = 50  # steps; the same command again continues there
+    overwrite: bool = False  # start anew what an earlier command did not finish
+    device: str = "auto"  # cpu, cuda, cuda:1; auto: a GPU where there is one
+    verify: bool = True  # reload in a fresh process and compare
+    num_probes: Count = 4  # prompts in that comparison
+    new_tokens: Count = 8  # greedy tokens of each
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps: must be in 0..{self.steps}, got {self.warmup_steps}")
+        if self.micro_batch_size is not None and self.reduction == "worst":
+            raise ValueError("micro_batch_size: reduction=worst needs all samples of a step in one forward")
+        if self.loss == "labels" and self.temperature != 1:
+            raise ValueError("temperature: has no effect with loss=labels; leave it out")
 
 
 # What is merged -> the settings of that command.

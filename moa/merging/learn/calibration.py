@@ -3,7 +3,7 @@
 The sets are the run's `data.validation`, so that what is learned on them can be scored on the test sets.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
@@ -140,23 +140,40 @@ def own_answers(
 ) -> list[Batch]:
     """Mixed batches whose answers are what the model itself generates with this weight on every expert: no labels."""
     gates = torch.full((len(model.bank.names),), weight)
-    tokenizer, answering = data.prompts.processor.tokenizer, model.answering()
-    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
-    settings |= {"do_sample": False}
     answered = {}
     for name, samples in data.samples.items():
-        texts: list[str] = []
-        for start in range(0, len(samples), size):
-            batch = data.prompts(samples[start : start + size])
-            ids = answering.generate(batch, gates.expand(len(batch), -1), **settings)
-            texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-        labelled = [
-            replace(sample, answers=(text.strip(),), boxes=()) for sample, text in zip(samples, texts, strict=True)
-        ]
+        texts = greedy_answers(
+            model, data.prompts, samples, size, max_new_tokens, lambda b: {"gates": gates.expand(len(b), -1)}
+        )
+        labelled = [with_answer(sample, text) for sample, text in zip(samples, texts, strict=True)]
         answered[name] = [s for s in labelled if s.answers[0] and data.collator.error_of(s) is None]
     if not any(answered.values()):
         raise ValueError("adamerging: the model answers nothing, so there is no entropy to lower")
     return replace(data, samples=answered).batches(size)
+
+
+def greedy_answers(
+    model: MixtureModel,
+    prompts: ChatCollator,
+    samples: Sequence[Sample],
+    size: int,
+    max_new_tokens: int,
+    gates: Callable[[Batch], Mapping[str, torch.Tensor]],
+) -> list[str]:
+    """What the model generates for each sample, `size` at a time; `gates` are options of `generate`, by batch."""
+    tokenizer, answering = prompts.processor.tokenizer, model.answering()
+    settings = {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
+    texts: list[str] = []
+    for start in range(0, len(samples), size):
+        batch = prompts(samples[start : start + size]).to(next(model.parameters()).device)
+        ids = answering.generate(batch, **gates(batch), **settings)
+        texts += [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    return texts
+
+
+def with_answer(sample: Sample, text: str) -> Sample:
+    """The sample's first question with this answer, whatever its own are."""
+    return replace(sample, answers=(text,), boxes=(), turns=())
 
 
 @torch.no_grad()
