@@ -9,7 +9,7 @@ BENCH := OMP_NUM_THREADS=1 $(BIN)/python -m bench
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint check bench setup scoreboard clean
+.PHONY: demo test lint check bench setup boards clean
 
 setup: $(VENV)/.installed
 
@@ -52,8 +52,8 @@ bench: setup  ## every speed and memory figure, its tables and charts: results/b
 	$(BIN)/python -m bench.merging
 	$(BIN)/python -m bench.report
 
-scoreboard: setup  ## results/scoreboard.json: about an hour on two cores
-	$(BIN)/python -m scripts.demo.scoreboard out=runs/scoreboard jobs=2 num_samples=64
+boards: setup  ## results/board_*.md and boards.json: hours on two cores; continues where it was stopped
+	$(BIN)/python -m scripts.demo.boards out=runs/boards jobs=2
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Images of a run: gates by task and layer, losses, the scoreboard, and the style of every page.
+"""Images of a run: gates by task and layer, losses, the boards, and the style of every page.
 
 Each function takes records (as the JSON files hold them) and a path, and writes one PNG. Colours are
 Okabe and Ito's, which stay apart for colour-blind readers; series carry their names beside them.
@@ -181,55 +181,38 @@ def mark_stages(axes: Axes, stages: Sequence[str]) -> None:
                       color=MUTED, va="bottom")  # fmt: skip
 
 
-# -- Scoreboard -----------------------------------------------------------------------------------
-
-FAMILIES = {"base": "#5A5A5A", "lora": "#8C96A3", "oracle": "#009E73", "router": "#0072B2",
-            "merged": "#CC79A7"}  # fmt: skip
+# -- Boards ---------------------------------------------------------------------------------------
 
 
-def scoreboard_chart(path: str | Path, board: Mapping[str, Any]) -> None:
-    """Every score column of results/scoreboard.json as bars with one standard error."""
-    rows = board["rows"]
-    columns = list(dict.fromkeys(c for row in rows.values() for c in row if is_score(rows, c)))
-    columns.sort(key=lambda column: column != "trained_mean")
-    across = min(5, len(columns))
-    down = -(-len(columns) // across)
-    seeds = len(board.get("seeds", ()))
-    note = f"mean over {seeds} seeds, bars of one standard error" if seeds else ""
-    height = down * (0.55 + 0.21 * len(rows)) + 0.8
-    with page(path, 2.1 + 2.15 * across, height, "Scoreboard", note) as figure:
-        panels = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
-        for axes, column in zip(panels, columns, strict=False):
-            draw_column(axes, column, rows)
-        for axes in panels[len(columns) :]:
-            axes.axis("off")
+def board_chart(path: str | Path, board: Mapping[str, Any]) -> None:
+    """The means of a results/board_NAME.json: every row's dot with its interval, and its seeds beside it."""
+    rows, reference = board["rows"], board["reference"]
+    means = [*next(iter(rows.values()))["means"]]
+    seeds = max(len(row["seeds"]) for row in rows.values())
+    note = f"per cent; 95 % intervals over questions and up to {seeds} seeds; small dots: seeds; dashed: {reference}"
+    with page(path, 2.6 + 2.6 * len(means), 1.5 + 0.27 * len(rows), board["title"], note) as figure:
+        panels = figure.subplots(1, len(means), sharey=True, squeeze=False)[0]
+        for number, (axes, name) in enumerate(zip(panels, means, strict=True)):
+            draw_mean(axes, name, rows, reference, color(number))
 
 
-def is_score(rows: Mapping[str, Any], column: str) -> bool:
-    """Scores are in [0, 1]; parameters and speeds need another axis."""
-    means = [row[column]["mean"] for row in rows.values() if column in row]
-    return all(mean is not None and 0 <= mean <= 1 for mean in means)
-
-
-def draw_column(axes: Axes, column: str, rows: Mapping[str, Any]) -> None:
-    names = list(rows)
-    means = [rows[name].get(column, {}).get("mean", np.nan) for name in names]
-    errors = [rows[name].get(column, {}).get("se") or 0.0 for name in names]
-    places = range(len(names))
-    inks = [next((c for f, c in FAMILIES.items() if n.startswith(f)), INK) for n in names]
-    axes.barh(places, means, color=inks, height=0.7)
-    axes.errorbar(means, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=1.5)
-    axes.set(xlim=(0, 1.2), ylim=(len(names) - 0.4, -0.6), xticks=[0, 0.5, 1])
-    axes.set_yticks(places, names)
+def draw_mean(axes: Axes, name: str, rows: Mapping[str, Any], reference: str, ink: str) -> None:
+    found = [row["means"][name] for row in rows.values()]
+    places = range(len(rows))
+    for place, (interval, row) in enumerate(zip(found, rows.values(), strict=True)):
+        axes.plot([interval["low"], interval["high"]], [place, place], color=ink, linewidth=1.6, alpha=0.6)
+        of_seeds = [100 * value for value in row["means_by_seed"][name]]
+        axes.scatter(of_seeds, [place] * len(of_seeds), s=6, color=MUTED, alpha=0.6, linewidths=0)
+        axes.text(interval["high"], place, f"  {interval['difference']:.1f}", va="center", fontsize=7.5)
+    axes.scatter([interval["difference"] for interval in found], places, s=26, color=ink, zorder=3)
+    if reference in rows:
+        axes.axvline(rows[reference]["means"][name]["difference"], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+    low, high = min(i["low"] for i in found), max(i["high"] for i in found)
+    axes.set(xlim=(low - 2, high + 0.22 * (high - low) + 4), ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(places, [row["about"] or key for key, row in rows.items()])
     axes.tick_params(axis="y", labelcolor=INK)
-    axes.set_title(column.replace("_", " "))
+    axes.set_title(name.replace("_", " "))
     axes.grid(axis="x")
-    best = np.nanmax(means)
-    for place, mean, error in zip(places, means, errors, strict=True):
-        if np.isfinite(mean):
-            weight = "bold" if mean == best else "normal"
-            axes.text(mean + error + 0.02, place, f"{mean:.2f}", va="center", fontsize=7.5,
-                      color=INK, weight=weight)  # fmt: skip
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

@@ -127,16 +127,16 @@ def test_losses_are_drawn_per_task_with_stages_named(tmp_path, pages):
         plots.loss_curves(tmp_path / "losses.png", [{"step": 1}])
 
 
-def test_the_scoreboard_leaves_out_what_is_no_score_and_starts_with_the_mean(tmp_path, pages):
-    row = {
-        "vqa": {"mean": 0.5, "se": 0.1},
-        "trained_mean": {"mean": 0.6, "se": None},
-        "tokens_per_second": {"mean": 250.0, "se": 2.0},
-    }
-    board = {"rows": {"base": row, "router_all": {"vqa": {"mean": 0.7, "se": 0.1}}}, "seeds": [0]}
-    plots.scoreboard_chart(tmp_path / "board.png", board)
-    assert [axes.get_title("left") for axes in pages[0].axes] == ["trained mean", "vqa"]
-    assert {"0.50", "0.60", "0.70"} <= set(words(pages[0]))
+def test_a_board_shows_every_row_with_its_mean_and_its_words(tmp_path, pages):
+    def row(about, value):
+        means = {m: {"difference": value, "low": value - 2, "high": value + 1} for m in ("trained", "kept")}
+        return {"about": about, "seeds": [0], "means": means, "means_by_seed": {m: [value / 100] for m in means}}
+
+    rows = {"base": row("", 50.0), "lora": row("one LoRA", 61.5)}
+    plots.board_chart(tmp_path / "board.png", {"title": "Together", "reference": "lora", "rows": rows})
+    assert [axes.get_title("left") for axes in pages[0].axes] == ["trained", "kept"]
+    assert {"  50.0", "  61.5"} <= set(words(pages[0]))
+    assert [label.get_text() for label in pages[0].axes[0].get_yticklabels()] == ["base", "one LoRA"]
 
 
 def test_a_log_may_end_in_half_a_line_but_not_hold_one(tmp_path):

@@ -1,78 +1,224 @@
-"""What the scoreboard trains and scores: its rows, its columns, and one seed of it."""
+"""A board as data: its rows, its columns of questions, and the claims that it decides.
+
+configs/boards/NAME.yaml lists the rows. A row is a training run (`config`, `settings`), or the weights of another row
+(`of`) answering in another way (`gates`, `at`, `withhold_task`), or what a command makes of other rows (`command`). In
+`settings` and `command` stand for folders of the same seed:
+
+    {run:ROW}   {expert:ROW:NAME}   {step:ROW}   a run, the PEFT folder of an expert, the last checkpoint
+    {out}                                        the row's own folder
+
+ROW of another board is BOARD/ROW.
+"""
 
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any, Literal
 
-from data.ocr import OcrCache
-from data.world.scene_dataset import TRAINED_TASKS, SceneDataset
-from moa.backbones.fingerprint import base_fingerprint
-from moa.cli.settings import Override
-from moa.config import RunConfig, load_config
-from moa.evaluation.fingerprints import digest
+from moa.cli.ranges import Count, FilePath, Positive, Seed, ShareAboveZero
+from moa.cli.settings import load
+from moa.config import SourceConfig, check
 
 ROOT = Path(__file__).resolve().parents[3]
-
-CONFIG = "configs/demo.yaml"
-EVIDENCE = {
-    "router_image": ["image"],
-    "router_image_text": ["image", "text"],
-    "router_image_text_ocr": ["image", "text", "ocr"],
-    "router_all": ["image", "text", "ocr", "task"],
-}
-ROWS = (
-    "base", "lora", "lora_equal_rank", "oracle", *EVIDENCE, "router_no_prefix", "router_token_top2",
-    "merged_uniform_rank_r", "merged_exact", "merged_rank_r",
-)  # fmt: skip
-MERGES = {  # row -> weights and rank of the merge of router_all's experts; r is one expert's rank
-    "merged_uniform_rank_r": ("uniform", "r"),
-    "merged_exact": ("gates", "sum"),
-    "merged_rank_r": ("gates", "r"),
-}
+BOARDS = ROOT / "configs/boards"
+PLACE = re.compile(r"\{(run|step|expert):([\w/-]+)(?::([\w-]+))?\}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Column:
-    """One set of questions; without a task, the mean over the trained ones."""
+class RowConfig:
+    name: str = "row"  # its key
+    about: str = ""  # what it is, in the table
+    config: list[FilePath] = field(default_factory=list)  # YAML files laid over the board's
+    # settings in place of those of the files, as on the command line of train.py: {data.expert: lora}
+    settings: dict[str, Any] = field(default_factory=dict)
+    command: str | None = None  # instead of training: a module and its settings, which write {out}
+    of: str | None = None  # instead of training: the row whose weights answer
+    at: Count | None = None  # the step whose checkpoint answers; null: the last one
+    gates: str = "router"  # as eval.gates
+    withhold_task: bool = False  # as eval.withhold_task
+    tune_as: str | None = None  # the row whose learning rate it takes; null: its own
 
-    split: str
-    task: str | None = None
-    style: str | None = None
-    withhold_task: bool = False
+    @property
+    def trains(self) -> bool:
+        return self.command is None and self.of is None
 
-    def datasets(self, num_samples: int, ocr: OcrCache | None) -> list[SceneDataset]:
-        of_slice = self.split.startswith("slice_")
-        tasks = [self.task] if self.task or of_slice else list(TRAINED_TASKS)
-        count = num_samples if len(tasks) == 1 else num_samples // 2
-        return [SceneDataset(self.split, task, num_samples=count, style=self.style, ocr=ocr) for task in tasks]
+    def __post_init__(self) -> None:
+        kinds = [k for k, v in (("command", self.command), ("of", self.of), ("settings", self.settings)) if v]
+        check(len(kinds) <= 1, "", f"has {' and '.join(kinds)}; choose one")
+        check(not self.config or self.trains, "config", f"has no effect beside {' '.join(kinds)}")
+        check(self.tune_as is None or self.trains, "tune_as", "has no effect without training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """The learning rate of each trained row: the one with the lowest validation loss after shorter runs."""
+
+    rates: list[Positive] = field(default_factory=lambda: [1e-3, 3e-3, 6e-3])  # of the first stage with experts
+    seed: Seed = 0
+    steps: ShareAboveZero = 0.5  # of every stage's
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimConfig:
+    """first - second, or first / second, each a mean over columns; in points or per cent."""
+
+    name: str = "claim"  # its key
+    kind: Literal["difference", "ratio"] = "difference"
+    first: str | None = None  # row
+    second: str | None = None  # row
+    over: str | None = None  # name of a mean or column
+    pairs: list[list[str]] = field(default_factory=list)  # instead of the three: [first, second, column] each
+
+    def __post_init__(self) -> None:
+        whole = None not in (self.first, self.second, self.over)
+        check(whole != bool(self.pairs), "", "needs either first, second and over, or pairs")
+        check(all(len(pair) == 3 for pair in self.pairs), "pairs", "each is [first row, second row, column]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoardConfig:
+    title: str  # above table and picture
+    config: list[FilePath]  # of every row's run
+    columns: dict[str, SourceConfig]  # what every row is scored on, by name
+    withhold_task: list[str] = field(default_factory=list)  # columns where no row gets the task
+    means: dict[str, list[str]]  # of columns, by name; the first is what rows are ordered by
+    reference: str  # the row that others are compared with, and whose size is the measure
+    tune: TuneConfig | None = None
+    rows: dict[str, RowConfig]
+    claims: dict[str, ClaimConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self.reference in self.rows, "reference", f"no row {self.reference!r}; choices: {[*self.rows]}")
+        for name, columns in self.means.items():
+            check(name not in self.columns, f"means.{name}", "is a column")
+            unknown = [column for column in columns if column not in self.columns]
+            check(not unknown, f"means.{name}", f"no column {unknown}; choices: {[*self.columns]}")
+        unknown = [column for column in self.withhold_task if column not in self.columns]
+        check(not unknown, "withhold_task", f"no column {unknown}; choices: {[*self.columns]}")
+        for claim in self.claims.values():
+            for first, second, column in self.pairs(claim):
+                for name in (first, second):
+                    check(name in self.rows, f"claims.{claim.name}", f"no row {name!r}; choices: {[*self.rows]}")
+                known = column in self.columns
+                check(known, f"claims.{claim.name}", f"no column {column!r}; choices: {[*self.columns]}")
+        known_rates = {row.name for row in self.rows.values() if row.trains and row.tune_as is None}
+        for row in self.rows.values():
+            other = row.tune_as is None or row.tune_as in known_rates
+            check(other, f"rows.{row.name}.tune_as", f"no row {row.tune_as!r} is tuned; choices: {sorted(known_rates)}")
+
+    def columns_of(self, name: str) -> list[str]:
+        """The columns of a mean, or the one of this name."""
+        return self.means.get(name, [name])
+
+    def pairs(self, claim: ClaimConfig) -> list[tuple[str, str, str]]:
+        """(first row, second row, column) of everything that a claim is a mean over."""
+        if claim.pairs:
+            return [(first, second, column) for first, second, column in claim.pairs]
+        assert claim.first and claim.second and claim.over  # checked by ClaimConfig
+        return [(claim.first, claim.second, column) for column in self.columns_of(claim.over)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of one board at one seed, or its tuning: what is trained or scored at a time."""
+
+    board: str
+    row: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.board}/{self.row} seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one seed needs to train and score its rows."""
+    """Where everything lies, and what changes every run."""
 
     out: Path
-    seed: int
-    columns: dict[str, Column]
-    num_samples: int
-    overrides: list[str] = field(default_factory=list)
-
-    @property
-    def folder(self) -> Path:
-        return self.out / f"seed-{self.seed}"
+    steps: float = 1.0  # share of every stage's steps
+    num_samples: int | None = None  # of every column; None: its own
+    overrides: tuple[str, ...] = ()
 
     @property
     def ocr_file(self) -> Path:
         return self.out / "ocr.parquet"
 
-    def fingerprint(self, *more: Override) -> str:
-        """Of the settings of a run of this seed and of the base that it starts from."""
-        config = self.config(*more)
-        return digest(json.dumps([asdict(config), base_fingerprint(config.model.name)], default=str))
+    def folder(self, cell: Cell) -> Path:
+        """Of a run, or of what a command wrote; its weights are another row's where the row is `of` one."""
+        row = read_board(cell.board).rows[cell.row]
+        if row.of is not None:
+            return self.folder(cell_at(row.of, cell))
+        return self.out / cell.board / cell.row / f"seed-{cell.seed}"
 
-    def config(self, *more: Override) -> RunConfig:
-        return load_config(ROOT / CONFIG, [*self.overrides, f"seed={self.seed}", *more])
+    def record(self, cell: Cell) -> Path:
+        """Of which scores are this row's."""
+        return self.out / cell.board / cell.row / f"scores-{cell.seed}.json"
 
-    def steps(self) -> dict[str, int]:
-        """Optimiser steps by stage name; every row but `base` trains for their sum."""
-        return {name: stage.steps for name, stage in self.config().stages.items()}
+    def columns(self, board: str) -> dict[str, SourceConfig]:
+        from dataclasses import replace
+
+        found = read_board(board).columns
+        if self.num_samples is None:
+            return found
+        return {name: replace(column, num_samples=self.num_samples) for name, column in found.items()}
+
+    def filled(self, text: str, cell: Cell) -> str:
+        """The text with folders in its places."""
+        return PLACE.sub(lambda found: str(self._place(found, cell)), text)
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """The row's own, with folders in their places."""
+        return json.loads(self.filled(json.dumps(read_board(cell.board).rows[cell.row].settings), cell))
+
+    def _place(self, found: re.Match[str], cell: Cell) -> Path:
+        kind, row, expert = found.groups()
+        run = self.folder(cell_at(row, cell))
+        step = run if kind == "run" else run / "checkpoints" / (run / "checkpoints/last").read_text().strip()
+        return step / "experts" / expert if kind == "expert" else step
+
+
+def cell_at(row: str, beside: Cell) -> Cell:
+    """The cell of ROW or BOARD/ROW at the same seed."""
+    *board, name = row.split("/")
+    found = Cell(board[0] if board else beside.board, name, beside.seed)
+    if name not in read_board(found.board).rows:
+        raise ValueError(f"{BOARDS / beside.board}.yaml: rows.{beside.row}: no row {row!r}")
+    return found
+
+
+def needed(cell: Cell) -> list[Cell]:
+    """The cells whose weights a row starts from, in the order in which it names them."""
+    row = read_board(cell.board).rows[cell.row]
+    named = [row.of] if row.of else []
+    for text in (json.dumps(row.settings), row.command or ""):
+        named += [found[2] for found in PLACE.finditer(text)]
+    return [cell_at(name, cell) for name in dict.fromkeys(named)]
+
+
+def with_needed(cells: list[Cell]) -> Iterator[Cell]:
+    """Each cell after those that it needs, once."""
+    seen: set[Cell] = set()
+
+    def walk(cell: Cell) -> Iterator[Cell]:
+        if cell not in seen:
+            seen.add(cell)
+            for other in needed(cell):
+                yield from walk(other)
+            yield cell
+
+    for cell in cells:
+        yield from walk(cell)
+
+
+def board_names() -> list[str]:
+    return sorted(file.stem for file in BOARDS.glob("*.yaml"))
+
+
+@cache
+def read_board(name: str) -> BoardConfig:
+    if name not in board_names():
+        raise ValueError(f"board: no {name!r}; choices: all, {', '.join(board_names())}")
+    return load(BoardConfig, BOARDS / f"{name}.yaml")

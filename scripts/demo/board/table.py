@@ -1,51 +1,192 @@
-"""Mean and standard error over the seeds, as a record and as a table."""
+"""What the scored rows of a board show: a record with intervals, a table, the picture's input, and the claims."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from scripts.demo.board.plan import ROWS, Plan
+import numpy as np
 
-SPEEDS = ("adapter_parameters", "tokens_per_second")  # beside the scores
+from moa.checkpoint import git_commit
+from moa.files.atomic import atomic_file, write_file, write_json
+from moa.metrics.bootstrap import Kind, paired_interval
+from scripts.demo.board.plan import BoardConfig, Cell, ClaimConfig, Plan, board_names, read_board
+from scripts.demo.board.scoring import read_scores
+from scripts.demo.board.training import tune_file
+
+Scores = dict[str, np.ndarray]  # column -> [seed, question]
+SAME_SIZE = 0.03  # of the reference's parameters
 
 
-def collect(plans: Sequence[Plan]) -> dict[str, Any]:
-    """Mean and standard error over the seeds, by row and column; the commits are those that scored."""
-    found = {row: [json.loads((p.folder / "scores" / f"{row}.json").read_text()) for p in plans] for row in ROWS}
-    rows = {}
-    for row, records in found.items():
-        columns = {name: [r["columns"][name] for r in records] for name in records[0]["columns"]}
-        columns |= {name: [r[name] for r in records] for name in SPEEDS}
-        rows[row] = {name: over_seeds(values) for name, values in columns.items()}
-    commits = {str(r["commit"]) for records in found.values() for r in records}
-    diagnostics = {
-        row: [{k: r[k] for k in ("routing", "lost_without") if k in r} for r in records]
-        for row, records in found.items()
-        if "routing" in records[0]
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The scores of one row at the seeds that have all of them."""
+
+    seeds: list[int]
+    scores: Scores
+    about: dict[str, Any]  # parameters, speed, commits
+
+    def at(self, seeds: Sequence[int], column: str) -> np.ndarray:
+        return self.scores[column][[self.seeds.index(seed) for seed in seeds]]
+
+
+def write_board(plan: Plan, name: str, seeds: Sequence[int], results: Path) -> str:
+    """Write JSON, per-question scores, table and picture of what is scored by now; the table."""
+    from moa.analysis.plots import board_chart
+
+    board, found = read_board(name), read_rows(plan, name, seeds)
+    if not found:
+        return f"{name}: nothing is scored yet\n"
+    record = record_of(plan, name, board, found)
+    arrays: dict[str, Any] = {
+        f"{row}|{column}": s.astype(np.float32) for row, own in found.items() for column, s in own.scores.items()
     }
+    arrays |= {f"{row}|seeds": np.array(own.seeds) for row, own in found.items()}
+    with atomic_file(results / f"board_{name}.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+    table = markdown(board, record)
+    write_json(results / f"board_{name}.json", record)
+    write_file(results / f"board_{name}.md", table)
+    board_chart(results / f"board_{name}.png", record)
+    write_claims(results)
+    return table
+
+
+def read_rows(plan: Plan, name: str, seeds: Sequence[int]) -> dict[str, Scored]:
+    """The rows that are scored at one of the seeds or more, in the board's order."""
+    found = {}
+    for row in read_board(name).rows:
+        records = {seed: read_scores(plan.record(Cell(name, row, seed))) for seed in seeds}
+        parts = {seed: read_columns(plan, record["files"]) for seed, record in records.items() if record}
+        done = [seed for seed, columns in parts.items() if columns is not None]
+        if not done:
+            continue
+        columns = [parts[seed] or {} for seed in done]
+        scores = {column: np.array([c[column]["scores"] for c in columns]) for column in read_board(name).columns}
+        tokens, seconds = (
+            sum(c[column][key] for c in columns for column in c) for key in ("num_tokens", "cpu_seconds")
+        )
+        last = records[done[-1]] or {}
+        about = {"experts": last["experts"], "router": last["router"], "tokens_per_cpu_second": tokens / seconds}
+        about["commits"] = sorted({str((records[seed] or {})["commit"]) for seed in done})
+        found[row] = Scored(seeds=done, scores=scores, about=about)
+    return found
+
+
+def read_columns(plan: Plan, files: Mapping[str, str]) -> dict[str, Any] | None:
+    columns = {column: read_scores(plan.out / "scores" / file) for column, file in files.items()}
+    return None if None in columns.values() else columns
+
+
+def record_of(plan: Plan, name: str, board: BoardConfig, found: Mapping[str, Scored]) -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for row, own in found.items():
+        columns = {column: over_seeds(scores.mean(1)) for column, scores in own.scores.items()}
+        shown = {m: interval_of(found, [(row, None, c) for c in cs]) for m, cs in board.means.items()}
+        against = {
+            m: interval_of(found, [(row, board.reference, c) for c in cs])
+            for m, cs in board.means.items()
+            if board.reference in found and row != board.reference
+        }
+        by_seed = {
+            m: [float(np.mean([own.scores[c][i].mean() for c in cs])) for i in range(len(own.seeds))]
+            for m, cs in board.means.items()
+        }
+        file = tune_file(plan, Cell(name, row, 0))
+        tuned = json.loads(file.read_text()) if board.rows[row].trains and file.is_file() else None
+        rows[row] = {"about": board.rows[row].about, "seeds": own.seeds, **own.about, "tuned": tuned}
+        rows[row] |= {"columns": columns, "means": shown, "against_reference": against, "means_by_seed": by_seed}
+    claims = {}
+    for claim in board.claims.values():
+        pairs = board.pairs(claim)
+        if all(row in found for first, second, _ in pairs for row in (first, second)):
+            claims[claim.name] = interval_of(found, pairs, claim.kind) | {"definition": definition(claim)}
     return {
+        "title": board.title,
+        "reference": board.reference,
+        "questions": {column: s.shape[1] for column, s in next(iter(found.values())).scores.items()},
         "rows": rows,
-        "seeds": [plan.seed for plan in plans],
-        "commit": " ".join(sorted(commits)),
-        "samples_per_column": found[ROWS[0]][0]["num_samples"],
-        "steps": plans[0].steps(),
-        "routing": diagnostics,
+        "claims": claims,
+        "commit": git_commit(),
     }
+
+
+def definition(claim: ClaimConfig) -> str:
+    sign = {"difference": "-", "ratio": "/"}[claim.kind]
+    pairs = [f"{first} {sign} {second}: {column}" for first, second, column in claim.pairs]
+    return ", ".join(pairs) or f"{claim.first} {sign} {claim.second}: {claim.over}"
+
+
+def interval_of(
+    found: Mapping[str, Scored], pairs: Sequence[tuple[str, str | None, str]], kind: Kind = "difference"
+) -> dict[str, Any]:
+    """In points or per cent, over the seeds that all rows have; without a second row the first one's own scores."""
+    rows = {row for first, second, _ in pairs for row in (first, second) if row is not None}
+    seeds = sorted(set.intersection(*(set(found[row].seeds) for row in rows)))
+    if not seeds:
+        return {"difference": None, "low": None, "high": None, "n_seeds": 0, "n_questions": 0}
+    ours = [found[first].at(seeds, column) for first, _, column in pairs]
+    theirs = [np.zeros_like(own) if second is None else found[second].at(seeds, column)
+              for own, (_, second, column) in zip(ours, pairs, strict=True)]  # fmt: skip
+    interval = paired_interval(ours, theirs, kind=kind)
+    low, high = 100 * interval.low, 100 * interval.high
+    counts = {"n_seeds": len(seeds), "n_questions": sum(scores.shape[1] for scores in ours)}
+    return {"difference": 100 * interval.value, "low": low, "high": high, **counts}
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float | None]:
     error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return {"mean": mean(values), "se": error}
+    return {"mean": float(mean(values)), "se": error}
 
 
-def markdown(board: dict[str, Any], columns: Sequence[str]) -> str:
-    """The columns of every row as a Markdown table, in per cent with standard errors."""
-    lines = ["| row | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row, cells in board["rows"].items():
-        shown = [
-            f"{100 * cells[c]['mean']:.1f}" + ("" if cells[c]["se"] is None else f" ± {100 * cells[c]['se']:.1f}")
-            for c in columns
-        ]
-        lines.append(f"| `{row}` | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+def markdown(board: BoardConfig, record: Mapping[str, Any]) -> str:
+    """Means with intervals, then columns, in per cent; below it the claims and what the marks mean."""
+    rows, reference = record["rows"], record["reference"]
+    means, columns = [*board.means], [*record["questions"]]
+    head = ["row", "seeds", "parameters", *means, *(f"{m} - {reference}" for m in means), *columns]
+    lines = [head, ["---"] * len(head)]
+    for name, row in rows.items():
+        label = f"`{name}`" + (f" {row['about']}" if row["about"] else "")
+        cells = [label, str(len(row["seeds"])), size_of(row, rows.get(reference))]
+        cells += [f"**{row['means'][m]['difference']:.1f}**" for m in means]
+        cells += [shown(row["against_reference"].get(m)) for m in means]
+        cells += [f"{100 * row['columns'][c]['mean']:.1f}" for c in columns]
+        lines.append(cells)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    claims = "".join(f"- `{name}` ({c['definition']}): {shown(c)}\n" for name, c in record["claims"].items())
+    notes = (
+        f"Scores in per cent. Differences to `{reference}` in points with 95 % intervals, paired, over questions and "
+        f"seeds together. `*`: experts more than {SAME_SIZE:.0%} larger or smaller than those of `{reference}`; "
+        "a router's parameters stand behind `+`.\n"
+    )
+    return f"# {board.title}\n\n{table}\n{notes}\n{claims}"
+
+
+def shown(interval: Mapping[str, Any] | None) -> str:
+    if interval is None or interval["difference"] is None:
+        return ""
+    return "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**interval)
+
+
+def size_of(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
+    """The experts' parameters, marked where they are not the reference's, and the router's."""
+    wanted = row["experts"] if reference is None else reference["experts"]
+    mark = "" if abs(row["experts"] - wanted) <= SAME_SIZE * wanted else " *"
+    router = f" + {row['router']:,}" if row["router"] else ""
+    return f"{row['experts']:,}{mark}{router}"
+
+
+def write_claims(results: Path) -> None:
+    """boards.json: the claims of every board that has results."""
+    claims, rows, commits = dict[str, Any](), dict[str, Any](), dict[str, Any]()
+    for name in board_names():
+        if (record := read_scores(results / f"board_{name}.json")) is not None:
+            claims |= record["claims"]
+            commits[name] = record["commit"]
+            rows[name] = {
+                row: {column: 100 * cell["mean"] for column, cell in own["columns"].items()}
+                for row, own in record["rows"].items()
+            }
+    write_json(results / "boards.json", {"claims": claims, "rows": rows, "commit": git_commit(), "commits": commits})

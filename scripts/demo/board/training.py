@@ -1,59 +1,174 @@
-"""Train the rows of one seed, each a run of train.py in its own process."""
+"""Train or make the weights of one row at one seed, each in a process of its own; what is there is not made again."""
 
 import json
+import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
 from typing import Any
 
-from moa.build import ALPHA, RANK
-from moa.files.atomic import write_file
-from scripts.demo.board.plan import CONFIG, EVIDENCE, ROOT, Plan
+from moa.backbones.fingerprint import base_fingerprint
+from moa.checkpoint import step_folder, weights_fingerprint
+from moa.cli.settings import laid_over, read_override
+from moa.cli.strict_yaml import read_yaml
+from moa.config import RunConfig, load_config
+from moa.evaluation.fingerprints import digest
+from moa.files.atomic import write_file, write_json
+from scripts.demo.board.plan import ROOT, Cell, Plan, needed, read_board
 
-SCHEDULE = ("steps", "warmup_steps", "lr_end")
-
-
-def train_rows(plan: Plan) -> None:
-    """Every run of a seed: two plain LoRAs, the experts, and a router for each set of evidence."""
-    config, steps = plan.config(), plan.steps()
-    ranks = [expert.rank or RANK for expert in config.experts.values()]
-    first = next(iter(config.experts.values()))
-    rates: dict[str, dict[str, Any]] = {
-        name: {key: getattr(stage, key) for key in SCHEDULE} | {"lr": vars(stage.lr)}
-        for name, stage in config.stages.items()
-    }
-    for row, rank in (("lora", ranks[0]), ("lora_equal_rank", sum(ranks))):
-        alpha = (first.alpha or ALPHA) / ranks[0] * rank
-        stage = rates["experts"] | {"steps": sum(steps.values())}
-        train(plan, row, f"experts={{lora: {{rank: {rank}, alpha: {alpha}}}}}", "data.expert=lora",
-              "router={kind: fixed}", f"stages={json.dumps({'experts': stage})}")  # fmt: skip
-    train(plan, "experts", f"stages={json.dumps({'experts': rates['experts']})}")
-    start = {"init_from": str(plan.folder / "experts")}
-    routed = json.dumps({"router": rates["router"] | start, "joint": rates["joint"]})
-    for row, evidence in EVIDENCE.items():
-        train(plan, row, f"router.evidence={json.dumps(evidence)}", f"stages={routed}")
-    joint = rates["joint"] | start | {"steps": steps["router"] + steps["joint"]}
-    token = "{kind: top_k, top_k: 2, granularity: token}"
-    train(plan, "router_token_top2", f"router={token}", f"stages={json.dumps({'joint': joint})}")
+Setting = tuple[str, Any]  # key and value, as on the command line
+NOT_TRAINED_BY = ("out", "eval", "logging", "root")  # settings that change no weight
+MADE, DONE = "made", "done"  # what a command writes; what a row was made of, written last
 
 
-def train(plan: Plan, row: str, *overrides: str) -> None:
-    """One run of train.py, unless it is there; a half-trained one is continued, one of other settings refused."""
-    out = plan.folder / row
-    settings = [*overrides, f"out={out}", f"data.ocr_cache={plan.ocr_file}", "eval.every=0"]
-    done, wanted = out / "done", plan.fingerprint(*settings)
-    if done.is_file():
-        if done.read_text() != wanted:
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """A command that writes `out`, and the digest of all that its result depends on."""
+
+    out: Path
+    command: list[str]
+    wanted: str
+
+    def is_done(self) -> bool:
+        """ValueError where `out` is of something else."""
+        done = self.out / DONE
+        if done.is_file() and done.read_text() != self.wanted:
             raise ValueError(
-                f"{out}: was trained with other settings or on another base; use another `out`, or delete "
-                "the folder to train it again"
+                f"{self.out}: was made with other settings, from other weights or on another base; use another `out`, "
+                "or delete the folder to make it again"
             )
-        return
-    command = [sys.executable, "train.py", "--config", CONFIG, "--resume", *plan.overrides,
-               f"seed={plan.seed}", *settings]  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"seed {plan.seed}: training {row}", flush=True)
-    with (out / "train.log").open("a") as log:
-        code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code:
-        raise ValueError(f"training of {out} failed; see {out / 'train.log'}")
-    write_file(done, wanted)
+        return done.is_file()
+
+    def do(self) -> None:
+        """Run the command unless it was run before; its output goes to `out`/log.txt."""
+        if self.is_done():
+            return
+        log = self.out / "log.txt"
+        self.out.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            file.write(f"{shlex.join(self.command)}\n")
+            file.flush()
+            code = subprocess.run(self.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
+        if code:
+            last = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-1]
+            raise ValueError(f"{self.out}: failed; see {log}: {last}")
+        write_file(self.out / DONE, self.wanted)
+
+
+def making(plan: Plan, cell: Cell) -> Making | None:
+    """How the weights of a row are made; None where they are another row's."""
+    row = read_board(cell.board).rows[cell.row]
+    if row.of is not None:
+        return None
+    if row.command is None:
+        return training(plan, cell, plan.folder(cell), tuned_rate(plan, cell), share=1.0)
+    out, weights = plan.folder(cell), weights_of(plan, cell)
+    places = {"{out}": str(out / MADE), "{seed}": str(cell.seed)}
+    module, *settings = shlex.split(plan.filled(row.command, cell))
+    for place, text in places.items():
+        settings = [setting.replace(place, text) for setting in settings]
+    wanted = digest(json.dumps([row.command, weights]))
+    return Making(out=out, command=[sys.executable, "-m", module, *settings], wanted=wanted)
+
+
+def training(plan: Plan, cell: Cell, out: Path, changes: list[Setting], share: float) -> Making:
+    """One run of train.py into `out`, for `share` of its steps; a half-trained one is continued."""
+    board, row = read_board(cell.board), read_board(cell.board).rows[cell.row]
+    files = [*board.config, *row.config]
+    own = [*plan.settings(cell).items(), *changes, ("seed", cell.seed), *map(read_override, plan.overrides)]
+    config = load_config(files, own)
+    own += shorter(config, share * plan.steps)
+    raw: dict[str, Any] = reduce(laid_over, map(read_yaml, files))
+    asked = {key: value for key, value in raw.items() if key not in NOT_TRAINED_BY}
+    wanted = digest(json.dumps([asked, own, base_fingerprint(config.model.name), weights_of(plan, cell)]))
+    own += [("out", str(out)), ("data.ocr_cache", str(plan.ocr_file)), ("eval.every", 0), ("logging.progress", False)]
+    given = [f"{key}={json.dumps(value)}" for key, value in own]
+    layers = [text for file in files for text in ("--config", file)]
+    return Making(out=out, command=[sys.executable, "train.py", *layers, "--resume", *given], wanted=wanted)
+
+
+def weights_of(plan: Plan, cell: Cell) -> list[str]:
+    """Fingerprints of everything that a row starts from."""
+    found = []
+    for other in needed(cell):
+        folder = plan.folder(other)
+        made = (folder / DONE).read_text() if (folder / MADE).exists() else None
+        found.append(made or weights_fingerprint(step_folder(folder, "last")))
+    return found
+
+
+def shorter(config: RunConfig, share: float) -> list[Setting]:
+    """Every stage with a share of its steps, at least one."""
+    found: list[Setting] = []
+    for name, stage in config.stages.items() if share != 1 else ():
+        steps = max(1, round(share * stage.steps))
+        warmup = min(steps, round(share * stage.warmup_steps))
+        found += [(f"stages.{name}.steps", steps), (f"stages.{name}.warmup_steps", warmup)]
+    return found
+
+
+# Learning rate ----------------------------------------------------------------------------------------
+
+
+def tune(plan: Plan, cell: Cell) -> None:
+    """Find the rate with the lowest validation loss at the seed of the board's `tune`, from shorter runs."""
+    losses, runs = {}, tuning_runs(plan, cell)
+    for rate, run in runs.items():
+        run.do()
+        losses[f"{rate:g}"] = last_validation(run.out)
+    best = min(runs, key=lambda rate: losses[f"{rate:g}"])
+    found = {"losses": losses, "rate": best, "factor": best / first_rate(cell)}
+    write_json(tune_file(plan, cell), found | {"wanted": [run.wanted for run in runs.values()]})
+
+
+def is_tuned(plan: Plan, cell: Cell) -> bool:
+    """Whether the rate was found, with these settings."""
+    file = tune_file(plan, cell)
+    wanted = [run.wanted for run in tuning_runs(plan, cell).values()] if file.is_file() else None
+    return wanted is not None and json.loads(file.read_text())["wanted"] == wanted
+
+
+def tuning_runs(plan: Plan, cell: Cell) -> dict[float, Making]:
+    settings, folder = read_board(cell.board).tune, plan.out / cell.board / cell.row / "tune"
+    assert settings is not None and cell.seed == settings.seed
+    return {
+        rate: training(
+            plan, cell, folder / f"rate-{rate:g}", times_rates(cell, rate / first_rate(cell)), share=settings.steps
+        )
+        for rate in settings.rates
+    }
+
+
+def tune_file(plan: Plan, cell: Cell) -> Path:
+    row = read_board(cell.board).rows[cell.row]
+    return plan.out / cell.board / (row.tune_as or cell.row) / "tune.json"
+
+
+def tuned_rate(plan: Plan, cell: Cell) -> list[Setting]:
+    """Rates of this row, as found for it or for the row whose factor it takes; nothing without tuning."""
+    if read_board(cell.board).tune is None:
+        return []
+    return times_rates(cell, json.loads(tune_file(plan, cell).read_text())["factor"])
+
+
+def times_rates(cell: Cell, factor: float) -> list[Setting]:
+    return [(f"stages.{name}.lr.experts", rate * factor) for name, rate in rates_of(cell).items()]
+
+
+def first_rate(cell: Cell) -> float:
+    return next(iter(rates_of(cell).values()))
+
+
+def rates_of(cell: Cell) -> dict[str, float]:
+    """The learning rate of experts in each stage that trains them."""
+    board = read_board(cell.board)
+    row = board.rows[cell.row]
+    config = load_config([*board.config, *row.config], [*row.settings.items()])
+    return {name: stage.lr.experts for name, stage in config.stages.items() if stage.kind != "router"}
+
+
+def last_validation(run: Path) -> float:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["validation"] for line in lines if "validation" in line][-1]

@@ -1,0 +1,137 @@
+"""Boards: rows that are data, what is made and scored only once, and claims with known intervals."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+
+from moa.config import load_config
+from scripts.demo import boards
+from scripts.demo.board import plan as planning
+from scripts.demo.board.plan import PLACE, Cell, Plan, board_names, needed, read_board
+from scripts.demo.board.scoring import score
+from scripts.demo.board.table import write_board
+from scripts.demo.board.training import Making, making, shorter
+
+TINY = """
+title: Tiny
+config: [configs/demo.yaml]
+reference: lora
+means: {trained: [vqa, caption]}
+columns:
+  caption: {split: train, task: caption, num_samples: 4}
+  vqa: {split: train, task: vqa, num_samples: 4}
+rows:
+  base: {of: lora, gates: "off"}
+  lora:
+    settings: {experts: {lora: {rank: 2}}, data.expert: lora, router: {kind: fixed}, stages: {experts: {steps: 2}}}
+  merged: {command: "scripts.merge run={run:lora} out={out}"}
+claims:
+  gain: {first: lora, second: base, over: trained}
+  share: {kind: ratio, pairs: [[lora, base, vqa], [lora, base, caption]]}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    (tmp_path / "boards").mkdir()
+    (tmp_path / "boards/tiny.yaml").write_text(TINY)
+    monkeypatch.setattr(planning, "BOARDS", tmp_path / "boards")
+    read_board.cache_clear()
+    yield Plan(out=tmp_path / "out", overrides=("train.batch_size=4", "data.validation={}"))
+    read_board.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", board_names())
+def test_every_row_of_a_board_is_a_run_that_can_be_trained_or_comes_from_one(name):
+    board = read_board(name)
+    for row in board.rows.values():
+        if row.trains:
+            load_config([*board.config, *row.config], [*row.settings.items()])
+        else:
+            assert needed(Cell(name, row.name, 0)), row.name
+
+
+def test_no_two_boards_claim_under_one_name():
+    names = [claim for board in board_names() for claim in read_board(board).claims]
+    assert len(names) == len(set(names))
+
+
+def test_a_row_is_trained_after_the_rows_that_it_starts_from(tiny):
+    jobs = boards.jobs_of(tiny, ["tiny"], boards.BoardsSettings(seeds=[3, 1], only=["base", "merged"]))
+    assert [str(job) for job in jobs] == [f"tiny/{row} seed {s}" for s in (3, 1) for row in ("lora", "base", "merged")]
+    assert PLACE.sub("X", "a={run:lora} b={expert:together/lora:vqa}") == "a=X b=X"
+    assert tiny.folder(Cell("tiny", "base", 3)) == tiny.folder(Cell("tiny", "lora", 3))
+
+
+def test_a_claim_about_a_row_that_is_not_there_is_refused(tiny, tmp_path):
+    (tmp_path / "boards/tiny.yaml").write_text(TINY.replace("first: lora", "first: lara"))
+    with pytest.raises(ValueError, match=r"claims.gain: no row 'lara'; choices: \['base', 'lora', 'merged'\]"):
+        read_board("tiny")
+
+
+@pytest.mark.slow
+def test_what_was_made_of_other_settings_is_neither_used_nor_overwritten(tmp_path):
+    command = ["python", "-c", f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"]
+    run = partial(Making, out=tmp_path / "row", command=command)
+    run(wanted="a").do()
+    run(wanted="a").do()
+    with pytest.raises(ValueError, match="row: was made with other settings"):
+        run(wanted="b").do()
+    assert (tmp_path / "ran").read_text() == "x"
+    with pytest.raises(ValueError, match=r"other: failed; see .*log.txt: ZeroDivisionError"):
+        Making(out=tmp_path / "other", command=["python", "-c", "1 / 0"], wanted="a").do()
+
+
+@pytest.mark.slow
+def test_a_share_of_the_steps_leaves_every_stage_one():
+    config = load_config("configs/demo.yaml")
+    steps = {key: value for key, value in shorter(config, 0.005) if key.endswith("experts.steps")}
+    assert steps == {"stages.experts.steps": 1} and shorter(config, 1.0) == []
+
+
+def write_scores(plan, row, seed, columns):
+    cell, files = Cell("tiny", row, seed), {}
+    for column, scores in columns.items():
+        file = plan.out / "scores" / f"{row}-{seed}-{column}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"scores": scores, "num_tokens": 8, "cpu_seconds": 2.0}))
+        files[column] = file.name
+    record = {"files": files, "commit": "c0ffee", "experts": 100, "router": 0}
+    plan.record(cell).parent.mkdir(parents=True, exist_ok=True)
+    plan.record(cell).write_text(json.dumps(record))
+
+
+@pytest.mark.slow
+def test_claims_are_over_the_seeds_and_columns_of_both_rows(tiny, tmp_path):
+    for seed in (0, 1):
+        write_scores(tiny, "lora", seed, {"vqa": [1.0, 1.0], "caption": [0.5, 0.5]})
+    write_scores(tiny, "base", 1, {"vqa": [0.5, 0.5], "caption": [0.5, 0.5]})
+    table = write_board(tiny, "tiny", [0, 1], tmp_path / "results")
+    written = json.loads((tmp_path / "results/boards.json").read_text())
+    gain = {key: written["claims"]["gain"][key] for key in ("difference", "low", "high", "n_seeds", "n_questions")}
+    assert gain == {"difference": 25.0, "low": 25.0, "high": 25.0, "n_seeds": 1, "n_questions": 4}
+    assert written["claims"]["share"]["difference"] == 150.0
+    assert written["rows"]["tiny"]["lora"] == {"vqa": 100.0, "caption": 50.0}
+    assert "| `base` | 1 | 100 | **50.0** | -25.0 [-25.0, -25.0] |" in table
+    with np.load(tmp_path / "results/board_tiny.npz") as arrays:
+        assert arrays["lora|vqa"].tolist() == [[1.0, 1.0], [1.0, 1.0]] and arrays["base|seeds"].tolist() == [1]
+
+
+@pytest.mark.slow
+def test_two_rows_are_trained_and_scored_and_not_again(tiny, tmp_path, monkeypatch):
+    tiny.ocr_file.parent.mkdir()
+    tiny.ocr_file.write_bytes((planning.ROOT / "assets/demo_ocr.parquet").read_bytes())
+    cells = [Cell("tiny", row, 0) for row in ("lora", "base")]
+    weights = making(tiny, cells[0])
+    weights.do()
+    for cell in cells:
+        score(tiny, cell)
+    assert making(tiny, cells[0]).is_done() and making(tiny, cells[1]) is None
+    assert all(boards.is_done(tiny, boards.Job("row", cell)) for cell in cells)
+    table = write_board(tiny, "tiny", [0], tmp_path / "results")
+    assert "| `lora` | 1 | 30,720 |" in table and (tmp_path / "results/board_tiny.png").stat().st_size > 5000
+    monkeypatch.setattr("scripts.demo.board.scoring.score_column", lambda *_: pytest.fail("scored again"))
+    score(tiny, cells[0])
