@@ -58,6 +58,8 @@ def evaluate_pairs(
 ) -> Result:
     """Classify the images of a data set, or retrieve with them; the arguments are those of `evaluate`."""
     check_gates(settings.gates, model.bank.names)
+    if settings.gates == "ensemble":
+        raise ValueError("eval.gates=ensemble: averages probabilities of tokens, and a CLIP has none; choices: uniform")
     model.eval()
     began, device = time.perf_counter(), model.backbone.model.logit_scale.device
     keep = first_images(settings.num_images)

@@ -8,6 +8,7 @@ found.answer    # "exit"
 found.gates     # {"vqa": 0.04, "ocr_vqa": 0.93, ...}
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from PIL.Image import Image, fromarray
 
 from data.batch import Batch
@@ -144,18 +146,22 @@ def respond(
 ) -> tuple[list[Response], int]:
     """Generate an answer to every sample of a batch, and count its tokens; the gates hold for the whole answer."""
     logits, tokenizer = FiniteLogits(), collator.processor.tokenizer
-    batch = batch.to(next(model.parameters()).device)
+    members = ensemble_members(model) if gates == "ensemble" else []
+    copies = collator([s for s in batch.samples for _ in members]) if members else batch
+    copies = copies.to(next(model.parameters()).device)
     ids, decided = model.answering().generate_routed(
-        batch,
-        **gate_rule(model, batch, gates),
+        copies,
+        **(gates_of_members(model, copies, members) if members else gate_rule(model, copies, gates)),
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        logits_processor=[logits],
+        logits_processor=[logits, *([MeanProbabilities(len(members), len(batch))] if members else [])],
     )
     if logits.finite is not None:
         check_finite(batch.samples, "logits", logits.finite.view(len(batch), -1))
+    if members:  # all copies have the same answer, and no mixture of gates gave it
+        ids, decided = ids[:: len(members)], Gates()
     if decided.gates is not None:
         check_finite(batch.samples, "gates", decided.gates.isfinite())
     rows, responses = [None] * len(batch.samples), []
@@ -183,6 +189,23 @@ class FiniteLogits:
         return scores
 
 
+class MeanProbabilities:
+    """A logits processor: each row gets the log of the mean of its sample's `members` probabilities.
+
+    Rows are by sample, member and beam. So all members decode the same tokens, each with a cache of its own.
+    """
+
+    def __init__(self, members: int, samples: int) -> None:
+        self.members, self.samples = members, samples
+
+    def __call__(
+        self, input_ids: Int[torch.Tensor, "rows _"], scores: Float[torch.Tensor, "rows vocab"]
+    ) -> Float[torch.Tensor, "rows vocab"]:
+        each = scores.float().log_softmax(-1).view(self.samples, self.members, -1, scores.shape[-1])
+        mean = each.logsumexp(1, keepdim=True) - math.log(self.members)
+        return mean.expand_as(each).reshape(scores.shape).to(scores.dtype)
+
+
 def check_finite(samples: Sequence[Sample], what: str, finite: torch.Tensor) -> None:
     """ValueError naming the first sample with a False among its entries [sample, ...]."""
     whole = finite.flatten(1).all(1).tolist()
@@ -199,9 +222,23 @@ def choose_gates(model: MixtureModel, batch: Batch, rule: str) -> Gates:
     return model.compute_gates(batch, override=found.get("gates"), available=found.get("available"))
 
 
+def ensemble_members(model: MixtureModel) -> list[str]:
+    """The experts that answer alone and are averaged."""
+    return list(model.bank.names)
+
+
+def gates_of_members(model: MixtureModel, batch: Batch, members: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The `gates` of a batch that has each sample once for every member: member after member alone."""
+    each = [gate_rule(model, batch, name)["gates"] for name in members]
+    turn = torch.arange(len(batch), device=batch.input_ids.device)
+    return {"gates": torch.stack(each)[turn % len(members), turn]}
+
+
 def gate_rule(model: MixtureModel, batch: Batch, rule: str) -> dict[str, torch.Tensor]:
     """The `gates` to use, or the experts `available` to the router, as a model takes them; or neither."""
     names, device = model.bank.names, batch.input_ids.device
+    if rule == "ensemble":
+        raise ValueError("gates=ensemble: averages the probabilities of generated tokens, which no gates do")
     if rule == "router":
         return {}
     if rule.startswith("without:"):

@@ -12,7 +12,7 @@ from moa.cli.settings import laid_over, load, read_override
 from moa.cli.strict_yaml import read_yaml
 from moa.config import EvalConfig, RunConfig, SourceConfig
 
-GATE_RULES = ("router", "oracle", "uniform", "off")
+GATE_RULES = ("router", "oracle", "uniform", "ensemble", "off")
 
 
 @dataclass(frozen=True, kw_only=True)

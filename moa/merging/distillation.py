@@ -88,6 +88,8 @@ def check_teacher(settings: DistillConfig, config: RunConfig) -> None:
     if config.model.train_projector:
         raise ValueError(f"run: {settings.run} trained its projector, which no LoRA adapter can hold")
     check_gates(settings.gates, list(config.experts), config.router.granularity)
+    if settings.gates == "ensemble":
+        raise ValueError("gates=ensemble: is no set of gates that a student's tokens could be compared with")
     known = list(config.data.sources)
     for name in settings.sources if settings.sources is not None else known:
         if name not in known:

@@ -183,7 +183,7 @@ def test_every_setting_is_in_the_help(capsys):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("eval.gates=vaq", "choices: router, oracle, uniform, off, vqa, grounding, without:vqa"),
+        ("eval.gates=vaq", "choices: router, oracle, uniform, ensemble, off, vqa, grounding, without:vqa"),
         ("eval.only=[nothing]", "no data set 'nothing'; choices: vqa, grounding"),
         ("eval.batchsize=3", "batch_size"),
     ],
