@@ -4,6 +4,7 @@
 <run>/checkpoints/last, best             text files that name a step folder
 <run>/checkpoints/step-000200/
     experts/<name>/adapter_config.json, adapter_model.safetensors     plain PEFT
+    experts/<name>/stats.safetensors                                  of its inputs, where asked for
     router.safetensors, projector.safetensors, processor/, config.yaml
     state.json, optimizer.safetensors, rng.safetensors                to go on training
     manifest.json                        every file with its size and sha256
@@ -29,7 +30,7 @@ from moa.card import CARD, Card
 from moa.cli.settings import to_yaml
 from moa.config import RunConfig, load_config
 from moa.files.atomic import atomic_folder, remove_folder, write_file, write_json
-from moa.files.peft import base_reference, write_expert
+from moa.files.peft import STATISTICS_FILE, base_reference, write_expert
 from moa.files.peft_config import read_json_object
 from moa.model import MixtureModel
 from moa.parts import beside_experts
@@ -112,7 +113,9 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    """Of every file but statistics, which may come later, and name the weights that they belong to themselves."""
+    left_out = (MANIFEST, STATISTICS_FILE)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in left_out)
     return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
 
 

@@ -46,8 +46,10 @@ class CompareConfig:
     run: FilePath | None = None  # run or step folder, whose experts are merged
     out: FilePath = "results"  # folder to write
     rank: Any = "sum"  # of every result: a number, sum or energy:0.99
-    # names of scripts.merge method=list; by default all that take any number of experts
-    methods: list[str] = field(default_factory=lambda: [m for m in METHODS if m not in LEFT_OUT])
+    # names of scripts.merge method=list; by default all that take any number of experts and no statistics
+    methods: list[str] = field(
+        default_factory=lambda: [m for m, row in METHODS.items() if m not in LEFT_OUT and not row.reads_inputs]
+    )
     learned: list[str] = field(default_factory=lambda: list(LEARNED))  # learners
     num_learn: Count = 32  # validation samples of each data set, for the learners
     steps: Count | None = None  # of gradient descent; null: each learner's own
@@ -71,8 +73,8 @@ def compare(settings: CompareConfig, console: Console) -> None:
     from moa.evaluation.settings import with_eval
     from moa.evaluation.sources import score_sources
     from moa.files.atomic import write_file, write_json
-    from moa.merging.adapters import open_adapters
     from moa.merging.merge import merge
+    from moa.merging.source import open_run, with_statistics
 
     if settings.run is None:
         raise ValueError("run: names no folder")
@@ -86,7 +88,10 @@ def compare(settings: CompareConfig, console: Console) -> None:
         trained.update(trained_sets(results, config))
         return {result.name: float(result.score["value"] or 0.0) for result in results}
 
-    experts = open_adapters([step / "experts" / name for name in config.experts])
+    source = open_run(step)
+    if any(find_method(method).reads_inputs for method in settings.methods):
+        source = with_statistics(source)
+    experts = source.experts
     rows: list[Row] = [
         {"method": label, "options": {}, "seconds": None, "rank": None,
          "scores": scores_of(model, config, gates)}

@@ -6,8 +6,8 @@
     python -m scripts.learn_weights method=list
 
 The data are `num_samples` of each of the run's validation sets. Most methods write the weight of every expert, per
-site where they learn it so, for `python -m scripts.merge run=runs/demo weights=weights.json`; regmean and ziplora
-make other experts, and write the merged adapter. Both print the score of a merge before (at its own weights) and after.
+site where they learn it so, for `python -m scripts.merge run=runs/demo weights=weights.json`; regmean, regmean_pp,
+iteris and ziplora write the merged adapter. All print the score of a merge before (at its own weights) and after.
 """
 
 import logging
@@ -30,7 +30,7 @@ from moa.merging.rank import parse_rank
 class LearnConfig:
     method: str = "lora_soups"  # `method=list` prints all, with their settings and papers
     run: FilePath | None = None  # a run or step folder, whose experts are merged
-    # FILE.json of weights; for regmean and ziplora a folder of an adapter
+    # FILE.json of weights; for regmean, regmean_pp, iteris and ziplora a folder of an adapter
     out: FilePath | None = None
     num_samples: Count = 32  # of each validation set
     batch_size: Size = 16
@@ -44,8 +44,13 @@ class LearnConfig:
     lr: Positive | None = None
     per_site: bool | None = None  # false: one weight for all sites
     similarity: NotNegative | None = None  # of ziplora: weight of the mergers' cosine
-    # of regmean: what is left of the Gram matrices off the diagonal
+    # of regmean and regmean_pp: what is left of the inputs' moments off the diagonal
     nondiagonal: Share | None = None
+    # of these and iteris: pull to the mean of the experts, as a share of the inputs' mean square
+    ridge: NotNegative | None = None
+    tune: bool | None = None  # of regmean: nondiagonal and ridge by the score, of six pairs
+    balance: bool | None = None  # of iteris: experts of large outputs count no more than others
+    iterations: Count | None = None  # of iteris
     budget: Count | None = None  # of lorahub: merges tried
     optimizer: str | None = None  # of lorahub: one of nevergrad's, such as NGOpt or CMA
     bound: Positive | None = None  # of lorahub: weights lie in [-bound, bound]
@@ -140,7 +145,7 @@ def check_settings(settings: LearnConfig) -> dict[str, Any]:
         raise ValueError(f"merge: has no effect with method={settings.method}, which learns a sum")
     find_method(settings.merge)
     check_options(settings.merge, settings.merge_options)
-    if learner.makes_experts:
+    if learner.writes_adapter:
         from moa.merging.export.folder import check_out
 
         check_out(str(settings.out))

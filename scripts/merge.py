@@ -47,7 +47,7 @@ def merge(settings: Any, console: Console) -> None:
         if settings != MergeExperts(method="list"):
             raise ValueError("method=list: prints the methods and does nothing else; leave the other settings out")
         console.print(*all_lines(), sep="\n", highlight=False, soft_wrap=True)
-    elif settings.method in LEARNERS:
+    elif settings.method in LEARNERS and settings.method not in METHODS:
         raise ValueError(
             f"method: {settings.method} learns from data: python -m scripts.learn_weights method={settings.method} "
             "run=RUN out=OUT writes an adapter, or weights for this script"
@@ -68,7 +68,8 @@ def all_lines() -> Iterator[str]:
         options = ", ".join(f"options.{key}={value}" for key, value in row.options.items())
         yield f"{name}: {row.about}"
         yield f"    options: {options or 'none'}; weights default to {DEFAULT_WEIGHTS[row.weights]}"
-        yield f"    space: {', '.join(row.spaces)}; {row.paper}"
+        needs = "; needs the statistics of scripts.statistics" if row.reads_inputs else ""
+        yield f"    space: {', '.join(row.spaces)}; {row.paper}{needs}"
     yield "\nspaces:"
     yield from (f"    {name}: {text}" for name, text in SPACES.items())
     yield "\nfrom a little data, by scripts.learn_weights:"

@@ -68,8 +68,8 @@ def projector_grams(run: str, settings: PartsConfig) -> dict[str, Any]:
     from data.sources import open_ocr
     from moa.checkpoint import load_model
     from moa.merging.learn.calibration import read_calibration
-    from moa.merging.learn.regmean import input_grams
     from moa.parts import PARTS
+    from moa.statistics.gather import input_sums
 
     model, _, config = load_model(run)
     chosen = {"num_samples": settings.num_samples, "seed": settings.seed}
@@ -77,7 +77,7 @@ def projector_grams(run: str, settings: PartsConfig) -> dict[str, Any]:
     matrices = {name for name, p in PARTS["projector"].parameters(model).items() if p.dim() == 2}
     layers = {name.removesuffix(".weight") for name in matrices}
     modules = {name: model.model.get_submodule(name) for name in layers}
-    return input_grams(model, modules, data.batches(settings.batch_size))
+    return {name: sums.gram for name, sums in input_sums(model, modules, data.batches(settings.batch_size)).items()}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ LEVELS = (
     ("moa.model",),
     ("moa.clip_model", "moa.parts"),
     ("moa.build",),
-    ("moa.card", "moa.checkpoint"),
+    ("moa.card", "moa.checkpoint", "moa.statistics"),
     ("moa.training", "moa.evaluation"),
     ("moa.merging", "moa.planning", "moa.federated"),
     ("train", "eval", "scripts", "bench"),
@@ -40,7 +40,7 @@ ROOMS = {
 # Rooms of tensors, strings and numbers alone: no settings, no paths, no console.
 MATH = (
     *("moa.routing", "moa.experts", "moa.metrics", "moa.packing", "moa.contrastive"),
-    *("moa.merging.methods", "moa.merging.core", "moa.merging.learn.regmean"),
+    *("moa.merging.methods", "moa.merging.core", "moa.statistics.moments"),
 )
 NOT_IN_MATH = (
     "moa.config",

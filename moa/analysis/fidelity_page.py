@@ -130,10 +130,11 @@ def _loss(record: Record, about: Mapping[str, Any]) -> str:
         return "Every expert is a zero update."
     least, most = min(kept, key=kept.__getitem__), max(kept, key=kept.__getitem__)
     rest = f" and {kept[most]:.0%} of {most}" if most != least else ""
+    energy = "output energy on the experts' inputs" if about.get("metric") == "inputs" else "energy"
     return (
         f"{about.get('method', 'The merge')} at rank {about.get('rank', merged['rank'][1])} kept {kept[least]:.0%} of "
         f"{least}{rest}, each along its own direction; the rank cut off {merged['cut_by_rank']:.1%} of the result's "
-        f"energy, and {merged['outside_span']:.1%} of what is left lies outside of what the experts span."
+        f"{energy}, and {merged['outside_span']:.1%} of what is left lies outside of what the experts span."
     )
 
 

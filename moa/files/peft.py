@@ -5,9 +5,10 @@ linear layer inside the base. The update is scaling * B A, with scaling alpha / 
 both per site by PEFT's patterns. What else PEFT could mean (DoRA, biases, whole modules) is refused with the reason.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from moa.files.peft_config import (
     read_config,
     rename_config,
     site_rank,
+    site_scaling,
     suffixes,
 )
 from moa.files.spelling import match_spelling, nearest
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+STATISTICS_FILE = "stats.safetensors"  # beside it, where somebody asked for it: moa/statistics/stored.py
 PREFIX = "base_model.model."
 FINGERPRINT = "base_fingerprint"  # in the metadata of the weights' file
 KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_[AB]\.weight")
@@ -117,6 +120,16 @@ def read_site(header: ExpertHeader, site: str) -> dict[str, Tensor]:
 def is_zero(header: ExpertHeader, site: str) -> bool:
     """Whether a site's update is zero, as it is where no gradient ever came."""
     return not all(tensor.any() for tensor in read_site(header, site).values())
+
+
+def digest(config: Mapping[str, Any], sites: Iterable[str], read: Callable[[str], Iterable[Tensor]]) -> str:
+    """Of an expert's factors as they are stored, and of their scaling; `read` gives a site's factors."""
+    found = hashlib.sha256()
+    for site in sorted(sites):
+        found.update(f"{site} {site_scaling(config, site)}".encode())
+        for factor in read(site):
+            found.update(factor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:32]
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -214,10 +227,10 @@ def write_expert(
     ready = {key: value.detach().cpu().contiguous() for key, value in sorted(tensors.items())}
     metadata = {"format": "pt", **({FINGERPRINT: base_fingerprint} if base_fingerprint else {})}
     save_file(ready, folder / WEIGHTS_FILE, metadata=metadata)
-    _sort_metadata(folder / WEIGHTS_FILE)
+    sort_metadata(folder / WEIGHTS_FILE)
 
 
-def _sort_metadata(file: Path) -> None:
+def sort_metadata(file: Path) -> None:
     """Safetensors writes its metadata in a random order; sorted, equal experts are equal files."""
     with file.open("r+b") as handle:
         size = int.from_bytes(handle.read(8), "little")

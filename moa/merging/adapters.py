@@ -17,6 +17,7 @@ from moa.files import peft as peft_io
 from moa.files.peft_config import is_target, rename_config, site_scaling
 from moa.files.spelling import match_spelling, plain
 from moa.merging.core import Factors
+from moa.statistics.moments import Moments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,23 @@ class Expert:
     read: Callable[[str], tuple[Tensor, Tensor]]  # site -> lora_A, lora_B as stored
     # of the base that it was trained on, where that is recorded
     base_fingerprint: str | None = None
+    # site -> second moments of its inputs there, where they are known
+    inputs: Callable[[str], Moments] | None = None
+
+    def moments(self, site: str) -> Moments:
+        """ValueError where they are not known, or where none of the expert's tokens reached the site."""
+        if self.inputs is None:
+            raise ValueError(
+                f"adapters: {self.name} has no statistics of its inputs; python -m scripts.statistics run=RUN writes "
+                "them beside the experts of a run"
+            )
+        found = self.inputs(site)
+        if not found.tokens:
+            raise ValueError(
+                f"{site}: no token of the expert {self.name} reached it when its statistics were written; merge it "
+                "without them by a rule: sites=[{match: ..., method: linear}]"
+            )
+        return found
 
     def factors(self, site: str, dtype: torch.dtype) -> Factors:
         """(A, scaling * B): the product B A is the expert's update, all scale folded in."""
@@ -62,7 +80,7 @@ def expert_from_folder(path: str | Path, name: str | None = None) -> Expert:
 def rename_sites(expert: Expert, names: Mapping[str, str]) -> Expert:
     if all(site == name for site, name in names.items()):
         return expert
-    own = {name: site for site, name in names.items()}
+    own, inputs = {name: site for site, name in names.items()}, expert.inputs
     if len(own) < len(names):
         raise ValueError(f"adapters: {expert.name}: two of its sites are one layer, spelled twice")
     return replace(
@@ -71,6 +89,7 @@ def rename_sites(expert: Expert, names: Mapping[str, str]) -> Expert:
         ranks={name: expert.ranks[site] for name, site in own.items()},
         shapes={name: expert.shapes[site] for name, site in own.items()},
         read=lambda name: expert.read(own[name]),
+        inputs=None if inputs is None else lambda name: inputs(own[name]),
     )
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.merging.rank import parse_energy
+from moa.statistics.moments import leading_directions
 
 EXACT_SVD = 1024  # a full SVD of a matrix this small takes less than a second
 SPAN_TOLERANCE = 1e-7  # of the largest singular value: below it a direction is rounding
@@ -73,19 +74,24 @@ class LowRank:
     lora_a: Float[Tensor, "rank in"]
     lora_b: Float[Tensor, "out rank"]
     singular_values: Float[Tensor, " rank"]  # kept
-    lost: float  # squared Frobenius norm of what the rank cut off
+    # what the rank kept and what it cut off: squared Frobenius norms, or output energies where it was cut by these
+    kept: float
+    lost: float
     # right and left singular vectors in core axes, [rank, cols] and [rows, rank]
     core: Factors | None = None
 
 
-def to_core(factors: Sequence[Factors | None], *, canonical: bool = True) -> CoreUpdates:
+def to_core(
+    factors: Sequence[Factors | None], *, canonical: bool = True, more: Float[Tensor, "in count"] | None = None
+) -> CoreUpdates:
     """The core form of one site from each expert's (A, scaling * B).
 
     None is an expert without this site, whose core is zero; at least one must have it. Axes that are not `canonical`
-    depend on the factoring, which a sum of the cores does not mind.
+    depend on the factoring, which a sum of the cores does not mind. The input axes span `more` vectors beside A's rows.
     """
     present = [pair for pair in factors if pair is not None]
-    a, r_a = _orthonormal(torch.cat([a for a, _ in present]).T)  # r_a [cols, R]
+    rows = torch.cat([a for a, _ in present]).T
+    a, r_a = _orthonormal(rows if more is None else torch.cat([rows, more.to(rows.dtype)], 1))  # r_a [cols, columns]
     b, r_b = _orthonormal(torch.cat([b for _, b in present], dim=1))  # r_b [rows, R]
     cores = r_b.new_zeros(len(factors), r_b.shape[0], r_a.shape[0])
     start = 0
@@ -137,12 +143,22 @@ def _signs(products: Float[Tensor, " count"]) -> Float[Tensor, " count"]:
     return torch.where(products < 0, -1.0, 1.0).to(products.dtype)
 
 
-def compress(updates: CoreUpdates, core: Float[Tensor, "rows cols"], rank: int | str, total_rank: int) -> LowRank:
+def compress(
+    updates: CoreUpdates,
+    core: Float[Tensor, "rows cols"],
+    rank: int | str,
+    total_rank: int,
+    metric: Float[Tensor, "cols cols"] | None = None,
+) -> LowRank:
     """The best approximation of q_b core q_a^T at the given rank, as balanced factors.
 
     `rank` is a number, "sum" (exact: `total_rank`, the sum of the experts' ranks) or "energy:x",
-    the smallest rank that keeps the share x of the squared Frobenius norm (Eckart-Young).
+    the smallest rank that keeps the share x of the squared Frobenius norm (Eckart-Young), or, with a `metric`, of the
+    output energy: see `cut_by_output`.
     """
+    if metric is not None:
+        cut, size, kept, lost = cut_by_output(core, metric, rank, total_rank)
+        return replace(compress(updates, cut, size, total_rank), kept=kept, lost=lost)
     u, s, v = torch.linalg.svd(core, full_matrices=False)
     size = min(choose_rank(s, rank, total_rank), s.numel())
     u, kept, v = u[:, :size], s[:size], v[:size]
@@ -150,12 +166,34 @@ def compress(updates: CoreUpdates, core: Float[Tensor, "rows cols"], rank: int |
     return replace(_balanced(updates.b.expand(u), kept, a, lost=lost), core=(v, u))
 
 
-def compress_dense(dense: Float[Tensor, "out in"], rank: int | str, total_rank: int) -> LowRank:
-    """The best approximation of a dense update at the given rank, as balanced factors.
+def cut_by_output(
+    matrix: Float[Tensor, "rows cols"], metric: Float[Tensor, "cols cols"], rank: int | str, total_rank: int
+) -> tuple[Float[Tensor, "rows cols"], int, float, float]:
+    """The matrix of lower rank whose outputs are nearest on inputs of second moments `metric`.
+
+    Also its rank, and the output energy that it kept and lost. Of E|(M - M_r) x|^2 the minimum is U U^T M with the
+    leading eigenvectors U of M C M^T (reduced-rank regression): Eckart-Young of M C^(1/2), without root and inverse.
+    """
+    gram = matrix @ metric @ matrix.T
+    most = {"sum": total_rank}.get(str(rank), rank)
+    vectors, values = leading_directions(gram, most if isinstance(most, int) else len(gram))
+    size = min(choose_rank(values.sqrt(), rank, total_rank), len(values))
+    kept = float(values[:size].sum())
+    leading = vectors[:, :size]
+    return leading @ (leading.T @ matrix), size, kept, max(float(gram.trace()) - kept, 0.0)
+
+
+def compress_dense(
+    dense: Float[Tensor, "out in"], rank: int | str, total_rank: int, metric: Float[Tensor, "in in"] | None = None
+) -> LowRank:
+    """The best approximation of a dense update at the given rank, as balanced factors; `metric` as in `compress`.
 
     By a full SVD where that is cheap or all ranks are wanted, else by subspace iteration (Halko et al. 2011,
     algorithm 4.4), which finds the leading part to rounding where the spectrum falls.
     """
+    if metric is not None:
+        cut, size, kept, lost = cut_by_output(dense, metric, rank, total_rank)
+        return replace(compress_dense(cut, size, total_rank), kept=kept, lost=lost)
     full = min(dense.shape)
     wanted = total_rank if rank == "sum" else rank
     if full <= EXACT_SVD or not isinstance(wanted, int):
@@ -175,7 +213,7 @@ def _balanced(u: Tensor, s: Tensor, v: Tensor, *, lost: float) -> LowRank:
     root = s.sqrt()
     sign = _signs(_probe(u.shape[0]).to(u.dtype) @ u)
     a, b = (root * sign)[:, None] * v, u * root * sign
-    return LowRank(lora_a=a, lora_b=b, singular_values=s, lost=lost)
+    return LowRank(lora_a=a, lora_b=b, singular_values=s, kept=float(s.square().sum()), lost=lost)
 
 
 def choose_rank(singular_values: Float[Tensor, " rank"], rank: int | str, total_rank: int) -> int:

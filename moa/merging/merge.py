@@ -16,10 +16,11 @@ from torch import Tensor
 from moa.files.peft_config import site_scaling
 from moa.merging import core
 from moa.merging.adapters import Expert, factors_of
-from moa.merging.core import Factors, LowRank, Relation
+from moa.merging.core import Basis, Factors, LowRank, Relation
 from moa.merging.functions import import_function
 from moa.merging.methods.stack import Stack, rounding_of, stack_of
 from moa.merging.site_plan import Job, Plan, make_plan
+from moa.statistics.moments import own_directions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,9 @@ class MergedSite:
     lora_b: Float[Tensor, "out rank"]
     weights: Float[Tensor, " expert"]
     energy: float  # |dW_merged|^2, after truncation to the rank
-    lost: float  # what the truncation cut off of it
+    # by the truncation: of the energy, or, in the metric of the inputs, of E|dW_merged x|^2
+    kept: float
+    lost: float
     experts: Relation
 
     def scaled(self, scale: float) -> "MergedSite":
@@ -41,6 +44,7 @@ class MergedSite:
             lora_a=self.lora_a * root,
             lora_b=self.lora_b * math.copysign(root, scale),
             energy=self.energy * scale**2,
+            kept=self.kept * scale**2,
             lost=self.lost * scale**2,
             experts=replace(self.experts, overlap=self.experts.overlap * scale),
         )
@@ -105,14 +109,17 @@ def open_site(job: Job, site: str, dtype: torch.dtype) -> OpenSite:
     if job.space not in ("core", "rows"):
         return OpenSite(factors=factors)
     canonical = job.space == "rows" or not job.method.is_sum
-    return OpenSite(factors=factors, updates=core.to_core(factors, canonical=canonical))
+    more = job.options.get("directions", 0) if job.method.reads_inputs else 0
+    apart = own_directions([e.moments(site) for e in job.experts if site in e.ranks], more) if more else None
+    return OpenSite(factors=factors, updates=core.to_core(factors, canonical=canonical, more=apart))
 
 
 def merge_site(job: Job, site: str, opened: OpenSite, dtype: torch.dtype) -> MergedSite:
     weights = job.weights[site].to(dtype)
     low, relation = _SPACES[job.space](job, site, opened, weights)
     energy = float(low.singular_values.square().sum())
-    shared: dict[str, Any] = {"lora_a": low.lora_a, "lora_b": low.lora_b, "lost": low.lost}
+    shared: dict[str, Any] = {"lora_a": low.lora_a, "lora_b": low.lora_b}
+    shared |= {"kept": low.kept, "lost": low.lost}
     result = MergedSite(weights=weights, energy=energy, experts=relation, **shared)
     return result if job.scale[site] == 1 else result.scaled(job.scale[site])
 
@@ -120,18 +127,44 @@ def merge_site(job: Job, site: str, opened: OpenSite, dtype: torch.dtype) -> Mer
 def _in_core(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
     updates = opened.updates
     stack = stack_of(matrices=updates.cores, **job.about(site))
+    if job.method.reads_inputs:
+        stack = replace(stack, inputs=moments_in(job, site, updates.a))
     merged = job.method.function(stack, weights, **job.options)
-    low = core.compress(updates, merged, job.rank, sum(stack.ranks))
+    low = core.compress(updates, merged, job.rank, sum(stack.ranks), metric_in(job, site, weights, updates.a))
     return low, core.relate_cores(low, updates.cores)
+
+
+def moments_in(job: Job, site: str, basis: Basis) -> Callable[[int], Tensor]:
+    """The second moments of an expert's inputs in a basis of them, by its number."""
+
+    def read(number: int) -> Tensor:
+        own = job.experts[number].moments(site)
+        return own.within(basis.project(own.root.to(basis.turn.dtype)))
+
+    return read
+
+
+def metric_in(job: Job, site: str, weights: Tensor, basis: Basis | None = None) -> Tensor | None:
+    """The second moments of all experts' inputs in a basis, or as they are; None where the rank is not cut by these.
+
+    An expert's count in the share of its weight, or alike where all weights are 0.
+    """
+    if job.metric != "inputs":
+        return None
+    here = [number for number, expert in enumerate(job.experts) if site in expert.ranks]
+    shares = weights.abs() if weights[here].any() else torch.ones_like(weights)
+    read = moments_in(job, site, basis) if basis else lambda number: job.experts[number].moments(site).dense()
+    return sum((shares[number] * read(number) for number in here if shares[number]), start=torch.zeros(()))
 
 
 def _in_rows(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
     """Rows in the experts' common output directions, columns as they are: KnOTS (Stoica et al. 2025, equation 2)."""
     updates = opened.updates
-    stack = stack_of(matrices=updates.cores @ updates.q_a.T, **job.about(site))
+    inputs = (lambda k: job.experts[k].moments(site).dense()) if job.method.reads_inputs else None
+    stack = stack_of(matrices=updates.cores @ updates.q_a.T, inputs=inputs, **job.about(site))
     merged = job.method.function(stack, weights, **job.options)
     both = core.to_core([(merged, updates.q_b)])
-    low = core.compress(both, both.cores[0], job.rank, sum(stack.ranks))
+    low = core.compress(both, both.cores[0], job.rank, sum(stack.ranks), metric_in(job, site, weights, both.a))
     return low, core.relate(low, opened.factors)
 
 
@@ -140,7 +173,7 @@ def _in_dense(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[L
     stack = dense_stack(job, site, lambda: opened.factors, weights.dtype)
     stack = replace(stack, rounding=rounding_of(torch.stack(norms)))
     merged = job.method.function(stack, weights, **job.options)
-    low = core.compress_dense(merged, job.rank, sum(stack.ranks))
+    low = core.compress_dense(merged, job.rank, sum(stack.ranks), metric_in(job, site, weights))
     return low, core.relate(low, opened.factors)
 
 
@@ -158,7 +191,7 @@ def _in_factors(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple
     else:
         pair = function(a, weights.sign() * root, **options), function(b, root, **options)
     updates = core.to_core([pair])
-    low = core.compress(updates, updates.cores[0], job.rank, sum(a.ranks))
+    low = core.compress(updates, updates.cores[0], job.rank, sum(a.ranks), metric_in(job, site, weights, updates.a))
     return low, core.relate(low, opened.factors)
 
 

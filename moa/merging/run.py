@@ -32,7 +32,7 @@ from moa.merging.report.fidelity import mean_cross_terms, measure
 from moa.merging.report.retention import summarise
 from moa.merging.settings import MergeExperts
 from moa.merging.site_plan import Plan, make_plan, sum_gates
-from moa.merging.source import Source, open_folders, open_run
+from moa.merging.source import Source, open_folders, open_run, with_statistics
 from moa.merging.weights import GATES, Weights, gates_of, parse_weights, read_weights
 
 ROUNDING = 1e-12  # share of the energy below which nothing was cut
@@ -69,8 +69,11 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
     needs_base = settings.merged or settings.verify
     to_open_clip = is_open_clip(source.base_name or "")
     layers = None if to_open_clip else known_layers(source, needs_base)
+    if needs_inputs(settings):
+        source = with_statistics(source)
     source = replace(source, experts=adapters.respell(source.experts, layers))
     plan = plan_merge(settings, source, console)
+    warn_of_few_tokens(plan, console)
     source = identify_base(source, needs_base, settings.other_base)
     if to_open_clip:
         check_for_open_clip(settings.merged, settings.verify, settings.dtype)
@@ -84,6 +87,8 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
             merged = run_plan(plan, keep=spool.keep, on_site=advance)
         summary = summarise(source.experts, merged)
         console.print(*summary_tables(summary), sep="\n")
+        if settings.metric == "inputs":
+            console.print("energy kept: of the outputs, on the experts' own inputs")
         card = card_of(source, merged, settings)
         if to_open_clip and settings.merged:
             line = merge_into_open_clip(settings.out, source, merged, summary["total"], card)
@@ -134,7 +139,7 @@ def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan
     else:
         weights = parse_weights(settings.weights, names)
     rules = [replace(rule, weights=parse_weights(rule.weights, names)) for rule in settings.sites]
-    own = {name: getattr(settings, name) for name in ("method", "options", "rank", "space")}
+    own = {name: getattr(settings, name) for name in ("method", "options", "rank", "space", "metric")}
     return make_plan(source.experts, weights=weights, rules=rules, **own)
 
 
@@ -146,6 +151,28 @@ def measured_gates(source: Source, routing: str | None, task: str | None, consol
     gates, line = gates_of(read_routing(file, source.step), source.experts, task)
     console.print(line, soft_wrap=True)
     return gates
+
+
+def needs_inputs(settings: MergeExperts) -> bool:
+    """Whether the merge reads the statistics of the experts' inputs, somewhere."""
+    methods = [settings.method, *(rule.method for rule in settings.sites if rule.method)]
+    return settings.metric == "inputs" or any(find_method(name).reads_inputs for name in methods)
+
+
+def warn_of_few_tokens(plan: Plan, console: Console) -> None:
+    """Where least squares has fewer inputs than unknowns, so that the ridge decides."""
+    few: list[str] = []
+    for job in plan.jobs:
+        for site in job.weights if job.method.reads_inputs else ():
+            here = [expert for expert in job.experts if site in expert.ranks]
+            width = here[0].shapes[site][1]
+            unknown = width if job.space == "rows" else min(width, sum(expert.ranks[site] for expert in here))
+            for expert in here:
+                if (tokens := expert.moments(site).tokens) < unknown:
+                    few.append(f"{expert.name} has {tokens} tokens for {unknown} unknowns at {site}")
+    if few:
+        line = f"warning: {few[0]}; the ridge decides there"
+        console.print(line + (f", and at {len(few) - 1} others" if few[1:] else ""), soft_wrap=True)
 
 
 def warn_of_factors(plan: Plan, console: Console) -> None:
@@ -244,6 +271,7 @@ def export(
         "sites": [asdict(rule) for rule in settings.sites],
         "space": settings.space or find_method(settings.method).spaces[0],
         "rank": settings.rank,
+        "metric": settings.metric,
         "adapters": settings.adapters or settings.run,
         "beside": source.beside,
     }

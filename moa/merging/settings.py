@@ -11,6 +11,7 @@ from moa.cli.strict_yaml import read_yaml
 from moa.merging.rank import parse_rank
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Metric = Literal["weights", "inputs"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ class MergeExperts:
     routing: FilePath | None = None  # report that `gates` reads; null: the run's eval/routing.json
     approximate: bool = False  # a run that routes each token: merge by its mean gates all the same
     rank: Any = "sum"  # of the result: a number, sum (exact), or energy:0.99 (the least that does)
+    # what a cut to the rank keeps most of: the weights' energy, or the outputs' on the experts' own inputs, which
+    # needs their statistics (scripts.statistics)
+    metric: Metric = "weights"
     # where the method works, null: its own; `method=list` prints the choices
     space: str | None = None
     out: FilePath | None = None  # folder to write

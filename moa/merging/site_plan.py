@@ -20,7 +20,7 @@ from moa.merging.methods.method import Method
 from moa.merging.methods.stack import stack_of
 from moa.merging.methods.table import check_options, find_method
 from moa.merging.rank import parse_rank
-from moa.merging.settings import SiteRule
+from moa.merging.settings import Metric, SiteRule
 from moa.merging.weights import Weights, weight_table
 
 
@@ -36,6 +36,12 @@ class Job:
     weights: Mapping[str, Float[Tensor, " expert"]]  # float64
     scale: Mapping[str, float]
     depths: Mapping[str, float]
+    metric: Metric = "weights"  # in which the rank is cut
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it reads the statistics of the experts' inputs."""
+        return self.method.reads_inputs or self.metric == "inputs"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -63,12 +69,13 @@ def make_plan(
     rank: int | str = "sum",
     space: str | None = None,
     rules: Sequence[SiteRule] = (),
+    metric: Metric = "weights",
 ) -> Plan:
     """What `merge` does at every site.
 
     `weights` by expert name, or per site; None is the method's own default, as is a `space` of None. Raises ValueError
     for experts that do not fit together, for unknown methods, options, weights, spaces and ranks, and for a rule that
-    decides no site.
+    decides no site, and for a `metric` that no rank is cut in.
     """
     check_experts(experts)
     given: dict[str, Any] = {"method": method, "options": dict(options or {}), "weights": weights}
@@ -87,7 +94,9 @@ def make_plan(
         numbers[index] = None
         if sites and not (rule and rule.drop):
             numbers[index] = len(jobs)
-            jobs.append(_job(experts, sites, _over(own, rule) if rule else own))
+            jobs.append(_job(experts, sites, _over(own, rule) if rule else own, metric))
+    if metric == "inputs" and all(job.rank == "sum" and job.space != "dense" for job in jobs):
+        raise ValueError("metric: inputs has no effect with rank=sum, which cuts nothing; give rank=8, say")
     find_method(method, space)  # even where rules decide every site
     return Plan(jobs=jobs, sites={site: numbers[index] for site, index in chosen.items()})
 
@@ -110,7 +119,7 @@ def _over(own: SiteRule, rule: SiteRule) -> SiteRule:
     )
 
 
-def _job(experts: Sequence[Expert], sites: Sequence[str], settings: SiteRule) -> Job:
+def _job(experts: Sequence[Expert], sites: Sequence[str], settings: SiteRule, metric: Metric) -> Job:
     name = str(settings.method)
     row = find_method(name, settings.space)
     depths = find_depths(tuple(all_sites(experts)))
@@ -123,6 +132,7 @@ def _job(experts: Sequence[Expert], sites: Sequence[str], settings: SiteRule) ->
         weights=weight_table(experts, settings.weights, row.weights, sites),
         scale={site: _along(settings.scale, depths[site]) for site in sites},
         depths=depths,
+        metric=metric,
     )
 
 

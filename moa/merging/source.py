@@ -1,7 +1,7 @@
 """What is merged: the experts of a run or of folders, and what the runs around them trained beside."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -13,6 +13,7 @@ from moa.files.checkpoint_files import local_base
 from moa.merging.adapters import Expert, adapter_folders, open_adapters
 from moa.merging.checkpoints.parts import read_parts
 from moa.parts import PARTS
+from moa.statistics.stored import read_statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,19 @@ def open_run(run: str | Path, base: str | None = None) -> Source:
         config=config,
         projector=load_tensors(step / PARTS["projector"].file) if trained else {},
     )
+
+
+def with_statistics(source: Source) -> Source:
+    """With the statistics of each expert's inputs; ValueError where a folder has none, or those of other weights."""
+    experts = []
+    for expert, folder in zip(source.experts, source.folders, strict=True):
+        step = folder.resolve().parent.parent
+        run = run_of(step) if (step / CONFIG).is_file() else "RUN"
+        way_out = f"python -m scripts.statistics run={run} writes it" + (
+            ", where it was trained" if run == "RUN" else ""
+        )
+        experts.append(replace(expert, inputs=read_statistics(folder, way_out)))
+    return replace(source, experts=experts)
 
 
 def open_folders(adapters: Sequence[str], base: str | None = None, projector: str | None = None) -> Source:

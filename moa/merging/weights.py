@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa.files.peft_config import site_scaling
+from moa.files import peft as peft_io
 from moa.merging.adapters import Expert, all_sites
 
 GATES = "gates"
@@ -75,12 +74,7 @@ def check_digests(digests: Any, experts: Sequence[Expert], file: Path) -> None:
 
 def digest(expert: Expert) -> str:
     """Of an expert's factors as they are stored, and of their scaling."""
-    found = sha256()
-    for site in sorted(expert.ranks):
-        found.update(f"{site} {site_scaling(expert.config, site)}".encode())
-        for factor in expert.read(site):
-            found.update(factor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:32]
+    return peft_io.digest(expert.config, expert.ranks, expert.read)
 
 
 def gates_of(report: dict[str, Any], experts: Sequence[Expert], task: str | None) -> tuple[Weights, str]:

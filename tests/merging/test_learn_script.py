@@ -11,7 +11,7 @@ from moa.checkpoint import TrainState, save_checkpoint
 from moa.config import DataConfig, EvalConfig, ExpertConfig, ModelConfig, RunConfig, SourceConfig
 from moa.merging.adapters import expert_from_folder, experts_of_bank
 from moa.merging.learn.calibration import load_unrouted, read_calibration
-from moa.merging.learn.regmean import gather_grams, regmean
+from moa.merging.learn.least_squares import with_inputs
 from moa.merging.merge import merge
 from scripts import learn_weights as script
 from scripts import merge as merge_script
@@ -109,8 +109,8 @@ def test_regmean_from_the_command_line_is_the_function(world, tmp_path):
     script.main([f"run={world}/A", f"out={out}", "num_samples=2", "method=regmean"])
     model, config = load_unrouted(str(world / "A"))
     few = read_calibration(config, model, num_samples=2, seed=0, ocr=None)
-    grams = gather_grams(model, few.by_expert(16))
-    expected = merge(regmean(experts_of_bank(model.bank), grams), method="task_arithmetic")
+    experts = with_inputs(model, experts_of_bank(model.bank), few.by_expert(16))
+    expected = merge(experts, method="regmean", options={"nondiagonal": 0.9, "ridge": 1e-4})
     written = expert_from_folder(out)
     for site, result in expected.items():
         a, b = written.factors(site, torch.float64)

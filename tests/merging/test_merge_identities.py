@@ -3,6 +3,8 @@
 A method that breaks an identity by its definition is listed with the reason, and docs/merging.md says so.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from moa.files.peft import site_keys
 from moa.merging.adapters import Expert, expert_from_tensors
 from moa.merging.merge import merge
 from moa.merging.methods.table import METHODS
+from moa.statistics.moments import InputSums
 from tests.merging.test_merge_sparse import ties_merging
 
 SHAPE = {"layers.0.self_attn.q_proj": (9, 8), "layers.1.self_attn.q_proj": (7, 8)}
@@ -27,7 +30,7 @@ KEEPS_ONE = {
     "della": {"density": 1.0, "spread": 0.0}, "della_linear": {"density": 1.0, "spread": 0.0},
     "breadcrumbs": {"density": 1.0, "outliers": 0.0}, "breadcrumbs_ties": {"density": 1.0, "outliers": 0.0},
     "consensus": {"at_least": 1}, "tsv_m": {}, "wudi": {}, "dc_merge": {"smooth": "none", "density": 1.0},
-    "ctm": {"density": 1.0},
+    "ctm": {"density": 1.0}, "regmean": {}, "core_regmean": {},
 }  # fmt: skip
 seeds = st.integers(0, 2**16)
 quick = settings(max_examples=2, deadline=None)
@@ -45,7 +48,17 @@ def make_expert(name, seed, rank, shapes=SHAPE, **config):
         tensors[key_a] = torch.randn(rank, columns, generator=generator, dtype=torch.float64)
         tensors[key_b] = torch.randn(rows, rank, generator=generator, dtype=torch.float64)
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2, "target_modules": list(shapes)}
-    return expert_from_tensors(name, tensors, {**settings, **config})
+    inputs = {site: moments_of(seed, columns) for site, (_, columns) in shapes.items()}
+    return replace(expert_from_tensors(name, tensors, {**settings, **config}), inputs=inputs.__getitem__)
+
+
+def moments_of(seed, columns, tokens=40):
+    """Of inputs that have their own directions, of unequal size."""
+    generator = torch.Generator().manual_seed(seed + 1000)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    sums = InputSums()
+    sums.add(torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ mix)
+    return sums.sketch(columns, columns)
 
 
 def update_of(experts, method, **more):
@@ -106,7 +119,8 @@ def test_one_expert_of_weight_one_merges_to_itself(method, seed):
 
 # the second's directions count, whatever its weight: in the common space, the interference, or the mean
 WEIGH_DIRECTIONS = ("wudi", "model_stock", "tsv_m", "dc_merge")
-# masks are drawn for each expert by itself; the arc between opposites has no middle; see above
+# masks are drawn for each expert by itself; the arc between opposites has no middle; least squares takes no weight
+# below 0; see above
 KEEP_A_PAIR = (
     "wudi",
     "karcher",
@@ -116,6 +130,8 @@ KEEP_A_PAIR = (
     "della",
     "della_linear",
     "tsv_m",
+    "regmean",
+    "core_regmean",
 )
 
 

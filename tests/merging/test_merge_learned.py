@@ -1,13 +1,10 @@
 """Weights from a little data: through the live mixture, by search, by greedy soups."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from moa.merging.adapters import experts_of_bank
 from moa.merging.learn import gradient, search
-from moa.merging.learn.regmean import gather_grams, regmean, shrink
 from moa.merging.merge import merge
 from tests.test_model import batch_of, make_model
 
@@ -114,69 +111,3 @@ def test_experts_that_waver_under_perturbation_come_last():
     wavering = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
     found = search.order_by_uncertainty({"wavering": wavering, "sure": sure, "torn": torn})
     assert found[-1] == "wavering" and set(found[:2]) == {"sure", "torn"}
-
-
-def test_regmean_is_the_least_squares_layer(model):
-    """With full inputs and no shrinking it minimises the distance to each expert's outputs on its own inputs."""
-    experts = experts_of_bank(model.bank)
-    site = next(iter(model.bank.sites))
-    out, columns = experts[0].shapes[site]
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(3, 200, columns, generator=generator, dtype=torch.float64)
-    grams = {name: (inputs.mT @ inputs)[:, : e.shapes[name][1], : e.shapes[name][1]]
-             for e in experts for name in e.shapes if e.shapes[name][1] <= columns}  # fmt: skip
-    chosen = [replace(e, ranks={site: e.ranks[site]}, shapes={site: e.shapes[site]}) for e in experts]
-    shares = dict(zip(model.bank.names, (0.5, 2.0, 1.0), strict=True))
-    turned = regmean(chosen, grams, weights=shares, nondiagonal=1.0, ridge=0.0)
-    merged = merge(turned, weights=dict.fromkeys(model.bank.names, 1.0))[site]
-    inputs = inputs * torch.tensor([*shares.values()]).double().sqrt()[:, None, None]
-    updates = [b @ a for a, b in (e.factors(site, torch.float64) for e in chosen)]
-    x = inputs.flatten(0, 1)
-    y = torch.cat([part @ update.T for part, update in zip(inputs, updates, strict=True)])
-    expected = torch.linalg.lstsq(x, y).solution.T
-    torch.testing.assert_close(merged.lora_b @ merged.lora_a, expected, rtol=1e-6, atol=1e-8)
-
-
-def test_shrinking_keeps_the_diagonal_and_a_ridge_serves_directions_without_input(model):
-    grams = torch.tensor([[[4.0, 2.0], [2.0, 1.0]]])
-    assert shrink(grams, 0.5).tolist() == [[[4.0, 1.0], [1.0, 1.0]]]
-    expert = experts_of_bank(model.bank)[0]
-    site, (out, columns) = next(iter(expert.shapes.items()))
-    one = replace(expert, ranks={site: expert.ranks[site]}, shapes={site: expert.shapes[site]})
-    seen = torch.zeros(1, columns, columns)
-    seen[0, 0, 0] = 3 * columns  # of mean 3, which the ridge takes
-    merged = merge(regmean([one], {site: seen}, ridge=1.0), weights={one.name: 1.0})[site]
-    a, b = one.factors(site, torch.float64)
-    expected = (b @ a) * torch.tensor([columns / (columns + 1), *[0.0] * (columns - 1)]).double()
-    torch.testing.assert_close(merged.lora_b @ merged.lora_a, expected)
-
-
-def test_grams_are_those_of_the_experts_own_inputs_without_padding(model):
-    batch = batch_of(model)
-    batches = {name: [batch] for name in model.bank.names}
-    grams = gather_grams(model, batches)
-    assert grams.keys() == model.bank.sites.keys()
-    first = "model.language_model.layers.0.self_attn.q_proj"
-    seen = []
-    hook = model.bank.sites[first].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-    with torch.no_grad():
-        model(batch, torch.eye(3)[1].expand(len(batch), -1))
-    hook.remove()
-    rows = seen[0][batch.attention_mask.bool()].double()
-    torch.testing.assert_close(grams[first][1], rows.T @ rows / len(rows))
-    with pytest.raises(ValueError, match="batches.caption: none"):
-        gather_grams(model, {**batches, "caption": []})
-
-
-def test_regmean_of_equal_inputs_is_the_mean(model):
-    experts = experts_of_bank(model.bank)
-    same = {site: torch.eye(shape[1]).expand(3, -1, -1) for e in experts for site, shape in e.shapes.items()}
-    merged = merge(regmean(experts, same), weights=dict.fromkeys(model.bank.names, 1.0))
-    expected = merge(experts)
-    for site, result in merged.items():
-        torch.testing.assert_close(
-            result.lora_b @ result.lora_a,
-            expected[site].lora_b @ expected[site].lora_a,
-            rtol=1e-5,
-            atol=1e-8,
-        )

@@ -139,8 +139,11 @@ def test_a_config_with_rules_for_some_sites_is_merged_and_reported(world, tmp_pa
 
 def test_a_method_that_needs_data_says_where_it_is(world, capsys, tmp_path):
     adapters = f"adapters=[{world}/adapters/one,{world}/adapters/two]"
-    message = refused(capsys, "method=regmean", adapters, f"out={tmp_path / 'out'}")
-    assert "regmean learns from data: python -m scripts.learn_weights method=regmean" in message
+    message = refused(capsys, "method=iteris", adapters, f"out={tmp_path / 'out'}")
+    assert "iteris learns from data: python -m scripts.learn_weights method=iteris" in message
+    message = refused(capsys, "method=regmean", "verify=false", adapters, f"out={tmp_path / 'out'}")
+    file = world / "adapters" / "one" / "stats.safetensors"
+    assert f"{file}: missing; python -m scripts.statistics run=RUN writes it, where it was trained" in message
     script.main(["method=list"])
     listed = capsys.readouterr().out
     assert all(f"{name}: " in listed for name in ("ties", "regmean", "lorahub", "passthrough"))

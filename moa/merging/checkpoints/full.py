@@ -69,6 +69,8 @@ def merge_checkpoints(
     row = find_method(method)
     if row.joint:
         raise ValueError(f"method: {method} works on LoRA factors, which checkpoints do not have")
+    if row.reads_inputs:
+        raise ValueError(f"method: {method} reads statistics of inputs, which lie beside adapters, not checkpoints")
     settings = check_options(method, options or {})
     inputs = open_inputs(models, base, rules or Rules())
     chosen = weight_row([*inputs.models], weights, row.weights).to(COMPUTE)

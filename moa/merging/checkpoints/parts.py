@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moa.checkpoint import CONFIG, load_tensors, step_folder
 from moa.config import load_config
-from moa.merging.learn.regmean import shrink
+from moa.merging.methods.regression import least_squares, shrink
 from moa.parts import beside_experts
 
 Tensors = Mapping[str, Tensor]
@@ -121,13 +121,11 @@ def _regression(part: str, own: ByRun, grams: ByRun) -> dict[str, Tensor]:
             continue
         if missing := [run for run in own if layer not in grams.get(run, {})]:
             raise ValueError(f"parts.{part}: regmean has no inputs of {layer} from {missing}")
-        inputs = shrink(torch.stack([grams[run][layer].double() for run in own]))
-        total = inputs.sum(0)
-        ridge = 1e-6 * total.diagonal().mean() * torch.eye(len(total), dtype=total.dtype)
-        weights = torch.stack([run[name].double() for run in own.values()])
-        # The ridge pulls directions without input to the mean, not to zero.
-        wanted = (weights @ inputs).sum(0) + weights.mean(0) @ ridge
-        solved[name] = torch.linalg.solve(total + ridge, wanted.T).T.to(tensor.dtype)
+        inputs = [shrink(grams[run][layer].double(), 0.9) for run in own]
+        matrices = torch.stack([run[name].double() for run in own.values()])
+        alike = torch.ones(len(inputs), dtype=torch.float64)
+        found = least_squares(matrices, alike, inputs.__getitem__, ridge=1e-6, where=layer)
+        solved[name] = found.to(tensor.dtype)
     if not solved:
         raise ValueError(f"parts.{part}: regmean needs inputs of its linear layers, and has none")
     return solved

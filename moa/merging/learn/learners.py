@@ -1,6 +1,6 @@
 """Every way to learn from a little data how experts should be merged; read without torch.
 
-A learner takes a Session and options, and finds weights for `merge`, or experts whose plain sum is the merge.
+A learner takes a Session and options, and finds weights for `merge`, or a merge that no weights make.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ class Learner:
     paper: str
     _: KW_ONLY
     name: str = ""  # of the row, and of its function in learn.session
-    makes_experts: bool = False
+    writes_adapter: bool = False  # the merge itself, not weights
     searches: bool = False  # merges again by any method
     # how often it calls `tick`, of its options and the number of experts
     ticks: Callable[[dict[str, Any], int], int | None] = lambda options, _: options.get("steps")
@@ -43,7 +43,11 @@ ROWS = {
                            ticks=lambda options, experts: 2 * experts - 1, **SEARCHES),
     "uq_merge": Learner("UQ-Merge (Qu et al., 2025): the surest experts first, as many as score best",
                         ticks=lambda options, experts: experts, **SEARCHES),
-    "regmean": Learner("RegMean (Jin et al., 2023)", makes_experts=True),
-    "ziplora": Learner("ZipLoRA (Shah et al., 2023), for any number of experts", makes_experts=True),
+    "regmean": Learner("RegMean (Jin et al., 2023); tune=true: the best of a grid",
+                       ticks=lambda options, experts: 6 if options["tune"] else None, writes_adapter=True),
+    "regmean_pp": Learner("RegMean++ (2025), block by block on the merge's own inputs", writes_adapter=True),
+    "iteris": Learner("IterIS (Chen et al., 2025), iterated on the merge's own inputs",
+                      ticks=lambda options, experts: options["iterations"], writes_adapter=True),
+    "ziplora": Learner("ZipLoRA (Shah et al., 2023), for any number of experts", writes_adapter=True),
 }  # fmt: skip
 LEARNERS = {key: replace(row, name=key) for key, row in ROWS.items()}

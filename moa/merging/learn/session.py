@@ -1,7 +1,7 @@
 """The learners of `learners.LEARNERS`, and what they learn with: a live model, a little data, and scores of merges.
 
 weights   lora_soups, adamerging by gradient; lorahub, grid, greedy_soup, uq_merge by merging and scoring again
-experts   regmean, ziplora: experts whose plain sum is the merge
+merges    regmean, regmean_pp, iteris by least squares; ziplora: experts whose plain sum is the merge
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +12,7 @@ from typing import Any
 from data.batch import Batch
 from moa.config import RunConfig
 from moa.merging.adapters import Expert, experts_of_bank
-from moa.merging.learn import calibration, gradient, search
-from moa.merging.learn import regmean as regression
+from moa.merging.learn import calibration, gradient, least_squares, search
 from moa.merging.learn.cached import cached_merge
 from moa.merging.learn.ziplora import apply_mergers, learn_mergers
 from moa.merging.merge import Merged, MergedSite, merge
@@ -59,21 +58,26 @@ class Session:
                 return calibration.answers_loss(self.model, self.scored_batches)
             return calibration.benchmark_score(self.model, self.data, self.config)
 
-    def scorer(self) -> search.Score:
-        """Weights -> the higher the better; counts its trials."""
+    def rater(self) -> Callable[[Merged], float]:
+        """Merge -> the higher the better; counts its trials."""
         trials: list[float] = []
 
-        def score(weights: Mapping[str, float]) -> float:
-            trials.append(self.value(self.remerge(weights)))
+        def rate(merged: Merged) -> float:
+            trials.append(self.value(merged))
             self.tick(len(trials) - 1, trials[-1])
             return -trials[-1] if self.metric == "loss" else trials[-1]
 
-        return score
+        return rate
+
+    def scorer(self) -> search.Score:
+        """The same of weights."""
+        rate = self.rater()
+        return lambda weights: rate(self.remerge(weights))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What a learner found: weights for `merge`, or experts whose plain sum it is."""
+    """What a learner found: weights for `merge`, or the merge of these experts itself."""
 
     merged: dict[str, MergedSite]
     weights: Weights | None = None
@@ -131,19 +135,50 @@ def uq_merge(session: Session, *, runs: int = 4, noise: float = 0.2) -> Learned:
     return _by_weights(session, search.prefix_soup(session.scorer(), order), order=order)
 
 
-def _by_experts(session: Session, experts: Sequence[Expert]) -> Learned:
+GRID = [{"nondiagonal": n, "ridge": r} for n in (0.9, 0.95, 1.0) for r in (1e-4, 1e-2)]
+
+
+def _regmean_by(session: Session, **options: Any) -> least_squares.Merge:
     rank = session.merge.get("rank", "sum")
-    return Learned(merged=merge(experts, method="task_arithmetic", rank=rank), experts=experts)
+    return lambda experts: merge(experts, method="regmean", options=options, rank=rank)
 
 
-def regmean(session: Session, *, nondiagonal: float = 0.9) -> Learned:
-    grams = regression.gather_grams(session.model, session.data.by_expert(session.batch_size))
-    found = regression.regmean(session.experts, grams, nondiagonal=nondiagonal)
-    return _by_experts(session, found)
+def regmean(session: Session, *, nondiagonal: float = 0.9, ridge: float = 0.0001, tune: bool = False) -> Learned:
+    """With `tune`, by the best of GRID on the validation samples instead."""
+    batches = session.data.by_expert(session.batch_size)
+    experts = least_squares.with_inputs(session.model, session.experts, batches)
+    options = {"nondiagonal": nondiagonal, "ridge": ridge}
+    if tune:
+        rate = session.rater()
+        trials = [(rate(_regmean_by(session, **own)(experts)), number) for number, own in enumerate(GRID)]
+        options = GRID[max(trials, key=lambda trial: trial[0])[1]]
+    return Learned(merged=_regmean_by(session, **options)(experts), experts=experts, about={"chosen": options})
+
+
+def regmean_pp(session: Session, *, nondiagonal: float = 0.95, ridge: float = 0.0001) -> Learned:
+    batches, merge_by = (
+        session.data.by_expert(session.batch_size),
+        _regmean_by(session, nondiagonal=nondiagonal, ridge=ridge),
+    )
+    merged = least_squares.regmean_pp(session.model, session.experts, batches, merge_by)
+    return Learned(merged=merged, experts=session.experts)
+
+
+def iteris(session: Session, *, iterations: int = 5, ridge: float = 0.01, balance: bool = True) -> Learned:
+    batches, merge_by = session.data.by_expert(session.batch_size), _regmean_by(session, ridge=ridge, balance=balance)
+    options: dict[str, Any] = {
+        "iterations": iterations,
+        "ridge": ridge,
+        "tick": lambda number: session.tick(number, 0.0),
+    }
+    merged = least_squares.iteris(session.model, session.experts, batches, merge_by, **options)
+    return Learned(merged=merged, experts=session.experts)
 
 
 def ziplora(session: Session, *, steps: int = 100, lr: float = 0.01, similarity: float = 0.01) -> Learned:
     batches = session.data.by_expert(session.batch_size)
     options: dict[str, Any] = {"steps": steps, "lr": lr, "similarity": similarity}
     mergers = learn_mergers(session.model, batches, on_step=session.tick, **options)
-    return _by_experts(session, apply_mergers(session.experts, mergers))
+    experts = apply_mergers(session.experts, mergers)
+    rank = session.merge.get("rank", "sum")
+    return Learned(merged=merge(experts, method="task_arithmetic", rank=rank), experts=experts)

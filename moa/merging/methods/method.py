@@ -38,6 +38,7 @@ class Method:
     spaces: tuple[str, ...] = ("core",)  # the first is the default
     is_sum: bool = False  # the result is a weighted sum of the updates, so some mixture equals it
     joint: bool = False
+    reads_inputs: bool = False  # needs the statistics of each expert's inputs
     # (every site's stack, **options) -> what the function gets as `shared`: statistics over the whole model
     prepare: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)  # where the functions have others

@@ -32,6 +32,8 @@ class Stack:
     read: Callable[[int, int], Float[Tensor, "expert _ cols"]]  # rows start to stop of every expert
     depth: float = 0.0  # of the site's block among the model's: 0 the first, 1 the last
     block_rows: int = 0  # 0: as many as make BLOCK_VALUES
+    # The second moments of an expert's inputs, by its number, in the axes of the columns: for methods that read them.
+    inputs: Callable[[int], Float[Tensor, "cols cols"]] | None = None
     # How far each expert's values may be off, if they were computed: of its size, not of theirs. None: as read.
     rounding: Float[Tensor, " expert"] | None = None
 
@@ -58,6 +60,12 @@ class Stack:
         if merged is None:
             raise AssertionError(f"{self.site} has no rows")
         return merged
+
+    def moments(self, expert: int) -> Float[Tensor, "cols cols"]:
+        """The second moments of an expert's inputs; the plan sees to it that a method which reads them has them."""
+        if self.inputs is None:
+            raise AssertionError(f"{self.site}: no inputs")
+        return self.inputs(expert)
 
     def thresholds(self, density: float) -> Float[Tensor, " expert"]:
         """Each expert's magnitude at and above which int(density * size) + 1 of its values are."""

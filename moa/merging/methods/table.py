@@ -16,6 +16,8 @@ SHARED: dict[str, Any] = {"prepare": "sparse.model_thresholds"}
 ROWWISE: dict[str, Any] = {**SHARED, "spaces": ("rows",)}
 SUMS: dict[str, Any] = {"is_sum": True}
 LINEAR: dict[str, Any] = {**SUMS, "spaces": ("core", "factor")}
+READS: dict[str, Any] = {"reads_inputs": True}
+READS_ROWS: dict[str, Any] = {**READS, "spaces": ("rows",)}
 PAIRS: dict[str, Any] = {"spaces": ("factor",), "joint": True}
 
 
@@ -49,6 +51,8 @@ ROWS: dict[str, Method] = {
     "wudi": Method("spectral", "ones", "WUDI-Merging (Cheng, 2025), OptMerge (Wei, 2026), in closed form"),
     "dc_merge": Method("spectral", "ones", "DC-Merge (2026), as released for LoRA"),
     "ctm": Method("spectral", "ones", "Compress-then-Merge (2026), Tucker-2 subspace and TIES"),
+    "regmean": Method("regression", "ones", "RegMean (Jin et al., 2023), ridge in both sums", **READS_ROWS),
+    "core_regmean": Method("regression", "ones", "SSR-Merge (2026), the weights of IterIS (2025)", **READS),
     "robustmerge": Method("factorwise", "ones", "RobustMerge (Zeng et al., 2025)", **PAIRS),
     "lorahub_factors": Method("factorwise", "mean", "LoraHub (Huang et al., 2024), as released", **PAIRS),
     "aligned_linear": Method("factorwise", "mean", "Git Re-Basin (Ainsworth et al., 2023), matching ranks", **PAIRS),

@@ -126,7 +126,7 @@ def _outcome(updates: CoreUpdates, merged: MergedSite) -> Record:
         "rank": merged.lora_a.shape[0],
         "singular_values": b.norm(dim=0).square().tolist(),
         "singular_values_of_sum": interference.decompose(plain_sum)[1].tolist(),  # before pruning
-        "cut_by_rank": merged.lost / (energy + merged.lost) if energy + merged.lost else 0.0,
+        "cut_by_rank": merged.lost / (merged.kept + merged.lost) if merged.kept + merged.lost else 0.0,
         "outside_span": max(1 - float(inside.square().sum()) / energy, 0.0) if energy else 0.0,
         "retention": _ratio(merged.experts.overlap, merged.experts.energy),
         "energy_in_span": _ratio(merged.experts.span_energy, merged.experts.energy),

@@ -32,7 +32,7 @@ def summarise(experts: Sequence[Expert], merged: Merged) -> dict[str, dict[str, 
 def _kept(experts: Sequence[Expert], merged: Merged) -> dict[str, Any]:
     results = list(merged.values())
     energy = sum(result.energy for result in results)
-    before = energy + sum(result.lost for result in results)
+    kept, lost = (sum(getattr(result, name) for result in results) for name in ("kept", "lost"))
     ranks = [result.lora_a.shape[0] for result in results]
     rows = {}
     for index, expert in enumerate(experts):
@@ -51,6 +51,6 @@ def _kept(experts: Sequence[Expert], merged: Merged) -> dict[str, Any]:
         "rank": ranks[0] if len(set(ranks)) == 1 else [min(ranks), max(ranks)],
         "sites": len(results),
         "norm": energy**0.5,
-        "energy_kept": energy / before if before else 1.0,
+        "energy_kept": kept / (kept + lost) if kept + lost else 1.0,
         "experts": rows,
     }

@@ -1,0 +1,116 @@
+"""The inputs of a live model's layers, summed over batches by hooks; padding does not count."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from data.batch import Batch
+from moa.model import MixtureModel
+from moa.statistics.moments import InputSums, Moments
+
+GROUP_BYTES = 4e9  # of the sums that one pass over the batches makes
+Tick = Callable[[], None]
+
+
+@torch.no_grad()
+def input_sums(
+    model: MixtureModel,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Batch],
+    gates_of: Callable[[Batch], Tensor | None] = lambda batch: None,
+    *,
+    tick: Tick = lambda: None,
+) -> dict[str, InputSums]:
+    """By name, in the order in which the layers first run; empty for one that no token reaches.
+
+    `gates_of` a batch, None for the model's own. The batches are read once for each group of layers whose sums fit
+    `GROUP_BYTES`.
+    """
+    sums: dict[str, InputSums] = {}
+    training = model.training
+    model.eval()
+    for group in _groups(modules):
+        for batch in batches:
+            with watch_inputs(model, group, batch, lambda name, x: sums.setdefault(name, InputSums()).add(x)):
+                model(batch, gates_of(batch))
+            tick()
+    model.train(training)
+    return sums | {name: InputSums() for name in modules if name not in sums}
+
+
+def watch_inputs(
+    model: MixtureModel,
+    modules: Mapping[str, nn.Module],
+    batch: Batch,
+    seen: Callable[[str, Float[Tensor, "token in"]], None],
+) -> ExitStack:
+    """Inside, `seen(name, rows)` gets the inputs of each layer without padding, and without an image of no prompt."""
+    real, blank = batch.token_samples() >= 0, batch.is_blank
+
+    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        (x,) = args
+        by_image = model.backbone.stream_of(name) != "text"
+        if by_image and blank:
+            return
+        rows = x[real] if not by_image and x.shape[:2] == real.shape else x.flatten(0, -2)
+        if len(rows):
+            seen(name, rows)
+
+    hooks = ExitStack()
+    for name, module in modules.items():
+        hooks.enter_context(module.register_forward_pre_hook(partial(hook, name)))
+    return hooks
+
+
+def _groups(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
+    group: dict[str, nn.Module] = {}
+    size = 0.0
+    for name, module in modules.items():
+        needed = 8.0 * _width(module) ** 2
+        if group and size + needed > GROUP_BYTES:
+            yield group
+            group, size = {}, 0.0
+        group[name], size = module, size + needed
+    yield group
+
+
+def num_passes(modules: Mapping[str, nn.Module]) -> int:
+    """How often `input_sums` reads the batches."""
+    return sum(1 for _ in _groups(modules))
+
+
+def _width(module: Any) -> int:
+    return getattr(module, "base_layer", module).in_features
+
+
+def sites_of(model: MixtureModel, expert: str) -> dict[str, nn.Module]:
+    """The layers that have an expert."""
+    return {site: model.bank.sites[site] for site in model.bank.experts[expert].sites}
+
+
+def own_gates(model: MixtureModel, expert: str) -> Callable[[Batch], Tensor]:
+    """The gates of an expert's own samples: it alone is on."""
+    alone = torch.tensor([float(name == expert) for name in model.bank.names])
+    return lambda batch: alone.to(batch.input_ids.device).expand(len(batch), -1)
+
+
+def expert_moments(model: MixtureModel, batches: Mapping[str, Sequence[Batch]]) -> dict[str, dict[str, Moments]]:
+    """Expert -> site -> moments of what it gets on the expert's own batches, that being on; exact.
+
+    Raises ValueError for an expert without batches, and for one with a site that no token reaches.
+    """
+    names = model.bank.names
+    if missing := [name for name in names if not batches.get(name)]:
+        raise ValueError(f"batches.{missing[0]}: none; its inputs are needed")
+    found = {}
+    for name in names:
+        sums = input_sums(model, sites_of(model, name), batches[name], own_gates(model, name))
+        if idle := [site for site, own in sums.items() if not own.tokens]:
+            raise ValueError(f"{idle[0]}: no token of the expert {name} reaches it, so nothing is known of its inputs")
+        found[name] = {site: own.sketch(width := len(own.gram), width) for site, own in sums.items()}
+    return found

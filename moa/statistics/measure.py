@@ -1,0 +1,122 @@
+"""The statistics of every expert of a step folder, from the samples that the run trained it on.
+
+Training samples, not validation: each expert has some by definition, the inputs are those that it learned to read, and
+validation stays unseen for whoever tunes a merge on it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from data.batch import Batch
+from data.checks import BadSampleError
+from data.collate import Collator
+from data.mixture import Mixture
+from data.sample import Sample
+from data.sources import make_collator
+from moa.config import RunConfig
+from moa.model import MixtureModel
+from moa.statistics.gather import input_sums, num_passes, own_gates, sites_of
+from moa.statistics.moments import InputSums, Moments
+from moa.statistics.stored import write_statistics
+
+Directions = int | Literal["full"] | None  # None: as many as make the file about as large as the expert
+Tick = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """How the inputs of a model's experts are measured."""
+
+    model: MixtureModel
+    config: RunConfig
+    mixture: Mixture
+    num_samples: int  # of each expert
+    batch_size: int
+    directions: Directions = None
+
+    def write(self, step: Path, *, main: bool = True, tick: Tick = lambda name: None) -> list[str]:
+        """Write stats.safetensors beside each expert of a step folder that has samples; a line on each.
+
+        Every process of a sharded model must call it, and the `main` one writes. `tick` is called `num_ticks` times.
+        """
+        plain = replace(self.config, prompt=replace(self.config.prompt, task_dropout=0.0))
+        collator = make_collator(plain, self.model.backbone.intake)
+        found, rejected = own_samples(self.config, self.mixture, collator, self.num_samples)
+        lines = [f"{len(rejected)} bad samples left out, first: {rejected[0]}"] if rejected else []
+        for name, samples in found.items():
+            if not samples:
+                lines.append(
+                    f"{name}: data.sources have no sample of it; the run that trained it writes its statistics"
+                )
+                continue
+            moments = self.measure(name, [collator(s) for s in _cut(samples, self.batch_size)], tick)
+            if main:
+                file = write_statistics(step / "experts" / name, moments, len(samples))
+                lines.append(f"{file}: {len(samples)} samples, {file.stat().st_size / 1e6:.1f} MB")
+            if idle := [site for site, own in moments.items() if not own.tokens]:
+                lines.append(f"{name}: none of its samples reaches {len(idle)} of its sites, first {idle[0]}")
+        return lines
+
+    def measure(self, name: str, batches: Sequence[Batch], tick: Tick) -> dict[str, Moments]:
+        sites, device = sites_of(self.model, name), next(self.model.parameters()).device
+        gates = own_gates(self.model, name)
+        moved = [batch.to(device) for batch in batches]
+        sums = input_sums(self.model, sites, moved, gates, tick=lambda: tick(name))
+        return {site: self.sketch(name, site, own) for site, own in sums.items()}
+
+    def sketch(self, name: str, site: str, sums: InputSums) -> Moments:
+        layer = self.model.bank.sites[site]
+        width, out = layer.base_layer.in_features, layer.base_layer.out_features
+        if isinstance(self.directions, int):
+            return sums.sketch(width, self.directions)
+        as_expert = math.ceil(layer.ranks[name] * (width + out) / width)
+        return sums.sketch(width, width if self.directions == "full" else as_expert)
+
+    @property
+    def num_ticks(self) -> int:
+        """An upper bound of the batches that are read."""
+        each = math.ceil(self.num_samples / self.batch_size)
+        return sum(each * num_passes(sites_of(self.model, name)) for name in self.config.experts)
+
+
+def own_samples(
+    config: RunConfig, mixture: Mixture, collator: Collator, number: int
+) -> tuple[dict[str, list[Sample]], list[BadSampleError]]:
+    """The first `number` different samples of each expert in the training mixture, or all; and the bad ones on the way.
+
+    Raises BadSampleError for a bad one where the run's settings do not leave it out.
+    """
+    found: dict[str, list[Sample]] = {name: [] for name in config.experts}
+    declared = {name: config.data.expert or source.expert for name, source in config.data.sources.items()}
+    rejected, seen = [], set[tuple[str, int]]()
+    # a block draws every source, so that this many draws hold `number` samples of each
+    for position in range(min(mixture.block * number, mixture.epoch_length)):
+        wanted = {name for name, own in found.items() if len(own) < number}
+        place = mixture.locate(position)
+        if not wanted:
+            break
+        if place in seen or declared[place[0]] not in (None, *wanted):
+            continue
+        seen.add(place)
+        sample = mixture[position]
+        sample = sample if isinstance(sample, BadSampleError) else _checked(sample, collator)
+        if isinstance(sample, BadSampleError):
+            if config.data.on_bad_sample == "error":
+                raise sample
+            rejected.append(sample)
+        elif sample.expert in wanted:
+            found[sample.expert].append(sample)
+    return found, rejected
+
+
+def _checked(sample: Sample, collator: Collator) -> Sample | BadSampleError:
+    """The sample, or why no batch can hold it."""
+    _, rejected = collator.split([sample])
+    return rejected[0] if rejected else sample
+
+
+def _cut(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    return [samples[start : start + size] for start in range(0, len(samples), size)]

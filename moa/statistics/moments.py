@@ -1,0 +1,114 @@
+"""Second moments of a linear layer's inputs, as a sketch that serves whatever the expert is merged with later.
+
+    G = E[x x^T]  ~  V diag(values - rest) V^T + rest I
+
+V [in, direction] are the leading eigenvectors of G; `rest` is the mean of the other eigenvalues, so the trace is exact,
+and G is exact where all directions are kept, or where the others have no input. Sketches with few directions are about
+as large as the expert itself, and need no sample of its data again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+EXACT_EIGEN = 2048  # a full decomposition of a matrix this small takes seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Of the inputs x of one layer, over `tokens` of them."""
+
+    vectors: Float[Tensor, "in direction"]  # orthonormal
+    values: Float[Tensor, " direction"]  # their eigenvalues, largest first
+    rest: float  # eigenvalue of every other direction
+    mean: Float[Tensor, " in"]
+    tokens: int
+
+    @property
+    def root(self) -> Float[Tensor, "in direction"]:
+        """L of G = L L^T + rest I."""
+        return self.vectors * (self.values - self.rest).clamp(min=0).sqrt()
+
+    def dense(self) -> Float[Tensor, "in in"]:
+        return _plus(self.root, self.rest)
+
+    def within(self, root: Float[Tensor, "axis direction"]) -> Float[Tensor, "axis axis"]:
+        """Q^T G Q in some orthonormal axes Q of the inputs, from `root` = Q^T L."""
+        return _plus(root, self.rest)
+
+
+def _plus(root: Tensor, rest: float) -> Tensor:
+    second = root @ root.T
+    second.diagonal().add_(rest)
+    return second
+
+
+class InputSums:
+    """Sums over tokens, from which the moments are made."""
+
+    def __init__(self) -> None:
+        self.second: Tensor | None = None  # [in, in] float64
+        self.total: Tensor | None = None  # [in]
+        self.tokens = 0
+
+    def add(self, rows: Float[Tensor, "token in"]) -> None:
+        rows = rows.double()
+        second, total = rows.T @ rows, rows.sum(0)
+        self.second = second if self.second is None else self.second.add_(second)
+        self.total = total if self.total is None else self.total.add_(total)
+        self.tokens += len(rows)
+
+    @property
+    def gram(self) -> Float[Tensor, "in in"]:
+        """X^T X / tokens"""
+        assert self.second is not None and self.tokens
+        return self.second / self.tokens
+
+    def sketch(self, width: int, directions: int) -> Moments:
+        """The moments of the `width` inputs, with at most so many directions; none where no token came."""
+        if self.second is None or self.total is None:
+            nothing = torch.zeros(width, dtype=torch.float64)
+            return Moments(vectors=nothing[:, None][:, :0], values=nothing[:0], rest=0.0, mean=nothing, tokens=0)
+        gram = self.gram
+        vectors, values = leading_directions(gram, directions)
+        others = width - len(values)
+        rest = max(float(gram.trace() - values.sum()), 0.0) / others if others else 0.0
+        mean = (self.total / self.tokens).cpu()
+        return Moments(vectors=vectors.cpu(), values=values.cpu(), rest=rest, mean=mean, tokens=self.tokens)
+
+
+def leading_directions(
+    matrix: Float[Tensor, "in in"], count: int
+) -> tuple[Float[Tensor, "in direction"], Float[Tensor, " direction"]]:
+    """The leading eigenvectors and eigenvalues of a positive semidefinite matrix, at most `count`.
+
+    By subspace iteration (Halko et al. 2011) where the matrix is large and few are wanted.
+    """
+    size = len(matrix)
+    if size <= EXACT_EIGEN or count > size // 4:
+        values, vectors = torch.linalg.eigh(matrix)
+        values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same input gives the same file
+            vectors, values, _ = torch.svd_lowrank(matrix, q=count + 16, niter=6)
+        values, vectors = values[:count], vectors[:, :count]
+    return vectors.contiguous(), values.clamp(min=0)
+
+
+def own_directions(moments: Sequence[Moments], count: int) -> Float[Tensor, "in direction"]:
+    """For each expert, `count` directions in which its inputs have most energy relative to all experts' together.
+
+    The leading generalised eigenvectors of (G_k, sum G) where some sketch tells directions apart.
+    """
+    axes, _ = torch.linalg.qr(torch.cat([own.vectors for own in moments], dim=1))
+    seconds = torch.stack([own.within(axes.T @ own.root) for own in moments])
+    total = seconds.sum(0)
+    total.diagonal().add_(1e-6 * total.diagonal().mean())
+    inverse = torch.linalg.inv(torch.linalg.cholesky(total))
+    relative = inverse @ seconds @ inverse.T
+    leading = torch.linalg.eigh(relative).eigenvectors.flip(2)[:, :, :count]  # [expert, axis, count]
+    return torch.cat([axes @ (inverse.T @ own) for own in leading], dim=1)

@@ -1,0 +1,104 @@
+"""Moments of inputs: the sketch against the matrix that it stands for, and what hooks see of a live model."""
+
+import pytest
+import torch
+
+from moa.statistics.gather import expert_moments, input_sums, own_gates, sites_of
+from moa.statistics.moments import EXACT_EIGEN, InputSums, leading_directions, own_directions
+from tests.test_model import batch_of, make_model
+
+SITE = "model.language_model.layers.0.self_attn.q_proj"
+
+
+def sums_of(rows):
+    sums = InputSums()
+    for part in rows.split(7):
+        sums.add(part)
+    return sums
+
+
+def inputs(seed=0, tokens=50, width=6):
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.diag(torch.arange(1.0, width + 1).double())
+    return torch.randn(tokens, width, generator=generator, dtype=torch.float64) @ mix + 0.5
+
+
+def test_a_sketch_of_all_directions_is_the_second_moment():
+    x = inputs()
+    found = sums_of(x).sketch(6, 6)
+    torch.testing.assert_close(found.dense(), x.T @ x / 50)
+    torch.testing.assert_close(found.mean, x.mean(0))
+    assert found.tokens == 50
+
+
+def test_a_sketch_keeps_the_leading_directions_and_spreads_the_rest_of_the_trace():
+    x = inputs()
+    gram = x.T @ x / 50
+    values, vectors = torch.linalg.eigh(gram)
+    found = sums_of(x).sketch(6, 2)
+    expected = vectors @ torch.diag(torch.cat([values[:4].mean().expand(4), values[4:]])) @ vectors.T
+    torch.testing.assert_close(found.dense(), expected)
+    torch.testing.assert_close(found.dense().trace(), gram.trace())
+    axes = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64)).Q
+    torch.testing.assert_close(found.within(axes.T @ found.root), axes.T @ expected @ axes)
+
+
+def test_fewer_inputs_than_directions_are_exact_and_none_have_no_moments():
+    x = inputs(tokens=2)
+    torch.testing.assert_close(sums_of(x).sketch(6, 3).dense(), x.T @ x / 2)
+    nothing = InputSums().sketch(6, 3)
+    assert nothing.tokens == 0 and not nothing.dense().any()
+
+
+@pytest.mark.slow
+def test_few_directions_of_a_large_matrix_are_those_of_the_full_decomposition():
+    size = EXACT_EIGEN + 8
+    axes = torch.linalg.qr(torch.randn(size, 12, generator=torch.Generator().manual_seed(0))).Q
+    wanted = 2.0 ** -torch.arange(12.0)
+    vectors, values = leading_directions(axes * wanted @ axes.T, 4)
+    torch.testing.assert_close(values, wanted[:4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((vectors * axes[:, :4]).sum(0).abs(), torch.ones(4), rtol=1e-4, atol=1e-4)
+
+
+def test_own_directions_are_those_where_one_expert_has_more_input_than_all():
+    axis = torch.eye(6, dtype=torch.float64)
+    strong = 10 * axis[0].expand(20, 6)  # of both, and so of neither
+    found = own_directions([sums_of(torch.cat([strong, axis[k : k + 1]])).sketch(6, 2) for k in (1, 2)], 1)
+    unit = found / found.norm(dim=0)
+    torch.testing.assert_close(unit.abs(), axis[:, 1:3], rtol=0, atol=1e-2)
+
+
+# A live model -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("fixed")
+
+
+def test_moments_are_those_of_the_experts_own_inputs_without_padding(model):
+    batch = batch_of(model)
+    batches = {name: [batch] for name in model.bank.names}
+    found = expert_moments(model, batches)
+    assert {name: {*own} for name, own in found.items()} == dict.fromkeys(batches, {*model.bank.sites})
+    seen = []
+    hook = model.bank.sites[SITE].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(batch, torch.eye(3)[1].expand(len(batch), -1))
+    hook.remove()
+    rows = seen[0][batch.attention_mask.bool()].double()
+    torch.testing.assert_close(found["caption"][SITE].dense(), rows.T @ rows / len(rows))
+    assert found["caption"][SITE].tokens == len(rows)
+    with pytest.raises(ValueError, match=r"batches.caption: none"):
+        expert_moments(model, {**batches, "caption": []})
+
+
+def test_layers_in_groups_give_what_they_give_at_once(model, monkeypatch):
+    batch = batch_of(model)
+    options = (model, sites_of(model, "vqa"), [batch], own_gates(model, "vqa"))
+    ticks = []
+    expected = input_sums(*options)
+    monkeypatch.setattr("moa.statistics.gather.GROUP_BYTES", 3e4)
+    found = input_sums(*options, tick=lambda: ticks.append(1))
+    assert len(ticks) > 1 and found.keys() == expected.keys()
+    assert all(torch.equal(found[site].gram, own.gram) for site, own in expected.items())
