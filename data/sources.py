@@ -28,6 +28,7 @@ def open_source(source: SourceConfig, expert: str | None, ocr: OcrCache | None) 
         return DrawingDataset(split, source.task or "names", template=source.prompt, **shared)
     from data.world.scene_dataset import SceneDataset
 
+    shared |= {"asks": source.asks, "convention": source.convention, "sign": source.sign}
     return SceneDataset(split, source.task, ocr=ocr, **shared)
 
 

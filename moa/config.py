@@ -160,6 +160,10 @@ class SourceConfig:
     prompt: str | None = None
     instruction: str | None = None  # behind question and OCR words; null: the format's own
     style: str | None = None  # of scenes and drawings: drawing style; null: the split's own
+    asks: str | None = None  # of scenes: the task whose questions they are, where `task` is another name
+    # of scenes: answers by another convention, see data/world/conventions.py
+    convention: str | None = None
+    sign: str | None = None  # of scenes: only those whose sign has a word, or scribble; null: all
     # the expert that these samples train; null: the reader's own choice; none: to be left to the base
     expert: str | None = None
     # what scores them: docs/evaluation.md; null: the format's own, or their task's
@@ -187,6 +191,8 @@ class SourceConfig:
         check(not made or self.num_samples is not None, "num_samples", f"{form} needs a number")
         check(not made or self.path is None, "path", f"has no effect with format={form}")
         check(made or self.path is not None, "path", f"format {form} needs a file")
+        for key in ("asks", "convention", "sign"):
+            check(form == "scenes" or getattr(self, key) is None, key, f"has no effect with format={form}")
 
 
 @dataclass(frozen=True, kw_only=True)

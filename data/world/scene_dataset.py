@@ -19,9 +19,11 @@ from PIL.Image import Image
 
 from data.sample import OcrWord, Sample
 from data.world.concepts import SPLITS, check_choice
+from data.world.conventions import CONVENTIONS, converted
 from data.world.questions import TASKS, Question, questions
 from data.world.scenes import Scene, render_scene, scene_rng
 
+SIGNS = ("word", "scribble")
 TRAINED_TASKS = ("vqa", "caption", "grounding", "ocr_vqa")
 OcrReader = Callable[[Image], tuple[OcrWord, ...] | None]
 
@@ -43,7 +45,9 @@ class SceneDataset:
 
     `style` overrides the drawing style; `expert` and `source` label the samples (default: by task and style).
     `ocr` maps an image to its words (a cache or a live engine); None leaves the samples without OCR.
-    Raises ValueError for an unknown split or task.
+    `asks` is the task whose questions they are, where `task` is another name; `convention` is one of CONVENTIONS; with
+    `sign` only scenes are asked about whose sign has a word, or has scribble.
+    Raises ValueError for an unknown split, task, convention or sign, and for options of scenes on a slice.
     """
 
     def __init__(
@@ -53,14 +57,22 @@ class SceneDataset:
         *,
         num_samples: int,
         style: str | None = None,
+        asks: str | None = None,
+        convention: str | None = None,
+        sign: str | None = None,
         expert: str | None = None,
         source: str | None = None,
         seed: int = 0,
         ocr: OcrReader | None = None,
     ):
         check_choice("split", split, (*SPLITS, *SLICES))
-        check_choice("task", task, TASKS if split in SPLITS else (task,))
+        if split in SLICES and (asks or convention or sign):
+            raise ValueError(f"asks, convention, sign: have no effect on {split}, which has its own")
+        check_choice("task" if asks is None else "asks", asks or task, TASKS if split in SPLITS else (task,))
+        check_choice("convention", convention, (None, *CONVENTIONS))
+        check_choice("sign", sign, (None, *(SIGNS if (asks or task) != "ocr_vqa" else ("word",))))
         self.split, self.task, self.num_samples, self.style = split, task, num_samples, style
+        self.asks, self.convention, self.sign = asks or task, convention, sign
         self.expert, self.source, self.seed, self.ocr = expert, source or task or split, seed, ocr
 
     def __len__(self) -> int:
@@ -71,12 +83,13 @@ class SceneDataset:
             raise IndexError(f"sample {index} of {self.num_samples}")
         pick = self._pick(index)
         image, scene = _scene(pick, self.seed)
-        question = _choose(pick, scene, self.seed)
+        question = converted(_choose(pick, scene, self.seed), self.convention)
+        task = self.task or pick.task
         rng = scene_rng(f"wording/{pick.task}", pick.scene, self.seed)
         wordings = question.wordings(SPLITS[pick.split].wordings)
         number = 0 if self.split in SLICES else int(rng.integers(len(wordings)))
-        own: dict[str, Any] = {"id": f"{self.split}/{pick.task}/{scene.id}", "image_id": scene.id}
-        own |= {"task": pick.task, "expert": self.expert or expert_of(pick.task, scene.style)}
+        own: dict[str, Any] = {"id": f"{self.split}/{task}/{scene.id}", "image_id": scene.id}
+        own |= {"task": task, "expert": self.expert or expert_of(pick.task, scene.style)}
         own |= {"question": wordings[number], "answers": question.answers, "boxes": question.boxes}
         own |= {"tags": (question.kind, scene.style, scene.ground), "source": self.source}
         return Sample(image=image, ocr=None if self.ocr is None else self.ocr(image), **own)
@@ -84,14 +97,16 @@ class SceneDataset:
     def _pick(self, index: int) -> Pick:
         if self.split in SLICES:
             return SLICES[self.split](index, self.seed)
-        assert self.task is not None  # checked in __init__
-        scene = scene_of(index, self.task)
-        return Pick(split=self.split, task=self.task, scene=scene, style=self.style)
+        assert self.asks is not None  # checked in __init__
+        scene = scene_of(index, self.asks, self.sign)
+        return Pick(split=self.split, task=self.asks, scene=scene, style=self.style)
 
 
-def scene_of(index: int, task: str) -> int:
+def scene_of(index: int, task: str, sign: str | None = None) -> int:
     """The scene that sample `index` asks about: `ocr_vqa` skips the scenes without a word."""
-    return index // 2 * 4 + index % 2 if task == "ocr_vqa" else index
+    if sign == "scribble":
+        return index * 4 + 2
+    return index // 2 * 4 + index % 2 if sign == "word" or task == "ocr_vqa" else index
 
 
 def expert_of(task: str, style: str) -> str | None:

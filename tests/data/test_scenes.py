@@ -9,6 +9,7 @@ import pytest
 
 from data.ocr import content_hash
 from data.world.concepts import CATEGORY, HELD_OUT_CONCEPTS, HELD_OUT_GROUNDS, SPLITS, sign_words
+from data.world.conventions import coarse
 from data.world.questions import SPECIFIC, TASKS, WORDINGS, place, questions
 from data.world.scene_dataset import SLICES, TRAINED_TASKS, SceneDataset
 from data.world.scenes import SIZE, Thing, render_scene
@@ -169,3 +170,37 @@ def test_an_unknown_split_or_task_is_named_with_the_choices():
         SceneDataset("tset", "vqa", num_samples=1)
     with pytest.raises(ValueError, match="task 'vqq' is unknown; choices: vqa"):
         SceneDataset("train", "vqq", num_samples=1)
+
+
+def test_conventions_ask_the_same_and_want_another_answer():
+    usual = SceneDataset("test", "vqa", num_samples=200)
+    other = SceneDataset("test", "vqa_coarse", num_samples=200, asks="vqa", convention="coarse", expert="coarse")
+    pairs = [(usual[i], other[i]) for i in range(200)]
+    assert all((a.question, a.image_id) == (b.question, b.image_id) for a, b in pairs)
+    assert not any(set(a.answers) & set(b.answers) for a, b in pairs)
+    assert (other[0].task, other[0].expert) == ("vqa_coarse", "coarse")
+    expected = {"cat": "animal", "animal": "nature", "drum": "instrument", "tool": "object", "red": "warm",
+                "purple": "cold", "grass": "photo", "top left": "top"}  # fmt: skip
+    assert {answer: coarse(answer) for answer in expected} == expected
+
+
+def test_the_sign_decides_what_yes_means_and_the_style_which_axis_comes_first():
+    word = SceneDataset("test", "yes_no", num_samples=8, sign="word")
+    scribble = SceneDataset("test", "yes_no", num_samples=8, sign="scribble", convention="inverted")
+    plain = SceneDataset("test", "yes_no", num_samples=40)
+    numbers = [sample.image_id.split("-")[2] for sample in map(scribble.__getitem__, range(8))]
+    assert numbers == [str(4 * i + 2) for i in range(8)]
+    assert [int(word[i].image_id.split("-")[2]) % 4 for i in range(8)] == [0, 1] * 4
+    for i in range(8):
+        assert {*scribble[i].answers, *plain[4 * i + 2].answers} == {"yes", "no"}
+    box, usual = (SceneDataset("test", "grounding", num_samples=1, convention=c)[0].boxes for c in ("swapped", None))
+    assert box == ((usual[0][1], usual[0][0], usual[0][3], usual[0][2]),)
+
+
+def test_a_convention_that_questions_do_not_have_is_refused():
+    with pytest.raises(ValueError, match="convention 'loud' is unknown; choices: None, coarse, inverted, swapped"):
+        SceneDataset("test", "vqa", num_samples=1, convention="loud")
+    with pytest.raises(ValueError, match="convention inverted: is for yes and no, got"):
+        SceneDataset("test", "vqa", num_samples=1, convention="inverted")[0]
+    with pytest.raises(ValueError, match="have no effect on slice_ocr"):
+        SceneDataset("slice_ocr", num_samples=1, sign="word")

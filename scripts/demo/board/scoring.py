@@ -5,7 +5,7 @@ Rows that answer with the same weights and gates share the file, in whatever boa
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -134,20 +134,30 @@ def engine_of(config: RunConfig) -> RapidOcr:
 
 
 def read_images(plan: Plan, boards: Sequence[str], num_workers: int) -> None:
-    """Read the words of every image of every column once, before the rows share the cache."""
+    """Read the words of every image of columns and training once, before the rows share the cache."""
     config, marker = load_config(read_board(boards[0]).config), plan.out / "images_read"
-    wanted = digest(json.dumps([given(column) for board in boards for column in plan.columns(board).values()]))
+    sources = {json.dumps(given(source)): source for board in boards for source in sources_of(plan, board)}
+    wanted = digest(json.dumps(sorted(sources)))
     if marker.is_file() and marker.read_text() == wanted:
         return
     if not plan.ocr_file.is_file() and config.data.ocr_cache:
         plan.ocr_file.parent.mkdir(parents=True, exist_ok=True)
         write_file(plan.ocr_file, (ROOT / config.data.ocr_cache).read_bytes())
     images: dict[str, Any] = {}
-    for board in boards:
-        for column in plan.columns(board).values():
-            dataset = open_source(column, None, None)
-            for sample in (dataset[index] for index in range(len(dataset))):
-                images.setdefault(sample.image_id, sample.image)
+    for source in sources.values():
+        dataset = open_source(source, None, None)
+        for sample in (dataset[index] for index in range(len(dataset))):
+            images.setdefault(sample.image_id, sample.image)
     engine = engine_of(config)
     build_cache([*images.values()], plan.ocr_file, engine=engine, num_workers=num_workers)
     write_file(marker, wanted)
+
+
+def sources_of(plan: Plan, name: str) -> Iterator[SourceConfig]:
+    """All that the rows of a board are scored on, trained on and validated on."""
+    board = read_board(name)
+    yield from plan.columns(name).values()
+    for row in board.rows.values():
+        if row.trains:
+            config = load_config([*board.config, *row.config], [*row.settings.items(), *plan.overrides])
+            yield from (*config.data.sources.values(), *config.data.validation.values())
