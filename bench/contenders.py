@@ -23,6 +23,7 @@ from bench.bench_model import make_backbone, make_batch, make_mixture, race, rat
 from bench.settings import Setting
 from moa.backbones.llava import Backbone
 from moa.experts.bank import ExpertBank
+from moa.experts.ties import Ties
 from moa.model import LanguageMixture, MixtureModel
 
 
@@ -191,23 +192,29 @@ def measure_layer(setting: Setting, rounds: int) -> tuple[dict[str, dict[str, fl
     size, rank, count = setting.size, setting.rank, setting.num_experts
     device, dtype, width = setting.device, setting.dtype, setting.size.width
     base = nn.Linear(width, width).requires_grad_(False).to(device, dtype)
-    holder = nn.ModuleDict({"site": base})
-    bank = ExpertBank.attach(holder, ["site"])
-    for i in range(count):
-        bank.add(f"expert{i}", rank=rank, alpha=rank)
+    banks, own = {}, {}
+    for name in ("ours", "shared A"):
+        holder = nn.ModuleDict({"site": base})
+        banks[name] = ExpertBank.attach(holder, ["site"])
+        for i in range(count):
+            banks[name].add(f"expert{i}", rank=rank, alpha=rank)
+        own[name] = holder["site"]
+    if count > 1:
+        banks["shared A"].tie({name: Ties(share_a="all") for name in banks["shared A"].names})
     plain = nn.Linear(width, width).requires_grad_(False).to(dtype)
     config = LoraConfig(r=rank * count, target_modules=["site"])
     peft = get_peft_model(nn.ModuleDict({"site": plain}), config)  # type: ignore[arg-type]
     lora = peft.get_submodule("base_model.model.site").to(device)
     loop = LoopLinear(base, count, rank).to(device)
-    layers = {"frozen": base, "lora": lora, "ours": holder["site"], "loop": loop}
+    layers = {"frozen": base, "lora": lora, "loop": loop, **own}
     shape = size.batch, size.image_tokens + size.prompt + size.answer, width
     x = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
     loop.gates = gates = torch.rand(size.batch, 1, count, device=device, requires_grad=True)
     grad = torch.randn(shape, device=device, dtype=dtype)
 
     def run(name: str) -> Tensor:
-        bank.set_gates(gates)
+        if name in banks:
+            banks[name].set_gates(gates)
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             return layers[name](x).to(dtype)
 

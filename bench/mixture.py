@@ -3,10 +3,10 @@
     python -m bench.mixture [size=tiny|small|slice7b|large|llava7b] [rank=8]
         [device=cpu|cuda] [dtype=fp32|bf16] [checkpointing=true]
 
-One expert layer, and one whole training step (router, forward, backward, AdamW), each beside its
-contenders (bench.contenders). Ratios are ours over theirs, the median over rounds in which
-they took turns. `of peak` is the frozen model's arithmetic per second over that of one large matrix
-product. Writes results/bench_mixture_<size>[_<dtype>][_checkpointed].json.
+One expert layer (also with one A for all experts), and one whole training step (router, forward,
+backward, AdamW), each beside its contenders (bench.contenders). Ratios are ours over theirs, the
+median over rounds in which they took turns. `of peak` is the frozen model's arithmetic per second
+over that of one large matrix product. Writes results/bench_mixture_<size>[_<dtype>][_checkpointed].json.
 """
 
 import warnings

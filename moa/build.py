@@ -18,6 +18,7 @@ from moa.cli.settings import Override
 from moa.clip_model import ClipMixture
 from moa.config import ExpertConfig, ModelConfig, RunConfig
 from moa.experts.bank import ExpertBank
+from moa.experts.ties import Ties
 from moa.files.peft import ExpertHeader, read_header, read_tensors
 from moa.model import LanguageMixture, MixtureModel
 
@@ -77,7 +78,11 @@ def build_mixture(
             made: dict[str, Any] = {"rank": expert.rank or RANK, "alpha": expert.alpha or ALPHA}
             made["use_rslora"] = bool(expert.use_rslora)
             bank.add(name, targets=expert.targets, seed=config.seed, **made)
-        bank.freeze(name, expert.frozen)
+    ties = {
+        n: Ties(share_a=e.share_a, share_b=e.share_b, layers=tuple(e.tie_layers)) for n, e in config.experts.items()
+    }
+    bank.tie(ties, given=adapters if place is import_adapter else ())
+    bank.train({name: () if expert.frozen else tuple(expert.factors) for name, expert in config.experts.items()})
     router = build_router(config, bank, backbone.dims)
     if config.router.granularity == "token":
         bank.add_token_routers(seed=config.seed)

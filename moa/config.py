@@ -87,6 +87,18 @@ class ExpertConfig:
     targets: list[str] | None = None  # a subset of model.targets; null: all of them
     init_from: FilePath | None = None  # PEFT adapter folder that this expert starts from
     frozen: bool = False  # takes part in the mixture, is never trained
+    # experts that name the same group have one lora_A at each site (one lora_B); null: a factor of their own
+    share_a: str | None = None
+    share_b: str | None = None  # the same for lora_B
+    # expressions over the whole path: the sites of one shape that one matches have one lora_A and one lora_B
+    tie_layers: list[str] = field(default_factory=list)
+    factors: list[Literal["A", "B"]] = field(default_factory=lambda: ["A", "B"])  # that are trained
+
+    def __post_init__(self) -> None:
+        check(bool(self.factors), "factors", "names none; frozen: true trains neither")
+        check(len(set(self.factors)) == len(self.factors), "factors", f"names one twice: {list(self.factors)}")
+        rule = f"{list(self.factors)} has no effect with frozen: true"
+        check(not self.frozen or len(self.factors) == 2, "factors", rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,10 +381,35 @@ def check_experts(config: RunConfig) -> None:
     for name in names:
         check(re.fullmatch(r"\w[\w-]*", name) is not None, f"experts.{name}", "is no folder name")
         check(name != NONE, f"experts.{name}", "means no expert (router.null_expert)")
+    check_ties(config)
     possible = "top_k" not in router.row.options or router.top_k <= len(names)
     check(possible, "router.top_k", f"is {router.top_k}, but there are {len(names)} experts")
     for name in router.weights or {}:
         check(name in names, f"router.weights.{name}", f"no such expert; choices: {names}")
+
+
+def check_ties(config: RunConfig) -> None:
+    experts = config.experts
+    groups = {key: dict[str, list[str]]() for key in ("share_a", "share_b")}
+    for name, expert in experts.items():
+        for key, group in (("share_a", expert.share_a), ("share_b", expert.share_b)):
+            if group is not None:
+                groups[key].setdefault(group, []).append(name)
+        given = expert.init_from or any(stage.init_from for stage in config.stages.values())
+        rule = "[A] trains nothing: lora_B starts at zero; give it init_from, or train B"
+        check(expert.factors != ["A"] or bool(given), f"experts.{name}.factors", rule)
+    for key, named in groups.items():
+        for group, members in named.items():
+            check(len(members) > 1, f"experts.{members[0]}.{key}", f"no other expert has the group {group!r}")
+            layers = {tuple(experts[name].tie_layers) for name in members}
+            rule = f"must be the same for all experts of {key} {group!r}: {', '.join(members)}"
+            check(len(layers) == 1, f"experts.{members[0]}.tie_layers", rule)
+    seen = set[tuple[str, str]]()
+    for name, expert in experts.items():
+        if expert.share_a is not None and expert.share_b is not None:
+            rule = "another expert has this lora_A and this lora_B too, so that they are one; share one of the two"
+            check((expert.share_a, expert.share_b) not in seen, f"experts.{name}.share_b", rule)
+            seen.add((expert.share_a, expert.share_b))
 
 
 def check_sources(config: RunConfig) -> None:

@@ -27,12 +27,12 @@ class Part:
 
 
 def expert_parameters(model: MixtureModel) -> Parameters:
-    bank = model.bank
-    return {
-        f"{name}.{key.removeprefix('base_model.model.')}": parameter
-        for name in bank.names
-        for key, parameter in zip(bank.state(name), bank.parameters(name), strict=True)
-    }
+    """Each parameter once, by the name of the first expert and site that have it."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name in model.bank.names:
+        for key, parameter in model.bank.named_parameters(name):
+            found.setdefault(id(parameter), (f"{name}.{key.removeprefix('base_model.model.')}", parameter))
+    return dict(found.values())
 
 
 def expert_state(model: MixtureModel) -> dict[str, Tensor]:

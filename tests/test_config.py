@@ -181,6 +181,13 @@ def test_every_shipped_run_config_loads(file):
     assert load_config(file).stages
 
 
+@pytest.mark.parametrize("file", sorted(Path("configs/shapes").glob("*.yaml")), ids=lambda f: f.name)
+def test_every_shipped_shape_lies_over_the_demo(file):
+    demo, shape = load_config("configs/demo.yaml"), load_config(["configs/demo.yaml", file])
+    assert shape.out != demo.out
+    assert (shape.experts, shape.stages, shape.data) != (demo.experts, demo.stages, demo.data)
+
+
 def test_the_share_of_a_source_is_a_weight_or_a_number_of_draws():
     entry = "{}: {{task: vqa, num_samples: 4, expert: a, {}}}"
     both = entry.format("s", "weight: 2.0, count: 3")

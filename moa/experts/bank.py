@@ -1,4 +1,4 @@
-"""The bank of experts of one model: attach, add, freeze, remove, rename, import and export.
+"""The bank of experts of one model: attach, add, tie, freeze, remove, rename, import and export.
 
 The bank swaps chosen `nn.Linear` modules for `ExpertLinear` ones around them, and `detach` puts them back. An expert is
 of one kind, a row of moa/experts/kinds.py, over all sites or a subset.
@@ -20,7 +20,8 @@ from moa.experts.context import Decide, GateContext, GateState
 from moa.experts.kinds import KINDS
 from moa.experts.lora import ExpertLinear
 from moa.experts.lora_state import hashed
-from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites
+from moa.experts.ties import FACTORS, Place, Ties, tied_places
+from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites, site_keys
 from moa.files.targets import ALL_LINEAR, is_target, select
 
 EXPERT_NAME = re.compile(r"\w[\w-]*")
@@ -33,7 +34,11 @@ class ExpertSpec:
     kind: str
     settings: dict[str, Any]
     sites: tuple[str, ...]
-    frozen: bool = False
+    trained: tuple[str, ...] = FACTORS
+
+    @property
+    def frozen(self) -> bool:
+        return not self.trained
 
 
 @dataclass(kw_only=True)
@@ -201,17 +206,79 @@ class ExpertBank:
                     site.add(expert, *factors)
             self.experts, self.context.state = everyone, None
 
+    def tie(self, ties: Mapping[str, Ties], given: Collection[str] = ()) -> None:
+        """Let experts have factors in common, see `moa.experts.ties`; fresh ones take those of the `given`, if any.
+
+        Raises ValueError where ranks differ, and where factors of given experts do.
+        """
+        for places in tied_places(self.sites, ties):
+            first, *rest = sorted(places, key=lambda place: place[0] not in given)
+            parameter = self.factor(first)
+            for place in rest:
+                expert, site, factor = place
+                check_same(parameter, self.factor(place), first, place, expert in given)
+                self.sites[site].tie(factor, expert, parameter)
+        self.context.forget()
+
+    def factor(self, place: Place) -> nn.Parameter:
+        expert, site, factor = place
+        own: nn.Parameter = getattr(self.sites[site], f"lora_{factor}_{expert}")
+        return own
+
+    def places(self) -> dict[int, list[Place]]:
+        """Each parameter's id -> the places that have it."""
+        found: dict[int, list[Place]] = {}
+        for expert, spec in self.experts.items():
+            for site in spec.sites:
+                for factor in FACTORS:
+                    place = expert, site, factor
+                    found.setdefault(id(self.factor(place)), []).append(place)
+        return found
+
     def freeze(self, name: str, frozen: bool = True) -> None:
         """A frozen expert takes part in the mixture and gets no gradient, so nothing moves it."""
-        self.experts[name] = replace(self._spec(name), frozen=frozen)
-        for parameter in self.parameters(name):
-            parameter.requires_grad_(not frozen)
+        self.train({name: () if frozen else FACTORS})
+
+    def train(self, trained: Mapping[str, Sequence[str]]) -> None:
+        """Let experts train these factors and no others: {"vqa": ["B"], "line": []}.
+
+        Raises ValueError where experts have a factor in common and not all of them would train it.
+        """
+        after = {name: trained.get(name, self._spec(name).trained) for name in {**self.experts, **trained}}
+        for places in self.places().values():
+            learn = {e: f in after[e] for e, _, f in places}
+            if len(set(learn.values())) > 1:
+                does, does_not = ([e for e in learn if learn[e] == one] for one in (True, False))
+                _, site, factor = places[0]
+                raise ValueError(
+                    f"experts {', '.join(learn)} have one lora_{factor} (first at {site}): {', '.join(does)} would "
+                    f"train it, and {', '.join(does_not)} not; freeze all of them, or none"
+                )
+        for name, factors in trained.items():
+            self.experts[name] = replace(self._spec(name), trained=tuple(f for f in FACTORS if f in factors))
+            for site in self.experts[name].sites:
+                for factor in FACTORS:
+                    self.factor((name, site, factor)).requires_grad_(factor in factors)
+
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """Those of frozen experts, and the factors that an expert does not train."""
+        return [
+            self.factor((name, site, factor))
+            for name, spec in self.experts.items()
+            for site in spec.sites
+            for factor in FACTORS
+            if factor not in spec.trained
+        ]
 
     def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
-        """Those of one expert, or of all."""
-        for expert in self.names if name is None else [name]:
-            for site_name in self._spec(expert).sites:
-                yield from self.sites[site_name].own(expert)
+        """Those of one expert, or of all, each once."""
+        experts = self.names if name is None else [name]
+        yield from {id(p): p for expert in experts for _, p in self.named_parameters(expert)}.values()
+
+    def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """One expert's, by the keys of its file: one that layers have in common comes under the key of each."""
+        own = (p for site in self._spec(name).sites for p in self.sites[site].own(name))
+        return zip(self.state(name), own, strict=True)
 
     def state(self, name: str) -> dict[str, Tensor]:
         """What one expert's file holds, by key; the tensors share memory with the parameters."""
@@ -219,7 +286,24 @@ class ExpertBank:
 
     def load_state(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite an expert with a state of the same sites and shapes; ValueError otherwise."""
-        KINDS[self._spec(name).kind].overwrite(self.state(name), tensors, name)
+        self.load_states({name: tensors})
+
+    def load_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Overwrite several experts; ValueError also where a factor that they have in common would not be one, and
+        where another expert that has it too, and is not loaded, would change."""
+        for places in self.places().values():
+            loaded = [place for place in places if key_of(place) in states.get(place[0], ())]
+            for place in places if loaded else []:
+                expert, site, factor = place
+                if place in loaded:
+                    value = states[expert][key_of(place)]
+                elif expert in states or not self.factor((expert, site, other_than(factor))).any():
+                    continue  # a missing key, an error below; or an update that is zero, and stays so
+                else:
+                    value = self.factor(place).detach()
+                check_same(states[loaded[0][0]][key_of(loaded[0])], value, loaded[0], place, True)
+        for name, tensors in states.items():
+            KINDS[self._spec(name).kind].overwrite(self.state(name), tensors, name)
         self.context.forget()
 
     def peft_config(self, name: str) -> dict[str, Any]:
@@ -323,6 +407,27 @@ class ExpertBank:
         sites = tuple(site for site, layer in self.sites.items() if name in layer.experts)
         self.experts[name] = ExpertSpec(kind=kind, settings=settings, sites=sites)
         self.context.state = None  # gates of other experts
+
+
+def key_of(place: Place) -> str:
+    """The key of a factor in its expert's file."""
+    _, site, factor = place
+    return site_keys(site)[FACTORS.index(factor)]
+
+
+def other_than(factor: str) -> str:
+    return FACTORS[1 - FACTORS.index(factor)]
+
+
+def check_same(one: Tensor, other: Tensor, first: Place, place: Place, values: bool) -> None:
+    """ValueError for two factors that are to be one and differ in shape, or where asked for in `values`."""
+    expert, site, factor = place
+    about = f"expert {expert}: its lora_{factor} at {site} is to be that of {first[0]} at {first[1]}"
+    if one.shape != other.shape:
+        raise ValueError(f"{about}, and they are {list(other.shape)} and {list(one.shape)}")
+    if values and one is not other and not torch.equal(one.to(other), other):
+        difference = (one.to(other) - other).abs().max()
+        raise ValueError(f"{about}, and they differ by up to {difference:.3g}")
 
 
 def tied_layers(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -1,6 +1,8 @@
 """LoRA experts at a frozen linear layer.
 
 y = W x + sum_e gate_e scaling_e B_e A_e x
+
+Experts may have one A or one B in common: the same Parameter under the names of all of them.
 """
 
 from collections.abc import Callable
@@ -8,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from moa.experts.context import GateContext, GateState
-from moa.experts.lora_product import add_mixture, concatenate, mix, widen
+from moa.experts.lora_product import Ranks, add_mixture, concatenate, mix, widen
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,9 @@ class ExpertLinear(nn.Module):
         self.context = context
         self.scalings: dict[str, float] = {}  # expert -> alpha / rank or alpha / sqrt(rank)
         self.register_parameter("token_router", None)
-        self._per_rank: tuple[Any, Tensor, Tensor] | None = None  # what `per_rank` gave last
+        self._leaders = {"A": dict[str, str](), "B": dict[str, str]()}  # expert -> the first one with its factor
+        # of the last forward's experts: what their ranks are, and the names of their factors, each once
+        self._layout: tuple[Any, Ranks, list[str], list[str]] | None = None
 
     def forward(self, x: Float[Tensor, "*lead in"]) -> Float[Tensor, "*lead out"]:
         """The base's output, plus each expert's B A x times its gate and scaling."""
@@ -56,11 +61,12 @@ class ExpertLinear(nn.Module):
             # Each factor goes in by itself, so that each gets its own gradient, also from gate 0.
             self.context.forget()  # the step that follows changes the factors
             gates = self._gates(x, state)  # [batch, 1, expert], or by token [batch, seq, expert]
-            return mix(x, out, gates, *self.per_rank(state), *self._factors(state))
+            return mix(x, out, gates, self.layout(state)[0], *self._factors(state))
         # A generation calls this at each token under the same gates: its rank gates, A and B are
         # put together at the first one. `out` is fresh, so that the product is added into it.
         rank_gates, a, b_t = self._prepared(x, state, out.dtype)
-        return add_mixture(out, x, rank_gates, a, b_t)
+        ranks = self.layout(state)[0]
+        return add_mixture(out, x, rank_gates, a, b_t, ranks.spread, ranks.gather)
 
     @property
     def experts(self) -> list[str]:
@@ -87,33 +93,63 @@ class ExpertLinear(nn.Module):
         self.register_parameter(f"lora_A_{expert}", a)
         self.register_parameter(f"lora_B_{expert}", b)
         self.scalings[expert] = scaling
-        self._per_rank = None
+        self._changed()
 
     def remove(self, expert: str) -> tuple[nn.Parameter, nn.Parameter, float]:
         """Give back what `add` took."""
         removed = self.lora_A[expert], self.lora_B[expert], self.scalings.pop(expert)
         delattr(self, f"lora_A_{expert}")
         delattr(self, f"lora_B_{expert}")
-        self._per_rank = None
+        self._changed()
         return removed
 
-    def per_rank(self, state: GateState) -> tuple[Tensor, Tensor]:
-        """For each rank [total rank], the place of its expert among the gates, and its scaling."""
-        key, known = (state.experts, state.active), self._per_rank
+    def tie(self, factor: str, expert: str, parameter: nn.Parameter) -> None:
+        """Let an expert's factor, "A" or "B", be a Parameter that another place has too."""
+        self.register_parameter(f"lora_{factor}_{expert}", parameter)
+        self._changed()
+
+    def layout(self, state: GateState) -> tuple[Ranks, list[str], list[str]]:
+        """What the ranks of the experts that take part are, and the names of their factors A and B, each once."""
+        key, known = (state.experts, state.active), self._layout
         if known is None or known[0] != key:
-            device, running = self.base_layer.weight.device, self._running(state)
-            ranks = [len(a) for a in self._factors(state)[0]]
-            each = [e for e, rank in zip(running, ranks, strict=True) for _ in range(rank)]
+            device, of = self.base_layer.weight.device, self.ranks
+            running = {e: of[e] for e in self._running(state)}
+            each = [e for e, rank in running.items() for _ in range(rank)]
             place = torch.tensor([state.experts.index(e) for e in each], device=device)
             scaling = torch.tensor([self.scalings[e] for e in each], device=device)
-            known = self._per_rank = key, place, scaling
-        return known[1], known[2]
+            rows, spread = self._once("A", running)
+            columns, gather = self._once("B", running)
+            spread = None if spread is None else spread.to(device)
+            gather = None if gather is None else gather.t().to(device)
+            ranks = Ranks(place=place, scaling=scaling, spread=spread, gather=gather)
+            known = self._layout = key, ranks, rows, columns
+        return known[1:]
+
+    def _once(self, factor: str, ranks: dict[str, int]) -> tuple[list[str], Tensor | None]:
+        """The names of the experts' different factors, and [rows, rank] of zeros and ones from these to each rank;
+        None where all differ."""
+        held, start, row_of = dict[str, tuple[str, int]](), 0, list[int]()
+        for expert, rank in ranks.items():
+            leader = self._leaders[factor].get(expert, expert)
+            if leader not in held:
+                held[leader], start = (f"lora_{factor}_{expert}", start), start + rank
+            row_of += range(held[leader][1], held[leader][1] + rank)
+        names = [name for name, _ in held.values()]
+        spread = F.one_hot(torch.tensor(row_of), start).t().float() if len(names) < len(ranks) else None
+        return names, spread
+
+    def _changed(self) -> None:
+        """Note anew which experts have a factor in common with an earlier one."""
+        self._layout = None
+        for factor, factors in (("A", self.lora_A), ("B", self.lora_B)):
+            first = {id(p): expert for expert, p in reversed(factors.items())}
+            self._leaders[factor] = {e: first[id(p)] for e, p in factors.items() if first[id(p)] != e}
 
     def extra_repr(self) -> str:
         return f"site={self.name}, ranks={self.ranks}"
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ExpertLinear":
-        self._per_rank = None  # the device may change
+        self._layout = None  # the device may change
         self.context.forget()
         return super()._apply(fn, recurse)
 
@@ -133,7 +169,8 @@ class ExpertLinear(nn.Module):
         return state.gates_at(self.name, x, self.token_router)
 
     def _rank_gates(self, x: Tensor, state: GateState, dtype: torch.dtype) -> Tensor:
-        return widen(self._gates(x, state), *self.per_rank(state)).to(dtype)
+        ranks = self.layout(state)[0]
+        return widen(self._gates(x, state), ranks.place, ranks.scaling).to(dtype)
 
     def _prepared(self, x: Tensor, state: GateState, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Rank gates, A [rank, in] and B^T [rank, out], kept in the state until the next gates."""
@@ -152,7 +189,7 @@ class ExpertLinear(nn.Module):
         return [e for e in self.scalings if active is None or e in active]
 
     def _factors(self, state: GateState) -> tuple[list[Tensor], list[Tensor]]:
-        experts = self._running(state)
+        """The different factors A and B of the experts that take part."""
+        _, names_a, names_b = self.layout(state)
         parameters: Any = self._parameters  # getattr would search for each of them
-        factors_a = [parameters[f"lora_A_{expert}"] for expert in experts]
-        return factors_a, [parameters[f"lora_B_{expert}"] for expert in experts]
+        return [parameters[name] for name in names_a], [parameters[name] for name in names_b]

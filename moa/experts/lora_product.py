@@ -3,9 +3,14 @@
 A [rank, in] and B [out, rank] are the experts' factors one below the other. rank_gates [.., rank]
 hold each expert's gate times its scaling, once per rank. Two matrix products whatever the number of
 experts, static shapes, unequal ranks for free, and every parameter used in every forward.
+
+A factor that several experts have in common (HydraLoRA, arXiv 2404.19245: one A, a B each) stands in A or B once:
+
+    y = base + (((x A^T) S) * rank_gates) T B^T     S, T of zeros and ones, None where nothing is shared
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,22 +20,32 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """What each rank of a site's experts is: its gate, its scaling, and its row of A and column of B."""
+
+    place: Int[Tensor, " rank"]  # of its expert among the gates
+    scaling: Float[Tensor, " rank"]
+    spread: Float[Tensor, "rows rank"] | None = None  # S: 1 where a row of A is the rank's
+    gather: Float[Tensor, "rank columns"] | None = None  # T: 1 where a column of B is the rank's
+
+
 def mix(
     x: Float[Tensor, "batch *seq in"],
     base: Float[Tensor, "batch *seq out"],
     gates: Float[Tensor, "#batch *#seq expert"],
-    place: Int[Tensor, " rank"],
-    scaling: Float[Tensor, " rank"],
+    ranks: Ranks,
     factors_a: Sequence[Float[Tensor, "_ in"]],
     factors_b: Sequence[Float[Tensor, "out _"]],
 ) -> Float[Tensor, "batch *seq out"]:
-    """The base's output plus the gated experts, differentiable in all but `place` and `scaling`.
+    """The base's output plus the gated experts, differentiable in x, base, gates and factors.
 
-    `place` names the gate of each rank. Saves x, x A^T and the gates for the backward pass, as one
-    LoRA of the total rank would: the gated product is recomputed, and the factors are concatenated
-    anew rather than kept. The result has the base's dtype.
+    The factors are different ones, in the order of S and T. Saves x, x A^T and the gates for the backward pass, as
+    one LoRA of A's rank would: the gated product is recomputed, and the factors are concatenated anew rather than
+    kept. The result has the base's dtype.
     """
-    return _Mix.apply(x.to(base.dtype), base, gates, place, scaling, *factors_a, *factors_b)
+    maps = ranks.place, ranks.scaling, ranks.spread, ranks.gather
+    return _Mix.apply(x.to(base.dtype), base, gates, *maps, len(factors_a), *factors_a, *factors_b)
 
 
 def widen(
@@ -43,67 +58,84 @@ def widen(
 
 
 def concatenate(factors_a: Sequence[Tensor], factors_b: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All factors as A [rank, in] and B [out, rank]; a lone expert's are not copied."""
-    if len(factors_a) == 1:
-        return factors_a[0].to(dtype), factors_b[0].to(dtype)
-    return torch.cat(tuple(factors_a)).to(dtype), torch.cat(tuple(factors_b), dim=1).to(dtype)
+    """All factors as A [rows, in] and B [out, columns]; a lone one is not copied."""
+    a = factors_a[0] if len(factors_a) == 1 else torch.cat(tuple(factors_a))
+    b = factors_b[0] if len(factors_b) == 1 else torch.cat(tuple(factors_b), dim=1)
+    return a.to(dtype), b.to(dtype)
 
 
-def add_mixture(base: Tensor, x: Tensor, rank_gates: Tensor, a: Tensor, b_t: Tensor) -> Tensor:
-    """Add the experts into `base` itself, from A [rank, in] and B^T [rank, out]; for inference alone.
+def chosen(rows: Tensor, map: Tensor | None) -> Tensor:
+    """Rows or columns as S or T choose or sum them. Each is a product with zeros and ones: exact, and summed in one
+    order, which index_add on a GPU is not."""
+    return rows if map is None else rows @ map.to(rows.dtype)
+
+
+def add_mixture(
+    base: Tensor, x: Tensor, rank_gates: Tensor, a: Tensor, b_t: Tensor, spread: Tensor | None, gather: Tensor | None
+) -> Tensor:
+    """Add the experts into `base` itself, from A [rows, in] and B^T [columns, out]; for inference alone.
 
     `base` must be fresh: nothing else may hold it.
     """
-    hidden = F.linear(x.to(a.dtype), a).mul_(rank_gates)
+    hidden = chosen(F.linear(x.to(a.dtype), a), spread).mul_(rank_gates)
+    hidden = chosen(hidden, gather)
     base.view(-1, base.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), b_t)
     return base
 
 
 class _Mix(torch.autograd.Function):
-    """apply(x, base, gates, place, scaling, *A factors, *B factors); x is in the base's dtype."""
+    """apply(x, base, gates, place, scaling, S, T, number of A factors, *A factors, *B factors); x is in the base's
+    dtype."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: Tensor, gates: Tensor, place: Tensor, scaling: Tensor,
-        *factors: Tensor,
+        ctx: Any, x: Tensor, base: Tensor, gates: Tensor, place: Tensor, scaling: Tensor, spread: Tensor | None,
+        gather: Tensor | None, number: int, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
-        count = len(factors) // 2
-        a, b = concatenate(factors[:count], factors[count:], x.dtype)
+        a, b = concatenate(factors[:number], factors[number:], x.dtype)
         hidden = F.linear(x, a)
-        ctx.save_for_backward(x, hidden, gates, place, scaling, *factors)
-        gated = hidden * widen(gates, place, scaling).to(hidden.dtype)
+        ctx.save_for_backward(x, hidden, gates, place, scaling, spread, gather, *factors)
+        ctx.number = number
+        gated = chosen(hidden, spread) * widen(gates, place, scaling).to(hidden.dtype)
+        gated = chosen(gated, gather)
         out = torch.addmm(base.reshape(-1, base.shape[-1]), gated.flatten(0, -2), b.t())
         return out.view(base.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, gates, place, scaling, *factors = ctx.saved_tensors
-        half = len(factors) // 2
-        factors_a, factors_b = factors[:half], factors[half:]
-        needs_x, needs_base, needs_gates, _, _, *needs = ctx.needs_input_grad
+        x, hidden, gates, place, scaling, spread, gather, *factors = ctx.saved_tensors
+        number = ctx.number
+        factors_a, factors_b = factors[:number], factors[number:]
+        needs_x, needs_base, needs_gates, *_ = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[-len(factors) :]
         a, b = concatenate(factors_a, factors_b, grad.dtype)
         rank_gates, flat = widen(gates, place, scaling), grad.reshape(-1, grad.shape[-1])
-        weights = rank_gates.to(grad.dtype)
+        weights, hidden = rank_gates.to(grad.dtype), chosen(hidden, spread)  # [.., rank]
 
-        grad_gated = (flat @ b).view(hidden.shape)
+        grad_gated = chosen(flat @ b, transposed(gather)).view(hidden.shape)
         grad_x = grad_gates = None
         if needs_gates:  # summed over tokens in the gates' own precision
             wide = (grad_gated * hidden).to(gates.dtype).sum_to_size(rank_gates.shape)
             wide = (wide * scaling).to(gates.dtype)
             grad_gates = torch.zeros_like(gates).index_add_(-1, place, wide)
         grad_hidden = grad_gated.mul_(weights).flatten(0, -2)
-        grads_a: Sequence[Tensor | None] = [None] * half
-        grads_b: Sequence[Tensor | None] = [None] * half
+        grad_hidden = chosen(grad_hidden, transposed(spread))  # [tokens, rows]
+        grads_a: Sequence[Tensor | None] = [None] * number
+        grads_b: Sequence[Tensor | None] = [None] * len(factors_b)
         if needs_x:
             grad_x = (grad_hidden @ a).view(x.shape)
-        if any(needs[:half]):
+        if any(needs[:number]):
             grads_a = _per_expert(grad_hidden.t() @ x.flatten(0, -2), factors_a)
-        if any(needs[half:]):
-            gated = (hidden * weights).flatten(0, -2)
+        if any(needs[number:]):
+            gated = chosen((hidden * weights).flatten(0, -2), gather)
             grads_b = _per_expert_transposed(gated.t() @ flat, factors_b)
         base_grad = grad if needs_base else None
-        return grad_x, base_grad, grad_gates, None, None, *grads_a, *grads_b
+        return grad_x, base_grad, grad_gates, *[None] * 5, *grads_a, *grads_b
+
+
+def transposed(map: Tensor | None) -> Tensor | None:
+    return None if map is None else map.t()
 
 
 def _per_expert(grad: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:

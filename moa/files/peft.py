@@ -224,7 +224,8 @@ def write_expert(
     full = {key: sorted(value) if isinstance(value, set) else value for key, value in full.items()}
     check_tensors(name, tensors, full)
     write_json(folder / CONFIG_FILE, full)
-    ready = {key: value.detach().cpu().contiguous() for key, value in sorted(tensors.items())}
+    # clones: layers may have one factor in common, and safetensors writes no memory twice
+    ready = {key: value.detach().cpu().contiguous().clone() for key, value in sorted(tensors.items())}
     metadata = {"format": "pt", **({FINGERPRINT: base_fingerprint} if base_fingerprint else {})}
     save_file(ready, folder / WEIGHTS_FILE, metadata=metadata)
     sort_metadata(folder / WEIGHTS_FILE)

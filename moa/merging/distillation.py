@@ -290,7 +290,7 @@ def descend(settings: DistillConfig, lesson: Lesson, prompts: Prompts, work: Pat
     if settings.steps == 0:
         return
     bank = lesson.model.bank
-    own = dict(zip(bank.state(STUDENT), bank.parameters(STUDENT), strict=True))
+    own = dict(bank.named_parameters(STUDENT))
     optimizer = torch.optim.Adam(own.values(), lr=settings.lr, betas=BETAS)
     done = restore(work / STATE, own, optimizer)
     lines = (work / LOG).read_text().splitlines()[:done] if (work / LOG).is_file() else []

@@ -32,10 +32,8 @@ TRAINED = {
 
 
 def parameter_groups(model: MixtureModel, config: RunConfig) -> dict[str, Parameters]:
-    """Group -> name -> parameter, for everything that any stage may train: no frozen expert, and not the base."""
-    bank = model.bank
-    names = [name for name in bank.names if bank.experts[name].frozen]
-    frozen = {id(parameter) for name in names for parameter in bank.parameters(name)}
+    """Group -> name -> parameter, for everything that any stage may train: nothing frozen, and not the base."""
+    frozen = {id(parameter) for parameter in model.bank.frozen_parameters()}
     parts = trained_parts(config)
     return {
         name: {key: p for key, p in part.parameters(model).items() if id(p) not in frozen}
@@ -75,7 +73,7 @@ def start_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) ->
     if source is None:
         return []
     if isinstance(source, dict):
-        return [load_expert(model, config, name, Path(folder)) for name, folder in source.items()]
+        return load_experts(model, config, {name: Path(folder) for name, folder in source.items()})
     folder = step_folder(source)
     verify(folder)
     names = sorted(path.name for path in (folder / "experts").iterdir())
@@ -84,7 +82,7 @@ def start_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) ->
             f"stages.{stage.name}.init_from: {folder} has the experts {names}, this run has "
             f"{sorted(model.bank.names)}; name all of them in experts (with frozen: true, or without)"
         )
-    lines = [load_expert(model, config, name, folder / "experts" / name) for name in names]
+    lines = load_experts(model, config, {name: folder / "experts" / name for name in names})
     return [*lines, load_rest(model, config, folder)]
 
 
@@ -106,8 +104,15 @@ def check_starts(model: MixtureModel, config: RunConfig, begun: int) -> None:
                 load_strictly(state, before, Path(key))
 
 
-def load_expert(model: MixtureModel, config: RunConfig, name: str, folder: Path) -> str:
-    """Overwrite an expert by a PEFT folder of the same sites, ranks and scaling."""
+def load_experts(model: MixtureModel, config: RunConfig, folders: Mapping[str, Path]) -> list[str]:
+    """Overwrite experts by PEFT folders of the same sites, ranks and scaling; a line for each."""
+    read = {name: read_expert(model, config, name, folder) for name, folder in folders.items()}
+    model.bank.load_states({name: tensors for name, (tensors, _) in read.items()})
+    return [line for _, line in read.values()]
+
+
+def read_expert(model: MixtureModel, config: RunConfig, name: str, folder: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a PEFT folder that can take an expert's place, and a line on them."""
     header = read_header(folder)
     check_adapter(header, model.backbone, config.model)
     header, line = model.bank.fit(header)
@@ -125,8 +130,7 @@ def load_expert(model: MixtureModel, config: RunConfig, name: str, folder: Path)
                 f"{folder}: scaling (alpha / rank) is {site_scaling(found, site_name)} at "
                 f"{site_name}, and {own} by experts.{name}; give both the same alpha and rank"
             )
-    model.bank.load_state(name, tensors)
-    return f"expert {name} from {folder}" + (f" ({line})" if line else "")
+    return tensors, f"expert {name} from {folder}" + (f" ({line})" if line else "")
 
 
 def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:

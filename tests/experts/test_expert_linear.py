@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moa.experts.bank import ExpertBank
-from moa.experts.lora_product import mix
+from moa.experts.lora_product import Ranks, mix
 from tests.routing.test_decisions import decide
 from tests.support.banks import (
     LANGUAGE,
@@ -47,7 +47,7 @@ def test_the_mixture_and_its_gradients_equal_a_plain_loop_over_experts(per_token
 
     spread = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)])
     each = torch.tensor(scalings, dtype=torch.double)[spread]
-    ours = mix(x, layer(x), gates, spread, each, factors_a, factors_b)
+    ours = mix(x, layer(x), gates, Ranks(place=spread, scaling=each), factors_a, factors_b)
     loop = plain_loop(x, layer(x), gates, scalings, factors_a, factors_b)
     torch.testing.assert_close(ours, loop)
     weights = torch.randn_like(loop)
@@ -63,7 +63,8 @@ def test_a_gate_that_many_tokens_share_gets_their_gradients_summed_in_its_own_pr
     tokens, one = 4097, torch.ones(1, 1, dtype=torch.bfloat16)  # bf16 has no number 4097
     gate = torch.ones(1, 1, 1, requires_grad=True)
     x = torch.ones(1, tokens, 1, dtype=torch.bfloat16)
-    mix(x, torch.zeros_like(x), gate, torch.tensor([0]), torch.ones(1), [one], [one]).backward(x)
+    ranks = Ranks(place=torch.tensor([0]), scaling=torch.ones(1))
+    mix(x, torch.zeros_like(x), gate, ranks, [one], [one]).backward(x)
     assert gate.grad.item() == tokens
 
 

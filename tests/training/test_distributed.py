@@ -147,10 +147,11 @@ def deals_in_turn(names: list[str], seed: int, num_steps: int) -> bool:
 
 
 def together(folder: Path) -> dict:
-    """A frozen expert, checkpointing, accumulation, clipping, weight decay, a trained projector, and a
-    later stage that starts from an adapter."""
+    """A frozen expert, two that share their A, checkpointing, accumulation, clipping, weight decay, a trained
+    projector, and a later stage that starts from an adapter."""
     folder.mkdir()
     world = toy_world(folder)
+    world["experts"] = {name: {"rank": 2, "alpha": 4, "share_a": "one"} for name in ("vqa", "grounding")}
     world["experts"]["spare"] = {"frozen": True, "init_from": str(folder / "adapter")}
     world["model"]["train_projector"] = True
     world["router"]["per_site"] = True
@@ -161,9 +162,9 @@ def together(folder: Path) -> dict:
     world["stages"] = {
         "experts": {"steps": 1, "lr": {"experts": 0.01, "projector": 0.01}},
         "joint": {"steps": 3, "lr": {"experts": 0.01, "router": 0.01},
-                  "init_from": {"vqa": str(folder / "adapter")}},
+                  "init_from": {name: str(folder / "adapter") for name in ("vqa", "grounding")}},
     }  # fmt: skip
-    config = read({**world, "experts": {"vqa": world["experts"]["vqa"]}, "data": {
+    config = read({**world, "experts": {"vqa": {"rank": 2, "alpha": 4}}, "stages": {}, "data": {
         **world["data"], "expert": "vqa"}})  # fmt: skip
     bank = build_model(config).bank
     tensors = {key: torch.full_like(value, 0.01) for key, value in bank.state("vqa").items()}
@@ -181,12 +182,24 @@ def pairs(folder: Path) -> dict:
     return world
 
 
+def layered(folder: Path) -> dict:
+    """All layers have one A and one B for each expert."""
+    folder.mkdir()
+    world = toy_world(folder)
+    for expert in world["experts"].values():
+        expert["tie_layers"] = [r".*\.(up|down)_proj"]
+    world["train"] = {"batch_size": 4, "micro_batch_size": 1, "save_every": 9}
+    world["stages"] = {"joint": {"steps": 2, "lr": {"experts": 0.05, "router": 0.01}}}
+    return world
+
+
 @pytest.fixture(scope="module")
 def references(tmp_path_factory) -> list[RunConfig]:
     """What one process makes of each."""
     root = tmp_path_factory.mktemp("references")
     configs = []
-    for world in (apart(root / "apart"), pairs(root / "pairs"), together(root / "together")):
+    for make in (apart, pairs, layered, together):
+        world = make(root / make.__name__)
         world["router"]["modality_dropout"] = 0.0  # each process draws its own
         world["losses"] = {"z": 0.01}  # balance is a micro-batch's
         configs.append(read(world))
@@ -208,6 +221,8 @@ def spoiled(tmp_path_factory) -> RunConfig:
 def test_two_processes_are_one_leave_out_the_step_of_one_and_resume_exactly(references, spoiled, tmp_path, name):
     if name != "ddp":  # a CLIP is not sharded
         references = [config for config in references if not config.out.endswith("pairs/run")]
+    if name == "fsdp2":  # which gathers a block by itself
+        references = [config for config in references if not config.out.endswith("layered/run")]
     configs = [replace(c, out=str(tmp_path / Path(c.out).parent.name)) for c in references]
     left_out = replace(spoiled, out=str(tmp_path / "spoiled"))
     files = [str(Path(read(as_mapping(c)).out).with_suffix(".json")) for c in (left_out, *configs)]

@@ -105,12 +105,14 @@ def like(tensor: Tensor, shard: Tensor) -> Tensor:
 def whole(model: nn.Module, parameters: Sequence[nn.Parameter], write: bool) -> Iterator[None]:
     """See `moa.training.distributed.strategy.whole`; copies stand in for the shards."""
     chosen = {id(parameter) for parameter in parameters}
-    swapped = []
+    swapped, copies = [], dict[int, nn.Parameter]()  # experts may have one factor in common
     for module in model.modules():
         for key, shard in module._parameters.items():
             if shard is not None and id(shard) in chosen:
                 # the optimiser refers to the shard, which is put back in the end
-                copy = nn.Parameter(full(shard.detach()), shard.requires_grad)
+                if id(shard) not in copies:
+                    copies[id(shard)] = nn.Parameter(full(shard.detach()), shard.requires_grad)
+                copy = copies[id(shard)]
                 swapped.append((module._parameters, key, shard, copy))
                 module._parameters[key] = copy
     try:

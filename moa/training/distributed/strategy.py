@@ -53,6 +53,10 @@ def check_sharding(accelerator: Accelerator, config: RunConfig) -> None:
     name, where = config.model.name, "of configs/accelerate/"
     if (is_fsdp() or is_zero(accelerator)) and not class_of(name).shardable:
         raise ValueError(f"model.name: {name} is a CLIP, not to be sharded; choices {where}: ddp")
+    # FSDP2 gathers block by block: a parameter of several would fall apart into one each.
+    tied = [name for name, expert in config.experts.items() if expert.tie_layers]
+    if is_fsdp() and tied:
+        raise ValueError(f"experts.{tied[0]}.tie_layers: not for FSDP2; choices {where}: ddp, zero2, zero3")
     # Such a stage has no optimiser, and so nothing that gathers for it.
     if (is_fsdp() or is_zero_3(accelerator)) and config.router.row.learns == "means":
         raise ValueError(f"router.kind={config.router.kind}: parameters are not sharded; choices {where}: ddp, zero2")
