@@ -40,6 +40,8 @@ def train(run: "Run", state: "TrainState | None") -> None:
                     run.save(trainer, improved)
                 if run.stopping:
                     break
+            if run.done:
+                run.write_statistics()
             trainer.close()
 
 

@@ -407,6 +407,7 @@ def export(
 
 def as_merged(a: Tensor, b: Tensor) -> MergedSite:
     """An adapter's site in the form of a merge of itself alone."""
-    energy = inner_product((a, b), (a, b))[None]
-    relation = Relation(energy=energy, overlap=energy, span_energy=energy)
-    return MergedSite(lora_a=a, lora_b=b, weights=torch.ones(1), energy=float(energy), lost=0.0, experts=relation)
+    own = inner_product((a, b), (a, b))[None]
+    energy, relation = float(own), Relation(energy=own, overlap=own, span_energy=own)
+    weights = torch.ones(1)
+    return MergedSite(lora_a=a, lora_b=b, weights=weights, energy=energy, kept=energy, lost=0.0, experts=relation)

@@ -5,10 +5,9 @@ validation stays unseen for whoever tunes a merge on it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from data.batch import Batch
 from data.checks import BadSampleError
@@ -17,12 +16,13 @@ from data.mixture import Mixture
 from data.sample import Sample
 from data.sources import make_collator
 from moa.config import RunConfig
+from moa.files.peft import ExpertHeader, read_header
 from moa.model import MixtureModel
 from moa.statistics.gather import input_sums, num_passes, own_gates, sites_of
-from moa.statistics.moments import InputSums, Moments
+from moa.statistics.moments import InputSums
 from moa.statistics.stored import write_statistics
 
-Directions = int | Literal["full"] | None  # None: as many as make the file about as large as the expert
+Directions = int | str | None  # "full": all; None: as many as make the file about as large as the expert
 Tick = Callable[[str], None]
 
 
@@ -52,28 +52,32 @@ class Measurement:
                     f"{name}: data.sources have no sample of it; the run that trained it writes its statistics"
                 )
                 continue
-            moments = self.measure(name, [collator(s) for s in _cut(samples, self.batch_size)], tick)
+            starts = range(0, len(samples), self.batch_size)
+            sums = self.sums(name, [collator(samples[start : start + self.batch_size]) for start in starts], tick)
             if main:
-                file = write_statistics(step / "experts" / name, moments, len(samples))
-                lines.append(f"{file}: {len(samples)} samples, {file.stat().st_size / 1e6:.1f} MB")
-            if idle := [site for site, own in moments.items() if not own.tokens]:
-                lines.append(f"{name}: none of its samples reaches {len(idle)} of its sites, first {idle[0]}")
+                lines += self.write_one(step / "experts" / name, sums, len(samples))
         return lines
 
-    def measure(self, name: str, batches: Sequence[Batch], tick: Tick) -> dict[str, Moments]:
-        sites, device = sites_of(self.model, name), next(self.model.parameters()).device
-        gates = own_gates(self.model, name)
+    def sums(self, name: str, batches: Sequence[Batch], tick: Tick) -> dict[str, InputSums]:
+        device, gates = next(self.model.parameters()).device, own_gates(self.model, name)
         moved = [batch.to(device) for batch in batches]
-        sums = input_sums(self.model, sites, moved, gates, tick=lambda: tick(name))
-        return {site: self.sketch(name, site, own) for site, own in sums.items()}
+        return input_sums(self.model, sites_of(self.model, name), moved, gates, tick=lambda: tick(name))
 
-    def sketch(self, name: str, site: str, sums: InputSums) -> Moments:
-        layer = self.model.bank.sites[site]
-        width, out = layer.base_layer.in_features, layer.base_layer.out_features
+    def write_one(self, folder: Path, sums: Mapping[str, InputSums], num_samples: int) -> Iterator[str]:
+        header = read_header(folder)
+        moments = {site: sums[site].sketch(shape[1], self.size(header, site)) for site, shape in header.shapes.items()}
+        file = write_statistics(folder, moments, num_samples)
+        yield f"{file}: {num_samples} samples, {file.stat().st_size / 1e6:.1f} MB"
+        if idle := [site for site, own in moments.items() if not own.tokens]:
+            yield f"{folder.name}: none of its samples reaches {len(idle)} of its sites, first {idle[0]}"
+
+    def size(self, header: ExpertHeader, site: str) -> int:
+        """How many directions of a site are kept one by one."""
+        out, width = header.shapes[site]
+        as_expert = math.ceil(header.ranks[site] * (width + out) / width)
         if isinstance(self.directions, int):
-            return sums.sketch(width, self.directions)
-        as_expert = math.ceil(layer.ranks[name] * (width + out) / width)
-        return sums.sketch(width, width if self.directions == "full" else as_expert)
+            return self.directions
+        return width if self.directions == "full" else as_expert
 
     @property
     def num_ticks(self) -> int:
@@ -116,7 +120,3 @@ def _checked(sample: Sample, collator: Collator) -> Sample | BadSampleError:
     """The sample, or why no batch can hold it."""
     _, rejected = collator.split([sample])
     return rejected[0] if rejected else sample
-
-
-def _cut(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
-    return [samples[start : start + size] for start in range(0, len(samples), size)]

@@ -21,6 +21,7 @@ from data.mixture import Mixture, Source
 from moa.checkpoint import TrainState, point, pointed, prune, save_checkpoint, step_name
 from moa.config import RunConfig, StageConfig
 from moa.model import MixtureModel
+from moa.statistics.measure import Measurement
 from moa.training.batches import Collated, Layout, TrainingError, dead_worker, training_loader
 from moa.training.distributed.strategy import is_zero_3, kind_of, make_strategy, place, whole
 from moa.training.optimizer import by_name, make_optimizer, names_of, parameter_table
@@ -249,6 +250,27 @@ class Run:
                 if improved:
                     point(self.folder, "best", step_name(self.best[0]["step"]))
                 prune(self.folder, self.config.train.keep_last, [s["step"] for s in self.best])
+        self.accelerator.wait_for_everyone()
+
+    def write_statistics(self) -> None:
+        """Statistics of inputs beside the last checkpoint's experts, where asked for; every process takes part."""
+        if not self.config.train.statistics:
+            return
+        last, best = (pointed(self.folder, name) for name in ("last", "best"))
+        chosen: dict[str, Any] = {
+            "num_samples": self.config.train.statistics,
+            "batch_size": self.config.eval.batch_size,
+        }
+        measurement = Measurement(model=self.model, config=self.config, mixture=self.mixture, **chosen)
+        with self.accelerator.autocast():
+            main = self.accelerator.is_main_process
+            lines = measurement.write(self.folder / "checkpoints" / str(last), main=main)
+        if best not in (None, last):
+            lines.append(
+                f"the best checkpoint is {best}; python -m scripts.statistics run={self.folder} writes its statistics"
+            )
+        for line in lines:
+            self.reporter.print(line)
         self.accelerator.wait_for_everyone()
 
     def progress(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ OWN_FILES = (LOG, CONFIG, "versions.json", DATA, "summary.json")
 # Settings that may differ on --resume: none of them changes what was learned until then.
 FREE_ON_RESUME = ("out", "root", "logging", "eval", "data.num_workers", "data.validation",
                   "model.fingerprint", "model.other_base",  # the base has been checked by now
-                  "train.save_every", "train.keep_last", "train.keep_best",
+                  "train.save_every", "train.keep_last", "train.keep_best", "train.statistics",
                   "train.on_non_finite", "train.max_non_finite_steps")  # fmt: skip
 WAY_OUT = "To start from its weights with other settings or data, use stages.*.init_from and another out="
 held: dict[str, Any] = {}  # open lock files by run folder: closing one would unlock it
