@@ -144,6 +144,8 @@ class RouterConfig:
 class LossConfig(GateLosses):
     # what the language loss is a mean over: samples count alike, or answer tokens do
     reduction: Literal["sample", "token"] = "sample"
+    # sites that crosstalk does not count: paths or expressions, as model.exclude; the projector's never count
+    crosstalk_exclude: list[str] = field(default_factory=list)
     # of a CLIP: images against all texts, or against the frozen texts of the sample's choices
     pairs: Literal["contrastive", "classification"] = "contrastive"
     negatives: Literal["all", "source"] = "all"  # contrastive: of the batch, or of one data set
@@ -444,6 +446,9 @@ def check_shares(sources: Iterable[SourceConfig]) -> None:
 
 
 def check_stages(config: RunConfig) -> None:
+    penalised = config.losses.crosstalk > 0 or config.losses.crosstalk_end is not None
+    trained = any(stage.kind != "router" for stage in config.stages.values()) or not config.stages
+    check(trained or not penalised, "losses.crosstalk", "no stage trains experts")
     for stage in config.stages.values():
         key = f"stages.{stage.name}"
         sources = stage_sources(config, stage)

@@ -20,6 +20,7 @@ from moa.backbones.clip import ClipBackbone
 from moa.backbones.llava import Backbone, Look
 from moa.config import NONE
 from moa.experts.bank import ExpertBank
+from moa.experts.crosstalk import crosstalk, energy_tables
 from moa.packing import answer_positions
 from moa.routing.decisions import mean_token_gates, token_decisions, token_losses
 from moa.routing.router import Evidence
@@ -44,6 +45,7 @@ class MixtureOutput:
     gates: Float[Tensor, "batch site expert"]
     router_logits: Float[Tensor, "batch site choice"] | None
     aux: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    energies: Float[Tensor, "watched expert expert"] | None = None  # where asked for, see moa/experts/crosstalk.py
 
 
 class MixtureModel(nn.Module, ABC):
@@ -77,6 +79,11 @@ class MixtureModel(nn.Module, ABC):
     def answering(self) -> "LanguageMixture":
         """This mixture, where it answers in tokens; ValueError for one that compares."""
         raise ValueError("a dual encoder generates no text")
+
+    @property
+    def counted(self) -> Tensor:
+        """The experts [expert] that crosstalk is measured among."""
+        return torch.ones(len(self.bank.names), dtype=torch.bool, device=self.routing.weights.device)
 
     @property
     def routes(self) -> list[str]:
@@ -165,6 +172,9 @@ class LanguageMixture(MixtureModel):
         logits = self.backbone.logits(hidden)
         loss, num_tokens = answer_loss(logits, labels, len(batch))
         aux, used = self._decisions(batch, decided)
+        energies = self._energies(batch)
+        if energies is not None and energies.requires_grad:
+            aux["crosstalk"] = crosstalk(energies, self.counted)
         return MixtureOutput(
             loss_per_sample=loss,
             num_tokens=num_tokens,
@@ -173,6 +183,7 @@ class LanguageMixture(MixtureModel):
             gates=used,
             router_logits=decided.logits,
             aux=aux,
+            energies=None if energies is None else energies.detach(),
         )
 
     def generate(self, batch: Batch, gates: Tensor | None = None, **options: Any) -> Int[Tensor, "rows new"]:
@@ -231,14 +242,27 @@ class LanguageMixture(MixtureModel):
         trained = any(p.requires_grad for p in self.model.get_submodule(part).parameters())
         return not trained and not any(site.startswith(f"{part}.") for site in self.bank.sites)
 
+    def _owners(self, batch: Batch) -> dict[str, Tensor]:
+        owners = self.backbone.owners(batch)
+        if batch.is_blank:  # its image belongs to no sample
+            owners = {stream: torch.full_like(rows, -1) for stream, rows in owners.items()}
+        return owners
+
+    def _energies(self, batch: Batch) -> Float[Tensor, "watched owner expert"] | None:
+        """What the watched sites measured in the forward that has ended, by the samples' expert; kept no longer."""
+        state = self.bank.context.state
+        if state is None or state.watch is None or not state.watch.found:
+            return None
+        energies = dict(state.watch.found)
+        state.watch.found.clear()  # left there, they would keep the graph until the next forward
+        return energy_tables(energies, self.bank.streams, batch.token_samples(), self._owners(batch), batch.expert_ids)
+
     def _decisions(self, batch: Batch, decided: Gates) -> tuple[dict[str, Tensor], Tensor]:
         """Losses on the decisions, and the gates [batch, site or 1, expert] that were used."""
         if decided.gates is not None:
             losses = self.routing.losses([decided], batch.expert_ids, batch.task_ids)
             return losses, decided.gates
-        logits, owners = self.bank.take_token_logits(), self.backbone.owners(batch)
-        if batch.is_blank:  # its image belongs to no sample
-            owners = {stream: torch.full_like(rows, -1) for stream, rows in owners.items()}
+        logits, owners = self.bank.take_token_logits(), self._owners(batch)
         groups = list(token_decisions(logits, self.bank.streams, batch.token_samples(), owners))
         decide, places = self.routing.token_gates, self.routing.places
         aux = token_losses(groups, batch.expert_ids, batch.task_ids, decide, places)

@@ -353,6 +353,7 @@ class ExpertBank:
             experts=tuple(self.names),
             active=None if everyone else frozenset(compress(self.names, used or ())),
             expand=expand,
+            watch=self.context.watch,
         )
 
     def route_tokens(self, decide: Decide, temperature: float | int = 1.0, *, recording: bool = True) -> None:
@@ -360,7 +361,7 @@ class ExpertBank:
 
         `decide` turns logits, over the temperature, into gates and probabilities; `recording` keeps the logits.
         """
-        more: dict[str, Any] = {"temperature": temperature, "recording": recording}
+        more: dict[str, Any] = {"temperature": temperature, "recording": recording, "watch": self.context.watch}
         self.context.state = GateState(gates=None, experts=tuple(self.names), decide=decide, **more)
 
     def take_token_logits(self) -> dict[str, Float[Tensor, "*_ expert"]]:

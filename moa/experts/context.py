@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from moa.experts.crosstalk import Watch
+
 Decide = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> gates and probabilities
 
 
@@ -32,6 +34,7 @@ class GateState:
     recording: bool = True
     # site -> [batch, seq, expert], divided by the temperature
     token_logits: dict[str, Tensor] = field(default_factory=dict)
+    watch: Watch | None = None  # what sites measure in this forward
     # What inference computes once for all decoding steps, by site. It lives no longer than the
     # gates: an optimiser may write to parameters through flat buffers, which leaves no trace.
     prepared: dict[str, Any] = field(default_factory=dict)
@@ -80,6 +83,7 @@ class GateContext:
     def __init__(self) -> None:
         self.state: GateState | None = None
         self.enabled = True
+        self.watch: Watch | None = None  # of the forwards whose gates are set from now on
 
     def forget(self) -> None:
         """Drop what inference computed from the experts: they may change."""

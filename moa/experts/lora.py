@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moa.experts.context import GateContext, GateState
+from moa.experts.crosstalk import Watch, output_energies
 from moa.experts.lora_product import Ranks, add_mixture, concatenate, mix, widen
 
 
@@ -57,6 +58,8 @@ class ExpertLinear(nn.Module):
         state = self._state()
         if state is None:  # switched off, or no expert of this site has a gate other than 0
             return out
+        if state.watch is not None and self.name in state.watch.sites:
+            self._measure(x, state, state.watch)
         if torch.is_grad_enabled():
             # Each factor goes in by itself, so that each gets its own gradient, also from gate 0.
             self.context.forget()  # the step that follows changes the factors
@@ -164,6 +167,20 @@ class ExpertLinear(nn.Module):
                 "bank.set_gates(...) first, or run inside bank.context.disabled()"
             )
         return state if state.uses(self.scalings) else None
+
+    def _measure(self, x: Tensor, state: GateState, watch: Watch) -> None:
+        """The energies [*lead, expert] that all experts, whatever their gates, add to this input; 0 for one that is not
+        at this site."""
+        if not watch.gradient and not state.recording:
+            return
+        # With a gradient also where checkpointing runs the layer again, which must save the same tensors.
+        with torch.set_grad_enabled(watch.gradient and torch.is_grad_enabled()):
+            factors = [*self.lora_A.values()], [*self.lora_B.values()]
+            found = output_energies(x, *factors, [*self.scalings.values()])
+            own = dict(zip(self.scalings, found.unbind(-1), strict=True))
+            energies = torch.stack([own.get(e, torch.zeros_like(found[..., 0])) for e in state.experts], -1)
+        if state.recording:
+            watch.found[self.name] = energies
 
     def _gates(self, x: Tensor, state: GateState) -> Tensor:
         return state.gates_at(self.name, x, self.token_router)

@@ -1,5 +1,7 @@
 """Auxiliary losses on routing decisions. A new one is a function, a weight and a row, all in this file.
 
+`crosstalk` alone is a loss on the experts: its weight is here, its function in moa/experts/crosstalk.py.
+
 Decisions are `[site, token, expert]`, where a "token" is whatever is routed. Each loss is a mean over the valid tokens
 (`mask`) of a site and then over sites, whatever the depth, padding or batch size.
 """
@@ -28,6 +30,9 @@ class GateLosses:
     # cross-entropy of the router with the sample's expert, at the first step
     guidance: NotNegative = 1.0
     guidance_end: NotNegative = 0.1  # its weight at the last step of the stage; linear between
+    # how strongly experts answer to each other's samples, in stages that train experts; docs/merging.md
+    crosstalk: NotNegative = 0.0
+    crosstalk_end: NotNegative | None = None  # its weight at the last step of the stage; null: the same
 
 
 AUX = tuple(f.name for f in fields(GateLosses) if not f.name.endswith("_end"))
@@ -55,7 +60,8 @@ def gate_losses(
 def weights_at(losses: GateLosses, progress: float) -> dict[str, float]:
     """The weight of each loss where `progress`, from 0 to 1, of a stage is done."""
     start = {name: getattr(losses, name) for name in AUX}
-    ends = {name: getattr(losses, f"{name}_end", start[name]) for name in AUX}
+    ends = {name: getattr(losses, f"{name}_end", None) for name in AUX}
+    ends = {name: start[name] if end is None else end for name, end in ends.items()}
     return {name: start[name] + (ends[name] - start[name]) * progress for name in AUX}
 
 

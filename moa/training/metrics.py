@@ -11,6 +11,7 @@ from torch import Tensor
 from data.batch import Batch
 from data.checks import name_of
 from data.sample import Sample
+from moa.experts.crosstalk import crosstalk_by_pair
 from moa.model import MixtureOutput
 from moa.routing.losses import AUX
 
@@ -33,6 +34,7 @@ class Metrics:
         self.rest = torch.zeros(3 + len(AUX), device=device)  # tokens, non-finite, stop, aux
         self.num_broken = self.num_stopping = 0.0  # losses that are not finite; processes
         self.aux: list[str] = []
+        self.energies: Tensor | None = None  # [site, owner, expert], where the step measures crosstalk
         self.seen: list[tuple[list[Sample], Tensor]] = []
 
     @torch.no_grad()
@@ -48,6 +50,8 @@ class Metrics:
         self.by_source.index_add_(0, rows.to(loss.device), columns[:, :2])
         self.rest[0] += batch.attention_mask.sum()
         self.rest[1] += (~torch.isfinite(loss)).sum()
+        if output.energies is not None:
+            self.energies = output.energies if self.energies is None else self.energies + output.energies
         self.aux = list(output.aux)
         for name, value in output.aux.items():
             self.rest[3 + AUX.index(name)] += value * len(batch)
@@ -75,6 +79,13 @@ class Metrics:
                 metrics[f"source_loss/{source}"] = total_loss / number
         names = [name for name in AUX if name in self.aux]
         return metrics | {f"aux/{name}": aux[AUX.index(name)] / count for name in names}
+
+    def crosstalk(self, accelerator: Accelerator, counted: Tensor) -> dict[str, float]:
+        """Of the samples of all processes, which all call it; empty where the step does not measure it."""
+        if self.energies is None:
+            return {}
+        total = accelerator.reduce(self.energies, "sum")
+        return crosstalk_by_pair(total.double().cpu(), counted.cpu(), self.experts)
 
     def suspects(self, all_samples: bool) -> list[str]:
         """This process's samples whose loss is not finite, or all that it read."""

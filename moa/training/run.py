@@ -29,6 +29,7 @@ from moa.training.random_state import restore_rng, rng_tensors, seed_stage
 from moa.training.report import Reporter, memory_gib
 from moa.training.signals import StopRequest
 from moa.training.stages import (
+    crosstalk_sites,
     first_position,
     parameter_groups,
     set_trainable,
@@ -125,6 +126,7 @@ class Run:
         trainer = Trainer(
             model=self.model, accelerator=accelerator, strategy=strategy, groups=groups, stage=stage,
             losses=config.losses, train=config.train, tasks=config.data.tasks, sources=self.mixture.names,
+            watched=crosstalk_sites(self.model, config.losses), log_every=config.logging.every,
         )  # fmt: skip
         if resumed is not None:
             names, scaler = names_of(groups), accelerator.scaler

@@ -16,10 +16,11 @@ from torch import Tensor
 from data.batch import Batch
 from moa.build import check_adapter
 from moa.checkpoint import CONFIG, load_strictly, load_tensors, step_folder, verify
-from moa.config import RunConfig, StageConfig, load_config
+from moa.config import LossConfig, RunConfig, StageConfig, load_config
 from moa.files.peft import read_header, read_tensors
 from moa.files.peft_config import site_scaling
-from moa.model import MixtureModel
+from moa.files.targets import select
+from moa.model import LanguageMixture, MixtureModel
 from moa.parts import PARTS, Parameters, trained_parts
 from moa.routing.gating import one_hot_gates
 from moa.routing.router import axes_of
@@ -58,6 +59,22 @@ def stage_gates(model: MixtureModel, batch: Batch, stage: str) -> Float[Tensor, 
     if stage != "experts":
         return None
     return one_hot_gates(batch.expert_ids, len(model.bank.names))
+
+
+def crosstalk_sites(model: MixtureModel, losses: LossConfig) -> frozenset[str]:
+    """The sites where crosstalk is measured: none for a CLIP or a lone expert, and not the projector's.
+
+    A projector reads image tokens, which are the same for all experts: there crosstalk cannot fall without loss.
+    Raises ValueError for an exclusion that matches nothing.
+    """
+    excluded = select(losses.crosstalk_exclude, model.bank.sites, "losses.crosstalk_exclude")
+    able = isinstance(model, LanguageMixture) and int(model.counted.sum()) > 1
+    projectors = tuple(f"{path}." for path in model.backbone.family.projectors) if able else ()
+    kept = [site for site in model.bank.sites if able and site not in excluded and not site.startswith(projectors)]
+    if losses.crosstalk and not kept:
+        what = "a language model's sites beside the projector's, and two experts that are routed"
+        raise ValueError(f"losses.crosstalk: has no effect, it needs {what}")
+    return frozenset(kept)
 
 
 def first_position(config: RunConfig, number: int, batch_size: int) -> int:

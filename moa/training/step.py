@@ -19,6 +19,7 @@ from data.batch import Batch
 from data.checks import BadSampleError, Rule
 from data.collate import IGNORED
 from moa.config import LossConfig, StageConfig, TrainConfig
+from moa.experts.crosstalk import Watch
 from moa.model import MixtureModel, MixtureOutput
 from moa.parts import Parameters
 from moa.routing.losses import weights_at
@@ -45,6 +46,8 @@ class Trainer:
     train: TrainConfig
     tasks: Sequence[str]  # that metrics are reported by
     sources: Sequence[str]
+    watched: frozenset[str]  # sites whose crosstalk is measured
+    log_every: int  # steps; crosstalk is measured at these alone, or at all where its loss has a weight
     overflows: int = 0  # fp16: steps in a row that the loss scale skipped
 
     def close(self) -> None:
@@ -85,6 +88,7 @@ def train_step(
     else:
         rates = set_rates(strategy.optimizer, rate_factor(trainer.stage, step))
         weights = weights_at(trainer.losses, (step - 1) / max(trainer.stage.steps - 1, 1))
+        trainer.model.bank.context.watch = watch_at(trainer, step, weights)
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)  # gradients are exchanged once, with the last
             batch = batch.to(accelerator.device, non_blocking=True)
@@ -97,10 +101,21 @@ def train_step(
                 # gradients are averaged over processes; the shares are to be added up
                 strategy.backward(loss * accelerator.num_processes, last)
             metrics.add(batch, output)
+        trainer.model.bank.context.watch = None
         values = metrics.reduced(accelerator, stop=stop())
+        values |= metrics.crosstalk(accelerator, trainer.model.counted)
         grad_norm, problem = check_and_update(trainer, strategy, metrics, step)
         values |= {"grad_norm": grad_norm} | {f"lr/{name}": rate for name, rate in rates.items()}
     return StepResult(values, problem, counts.rejected, metrics.num_stopping > 0)
+
+
+def watch_at(trainer: Trainer, step: int, weights: Mapping[str, float]) -> Watch | None:
+    """What the sites measure at this step, alike on all processes: nothing at most steps, so that logging is free."""
+    penalised = weights["crosstalk"] > 0
+    due = penalised or step % trainer.log_every == 0
+    if not trainer.watched or not due or trainer.stage.kind == "router":
+        return None
+    return Watch(sites=trainer.watched, gradient=penalised)
 
 
 def check_and_update(trainer: Trainer, strategy: Plain, metrics: Metrics, step: int) -> tuple[float, str | None]:

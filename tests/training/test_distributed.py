@@ -202,6 +202,8 @@ def references(tmp_path_factory) -> list[RunConfig]:
         world = make(root / make.__name__)
         world["router"]["modality_dropout"] = 0.0  # each process draws its own
         world["losses"] = {"z": 0.01}  # balance is a micro-batch's
+        if "grounding" in world["experts"]:  # not the CLIP's
+            world["losses"]["crosstalk"] = 0.1
         configs.append(read(world))
         run_once(configs[-1])
     return configs
@@ -256,7 +258,8 @@ def test_two_machines_of_one_process_each_are_one(references, tmp_path):
 def assert_same_run(config: RunConfig, reference: RunConfig) -> None:
     for line, expected in zip(log_of(config), log_of(reference), strict=True):
         assert (line["step"], line["stage"]) == (expected["step"], expected["stage"])
-        for key in ("loss", "grad_norm", "validation", "samples", "tokens_read"):
+        assert ("crosstalk" in line) == ("crosstalk" in expected)
+        for key in ("loss", "grad_norm", "validation", "samples", "tokens_read", "crosstalk"):
             assert line.get(key, 0) == pytest.approx(expected.get(key, 0), rel=1e-5), line
     found, wanted = (tensors_of(step_folder(c.out, "last")) for c in (config, reference))
     for key, tensor in wanted.items():
