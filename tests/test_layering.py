@@ -40,7 +40,7 @@ ROOMS = {
 # Rooms of tensors, strings and numbers alone: no settings, no paths, no console.
 MATH = (
     *("moa.routing", "moa.experts", "moa.metrics", "moa.packing", "moa.contrastive"),
-    *("moa.merging.methods", "moa.merging.core", "moa.statistics.moments"),
+    *("moa.merging.methods", "moa.merging.core", "moa.statistics.moments", "moa.statistics.null_space"),
 )
 NOT_IN_MATH = (
     "moa.config",

@@ -5,6 +5,7 @@ import torch
 
 from moa.statistics.gather import expert_moments, input_sums, own_gates, sites_of
 from moa.statistics.moments import EXACT_EIGEN, InputSums, leading_directions, own_directions
+from moa.statistics.null_space import null_space_rows
 from tests.test_model import batch_of, make_model
 
 SITE = "model.language_model.layers.0.self_attn.q_proj"
@@ -102,3 +103,33 @@ def test_layers_in_groups_give_what_they_give_at_once(model, monkeypatch):
     found = input_sums(*options, tick=lambda: ticks.append(1))
     assert len(ticks) > 1 and found.keys() == expected.keys()
     assert all(torch.equal(found[site].gram, own.gram) for site, own in expected.items())
+
+
+# Rows in the null space of others -----------------------------------------------------------------
+
+
+def test_rows_of_a_new_expert_ignore_the_others_inputs_and_follow_its_own():
+    axis = torch.eye(6, dtype=torch.float64)
+    others = [sums_of(axis[k : k + 1].expand(9, 6)).sketch(6, 3) for k in (0, 1)]
+    own = sums_of(torch.cat([9 * axis[0:1], 3 * axis[2:3], 2 * axis[3:4]])).sketch(6, 4)
+    start = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    at_random = null_space_rows(start, others, 2)
+    torch.testing.assert_close(at_random @ axis[:2].T, torch.zeros(2, 2).double())
+    torch.testing.assert_close(at_random @ at_random.T, torch.eye(2).double() / 3)
+    led = null_space_rows(start, others, 2, own)
+    torch.testing.assert_close(led.abs(), axis[2:4] / 3**0.5)
+    more = null_space_rows(torch.randn(3, 6), others, 2, own)  # own directions end, the rest is random
+    torch.testing.assert_close(more[:2].abs(), axis[2:4] / 3**0.5)
+    torch.testing.assert_close(more @ axis[:2].T, torch.zeros(3, 2).double())
+    with pytest.raises(ValueError, match="leaves 4 of 6 directions to a rank of 5"):
+        null_space_rows(torch.randn(5, 6), others, 2)
+
+
+def test_frozen_rows_add_least_to_the_others_outputs_of_all_rows_of_that_count():
+    """With as many directions removed as there can be, the crosstalk is the smallest eigenvalues' share."""
+    x = inputs(tokens=80)
+    others = [sums_of(x).sketch(6, 6)]
+    rows = null_space_rows(torch.randn(2, 6), others, 4)
+    found = float((x @ rows.T).square().sum()) / 80
+    smallest = torch.linalg.eigvalsh(x.T @ x / 80)[:2].sum() / 3
+    assert found == pytest.approx(float(smallest))
