@@ -82,7 +82,7 @@ def measured_peak(model: "MixtureModel", train: TrainConfig, batch: "Batch", dev
 
     def step() -> None:
         with autocast(device, train):
-            output = model(batch, stage_gates(model, batch, STAGE.kind))
+            output = model(batch, stage_gates(model, batch, STAGE))
             loss = output.loss_per_sample.sum() + sum(output.aux.values())
         loss.backward()
 

@@ -85,11 +85,12 @@ def build_mixture(
     bank.train({name: () if expert.frozen else tuple(expert.factors) for name, expert in config.experts.items()})
     router = build_router(config, bank, backbone.dims)
     if config.router.granularity == "token":
-        bank.add_token_routers(seed=config.seed)
+        bank.add_token_routers(choices=len(config.choices), seed=config.seed)
     weights = config.router.weights
     names = ("kind", "top_k", "null_expert", "temperature", "granularity")
     routing: dict[str, Any] = {name: getattr(config.router, name) for name in names}
-    routing["weights"] = [weights.get(name, 0.0) for name in config.experts] if weights else None
+    routing["weights"] = [weights.get(name, 0.0) for name in config.choices] if weights else None
+    routing["gates"] = [expert.gate for expert in config.experts.values()]
     if not backbone.compares:
         return LanguageMixture(backbone, bank, router, **routing)
     check_for_clip(config)
@@ -196,7 +197,7 @@ def build_router(config: RunConfig, bank: ExpertBank, dims: dict[str, int]) -> n
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return row.router(
-            experts=len(bank.names),
+            experts=len(config.choices),
             sites=len(bank.sites),
             dims=dims,
             num_tasks=len(config.data.tasks),

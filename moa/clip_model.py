@@ -20,6 +20,7 @@ from data.pairs import PairBatch, fill, only_images, only_texts, templates
 from moa import contrastive
 from moa.model import MixtureModel, MixtureOutput
 from moa.routing.routing import Gates
+from moa.routing.schedule import GateDraws
 
 CHUNK = 256  # texts encoded at a time
 
@@ -42,12 +43,14 @@ class ClipMixture(MixtureModel):
                 f"in the text tower and would never learn, first {texts[0]}"
             )
 
-    def forward(self, batch: PairBatch, gates: Tensor | None = None, **choice: Any) -> MixtureOutput:
+    def forward(
+        self, batch: PairBatch, gates: Tensor | None = None, draws: GateDraws | None = None, **choice: Any
+    ) -> MixtureOutput:
         """Loss per sample and what the router decided; `choice` are options of `compute_gates`."""
         sides = [only_images(batch)]
         if self.objective == "contrastive":
             sides.append(only_texts(batch))
-        decided = [self.compute_gates(side, override=gates, **choice) for side in sides]
+        decided = [self.compute_gates(side, override=gates, draws=draws, **choice) for side in sides]
         used = [_of_samples(side) for side in decided]
         images = self.image_features(batch, used[0])
         if self.objective == "contrastive":

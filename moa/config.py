@@ -30,6 +30,8 @@ from moa.cli.ranges import (
 from moa.cli.settings import Override, Wrong, load
 from moa.routing import kinds
 from moa.routing.losses import GateLosses
+from moa.routing.roles import CHOSEN, check_roles
+from moa.routing.schedule import GateSchedule
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MADE = ("scenes", "drawings")  # formats without files, of as many samples as one asks for
@@ -87,6 +89,9 @@ class ExpertConfig:
     targets: list[str] | None = None  # a subset of model.targets; null: all of them
     init_from: FilePath | None = None  # PEFT adapter folder that this expert starts from
     frozen: bool = False  # takes part in the mixture, is never trained
+    # routed: by the router; always: 1, a shared expert; confidence: 1 - the largest gate; joint: in the router's
+    # softmax, exempt from top-k; with:NAME: the gate of another expert
+    gate: str = "routed"
     # experts that name the same group have one lora_A at each site (one lora_B); null: a factor of their own
     share_a: str | None = None
     share_b: str | None = None  # the same for lora_B
@@ -118,7 +123,7 @@ class RouterConfig:
     pooling: Literal["attention", "mean"] = "attention"  # over the tokens of one kind of evidence
     per_site: bool = False  # a learned offset of the logits for each wrapped layer
     modality_dropout: ShareBelowOne = 0.1  # chance in training that one kind of evidence is hidden
-    weights: dict[str, float] | None = None  # of kind fixed: expert -> gate; null: all equal
+    weights: dict[str, float] | None = None  # of kind fixed: routed expert -> gate; null: all equal
 
     @property
     def row(self) -> kinds.Kind:
@@ -274,6 +279,10 @@ class StageConfig:
     init_from: Annotated[Any, PATH] = None
     # names of data.sources that the stage draws from, in their relative shares; null: all of them
     sources: list[str] | None = None
+    # in a stage that trains experts: the one that every sample trains; null: each sample its own
+    expert: str | None = None
+    copy_of: str | None = None  # before the first step every other routed expert becomes a copy of this one
+    gates: GateSchedule = field(default_factory=GateSchedule)  # what training does to the gates
 
     @property
     def kind(self) -> str:
@@ -284,6 +293,11 @@ class StageConfig:
         check(self.kind in ("experts", "router", "joint"), "", rule)
         inside = self.warmup_steps <= self.steps
         check(inside, "warmup_steps", f"must be in 0..{self.steps}, got {self.warmup_steps}")
+        check(self.expert is None or self.kind == "experts", "expert", "needs trains=experts: a router decides here")
+        check(self.kind != "router" or self.copy_of is None, "copy_of", "needs a stage that trains experts")
+        for name in ("leak", "leak_end"):
+            fits = not getattr(self.gates, name) or self.kind == "experts"
+            check(fits, f"gates.{name}", "needs trains=experts: a router's gates reach other experts by themselves")
         known = self.init_from is None or isinstance(self.init_from, str | dict)
         check(known, "init_from", f"must be a folder or a mapping, got {self.init_from!r}")
 
@@ -367,6 +381,11 @@ class RunConfig:
     stages: dict[str, StageConfig] = field(default_factory=dict)  # of the training, in order
 
     @property
+    def choices(self) -> list[str]:
+        """The experts that the router chooses among."""
+        return [name for name, expert in self.experts.items() if expert.gate in CHOSEN]
+
+    @property
     def routes(self) -> list[str]:
         """What a sample may be meant for: an expert, or none of them with a null expert."""
         return [*self.experts, *([NONE] if self.router.null_expert else [])]
@@ -387,10 +406,18 @@ def check_experts(config: RunConfig) -> None:
         check(re.fullmatch(r"\w[\w-]*", name) is not None, f"experts.{name}", "is no folder name")
         check(name != NONE, f"experts.{name}", "means no expert (router.null_expert)")
     check_ties(config)
-    possible = "top_k" not in router.row.options or router.top_k <= len(names)
-    check(possible, "router.top_k", f"is {router.top_k}, but there are {len(names)} experts")
+    gates = {name: expert.gate for name, expert in config.experts.items()}
+    if broken := check_roles(gates):
+        raise Wrong(f"experts.{broken[0]}.gate", broken[1])
+    choices = config.choices
+    wants = bool(choices) or router.row.learns is None
+    check(wants, "router.kind", f"{router.kind} has nothing to choose: no expert is routed; use router.kind=fixed")
+    routed = [name for name in names if gates[name] == "routed"]
+    possible = "top_k" not in router.row.options or router.top_k <= len(routed)
+    check(possible, "router.top_k", f"is {router.top_k}, but there are {len(routed)} routed experts")
     for name in router.weights or {}:
-        check(name in names, f"router.weights.{name}", f"no such expert; choices: {names}")
+        rule = "no such routed expert"
+        check(name in choices, f"router.weights.{name}", f"{rule}; choices: {choices}")
 
 
 def check_ties(config: RunConfig) -> None:
@@ -456,12 +483,15 @@ def check_stages(config: RunConfig) -> None:
         if stage.kind == "router":
             rule = f"router.kind={config.router.kind} learns nothing"
             check(config.router.row.learns is not None, key, rule)
-        if stage.kind == "experts" and config.data.expert is None:
+        check_gates_of_stage(config, stage, key)
+        one = stage.expert or config.data.expert
+        if stage.kind == "experts" and one is None:
             nobody = [s.name for s in sources if s.expert is None and s.format != "scenes"]
             rule = f"{key} trains each expert on its own samples, and these name none"
             check(not nobody, f"data.sources.{', '.join(nobody)}.expert", rule)
         if stage.kind == "experts":
-            reached = {config.data.expert or s.expert for s in sources} - {NONE}
+            reached = {one or s.expert for s in sources} - {NONE}
+            reached |= {name for name, expert in config.experts.items() if expert.gate == "always"}
             frozen = all(name in config.experts and config.experts[name].frozen for name in reached)
             rule = f"its samples are of frozen experts alone: {sorted(map(str, reached))}"
             learns = config.model.train_projector or not (reached and frozen)
@@ -469,6 +499,29 @@ def check_stages(config: RunConfig) -> None:
         if isinstance(stage.init_from, dict):
             for name in stage.init_from:
                 check(name in config.experts, f"{key}.init_from.{name}", "no such expert")
+
+
+def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> None:
+    experts, gates = config.experts, stage.gates
+    for setting in ("expert", "copy_of"):
+        name = getattr(stage, setting)
+        known = name is None or name in experts
+        check(known, f"{key}.{setting}", f"no such expert {name!r}; choices: {list(experts)}")
+    if stage.copy_of is not None:
+        own = experts[stage.copy_of]
+        for name, expert in experts.items():
+            alike = all(getattr(expert, k) == getattr(own, k) for k in ("rank", "alpha", "use_rslora", "targets"))
+            rule = f"{name} has another rank, alpha or targets, and so cannot be its copy"
+            check(alike or expert.gate != "routed", f"{key}.copy_of", rule)
+    by_token = config.router.granularity == "token"
+    check(gates.is_empty or not by_token, f"{key}.gates", "have no effect with router.granularity=token")
+    shared = any(expert.gate in ("always", "confidence") for expert in experts.values())
+    rule = "leaves samples without any expert: none is shared (experts.NAME.gate=always)"
+    check(shared or not (gates.dropout or gates.dropout_end), f"{key}.gates.dropout", rule)
+    starves = [name for name, expert in experts.items() if expert.gate == "confidence" and not expert.frozen]
+    fed = stage.kind != "experts" or stage.expert in starves or gates.leak or gates.blend or not starves
+    rule = f"experts.{', '.join(starves)} has the gate 0 here, because one gate is 1: set {key}.gates.leak above 0"
+    check(bool(fed), f"{key}.gates.leak", rule)
 
 
 def stage_sources(config: RunConfig, stage: StageConfig) -> list[SourceConfig]:

@@ -6,7 +6,7 @@ Every way to decide gates ends in the same tensor, and every forward takes the s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,8 +23,10 @@ from moa.experts.bank import ExpertBank
 from moa.experts.crosstalk import crosstalk, energy_tables
 from moa.packing import answer_positions
 from moa.routing.decisions import mean_token_gates, token_decisions, token_losses
+from moa.routing.roles import Roles
 from moa.routing.router import Evidence
 from moa.routing.routing import Gates, Routing
+from moa.routing.schedule import GateDraws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,8 @@ class MixtureOutput:
 class MixtureModel(nn.Module, ABC):
     """What every mixture has: a backbone, its bank of experts, and the routing that decides their gates.
 
-    `LanguageMixture` answers, `ClipMixture` compares. `router` and `settings` are those of `Routing`.
+    `LanguageMixture` answers, `ClipMixture` compares. `gates` are the roles of the experts, by default all routed;
+    `router` and `settings` are those of `Routing`.
     """
 
     def __init__(
@@ -59,13 +62,17 @@ class MixtureModel(nn.Module, ABC):
         backbone: Backbone | ClipBackbone,
         bank: ExpertBank,
         router: nn.Module | None = None,
+        *,
+        gates: Sequence[str] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
         self.model = backbone.model
         self.backbone: Any = backbone
         self.bank = bank
-        self.routing = Routing(router, experts=len(bank.names), **settings)
+        names = tuple(bank.names)
+        roles = Roles(names, ("routed",) * len(names) if gates is None else tuple(gates))
+        self.routing = Routing(router, roles=roles, **settings)
 
     @property
     def router(self) -> Any:
@@ -98,16 +105,18 @@ class MixtureModel(nn.Module, ABC):
         withhold: Collection[str] = (),
         available: Tensor | None = None,
         look: Look | None = None,
+        draws: GateDraws | None = None,
     ) -> Gates:
         """The gates of a batch, each sample by itself, from the prompt side alone.
 
         override: gates [batch, expert] or [batch, site or 1, expert] to use instead.
         withhold: kinds of evidence treated as missing. available: [expert] or [batch, expert] bool,
         False where an expert may not be used. look: at the images, where it was computed before.
+        draws: what training does to the gates that the router decides.
         """
         if override is not None:
             return self.routing.override(override, available)
-        choice: dict[str, Any] = {"withhold": withhold, "available": available}
+        choice: dict[str, Any] = {"withhold": withhold, "available": available, "draws": draws}
         return self.routing.decide(self.evidence(batch, look), batch.expert_ids, **choice)
 
     def set_gates(self, decided: Gates, batch: Batch, *, expand: bool = False) -> None:
@@ -141,7 +150,7 @@ class MixtureModel(nn.Module, ABC):
 
     def update_anchors(self, batch: Batch) -> None:
         """Add a batch of samples of known experts to the means of a router that learns by means."""
-        self.router.update(self.evidence(batch), batch.expert_ids)
+        self.router.update(self.evidence(batch), self.routing.targets(batch.expert_ids))
 
     def enable_gradient_checkpointing(self, *, compare: bool = True) -> None:
         """Recompute activations in the backward pass, each layer with the gates it first had.
@@ -162,9 +171,11 @@ class LanguageMixture(MixtureModel):
     def answering(self) -> "LanguageMixture":
         return self
 
-    def forward(self, batch: Batch, gates: Tensor | None = None, **choice: Any) -> MixtureOutput:
+    def forward(
+        self, batch: Batch, gates: Tensor | None = None, draws: GateDraws | None = None, **choice: Any
+    ) -> MixtureOutput:
         """Loss per sample and what the router decided; `choice` are options of `compute_gates`."""
-        decided, features = self._prefill(batch, gates, choice)
+        decided, features = self._prefill(batch, gates, choice | {"draws": draws})
         hidden = self.backbone.hidden_states(batch, features)
         labels = None
         if batch.labels is not None:
@@ -264,9 +275,8 @@ class LanguageMixture(MixtureModel):
             return losses, decided.gates
         logits, owners = self.bank.take_token_logits(), self._owners(batch)
         groups = list(token_decisions(logits, self.bank.streams, batch.token_samples(), owners))
-        decide, places = self.routing.token_gates, self.routing.places
-        aux = token_losses(groups, batch.expert_ids, batch.task_ids, decide, places)
-        return aux, mean_token_gates(groups, len(batch), decide)
+        aux = token_losses(groups, batch.expert_ids, batch.task_ids, self.routing.token_losses)
+        return aux, mean_token_gates(groups, len(batch), self.routing.token_gates)
 
 
 def answer_loss(

@@ -124,7 +124,7 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["router.kind=top_k", "router.top_k=3"], ["router.top_k", "2 experts"]),
+        (["router.kind=top_k", "router.top_k=3"], ["router.top_k", "2 routed experts"]),
         (["router.granularity=token", "router.kind=sigmoid"], ["router.granularity", "sigmoid"]),
         (["router.weights={a: 1}"], ["router.weights", "no effect", "softmax"]),
         (["router.kind=fixed", "router.weights={c: 1}"], ["router.weights.c", "['a', 'b']"]),
@@ -216,7 +216,7 @@ CLASSES = {RunConfig: RUN, EvalCommand: ["eval.sources={s: {num_samples: 4}}"], 
 ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "modality_dropout",
         "ocr_min_confidence", "num_workers", "task_dropout", "max_ocr_words", "clip_norm", "weight_decay",
         "betas", "eval.every", "num_images", "steps.", "values.", "penalty", "similarity",
-        "nondiagonal", "noise")  # fmt: skip
+        "nondiagonal", "noise", "joint.gates.")  # fmt: skip
 BELOW_ZERO = ("router.weights", "losses.entropy", "values.")
 HUGE = ("router.weights", "num_samples", "alpha", "temperature", "losses.", "lr.", "weight.", "count",
         "epochs", "max_length", "steps.", "pack_length", "clip_norm", "weight_decay", "save_every", "keep_",

@@ -125,20 +125,22 @@ def summary(
     experts: Sequence[str],
     *,
     trained_tasks: Sequence[str] = (),
+    chosen_among: Sequence[str] | None = None,
     sites: Sequence[str] = (),
     cosines: Float[Tensor, "expert expert"] | None = None,
 ) -> dict[str, Any]:
     """Everything above as one record for a JSON file.
 
     `mean_gates`, the weights of a merge, weighs the tasks alike (the trained ones, where any is among the samples).
-    `per_kind` has a row for each task, or for each expert of a task that has several. Where samples are meant for no
-    expert, none is a choice in the mutual information, entropy and accuracy.
+    `per_kind` has a row for each task, or for each expert of a task that has several. Mutual information, entropy and
+    accuracy are of the experts that the router chooses among (None: all), and of none, where samples are meant for it.
     """
     mean = gates.float().mean(1)
-    choices, decided = list(experts), mean
+    choices = [*experts] if chosen_among is None else [*chosen_among]
+    decided = mean[:, [experts.index(name) for name in choices]]
     if NONE in wanted:  # the rest of one is the weight of the null expert
-        rest = 1 - mean.sum(-1, keepdim=True)
-        choices, decided = [*experts, NONE], torch.cat([mean, rest], dim=-1).clamp(min=0)
+        rest = 1 - decided.sum(-1, keepdim=True)
+        choices, decided = [*choices, NONE], torch.cat([decided, rest], dim=-1).clamp(min=0)
     per_task = gates_per_task(mean, tasks)
     chosen = [task for task in per_task if task in trained_tasks] or list(per_task)
     kinds = sample_kinds(tasks, wanted)

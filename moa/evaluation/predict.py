@@ -31,7 +31,6 @@ from moa.config import RunConfig
 from moa.evaluation.models import find_models, open_model, pick_device
 from moa.evaluation.settings import check_gates
 from moa.model import Gates, MixtureModel
-from moa.routing.gating import one_hot_gates
 
 ImageLike = Any  # a path, a PIL image, or an array [height, width, 3] of bytes
 
@@ -244,8 +243,9 @@ def gate_rule(model: MixtureModel, batch: Batch, rule: str) -> dict[str, torch.T
     if rule.startswith("without:"):
         left = torch.tensor([name != rule.removeprefix("without:") for name in names])
         return {"available": left.to(device)}
-    if rule == "oracle":
-        return {"gates": one_hot_gates(batch.expert_ids, len(names))}
-    known = {"uniform": [1.0 / len(names) for _ in names], "off": [0.0] * len(names)}
-    weights = known.get(rule, [float(name == rule) for name in names])
-    return {"gates": torch.tensor(weights, device=device).expand(len(batch), -1)}
+    if rule == "off":
+        return {"gates": torch.zeros(len(batch), len(names), device=device)}
+    # a sample of expert NAME, or of an unknown one, which is uniform; shared experts have their own gates
+    known = {"oracle": batch.expert_ids, "uniform": torch.full((len(batch),), -1, device=device)}
+    ids = known[rule] if rule in known else torch.full((len(batch),), names.index(rule), device=device)
+    return {"gates": model.routing.oracle(ids)}

@@ -90,6 +90,7 @@ def routing_record(
             [r.sample.expert for r in responses],
             names,
             trained_tasks=config.data.tasks,
+            chosen_among=config.choices,
             sites=list(model.bank.sites),
             cosines=delta_cosines(factors),
         )

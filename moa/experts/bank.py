@@ -359,30 +359,31 @@ class ExpertBank:
     def route_tokens(self, decide: Decide, temperature: float | int = 1.0, *, recording: bool = True) -> None:
         """Let every site route the tokens of the coming forward by its own token router.
 
-        `decide` turns logits, over the temperature, into gates and probabilities; `recording` keeps the logits.
+        `decide` turns logits, over the temperature, into gates; `recording` keeps the logits.
         """
         more: dict[str, Any] = {"temperature": temperature, "recording": recording, "watch": self.context.watch}
         self.context.state = GateState(gates=None, experts=tuple(self.names), decide=decide, **more)
 
-    def take_token_logits(self) -> dict[str, Float[Tensor, "*_ expert"]]:
+    def take_token_logits(self) -> dict[str, Float[Tensor, "*_ choice"]]:
         """Site -> the logits of the last forward's tokens, over the temperature; kept no longer."""
         state, taken = self.context.state, dict[str, Tensor]()
         if state is not None:  # left there, they would keep the graph until the next forward
             taken, state.token_logits = state.token_logits, {}
         return taken
 
-    def add_token_routers(self, *, seed: int = 0, std: float | int = 0.02) -> None:
-        """A float32 router [expert, in] at every site; all experts come before, at all sites."""
+    def add_token_routers(self, *, choices: int | None = None, seed: int = 0, std: float | int = 0.02) -> None:
+        """A float32 router [choice, in] at every site; all experts come before, at all sites. None: all are choices."""
         for name, site in self.sites.items():
             if site.experts != self.names:
                 rule = "token routing needs every expert at every site"
                 raise ValueError(f"{rule}: {name} has {site.experts} of {self.names}")
             generator = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}"))
-            weight = torch.randn(len(self.names), site.base_layer.in_features, generator=generator)
+            shape = len(self.names) if choices is None else choices, site.base_layer.in_features
+            weight = torch.randn(shape, generator=generator)
             site.token_router = nn.Parameter((weight * std).to(site.base_layer.weight.device))
 
     def token_routers(self) -> dict[str, nn.Parameter]:
-        """Site -> token router [expert, in]; empty where gates are decided per sample."""
+        """Site -> token router [choice, in]; empty where gates are decided per sample."""
         pairs = ((name, site.token_router) for name, site in self.sites.items())
         return {name: router for name, router in pairs if router is not None}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moa.experts.crosstalk import Watch
 
-Decide = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> gates and probabilities
+Decide = Callable[[Tensor], Tensor]  # logits [.., choice] -> gates [.., expert]
 
 
 @dataclass(kw_only=True)
@@ -32,7 +32,7 @@ class GateState:
     decide: Decide | None = None  # of token routing
     temperature: float | int = 1.0  # of token routing
     recording: bool = True
-    # site -> [batch, seq, expert], divided by the temperature
+    # site -> [batch, seq, choice], divided by the temperature
     token_logits: dict[str, Tensor] = field(default_factory=dict)
     watch: Watch | None = None  # what sites measure in this forward
     # What inference computes once for all decoding steps, by site. It lives no longer than the
@@ -71,7 +71,7 @@ class GateState:
             raise ValueError(f"{site}: has no token router; call bank.add_token_routers()")
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), token_router.float()) / self.temperature
-            gates, _ = self.decide(logits)
+            gates = self.decide(logits)
         if self.recording:
             self.token_logits[site] = logits  # by site: a second call replaces the first
         return gates

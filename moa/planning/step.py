@@ -64,7 +64,7 @@ def measure_step(
     static = live.now
     with RealMasks(), flops, live, visited(model) as backward:
         with autocast(batch.input_ids.device.type, train):
-            output = model(batch, stage_gates(model, batch, stage.kind))
+            output = model(batch, stage_gates(model, batch, stage))
             loss = output.loss_per_sample.sum() + sum(output.aux.values())
         kept = live.now - static
         loss.backward()

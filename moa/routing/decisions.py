@@ -8,10 +8,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moa.routing.losses import gate_losses
-
-Decide = Callable[[Tensor], tuple[Tensor, Tensor]]  # logits -> gates and probabilities
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDecisions:
@@ -51,21 +47,13 @@ def token_losses(
     groups: list[TokenDecisions],
     expert_ids: Int[Tensor, " batch"],
     task_ids: Int[Tensor, " batch"],
-    decide: Decide,
-    top_k: int | None,
+    losses: Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]],
 ) -> dict[str, Float[Tensor, ""]]:
-    """The losses on gates over valid tokens, averaged over all sites."""
+    """The losses on gates over valid tokens, averaged over all sites; `losses` is `Routing.token_losses`."""
     num_sites = sum(group.logits.shape[0] for group in groups)
     total: dict[str, Tensor] = {}
     for group in groups:
-        found = gate_losses(
-            group.logits,
-            decide(group.logits)[1],
-            expert_ids[group.owner],
-            task_ids[group.owner],
-            top_k=top_k,
-            mask=group.mask,
-        )
+        found = losses(group.logits, expert_ids[group.owner], task_ids[group.owner], group.mask)
         for key, value in found.items():
             share = value * (group.logits.shape[0] / num_sites)
             total[key] = total[key] + share if key in total else share
@@ -73,11 +61,13 @@ def token_losses(
 
 
 @torch.no_grad()
-def mean_token_gates(groups: list[TokenDecisions], num_samples: int, decide: Decide) -> Float[Tensor, "batch 1 expert"]:
+def mean_token_gates(
+    groups: list[TokenDecisions], num_samples: int, decide: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "batch 1 expert"]:
     """Each sample's gates, averaged over its valid tokens at all sites: for reading, not for use."""
     total = count = torch.zeros(())
     for group in groups:
-        gates, _ = decide(group.logits)
+        gates = decide(group.logits)
         member = F.one_hot(group.owner, num_samples).float() * group.mask[:, None]
         total = total.to(gates.device) + torch.einsum("tb,ste->be", member, gates)
         count = count.to(gates.device) + member.sum(0) * gates.shape[0]

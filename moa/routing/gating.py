@@ -20,12 +20,16 @@ def sigmoid_gates(logits: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead
 
 
 def top_k_gates(
-    logits: Float[Tensor, "*lead expert"], k: int, mask: Bool[Tensor, "*lead expert"] | None = None
+    logits: Float[Tensor, "*lead expert"],
+    k: int,
+    mask: Bool[Tensor, "*lead expert"] | None = None,
+    joint: Bool[Tensor, " expert"] | None = None,
 ) -> Float[Tensor, "*lead expert"]:
     """The k best experts, softmax weights renormalised over them, exact zeros elsewhere.
 
     `mask` is False where an expert may not be used: it never takes one of the k places. With fewer
-    than k experts left, those; with none, zeros. Raises ValueError unless 1 <= k <= experts.
+    than k experts left, those; with none, zeros. `joint` experts take no place and are kept beside
+    the k. Raises ValueError unless 1 <= k <= experts.
     """
     num_experts = logits.shape[-1]
     if not 1 <= k <= num_experts:
@@ -33,19 +37,27 @@ def top_k_gates(
     logits = logits.float()
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
+    rivals = logits if joint is None else logits.masked_fill(joint, float("-inf"))
     kept = torch.zeros_like(logits, dtype=torch.bool)
-    kept = kept.scatter(-1, logits.topk(k, dim=-1).indices, True) & logits.isfinite()
+    kept = kept.scatter(-1, rivals.topk(k, dim=-1).indices, True) & rivals.isfinite()
+    if joint is not None:
+        kept = kept | (joint & logits.isfinite())
     # A softmax over the kept ones, and not a division of probabilities, which may all be tiny; the
     # floor is finite, because a row that keeps none must not turn into NaN.
     return torch.softmax(logits.masked_fill(~kept, -1e30), dim=-1).masked_fill(~kept, 0.0)
 
 
-def one_hot_gates(expert_ids: Int[Tensor, " batch"], num_experts: int) -> Float[Tensor, "batch expert"]:
+def one_hot_gates(
+    expert_ids: Int[Tensor, " batch"], num_experts: int, joint: Bool[Tensor, " expert"] | None = None
+) -> Float[Tensor, "batch expert"]:
     """The oracle's gates: one expert each; id -1 (unknown) gets the uniform mixture, and
-    id `num_experts` (the null expert) zeros."""
+    id `num_experts` (the null expert) zeros. `joint` experts share each sample's sum alike with its own."""
     known = expert_ids >= 0
     gates = F.one_hot(expert_ids.clamp(min=0), num_experts + 1)[:, :num_experts].float()
-    return torch.where(known[:, None], gates, torch.full_like(gates, 1.0 / num_experts))
+    if joint is not None:
+        gates = gates.masked_fill(joint, 1.0)
+        gates = gates / gates.sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(known[:, None], gates, torch.full_like(gates, 1.0 / max(num_experts, 1)))
 
 
 def apply_availability(

@@ -27,7 +27,8 @@ class Kind:
 
     # gates as logits, and of learned kinds the probabilities that losses read (before top-k, sum 1), from
     #   logits [batch, site, choice], over the temperature, a null expert last; None without a router
-    #   mask, False where an expert may not be used, or None; top_k; expert_ids [batch], -1 unknown; weights [expert]
+    #   mask, False where an expert may not be used, or None; top_k; expert_ids [batch], -1 unknown; weights [expert];
+    #   joint [choice], True where an expert takes no place of top-k, or None. Experts: those that it chooses among
     gates: "Callable[..., Decided]"
     # makes the module with the logits from experts, sites, dims, num_tasks and the options
     router: "Callable[..., nn.Module] | None" = None
@@ -46,10 +47,10 @@ def softmax(*, logits: Any, mask: Any, **_: Any) -> "Decided":
     return (probs if mask is None else top_k_gates(logits, probs.shape[-1], mask)), probs
 
 
-def top_k(*, logits: Any, mask: Any, top_k: int, **_: Any) -> "Decided":
+def top_k(*, logits: Any, mask: Any, top_k: int, joint: Any, **_: Any) -> "Decided":
     from moa.routing.gating import softmax_gates, top_k_gates
 
-    return top_k_gates(logits, top_k, mask), softmax_gates(logits)
+    return top_k_gates(logits, top_k, mask, joint), softmax_gates(logits)
 
 
 def sigmoid(*, logits: Any, mask: Any, **_: Any) -> "Decided":
@@ -59,10 +60,10 @@ def sigmoid(*, logits: Any, mask: Any, **_: Any) -> "Decided":
     return (gates if mask is None else gates * mask), gates / gates.sum(-1, keepdim=True)
 
 
-def one_hot(*, expert_ids: Any, weights: Any, mask: Any, **_: Any) -> "Decided":
+def one_hot(*, expert_ids: Any, weights: Any, mask: Any, joint: Any, **_: Any) -> "Decided":
     from moa.routing.gating import apply_availability, one_hot_gates
 
-    gates = one_hot_gates(expert_ids, len(weights))[:, None]
+    gates = one_hot_gates(expert_ids, len(weights), joint)[:, None]
     return (gates if mask is None else apply_availability(gates, mask)), None
 
 

@@ -1,6 +1,8 @@
 """Evidence -> gates: a kind of router with its settings, held by every mixture.
 
-evidence -> router -> logits / temperature -> the kind's function -> gates [batch, site or 1, expert]
+evidence -> router -> logits over temperature -> kind -> gates of the choices -> roles -> gates of all experts
+
+The router chooses among the routed experts; `Roles` gives the gates of those that are shared.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,10 +14,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moa.routing.gating import apply_availability
+from moa.routing.gating import apply_availability, one_hot_gates
 from moa.routing.kinds import KINDS
 from moa.routing.losses import gate_losses
+from moa.routing.roles import Roles
 from moa.routing.router import Evidence
+from moa.routing.schedule import GateDraws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +27,7 @@ class Gates:
     """Gates [batch, site or 1, expert], and what a learned router decided them from.
 
     `logits` are divided by the temperature already; `probs` are the gates before top-k, summing to
-    one. The choices are the experts, and last the null expert where there is one. All three are
+    one. The choices are the router's experts, and last the null expert where there is one. All three are
     None where tokens are routed one by one, inside the model.
     """
 
@@ -35,18 +39,20 @@ class Gates:
 class Routing(nn.Module):
     """Decides the gates of each sample by itself, from the prompt side alone.
 
-    kind: a row of moa/routing/kinds.py, with its `router` where it has one. weights: of kind fixed, uniform by default.
+    kind: a row of moa/routing/kinds.py, with its `router` where it has one. roles: of the bank's experts. weights: of
+    kind fixed, for each choice, uniform by default.
     granularity "token": each site routes each token, and `router` is None. null_expert: one choice more, which adds
     nothing to the backbone, so that a sample's gates may sum to less than one.
     """
 
     weights: Tensor
+    joint: Tensor | None
 
     def __init__(
         self,
         router: nn.Module | None = None,
         *,
-        experts: int,
+        roles: Roles,
         kind: str = "softmax",
         top_k: int = 2,
         null_expert: bool = False,
@@ -61,8 +67,11 @@ class Routing(nn.Module):
         if wanted != (router is not None):
             needs = "needs a router" if wanted else "has no router"
             raise ValueError(f"router.kind {kind} with granularity {granularity} {needs}")
-        uniform = [1.0 / max(experts, 1)] * experts
+        self.roles, count = roles, len(roles.choices)
+        uniform = [1.0 / max(count, 1)] * count
         self.register_buffer("weights", torch.tensor(weights or uniform), persistent=False)
+        joint = torch.tensor(roles.joint) if any(roles.joint) else None
+        self.register_buffer("joint", joint, persistent=False)
 
     @property
     def evidence(self) -> tuple[str, ...]:
@@ -77,9 +86,25 @@ class Routing(nn.Module):
     def override(self, gates: Tensor, available: Tensor | None = None) -> Gates:
         """Gates [batch, expert] or [batch, site or 1, expert] from elsewhere, where experts are available."""
         gates = (gates if gates.dim() == 3 else gates[:, None]).float()
-        if available is not None:
-            gates = apply_availability(gates, _rows(available, gates))
+        if available is None:
+            return Gates(gates=gates)
+        rows, choices = _rows(available, gates), list(self.roles.choices)
+        shared = apply_availability(gates[..., choices], rows[..., choices])
+        gates = gates * rows
+        gates[..., choices] = shared
         return Gates(gates=gates)
+
+    def oracle(
+        self, expert_ids: Int[Tensor, " batch"], draws: GateDraws | None = None
+    ) -> Float[Tensor, "batch 1 expert"]:
+        """The gates of samples that are meant for these experts: -1 is uniform, the number of experts is none."""
+        ids = self.roles.choice_ids(expert_ids)
+        chosen = one_hot_gates(ids, len(self.roles.choices), self.joint)[:, None]
+        return self.roles.assemble(chosen if draws is None else draws.apply(chosen))
+
+    def uniform(self, num_samples: int, device: Any = None) -> Float[Tensor, "batch 1 expert"]:
+        """Every choice alike."""
+        return self.oracle(torch.full((num_samples,), -1, device=device))
 
     def decide(
         self,
@@ -88,30 +113,46 @@ class Routing(nn.Module):
         *,
         withhold: Collection[str] = (),
         available: Tensor | None = None,
+        draws: GateDraws | None = None,
     ) -> Gates:
         """The gates of a batch; see `MixtureModel.compute_gates`. None where tokens are routed one by one."""
         if self.granularity == "token":
             if available is not None:
                 raise ValueError("available: token routing uses all experts; give gates instead")
             return Gates()
-        logits, mask = None, None if available is None else _rows(available, self.weights)
+        rows = None if available is None else _rows(available, self.weights)
+        logits, mask = None, None if rows is None else self.roles.among_choices(rows)
         if self.router is not None:
             logits = self.router(evidence, withhold) / self.temperature
             mask = None if mask is None else mask.expand_as(logits)
             if self.null_expert:  # of logit 0, without a parameter: softmax reads differences alone
                 logits = F.pad(logits, (0, 1))
                 mask = None if mask is None else F.pad(mask, (0, 1), value=True)
-        gates, probs = self._gates(logits, mask, expert_ids)
-        gates = gates[..., :-1] if self.null_expert else gates
-        return Gates(gates=gates, logits=logits, probs=probs)
+        chosen, probs = self._gates(logits, mask, self.roles.choice_ids(expert_ids))
+        chosen = chosen[..., :-1] if self.null_expert else chosen
+        gates = self.roles.assemble(chosen if draws is None else draws.apply(chosen))
+        return Gates(gates=gates if rows is None else gates * rows, logits=logits, probs=probs)
 
-    def token_gates(
-        self, logits: Float[Tensor, "*lead expert"]
-    ) -> tuple[Float[Tensor, "*lead expert"], Float[Tensor, "*lead expert"]]:
-        """Gates and probabilities of tokens by their logits, which are divided by the temperature."""
-        gates, probs = self._gates(logits)
+    def targets(self, expert_ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """The choice that each sample is meant to get, -1 where it has none: unknown, or of a shared expert alone."""
+        ids = self.roles.choice_ids(expert_ids)
+        return ids if self.null_expert else ids.masked_fill(ids == len(self.roles.choices), -1)
+
+    def token_gates(self, logits: Float[Tensor, "*lead choice"]) -> Float[Tensor, "*lead expert"]:
+        """The gates of tokens by their logits, which are divided by the temperature."""
+        return self.roles.assemble(self._gates(logits)[0])
+
+    def token_losses(
+        self,
+        logits: Float[Tensor, "site token choice"],
+        expert_ids: Int[Tensor, " token"],
+        task_ids: Int[Tensor, " token"],
+        mask: Bool[Tensor, " token"],
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The losses on the decisions of tokens."""
+        probs = self._gates(logits)[1]
         assert probs is not None  # kinds that route tokens have logits
-        return gates, probs
+        return self._losses(logits, probs, expert_ids, task_ids, mask)
 
     def losses(
         self, decided: Sequence[Gates], expert_ids: Int[Tensor, " _"], task_ids: Int[Tensor, " _"]
@@ -120,12 +161,28 @@ class Routing(nn.Module):
         if self.kind.learns != "gradient" or any(d.logits is None for d in decided):
             return {}
         logits, probs = (torch.cat([getattr(d, name) for d in decided]).transpose(0, 1) for name in ("logits", "probs"))
-        return gate_losses(logits, probs, expert_ids, task_ids, top_k=self.places)
+        return self._losses(logits, probs, expert_ids, task_ids)
+
+    def _losses(
+        self, logits: Tensor, probs: Tensor, expert_ids: Tensor, task_ids: Tensor, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Of routed experts alone: a joint one is meant to be used by all samples."""
+        ids = self.targets(expert_ids)
+        if self.joint is not None:
+            counted = (~self.joint).nonzero()[:, 0].tolist()
+            counted += [logits.shape[-1] - 1] if self.null_expert else []
+            logits, probs = logits[..., counted], probs[..., counted]
+            probs = probs / probs.sum(-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
+            places = torch.full((len(self.roles.choices) + 2,), -1, device=ids.device)
+            places[torch.tensor([*counted], device=ids.device)] = torch.arange(len(counted), device=ids.device)
+            ids = places[ids]  # -1 is the last place, which stays -1
+        return gate_losses(logits, probs, ids, task_ids, top_k=self.places, mask=mask)
 
     def _gates(
         self, logits: Tensor | None, mask: Tensor | None = None, expert_ids: Any = None
     ) -> tuple[Tensor, Tensor | None]:
-        own: dict[str, Any] = {"top_k": self.top_k, "weights": self.weights}
+        joint = self.joint if self.joint is None or not self.null_expert else F.pad(self.joint, (0, 1))
+        own: dict[str, Any] = {"top_k": self.top_k, "weights": self.weights, "joint": joint}
         return self.kind.gates(logits=logits, mask=mask, expert_ids=expert_ids, **own)
 
 

@@ -27,8 +27,10 @@ class Metrics:
         tasks: Sequence[str],
         sources: Sequence[str],
         device: torch.device,
+        choices: Sequence[int] | None = None,
     ):
         self.experts, self.tasks, self.sources = experts, tasks, sources
+        self.choices = [*(range(len(experts)) if choices is None else choices)]  # whose entropy is reported
         self.table = torch.zeros(len(tasks), len(self.COLUMNS) + len(experts), device=device)
         self.by_source = torch.zeros(len(sources), 2, device=device)  # samples, loss
         self.rest = torch.zeros(3 + len(AUX), device=device)  # tokens, non-finite, stop, aux
@@ -40,7 +42,8 @@ class Metrics:
     @torch.no_grad()
     def add(self, batch: Batch, output: MixtureOutput) -> None:
         loss, gates = output.loss_per_sample.float(), output.gates.float().mean(1)
-        shares = gates / gates.sum(-1, keepdim=True).clamp(min=1e-9)
+        chosen = gates[:, self.choices]
+        shares = chosen / chosen.sum(-1, keepdim=True).clamp(min=1e-9)
         entropy = torch.special.entr(shares).sum(-1)
         columns = torch.stack([torch.ones_like(loss), loss, output.num_tokens.float(), entropy], 1)
         # by the samples' own tasks: task_ids do not tell them where the task is withheld

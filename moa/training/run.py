@@ -228,7 +228,7 @@ class Run:
             self.collator,
             self.accelerator,
             self.config,
-            gates=lambda batch: stage_gates(self.model, batch, self.current.kind),
+            gates=lambda batch: stage_gates(self.model, batch, self.current),
         )
         self.reporter.validation(self.header() | losses)
         score = {"step": self.step, "validation": losses["validation"]}

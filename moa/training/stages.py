@@ -1,8 +1,10 @@
 """What a stage trains, which gates it uses, and where its weights start.
 
-experts   all experts at once, each on its own samples: gates are the sample's one-hot
+experts   all experts at once, each on its own samples, or one on all: gates are one-hot, and those of shared experts
 router    experts frozen, gates by the router
 joint     both
+
+A stage's `gates` change these gates at random, see moa/routing/schedule.py.
 """
 
 import dataclasses
@@ -22,8 +24,8 @@ from moa.files.peft_config import site_scaling
 from moa.files.targets import select
 from moa.model import LanguageMixture, MixtureModel
 from moa.parts import PARTS, Parameters, trained_parts
-from moa.routing.gating import one_hot_gates
 from moa.routing.router import axes_of
+from moa.routing.schedule import GateDraws
 
 TRAINED = {
     "experts": ("experts", "projector"),
@@ -54,11 +56,30 @@ def set_trainable(model: MixtureModel, groups: Mapping[str, Parameters], stage: 
     return chosen
 
 
-def stage_gates(model: MixtureModel, batch: Batch, stage: str) -> Float[Tensor, "batch expert"] | None:
+def stage_gates(
+    model: MixtureModel, batch: Batch, stage: StageConfig, draws: GateDraws | None = None
+) -> Float[Tensor, "batch 1 expert"] | None:
     """The stage's override of the gates; None where the model's own router decides."""
-    if stage != "experts":
+    if stage.kind != "experts":
         return None
-    return one_hot_gates(batch.expert_ids, len(model.bank.names))
+    ids = batch.expert_ids
+    if stage.expert is not None:
+        ids = torch.full_like(ids, model.bank.names.index(stage.expert))
+    return model.routing.oracle(ids, draws)
+
+
+def copy_expert(model: MixtureModel, stage: StageConfig) -> list[str]:
+    """Make every other routed expert that learns a copy of `copy_of`; a line on it."""
+    bank, roles, name = model.bank, model.routing.roles, stage.copy_of
+    if name is None:
+        return []
+    routed = [other for other, gate in zip(bank.names, roles.gates, strict=True) if gate == "routed"]
+    copies = [other for other in routed if other != name and not bank.experts[other].frozen]
+    if not copies:
+        raise ValueError(f"stages.{stage.name}.copy_of: there is no other routed expert to become a copy of {name}")
+    for other in copies:
+        bank.load_state(other, bank.state(name))
+    return [f"experts {', '.join(copies)} as copies of {name}"]
 
 
 def crosstalk_sites(model: MixtureModel, losses: LossConfig) -> frozenset[str]:
@@ -86,6 +107,10 @@ def first_position(config: RunConfig, number: int, batch_size: int) -> int:
 
 def start_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) -> list[str]:
     """Load what the stage starts from; returns one line for each part, to be shown."""
+    return [*loaded_weights(model, config, stage), *copy_expert(model, stage)]
+
+
+def loaded_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) -> list[str]:
     source = stage.init_from
     if source is None:
         return []
@@ -106,7 +131,7 @@ def start_weights(model: MixtureModel, config: RunConfig, stage: StageConfig) ->
 def check_starts(model: MixtureModel, config: RunConfig, begun: int) -> None:
     """ValueError, naming the stage, where a later one could not load what it starts from; weights are put back."""
     stages = [*config.stages.values()][begun:]
-    if all(stage.init_from is None for stage in stages):
+    if all(stage.init_from is None and stage.copy_of is None for stage in stages):
         return
     own = [part.state(model) for part in trained_parts(config).values()]
     kept = [{key: tensor.clone() for key, tensor in state.items()} for state in own]
@@ -162,7 +187,7 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
     different += ["data.tasks"] if set(other.data.tasks) - set(config.data.tasks) else []
     if different:
         return f"router starts fresh: {folder} has another {', '.join(different)}"
-    now, then = ({"expert": [*c.experts], "task": c.data.tasks} for c in (config, other))
+    now, then = ({"expert": c.choices, "task": c.data.tasks} for c in (config, other))
     places = {kind: [now[kind].index(name) for name in names] for kind, names in then.items()}
     file, own = folder / router.file, router.state(model)
     found = {

@@ -23,6 +23,7 @@ from moa.experts.crosstalk import Watch
 from moa.model import MixtureModel, MixtureOutput
 from moa.parts import Parameters
 from moa.routing.losses import weights_at
+from moa.routing.schedule import draw_gates
 from moa.training.batches import Collated, TrainingError
 from moa.training.distributed.plain import Plain
 from moa.training.metrics import Metrics, non_finite
@@ -81,20 +82,22 @@ def train_step(
     accelerator, strategy = trainer.accelerator, trainer.strategy
     counts = count_step(micro_batches, accelerator)
     batches = [batch for batch, _ in micro_batches if batch is not None]
-    names = trainer.model.bank.names
-    metrics = Metrics(names, trainer.tasks, trainer.sources, accelerator.device)
+    names, choices = trainer.model.bank.names, trainer.model.routing.roles.choices
+    metrics = Metrics(names, trainer.tasks, trainer.sources, accelerator.device, choices)
     if strategy is None:
         values, problem = learn_means(trainer, batches, metrics, stop)
     else:
         rates = set_rates(strategy.optimizer, rate_factor(trainer.stage, step))
-        weights = weights_at(trainer.losses, (step - 1) / max(trainer.stage.steps - 1, 1))
+        progress = (step - 1) / max(trainer.stage.steps - 1, 1)
+        weights = weights_at(trainer.losses, progress)
         trainer.model.bank.context.watch = watch_at(trainer, step, weights)
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)  # gradients are exchanged once, with the last
             batch = batch.to(accelerator.device, non_blocking=True)
             with strategy.accumulating(last):
-                gates = stage_gates(trainer.model, batch, trainer.stage.kind)
-                output = strategy.forward(batch, gates)
+                draws = draw_gates(trainer.stage.gates, progress, len(batch))
+                gates = stage_gates(trainer.model, batch, trainer.stage, draws)
+                output = strategy.forward(batch, gates, draws)
                 loss = objective(output, counts, weights, trainer.losses.reduction)
                 if extra_loss is not None:
                     loss = loss + extra_loss() * len(batch) / counts.samples

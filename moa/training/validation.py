@@ -11,7 +11,6 @@ from data.collate import Collator
 from data.mixture import Source
 from moa.config import RunConfig
 from moa.model import MixtureModel
-from moa.routing.gating import one_hot_gates
 from moa.training.batches import source_loader
 
 FIRST_LOOK = 4  # samples of a source that an imported expert is tried on
@@ -74,8 +73,8 @@ def import_lines(
         batch, _ = next(iter(loader), (None, []))
         if batch is None:  # bad samples, which training names
             continue
-        own = one_hot_gates(torch.full((len(batch),), names.index(expert)), len(names))
-        batch, own = batch.to(accelerator.device), own.to(accelerator.device)
+        batch = batch.to(accelerator.device)
+        own = model.routing.oracle(torch.full((len(batch),), names.index(expert), device=accelerator.device))
         with accelerator.autocast():
             outputs = [model(batch, gates) for gates in (own, torch.zeros_like(own))]
         loss, alone = (float(output.loss_per_sample.mean()) for output in outputs)

@@ -10,7 +10,7 @@ from torch import nn
 
 from moa.experts.bank import ExpertBank
 from moa.experts.lora_product import Ranks, mix
-from tests.routing.test_decisions import decide
+from tests.routing import test_decisions
 from tests.support.banks import (
     LANGUAGE,
     PROJECTOR,
@@ -313,7 +313,7 @@ def test_checkpointing_two_forwards_before_a_backward_gives_the_plain_gradients(
             if routing == "sample":
                 bank.set_gates(one, torch.arange(4))
             else:
-                bank.route_tokens(decide(2))
+                bank.route_tokens(test_decisions.routing(2).token_gates)
             loss = loss + model(**inputs(processor)).logits.square().mean()
             if routing == "token":
                 logits = bank.take_token_logits()
@@ -387,7 +387,7 @@ def test_token_routing_equals_a_plain_loop_with_each_tokens_own_gates():
     bank.add_token_routers(std=1.0)
     site, x = bank.sites[SITE], torch.randn(2, 5, 32)
     for top_k in (None, 2):
-        bank.route_tokens(decide(top_k), temperature=0.5)
+        bank.route_tokens(test_decisions.routing(top_k).token_gates, temperature=0.5)
         ours = site(x)
         probs = (x @ site.token_router.T / 0.5).softmax(-1)
         if top_k:
@@ -411,7 +411,7 @@ def test_token_routing_decides_in_float32_under_autocast():
     bank.add_token_routers(std=1.0)
     x, logits = torch.randn(2, 5, 32), []
     for enabled in (False, True):
-        bank.route_tokens(decide(2))
+        bank.route_tokens(test_decisions.routing(2).token_gates)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             bank.sites[SITE](x)
         logits.append(bank.take_token_logits()[SITE])
@@ -421,7 +421,7 @@ def test_token_routing_decides_in_float32_under_autocast():
 def test_token_routers_need_all_experts_first_and_everywhere():
     bank = make_bank(tiny_llava()[0], targets=(LANGUAGE,), vqa=2)
     with pytest.raises(ValueError, match="has no token router"):
-        bank.route_tokens(decide(None))
+        bank.route_tokens(test_decisions.routing(None).token_gates)
         bank.sites[SITE](torch.ones(1, 2, 32))
     bank.add_token_routers()
     with pytest.raises(ValueError, match="before the token routers"):

@@ -13,6 +13,7 @@ from moa.routing.decisions import (
     token_losses,
 )
 from moa.routing.losses import gate_losses
+from moa.routing.roles import Roles
 from moa.routing.routing import Routing
 
 OWNER = torch.tensor([0, 0, 1, 2, 2, 0])
@@ -20,10 +21,11 @@ MASK = torch.tensor([True, True, True, True, True, False])
 EXPERTS, TASKS = torch.tensor([2, 0, 1]), torch.tensor([0, 0, 1])
 
 
-def decide(top_k: int | None):
-    """The rule of kind softmax, or top_k."""
+def routing(top_k: int | None) -> Routing:
+    """Of kind softmax, or top_k."""
     kind = "softmax" if top_k is None else "top_k"
-    return Routing(experts=3, kind=kind, top_k=top_k or 1, granularity="token").token_gates
+    roles = Roles(("a", "b", "c"), ("routed",) * 3)
+    return Routing(roles=roles, kind=kind, top_k=top_k or 1, granularity="token")
 
 
 def decisions(num_sites: int, seed: int = 0) -> TokenDecisions:
@@ -52,7 +54,7 @@ def test_balance_within_a_task_goes_by_tasks_and_counts_the_places_of_top_k():
 
 def test_the_guidance_of_tokens_is_by_the_experts_of_their_samples():
     group = decisions(2)
-    found = token_losses([group], EXPERTS, TASKS, decide(None), None)["guidance"]
+    found = token_losses([group], EXPERTS, TASKS, routing(None).token_losses)["guidance"]
     valid, wanted = group.logits[:, MASK], EXPERTS[OWNER[MASK]]
     expected = F.cross_entropy(valid.flatten(0, 1), wanted.repeat(2))
     torch.testing.assert_close(found, expected)
@@ -62,12 +64,12 @@ def test_the_guidance_of_tokens_is_by_the_experts_of_their_samples():
 def test_sites_count_alike_however_they_are_grouped(top_k):
     one, three = decisions(1), decisions(3, seed=1)
     whole = TokenDecisions(logits=torch.cat([one.logits, three.logits]), owner=OWNER, mask=MASK)
-    apart = token_losses([one, three], EXPERTS, TASKS, decide(top_k), top_k)
-    together = token_losses([whole], EXPERTS, TASKS, decide(top_k), top_k)
+    apart = token_losses([one, three], EXPERTS, TASKS, routing(top_k).token_losses)
+    together = token_losses([whole], EXPERTS, TASKS, routing(top_k).token_losses)
     assert apart.keys() == together.keys()
     for key, value in together.items():
         torch.testing.assert_close(apart[key], value)
-    gates = (mean_token_gates(groups, 3, decide(top_k)) for groups in ([one, three], [whole]))
+    gates = (mean_token_gates(groups, 3, routing(top_k).token_gates) for groups in ([one, three], [whole]))
     torch.testing.assert_close(*gates)
 
 
@@ -79,10 +81,10 @@ def test_the_gates_of_a_sample_are_the_mean_over_its_tokens_and_sites():
                        mask=torch.tensor([True, True, True, False])),
         TokenDecisions(logits=second, owner=torch.tensor([0]), mask=torch.tensor([True])),
     ]  # fmt: skip
-    found = mean_token_gates(groups, 3, decide(1))
+    found = mean_token_gates(groups, 3, routing(1).token_gates)
     # sample 0: experts 0 and 1 at the first site, 0 and 2 at the others; sample 2 has no token
     assert found.tolist() == [[[0.5, 0.25, 0.25]], [[0.0, 0.0, 1.0]], [[0.0, 0.0, 0.0]]]
-    every = mean_token_gates(groups, 3, decide(None))
+    every = mean_token_gates(groups, 3, routing(None).token_gates)
     torch.testing.assert_close(every[1, 0], torch.tensor([0.0, 0.0, 9.0]).softmax(-1))
 
 

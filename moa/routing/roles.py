@@ -1,0 +1,111 @@
+"""Which experts the router chooses among, and how the gates of the others follow from its choice.
+
+    gate          the expert's gate                                          chosen by the router
+    routed        the router's                                               yes
+    joint         the router's; exempt from top-k and balancing              yes
+    always        1                                                          no
+    confidence    1 - m, where m is the largest gate of the router's choice,
+                  and every gate of that choice is multiplied by m           no
+    with:NAME     that of the expert NAME                                    no
+
+`always` is a shared expert (DeepSeekMoE, arXiv 2401.06066), `confidence` the universal expert of MoCLE (arXiv
+2312.12379), `joint` the shared expert of ASE (arXiv 2510.00570). A sample that is meant for an expert without a choice
+gets no routed one. The config reads `check_roles`, so that torch is imported in functions alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = Any
+
+GATES = ("routed", "joint", "always", "confidence")  # and with:NAME
+CHOSEN = ("routed", "joint")
+WITH = "with:"
+
+
+def check_roles(gates: Mapping[str, str]) -> tuple[str, str] | None:
+    """The expert and the rule that its gate breaks; None where all are right."""
+    for name, gate in gates.items():
+        other = gate.removeprefix(WITH)
+        if gate in GATES:
+            continue
+        if other == gate:
+            return name, f"must be one of {', '.join(GATES)} or {WITH}NAME, got {gate!r}"
+        if other not in gates:
+            return name, f"no such expert {other!r}; choices: {[n for n in gates if n != name]}"
+        if gates[other].startswith(WITH):
+            return name, f"{other} has the gate {gates[other]} itself; name that expert"
+    return None
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The gate of each expert of a bank, in its order; `experts` are names, `gates` as in the table above."""
+
+    experts: tuple[str, ...]
+    gates: tuple[str, ...]
+
+    @cached_property
+    def choices(self) -> tuple[int, ...]:
+        """The experts that the router chooses among."""
+        return tuple(place for place, gate in enumerate(self.gates) if gate in CHOSEN)
+
+    @cached_property
+    def joint(self) -> tuple[bool, ...]:
+        """Of each choice."""
+        return tuple(self.gates[place] == "joint" for place in self.choices)
+
+    @property
+    def all_routed(self) -> bool:
+        return all(gate == "routed" for gate in self.gates)
+
+    @cached_property
+    def sources(self) -> list[int]:
+        """Of each expert, the column of [choices, 1, 1 - m] that its gate is."""
+        count = len(self.choices)
+        columns = {"always": count, "confidence": count + 1}
+        own = [columns[g] if g in columns else self._choice(place) for place, g in enumerate(self.gates)]
+        return [
+            own[self.experts.index(gate.removeprefix(WITH))] if gate.startswith(WITH) else column
+            for gate, column in zip(self.gates, own, strict=True)
+        ]
+
+    def _choice(self, place: int) -> int:
+        return self.choices.index(place) if place in self.choices else -1
+
+    def assemble(self, chosen: Float[Tensor, "*lead choice"]) -> Float[Tensor, "*lead expert"]:
+        """The gates of all experts from those of the choices."""
+        import torch
+
+        if self.all_routed:
+            return chosen
+        one = chosen.new_ones(*chosen.shape[:-1], 1)
+        rest = torch.zeros_like(one)
+        if "confidence" in self.gates:
+            largest = chosen.amax(-1, keepdim=True)
+            chosen, rest = chosen * largest, 1 - largest
+        columns = torch.cat([chosen, one, rest], dim=-1)
+        return columns.index_select(-1, torch.tensor(self.sources, device=chosen.device))
+
+    def choice_ids(self, expert_ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+        """Places among the choices: unknown stays -1; an expert without a choice, and no expert, are the number of
+        choices."""
+        import torch
+
+        if self.all_routed:
+            return expert_ids
+        count = len(self.choices)
+        places = [column if column < count else count for column in self.sources]
+        table = torch.tensor([*places, count, -1], device=expert_ids.device)
+        return table[expert_ids]
+
+    def among_choices(self, of_experts: Bool[Tensor, "*lead expert"]) -> Bool[Tensor, "*lead choice"]:
+        """The columns of the choices."""
+        return of_experts if self.all_routed else of_experts[..., list(self.choices)]
