@@ -216,13 +216,14 @@ CLASSES = {RunConfig: RUN, EvalCommand: ["eval.sources={s: {num_samples: 4}}"], 
 ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "modality_dropout",
         "ocr_min_confidence", "num_workers", "task_dropout", "max_ocr_words", "clip_norm", "weight_decay",
         "betas", "eval.every", "num_images", "steps.", "values.", "penalty", "similarity",
-        "nondiagonal", "noise", "joint.gates.", "train.statistics")  # fmt: skip
+        "nondiagonal", "noise", "joint.gates.", "train.statistics",
+        "ridge", "iterations")  # fmt: skip
 BELOW_ZERO = ("router.weights", "losses.entropy", "values.")
 HUGE = ("router.weights", "num_samples", "alpha", "temperature", "losses.", "lr.", "weight.", "count",
         "epochs", "max_length", "steps.", "pack_length", "clip_norm", "weight_decay", "save_every", "keep_",
         "max_non_finite_steps", "every", "seed", "max_ocr_words", "num_images", "num_probes", "new_tokens",
         "max_shard_gb", "last", "limit", "show", "similarity", "budget", "bound", "penalty", "values.", "runs",
-        "noise", "train.statistics")  # fmt: skip
+        "noise", "train.statistics", "ridge", "iterations")  # fmt: skip
 
 
 def numbers() -> Iterator[tuple[type, str, str]]:
