@@ -9,6 +9,8 @@ Prints a table of the experts and one of the pairs that meet most. A folder give
     cosine             1: two experts want the same change, -1: they undo each other, 0: they do not meet
     disagree           of what both change, the share that pulls in opposite directions; 50% is chance
     overlap            share of input and output directions that both use
+    crosstalk          what an expert adds to the outputs on another's samples, as a share of what that one adds; where
+                       scripts.statistics has written the statistics of the inputs beside all of them
     idle ranks         whose row of A or column of B is zero
 """
 
@@ -37,9 +39,11 @@ def analyse(settings: AnalyseConfig, console: Console) -> None:
     from moa.analysis.fidelity_page import details, summary, write_page
     from moa.merging.adapters import adapter_folders, all_sites, check_experts, open_adapters
     from moa.merging.report.console import interference_tables
+    from moa.merging.report.crosstalk import with_inputs
     from moa.merging.report.fidelity import measure
 
-    experts = open_adapters(adapter_folders(settings.adapters))
+    folders = adapter_folders(settings.adapters)
+    experts = with_inputs(open_adapters(folders), folders)
     check_experts(experts)
     with progress_bar("measuring", len(all_sites(experts)), console) as advance:
         record = measure(experts, on_site=advance)

@@ -4,7 +4,7 @@ Drawn from the record of `moa.merging.report.fidelity.measure`, with or without 
 """
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +152,37 @@ def details(record: Record) -> list[str]:
                 f"Summing A and B apart (space=factor) would add {total['cross_terms']:.1f} times the wanted update in "
                 "products of one expert's B with another's A."
             )
+        if any(value is not None for row in total.get("crosstalk", []) for value in row):
+            lines.append(_crosstalk(record))
+    residual = total.get("residual", [])
+    if errors := {n: v for n, v in zip(record["experts"], residual, strict=bool(residual)) if v is not None}:
+        worst = max(errors, key=errors.__getitem__)
+        lines.append(
+            f"On each expert's own inputs the result's outputs differ from its own by {_mean(errors.values()):.2f} of "
+            f"their energy, most for {worst}: {errors[worst]:.2f}; 0 is a merge without loss."
+        )
     for name, count in zip(record["experts"], total["zero_rows"], strict=True):
         if count:
             lines.append(f"{name} has {count} ranks that do nothing: their row of A or column of B is zero.")
     return lines
+
+
+def _crosstalk(record: Record) -> str:
+    """How strongly the experts answer to each other's inputs: it orders merges better than cosines do."""
+    names, table = record["experts"], record["total"]["crosstalk"]
+    found = {(k, j): v for k, row in enumerate(table) for j, v in enumerate(row) if v is not None}
+    k, j = max(found, key=found.__getitem__)
+    layers = {name: row["crosstalk"][k][j] or 0.0 for name, row in record["layers"].items()}
+    return (
+        f"Crosstalk is {_mean(found.values()):.2f}: so much of an expert's effect on its samples another one adds to "
+        f"them, in the mean over pairs; most {names[j]} on those of {names[k]}: {found[k, j]:.2f}, mainly in "
+        f"{short(max(layers, key=layers.__getitem__))}. At 0 a plain sum does what each expert does."
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = [*values]
+    return sum(numbers) / len(numbers)
 
 
 Rows = Sequence[Sequence[str]]

@@ -28,6 +28,7 @@ from moa.merging.export.verify import make_verify
 from moa.merging.merge import Merged, run_plan
 from moa.merging.methods.table import check_options, find_method
 from moa.merging.report.console import agreement_line, report_lines, summary_tables
+from moa.merging.report.crosstalk import with_inputs
 from moa.merging.report.fidelity import mean_cross_terms, measure
 from moa.merging.report.retention import summarise
 from moa.merging.settings import MergeExperts
@@ -71,6 +72,8 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
     layers = None if to_open_clip else known_layers(source, needs_base)
     if needs_inputs(settings):
         source = with_statistics(source)
+    elif settings.fidelity:
+        source = replace(source, experts=with_inputs(source.experts, source.folders))
     source = replace(source, experts=adapters.respell(source.experts, layers))
     plan = plan_merge(settings, source, console)
     warn_of_few_tokens(plan, console)

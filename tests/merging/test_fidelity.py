@@ -1,6 +1,7 @@
 """The fidelity report: its numbers on experts whose relations are known, and its page."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from moa.merging.report.interference import (
     sign_conflict,
     sign_disagreement,
 )
+from moa.statistics.moments import InputSums
 from scripts import analyse
 from tests.merging.test_merge_identities import experts_of
 
@@ -237,3 +239,41 @@ def test_a_mistake_of_the_script_is_one_line(tmp_path, capsys):
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/adapter_config.json: missing")
     assert list(tmp_path.iterdir()) == []
+
+
+def with_inputs_of(found, x):
+    sums = InputSums()
+    sums.add(x)
+    return replace(found, inputs=lambda site: sums.sketch(x.shape[1], x.shape[1]))
+
+
+def test_crosstalk_and_residual_are_those_of_outputs_on_the_experts_own_inputs():
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(7, 5, generator=generator).double() * (1 + k) for k in range(3)]
+    plain = made(generator)
+    found = [with_inputs_of(e, x) for e, x in zip(plain, inputs, strict=True)]
+    merged = merge(found, method="linear", weights={"e0": 0.5, "e1": 0.3, "e2": 0.2}, rank=2)
+    record = measure(found, merged)
+    for site in SITES:
+        dense = [b @ a for a, b in (e.factors(site, torch.float64) for e in found)]
+        result = merged[site].lora_b @ merged[site].lora_a
+        for k, x in enumerate(inputs):
+            own = (x @ dense[k].T).square().sum()
+            row = [float((x @ d.T).square().sum() / own) for d in dense]
+            expected = [None if j == k else pytest.approx(value) for j, value in enumerate(row)]
+            assert record["sites"][site]["crosstalk"][k] == expected
+            error = (x @ (result - dense[k]).T).square().sum() / own
+            assert record["sites"][site]["residual"][k] == pytest.approx(float(error))
+    over = [record["sites"][site]["crosstalk"][0][1] for site in SITES]
+    assert record["total"]["crosstalk"][0][1] == pytest.approx(sum(over) / 2)
+    lines = "\n".join(details(record))
+    assert "Crosstalk is" in lines and "a merge without loss" in lines
+    assert interference_tables(record)[-1].title == "crosstalk"
+    assert "crosstalk" not in measure(plain)["total"]  # without statistics
+
+
+def made(generator):
+    """Three experts of rank 2 on five inputs and four outputs, at two sites."""
+    shapes = ((2, 5), (4, 2))
+    factors = [[torch.randn(s, generator=generator).tolist() for s in shapes] for _ in range(3)]
+    return [expert(f"e{k}", *pair) for k, pair in enumerate(factors)]

@@ -57,7 +57,18 @@ def interference_tables(record: dict[str, Any]) -> list[Table]:
             f"{total['overlap'][i][j]:.3f}",
             f"{_short(lowest)}: {cosines[lowest]:.3f}",
         )
-    return [experts, pairs] if both else [experts]
+    return [experts, *([pairs] if both else []), *([crosstalk_table(record)] if "crosstalk" in total and both else [])]
+
+
+def crosstalk_table(record: dict[str, Any]) -> Table:
+    """The ordered pairs that disturb each other most, on the inputs of the second."""
+    names, total, layers = record["experts"], record["total"]["crosstalk"], record["layers"]
+    table = Table("expert", "on the inputs of", "crosstalk", *map(_short, layers), title="crosstalk")
+    places = [(k, j) for k in range(len(names)) for j in range(len(names)) if total[k][j] is not None]
+    for k, j in sorted(places, key=lambda place: -total[place[0]][place[1]])[:MANY_PAIRS]:
+        by_layer = [number(row["crosstalk"][k][j]) for row in layers.values()]
+        table.add_row(names[j], names[k], number(total[k][j]), *by_layer)
+    return table
 
 
 def _short(layer: str) -> str:

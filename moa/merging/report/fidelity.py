@@ -1,6 +1,7 @@
 """What a merge is made of and what it lost: numbers for JSON, one site at a time, all from the factors.
 
 interference of the experts   cosine and sign disagreement of every pair, overlap of their directions, cross terms
+on their own inputs           crosstalk of every pair, and the result's residual, where statistics lie beside them
 what became of each           norm, retention <W, dW_i> / |dW_i|^2, energy inside the result's span
 what the method did           energy outside the experts' span, cut by the rank
 what it looks like            singular values of each expert, of their sum and of the result; in one site of each layer
@@ -19,6 +20,7 @@ from moa.merging.adapters import Expert, all_sites, factors_of
 from moa.merging.core import CoreUpdates, Factors, to_core
 from moa.merging.merge import Merged, MergedSite
 from moa.merging.report import interference
+from moa.merging.report.crosstalk import over_sites, site_crosstalk
 from moa.merging.report.retention import layer_of
 
 PRUNED_DENSITY = 0.2  # what RobustMerge keeps
@@ -71,6 +73,7 @@ def measure_site(experts: Sequence[Expert], site: str, merged: MergedSite | None
         "singular_values": [s.tolist() for _, s, _ in parts],
         "zero_rows": [None if p is None else _zero_rows(p) for p in factors],
     }
+    record |= site_crosstalk(experts, site, factors, None if merged is None else (merged.lora_a, merged.lora_b))
     if merged is not None:
         record["merged"] = _outcome(updates, merged)
     return record
@@ -171,6 +174,7 @@ def _over_sites(rows: Sequence[Record]) -> Record:
         "cross_terms": _mean([(crossed, e) for crossed, e in crossings if crossed is not None]),
         "zero_rows": [sum(row["zero_rows"][i] or 0 for row in rows) for i in range(len(whole))],
     }
+    record |= over_sites(rows)
     if "merged" in rows[0]:
         record["merged"] = _merged_over_sites([row["merged"] for row in rows], energy)
     return record
