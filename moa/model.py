@@ -89,8 +89,8 @@ class MixtureModel(nn.Module, ABC):
 
     @property
     def counted(self) -> Tensor:
-        """The experts [expert] that crosstalk is measured among."""
-        return torch.ones(len(self.bank.names), dtype=torch.bool, device=self.routing.weights.device)
+        """The routed experts [expert], which crosstalk is measured among: shared ones are meant to answer all."""
+        return torch.tensor([g == "routed" for g in self.routing.roles.gates], device=self.routing.weights.device)
 
     @property
     def routes(self) -> list[str]:

@@ -222,8 +222,9 @@ def choose_gates(model: MixtureModel, batch: Batch, rule: str) -> Gates:
 
 
 def ensemble_members(model: MixtureModel) -> list[str]:
-    """The experts that answer alone and are averaged."""
-    return list(model.bank.names)
+    """The experts that answer alone, beside shared ones, and are averaged."""
+    gates = model.routing.roles.gates
+    return [name for name, gate in zip(model.bank.names, gates, strict=True) if gate == "routed"]
 
 
 def gates_of_members(model: MixtureModel, batch: Batch, members: Sequence[str]) -> dict[str, torch.Tensor]:

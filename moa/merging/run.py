@@ -28,7 +28,7 @@ from moa.merging.export.verify import make_verify
 from moa.merging.merge import Merged, run_plan
 from moa.merging.methods.table import check_options, find_method
 from moa.merging.report.console import agreement_line, report_lines, summary_tables
-from moa.merging.report.crosstalk import with_inputs
+from moa.merging.report.crosstalk import shared_of, with_inputs
 from moa.merging.report.fidelity import mean_cross_terms, measure
 from moa.merging.report.retention import summarise
 from moa.merging.settings import MergeExperts
@@ -73,7 +73,7 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
     if needs_inputs(settings):
         source = with_statistics(source)
     elif settings.fidelity:
-        source = replace(source, experts=with_inputs(source.experts, source.folders))
+        source = with_inputs(source)
     source = replace(source, experts=adapters.respell(source.experts, layers))
     plan = plan_merge(settings, source, console)
     warn_of_few_tokens(plan, console)
@@ -280,7 +280,7 @@ def export(
     }
     files: dict[str, Any] = {"merge_report.json": {**about, "kept": summary["total"], **summary}}
     if settings.fidelity:
-        record = measure(source.experts, merged)
+        record = measure(source.experts, merged, shared=shared_of(source))
         files["fidelity.json"] = {**about, **record}
         files["fidelity.html"] = lambda p, r: write_page(p, record, about, agreement_line(r))
     merge = {**about, "kept": summary["total"]}

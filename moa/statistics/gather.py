@@ -94,9 +94,9 @@ def sites_of(model: MixtureModel, expert: str) -> dict[str, nn.Module]:
 
 
 def own_gates(model: MixtureModel, expert: str) -> Callable[[Batch], Tensor]:
-    """The gates of an expert's own samples: it alone is on."""
-    alone = torch.tensor([float(name == expert) for name in model.bank.names])
-    return lambda batch: alone.to(batch.input_ids.device).expand(len(batch), -1)
+    """The gates of an expert's own samples: it alone is on, beside shared experts."""
+    place = model.bank.names.index(expert)
+    return lambda batch: model.routing.oracle(torch.full((len(batch),), place, device=batch.input_ids.device))
 
 
 def expert_moments(model: MixtureModel, batches: Mapping[str, Sequence[Batch]]) -> dict[str, dict[str, Moments]]:

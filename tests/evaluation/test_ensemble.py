@@ -5,11 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moa.evaluation.predict import MeanProbabilities, choose_gates, load, predict_batch, prompt_collator, respond
+from moa.evaluation.predict import (
+    MeanProbabilities,
+    choose_gates,
+    ensemble_members,
+    gates_of_members,
+    load,
+    predict_batch,
+    prompt_collator,
+    respond,
+)
 from moa.evaluation.settings import with_eval
 from moa.evaluation.sources import open_sources, score_sources
+from moa.routing.roles import Roles
+from moa.routing.routing import Routing
 from tests.evaluation.test_eval import make_run
-from tests.support.tiny import random_image
+from tests.support.tiny import random_image, tiny_batch
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +68,18 @@ def test_the_answers_are_those_of_a_loop_of_full_forwards_without_a_cache(model)
     assert all(r.gates is None for r in responses)
     beams, _ = respond(network, collator, collator(samples), "ensemble", 6, 2)
     assert len(beams) == len(samples)
+
+
+def test_shared_experts_are_on_in_every_member_and_are_none(model):
+    network, before = model.network, model.network.routing
+    roles = Roles(("vqa", "grounding"), ("always", "routed"))
+    network.routing = Routing(kind="fixed", roles=roles)
+    try:
+        assert ensemble_members(network) == ["grounding"]
+        found = gates_of_members(network, tiny_batch(network.backbone.processor), ["grounding"])["gates"]
+    finally:
+        network.routing = before
+    assert found[:, 0].tolist() == [[1, 1]] * 4
 
 
 @pytest.mark.slow

@@ -277,3 +277,15 @@ def made(generator):
     shapes = ((2, 5), (4, 2))
     factors = [[torch.randn(s, generator=generator).tolist() for s in shapes] for _ in range(3)]
     return [expert(f"e{k}", *pair) for k, pair in enumerate(factors)]
+
+
+def test_a_shared_expert_is_no_other_and_part_of_what_each_one_does():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, 5, generator=generator).double()
+    routed, also, shared = made(generator)
+    found = [with_inputs_of(routed, x), with_inputs_of(also, x), shared]
+    one = merge(found, method="task_arithmetic", weights={"e0": 1.0, "e1": 0.0, "e2": 1.0})
+    record = measure(found, one, shared={"e2"})["total"]
+    assert record["residual"][0] == pytest.approx(0, abs=1e-12) and record["residual"][2] is None
+    table = record["crosstalk"]
+    assert [table[0][2], table[1][2], *table[2]] == [None] * 5 and table[0][1] > 0

@@ -8,7 +8,7 @@ what it looks like            singular values of each expert, of their sum and o
                               also values of A, B and the update, and singular values after pruning and scaling
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,16 +32,18 @@ def measure(
     experts: Sequence[Expert],
     merged: Merged | None = None,
     *,
+    shared: Collection[str] = (),
     on_site: Callable[[str], None] = lambda site: None,
 ) -> Record:
     """The fidelity record of experts, and of what they were merged to, for JSON.
 
-    `sites`, their means over `modules` (a site's parent), `layers` and in `total`, the names of the `experts`, and
-    `views` of the values in each layer's site of the largest updates, which cost more than all else.
+    `shared` names always-on experts. The record has `sites`, their means over `modules` (a site's parent), `layers` and
+    in `total`, the names of the `experts`, and `views` of the values in each layer's site of the largest updates, which
+    cost more than all else.
     """
     sites = {}
     for site in merged or all_sites(experts):  # dropped sites have no outcome
-        sites[site] = measure_site(experts, site, merged[site] if merged else None)
+        sites[site] = measure_site(experts, site, merged[site] if merged else None, shared)
         on_site(site)
     largest: dict[str, str] = {}  # layer -> site
     for site in sorted(sites, key=lambda name: sum(norm**2 for norm in sites[name]["norms"])):
@@ -56,7 +58,9 @@ def measure(
     }
 
 
-def measure_site(experts: Sequence[Expert], site: str, merged: MergedSite | None = None) -> Record:
+def measure_site(
+    experts: Sequence[Expert], site: str, merged: MergedSite | None = None, shared: Collection[str] = ()
+) -> Record:
     """Of one site. Lists have one entry for each expert, in their order; an expert without the site counts as zero."""
     factors = factors_of(experts, site)
     updates = to_core(factors, canonical=False)
@@ -73,7 +77,8 @@ def measure_site(experts: Sequence[Expert], site: str, merged: MergedSite | None
         "singular_values": [s.tolist() for _, s, _ in parts],
         "zero_rows": [None if p is None else _zero_rows(p) for p in factors],
     }
-    record |= site_crosstalk(experts, site, factors, None if merged is None else (merged.lora_a, merged.lora_b))
+    result = None if merged is None else (merged.lora_a, merged.lora_b)
+    record |= site_crosstalk(experts, site, factors, result, shared)
     if merged is not None:
         record["merged"] = _outcome(updates, merged)
     return record
