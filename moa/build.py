@@ -18,6 +18,7 @@ from moa.cli.settings import Override
 from moa.clip_model import ClipMixture
 from moa.config import ExpertConfig, ModelConfig, RunConfig
 from moa.experts.bank import ExpertBank
+from moa.experts.starts import STARTS, Starts
 from moa.experts.ties import Ties
 from moa.files.peft import ExpertHeader, read_header, read_tensors
 from moa.model import LanguageMixture, MixtureModel
@@ -27,16 +28,18 @@ OTHER_BASE = "model.other_base=true (eval.py and scripts.merge: other_base=true)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_model(config: RunConfig, experts: Path | None = None) -> MixtureModel:
+def build_model(config: RunConfig, experts: Path | None = None, *, to_train: bool = False) -> MixtureModel:
     """The model of a config, on the CPU; every initial weight is a function of `config.seed`.
 
-    `experts` is the folder of a checkpoint whose experts take the place of fresh ones. Raises
-    ValueError for targets that match nothing, and for adapters of another base.
+    `experts` is the folder of a checkpoint whose experts take the place of fresh ones; `to_train` lets them hold their
+    starts, else these are ranks like others. Raises ValueError for targets that match nothing, and for adapters of
+    another base.
     """
     adapters = open_adapters(config, experts)
     for header in adapters.values():
         read_tensors(header)  # a broken one is found before the base is loaded
-    return build_mixture(config, open_base(config.model), adapters)
+    place = import_to_train if to_train and experts is not None else import_adapter
+    return build_mixture(config, open_base(config.model), adapters, place)
 
 
 def open_adapters(config: RunConfig, experts: Path | None = None) -> dict[str, ExpertHeader]:
@@ -47,15 +50,20 @@ def open_adapters(config: RunConfig, experts: Path | None = None) -> dict[str, E
     return {name: read_header(folder) for name, folder in folders.items() if folder is not None}
 
 
-def import_adapter(bank: ExpertBank, name: str, header: ExpertHeader) -> None:
+def import_adapter(bank: ExpertBank, name: str, header: ExpertHeader, init: str) -> None:
     bank.import_expert(name, read_tensors(header), header.config)
+
+
+def import_to_train(bank: ExpertBank, name: str, header: ExpertHeader, init: str) -> None:
+    """From a checkpoint, in whose folder the start of an expert is the second half of the ranks."""
+    bank.import_expert(name, read_tensors(header), header.config, held=STARTS[init].held)
 
 
 def build_mixture(
     config: RunConfig,
     backbone: AnyBackbone,
     adapters: Mapping[str, ExpertHeader],
-    place: Callable[[ExpertBank, str, ExpertHeader], None] = import_adapter,
+    place: Callable[[ExpertBank, str, ExpertHeader, str], None] = import_adapter,
 ) -> MixtureModel:
     """The experts and the router of a config around a loaded base.
 
@@ -68,20 +76,23 @@ def build_mixture(
         unused=backbone.unused_sites(),
         stream_of=backbone.stream_of,
     )
+    fresh = {name: expert for name, expert in config.experts.items() if name not in adapters}
+    inits = {name: expert.init for name, expert in fresh.items()}
+    starts = Starts(inits, {name: expert.rank or RANK for name, expert in fresh.items()}, config.seed)
     for name, expert in config.experts.items():
         if name in adapters:
             check_adapter(adapters[name], backbone, config.model)
             header, line = bank.fit(adapters[name])
-            place(bank, name, header)
+            place(bank, name, header, expert.init)
             note(f"expert {name}: {line}" if line else "")
         else:
             made: dict[str, Any] = {"rank": expert.rank or RANK, "alpha": expert.alpha or ALPHA}
             made["use_rslora"] = bool(expert.use_rslora)
-            bank.add(name, targets=expert.targets, seed=config.seed, **made)
+            bank.add(name, targets=expert.targets, starts=starts, **made)
     ties = {
         n: Ties(share_a=e.share_a, share_b=e.share_b, layers=tuple(e.tie_layers)) for n, e in config.experts.items()
     }
-    bank.tie(ties, given=adapters if place is import_adapter else ())
+    bank.tie(ties, given=adapters if place in (import_adapter, import_to_train) else ())
     bank.train({name: () if expert.frozen else tuple(expert.factors) for name, expert in config.experts.items()})
     router = build_router(config, bank, backbone.dims)
     if config.router.granularity == "token":

@@ -97,6 +97,8 @@ class ExpertConfig:
     share_b: str | None = None  # the same for lora_B
     # expressions over the whole path: the sites of one shape that one matches have one lora_A and one lora_B
     tie_layers: list[str] = field(default_factory=list)
+    # how a fresh one starts: docs/experts.md; where lora_B is not zero, its start is subtracted from it
+    init: Literal["lora", "gaussian", "orthogonal", "random_b", "svd_top", "svd_bottom", "svd_segments"] = "lora"
     factors: list[Literal["A", "B"]] = field(default_factory=lambda: ["A", "B"])  # that are trained
 
     def __post_init__(self) -> None:
@@ -104,6 +106,9 @@ class ExpertConfig:
         check(len(set(self.factors)) == len(self.factors), "factors", f"names one twice: {list(self.factors)}")
         rule = f"{list(self.factors)} has no effect with frozen: true"
         check(not self.frozen or len(self.factors) == 2, "factors", rule)
+        check(self.init == "lora" or self.init_from is None, "init", f"{self.init} has no effect with init_from")
+        rule = f"{self.init} is of one layer's weight, and tie_layers gives layers one start"
+        check(not self.init.startswith("svd") or not self.tie_layers, "init", rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -406,6 +411,10 @@ def check_experts(config: RunConfig) -> None:
         check(re.fullmatch(r"\w[\w-]*", name) is not None, f"experts.{name}", "is no folder name")
         check(name != NONE, f"experts.{name}", "means no expert (router.null_expert)")
     check_ties(config)
+    bits = config.model.quantization
+    for name, expert in config.experts.items():
+        rule = f"{expert.init} reads weights as they are, and model.quantization={bits} packs them"
+        check(bits is None or not expert.init.startswith("svd"), f"experts.{name}.init", rule)
     gates = {name: expert.gate for name, expert in config.experts.items()}
     if broken := check_roles(gates):
         raise Wrong(f"experts.{broken[0]}.gate", broken[1])
@@ -428,14 +437,17 @@ def check_ties(config: RunConfig) -> None:
             if group is not None:
                 groups[key].setdefault(group, []).append(name)
         given = expert.init_from or any(stage.init_from for stage in config.stages.values())
-        rule = "[A] trains nothing: lora_B starts at zero; give it init_from, or train B"
+        given = given or expert.init not in ("lora", "gaussian", "orthogonal")
+        rule = "[A] trains nothing: lora_B starts at zero; give it another init or init_from, or train B"
         check(expert.factors != ["A"] or bool(given), f"experts.{name}.factors", rule)
     for key, named in groups.items():
         for group, members in named.items():
             check(len(members) > 1, f"experts.{members[0]}.{key}", f"no other expert has the group {group!r}")
-            layers = {tuple(experts[name].tie_layers) for name in members}
             rule = f"must be the same for all experts of {key} {group!r}: {', '.join(members)}"
+            layers = {tuple(experts[name].tie_layers) for name in members}
             check(len(layers) == 1, f"experts.{members[0]}.tie_layers", rule)
+            inits = {experts[name].init for name in members if experts[name].init_from is None}
+            check(len(inits) < 2, f"experts.{members[0]}.init", rule)
     seen = set[tuple[str, str]]()
     for name, expert in experts.items():
         if expert.share_a is not None and expert.share_b is not None:
@@ -510,8 +522,10 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
     if stage.copy_of is not None:
         own = experts[stage.copy_of]
         for name, expert in experts.items():
-            alike = all(getattr(expert, k) == getattr(own, k) for k in ("rank", "alpha", "use_rslora", "targets"))
-            rule = f"{name} has another rank, alpha or targets, and so cannot be its copy"
+            alike = all(
+                getattr(expert, k) == getattr(own, k) for k in ("rank", "alpha", "use_rslora", "targets", "init")
+            )
+            rule = f"{name} has another rank, alpha, targets or init, and so cannot be its copy"
             check(alike or expert.gate != "routed", f"{key}.copy_of", rule)
     by_token = config.router.granularity == "token"
     check(gates.is_empty or not by_token, f"{key}.gates", "have no effect with router.granularity=token")

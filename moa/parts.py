@@ -31,13 +31,12 @@ def expert_parameters(model: MixtureModel) -> Parameters:
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name in model.bank.names:
         for key, parameter in model.bank.named_parameters(name):
-            found.setdefault(id(parameter), (f"{name}.{key.removeprefix('base_model.model.')}", parameter))
+            found.setdefault(id(parameter), (f"{name}.{key.replace('base_model.model.', '', 1)}", parameter))
     return dict(found.values())
 
 
 def expert_state(model: MixtureModel) -> dict[str, Tensor]:
-    bank = model.bank
-    return {f"{name}.{key}": t for name in bank.names for key, t in bank.state(name).items()}
+    return {key: parameter.detach() for key, parameter in expert_parameters(model).items()}
 
 
 def router_parameters(model: MixtureModel) -> Parameters:

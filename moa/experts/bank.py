@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moa.experts.context import Decide, GateContext, GateState
 from moa.experts.kinds import KINDS
 from moa.experts.lora import ExpertLinear
-from moa.experts.lora_state import hashed
+from moa.experts.starts import hashed
 from moa.experts.ties import FACTORS, Place, Ties, tied_places
 from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites, site_keys
 from moa.files.targets import ALL_LINEAR, is_target, select
@@ -216,14 +216,21 @@ class ExpertBank:
             parameter = self.factor(first)
             for place in rest:
                 expert, site, factor = place
-                check_same(parameter, self.factor(place), first, place, expert in given)
+                check_same(self.whole(first), self.whole(place), first, place, expert in given)
                 self.sites[site].tie(factor, expert, parameter)
+                if expert in self.sites[site].starts:
+                    start = self.sites[first[1]].factor("start", factor, first[0])
+                    self.sites[site].tie(factor, expert, start, "start")
         self.context.forget()
 
     def factor(self, place: Place) -> nn.Parameter:
         expert, site, factor = place
-        own: nn.Parameter = getattr(self.sites[site], f"lora_{factor}_{expert}")
-        return own
+        return self.sites[site].factor("lora", factor, expert)
+
+    def whole(self, place: Place) -> Tensor:
+        """A factor as its file has it: with that of a start."""
+        expert, site, factor = place
+        return self.sites[site].whole(expert)[FACTORS.index(factor)].detach()
 
     def places(self) -> dict[int, list[Place]]:
         """Each parameter's id -> the places that have it."""
@@ -261,14 +268,13 @@ class ExpertBank:
                     self.factor((name, site, factor)).requires_grad_(factor in factors)
 
     def frozen_parameters(self) -> list[nn.Parameter]:
-        """Those of frozen experts, and the factors that an expert does not train."""
-        return [
-            self.factor((name, site, factor))
-            for name, spec in self.experts.items()
-            for site in spec.sites
-            for factor in FACTORS
-            if factor not in spec.trained
-        ]
+        """Those of frozen experts, the factors that an expert does not train, and the starts."""
+        frozen = list[nn.Parameter]()
+        for name, spec in self.experts.items():
+            for site in spec.sites:
+                a, b, *start = self.sites[site].own(name)
+                frozen += [p for f, p in zip(FACTORS, (a, b), strict=True) if f not in spec.trained] + start
+        return frozen
 
     def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
         """Those of one expert, or of all, each once."""
@@ -276,12 +282,14 @@ class ExpertBank:
         yield from {id(p): p for expert in experts for _, p in self.named_parameters(expert)}.values()
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """One expert's, by the keys of its file: one that layers have in common comes under the key of each."""
-        own = (p for site in self._spec(name).sites for p in self.sites[site].own(name))
-        return zip(self.state(name), own, strict=True)
+        """One expert's, by the keys of its file, a start's with `start.` before; one that layers have in common comes
+        under the key of each."""
+        for site in self._spec(name).sites:
+            keys = site_keys(site)
+            yield from zip([*keys, *(f"start.{key}" for key in keys)], self.sites[site].own(name), strict=False)
 
     def state(self, name: str) -> dict[str, Tensor]:
-        """What one expert's file holds, by key; the tensors share memory with the parameters."""
+        """What one expert's file holds, by key; without a start, the tensors share memory with the parameters."""
         return KINDS[self._spec(name).kind].state(self.sites, name)
 
     def load_state(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -300,10 +308,10 @@ class ExpertBank:
                 elif expert in states or not self.factor((expert, site, other_than(factor))).any():
                     continue  # a missing key, an error below; or an update that is zero, and stays so
                 else:
-                    value = self.factor(place).detach()
+                    value = self.whole(place)
                 check_same(states[loaded[0][0]][key_of(loaded[0])], value, loaded[0], place, True)
         for name, tensors in states.items():
-            KINDS[self._spec(name).kind].overwrite(self.state(name), tensors, name)
+            KINDS[self._spec(name).kind].overwrite(self.sites, name, tensors)
         self.context.forget()
 
     def peft_config(self, name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ A new kind is a file like lora.py with its state, and a row. Its layer gets gate
     layer(base_layer, name, context)   experts, own(expert) -> parameters, add(expert, *parts), remove(expert) -> parts
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +25,8 @@ class ExpertKind:
     fresh: Callable[..., dict[str, Any]]
     # (sites, name, tensors, config) -> settings: an expert from its file
     load: Callable[..., dict[str, Any]]
-    state: Callable[..., dict[str, Tensor]]  # (sites, name): what its file holds, sharing memory
-    # a state by another
-    overwrite: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], str], None]
+    state: Callable[..., dict[str, Tensor]]  # (sites, name): what its file holds
+    overwrite: Callable[..., None]  # (sites, name, tensors): a state by another
     config: Callable[..., dict[str, Any]]  # (sites, name, **settings): the settings in its file
 
 

@@ -2,7 +2,8 @@
 
 y = W x + sum_e gate_e scaling_e B_e A_e x
 
-Experts may have one A or one B in common: the same Parameter under the names of all of them.
+Experts may have one A or one B in common: the same Parameter under the names of all of them. An expert may hold a
+start, `start_A_<expert>` and `start_B_<expert>` of its rank, which take part like its own factors and are not trained.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from moa.experts.context import GateContext, GateState
 from moa.experts.crosstalk import Watch, output_energies
 from moa.experts.lora_product import Ranks, add_mixture, concatenate, mix, widen
+
+FACTORS = ("A", "B")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,8 @@ class ExpertLinear(nn.Module):
         self.context = context
         self.scalings: dict[str, float] = {}  # expert -> alpha / rank or alpha / sqrt(rank)
         self.register_parameter("token_router", None)
-        self._leaders = {"A": dict[str, str](), "B": dict[str, str]()}  # expert -> the first one with its factor
+        self.starts: set[str] = set()  # experts that hold one
+        self._leaders: dict[str, str] = {}  # name of a factor -> the first one that is the same Parameter
         # of the last forward's experts: what their ranks are, and the names of their factors, each once
         self._layout: tuple[Any, Ranks, list[str], list[str]] | None = None
 
@@ -88,65 +92,103 @@ class ExpertLinear(nn.Module):
         return {expert: a.shape[0] for expert, a in self.lora_A.items()}
 
     def own(self, expert: str) -> list[nn.Parameter]:
-        """The parameters of one expert."""
-        return [self.lora_A[expert], self.lora_B[expert]]
+        """The parameters of one expert: A and B, and those of its start."""
+        start = [self.factor("start", f, expert) for f in FACTORS] if expert in self.starts else []
+        return [self.lora_A[expert], self.lora_B[expert], *start]
 
-    def add(self, expert: str, a: nn.Parameter, b: nn.Parameter, scaling: float) -> None:
-        """Take an expert's factors, [rank, in] and [out, rank], as the last one's successors."""
+    def factor(self, kind: str, factor: str, expert: str) -> nn.Parameter:
+        """An expert's A or B, of the kind "lora" or "start"."""
+        parameter: nn.Parameter = getattr(self, f"{kind}_{factor}_{expert}")
+        return parameter
+
+    def whole(self, expert: str) -> tuple[Tensor, Tensor]:
+        """A and B with the start's behind them: the whole update."""
+        a, b, *start = self.own(expert)
+        return (torch.cat([a, start[0]]), torch.cat([b, start[1]], 1)) if start else (a, b)
+
+    def write(self, expert: str, a: Tensor, b: Tensor) -> None:
+        """Copy what `whole` gave into an expert."""
+        own_a, own_b, *start = self.own(expert)
+        own_a.copy_(a[: len(own_a)])
+        own_b.copy_(b[:, : len(own_a)])
+        if start:
+            start[0].copy_(a[len(own_a) :])
+            start[1].copy_(b[:, len(own_a) :])
+
+    def add(
+        self,
+        expert: str,
+        a: nn.Parameter,
+        b: nn.Parameter,
+        scaling: float,
+        start: tuple[nn.Parameter, nn.Parameter] | None = None,
+    ) -> None:
+        """Take an expert's factors, [rank, in] and [out, rank], and its start, as the last one's successors."""
         self.register_parameter(f"lora_A_{expert}", a)
         self.register_parameter(f"lora_B_{expert}", b)
         self.scalings[expert] = scaling
+        if start is not None:
+            self.register_parameter(f"start_A_{expert}", start[0])
+            self.register_parameter(f"start_B_{expert}", start[1])
+            self.starts.add(expert)
         self._changed()
 
-    def remove(self, expert: str) -> tuple[nn.Parameter, nn.Parameter, float]:
+    def remove(self, expert: str) -> tuple[nn.Parameter, nn.Parameter, float, tuple[nn.Parameter, nn.Parameter] | None]:
         """Give back what `add` took."""
-        removed = self.lora_A[expert], self.lora_B[expert], self.scalings.pop(expert)
-        delattr(self, f"lora_A_{expert}")
-        delattr(self, f"lora_B_{expert}")
+        a, b, *start = self.own(expert)
+        for kind in ("lora", "start") if start else ("lora",):
+            for factor in FACTORS:
+                delattr(self, f"{kind}_{factor}_{expert}")
+        self.starts.discard(expert)
+        scaling = self.scalings.pop(expert)
         self._changed()
-        return removed
+        return a, b, scaling, (start[0], start[1]) if start else None
 
-    def tie(self, factor: str, expert: str, parameter: nn.Parameter) -> None:
+    def tie(self, factor: str, expert: str, parameter: nn.Parameter, kind: str = "lora") -> None:
         """Let an expert's factor, "A" or "B", be a Parameter that another place has too."""
-        self.register_parameter(f"lora_{factor}_{expert}", parameter)
+        self.register_parameter(f"{kind}_{factor}_{expert}", parameter)
         self._changed()
 
     def layout(self, state: GateState) -> tuple[Ranks, list[str], list[str]]:
         """What the ranks of the experts that take part are, and the names of their factors A and B, each once."""
         key, known = (state.experts, state.active), self._layout
         if known is None or known[0] != key:
-            device, of = self.base_layer.weight.device, self.ranks
-            running = {e: of[e] for e in self._running(state)}
-            each = [e for e, rank in running.items() for _ in range(rank)]
+            device, of, running = self.base_layer.weight.device, self.ranks, self._running(state)
+            pairs = [("lora", e) for e in running] + [("start", e) for e in running if e in self.starts]
+            each = [e for _, e in pairs for _ in range(of[e])]
             place = torch.tensor([state.experts.index(e) for e in each], device=device)
             scaling = torch.tensor([self.scalings[e] for e in each], device=device)
-            rows, spread = self._once("A", running)
-            columns, gather = self._once("B", running)
+            rows, spread = self._once({f"{kind}_A_{e}": of[e] for kind, e in pairs})
+            columns, gather = self._once({f"{kind}_B_{e}": of[e] for kind, e in pairs})
             spread = None if spread is None else spread.to(device)
             gather = None if gather is None else gather.t().to(device)
             ranks = Ranks(place=place, scaling=scaling, spread=spread, gather=gather)
             known = self._layout = key, ranks, rows, columns
         return known[1:]
 
-    def _once(self, factor: str, ranks: dict[str, int]) -> tuple[list[str], Tensor | None]:
-        """The names of the experts' different factors, and [rows, rank] of zeros and ones from these to each rank;
+    def _once(self, ranks: dict[str, int]) -> tuple[list[str], Tensor | None]:
+        """The names of the different factors among some, and [rows, rank] of zeros and ones from these to each rank;
         None where all differ."""
         held, start, row_of = dict[str, tuple[str, int]](), 0, list[int]()
-        for expert, rank in ranks.items():
-            leader = self._leaders[factor].get(expert, expert)
+        for name, rank in ranks.items():
+            leader = self._leaders.get(name, name)
             if leader not in held:
-                held[leader], start = (f"lora_{factor}_{expert}", start), start + rank
+                held[leader], start = (name, start), start + rank
             row_of += range(held[leader][1], held[leader][1] + rank)
         names = [name for name, _ in held.values()]
         spread = F.one_hot(torch.tensor(row_of), start).t().float() if len(names) < len(ranks) else None
         return names, spread
 
     def _changed(self) -> None:
-        """Note anew which experts have a factor in common with an earlier one."""
-        self._layout = None
-        for factor, factors in (("A", self.lora_A), ("B", self.lora_B)):
-            first = {id(p): expert for expert, p in reversed(factors.items())}
-            self._leaders[factor] = {e: first[id(p)] for e, p in factors.items() if first[id(p)] != e}
+        """Note anew which factors are the same as an earlier one."""
+        self._layout, first = None, dict[int, str]()
+        for expert in self.scalings:
+            for kind in ("lora", "start") if expert in self.starts else ("lora",):
+                for factor in FACTORS:
+                    name = f"{kind}_{factor}_{expert}"
+                    first.setdefault(id(self._parameters[name]), name)
+        names = [name for name, parameter in self._parameters.items() if id(parameter) in first]
+        self._leaders = {n: f for n in names if (f := first[id(self._parameters[n])]) != n}
 
     def extra_repr(self) -> str:
         return f"site={self.name}, ranks={self.ranks}"
@@ -175,7 +217,8 @@ class ExpertLinear(nn.Module):
             return
         # With a gradient also where checkpointing runs the layer again, which must save the same tensors.
         with torch.set_grad_enabled(watch.gradient and torch.is_grad_enabled()):
-            factors = [*self.lora_A.values()], [*self.lora_B.values()]
+            wholes = [self.whole(expert) for expert in self.scalings]
+            factors = [a for a, _ in wholes], [b for _, b in wholes]
             found = output_energies(x, *factors, [*self.scalings.values()])
             own = dict(zip(self.scalings, found.unbind(-1), strict=True))
             energies = torch.stack([own.get(e, torch.zeros_like(found[..., 0])) for e in state.experts], -1)

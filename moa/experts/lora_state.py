@@ -1,6 +1,5 @@
 """LoRA as a kind of expert: a fresh start, a state, and a plain PEFT folder's tensors and settings."""
 
-import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moa.experts.lora import ExpertLinear
+from moa.experts.starts import STARTS, Starts
 from moa.files.peft import site_keys
 from moa.files.peft_config import site_scaling
 
@@ -31,11 +31,13 @@ def fresh(
     alpha: float | int,
     use_rslora: bool = False,
     seed: int = 0,
+    starts: Starts | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Put an expert that changes no output yet at all these sites; returns what it was made with.
 
-    A is uniform in ±1/sqrt(in) as in PEFT, drawn from (seed, name, site), whatever the device and order. B is zero.
+    `starts` has its start, see `moa.experts.starts`; the default is PEFT's, drawn from (seed, name, site), whatever
+    the device and order.
     """
     if rank < 1:
         raise ValueError(f"experts.{name}.rank must be 1 or more, got {rank}")
@@ -44,10 +46,11 @@ def fresh(
         if rank > largest:
             rule = f"{rank} is more than {largest}, the larger side of {site_name}"
             raise ValueError(f"experts.{name}.rank: {rule}")
+    starts = starts or Starts({name: "lora"}, {name: rank}, seed)
     for site_name, site in sites.items():
-        a = uniform((rank, site.base_layer.in_features), f"{seed}/{name}/{site_name}")
-        b = torch.zeros(site.base_layer.out_features, rank)
-        place(site, name, a, b, scaling_of(rank, alpha, use_rslora), dtype)
+        scaling = scaling_of(rank, alpha, use_rslora)
+        a, b = starts.pair(name, site_name, site.base_layer, scaling)
+        place(site, name, a, b, scaling, dtype, start=(a, -b) if STARTS[starts.inits[name]].held else None)
     return {"rank": rank, "alpha": alpha, "use_rslora": use_rslora}
 
 
@@ -57,46 +60,67 @@ def load(
     tensors: Factors,
     config: Mapping[str, Any],
     *,
+    held: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Put the expert of a plain PEFT adapter, as `moa.files.peft` reads it, at the sites that it names.
 
-    Returns what it was made with. Raises ValueError for keys without a site, other shapes, and infinite values.
+    With `held` the second half of its ranks is its start, see `state`. Returns what it was made with. Raises
+    ValueError for keys without a site, other shapes, and infinite values.
     """
     for site_name, (a, b) in pair_up(name, tensors, sites).items():
-        place(sites[site_name], name, a, b, site_scaling(config, site_name), dtype)
-    alpha, use_rslora = config.get("lora_alpha", 8), bool(config.get("use_rslora", False))
-    return {"rank": config["r"], "alpha": alpha, "use_rslora": use_rslora}
+        scaling, start = site_scaling(config, site_name), None
+        if held:
+            (a, start_a), (b, start_b) = halves(a, 0), halves(b, 1)
+            start = start_a, start_b
+        place(sites[site_name], name, a, b, scaling, dtype, start=start)
+    rank, alpha, use_rslora = config["r"], config.get("lora_alpha", 8), bool(config.get("use_rslora", False))
+    if held:
+        rank, alpha = rank // 2, alpha * scaling_of(rank, 1.0, use_rslora) / scaling_of(rank // 2, 1.0, use_rslora)
+    return {"rank": rank, "alpha": alpha, "use_rslora": use_rslora}
 
 
-def place(site: ExpertLinear, name: str, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> None:
+def place(
+    site: ExpertLinear,
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    start: tuple[Tensor, Tensor] | None = None,
+) -> None:
     device = site.base_layer.weight.device
-    own_a, own_b = (f.to(device=device, dtype=dtype, copy=True) for f in (a, b))
-    site.add(name, nn.Parameter(own_a), nn.Parameter(own_b), scaling)
+
+    def own(factor: Tensor, trained: bool = True) -> nn.Parameter:
+        return nn.Parameter(factor.to(device=device, dtype=dtype, copy=True).contiguous(), requires_grad=trained)
+
+    kept = None if start is None else (own(start[0], False), own(start[1], False))
+    site.add(name, own(a), own(b), scaling, kept)
 
 
-def uniform(shape: tuple[int, int], seed: str) -> Tensor:
-    generator = torch.Generator().manual_seed(hashed(seed))
-    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
-
-
-def hashed(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+def halves(factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    one, other = factor.chunk(2, axis)
+    return one, other
 
 
 def state(sites: Sites, name: str) -> dict[str, Float[Tensor, "_ _"]]:
-    """The factors of one expert by PEFT key, sharing memory with the parameters."""
+    """The factors of one expert by PEFT key; those of a start that it holds follow as further ranks.
+
+    So the file is the whole update of the base's weights, for plain PEFT too. Without a start the tensors share memory
+    with the parameters.
+    """
     found: dict[str, Tensor] = {}
     for site_name, site in sites.items():
         if name in site.scalings:
-            factors = (parameter.detach() for parameter in site.own(name))
+            factors = (factor.detach() for factor in site.whole(name))
             found |= dict(zip(site_keys(site_name), factors, strict=True))
     return found
 
 
 @torch.no_grad()
-def overwrite(own: Factors, tensors: Factors, name: str) -> None:
-    """Copy tensors into an expert's own; ValueError unless keys and shapes are the same."""
+def overwrite(sites: Sites, name: str, tensors: Factors) -> None:
+    """Copy the tensors of a state into an expert; ValueError unless keys and shapes are the same."""
+    own = state(sites, name)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         lacking = f"{len(missing)} keys missing {missing[:2]}"
@@ -106,8 +130,10 @@ def overwrite(own: Factors, tensors: Factors, name: str) -> None:
             shapes = f"{list(tensor.shape)}, expected {list(own[key].shape)}"
             raise ValueError(f"expert {name}: {key} is {shapes}")
     check_finite(name, tensors)
-    for key, tensor in tensors.items():
-        own[key].copy_(tensor)
+    for site_name, site in sites.items():
+        if name in site.scalings:
+            key_a, key_b = site_keys(site_name)
+            site.write(name, tensors[key_a], tensors[key_b])
 
 
 def pair_up(name: str, tensors: Factors, sites: Sites) -> dict[str, tuple[Tensor, Tensor]]:
@@ -142,9 +168,11 @@ def check_finite(name: str, tensors: Factors) -> None:
 def peft_config(sites: Sites, name: str, *, rank: int, alpha: float | int, use_rslora: bool) -> dict[str, Any]:
     """adapter_config.json of an expert: full paths, and patterns only where sites differ."""
     own = {site_name: site for site_name, site in sites.items() if name in site.scalings}
+    if any(name in site.starts for site in own.values()):  # twice the ranks, the same scaling
+        rank, alpha = 2 * rank, alpha * scaling_of(rank, 1.0, use_rslora) / scaling_of(2 * rank, 1.0, use_rslora)
     ranks, alphas = {}, {}
     for site_name, site in own.items():
-        pattern, site_rank = f"^{re.escape(site_name)}", site.ranks[name]
+        pattern, site_rank = f"^{re.escape(site_name)}", len(site.whole(name)[0])
         site_alpha = site.scalings[name] / scaling_of(site_rank, 1.0, use_rslora)
         if site_rank != rank:
             ranks[pattern] = site_rank

@@ -10,10 +10,9 @@ Such a factor is one Parameter under all of its names: it has one gradient, and 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moa.experts.lora import ExpertLinear
+from moa.experts.lora import FACTORS, ExpertLinear
 from moa.files.targets import select
 
-FACTORS = ("A", "B")
 Place = tuple[str, str, str]  # expert, site, factor
 
 

@@ -128,7 +128,7 @@ class FakeRun:
         return measure_step(self.model, self.groups, self.stage, self.config.train, batch)
 
 
-def add_fresh(bank: ExpertBank, name: str, header: ExpertHeader) -> None:
+def add_fresh(bank: ExpertBank, name: str, header: ExpertHeader, init: str) -> None:
     """An expert of an adapter's sites and usual rank, whose weights are not read."""
     bank.add(name, rank=header.config["r"], alpha=1, targets=list(header.ranks))
 

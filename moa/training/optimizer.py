@@ -1,6 +1,7 @@
 """AdamW over named groups, each with its own rate; every trainable parameter in exactly one."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,14 +75,12 @@ def parameter_table(model: MixtureModel, groups: Mapping[str, Parameters], rates
     table = Table("group", title="what is trained")
     for column in ("parameters", "trainable", "learning rate", "sites"):
         table.add_column(column, justify="right")
-    places = model.bank.places()
-    shared = {i: p for i, p in ((id(p), p) for p in model.bank.parameters()) if len({e for e, *_ in places[i]}) > 1}
+    holders = Counter(id(p) for name in model.bank.names for p in model.bank.parameters(name))
     for name in model.bank.names:
         sites, own = str(len(model.bank.experts[name].sites)), model.bank.parameters(name)
-        add_row(table, f"expert {name}", [p for p in own if id(p) not in shared], rates.experts, sites)
-    if shared:
-        sites = str(len({site for i in shared for _, site, _ in places[i]}))
-        add_row(table, "shared by experts", [*shared.values()], rates.experts, sites)
+        add_row(table, f"expert {name}", [p for p in own if holders[id(p)] == 1], rates.experts, sites)
+    if shared := [p for p in model.bank.parameters() if holders[id(p)] > 1]:
+        add_row(table, "shared by experts", shared, rates.experts, "")
     router = [*PARTS["router"].parameters(model).values()]
     sites = str(len(model.bank.token_routers()) or "")
     add_row(table, "router", router, rates.router, sites)

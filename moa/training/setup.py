@@ -90,7 +90,7 @@ def open_run(
     found = on_main(accelerator, lambda: claim(config, resume=resume, overwrite=overwrite))
     step = Path(found) if found else None
     torch.manual_seed(config.seed)
-    model = build_model(config, experts=step / "experts" if step else None)
+    model = build_model(config, experts=step / "experts" if step else None, to_train=True)
     ocr = open_ocr(config.data)
     run = Run(
         config=config,

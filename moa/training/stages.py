@@ -77,8 +77,7 @@ def copy_expert(model: MixtureModel, stage: StageConfig) -> list[str]:
     copies = [other for other in routed if other != name and not bank.experts[other].frozen]
     if not copies:
         raise ValueError(f"stages.{stage.name}.copy_of: there is no other routed expert to become a copy of {name}")
-    for other in copies:
-        bank.load_state(other, bank.state(name))
+    bank.load_states({other: bank.state(name) for other in copies})
     return [f"experts {', '.join(copies)} as copies of {name}"]
 
 

@@ -147,11 +147,12 @@ def deals_in_turn(names: list[str], seed: int, num_steps: int) -> bool:
 
 
 def together(folder: Path) -> dict:
-    """A frozen expert, two that share their A, checkpointing, accumulation, clipping, weight decay, a trained
-    projector, and a later stage that starts from an adapter."""
+    """A frozen expert, two that share their A and hold a start, checkpointing, accumulation, clipping, weight
+    decay, a trained projector, and a later stage that starts from an adapter."""
     folder.mkdir()
     world = toy_world(folder)
-    world["experts"] = {name: {"rank": 2, "alpha": 4, "share_a": "one"} for name in ("vqa", "grounding")}
+    own = {"rank": 2, "alpha": 4, "init": "random_b"}
+    world["experts"] = {name: {**own, "share_a": "one"} for name in ("vqa", "grounding")}
     world["experts"]["spare"] = {"frozen": True, "init_from": str(folder / "adapter")}
     world["model"]["train_projector"] = True
     world["router"]["per_site"] = True
@@ -164,7 +165,7 @@ def together(folder: Path) -> dict:
         "joint": {"steps": 3, "lr": {"experts": 0.01, "router": 0.01},
                   "init_from": {name: str(folder / "adapter") for name in ("vqa", "grounding")}},
     }  # fmt: skip
-    config = read({**world, "experts": {"vqa": {"rank": 2, "alpha": 4}}, "stages": {}, "data": {
+    config = read({**world, "experts": {"vqa": own}, "stages": {}, "data": {
         **world["data"], "expert": "vqa"}})  # fmt: skip
     bank = build_model(config).bank
     tensors = {key: torch.full_like(value, 0.01) for key, value in bank.state("vqa").items()}
