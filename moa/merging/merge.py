@@ -59,6 +59,7 @@ class OpenSite:
 
     factors: list[Factors | None]
     updates: Any = None  # CoreUpdates
+    others: Any = None  # OpenSite of the experts that are not added
 
 
 def merge(
@@ -99,6 +100,8 @@ def with_shared(job: Job, dtype: torch.dtype) -> Job:
     """The job with its method's statistics over all its sites."""
     if not job.method.prepare:
         return job
+    if job.others is not None:
+        return replace(job, others=with_shared(job.others, dtype))
     stacks = (open_stack(job, site, dtype) for site in job.weights)
     shared = import_function(f"methods.{job.method.prepare}")(stacks, **job.options)
     return replace(job, options={**job.options, "shared": shared})
@@ -106,6 +109,9 @@ def with_shared(job: Job, dtype: torch.dtype) -> Job:
 
 def open_site(job: Job, site: str, dtype: torch.dtype) -> OpenSite:
     factors = factors_of(job.experts, site, dtype)
+    if job.others is not None:
+        there = any(site in expert.ranks for expert in job.others.experts)
+        return OpenSite(factors=factors, others=open_site(job.others, site, dtype) if there else None)
     if job.space not in ("core", "rows"):
         return OpenSite(factors=factors)
     canonical = job.space == "rows" or not job.method.is_sum
@@ -116,12 +122,26 @@ def open_site(job: Job, site: str, dtype: torch.dtype) -> OpenSite:
 
 def merge_site(job: Job, site: str, opened: OpenSite, dtype: torch.dtype) -> MergedSite:
     weights = job.weights[site].to(dtype)
-    low, relation = _SPACES[job.space](job, site, opened, weights)
+    low, relation = (_SPACES[job.space] if job.others is None else _and_added)(job, site, opened, weights)
     energy = float(low.singular_values.square().sum())
     shared: dict[str, Any] = {"lora_a": low.lora_a, "lora_b": low.lora_b}
     shared |= {"kept": low.kept, "lost": low.lost}
     result = MergedSite(weights=weights, energy=energy, experts=relation, **shared)
     return result if job.scale[site] == 1 else result.scaled(job.scale[site])
+
+
+def _and_added(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
+    """What the others merge to, as if alone, and the added experts' updates."""
+    parts = [(pair[0], weight * pair[1]) for name, pair, weight in zip(job.names, opened.factors, weights, strict=True)
+             if pair is not None and name in job.added]  # fmt: skip
+    if job.others is not None and opened.others is not None:
+        own = job.others.weights[site].to(weights.dtype)
+        low, _ = _SPACES[job.space](job.others, site, opened.others, own)
+        parts.append((low.lora_a, low.lora_b))
+    updates = core.to_core(parts, canonical=False)
+    metric = metric_in(job, site, weights, updates.a)
+    low = core.compress(updates, updates.cores.sum(0), job.rank, sum(job.about(site)["ranks"]), metric)
+    return low, core.relate(low, opened.factors)
 
 
 def _in_core(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
@@ -147,11 +167,13 @@ def moments_in(job: Job, site: str, basis: Basis) -> Callable[[int], Tensor]:
 def metric_in(job: Job, site: str, weights: Tensor, basis: Basis | None = None) -> Tensor | None:
     """The second moments of all experts' inputs in a basis, or as they are; None where the rank is not cut by these.
 
-    An expert's count in the share of its weight, or alike where all weights are 0.
+    An expert's count in the share of its weight, or alike where all weights are 0. Those of an added expert are the
+    others' together, and count where no other has the site.
     """
     if job.metric != "inputs":
         return None
     here = [number for number, expert in enumerate(job.experts) if site in expert.ranks]
+    here = [number for number in here if job.names[number] not in job.added] or here
     shares = weights.abs() if weights[here].any() else torch.ones_like(weights)
     read = moments_in(job, site, basis) if basis else lambda number: job.experts[number].moments(site).dense()
     return sum((shares[number] * read(number) for number in here if shares[number]), start=torch.zeros(()))

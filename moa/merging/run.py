@@ -165,7 +165,7 @@ def needs_inputs(settings: MergeExperts) -> bool:
 def warn_of_few_tokens(plan: Plan, console: Console) -> None:
     """Where least squares has fewer inputs than unknowns, so that the ridge decides."""
     few: list[str] = []
-    for job in plan.jobs:
+    for job in [job.others or job for job in plan.jobs]:
         for site in job.weights if job.method.reads_inputs else ():
             here = [expert for expert in job.experts if site in expert.ranks]
             width = here[0].shapes[site][1]

@@ -5,8 +5,8 @@ layers.0.mlp.down_proj      no rule                   ->  the Job of the merge's
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,8 @@ from moa.merging.rank import parse_rank
 from moa.merging.settings import Metric, SiteRule
 from moa.merging.weights import Weights, weight_table
 
+UNCUT = 1 << 30  # a rank that every matrix is below
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -37,11 +39,9 @@ class Job:
     scale: Mapping[str, float]
     depths: Mapping[str, float]
     metric: Metric = "weights"  # in which the rank is cut
-
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether it reads the statistics of the experts' inputs."""
-        return self.method.reads_inputs or self.metric == "inputs"
+    # experts whose weighted update is added to what the others merge to, which is this job's result without rank
+    added: frozenset[str] = frozenset()
+    others: "Job | None" = None  # of the experts that are not added, where some are
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,12 +70,15 @@ def make_plan(
     space: str | None = None,
     rules: Sequence[SiteRule] = (),
     metric: Metric = "weights",
+    added: Collection[str] = (),
 ) -> Plan:
     """What `merge` does at every site.
 
-    `weights` by expert name, or per site; None is the method's own default, as is a `space` of None. Raises ValueError
-    for experts that do not fit together, for unknown methods, options, weights, spaces and ranks, and for a rule that
-    decides no site, and for a `metric` that no rank is cut in.
+    `weights` by expert name, or per site; None is the method's own default, as is a `space` of None. `added` experts
+    are not merged but added, by default at weight 1: what shared experts need, which are on with each of the others.
+
+    Raises ValueError for experts that do not fit together, for unknown methods, options, weights, spaces and ranks, for
+    a rule that decides no site, and for a `metric` that no rank is cut in.
     """
     check_experts(experts)
     given: dict[str, Any] = {"method": method, "options": dict(options or {}), "weights": weights}
@@ -94,7 +97,7 @@ def make_plan(
         numbers[index] = None
         if sites and not (rule and rule.drop):
             numbers[index] = len(jobs)
-            jobs.append(_job(experts, sites, _over(own, rule) if rule else own, metric))
+            jobs.append(_job(experts, sites, _over(own, rule) if rule else own, metric, frozenset(added)))
     if metric == "inputs" and all(job.rank == "sum" and job.space != "dense" for job in jobs):
         raise ValueError("metric: inputs has no effect with rank=sum, which cuts nothing; give rank=8, say")
     find_method(method, space)  # even where rules decide every site
@@ -119,21 +122,31 @@ def _over(own: SiteRule, rule: SiteRule) -> SiteRule:
     )
 
 
-def _job(experts: Sequence[Expert], sites: Sequence[str], settings: SiteRule, metric: Metric) -> Job:
+def _job(
+    experts: Sequence[Expert], sites: Sequence[str], settings: SiteRule, metric: Metric, added: frozenset[str]
+) -> Job:
     name = str(settings.method)
     row = find_method(name, settings.space)
     depths = find_depths(tuple(all_sites(experts)))
-    return Job(
+    job = Job(
         experts=experts,
         method=row,
         space=settings.space or row.spaces[0],
         rank=parse_rank(settings.rank),
         options=check_options(name, settings.options),
-        weights=weight_table(experts, settings.weights, row.weights, sites),
+        weights=weight_table(experts, settings.weights, row.weights, sites, added),
         scale={site: _along(settings.scale, depths[site]) for site in sites},
         depths=depths,
         metric=metric,
+        added=added,
     )
+    if not added:
+        return job
+    places = [place for place, expert in enumerate(experts) if expert.name not in added]
+    own = {site: weights[places] for site, weights in job.weights.items()}
+    some = [experts[place] for place in places]
+    others = replace(job, experts=some, weights=own, rank=UNCUT, metric="weights", added=frozenset())
+    return replace(job, others=others)
 
 
 def _along(values: Sequence[float], depth: float) -> float:
@@ -156,10 +169,14 @@ def sum_gates(plan: Plan) -> dict[str, Float[Tensor, " expert"]] | None:
 
 def _coefficients(job: Job, site: str) -> Float[Tensor, " expert"]:
     """On one-hot "updates" [expert, 1, expert] a sum returns its own coefficients."""
-    one_hot = torch.eye(len(job.names), dtype=torch.float64)[:, None]
-    about = {**job.about(site), "ranks": (1,) * len(job.names)}
+    merged = job.others or job
+    one_hot = torch.eye(len(merged.names), dtype=torch.float64)[:, None]
+    about = {**merged.about(site), "ranks": (1,) * len(merged.names)}
     stack = stack_of(matrices=one_hot, **about)
-    return job.scale[site] * job.method.function(stack, job.weights[site], **job.options)[0]
+    found = job.weights[site].clone()
+    places = [place for place, name in enumerate(job.names) if name not in job.added]
+    found[places] = merged.method.function(stack, merged.weights[site], **job.options)[0]
+    return job.scale[site] * found
 
 
 @lru_cache(8)

@@ -1,7 +1,7 @@
 """Weights of experts: a list, a mapping, a file of scripts.learn_weights, or the gates that eval.py measured."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +115,18 @@ def weight_table(
     weights: Weights | None,
     default: str = "ones",
     sites: Sequence[str] | None = None,
+    added: Collection[str] = (),
 ) -> dict[str, Float[Tensor, " expert"]]:
-    """Site -> weight of each expert, float64; ValueError names a missing, unknown or odd weight."""
+    """Site -> weight of each expert, float64; ValueError names a missing, unknown or odd weight.
+
+    By default `added` experts have weight 1, and have no part in a mean.
+    """
     names = [expert.name for expert in experts]
     sites = all_sites(experts) if sites is None else sites
     if weights is None or not any(isinstance(value, Mapping) for value in weights.values()):
+        if weights is None:
+            share = 1 / max(len(set(names) - set(added)), 1) if default == "mean" else 1.0
+            weights = {name: 1.0 if name in added else share for name in names}
         return dict.fromkeys(sites, weight_row(names, weights, default))
     table: dict[str, Tensor] = {}
     for site in sites:

@@ -8,7 +8,7 @@ from moa.merging.merge import merge, run_plan
 from moa.merging.report.retention import summarise
 from moa.merging.settings import SiteRule
 from moa.merging.site_plan import make_plan, sum_gates
-from tests.merging.test_merge_identities import experts_of, update_of
+from tests.merging.test_merge_identities import SHAPE, experts_of, make_expert, update_of
 
 SITES = ["model.layers.0.q", "model.layers.1.q", "model.layers.2.q", "model.layers.0.up", "head"]
 
@@ -120,3 +120,43 @@ def test_factors_in_a_spool_are_the_same_rounded_once(tmp_path):
         assert torch.equal(kept[site].lora_a, result.lora_a.bfloat16())
         assert torch.equal(kept[site].lora_b, result.lora_b.bfloat16())
     assert list(tmp_path.iterdir()) == []
+
+
+# Experts that are added ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "space"),
+    [
+        ("linear", "core"),
+        ("regmean", "rows"),
+        ("ties", "dense"),
+        ("ties", "rows"),
+        ("linear", "factor"),
+        ("lego", None),
+    ],
+)
+def test_a_shared_expert_is_added_to_what_the_others_merge_to(method, space):
+    """Of another rank than theirs, and at a site of its own."""
+    routed = experts_of(0, 2, (2,))
+    shared = make_expert("shared", 9, 3, {**SHAPE, "layers.2.self_attn.q_proj": (5, 8)})
+    settings = {"method": method, "space": space, "rank": 8}
+    found = merge([routed[0], shared, routed[1]], added=["shared"], **settings)
+    expected, alone = merge(routed, **settings), merge([shared])
+    assert found.keys() == {*SHAPE, "layers.2.self_attn.q_proj"}
+    for site, result in found.items():
+        others = expected[site].lora_b @ expected[site].lora_a if site in expected else 0.0
+        own = alone[site].lora_b @ alone[site].lora_a
+        torch.testing.assert_close(result.lora_b @ result.lora_a, others + own)
+
+
+def test_the_gates_of_a_merge_with_a_shared_expert_are_its_weights():
+    experts = [*experts_of(0, 2, (2,)), make_expert("shared", 9, 3)]
+    plan = make_plan(experts, added=["shared"])
+    gates = sum_gates(plan)
+    assert all(row.tolist() == [0.5, 0.5, 1.0] for row in gates.values())
+    weights = {"e0": 0.25, "e1": 0.5, "shared": 2.0}
+    scaled = sum_gates(
+        make_plan(experts, method="task_arithmetic", options={"scale": 2.0}, weights=weights, added=["shared"])
+    )
+    assert all(row.tolist() == [0.5, 1.0, 2.0] for row in scaled.values())

@@ -11,7 +11,7 @@ import torch
 
 from moa.merging.adapters import Expert
 from moa.merging.merge import MergedSite, merge_site, open_site, with_shared
-from moa.merging.site_plan import make_plan
+from moa.merging.site_plan import Job, make_plan
 from moa.merging.weights import Weights
 
 
@@ -24,13 +24,18 @@ def cached_merge(
     memory as the experts. Raises ValueError as `make_plan` does.
     """
     plan = make_plan(experts, **settings)
-    shared = [with_shared(job, dtype).options for job in plan.jobs]
+    shared = [with_shared(job, dtype) for job in plan.jobs]
     numbers = {site: number for site, number in plan.sites.items() if number is not None}
     opened = {site: open_site(plan.jobs[number], site, dtype) for site, number in numbers.items()}
 
     def remerge(weights: Weights | None) -> dict[str, MergedSite]:
         plan = make_plan(experts, weights=weights, **settings)
-        jobs = [replace(job, options=o) for job, o in zip(plan.jobs, shared, strict=True)]
+        jobs = [_with_options(job, prepared) for job, prepared in zip(plan.jobs, shared, strict=True)]
         return {s: merge_site(jobs[n], s, opened[s], dtype) for s, n in numbers.items()}
 
     return remerge
+
+
+def _with_options(job: Job, prepared: Job) -> Job:
+    others = job.others and prepared.others and _with_options(job.others, prepared.others)
+    return replace(job, options=prepared.options, others=others)
