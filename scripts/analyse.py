@@ -39,7 +39,7 @@ def analyse(settings: AnalyseConfig, console: Console) -> None:
     from moa.analysis.fidelity_page import details, summary, write_page
     from moa.merging.adapters import all_sites, check_experts
     from moa.merging.report.console import interference_tables
-    from moa.merging.report.crosstalk import shared_of, with_inputs
+    from moa.merging.report.crosstalk import with_inputs
     from moa.merging.report.fidelity import measure
     from moa.merging.source import open_folders
 
@@ -47,7 +47,7 @@ def analyse(settings: AnalyseConfig, console: Console) -> None:
     experts = source.experts
     check_experts(experts)
     with progress_bar("measuring", len(all_sites(experts)), console) as advance:
-        record = measure(experts, shared=shared_of(source), on_site=advance)
+        record = measure(experts, shared=source.shared, on_site=advance)
     console.print(*interference_tables(record), sep="\n")
     console.print(*summary(record, {}), *details(record), sep="\n", soft_wrap=True)
     if settings.out is not None:

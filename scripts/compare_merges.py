@@ -100,7 +100,7 @@ def compare(settings: CompareConfig, console: Console) -> None:
     merges = [(m, options) for m in settings.methods for options in OPTIONS.get(m, [{}])]
     for method, options in track(merges, description="merging and scoring"):
         began = time.perf_counter()
-        merged = merge(experts, method=method, options=options, rank=settings.rank)
+        merged = merge(experts, method=method, options=options, rank=settings.rank, added=source.shared)
         row = {"method": method, "options": options, "seconds": time.perf_counter() - began}
         rows.append(row | score_adapter(merged, experts, step, scores_of))
     if settings.learned:

@@ -28,7 +28,7 @@ from moa.merging.export.verify import make_verify
 from moa.merging.merge import Merged, run_plan
 from moa.merging.methods.table import check_options, find_method
 from moa.merging.report.console import agreement_line, report_lines, summary_tables
-from moa.merging.report.crosstalk import shared_of, with_inputs
+from moa.merging.report.crosstalk import with_inputs
 from moa.merging.report.fidelity import mean_cross_terms, measure
 from moa.merging.report.retention import summarise
 from moa.merging.settings import MergeExperts
@@ -143,7 +143,9 @@ def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan
         weights = parse_weights(settings.weights, names)
     rules = [replace(rule, weights=parse_weights(rule.weights, names)) for rule in settings.sites]
     own = {name: getattr(settings, name) for name in ("method", "options", "rank", "space", "metric")}
-    return make_plan(source.experts, weights=weights, rules=rules, **own)
+    if source.shared:
+        console.print(f"always on, so added to what the others merge to: {', '.join(source.shared)}", soft_wrap=True)
+    return make_plan(source.experts, weights=weights, rules=rules, added=source.shared, **own)
 
 
 def measured_gates(source: Source, routing: str | None, task: str | None, console: Console) -> Weights:
@@ -168,6 +170,8 @@ def warn_of_few_tokens(plan: Plan, console: Console) -> None:
     for job in [job.others or job for job in plan.jobs]:
         for site in job.weights if job.method.reads_inputs else ():
             here = [expert for expert in job.experts if site in expert.ranks]
+            if not here:
+                continue
             width = here[0].shapes[site][1]
             unknown = width if job.space == "rows" else min(width, sum(expert.ranks[site] for expert in here))
             for expert in here:
@@ -280,7 +284,7 @@ def export(
     }
     files: dict[str, Any] = {"merge_report.json": {**about, "kept": summary["total"], **summary}}
     if settings.fidelity:
-        record = measure(source.experts, merged, shared=shared_of(source))
+        record = measure(source.experts, merged, shared=source.shared)
         files["fidelity.json"] = {**about, **record}
         files["fidelity.html"] = lambda p, r: write_page(p, record, about, agreement_line(r))
     merge = {**about, "kept": summary["total"]}

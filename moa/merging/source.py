@@ -10,6 +10,7 @@ from moa.checkpoint import CONFIG, load_tensors, step_folder
 from moa.config import RunConfig, load_config
 from moa.evaluation.gates_file import run_of
 from moa.files.checkpoint_files import local_base
+from moa.files.peft import STATISTICS_FILE
 from moa.merging.adapters import Expert, adapter_folders, open_adapters
 from moa.merging.checkpoints.parts import read_parts
 from moa.parts import PARTS
@@ -28,6 +29,12 @@ class Source:
     config: RunConfig | None = None
     projector: dict[str, Tensor] = field(default_factory=dict)  # trained; empty: the base's own
     beside: list[str] = field(default_factory=list)  # a line for each part that is not merged
+
+    @property
+    def shared(self) -> list[str]:
+        """The experts that their run has always on."""
+        known = self.config.experts if self.config else {}
+        return [e.name for e in self.experts if e.name in known and known[e.name].gate == "always"]
 
     def base(self) -> Path:
         """The base's folder; ValueError, with the way out, where none is named or it is not here."""
@@ -57,9 +64,15 @@ def open_run(run: str | Path, base: str | None = None) -> Source:
 
 
 def with_statistics(source: Source) -> Source:
-    """With the statistics of each expert's inputs; ValueError where a folder has none, or those of other weights."""
+    """With the statistics of each expert's inputs; ValueError where a folder has none, or those of other weights.
+
+    Those of an expert that is always on may be missing: it is not merged.
+    """
     experts = []
     for expert, folder in zip(source.experts, source.folders, strict=True):
+        if expert.name in source.shared and not (folder / STATISTICS_FILE).is_file():
+            experts.append(expert)
+            continue
         step = folder.resolve().parent.parent
         run = run_of(step) if (step / CONFIG).is_file() else "RUN"
         way_out = f"python -m scripts.statistics run={run} writes it" + (

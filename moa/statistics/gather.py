@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -94,9 +95,28 @@ def sites_of(model: MixtureModel, expert: str) -> dict[str, nn.Module]:
 
 
 def own_gates(model: MixtureModel, expert: str) -> Callable[[Batch], Tensor]:
-    """The gates of an expert's own samples: it alone is on, beside shared experts."""
-    place = model.bank.names.index(expert)
-    return lambda batch: model.routing.oracle(torch.full((len(batch),), place, device=batch.input_ids.device))
+    """The gates of an expert's own samples: it is on with the shared experts, a shared one with each sample's expert.
+
+    One that the routing does not have, such as a merge on trial, is on alone.
+    """
+    names, roles = model.bank.names, model.routing.roles
+
+    def gates(batch: Batch) -> Tensor:
+        device = batch.input_ids.device
+        if expert not in roles.experts:
+            return torch.tensor([float(name == expert) for name in names], device=device).expand(len(batch), -1)
+        place = roles.experts.index(expert)
+        ids = torch.full_like(batch.expert_ids, place) if place in roles.choices else batch.expert_ids
+        own = F.pad(model.routing.oracle(ids)[:, 0].to(device), (0, 1))  # the last column is of all others
+        return own[:, [roles.experts.index(name) if name in roles.experts else -1 for name in names]]
+
+    return gates
+
+
+def shared_experts(model: MixtureModel) -> list[str]:
+    """Those that are always on."""
+    roles = model.routing.roles
+    return [name for name, gate in zip(roles.experts, roles.gates, strict=True) if gate == "always"]
 
 
 def expert_moments(model: MixtureModel, batches: Mapping[str, Sequence[Batch]]) -> dict[str, dict[str, Moments]]:
@@ -104,12 +124,11 @@ def expert_moments(model: MixtureModel, batches: Mapping[str, Sequence[Batch]]) 
 
     Raises ValueError for an expert without batches, and for one with a site that no token reaches.
     """
-    names = model.bank.names
-    if missing := [name for name in names if not batches.get(name)]:
-        raise ValueError(f"batches.{missing[0]}: none; its inputs are needed")
     found = {}
-    for name in names:
-        sums = input_sums(model, sites_of(model, name), batches[name], own_gates(model, name))
+    for name, own_batches in batches.items():
+        if not own_batches:
+            raise ValueError(f"batches.{name}: none; its inputs are needed")
+        sums = input_sums(model, sites_of(model, name), own_batches, own_gates(model, name))
         if idle := [site for site, own in sums.items() if not own.tokens]:
             raise ValueError(f"{idle[0]}: no token of the expert {name} reaches it, so nothing is known of its inputs")
         found[name] = {site: own.sketch(width := len(own.gram), width) for site, own in sums.items()}

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from data.batch import Batch
 from data.checks import BadSampleError
 from data.collate import Collator
@@ -44,7 +46,7 @@ class Measurement:
         """
         plain = replace(self.config, prompt=replace(self.config.prompt, task_dropout=0.0))
         collator = make_collator(plain, self.model.backbone.intake)
-        found, rejected = own_samples(self.config, self.mixture, collator, self.num_samples)
+        found, rejected = own_samples(self.config, self.mixture, collator, self.num_samples, served(self.model))
         lines = [f"{len(rejected)} bad samples left out, first: {rejected[0]}"] if rejected else []
         for name, samples in found.items():
             if not samples:
@@ -87,10 +89,15 @@ class Measurement:
 
 
 def own_samples(
-    config: RunConfig, mixture: Mixture, collator: Collator, number: int
+    config: RunConfig,
+    mixture: Mixture,
+    collator: Collator,
+    number: int,
+    serving: Mapping[str | None, set[str]],
 ) -> tuple[dict[str, list[Sample]], list[BadSampleError]]:
     """The first `number` different samples of each expert in the training mixture, or all; and the bad ones on the way.
 
+    `serving` names the experts that are on for a sample that names one.
     Raises BadSampleError for a bad one where the run's settings do not leave it out.
     """
     found: dict[str, list[Sample]] = {name: [] for name in config.experts}
@@ -102,7 +109,8 @@ def own_samples(
         place = mixture.locate(position)
         if not wanted:
             break
-        if place in seen or declared[place[0]] not in (None, *wanted):
+        expert = declared[place[0]]
+        if place in seen or (expert is not None and not serving.get(expert, serving[None]) & wanted):
             continue
         seen.add(place)
         sample = mixture[position]
@@ -111,9 +119,18 @@ def own_samples(
             if config.data.on_bad_sample == "error":
                 raise sample
             rejected.append(sample)
-        elif sample.expert in wanted:
-            found[sample.expert].append(sample)
+        else:
+            for name in serving.get(sample.expert, serving[None]) & wanted:
+                found[name].append(sample)
     return found, rejected
+
+
+def served(model: MixtureModel) -> dict[str | None, set[str]]:
+    """The experts that are on for the samples of each, and, under None, for those of no expert."""
+    names = model.routing.roles.experts
+    gates = model.routing.oracle(torch.arange(len(names) + 1))[:, 0]
+    rows = [{name for name, gate in zip(names, row, strict=True) if gate > 0} for row in gates.tolist()]
+    return dict(zip([*names, None], rows, strict=True))
 
 
 def _checked(sample: Sample, collator: Collator) -> Sample | BadSampleError:

@@ -1,9 +1,12 @@
 """Moments of inputs: the sketch against the matrix that it stands for, and what hooks see of a live model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from moa.statistics.gather import expert_moments, input_sums, own_gates, sites_of
+from moa.statistics.gather import expert_moments, input_sums, own_gates, shared_experts, sites_of
+from moa.statistics.measure import served
 from moa.statistics.moments import EXACT_EIGEN, InputSums, leading_directions, own_directions
 from moa.statistics.null_space import null_space_rows
 from tests.test_model import batch_of, make_model
@@ -92,6 +95,17 @@ def test_moments_are_those_of_the_experts_own_inputs_without_padding(model):
     assert found["caption"][SITE].tokens == len(rows)
     with pytest.raises(ValueError, match=r"batches.caption: none"):
         expert_moments(model, {**batches, "caption": []})
+
+
+def test_a_shared_expert_is_on_with_each_of_the_others_and_gets_the_samples_of_all():
+    shared = make_model("fixed", gates=("always", "routed", "routed"))
+    batch = replace(batch_of(shared), expert_ids=torch.tensor([0, 1, 2, 3]))  # vqa, caption, grounding, none
+    assert own_gates(shared, "caption")(batch).tolist() == [[1, 1, 0]] * 4
+    assert own_gates(shared, "vqa")(batch).tolist() == [[1, 0, 0], [1, 1, 0], [1, 0, 1], [1, 0, 0]]
+    assert own_gates(shared, "elsewhere")(batch).tolist() == [[0, 0, 0]] * 4
+    both = {"vqa", "caption"}
+    assert served(shared) == {"vqa": {"vqa"}, "caption": both, "grounding": {"vqa", "grounding"}, None: {"vqa"}}
+    assert shared_experts(shared) == ["vqa"]
 
 
 def test_layers_in_groups_give_what_they_give_at_once(model, monkeypatch):

@@ -11,7 +11,7 @@ from moa.files.peft import read_header, read_tensors, save_expert
 from moa.merging.adapters import expert_from_folder, experts_of_bank
 from moa.merging.learn.least_squares import with_inputs
 from moa.merging.merge import merge
-from moa.statistics.measure import own_samples
+from moa.statistics.measure import own_samples, served
 from moa.statistics.stored import read_statistics, write_statistics
 from moa.training.setup import make_accelerator, open_run
 from scripts import merge as merge_script
@@ -63,7 +63,7 @@ def test_training_writes_what_the_command_writes_and_the_checkpoint_stays_what_i
     assert "energy kept: of the outputs" in capsys.readouterr().out
     script.main([f"run={run.folder}", "num_samples=3", "batch_size=4", "directions=full"])
     model, _, config = load_model(run.folder)
-    samples, _ = own_samples(config, run.mixture, run.collator, 3)
+    samples, _ = own_samples(config, run.mixture, run.collator, 3, served(model))
     batches = {name: [run.collator(own)] for name, own in samples.items()}
     assert {name: {s.expert for s in own} for name, own in samples.items()} == {
         "vqa": {"vqa"},

@@ -28,6 +28,7 @@ from moa.merging.export.export import adapter_config, tensors_of
 from moa.merging.merge import Merged
 from moa.model import MixtureModel
 from moa.parts import PARTS
+from moa.statistics.gather import own_gates
 
 Batches = Mapping[str, Sequence[Batch]]  # by data set
 MERGED = "merged-experts"  # name of the merged update among the live experts
@@ -178,20 +179,20 @@ def with_answer(sample: Sample, text: str) -> Sample:
 
 @torch.no_grad()
 def perturbed_answers(
-    model: MixtureModel, batches: Sequence[Batch], *, runs: int, noise: float, seed: int
+    model: MixtureModel, names: Sequence[str], batches: Sequence[Batch], *, runs: int, noise: float, seed: int
 ) -> dict[str, torch.Tensor]:
     """Each expert's probabilities [run, question, option] of the first answer token, the images under noise.
 
     The first run is without noise; the others add normal noise of `noise` times the pixels' own spread.
     """
     found = {}
-    for index, name in enumerate(model.bank.names):
-        gates = torch.eye(len(model.bank.names))[index]
+    for name in names:
+        gates = own_gates(model, name)
         rows = []
         for run in range(runs):
             generator = torch.Generator().manual_seed(seed + run)
             noisy = (_noisy(batch, noise * (run > 0), generator) for batch in batches)
-            logits = [model(batch, gates.expand(len(batch), -1)).logits[:, 0] for batch in noisy]
+            logits = [model(batch, gates(batch)).logits[:, 0] for batch in noisy]
             rows.append(torch.cat(logits).softmax(-1))
         found[name] = torch.stack(rows)
     return found

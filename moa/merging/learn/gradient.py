@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ def learn_weights(
     steps: int = 100,
     lr: float = 0.05,
     per_site: bool = True,
+    fixed: Sequence[str] = (),
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Weights:
     """Weights of every expert, per site, by gradient descent through the live mixture; the experts stay as they are.
@@ -34,15 +36,21 @@ def learn_weights(
     2025, equation 4). `entropy` needs no labels: it minimises the entropy of the predicted tokens with weights in
     [0, 1] that start at 0.3 (AdaMerging, Yang et al. 2024, equation 6); a batch without answers should have the
     model's own. Takes `batches` in turn. Raises ValueError for batches without anything to predict.
+    `fixed` experts are on at weight 1.
     """
     check_choice("objective", objective, ("answers", "entropy"), of="learn")
     if not batches or any(batch.labels is None for batch in batches):
         raise ValueError("learn: needs batches with answers, or with the model's own")
-    experts, sites = list(model.bank.names), list(model.bank.sites)
+    names, sites = list(model.bank.names), list(model.bank.sites)
+    experts = [name for name in names if name not in fixed]
+
+    def gates_of(weights: Tensor) -> Tensor:
+        own = F.pad(weights, (0, 1), value=1.0)
+        return own[:, [experts.index(name) if name in experts else -1 for name in names]]
 
     def loss(step: int, weights: Tensor) -> Tensor:
         batch = batches[step % len(batches)]
-        out = model(batch, weights[None].expand(len(batch), -1, -1))
+        out = model(batch, gates_of(weights)[None].expand(len(batch), -1, -1))
         if objective == "answers":
             return out.loss_per_sample.mean()
         return mean_entropy(out.logits[out.labels != -100])
@@ -50,9 +58,9 @@ def learn_weights(
     with frozen(model):
         shape, device = (len(sites) if per_site else 1, len(experts)), batches[0].input_ids.device
         options: dict[str, Any] = {"steps": steps, "lr": lr, "device": device, "on_step": on_step}
-        rows = descend_weights(loss, shape, simplex=objective == "answers", **options)
+        rows = gates_of(descend_weights(loss, shape, simplex=objective == "answers", **options))
     return {
-        site: dict(zip(experts, row, strict=True))
+        site: dict(zip(names, row, strict=True))
         for site, row in zip(sites, rows.expand(len(sites), -1).tolist(), strict=True)
     }
 

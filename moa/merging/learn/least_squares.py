@@ -25,16 +25,18 @@ from moa.model import MixtureModel
 from moa.statistics.gather import expert_moments, input_sums, own_gates, sites_of, watch_inputs
 from moa.statistics.moments import InputSums, Moments
 
-Batches = Mapping[str, Sequence[Batch]]  # by expert
+Batches = Mapping[str, Sequence[Batch]]  # by expert; a shared one has none, for it is not merged but added
 Merge = Callable[[Sequence[Expert]], dict[str, MergedSite]]
 
 
 def with_moments(experts: Sequence[Expert], moments: Mapping[str, Mapping[str, Moments]]) -> list[Expert]:
-    return [replace(expert, inputs=moments[expert.name].__getitem__) for expert in experts]
+    """The experts with these moments; one without keeps its own."""
+    known = {name: own.__getitem__ for name, own in moments.items()}
+    return [replace(expert, inputs=known.get(expert.name, expert.inputs)) for expert in experts]
 
 
 def with_inputs(model: MixtureModel, experts: Sequence[Expert], batches: Batches) -> list[Expert]:
-    """The experts with the moments of their inputs, each alone on its own batches."""
+    """The experts with the moments of their inputs, each on its own batches; one without batches keeps its own."""
     return with_moments(experts, expert_moments(model, batches))
 
 
@@ -43,11 +45,11 @@ def regmean_pp(
 ) -> dict[str, MergedSite]:
     """RegMean++ (2025): blocks are merged in the order in which they run, each on what the merged ones below make."""
     merged: dict[str, MergedSite] = {}
-    start = merge(experts, rank="sum")  # stands in for what is not merged yet, with gate 0
+    start = merge(experts)  # stands in for what is not merged yet, with gate 0
     for block in blocks_of(model, batches):
         found: dict[str, dict[str, Moments]] = {}
         with with_merged(model, {**start, **merged}, experts):
-            for name in (expert.name for expert in experts):
+            for name in batches:
                 own = {site: module for site, module in sites_of(model, name).items() if site in block}
                 sums = input_sums(model, own, batches[name], _merged_below(model, name, merged)) if own else {}
                 found[name] = {site: own.sketch(len(own.gram), len(own.gram)) for site, own in sums.items()}
@@ -69,9 +71,9 @@ def blocks_of(model: MixtureModel, batches: Batches) -> list[list[str]]:
 
 def _merged_below(model: MixtureModel, expert: str, merged: Mapping[str, Any]) -> Callable[[Batch], Tensor]:
     """The merged update where there is one, elsewhere the expert."""
-    names = [MERGED if site in merged else expert for site in model.bank.sites]
-    rows = torch.tensor([[float(name == on) for name in model.bank.names] for on in names])
-    return lambda batch: rows.expand(len(batch), -1, -1)
+    done = torch.tensor([site in merged for site in model.bank.sites])[:, None]
+    own, trial = own_gates(model, expert), own_gates(model, MERGED)
+    return lambda batch: torch.where(done, trial(batch)[:, None], own(batch)[:, None])
 
 
 def _only(expert: Expert, sites: Sequence[str]) -> Expert:
@@ -98,8 +100,8 @@ def iteris(
     merged = merge_by(with_inputs(model, experts, batches))
     for number in range(iterations):
         with with_merged(model, merged, experts):
-            pairs = {expert.name: input_pairs(model, expert.name, batches[expert.name]) for expert in experts}
-        merged = merge_by([restate(expert, pairs[expert.name], ridge) for expert in experts])
+            pairs = {name: input_pairs(model, name, own) for name, own in batches.items()}
+        merged = merge_by([restate(e, pairs[e.name], ridge) if e.name in pairs else e for e in experts])
         tick(number)
     return merged
 

@@ -18,6 +18,7 @@ from moa.merging.learn.ziplora import apply_mergers, learn_mergers
 from moa.merging.merge import Merged, MergedSite, merge
 from moa.merging.weights import Weights
 from moa.model import MixtureModel
+from moa.statistics.gather import shared_experts
 
 Tick = Callable[[int, float], None]  # number of the step or trial, its loss or score
 
@@ -41,7 +42,18 @@ class Session:
 
     @cached_property
     def remerge(self) -> Callable[[Weights | None], dict[str, MergedSite]]:
-        return cached_merge(self.experts, **self.merge)
+        return cached_merge(self.experts, added=self.shared, **self.merge)
+
+    @cached_property
+    def shared(self) -> list[str]:
+        """The experts that are always on: they are not merged, but added at weight 1."""
+        return shared_experts(self.model)
+
+    @property
+    def own_batches(self) -> dict[str, list[Batch]]:
+        """Of every expert that is merged, its own samples; empty for one without."""
+        found = self.data.by_expert(self.batch_size)
+        return {name: found.get(name, []) for name in self.names}
 
     @cached_property
     def scored_batches(self) -> dict[str, list[Batch]]:
@@ -49,7 +61,8 @@ class Session:
 
     @property
     def names(self) -> list[str]:
-        return self.model.bank.names
+        """The experts that are merged."""
+        return [name for name in self.model.bank.names if name not in self.shared]
 
     def value(self, merged: Merged) -> float:
         """The metric of a merge."""
@@ -72,7 +85,13 @@ class Session:
     def scorer(self) -> search.Score:
         """The same of weights."""
         rate = self.rater()
-        return lambda weights: rate(self.remerge(weights))
+        return lambda weights: rate(self.remerge(self.complete(weights)))
+
+    def complete(self, weights: Weights) -> Weights:
+        """With the shared experts' weight, where weights are by expert."""
+        by_site = any(isinstance(value, Mapping) for value in weights.values())
+        added: Any = {} if by_site else dict.fromkeys(self.shared, 1.0)
+        return {**weights, **added}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +105,12 @@ class Learned:
 
 
 def _by_weights(session: Session, weights: Weights, **about: Any) -> Learned:
+    weights = session.complete(weights)
     return Learned(merged=session.remerge(weights), weights=weights, about=about)
 
 
 def _descended(session: Session, batches: Sequence[Batch], **options: Any) -> Learned:
-    found = gradient.learn_weights(session.model, batches, on_step=session.tick, **options)
+    found = gradient.learn_weights(session.model, batches, fixed=session.shared, on_step=session.tick, **options)
     return _by_weights(session, found)
 
 
@@ -130,7 +150,7 @@ def greedy_soup(session: Session) -> Learned:
 def uq_merge(session: Session, *, runs: int = 4, noise: float = 0.2) -> Learned:
     batches = session.data.batches(session.batch_size)
     options: dict[str, Any] = {"runs": runs, "noise": noise, "seed": session.seed}
-    answers = calibration.perturbed_answers(session.model, batches, **options)
+    answers = calibration.perturbed_answers(session.model, session.names, batches, **options)
     order = search.order_by_uncertainty(answers)
     return _by_weights(session, search.prefix_soup(session.scorer(), order), order=order)
 
@@ -140,12 +160,12 @@ GRID = [{"nondiagonal": n, "ridge": r} for n in (0.9, 0.95, 1.0) for r in (1e-4,
 
 def _regmean_by(session: Session, **options: Any) -> least_squares.Merge:
     rank = session.merge.get("rank", "sum")
-    return lambda experts: merge(experts, method="regmean", options=options, rank=rank)
+    return lambda experts: merge(experts, method="regmean", options=options, rank=rank, added=session.shared)
 
 
 def regmean(session: Session, *, nondiagonal: float = 0.9, ridge: float = 0.0001, tune: bool = False) -> Learned:
     """With `tune`, by the best of GRID on the validation samples instead."""
-    batches = session.data.by_expert(session.batch_size)
+    batches = session.own_batches
     experts = least_squares.with_inputs(session.model, session.experts, batches)
     options = {"nondiagonal": nondiagonal, "ridge": ridge}
     if tune:
@@ -156,22 +176,16 @@ def regmean(session: Session, *, nondiagonal: float = 0.9, ridge: float = 0.0001
 
 
 def regmean_pp(session: Session, *, nondiagonal: float = 0.95, ridge: float = 0.0001) -> Learned:
-    batches, merge_by = (
-        session.data.by_expert(session.batch_size),
-        _regmean_by(session, nondiagonal=nondiagonal, ridge=ridge),
-    )
-    merged = least_squares.regmean_pp(session.model, session.experts, batches, merge_by)
+    merge_by = _regmean_by(session, nondiagonal=nondiagonal, ridge=ridge)
+    merged = least_squares.regmean_pp(session.model, session.experts, session.own_batches, merge_by)
     return Learned(merged=merged, experts=session.experts)
 
 
 def iteris(session: Session, *, iterations: int = 5, ridge: float = 0.01, balance: bool = True) -> Learned:
-    batches, merge_by = session.data.by_expert(session.batch_size), _regmean_by(session, ridge=ridge, balance=balance)
-    options: dict[str, Any] = {
-        "iterations": iterations,
-        "ridge": ridge,
-        "tick": lambda number: session.tick(number, 0.0),
-    }
-    merged = least_squares.iteris(session.model, session.experts, batches, merge_by, **options)
+    merge_by = _regmean_by(session, ridge=ridge, balance=balance)
+    options: dict[str, Any] = {"iterations": iterations, "ridge": ridge}
+    options["tick"] = lambda number: session.tick(number, 0.0)
+    merged = least_squares.iteris(session.model, session.experts, session.own_batches, merge_by, **options)
     return Learned(merged=merged, experts=session.experts)
 
 

@@ -27,7 +27,7 @@ Table = list[list[float | None]]
 def with_inputs(source: Source) -> Source:
     """With the statistics of the experts' inputs, where every one that is not shared has them; a note where they belong
     to other weights."""
-    routed = [f for e, f in zip(source.experts, source.folders, strict=True) if e.name not in shared_of(source)]
+    routed = [f for e, f in zip(source.experts, source.folders, strict=True) if e.name not in source.shared]
     if not all((folder / STATISTICS_FILE).is_file() for folder in routed):
         return source
     way_out = "so the report has no crosstalk; python -m scripts.statistics writes it anew"
@@ -40,12 +40,6 @@ def with_inputs(source: Source) -> Source:
         note(f"warning: {error}")
         return source
     return replace(source, experts=experts)
-
-
-def shared_of(source: Source) -> frozenset[str]:
-    """The experts that are on whatever the router decides, where the run they come from is known."""
-    experts = source.config.experts if source.config is not None else {}
-    return frozenset(name for name, expert in experts.items() if expert.gate == "always")
 
 
 def output_energy(update: Factors, moments: Moments) -> float:
