@@ -186,7 +186,8 @@ def mark_stages(axes: Axes, stages: Sequence[str]) -> None:
 
 def board_chart(path: str | Path, board: Mapping[str, Any]) -> None:
     """The means of a results/board_NAME.json: every row's dot with its interval, and its seeds beside it."""
-    rows, reference = board["rows"], board["reference"]
+    reference = board["reference"]
+    rows = {name: row for name, row in board["rows"].items() if "@" not in name}  # not those of arrivals
     means = [*next(iter(rows.values()))["means"]]
     seeds = max(len(row["seeds"]) for row in rows.values())
     note = f"per cent; 95 % intervals over questions and up to {seeds} seeds; small dots: seeds; dashed: {reference}"

@@ -8,13 +8,15 @@ thread each. After each, results/board_NAME.md, .json, .png and .npz (scores by 
 (claims) show what is done. A killed board continues where it stopped; what exists is not made again.
 """
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +39,8 @@ class BoardsSettings:
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     jobs: Count = 2  # rows at a time, each in its own processes with one thread
     only: list[str] | None = None  # rows to train and score, with what they start from; null: all
-    num_samples: Count | None = None  # questions of every column; null: the board's
+    # questions of every column, and most of every validation set; null: the board's
+    num_samples: Count | None = None
     steps: ShareAboveZero = 1.0  # share of every stage's steps: small for a dry run
     # of every run's config: [train.batch_size=8]
     overrides: list[str] = field(default_factory=list)
@@ -54,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_boards(settings: BoardsSettings, console: Console) -> None:
-    from scripts.demo.board.plan import Cell, Plan, board_names
-    from scripts.demo.board.scoring import read_images, score
-    from scripts.demo.board.table import write_board
+    from scripts.demo.board.plan import Cell, Plan, board_names, read_board
+    from scripts.demo.board.scoring import score
     from scripts.demo.board.training import making, tune
 
     options: dict[str, Any] = {"steps": settings.steps, "num_samples": settings.num_samples}
@@ -68,7 +70,9 @@ def run_boards(settings: BoardsSettings, console: Console) -> None:
             return tune(plan, cell)
         if weights := making(plan, cell):
             weights.do()
-        return score(plan, cell)
+        if read_board(board).rows[row].scored:
+            score(plan, cell)
+        return None
     boards = board_names() if settings.board == "all" else [settings.board]
     jobs = jobs_of(plan, boards, settings)
     finished = set[Job]()
@@ -79,12 +83,41 @@ def run_boards(settings: BoardsSettings, console: Console) -> None:
     console.print(estimate(plan, todo, settings.jobs), highlight=False, soft_wrap=True)
     if settings.dry:
         return
+    with alone_in(plan.out):
+        work(plan, boards, jobs, todo, finished, settings, console)
+
+
+def work(
+    plan: "Plan",
+    boards: Sequence[str],
+    jobs: Sequence["Job"],
+    todo: Sequence["Job"],
+    finished: set["Job"],
+    settings: BoardsSettings,
+    console: Console,
+) -> None:
+    """Read the images, run what is to be done, and write all tables."""
+    from scripts.demo.board.scoring import read_images
+    from scripts.demo.board.table import write_board
+
     read_images(plan, [*dict.fromkeys(job.cell.board for job in jobs)], settings.jobs)
     failed = run_jobs(plan, todo, finished, settings, console)
     for board in boards:
         console.print(write_board(plan, board, settings.seeds, Path(settings.results)), soft_wrap=True)
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} failed or wait for one that did: {', '.join(map(str, failed))}")
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """ValueError where another command works in `out`: two would write into the same runs."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"out: another command works in {out}") from None
+        yield
 
 
 @dataclass(frozen=True)
@@ -109,8 +142,8 @@ def jobs_of(plan: "Plan", boards: Sequence[str], settings: BoardsSettings) -> li
         Cell(board, row, seed)
         for seed in settings.seeds
         for board in boards
-        for row in read_board(board).rows
-        if settings.only is None or row in settings.only
+        for row, own in read_board(board).rows.items()
+        if (own.scored or own.arrivals) and (settings.only is None or row.split("@")[0] in settings.only)
     ]
     found: dict[Job, None] = {}
     for cell in with_needed(wanted):
@@ -154,13 +187,14 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
 
 def is_done(plan: "Plan", job: Job) -> bool:
     """ValueError where what is there was made with other settings."""
+    from scripts.demo.board.plan import read_board
     from scripts.demo.board.scoring import is_scored
     from scripts.demo.board.training import is_tuned, making
 
     if job.what == "tune":
         return is_tuned(plan, job.cell)
-    weights = making(plan, job.cell)
-    return (weights is None or weights.is_done()) and is_scored(plan, job.cell)
+    weights, row = making(plan, job.cell), read_board(job.cell.board).rows[job.cell.row]
+    return (weights is None or weights.is_done()) and (not row.scored or is_scored(plan, job.cell))
 
 
 STEP_SECONDS, QUESTION_SECONDS, START_SECONDS = 0.55, 0.018, 25.0  # on one thread of the machine that made results/
@@ -180,7 +214,7 @@ def estimate(plan: "Plan", jobs: Sequence[Job], side_by_side: int) -> str:
             steps = plan.steps * sum(stage.steps for stage in config.stages.values())
             runs = len(board.tune.rates) * board.tune.steps if board.tune and job.what == "tune" else 1.0
             seconds += runs * steps * STEP_SECONDS + START_SECONDS
-        if job.what == "row":
+        if job.what == "row" and row.scored:
             seconds += START_SECONDS + QUESTION_SECONDS * sum(
                 column.num_samples or 0 for column in plan.columns(job.cell.board).values()
             )
@@ -213,11 +247,12 @@ def run_jobs(
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 job = running.pop(future)
-                if future.result():
+                minutes = (time.monotonic() - began) / 60
+                if status := future.result():
                     failed.append(job)
+                    console.print(f"{minutes:.0f} min  {job}  failed with status {status}", highlight=False)
                     continue
                 done.add(job)
-                minutes = (time.monotonic() - began) / 60
                 console.print(f"{minutes:.0f} min  {job}  ({len(done)} of {number})", highlight=False)
                 write_board(plan, job.cell.board, settings.seeds, Path(settings.results))
     return failed

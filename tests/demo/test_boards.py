@@ -12,7 +12,7 @@ from scripts.demo.board import plan as planning
 from scripts.demo.board.plan import PLACE, Cell, Plan, board_names, needed, read_board
 from scripts.demo.board.scoring import score
 from scripts.demo.board.table import write_board
-from scripts.demo.board.training import Making, making, shorter
+from scripts.demo.board.training import Making, making, shorter, training
 
 TINY = """
 title: Tiny
@@ -45,13 +45,16 @@ def tiny(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", board_names())
-def test_every_row_of_a_board_is_a_run_that_can_be_trained_or_comes_from_one(name):
+def test_every_row_of_a_board_is_a_run_that_can_be_trained_or_comes_from_one(name, tmp_path):
     board = read_board(name)
     for row in board.rows.values():
-        if row.trains:
+        cell = Cell(name, row.name, 0)
+        if row.trains and not needed(cell):
+            assert "train.py" in training(Plan(out=tmp_path), cell, tmp_path, [], share=0.5).command
+        elif row.trains:
             load_config([*board.config, *row.config], [*row.settings.items()])
         else:
-            assert needed(Cell(name, row.name, 0)), row.name
+            assert needed(cell), row.name
 
 
 def test_no_two_boards_claim_under_one_name():
@@ -135,3 +138,22 @@ def test_two_rows_are_trained_and_scored_and_not_again(tiny, tmp_path, monkeypat
     assert "| `lora` | 1 | 30,720 |" in table and (tmp_path / "results/board_tiny.png").stat().st_size > 5000
     monkeypatch.setattr("scripts.demo.board.scoring.score_column", lambda *_: pytest.fail("scored again"))
     score(tiny, cells[0])
+
+
+SEQUENCE = TINY.replace("reference:", "arrivals: [caption, vqa]\nreference:").replace(
+    "  lora:\n", "  lora:\n    arrivals: [1, 2]\n"
+)
+
+
+@pytest.mark.slow
+def test_what_is_forgotten_is_the_loss_of_a_skill_since_it_arrived(tiny, tmp_path):
+    claim = "  lost: {kind: forgetting, first: lora}\n"
+    (tmp_path / "boards/tiny.yaml").write_text(SEQUENCE + claim)
+    row = read_board("tiny").rows["lora@caption"]
+    assert (row.of, row.at) == ("lora", 1) and "lora@vqa" not in read_board("tiny").rows
+    write_scores(tiny, "lora@caption", 0, {"caption": [1.0, 0.8], "vqa": [0.2, 0.2]})
+    write_scores(tiny, "lora", 0, {"caption": [0.5, 0.3], "vqa": [1.0, 0.6]})
+    table = write_board(tiny, "tiny", [0], tmp_path / "results")
+    lost = json.loads((tmp_path / "results/boards.json").read_text())["claims"]["lost"]
+    assert [lost[key] for key in ("difference", "low", "high")] == pytest.approx([50, 50, 50])
+    assert "| caption | **90.0** | 20.0 |\n| vqa | 40.0 | **80.0** |" in table

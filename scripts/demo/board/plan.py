@@ -13,7 +13,7 @@ ROW of another board is BOARD/ROW.
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,9 @@ class RowConfig:
     gates: str = "router"  # as eval.gates
     withhold_task: bool = False  # as eval.withhold_task
     tune_as: str | None = None  # the row whose learning rate it takes; null: its own
+    scored: bool = True  # false: only other rows start from it
+    # steps after which it is scored too, one for each of the board's `arrivals`
+    arrivals: list[Count] | None = None
 
     @property
     def trains(self) -> bool:
@@ -49,6 +52,7 @@ class RowConfig:
         kinds = [k for k, v in (("command", self.command), ("of", self.of), ("settings", self.settings)) if v]
         check(len(kinds) <= 1, "", f"has {' and '.join(kinds)}; choose one")
         check(not self.config or self.trains, "config", f"has no effect beside {' '.join(kinds)}")
+        check(self.arrivals is None or self.command is None, "arrivals", "has no effect beside command")
         check(self.tune_as is None or self.trains, "tune_as", "has no effect without training")
 
 
@@ -63,10 +67,11 @@ class TuneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimConfig:
-    """first - second, or first / second, each a mean over columns; in points or per cent."""
+    """first - second, or first / second, each a mean over columns; in points or per cent. Forgetting: what `first` has
+    lost of its skills by the last arrival, the last one left out."""
 
     name: str = "claim"  # its key
-    kind: Literal["difference", "ratio"] = "difference"
+    kind: Literal["difference", "ratio", "forgetting"] = "difference"
     first: str | None = None  # row
     second: str | None = None  # row
     over: str | None = None  # name of a mean or column
@@ -74,6 +79,9 @@ class ClaimConfig:
 
     def __post_init__(self) -> None:
         whole = None not in (self.first, self.second, self.over)
+        alone = self.first is not None and (self.second, self.over, self.pairs) == (None, None, [])
+        if self.kind == "forgetting":
+            return check(alone, "", "needs first alone with kind=forgetting")
         check(whole != bool(self.pairs), "", "needs either first, second and over, or pairs")
         check(all(len(pair) == 3 for pair in self.pairs), "pairs", "each is [first row, second row, column]")
 
@@ -87,6 +95,7 @@ class BoardConfig:
     means: dict[str, list[str]]  # of columns, by name; the first is what rows are ordered by
     reference: str  # the row that others are compared with, and whose size is the measure
     tune: TuneConfig | None = None
+    arrivals: list[str] = field(default_factory=list)  # columns of the skills that rows learn one after another
     rows: dict[str, RowConfig]
     claims: dict[str, ClaimConfig] = field(default_factory=dict)
 
@@ -96,9 +105,18 @@ class BoardConfig:
             check(name not in self.columns, f"means.{name}", "is a column")
             unknown = [column for column in columns if column not in self.columns]
             check(not unknown, f"means.{name}", f"no column {unknown}; choices: {[*self.columns]}")
+        unknown = [column for column in self.arrivals if column not in self.columns]
+        check(not unknown, "arrivals", f"no column {unknown}; choices: {[*self.columns]}")
+        for row in self.rows.values():
+            fits = row.arrivals is None or len(row.arrivals) == len(self.arrivals)
+            check(fits, f"rows.{row.name}.arrivals", f"needs a step for each of {self.arrivals}, got {row.arrivals}")
         unknown = [column for column in self.withhold_task if column not in self.columns]
         check(not unknown, "withhold_task", f"no column {unknown}; choices: {[*self.columns]}")
         for claim in self.claims.values():
+            if claim.kind == "forgetting":
+                fits = claim.first in self.rows and self.rows[claim.first].arrivals is not None
+                check(fits, f"claims.{claim.name}.first", f"no row with arrivals {claim.first!r}")
+                continue
             for first, second, column in self.pairs(claim):
                 for name in (first, second):
                     check(name in self.rows, f"claims.{claim.name}", f"no row {name!r}; choices: {[*self.rows]}")
@@ -109,12 +127,18 @@ class BoardConfig:
             other = row.tune_as is None or row.tune_as in known_rates
             check(other, f"rows.{row.name}.tune_as", f"no row {row.tune_as!r} is tuned; choices: {sorted(known_rates)}")
 
+    def forgetting(self, row: str) -> list[tuple[str, str, str]]:
+        """(row after its arrival, row at the end, skill) for every skill but the last."""
+        return [(arrived(row, skill), row, skill) for skill in self.arrivals[:-1]]
+
     def columns_of(self, name: str) -> list[str]:
         """The columns of a mean, or the one of this name."""
         return self.means.get(name, [name])
 
     def pairs(self, claim: ClaimConfig) -> list[tuple[str, str, str]]:
         """(first row, second row, column) of everything that a claim is a mean over."""
+        if claim.kind == "forgetting":
+            return self.forgetting(str(claim.first))
         if claim.pairs:
             return [(first, second, column) for first, second, column in claim.pairs]
         assert claim.first and claim.second and claim.over  # checked by ClaimConfig
@@ -139,7 +163,7 @@ class Plan:
 
     out: Path
     steps: float = 1.0  # share of every stage's steps
-    num_samples: int | None = None  # of every column; None: its own
+    num_samples: int | None = None  # of every column, and most of every validation set; None: their own
     overrides: tuple[str, ...] = ()
 
     @property
@@ -158,8 +182,6 @@ class Plan:
         return self.out / cell.board / cell.row / f"scores-{cell.seed}.json"
 
     def columns(self, board: str) -> dict[str, SourceConfig]:
-        from dataclasses import replace
-
         found = read_board(board).columns
         if self.num_samples is None:
             return found
@@ -217,8 +239,20 @@ def board_names() -> list[str]:
     return sorted(file.stem for file in BOARDS.glob("*.yaml"))
 
 
+def arrived(row: str, skill: str) -> str:
+    """The name of a row as it is when a skill has just been learned."""
+    return f"{row}@{skill}"
+
+
 @cache
 def read_board(name: str) -> BoardConfig:
+    """The board, with a row for every arrival of a row that has `arrivals`; its last one is the row itself."""
     if name not in board_names():
         raise ValueError(f"board: no {name!r}; choices: all, {', '.join(board_names())}")
-    return load(BoardConfig, BOARDS / f"{name}.yaml")
+    board, rows = load(BoardConfig, BOARDS / f"{name}.yaml"), dict[str, RowConfig]()
+    for row in board.rows.values():
+        rows[row.name] = row
+        for skill, step in [*zip(board.arrivals, row.arrivals or (), strict=False)][:-1]:
+            same: dict[str, Any] = {"of": row.of or row.name, "gates": row.gates, "withhold_task": row.withhold_task}
+            rows[arrived(row.name, skill)] = RowConfig(name=arrived(row.name, skill), at=step, **same)
+    return replace(board, rows=rows)

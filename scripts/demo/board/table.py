@@ -12,7 +12,7 @@ import numpy as np
 from moa.checkpoint import git_commit
 from moa.files.atomic import atomic_file, write_file, write_json
 from moa.metrics.bootstrap import Kind, paired_interval
-from scripts.demo.board.plan import BoardConfig, Cell, ClaimConfig, Plan, board_names, read_board
+from scripts.demo.board.plan import BoardConfig, Cell, ClaimConfig, Plan, arrived, board_names, read_board
 from scripts.demo.board.scoring import read_scores
 from scripts.demo.board.training import tune_file
 
@@ -98,22 +98,30 @@ def record_of(plan: Plan, name: str, board: BoardConfig, found: Mapping[str, Sco
         tuned = json.loads(file.read_text()) if board.rows[row].trains and file.is_file() else None
         rows[row] = {"about": board.rows[row].about, "seeds": own.seeds, **own.about, "tuned": tuned}
         rows[row] |= {"columns": columns, "means": shown, "against_reference": against, "means_by_seed": by_seed}
-    claims = {}
+    claims, forgotten = {}, {}
+    for row in found:
+        if board.rows[row].arrivals and all(first in found for first, _, _ in board.forgetting(row)):
+            forgotten[row] = interval_of(found, board.forgetting(row))
     for claim in board.claims.values():
         pairs = board.pairs(claim)
         if all(row in found for first, second, _ in pairs for row in (first, second)):
-            claims[claim.name] = interval_of(found, pairs, claim.kind) | {"definition": definition(claim)}
+            kind: Kind = "ratio" if claim.kind == "ratio" else "difference"
+            claims[claim.name] = interval_of(found, pairs, kind) | {"definition": definition(claim)}
     return {
         "title": board.title,
         "reference": board.reference,
         "questions": {column: s.shape[1] for column, s in next(iter(found.values())).scores.items()},
         "rows": rows,
         "claims": claims,
+        "arrivals": board.arrivals,
+        "forgotten": forgotten,
         "commit": git_commit(),
     }
 
 
 def definition(claim: ClaimConfig) -> str:
+    if claim.kind == "forgetting":
+        return f"{claim.first}: after each arrival - at the end"
     sign = {"difference": "-", "ratio": "/"}[claim.kind]
     pairs = [f"{first} {sign} {second}: {column}" for first, second, column in claim.pairs]
     return ", ".join(pairs) or f"{claim.first} {sign} {claim.second}: {claim.over}"
@@ -148,6 +156,8 @@ def markdown(board: BoardConfig, record: Mapping[str, Any]) -> str:
     head = ["row", "seeds", "parameters", *means, *(f"{m} - {reference}" for m in means), *columns]
     lines = [head, ["---"] * len(head)]
     for name, row in rows.items():
+        if "@" in name:
+            continue
         label = f"`{name}`" + (f" {row['about']}" if row["about"] else "")
         cells = [label, str(len(row["seeds"])), size_of(row, rows.get(reference))]
         cells += [f"**{row['means'][m]['difference']:.1f}**" for m in means]
@@ -161,7 +171,22 @@ def markdown(board: BoardConfig, record: Mapping[str, Any]) -> str:
         f"seeds together. `*`: experts more than {SAME_SIZE:.0%} larger or smaller than those of `{reference}`; "
         "a router's parameters stand behind `+`.\n"
     )
-    return f"# {board.title}\n\n{table}\n{notes}\n{claims}"
+    return f"# {board.title}\n\n{table}\n{notes}\n{claims}{arrival_tables(board, record)}"
+
+
+def arrival_tables(board: BoardConfig, record: Mapping[str, Any]) -> str:
+    """For every row that learns skills in turn, the scores after each arrival; a skill's own arrival is bold."""
+    parts = []
+    for name, lost in record["forgotten"].items():
+        lines = [["after", *record["questions"]], ["---"] * (1 + len(record["questions"]))]
+        for skill in board.arrivals:
+            row = record["rows"][name if skill == board.arrivals[-1] else arrived(name, skill)]
+            cells = {c: f"{100 * row['columns'][c]['mean']:.1f}" for c in record["questions"]}
+            cells[skill] = f"**{cells[skill]}**"
+            lines.append([skill, *cells.values()])
+        grid = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        parts.append(f"\n`{name}` {board.rows[name].about}: forgotten {shown(lost)}\n\n{grid}")
+    return "".join(parts)
 
 
 def shown(interval: Mapping[str, Any] | None) -> str:

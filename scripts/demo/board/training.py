@@ -80,9 +80,12 @@ def training(plan: Plan, cell: Cell, out: Path, changes: list[Setting], share: f
     own = [*plan.settings(cell).items(), *changes, ("seed", cell.seed), *map(read_override, plan.overrides)]
     config = load_config(files, own)
     own += shorter(config, share * plan.steps)
+    sizes = {name: source.num_samples or 0 for name, source in config.data.validation.items()}
+    if (most := plan.num_samples) is not None:
+        own += [(f"data.validation.{name}.num_samples", most) for name, size in sizes.items() if size > most]
     raw: dict[str, Any] = reduce(laid_over, map(read_yaml, files))
     asked = {key: value for key, value in raw.items() if key not in NOT_TRAINED_BY}
-    wanted = digest(json.dumps([asked, own, base_fingerprint(config.model.name), weights_of(plan, cell)]))
+    wanted = digest(json.dumps([asked, own, base_fingerprint(config.model.name), weights_of(plan, cell)], default=str))
     own += [("out", str(out)), ("data.ocr_cache", str(plan.ocr_file)), ("eval.every", 0), ("logging.progress", False)]
     given = [f"{key}={json.dumps(value)}" for key, value in own]
     layers = [text for file in files for text in ("--config", file)]
