@@ -17,14 +17,14 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from moa.cli.command import run_command
-from moa.cli.ranges import Count, FilePath, Seed, ShareAboveZero
+from moa.cli.ranges import Count, CountOrZero, FilePath, Seed, ShareAboveZero
 from moa.config import check
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class BoardsSettings:
     # of every run's config: [train.batch_size=8]
     overrides: list[str] = field(default_factory=list)
     dry: bool = False  # print what is to be done and about how long it takes, and stop
+    lock: CountOrZero | None = None  # file number that keeps others out of `out`; set by the command itself
     cell: list[str] | None = None  # [tune or row, BOARD, ROW, SEED]: this alone, as a process of its own
 
     def __post_init__(self) -> None:
@@ -83,7 +84,8 @@ def run_boards(settings: BoardsSettings, console: Console) -> None:
     console.print(estimate(plan, todo, settings.jobs), highlight=False, soft_wrap=True)
     if settings.dry:
         return
-    with alone_in(plan.out):
+    with alone_in(plan.out) as lock:
+        settings = replace(settings, lock=lock)
         work(plan, boards, jobs, todo, finished, settings, console)
 
 
@@ -109,15 +111,15 @@ def work(
 
 
 @contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """ValueError where another command works in `out`: two would write into the same runs."""
+def alone_in(out: Path) -> Iterator[int]:
+    """A lock that jobs inherit; ValueError where another command, or a job of one that was killed, works in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"out: another command works in {out}") from None
-        yield
+        yield file.fileno()
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,8 @@ def run_job(job: Job, settings: BoardsSettings) -> int:
     given = {key: getattr(settings, key) for key in keys} | {"cell": cell}
     arguments = [f"{key}={json.dumps(value)}" for key, value in given.items()]
     command = [sys.executable, "-m", "scripts.demo.boards", *arguments]
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    inherited = () if settings.lock is None else (settings.lock,)
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=inherited).returncode
 
 
 if __name__ == "__main__":

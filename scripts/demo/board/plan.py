@@ -4,8 +4,8 @@ configs/boards/NAME.yaml lists the rows. A row is a training run (`config`, `set
 (`of`) answering in another way (`gates`, `at`, `withhold_task`), or what a command makes of other rows (`command`). In
 `settings` and `command` stand for folders of the same seed:
 
-    {run:ROW}   {expert:ROW:NAME}   {step:ROW}   a run, the PEFT folder of an expert, the last checkpoint
-    {out}                                        the row's own folder
+    {run:ROW}   {step:ROW}   {expert:ROW:NAME}   a run, its last checkpoint, the PEFT folder of an expert in it
+    {made:ROW}   {out}                           what the command of another row wrote; what this row's is to write
 
 ROW of another board is BOARD/ROW.
 """
@@ -24,7 +24,8 @@ from moa.config import SourceConfig, check
 
 ROOT = Path(__file__).resolve().parents[3]
 BOARDS = ROOT / "configs/boards"
-PLACE = re.compile(r"\{(run|step|expert):([\w/-]+)(?::([\w-]+))?\}")
+MADE = "made"  # what a command writes, in its row's folder
+PLACE = re.compile(r"\{(run|step|made|expert):([\w/-]+)(?::([\w-]+))?\}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +199,8 @@ class Plan:
     def _place(self, found: re.Match[str], cell: Cell) -> Path:
         kind, row, expert = found.groups()
         run = self.folder(cell_at(row, cell))
+        if kind == "made":
+            return run / MADE
         step = run if kind == "run" else run / "checkpoints" / (run / "checkpoints/last").read_text().strip()
         return step / "experts" / expert if kind == "expert" else step
 

@@ -23,7 +23,7 @@ from moa.evaluation.settings import benchmark_of
 from moa.files.atomic import write_file, write_json
 from moa.model import MixtureModel
 from moa.parts import PARTS
-from scripts.demo.board.plan import ROOT, Cell, Plan, needed, read_board
+from scripts.demo.board.plan import MADE, ROOT, Cell, Plan, needed, read_board
 
 BATCH = 64
 
@@ -64,9 +64,9 @@ def score_files(plan: Plan, cell: Cell) -> dict[str, str]:
 def model_of(plan: Plan, cell: Cell) -> EvaluatedModel:
     """What answers: a step of a run, or what a command wrote with the prompt of the first run that it names."""
     row, folder = read_board(cell.board).rows[cell.row], plan.folder(cell)
-    if (folder / "made").exists():
+    if (folder / MADE).exists():
         run = next(plan.folder(c) for c in runs_before(cell) if (plan.folder(c) / "checkpoints/last").is_file())
-        return find_models([str(folder / "made")], str(run))[0]
+        return find_models([str(folder / MADE)], str(run))[0]
     step = step_name(row.at) if row.at else (folder / "checkpoints/last").read_text().strip()
     return find_models([str(folder / "checkpoints" / step)], None)[0]
 

@@ -16,11 +16,11 @@ from moa.cli.strict_yaml import read_yaml
 from moa.config import RunConfig, load_config
 from moa.evaluation.fingerprints import digest
 from moa.files.atomic import write_file, write_json
-from scripts.demo.board.plan import ROOT, Cell, Plan, needed, read_board
+from scripts.demo.board.plan import MADE, ROOT, Cell, Plan, needed, read_board
 
 Setting = tuple[str, Any]  # key and value, as on the command line
 NOT_TRAINED_BY = ("out", "eval", "logging", "root")  # settings that change no weight
-MADE, DONE = "made", "done"  # what a command writes; what a row was made of, written last
+DONE = "done"  # what a row was made of, written last
 
 
 @dataclass(frozen=True, kw_only=True)
