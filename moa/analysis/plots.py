@@ -62,8 +62,9 @@ def gate_heat_map(path: str | Path, routing: Mapping[str, Any], null_expert: boo
     experts, per_task = routing["experts"], routing["per_kind"]
     values = np.array(list(per_task.values()))
     if null_expert:
+        routed = values[:, [experts.index(name) for name in routing["choices"]]]
         experts = [*experts, NONE]
-        values = np.column_stack([values, (1 - values.sum(1)).clip(min=0)])
+        values = np.column_stack([values, (1 - routed.sum(1)).clip(min=0)])
     size = 2.6 + 0.85 * len(experts), 1.75 + 0.48 * len(per_task)
     parts = [f"I(task; expert) = {routing['mutual_information']:.2f} bits"]
     if routing.get("routing_accuracy") is not None:

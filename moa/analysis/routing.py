@@ -136,17 +136,19 @@ def summary(
     accuracy are of the experts that the router chooses among (None: all), and of none, where samples are meant for it.
     """
     mean = gates.float().mean(1)
-    choices = [*experts] if chosen_among is None else [*chosen_among]
-    decided = mean[:, [experts.index(name) for name in choices]]
+    among = [*experts] if chosen_among is None else [*chosen_among]
+    choices = among
+    decided = mean[:, [experts.index(name) for name in among]]
     if NONE in wanted:  # the rest of one is the weight of the null expert
         rest = 1 - decided.sum(-1, keepdim=True)
-        choices, decided = [*choices, NONE], torch.cat([decided, rest], dim=-1).clamp(min=0)
+        choices, decided = [*among, NONE], torch.cat([decided, rest], dim=-1).clamp(min=0)
     per_task = gates_per_task(mean, tasks)
     chosen = [task for task in per_task if task in trained_tasks] or list(per_task)
     kinds = sample_kinds(tasks, wanted)
     held_out = {kind for kind, task in zip(kinds, tasks, strict=True) if task not in chosen}
     record: dict[str, Any] = {
         "experts": list(experts),
+        "choices": among,
         "sites": list(sites),
         "mean_gates": torch.stack([per_task[task] for task in chosen]).mean(0).tolist(),
         "mean_over": chosen,

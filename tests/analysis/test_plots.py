@@ -91,7 +91,8 @@ def test_the_heat_map_prints_every_gate_and_marks_held_out_tasks(tmp_path, pages
 
 
 def test_the_heat_map_shows_what_is_left_to_the_null_expert(tmp_path, pages):
-    routing = ROUTING | {"experts": ["a", "b"], "per_kind": {"vqa": [0.5, 0.125]}}
+    rows = {"per_kind": {"vqa": [0.5, 1.0, 0.125]}}  # s is shared: its gate takes nothing of the routed ones
+    routing = ROUTING | {"experts": ["a", "s", "b"], "choices": ["a", "b"]} | rows
     plots.gate_heat_map(tmp_path / "gates.png", routing, null_expert=True)
     assert {"none", "0.38"} <= set(words(pages[0]))
 
