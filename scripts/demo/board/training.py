@@ -19,7 +19,8 @@ from moa.files.atomic import write_file, write_json
 from scripts.demo.board.plan import MADE, ROOT, Cell, Plan, needed, read_board
 
 Setting = tuple[str, Any]  # key and value, as on the command line
-NOT_TRAINED_BY = ("out", "eval", "logging", "root")  # settings that change no weight
+# settings that change no weight; statistics can be written later too, by scripts.statistics
+NOT_TRAINED_BY = ("out", "eval", "logging", "root", "train.statistics")
 DONE = "done"  # what a row was made of, written last
 
 
@@ -85,11 +86,13 @@ def training(plan: Plan, cell: Cell, out: Path, changes: list[Setting], share: f
         own += [(f"data.validation.{name}.num_samples", most) for name, size in sizes.items() if size > most]
     raw: dict[str, Any] = reduce(laid_over, map(read_yaml, files))
     asked = {key: value for key, value in raw.items() if key not in NOT_TRAINED_BY}
-    wanted = digest(json.dumps([asked, own, base_fingerprint(config.model.name), weights_of(plan, cell)], default=str))
+    given = [(key, value) for key, value in own if key not in NOT_TRAINED_BY]
+    base, start = base_fingerprint(config.model.name), weights_of(plan, cell)
+    wanted = digest(json.dumps([asked, given, base, start], default=repr))  # an entry that a layer removes is no JSON
     own += [("out", str(out)), ("data.ocr_cache", str(plan.ocr_file)), ("eval.every", 0), ("logging.progress", False)]
-    given = [f"{key}={json.dumps(value)}" for key, value in own]
+    arguments = [f"{key}={json.dumps(value)}" for key, value in own]
     layers = [text for file in files for text in ("--config", file)]
-    return Making(out=out, command=[sys.executable, "train.py", *layers, "--resume", *given], wanted=wanted)
+    return Making(out=out, command=[sys.executable, "train.py", *layers, "--resume", *arguments], wanted=wanted)
 
 
 def weights_of(plan: Plan, cell: Cell) -> list[str]:
