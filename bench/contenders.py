@@ -4,6 +4,7 @@ frozen     the model alone, with the gradient of its embeddings
 lora       PEFT LoRA of the experts' total rank
 loop       our gates, one expert after the other (as LoRAMoE, HydraLoRA and CoIN compute it)
 xlora      PEFT X-LoRA with trainable adapters
+crosstalk  ours, with the penalty of losses.crosstalk
 per-sample PEFT's `adapter_names`: a LoRA for each sample, one after the other. PEFT refuses it
            in training mode; there is no dropout here, so that evaluation mode computes the same
 """
@@ -23,6 +24,7 @@ from bench.bench_model import make_backbone, make_batch, make_mixture, race, rat
 from bench.settings import Setting
 from moa.backbones.llava import Backbone
 from moa.experts.bank import ExpertBank
+from moa.experts.crosstalk import Watch
 from moa.experts.ties import Ties
 from moa.model import LanguageMixture, MixtureModel
 
@@ -62,6 +64,18 @@ def ours(setting: Setting) -> Contender:
     model = _mixture(setting)
     batch = make_batch(setting.size, setting.device)
     return Contender(model=model, loss=lambda: _mean(model(batch)), setting=setting)
+
+
+def crosstalk(setting: Setting) -> Contender:
+    model = _mixture(setting)
+    batch = make_batch(setting.size, setting.device)
+
+    def loss() -> Tensor:
+        model.bank.context.watch = Watch(sites=frozenset(model.bank.sites), gradient=True)
+        output = model(batch)
+        return _mean(output) + 0.1 * output.aux["crosstalk"]
+
+    return Contender(model=model, loss=loss, setting=setting)
 
 
 def frozen(setting: Setting) -> Contender:
@@ -135,7 +149,7 @@ def per_sample(setting: Setting) -> Contender:
     return replace(plain, loss=loss)
 
 
-CONTENDERS = {f.__name__.replace("_", "-"): f for f in (frozen, lora, ours, loop, xlora, per_sample)}
+CONTENDERS = {f.__name__.replace("_", "-"): f for f in (frozen, lora, ours, crosstalk, loop, xlora, per_sample)}
 
 
 class LoopLinear(nn.Module):
