@@ -115,6 +115,8 @@ def advice(report: dict[str, Any]) -> str | None:
     row = found.get("routed_model") or found.get("live_mixture")
     if row is None or row["greedy_token_agreement"] >= LOW_AGREEMENT:
         return None
+    if "distill" in report:
+        return f"advice: {line} Expect low scores; try more steps, another lr, start=MERGED, or a larger rank"
     return (
         f"advice: {line} Expect low scores; try rank=sum where the rank is lower, then weights "
         "learned from a little data (scripts.learn_weights method=lora_soups), then compare "
