@@ -1,13 +1,14 @@
 """From a config to a model: load the base, wrap its layers, add experts and router."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.prompt import Intake
 from moa.backbones.fingerprint import base_fingerprint
@@ -21,8 +22,13 @@ from moa.experts.bank import ExpertBank
 from moa.experts.starts import STARTS, Starts
 from moa.experts.ties import Ties
 from moa.files.peft import ExpertHeader, read_header, read_tensors
+from moa.files.spelling import match_spelling
 from moa.model import LanguageMixture, MixtureModel
+from moa.statistics.moments import Moments
+from moa.statistics.null_space import null_space_rows
+from moa.statistics.stored import read_statistics
 
+NULL_SHARE = 0.1  # of a layer's input directions that init=null_space leaves to the others
 RANK, ALPHA = 8, 16.0  # of a fresh expert whose config names none
 OTHER_BASE = "model.other_base=true (eval.py and scripts.merge: other_base=true)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,7 +84,12 @@ def build_mixture(
     )
     fresh = {name: expert for name, expert in config.experts.items() if name not in adapters}
     inits = {name: expert.init for name, expert in fresh.items()}
-    starts = Starts(inits, {name: expert.rank or RANK for name, expert in fresh.items()}, config.seed)
+    outside = {
+        name: outside_of(expert.init_statistics, expert.init_own_statistics, bank)
+        for name, expert in fresh.items()
+        if expert.init_statistics
+    }
+    starts = Starts(inits, {name: expert.rank or RANK for name, expert in fresh.items()}, config.seed, outside)
     for name, expert in config.experts.items():
         if name in adapters:
             check_adapter(adapters[name], backbone, config.model)
@@ -107,6 +118,34 @@ def build_mixture(
     check_for_clip(config)
     pairs = {"objective": config.losses.pairs, "negatives": config.losses.negatives}
     return ClipMixture(backbone, bank, router, **pairs, **routing)
+
+
+def outside_of(others: Sequence[str], own: str | None, bank: ExpertBank) -> Callable[[str, Tensor], Tensor]:
+    """(site, a random lora_A) -> one outside of what the experts in these folders read: `init: null_space`.
+
+    At a site that none of them has, it is the random one. Raises ValueError for folders without statistics.
+    """
+    known = [site_moments(folder, bank) for folder in others]
+    leading = site_moments(own, bank) if own is not None else {}
+
+    def rows(site: str, start: Tensor) -> Tensor:
+        found = [moments[site]() for moments in known if site in moments]
+        if not any(moments.tokens for moments in found):
+            return start
+        mine = leading[site]() if site in leading else None
+        try:
+            return null_space_rows(start, found, round(NULL_SHARE * start.shape[1]), mine).to(start.dtype)
+        except ValueError as error:
+            raise ValueError(f"init=null_space: {error}") from None
+
+    return rows
+
+
+def site_moments(folder: str, bank: ExpertBank) -> dict[str, Callable[[], Moments]]:
+    """Site, as the bank spells it -> what reads the moments beside an adapter."""
+    read = read_statistics(folder, "python -m scripts.statistics run=RUN writes it, where it was trained")
+    names = match_spelling(read_header(folder).ranks, bank.shapes)
+    return {name: partial(read, site) for site, name in names.items()}
 
 
 def build_base(config: RunConfig) -> MixtureModel:

@@ -98,7 +98,13 @@ class ExpertConfig:
     # expressions over the whole path: the sites of one shape that one matches have one lora_A and one lora_B
     tie_layers: list[str] = field(default_factory=list)
     # how a fresh one starts: docs/experts.md; where lora_B is not zero, its start is subtracted from it
-    init: Literal["lora", "gaussian", "orthogonal", "random_b", "svd_top", "svd_bottom", "svd_segments"] = "lora"
+    init: Literal[
+        "lora", "gaussian", "orthogonal", "null_space", "random_b", "svd_top", "svd_bottom", "svd_segments"
+    ] = "lora"  # fmt: skip
+    # of null_space: experts whose inputs lora_A is to leave alone, by the statistics beside them (scripts.statistics)
+    init_statistics: list[FilePath] = field(default_factory=list)
+    # and an expert, such as an earlier one of this skill, whose inputs it is to follow; null: random
+    init_own_statistics: FilePath | None = None
     factors: list[Literal["A", "B"]] = field(default_factory=lambda: ["A", "B"])  # that are trained
 
     def __post_init__(self) -> None:
@@ -107,8 +113,13 @@ class ExpertConfig:
         rule = f"{list(self.factors)} has no effect with frozen: true"
         check(not self.frozen or len(self.factors) == 2, "factors", rule)
         check(self.init == "lora" or self.init_from is None, "init", f"{self.init} has no effect with init_from")
-        rule = f"{self.init} is of one layer's weight, and tie_layers gives layers one start"
-        check(not self.init.startswith("svd") or not self.tie_layers, "init", rule)
+        given = bool(self.init_statistics)
+        check(given == (self.init == "null_space"), "init_statistics", "and init: null_space need each other")
+        check(given or self.init_own_statistics is None, "init_own_statistics", "needs init: null_space")
+        rule = f"null_space holds as long as lora_A does not learn: set factors: [B]; got {list(self.factors)}"
+        check(self.init != "null_space" or list(self.factors) == ["B"], "factors", rule)
+        rule = f"{self.init} is of one layer's weight or inputs, and tie_layers gives layers one start"
+        check(not self.init.startswith(("svd", "null")) or not self.tie_layers, "init", rule)
 
 
 @dataclass(frozen=True, kw_only=True)

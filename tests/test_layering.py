@@ -13,7 +13,7 @@ from tests import ROOT
 LEVELS = (
     ("moa.cli", "moa.metrics", "moa.packing", "moa.contrastive", "moa.routing"),
     ("data.sample", "data.batch", "data.readers.names"),
-    ("moa.config", "moa.files"),
+    ("moa.config", "moa.files", "moa.statistics.moments", "moa.statistics.null_space", "moa.statistics.stored"),
     ("moa.experts",),
     ("data",),
     ("moa.backbones", "moa.benchmarks", "moa.analysis"),

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Pair = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
+Outside = Callable[[str, Tensor], Tensor]  # (site, a random A) -> A, of one expert
 Triplets = tuple[Tensor, Tensor, Tensor]  # U [out, number], S [number], V^T [number, in]
 GOAT_RHO = 10.0  # what GOAT divides singular values by
 R_LORA_GAMMA = 64.0
@@ -36,6 +37,7 @@ class Draw:
     place: int
     count: int
     triplets: Callable[[], Triplets]  # of the layer's weight that the start chose
+    outside: Callable[[Tensor], Tensor]  # A outside of what others read, from a random one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,11 @@ def singular(draw: Draw, divisor: float = 1.0) -> Pair:
     return root[:, None] * v, u * root
 
 
+def null_space(draw: Draw) -> Pair:
+    """A outside of what other experts read, by the statistics of their inputs: moa/statistics/null_space.py; B zero."""
+    return draw.outside(uniform((draw.rank, draw.shape[1]), draw.seed)), zero_b(draw)
+
+
 def zero_b(draw: Draw) -> Tensor:
     return torch.zeros(draw.shape[0], draw.rank)
 
@@ -102,6 +109,7 @@ STARTS = {
     "lora": Start(pair=lora),
     "gaussian": Start(pair=gaussian),
     "orthogonal": Start(pair=orthogonal),
+    "null_space": Start(pair=null_space),
     "random_b": Start(pair=random_b, held=True),
     "svd_top": Start(pair=singular, held=True, chosen=lambda number, rank, place, count: range(rank)),
     "svd_bottom": Start(
@@ -118,8 +126,14 @@ STARTS = {
 class Starts:
     """The starts of all fresh experts of a bank; the singular vectors of a layer are computed once for all of them."""
 
-    def __init__(self, inits: Mapping[str, str], ranks: Mapping[str, int], seed: int) -> None:
-        self.inits, self.ranks, self.seed = inits, ranks, seed
+    def __init__(
+        self,
+        inits: Mapping[str, str],
+        ranks: Mapping[str, int],
+        seed: int,
+        outside: Mapping[str, Outside] | None = None,
+    ) -> None:
+        self.inits, self.ranks, self.seed, self.outside = inits, ranks, seed, outside or {}
         self.kept: dict[str, dict[str, Triplets]] = {}  # site -> expert -> what it reads of the weight
 
     def pair(self, name: str, site: str, layer: nn.Linear, scaling: float) -> Pair:
@@ -135,6 +149,7 @@ class Starts:
             place=alike.index(name),
             count=len(alike),
             triplets=lambda: self.triplets(name, site, layer.weight),
+            outside=lambda start: self.outside.get(name, lambda _, own: own)(site, start),
         )
         try:
             return STARTS[init].pair(draw)

@@ -1,12 +1,15 @@
 """Statistics beside the experts of a run: written by training and by the command, read by merges of these weights."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from moa.build import build_model
 from moa.checkpoint import load_model, verify, weights_fingerprint
+from moa.config import ExpertConfig
 from moa.files.peft import read_header, read_tensors, save_expert
 from moa.merging.adapters import expert_from_folder, experts_of_bank
 from moa.merging.learn.least_squares import with_inputs
@@ -104,3 +107,27 @@ def test_a_run_without_training_data_and_odd_directions_are_refused(capsys):
     assert "run: names no folder" in refused(capsys, script.main, "num_samples=2")
     message = refused(capsys, script.main, "directions=half")
     assert "directions: must be 1 or more, full or null, got 'half'" in message
+
+
+@pytest.mark.slow
+def test_a_new_expert_starts_outside_of_what_the_experts_of_a_run_read(trained):
+    run, step = trained
+    folders = [str(step / "experts" / name) for name in ("vqa", "grounding")]
+    base = {"rank": 2, "init": "null_space", "factors": ["B"], "init_statistics": folders}
+    experts = {"fresh": ExpertConfig(**base), "led": ExpertConfig(**base, init_own_statistics=folders[0])}
+    sources = {name: replace(source, expert="fresh") for name, source in run.config.data.sources.items()}
+    data = replace(run.config.data, sources=sources, validation={})
+    model = build_model(replace(run.config, experts=experts, stages={}, data=data))
+    read = [read_statistics(folder, "") for folder in folders]
+    for name, site in model.bank.sites.items():
+        inputs = read[0](name).dense() + read[1](name).dense()
+        leading = torch.linalg.eigh(inputs).eigenvectors.flip(1)[:, : round(0.1 * len(inputs))].float()
+        for expert in experts:
+            rows = site.lora_A[expert].data
+            torch.testing.assert_close(rows @ rows.T, torch.eye(2) / 3, rtol=1e-4, atol=1e-5)
+            assert (rows @ leading).abs().max() < 1e-4
+            assert not site.lora_A[expert].requires_grad and site.lora_B[expert].requires_grad
+    with pytest.raises(ValueError, match=r"factors: null_space holds as long as lora_A does not learn: set factors"):
+        ExpertConfig(init="null_space", init_statistics=folders)
+    with pytest.raises(ValueError, match="init_statistics: and init: null_space need each other"):
+        ExpertConfig(init_statistics=folders)
