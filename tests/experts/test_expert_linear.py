@@ -229,7 +229,11 @@ def test_inference_leaves_out_experts_that_no_sample_uses():
         bank.set_gates(gates, torch.arange(4))
         pruned = model(**inputs(processor)).logits
         kept = bank.context.state.prepared[SITE].a
-    assert kept.shape[0] == 4 + 8
+        bank.set_gates(torch.tensor([[[0.0, 1.0, 0.0]]]).expand(4, 1, 3), torch.arange(4))
+        model(**inputs(processor))
+        other = bank.context.state.prepared[SITE].a
+        bank.set_gates(gates, torch.arange(4))
+    assert (kept.shape[0], other.shape[0]) == (4 + 8, 2)  # each batch's own
     later = model(**inputs(processor)).logits  # the same gates, with gradients
     bank.set_gates(gates, torch.arange(4))
     full = model(**inputs(processor)).logits
