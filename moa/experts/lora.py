@@ -89,7 +89,8 @@ class ExpertLinear(nn.Module):
 
     @property
     def ranks(self) -> dict[str, int]:
-        return {expert: a.shape[0] for expert, a in self.lora_A.items()}
+        # not by lora_A: inside functional_call a factor is a plain tensor
+        return {expert: getattr(self, f"lora_A_{expert}").shape[0] for expert in self.scalings}
 
     def own(self, expert: str) -> list[nn.Parameter]:
         """The parameters of one expert: A and B, and those of its start."""

@@ -8,7 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from moa.build import build_model
-from moa.checkpoint import load_model, verify, weights_fingerprint
+from moa.checkpoint import load_model, stored, verify, weights_fingerprint
 from moa.config import ExpertConfig
 from moa.files.peft import read_header, read_tensors, save_expert
 from moa.merging.adapters import expert_from_folder, experts_of_bank
@@ -131,3 +131,23 @@ def test_a_new_expert_starts_outside_of_what_the_experts_of_a_run_read(trained):
         ExpertConfig(init="null_space", init_statistics=folders)
     with pytest.raises(ValueError, match="init_statistics: and init: null_space need each other"):
         ExpertConfig(init_statistics=folders)
+
+
+@pytest.mark.slow
+def test_the_shared_expert_of_a_run_is_added_to_the_merge_of_the_others(trained, tmp_path, capsys):
+    run, _ = trained
+    shutil.copytree(run.folder, tmp_path / "run")
+    step = tmp_path / "run" / "checkpoints" / "step-000005"
+    config = replace(
+        run.config, experts={**run.config.experts, "vqa": replace(run.config.experts["vqa"], gate="always")}
+    )
+    (step / "config.yaml").write_text(stored(config))
+    (step / "experts" / "vqa" / FILE).unlink()  # it is not merged, so nothing of its inputs is needed
+    out = f"out={tmp_path / 'out'}"
+    merge_script.main([f"run={tmp_path / 'run'}", "method=regmean", "verify=false", "fidelity=false", out])
+    assert "always on, so added to what the others merge to: vqa" in capsys.readouterr().out
+    written = expert_from_folder(tmp_path / "out")
+    experts = [expert_from_folder(step / "experts" / name) for name in ("vqa", "grounding")]
+    for site, result in merge(experts, method="task_arithmetic").items():  # of one expert the merge is itself
+        a, b = written.factors(site, torch.float64)
+        torch.testing.assert_close(b @ a, result.lora_b @ result.lora_a, rtol=1e-4, atol=1e-6)
