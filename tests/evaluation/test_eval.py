@@ -42,7 +42,7 @@ from moa.evaluation.settings import (
     with_eval,
 )
 from moa.evaluation.sources import score_sources
-from scripts.summary import score_all
+from scripts.summary import gains, score_all
 from tests.support.tiny import random_image
 from tests.support.toy import toy_world, write_rows
 
@@ -411,8 +411,9 @@ def test_results_are_refused_for_other_weights_data_or_settings(tmp_path, capsys
     with pytest.raises(ValueError, match=r"vqa.json: was measured with other settings; run"):
         score_all(run, [])  # of answers of 2 tokens
     eval_script.main([f"run={run}", "progress=false", "eval.num_images=0"])
-    rows = score_all(run, [])["rows"]
-    assert rows["routed experts"]["vqa"] == json.loads((run / "eval/vqa.json").read_text())["score"]
+    record, answers = score_all(run, [])
+    assert record["rows"]["routed experts"]["vqa"] == json.loads((run / "eval/vqa.json").read_text())["score"]
+    assert record["trained"] == ["vqa", "grounding"] and [*answers] == ["base", "routed experts"]
     (run / "eval" / "vqa.jsonl").write_text("")  # as a kill between the two files leaves it
     with pytest.raises(ValueError, match="not of one evaluation"):
         score_all(run, [])
@@ -431,6 +432,22 @@ def test_results_are_refused_for_other_weights_data_or_settings(tmp_path, capsys
         score_all(run, [])
     with pytest.raises(ValueError, match="step-000001, whose weights were not those of .*step-000002"):
         read_routing(routing_file(step_folder(run)), step_folder(run))
+
+
+def test_gains_are_in_words_with_the_error_of_paired_differences():
+    def rows(*scores: float) -> list[dict]:
+        about = {"task": "t", "question": "?", "answers": []}
+        return [about | {"id": i, "image_id": i, "score": score} for i, score in enumerate(scores)]
+
+    found = {
+        "base": {"a": rows(0.0, 0.0, 0.0, 1.0), "count": rows(1.0, 1.0)},
+        "one LoRA, rank 4": {"a": rows(1.0, 0.0, 1.0, 1.0), "count": rows(0.0, 1.0)},
+        "routed experts": {"a": rows(1.0, 1.0, 1.0, 1.0), "count": rows(1.0, 1.0)},
+    }
+    first, second = gains(found, ["a"])
+    beside = "one LoRA, rank 4 75, routed +25.0 ± 25.0 against it"
+    assert first == f"trained on (a): routed 100, base 25; {beside}"
+    assert second.startswith("not trained on, only the base was (count): routed 100, base 100; one LoRA, rank 4 50")
 
 
 def oracle_world(folder: Path, *, expert: str | None, task: str) -> dict[str, dict]:
