@@ -80,6 +80,7 @@ def model():
     return make_model("fixed")
 
 
+@pytest.mark.slow
 def test_moments_are_those_of_the_experts_own_inputs_without_padding(model):
     batch = batch_of(model)
     batches = {name: [batch] for name in model.bank.names}
@@ -97,6 +98,7 @@ def test_moments_are_those_of_the_experts_own_inputs_without_padding(model):
         expert_moments(model, {**batches, "caption": []})
 
 
+@pytest.mark.slow
 def test_a_shared_expert_is_on_with_each_of_the_others_and_gets_the_samples_of_all():
     shared = make_model("fixed", gates=("always", "routed", "routed"))
     batch = replace(batch_of(shared), expert_ids=torch.tensor([0, 1, 2, 3]))  # vqa, caption, grounding, none
@@ -108,6 +110,7 @@ def test_a_shared_expert_is_on_with_each_of_the_others_and_gets_the_samples_of_a
     assert shared_experts(shared) == ["vqa"]
 
 
+@pytest.mark.slow
 def test_layers_in_groups_give_what_they_give_at_once(model, monkeypatch):
     batch = batch_of(model)
     options = (model, sites_of(model, "vqa"), [batch], own_gates(model, "vqa"))
