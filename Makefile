@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 # one thread a worker: two threads for small tensors cost more than they bring
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# half of the cores, where two trainings run side by side
+HALF := OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 ))
 BENCH := OMP_NUM_THREADS=1 $(BIN)/python -m bench
 export TOKENIZERS_PARALLELISM = false
 export HF_HUB_OFFLINE ?= 1
@@ -20,15 +22,17 @@ $(VENV)/.installed: requirements.txt
 	$(BIN)/python -m pip install --requirement requirements.txt
 	@touch $@
 
-demo: setup  ## train, evaluate, merge and export the embedded default; ends with table and images
-	rm -rf $(RUN)/merged
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		train.py --config configs/demo.yaml out=$(RUN) --overwrite
+demo: setup  ## a mixture and one LoRA of its size, side by side; scores, one merged adapter, images, and what was gained
+	rm -rf $(RUN)/merged && mkdir -p $(dir $(RUN))
+	$(HALF) $(BIN)/python train.py --config configs/demo.yaml --config configs/shapes/one_lora.yaml \
+		out=$(RUN)_lora --overwrite > $(RUN)_lora.log 2>&1 & lora=$$!; trap "kill $$lora; exit 1" INT TERM; \
+	$(HALF) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		train.py --config configs/demo.yaml out=$(RUN) --overwrite || { kill $$lora; exit 1; }; \
+	wait $$lora || { tail -n 5 $(RUN)_lora.log; exit 1; }
 	$(BIN)/python eval.py run=$(RUN)
-	$(BIN)/python -m scripts.merge run=$(RUN) weights=gates rank=sum out=$(RUN)/merged/mean_gates
-	$(BIN)/python -m scripts.merge run=$(RUN) method=ties rank=sum out=$(RUN)/merged/ties
-	$(BIN)/python -m scripts.merge run=$(RUN) weights=gates merged=true out=$(RUN)/merged/checkpoint
-	$(BIN)/python -m scripts.summary run=$(RUN) merged=[$(RUN)/merged/mean_gates,$(RUN)/merged/ties]
+	$(BIN)/python -m scripts.merge run=$(RUN) rank=sum out=$(RUN)/merged/mean
+	$(BIN)/python -m scripts.merge run=$(RUN) merged=true out=$(RUN)/merged/checkpoint
+	$(BIN)/python -m scripts.summary run=$(RUN) beside=[$(RUN)_lora] merged=[$(RUN)/merged/mean]
 
 test: setup  ## the whole suite
 	$(PYTEST)
