@@ -85,7 +85,8 @@ def compare(settings: CompareConfig, console: Console) -> None:
 
     def scores_of(model: Any, config: Any, gates: str = "router") -> dict[str, float]:
         results = score_sources(model, with_eval(config, gates=gates, **shown), ocr)
-        trained.update(trained_sets(results, config))
+        if not trained:  # by the run's own config: a merged adapter's has one expert for all samples
+            trained.update(trained_sets(results, config))
         return {result.name: float(result.score["value"] or 0.0) for result in results}
 
     source = open_run(step)
