@@ -14,8 +14,8 @@ from tests import ROOT
 
 BASE = ROOT / "assets" / "demo_base"
 EVAL_SOURCES = ("vqa", "line", "caption", "grounding", "ocr_vqa", "count", "yes_no")
-SHORT = ["stages.experts.steps=3", "stages.router.steps=2", "stages.joint.steps=2",
-         "stages.experts.warmup_steps=1", "stages.router.warmup_steps=1", "stages.joint.warmup_steps=1",
+SHORT = ["stages.experts.steps=3", "stages.joint.steps=3",
+         "stages.experts.warmup_steps=1", "stages.joint.warmup_steps=1",
          "train.batch_size=10", "eval.every=0", "data.validation={}",
          *(f"eval.sources.{name}.num_samples=4" for name in EVAL_SOURCES)]  # fmt: skip
 
