@@ -41,6 +41,7 @@ ROOMS = {
 MATH = (
     *("moa.routing", "moa.experts", "moa.metrics", "moa.packing", "moa.contrastive"),
     *("moa.merging.methods", "moa.merging.core", "moa.statistics.moments", "moa.statistics.null_space"),
+    *(f"moa.federated.{name}" for name in ("pieces", "rules", "aggregate", "partition")),
 )
 NOT_IN_MATH = (
     "moa.config",
