@@ -1,0 +1,296 @@
+"""The arithmetic of federation on tensors: server optimisers, control variates, robust means, exact sums of LoRA.
+
+Averaging the factors of clients is not averaging their updates. With weights p_k that sum to 1
+
+    sum_k p_k B_k A_k  =  B A  +  sum_k p_k (B_k - B)(A_k - A),     A = sum_k p_k A_k,  B = sum_k p_k B_k
+
+and the second term, the covariance, is 0 where one factor is common to all: that is FFA-LoRA, RoLoRA and FedSA. `svd`,
+`carry` and `stack` keep it. A pair of factors is (A [rank, in], B [out, rank]); every client has the same scaling.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moa.merging.core import Factors, LowRank, compress, inner_product, to_core
+from moa.merging.methods.stack import stack_of
+from moa.merging.methods.table import check_options, find_method
+
+State = dict[str, Tensor]
+Number = float | int
+
+
+# Server optimisers: the change of the mean client -> the step of the server, and the state of the piece.
+
+
+def momentum(delta: Tensor, state: State, *, lr: Number = 1.0, beta: Number = 0.9) -> tuple[Tensor, State]:
+    """FedAvgM (Hsu et al. 2019, arXiv 1909.06335): m = beta m + delta; the step is lr m."""
+    m = beta * state.get("m", torch.zeros_like(delta)) + delta
+    return lr * m, {"m": m}
+
+
+def adam(delta: Tensor, state: State, **options: Number) -> tuple[Tensor, State]:
+    """FedAdam (Reddi et al. 2021, arXiv 2003.00295, algorithm 2): v = beta2 v + (1 - beta2) delta^2."""
+    return _adaptive(delta, state, lambda v, square, beta: beta * v + (1 - beta) * square, **options)
+
+
+def yogi(delta: Tensor, state: State, **options: Number) -> tuple[Tensor, State]:
+    """FedYogi (the same): v = v - (1 - beta2) delta^2 sign(v - delta^2)."""
+    return _adaptive(delta, state, lambda v, square, beta: v - (1 - beta) * square * (v - square).sign(), **options)
+
+
+def adagrad(delta: Tensor, state: State, **options: Number) -> tuple[Tensor, State]:
+    """FedAdagrad (the same): v = v + delta^2."""
+    return _adaptive(delta, state, lambda v, square, _: v + square, **options)
+
+
+def _adaptive(
+    delta: Tensor,
+    state: State,
+    next_v: Callable[[Tensor, Tensor, Number], Tensor],
+    *,
+    lr: Number = 1e-3,
+    beta1: Number = 0.9,
+    beta2: Number = 0.99,
+    tau: Number = 1e-3,
+) -> tuple[Tensor, State]:
+    """m = beta1 m + (1 - beta1) delta; the step is lr m / (sqrt(v) + tau), v from tau^2, without bias correction."""
+    m = beta1 * state.get("m", torch.zeros_like(delta)) + (1 - beta1) * delta
+    v = next_v(state.get("v", torch.full_like(delta, tau**2)), delta.square(), beta2)
+    return lr * m / (v.sqrt() + tau), {"m": m, "v": v}
+
+
+SERVERS: dict[str, Callable[..., tuple[Tensor, State]]] = {
+    "momentum": momentum,
+    "adam": adam,
+    "yogi": yogi,
+    "adagrad": adagrad,
+}
+
+
+# SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378), for SGD.
+
+
+def corrected(gradient: Tensor, server: Tensor, client: Tensor) -> Tensor:
+    """The gradient that a client steps along: g + c - c_k (equation 3)."""
+    return gradient + server - client
+
+
+def next_variate(start: Tensor, end: Tensor, server: Tensor, client: Tensor, lr_sum: Number) -> Tensor:
+    """The client's next control variate: c_k - c + (start - end) / (sum of its learning rates) (equation 4, II).
+
+    The mean corrected gradient of its steps, less c - c_k. Under Adam it is approximate: the divisor is not the sum of
+    the steps.
+    """
+    return client - server + (start - end) / lr_sum
+
+
+def next_server_variate(server: Tensor, changes: Sequence[Tensor], clients: int) -> Tensor:
+    """c + sum_k (c_k' - c_k) / K over all K clients, of which some take part (equation 5)."""
+    return server + sum(changes, start=torch.zeros_like(server)) / clients
+
+
+# One client's update bounded, and means that a few wrong clients do not move far.
+
+
+def clip(delta: Tensor, norm: float, largest: Number) -> Tensor:
+    """delta min(1, largest / norm); `norm` is that of the whole role."""
+    return delta * min(1.0, largest / norm) if norm > 0 else delta
+
+
+def median(values: Float[Tensor, "client size"], weights: Float[Tensor, " client"]) -> Float[Tensor, " size"]:
+    """Of each number (Yin et al. 2018, arXiv 1803.01498, definition 1); the mean of the middle two of an even count."""
+    order, middle = values.sort(dim=0).values, (len(values) - 1) / 2
+    return (order[int(middle)] + order[-1 - int(middle)]) / 2
+
+
+def trimmed_mean(
+    values: Float[Tensor, "client size"], weights: Float[Tensor, " client"], *, share: Number = 0.1
+) -> Float[Tensor, " size"]:
+    """The mean of each number without its `share` largest and smallest (Yin et al. 2018, definition 2)."""
+    if not 0 <= share < 0.5:
+        raise ValueError(f"options.share: must be in [0, 0.5), got {share}")
+    cut = int(share * len(values))
+    return values.sort(dim=0).values[cut : len(values) - cut].mean(dim=0)
+
+
+def krum(
+    values: Float[Tensor, "client size"], weights: Float[Tensor, " client"], *, wrong: Number = 1, chosen: Number = 1
+) -> Float[Tensor, " size"]:
+    """The mean of the `chosen` clients nearest to their neighbours (Blanchard et al. 2017, arXiv 1703.02757).
+
+    A client's score is the sum of its squared distances to the count - wrong - 2 nearest others; up to `wrong` clients
+    may send anything. One chosen client is Krum, more is multi-Krum.
+    """
+    count, wrong, chosen = len(values), int(wrong), int(chosen)
+    if count < 2 * wrong + 3:
+        raise ValueError(f"options.wrong: krum needs 2 wrong + 3 clients, got {count} for wrong={wrong}")
+    if not 1 <= chosen <= count - wrong:
+        raise ValueError(f"options.chosen: must be in 1..{count - wrong}, got {chosen}")
+    apart = distances(values).square().fill_diagonal_(torch.inf)
+    scores = apart.sort(dim=1).values[:, : count - wrong - 2].sum(dim=1)
+    return values[scores.argsort(stable=True)[:chosen]].mean(dim=0)
+
+
+def geometric_median(
+    values: Float[Tensor, "client size"], weights: Float[Tensor, " client"], *, steps: Number = 100
+) -> Float[Tensor, " size"]:
+    """The point of least weighted distance, by Weiszfeld's steps (RFA, Pillutla et al. 2022, arXiv 1912.13445)."""
+    shares = weights / weights.sum()
+    point = shares @ values
+    floor = 1e-6 * float((values - point).norm(dim=1).max())
+    for _ in range(int(steps) if floor > 0 else 0):
+        pull = shares / (values - point).norm(dim=1).clamp(min=floor)
+        point = (pull / pull.sum()) @ values
+    return point
+
+
+def distances(values: Float[Tensor, "client size"]) -> Float[Tensor, "client client"]:
+    """Between every two clients."""
+    return torch.stack([(values - own).norm(dim=1) for own in values])
+
+
+# A rule takes (the values of a role, a row a client; weights); of these `UNWEIGHTED` read no weights.
+ROBUST: dict[str, Callable[..., Tensor]] = {
+    "median": median,
+    "trimmed_mean": trimmed_mean,
+    "krum": krum,
+    "geometric_median": geometric_median,
+}
+UNWEIGHTED = ("sum", "median", "trimmed_mean", "krum")
+
+
+def nearest_weights(
+    apart: Float[Tensor, "client client"], *, own: Number = 0.5, nearest: int = 3
+) -> Float[Tensor, "client client"]:
+    """Row k: how much client k takes of each client, after Pilot's adaptive transfer (arXiv 2501.13985).
+
+    `own` of its own, the rest of the `nearest` others as 1 / distance; all of its own where there is no other. As
+    published, a number of samples and 1 / distance are normalised together, and the neighbours get nearly nothing.
+    """
+    count = len(apart)
+    others = min(nearest, count - 1)
+    if others == 0:
+        return torch.eye(count, dtype=apart.dtype)
+    near = apart.clone().fill_diagonal_(torch.inf)
+    found = near.topk(others, dim=1, largest=False)
+    pull = 1 / found.values.clamp(min=1e-12 * float(apart.max()) or 1.0)
+    rest = (1 - own) * pull / pull.sum(dim=1, keepdim=True)
+    return (own * torch.eye(count, dtype=apart.dtype)).scatter_add(1, found.indices, rest)
+
+
+# LoRA: a pair of factors for each client.
+
+
+def moving_factors(how: str, round_: int) -> str:
+    """The factors that clients train in a round, counted from 1, for a mean of factors to be exact.
+
+    freeze_a   B in every round, A stays as all clients drew it (FFA-LoRA, arXiv 2403.12313)
+    alternate  B in odd rounds, A in even ones (RoLoRA, arXiv 2502.01755)
+    both       A and B: the mean of factors leaves the covariance out
+    """
+    table = {"freeze_a": "B", "alternate": "B" if round_ % 2 else "A", "both": "AB"}
+    if how not in table:
+        raise ValueError(f"factors: must be one of {list(table)}, got {how!r}")
+    return table[how]
+
+
+def shares_of(weights: Sequence[Number]) -> list[float]:
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def mean_factors(pairs: Sequence[Factors], weights: Sequence[Number]) -> Factors:
+    """A and B averaged apart, as FedAvg does."""
+    shares = shares_of(weights)
+    a = sum((p * a for p, (a, _) in zip(shares, pairs, strict=True)), start=torch.zeros(()))
+    b = sum((p * b for p, (_, b) in zip(shares, pairs, strict=True)), start=torch.zeros(()))
+    return torch.as_tensor(a), torch.as_tensor(b)
+
+
+def stack(pairs: Sequence[Factors], weights: Sequence[Number]) -> Factors:
+    """The mean update exactly, at the sum of the ranks: all A, and all p_k B (FLoRA, arXiv 2409.05976)."""
+    shares = shares_of(weights)
+    b = torch.cat([p * b for p, (_, b) in zip(shares, pairs, strict=True)], dim=1)
+    return torch.cat([a for a, _ in pairs]), b
+
+
+def covariance(pairs: Sequence[Factors], weights: Sequence[Number]) -> Factors:
+    """What the mean of factors leaves out of the mean update, as factors: sum_k p_k (B_k - B)(A_k - A)."""
+    mean_a, mean_b = mean_factors(pairs, weights)
+    return stack([(a - mean_a, b - mean_b) for a, b in pairs], weights)
+
+
+def covariance_share(pairs: Sequence[Factors], weights: Sequence[Number]) -> float:
+    """The norm of the covariance over that of the mean update; 0 where both are."""
+    left_out, whole = covariance(pairs, weights), stack(pairs, weights)
+    norms = [float(inner_product(pair, pair).clamp(min=0).sqrt()) for pair in (left_out, whole)]
+    return norms[0] / norms[1] if norms[1] > 0 else norms[0]
+
+
+def svd(pairs: Sequence[Factors], weights: Sequence[Number], rank: int) -> LowRank:
+    """The best approximation of the mean update at a rank (FlexLoRA, arXiv 2402.11505), without a dense matrix.
+
+    Exact at the sum of the ranks, and whatever the factoring of each client. Clients may have unequal ranks.
+    """
+    return fit([(a, p * b) for p, (a, b) in zip(shares_of(weights), pairs, strict=True)], rank)
+
+
+def fit(pairs: Sequence[Factors], rank: int) -> LowRank:
+    """The best approximation of the sum of updates at a rank."""
+    updates = to_core(pairs, canonical=False)
+    return compress(updates, updates.cores.sum(0), rank, sum(len(a) for a, _ in pairs))
+
+
+def carry(
+    pairs: Sequence[Factors], weights: Sequence[Number], carried: Factors, *, ratio: Number = 1
+) -> tuple[Factors, LowRank]:
+    """The mean factors, and the frozen always-on expert `carried` with the covariance added (FedEx-LoRA, 2410.09432).
+
+    FedEx adds it to the base; here the base never changes. The expert keeps its rank, and what that cuts off is `lost`
+    of the result. `ratio` is the scaling of the clients' expert over that of `carried`.
+    """
+    a, b = covariance(pairs, weights)
+    return mean_factors(pairs, weights), fit([carried, (a, ratio * b)], len(carried[0]))
+
+
+def padded(low: LowRank, like: Factors) -> Factors:
+    """The factors of a result in the shapes of `like`, whose A stays in ranks that the result leaves empty.
+
+    There B is 0. With both factors 0 a rank would get no gradient ever.
+    """
+    a, b = like[0].to(low.lora_a.dtype).clone(), torch.zeros_like(like[1], dtype=low.lora_b.dtype)
+    values = low.singular_values
+    live = int((values > torch.finfo(values.dtype).eps * len(values) * values.max()).sum())
+    a[:live], b[:, :live] = low.lora_a[:live], low.lora_b[:, :live]
+    return a, b
+
+
+def merge(
+    pairs: Sequence[Factors],
+    weights: Sequence[Number],
+    rank: int | str,
+    *,
+    method: str,
+    options: Mapping[str, Any] | None = None,
+    site: str = "",
+    depth: float = 0.0,
+) -> LowRank:
+    """One-shot federation: clients' updates merged once by a method of `moa.merging`, in core space.
+
+    Weights are the shares of their sum, times the number of clients for a method that adds updates up with weight 1.
+    `depth` is the site's place among the layers, 0 to 1, which some methods read.
+    """
+    row = find_method(method, "core")
+    if row.reads_inputs or row.prepare and (options or {}).get("scope") == "model":
+        raise ValueError(f"rule: merge:{method} reads more than the clients' updates of one site")
+    scale = len(pairs) if row.weights == "ones" else 1
+    updates = to_core(pairs, canonical=not row.is_sum)
+    names = tuple(f"client {number}" for number in range(len(pairs)))
+    stacked = stack_of(site=site, experts=names, matrices=updates.cores, depth=depth)
+    own = torch.tensor([scale * p for p in shares_of(weights)], dtype=updates.cores.dtype)
+    merged = row.function(stacked, own, **check_options(method, options or {}))
+    return compress(updates, merged, rank, sum(len(a) for a, _ in pairs))
