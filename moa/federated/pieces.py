@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 from torch import Tensor
 
@@ -50,7 +51,9 @@ class Role:
     keep: bool = False
     elsewhere: str = "trainable"
     clip: float | int | None = None  # the largest norm of a client's change of the role
-    options: Mapping[str, float | int] = field(default_factory=dict)  # of the rule and the server's optimiser
+    into: str = ""  # with the rule carry, the frozen expert that it adds to
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the rule
+    server_options: Mapping[str, float | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         closed = {"weight": WEIGHTS, "scope": SCOPES, "elsewhere": ELSEWHERE}

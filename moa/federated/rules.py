@@ -32,34 +32,32 @@ def momentum(delta: Tensor, state: State, *, lr: Number = 1.0, beta: Number = 0.
     return lr * m, {"m": m}
 
 
-def adam(delta: Tensor, state: State, **options: Number) -> tuple[Tensor, State]:
-    """FedAdam (Reddi et al. 2021, arXiv 2003.00295, algorithm 2): v = beta2 v + (1 - beta2) delta^2."""
-    return _adaptive(delta, state, lambda v, square, beta: beta * v + (1 - beta) * square, **options)
-
-
-def yogi(delta: Tensor, state: State, **options: Number) -> tuple[Tensor, State]:
-    """FedYogi (the same): v = v - (1 - beta2) delta^2 sign(v - delta^2)."""
-    return _adaptive(delta, state, lambda v, square, beta: v - (1 - beta) * square * (v - square).sign(), **options)
-
-
-def adagrad(delta: Tensor, state: State, **options: Number) -> tuple[Tensor, State]:
-    """FedAdagrad (the same): v = v + delta^2."""
-    return _adaptive(delta, state, lambda v, square, _: v + square, **options)
-
-
-def _adaptive(
-    delta: Tensor,
-    state: State,
-    next_v: Callable[[Tensor, Tensor, Number], Tensor],
-    *,
-    lr: Number = 1e-3,
-    beta1: Number = 0.9,
-    beta2: Number = 0.99,
-    tau: Number = 1e-3,
+def adam(
+    delta: Tensor, state: State, *, lr: Number = 1e-3, beta1: Number = 0.9, beta2: Number = 0.99, tau: Number = 1e-3
 ) -> tuple[Tensor, State]:
-    """m = beta1 m + (1 - beta1) delta; the step is lr m / (sqrt(v) + tau), v from tau^2, without bias correction."""
+    """FedAdam (Reddi et al. 2021, arXiv 2003.00295, algorithm 2): v = beta2 v + (1 - beta2) delta^2."""
+    v = state.get("v", torch.full_like(delta, tau**2))
+    return _adaptive(delta, state, beta2 * v + (1 - beta2) * delta.square(), lr, beta1, tau)
+
+
+def yogi(
+    delta: Tensor, state: State, *, lr: Number = 1e-3, beta1: Number = 0.9, beta2: Number = 0.99, tau: Number = 1e-3
+) -> tuple[Tensor, State]:
+    """FedYogi (the same): v = v - (1 - beta2) delta^2 sign(v - delta^2)."""
+    v, square = state.get("v", torch.full_like(delta, tau**2)), delta.square()
+    return _adaptive(delta, state, v - (1 - beta2) * square * (v - square).sign(), lr, beta1, tau)
+
+
+def adagrad(
+    delta: Tensor, state: State, *, lr: Number = 1e-3, beta1: Number = 0.9, tau: Number = 1e-3
+) -> tuple[Tensor, State]:
+    """FedAdagrad (the same): v = v + delta^2."""
+    return _adaptive(delta, state, state.get("v", torch.full_like(delta, tau**2)) + delta.square(), lr, beta1, tau)
+
+
+def _adaptive(delta: Tensor, state: State, v: Tensor, lr: Number, beta1: Number, tau: Number) -> tuple[Tensor, State]:
+    """m = beta1 m + (1 - beta1) delta; the step is lr m / (sqrt(v) + tau), without bias correction."""
     m = beta1 * state.get("m", torch.zeros_like(delta)) + (1 - beta1) * delta
-    v = next_v(state.get("v", torch.full_like(delta, tau**2)), delta.square(), beta2)
     return lr * m / (v.sqrt() + tau), {"m": m, "v": v}
 
 
@@ -224,11 +222,10 @@ def covariance(pairs: Sequence[Factors], weights: Sequence[Number]) -> Factors:
     return stack([(a - mean_a, b - mean_b) for a, b in pairs], weights)
 
 
-def covariance_share(pairs: Sequence[Factors], weights: Sequence[Number]) -> float:
-    """The norm of the covariance over that of the mean update; 0 where both are."""
+def covariance_norms(pairs: Sequence[Factors], weights: Sequence[Number]) -> tuple[float, float]:
+    """The squared norms of the covariance and of the mean update."""
     left_out, whole = covariance(pairs, weights), stack(pairs, weights)
-    norms = [float(inner_product(pair, pair).clamp(min=0).sqrt()) for pair in (left_out, whole)]
-    return norms[0] / norms[1] if norms[1] > 0 else norms[0]
+    return float(inner_product(left_out, left_out).clamp(min=0)), float(inner_product(whole, whole).clamp(min=0))
 
 
 def svd(pairs: Sequence[Factors], weights: Sequence[Number], rank: int) -> LowRank:

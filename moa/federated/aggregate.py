@@ -1,0 +1,367 @@
+"""One round at the server: clients' updates and the table of roles -> the new values and a report. Pure, and streamed.
+
+A role's denominator is the sum of its own contributors' weights, so a client without OCR neither dilutes nor moves what
+only OCR clients train. What nobody trained stays bit-identical. Updates are read one at a time; of rules that are sums
+memory is one sum, of the others the values of their roles. Sums are in float64, so that the order of clients changes at
+most the last bit. An update that is not of this round, state and table is counted with its reason, and never averaged.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moa.federated import rules
+from moa.federated.pieces import Piece, Role, join
+from moa.merging.methods.table import check_options, find_method
+
+Tensors = Mapping[str, Tensor]
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+MERGE = "merge:"
+STREAMED = ("mean", "sum")
+PAIRED = ("svd", "carry")  # and merge:METHOD
+
+
+def _without_options() -> None: ...
+
+
+RULES: dict[str, Callable[..., Any]] = {**dict.fromkeys(STREAMED, _without_options), **rules.ROBUST}
+SERVERS: dict[str, Callable[..., Any]] = {"none": _without_options, **rules.SERVERS}
+GLOBAL = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """What one client sends: its values of the pieces of the roles that it trained, and counts."""
+
+    client: str
+    round: int
+    base: str  # of the server's state that it trained from
+    values: Tensors  # by piece, on the CPU
+    counts: Mapping[str, Mapping[str, float | int]]  # role -> samples_of_role, samples, answer_tokens, gate_mass
+    tasks: tuple[str, ...] = ()
+    modalities: tuple[str, ...] = ()
+    group: str = ""
+    digest: str = ""  # of `values`, where it was sent over a network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """The state between rounds. A scope is "" for all, or task:NAME, group:NAME, client:NAME."""
+
+    round: int
+    tensors: Tensors  # global, by PART.KEY; also those that no role trains
+    scoped: Mapping[str, Tensors] = field(default_factory=dict)  # scope -> piece -> value
+    state: Mapping[str, Tensors] = field(default_factory=dict)  # of server optimisers, by scope/piece
+
+    def base(self) -> str:
+        """A hash of all values; every update names that of what it was trained from."""
+        return digest_of({GLOBAL: self.tensors} | dict(self.scoped))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleReport:
+    """Of one role and scope in one round."""
+
+    contributors: tuple[str, ...]
+    weight: float  # the denominator
+    numbers: int  # sent by each contributor
+    moved: float  # the norm of the change over that of the values before
+    covariance: float | None = None  # of pairs of factors: the share that their mean would leave out
+    lost: float | None = None  # squared norm that a rank cut off
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundReport:
+    round: int
+    roles: Mapping[tuple[str, str], RoleReport]  # by role and scope; those that nobody trained are absent
+    refused: tuple[tuple[str, str], ...]  # client and reason
+    unmoved: tuple[str, ...]  # roles without a contributor
+
+
+def digest_of(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of names, types, shapes and bytes, in the order of names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        if isinstance(value, Tensor):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        else:
+            found.update(f"{name} {{{digest_of(value)}}}".encode())
+    return found.hexdigest()
+
+
+def check_roles(roles: Sequence[Role], pieces: Sequence[Piece]) -> None:
+    """ValueError for a rule that is unknown, or that the role's other settings or pieces do not allow."""
+    for role in roles:
+        where = f"roles.{role.name}"
+        if not is_paired(role) and role.rule not in RULES:
+            choices = (*RULES, *PAIRED, f"{MERGE}METHOD")
+            raise ValueError(f"{where}.rule: must be one of {choices}, got {role.rule!r}")
+        if role.rule in rules.UNWEIGHTED and role.weight != "uniform":
+            raise ValueError(f"{where}.weight: {role.rule} reads no weights; must be uniform, got {role.weight!r}")
+        if role.server not in SERVERS:
+            raise ValueError(f"{where}.server: must be one of {(*SERVERS,)}, got {role.server!r}")
+        if is_paired(role) and role.server != "none":
+            raise ValueError(f"{where}.server: {role.server} steps along a change; {role.rule} makes new factors")
+        if (role.into != "") != (role.rule == "carry"):
+            raise ValueError(
+                f"{where}.into: the expert that rule=carry adds to, and of no other rule, got {role.into!r}"
+            )
+        if role.into and (role.scope != "global" or any(p.key.startswith(f"experts.{role.into}.") for p in pieces)):
+            raise ValueError(f"{where}.into: needs scope=global and a frozen expert in no role, got {role.into!r}")
+        _check_options(f"{where}.options", role.options, RULES.get(role.rule))
+        _check_options(f"{where}.server_options", role.server_options, SERVERS[role.server])
+        if is_paired(role):
+            pairs_of(role, pieces)
+            if role.rule.startswith(MERGE):
+                find_method(role.rule.removeprefix(MERGE), "core")
+                check_options(role.rule.removeprefix(MERGE), role.options)
+        if role.rule == "carry" and "ratio" not in role.options:
+            raise ValueError(f"{where}.options.ratio: the scaling of the role's expert over that of {role.into}")
+
+
+def _check_options(where: str, options: Mapping[str, Any], function: Callable[..., Any] | None) -> None:
+    if function is None:  # a merging method, which checks its own
+        return
+    known = [name for name, p in signature(function).parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{where}.{key}: no such option; it has {known or 'none'}")
+
+
+def is_paired(role: Role) -> bool:
+    return role.rule in PAIRED or role.rule.startswith(MERGE)
+
+
+def pairs_of(role: Role, pieces: Sequence[Piece]) -> list[tuple[Piece, Piece]]:
+    """Both factors of every site; ValueError for a piece that is not a whole factor with its other."""
+    own = {piece.key: piece for piece in pieces if piece.role == role.name}
+    pairs = []
+    for key, piece in own.items():
+        stem = next((key.removesuffix(end) for end in FACTORS if key.endswith(end)), None)
+        both = None if stem is None else [own.get(f"{stem}{end}") for end in FACTORS]
+        if piece.axis is not None or both is None or both[0] is None or both[1] is None:
+            raise ValueError(f"roles.{role.name}.rule: {role.rule} needs both whole factors, got {piece.name} alone")
+        if key.endswith(FACTORS[0]):
+            pairs.append((both[0], both[1]))
+    return pairs
+
+
+def scope_of(role: Role, update: Update) -> str:
+    """Whose value of the role an update moves; ValueError where the client has none such."""
+    if role.scope == "per_task" and len(update.tasks) != 1:
+        raise ValueError(f"{role.name} is per task, and the client has the tasks {list(update.tasks)}")
+    if role.scope == "per_group" and not update.group:
+        raise ValueError(f"{role.name} is per group, and the client has none")
+    names = {"global": GLOBAL, "per_client": f"client:{update.client}", "per_group": f"group:{update.group}"}
+    return names[role.scope] if role.scope in names else f"task:{update.tasks[0]}"
+
+
+def deliver(server: Server, roles: Sequence[Role], pieces: Sequence[Piece], scopes: Sequence[str]) -> dict[str, Tensor]:
+    """The tensors that a client receives: the global ones, with those of its own scopes put in."""
+    values: dict[str, Tensor] = {}
+    for scope in scopes:
+        values |= server.scoped.get(scope, {})
+    return join(pieces, values, server.tensors)
+
+
+class _Total:
+    """The contributions to one role in one scope: a sum of each piece, or all values where the rule needs them."""
+
+    def __init__(self, role: Role, scope: str, pieces: Sequence[Piece], start: Tensors):
+        self.role, self.scope, self.pieces = role, scope, pieces
+        self.start = start  # the values before, by piece
+        self.clients: list[str] = []
+        self.weights: list[float] = []
+        self.sums: dict[str, Tensor] = {}
+        self.values: list[dict[str, Tensor]] = []
+
+    def add(self, update: Update, weight: float) -> None:
+        self.clients.append(update.client)
+        self.weights.append(weight)
+        own = {piece.name: update.values[piece.name] for piece in self.pieces}
+        if self.role.clip is not None:
+            changes = {name: value.double() - self.start[name] for name, value in own.items()}
+            norm = math.sqrt(math.fsum(float(change.square().sum()) for change in changes.values()))
+            if norm > self.role.clip:
+                own = {n: self.start[n] + rules.clip(change, norm, self.role.clip) for n, change in changes.items()}
+        if self.role.rule not in STREAMED:
+            self.values.append(own)
+            return
+        for name, value in own.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
+            self.sums[name].add_(value, alpha=weight)
+
+    def ordered(self) -> tuple[list[dict[str, Tensor]], list[float]]:
+        """Values and weights by the name of the client, whatever the order in which they came."""
+        order = sorted(range(len(self.clients)), key=lambda place: self.clients[place])
+        return [self.values[place] for place in order], [self.weights[place] for place in order]
+
+    def mean(self) -> dict[str, Tensor]:
+        """What the rule makes of the values, in float64."""
+        count, weight = len(self.clients), math.fsum(self.weights)
+        if self.role.rule == "mean":
+            return {name: total / weight for name, total in self.sums.items()}
+        if self.role.rule == "sum":  # of changes
+            return {name: total - (count - 1) * self.start[name].double() for name, total in self.sums.items()}
+        values, weights = self.ordered()
+        rows = torch.stack([torch.cat([own[p.name].double().flatten() for p in self.pieces]) for own in values])
+        found = rules.ROBUST[self.role.rule](rows, torch.tensor(weights).double(), **self.role.options)
+        parts = found.split([piece.numel for piece in self.pieces])
+        return {piece.name: part.view(piece.shape) for piece, part in zip(self.pieces, parts, strict=True)}
+
+    def finish(self, server: Server) -> tuple[dict[str, Tensor], dict[str, Tensors], dict[str, Tensor], RoleReport]:
+        """The new values by piece, the optimiser's state, other tensors that changed, and the report."""
+        state: dict[str, Tensors] = {}
+        more: dict[str, Tensor] = {}
+        facts: dict[str, float] = {}
+        if is_paired(self.role):
+            values, more, facts = self.paired(server.tensors)
+        else:
+            values = self.mean()
+        for name, value in values.items():
+            before = self.start[name]
+            if self.role.server != "none":
+                key = f"{self.scope}/{name}"
+                own = {k: v.double() for k, v in server.state.get(key, {}).items()}
+                step, own = SERVERS[self.role.server](value - before.double(), own, **self.role.server_options)
+                value, state[key] = before.double() + step, {k: v.to(before.dtype) for k, v in own.items()}
+            values[name] = value.to(before.dtype)
+        change = [float((values[n] - self.start[n]).double().square().sum()) for n in values]
+        size = [float(self.start[n].double().square().sum()) for n in values]
+        moved = math.sqrt(math.fsum(change)) / (math.sqrt(math.fsum(size)) or 1.0)
+        numbers = sum(piece.numel for piece in self.pieces)
+        clients, weight = tuple(sorted(self.clients)), math.fsum(self.weights)
+        report = RoleReport(contributors=clients, weight=weight, numbers=numbers, moved=moved, **facts)
+        return values, state, more, report
+
+    def paired(self, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float]]:
+        """New factors of every site, those of the carrying expert, and what the rank lost."""
+        all_values, weights = self.ordered()
+        values: dict[str, Tensor] = {}
+        more: dict[str, Tensor] = {}
+        norms, lost = [(0.0, 0.0)], 0.0
+        for a, b in pairs_of(self.role, self.pieces):
+            pairs = [(own[a.name].double(), own[b.name].double()) for own in all_values]
+            norms.append(rules.covariance_norms(pairs, weights))
+            like = self.start[a.name].double(), self.start[b.name].double()
+            if self.role.rule == "carry":
+                keys = [f"experts.{self.role.into}.{piece.key.split('.', 2)[2]}" for piece in (a, b)]
+                if not set(keys) <= tensors.keys():
+                    raise ValueError(f"roles.{self.role.name}.into: {self.role.into} has no {keys[0]}")
+                carried = tensors[keys[0]].double(), tensors[keys[1]].double()
+                pair, low = rules.carry(pairs, weights, carried, **self.role.options)
+                both = rules.padded(low, carried)
+                more |= {key: new.to(tensors[key].dtype) for key, new in zip(keys, both, strict=True)}
+            else:
+                method, rank = self.role.rule.removeprefix(MERGE), len(like[0])
+                if method == "svd":
+                    low = rules.svd(pairs, weights, rank)
+                else:
+                    low = rules.merge(pairs, weights, rank, method=method, options=self.role.options, site=a.key)
+                pair = rules.padded(low, like)
+            lost += low.lost
+            values |= {a.name: pair[0], b.name: pair[1]}
+        left_out, whole = (math.fsum(row) for row in zip(*norms, strict=True))
+        return values, more, {"covariance": math.sqrt(left_out / (whole or 1.0)), "lost": lost}
+
+
+def aggregate(
+    server: Server, updates: Iterable[Update], roles: Sequence[Role], pieces: Sequence[Piece]
+) -> tuple[Server, RoundReport]:
+    """The server after a round. ValueError for a table that is wrong; a wrong update is in the report."""
+    check_roles(roles, pieces)
+    base, seen, refused = server.base(), set[str](), list[tuple[str, str]]()
+    by_role = {role.name: [piece for piece in pieces if piece.role == role.name] for role in roles}
+    totals: dict[tuple[str, str], _Total] = {}
+    for update in updates:
+        try:
+            accepted = accept(update, server.round, base, seen, roles, by_role)
+        except ValueError as error:
+            refused.append((update.client, str(error)))
+            continue
+        seen.add(update.client)
+        for role, weight in accepted:
+            key = role.name, scope_of(role, update)
+            if key not in totals:
+                totals[key] = _Total(role, key[1], by_role[role.name], _values(server, by_role[role.name], key[1]))
+            totals[key].add(update, weight)
+    tensors, scoped, state = dict(server.tensors), dict(server.scoped), dict(server.state)
+    reports: dict[tuple[str, str], RoleReport] = {}
+    for (name, scope), total in sorted(totals.items()):
+        values, own_state, more, reports[name, scope] = total.finish(server)
+        tensors |= more
+        state |= own_state
+        if scope == GLOBAL:
+            tensors = join(by_role[name], values, tensors)
+        else:
+            scoped[scope] = {**scoped.get(scope, {}), **values}
+    trained = {name for name, _ in totals}
+    unmoved = tuple(role.name for role in roles if role.name not in trained and not role.keep)
+    report = RoundReport(round=server.round, roles=reports, refused=tuple(refused), unmoved=unmoved)
+    return Server(round=server.round + 1, tensors=tensors, scoped=scoped, state=state), report
+
+
+def accept(
+    update: Update,
+    round_: int,
+    base: str,
+    seen: Collection[str],
+    roles: Sequence[Role],
+    by_role: Mapping[str, Sequence[Piece]],
+) -> list[tuple[Role, float]]:
+    """The roles that an update contributes to, with its weights; ValueError with the reason to refuse it whole."""
+    if update.round != round_:
+        raise ValueError(f"of round {update.round}, and this is {round_}")
+    if update.base != base:
+        raise ValueError("trained from other values than those of this round")
+    if update.client in seen:
+        raise ValueError("a second update of this client")
+    known = {role.name: role for role in roles}
+    accepted = []
+    for name, counts in update.counts.items():
+        if name not in known:
+            raise ValueError(f"{name} is no role; choices: {list(known)}")
+        if weight := _weight(known[name], counts):
+            role = known[name]
+            if not role.contributes(tasks=update.tasks, modalities=update.modalities, count=weight):
+                rule = "is kept local" if role.keep else f"is trained by {role.clients} alone"
+                raise ValueError(f"{name} {rule}")
+            scope_of(role, update)
+            accepted.append((role, weight))
+    expected = {piece.name: piece for role, _ in accepted for piece in by_role[role.name]}
+    if missing := sorted(expected.keys() - update.values.keys()):
+        raise ValueError(f"torn: {len(missing)} of {len(expected)} pieces are missing, such as {missing[0]}")
+    if extra := sorted(update.values.keys() - expected.keys()):
+        raise ValueError(f"{len(extra)} pieces are of no role that it counts, such as {extra[0]}")
+    for name, value in update.values.items():
+        if tuple(value.shape) != expected[name].shape:
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}, must be {expected[name].shape}")
+        if not value.is_floating_point() or not math.isfinite(float(value.sum(dtype=torch.float64))):
+            raise ValueError(f"{name} is not finite numbers")
+    if update.digest and update.digest != digest_of(update.values):
+        raise ValueError("torn: the values are not those of its digest")
+    return accepted
+
+
+def _weight(role: Role, counts: Mapping[str, float | int]) -> float:
+    """Of a client in a role; 0 where it has no samples of it."""
+    measure = "samples_of_role" if role.weight == "uniform" else role.weight
+    found = counts.get(measure, math.nan)
+    if not (isinstance(found, int | float) and math.isfinite(found) and found >= 0):
+        raise ValueError(f"{role.name} needs a count of {measure} that is 0 or more, got {counts.get(measure)}")
+    return 1.0 if role.weight == "uniform" and found else float(found)
+
+
+def _values(server: Server, pieces: Sequence[Piece], scope: str) -> dict[str, Tensor]:
+    """A role's values before the round: those of the scope, or, where it has none yet, the global ones."""
+    own = server.scoped.get(scope, {})
+    return {piece.name: own[piece.name] if piece.name in own else piece.of(server.tensors) for piece in pieces}
