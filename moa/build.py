@@ -107,9 +107,10 @@ def build_mixture(
     bank.train({name: () if expert.frozen else tuple(expert.factors) for name, expert in config.experts.items()})
     router = build_router(config, bank, backbone.dims)
     if config.router.granularity == "token":
-        bank.add_token_routers(choices=len(config.choices), seed=config.seed)
+        bank.add_token_routers(choices=len(config.choices) + config.router.learned_threshold, seed=config.seed)
     weights = config.router.weights
-    names = ("kind", "top_k", "null_expert", "temperature", "granularity")
+    names = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through"]
+    names += ["top_k", "top_p", "threshold", "normalize"]
     routing: dict[str, Any] = {name: getattr(config.router, name) for name in names}
     routing["weights"] = [weights.get(name, 0.0) for name in config.choices] if weights else None
     routing["gates"] = [expert.gate for expert in config.experts.values()]

@@ -140,6 +140,23 @@ class RouterConfig:
     per_site: bool = False  # a learned offset of the logits for each wrapped layer
     modality_dropout: ShareBelowOne = 0.1  # chance in training that one kind of evidence is hidden
     weights: dict[str, float] | None = None  # of kind fixed: routed expert -> gate; null: all equal
+    # of kind top_p: experts are kept until their probabilities reach it; null: 0.8
+    top_p: ShareAboveZero | None = None
+    # gates are what is above it (threshold), or those above it (sigmoid); null: learned, none
+    threshold: ShareBelowOne | None = None
+    normalize: bool = False  # of kind sigmoid: gates are divided by their sum
+    # on the logits in training; gumbel: of softmax kinds, logistic: of sigmoid, learned: its scale, by the router
+    noise: Literal["gaussian", "gumbel", "logistic", "learned"] | None = None
+    noise_scale: Positive | None = None  # of the noise that is not learned; null: 1
+    straight_through: bool = False  # of top_k and top_p: the gradient of the softmax before the selection
+
+    @property
+    def learned_threshold(self) -> bool:
+        return self.row.learned_threshold and self.threshold is None
+
+    @property
+    def learned_noise(self) -> bool:
+        return self.noise == "learned"
 
     @property
     def row(self) -> kinds.Kind:
@@ -157,8 +174,20 @@ class RouterConfig:
         fits = self.row.null_expert and not by_token
         rule = f"needs kind {able} and granularity sample; {got}"
         check(fits or not self.null_expert, "null_expert", rule)
-        fits = self.weights is None or "weights" in self.row.options
-        check(fits, "weights", f"have no effect with router.kind={self.kind}")
+        for key in ("weights", "top_p", "threshold", "normalize"):
+            unset = getattr(self, key) is None or getattr(self, key) is False
+            check(unset or key in self.row.options, key, f"has no effect with router.kind={self.kind}")
+        self._check_noise()
+
+    def _check_noise(self) -> None:
+        rule = f"must be one of {', '.join(self.row.noises) or 'none'} with router.kind={self.kind}, got {self.noise}"
+        check(self.noise is None or self.noise in self.row.noises, "noise", rule)
+        by_token = self.granularity == "token"
+        check(not (by_token and self.learned_noise), "noise", "learned needs granularity sample")
+        fits = self.noise_scale is None or (self.noise is not None and not self.learned_noise)
+        check(fits, "noise_scale", f"has no effect with router.noise={self.noise}")
+        able = kinds.names(lambda kind: kind.hard)
+        check(self.row.hard or not self.straight_through, "straight_through", f"needs kind {able}; got {self.kind}")
 
 
 @dataclass(frozen=True, kw_only=True)

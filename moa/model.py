@@ -8,6 +8,7 @@ Every way to decide gates ends in the same tensor, and every forward takes the s
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class MixtureModel(nn.Module, ABC):
     def set_gates(self, decided: Gates, batch: Batch, *, expand: bool = False) -> None:
         """Let the coming forward of a batch use these gates; `expand` where generation repeats samples."""
         if decided.gates is None:
-            decide, temperature = self.routing.token_gates, self.routing.temperature
+            decide, temperature = partial(self.routing.token_gates, draw=True), self.routing.temperature
             self.bank.route_tokens(decide, temperature, recording=not expand)
         else:
             owners = self.backbone.owners(batch)

@@ -103,7 +103,7 @@ def test_the_resolved_config_reads_back_as_itself(tmp_path):
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("router.topk=1", ["router.topk", "Did you mean: 'top_k'"]),
+        ("router.topk=1", ["router.topk", "Did you mean one of: 'top_k', 'top_p'"]),
         ("stages={joint: {step: 3}}", ["stages.joint.step", "'steps'"]),
         ("experts.a.rnk=3", ["experts.a.rnk", "'rank'"]),
         ("routr.kind=softmax", ["routr", "'router'"]),
@@ -127,6 +127,12 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         (["router.kind=top_k", "router.top_k=3"], ["router.top_k", "2 routed experts"]),
         (["router.granularity=token", "router.kind=sigmoid"], ["router.granularity", "sigmoid"]),
         (["router.weights={a: 1}"], ["router.weights", "no effect", "softmax"]),
+        (["router.threshold=0.1"], ["router.threshold", "no effect", "softmax"]),
+        (["router.noise=logistic"], ["router.noise", "gaussian, learned, gumbel", "softmax"]),
+        (["router.kind=fixed", "router.noise=gaussian"], ["router.noise", "none", "fixed"]),
+        (["router.granularity=token", "router.noise=learned"], ["router.noise", "granularity sample"]),
+        (["router.noise=learned", "router.noise_scale=2"], ["router.noise_scale", "no effect", "learned"]),
+        (["router.straight_through=true"], ["router.straight_through", "top_k, top_p", "softmax"]),
         (["router.kind=fixed", "router.weights={c: 1}"], ["router.weights.c", "['a', 'b']"]),
         (["router.evidence=[]"], ["router.evidence", "nothing"]),
         (["train.micro_batch_size=5"], ["train.micro_batch_size", "batch_size=32"]),
@@ -216,8 +222,10 @@ CLASSES = {RunConfig: RUN, EvalCommand: ["eval.sources={s: {num_samples: 4}}"], 
 ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "modality_dropout",
         "ocr_min_confidence", "num_workers", "task_dropout", "max_ocr_words", "clip_norm", "weight_decay",
         "betas", "eval.every", "num_images", "steps.", "values.", "penalty", "similarity",
-        "nondiagonal", "noise", "joint.gates.", "train.statistics",
+        "nondiagonal", "noise", "joint.gates.", "train.statistics", "router.threshold",
         "ridge", "iterations")  # fmt: skip
+NEEDS = {"router.weights": ["router.kind=fixed"], "router.top_p": ["router.kind=top_p"],
+         "router.threshold": ["router.kind=threshold"], "router.noise_scale": ["router.noise=gaussian"]}  # fmt: skip
 BELOW_ZERO = ("router.weights", "losses.entropy", "values.")
 HUGE = ("router.weights", "num_samples", "alpha", "temperature", "losses.", "lr.", "weight.", "count",
         "epochs", "max_length", "steps.", "pack_length", "clip_norm", "weight_decay", "save_every", "keep_",
@@ -250,7 +258,7 @@ def test_every_number_has_its_range_and_names_its_key(number, accepted):
     found = list(numbers())
     assert len(found) > 75
     for cls, key, form in found:
-        extra = ["router.kind=fixed"] if key == "router.weights" else []
+        extra = NEEDS.get(key, [])
         override = f"{key}={form.format(number)}"
         expected = any(part in f"{key}." for part in accepted)
         try:

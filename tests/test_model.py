@@ -22,7 +22,7 @@ LANGUAGE = r"model\.language_model\.layers\.\d+\..*_proj"
 PROJECTOR = r"model\.multi_modal_projector\.linear_\d"
 VISION = r"model\.vision_tower\.encoder\.layers\.[01]\.self_attn\.[qv]_proj"
 EVERYWHERE = (LANGUAGE, PROJECTOR, VISION)
-LEARNED = ("softmax", "top_k", "sigmoid")
+LEARNED = ("softmax", "top_k", "top_p", "threshold", "sigmoid")
 
 
 def make_model(kind: str = "softmax", targets=EVERYWHERE, *, filled=True, **changes) -> MixtureModel:
@@ -42,6 +42,7 @@ def make_model(kind: str = "softmax", targets=EVERYWHERE, *, filled=True, **chan
         bank.add_token_routers(std=1.0)
     elif kind in LEARNED:
         per_site = changes.pop("per_site", False)
+        options |= {"learned_threshold": kind == "threshold"}
         router = Router(**options, sites=len(bank.sites), hidden=16, per_site=per_site)
         torch.nn.init.normal_(router.head[-1].weight)
         if per_site:
@@ -333,7 +334,7 @@ def test_a_prompt_whose_image_tokens_were_cut_is_refused():
 # Gradients ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["softmax", "top_k", "sigmoid", "per site", "token", "token top_k"])
+@pytest.mark.parametrize("kind", [*LEARNED, "per site", "token", "token top_k"])
 def test_every_kind_of_router_has_a_gradient_from_the_language_loss(kind):
     if kind.startswith("token"):
         model = make_model("top_k" if "top_k" in kind else "softmax", granularity="token")
@@ -385,14 +386,16 @@ def test_guidance_is_the_cross_entropy_with_the_samples_experts():
     close(out.gates, out.router_logits.softmax(-1))
 
 
-@pytest.mark.parametrize("kind", ["softmax", "one_hot", "token"])
+@pytest.mark.parametrize("kind", ["softmax", "one_hot", "token", "token noise"])
 def test_gradient_checkpointing_gives_the_gradients_of_plain_training(kind):
-    granularity = "token" if kind == "token" else "sample"
-    model = make_model("top_k" if kind == "token" else kind, granularity=granularity).train()
+    changes = {"granularity": "token"} if "token" in kind else {}
+    changes |= {"noise": "gaussian"} if "noise" in kind else {}
+    model = make_model("top_k" if "token" in kind else kind, **changes).train()
     batch = batch_of(model)
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
+        torch.manual_seed(0)
         out = model(batch)
         (out.loss_per_sample.sum() + sum(out.aux.values())).backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}

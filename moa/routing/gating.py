@@ -3,6 +3,8 @@
 Gates are `[..., expert]`. Top-k, a missing expert and an oracle are all a gate tensor with zeros in it.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -42,9 +44,83 @@ def top_k_gates(
     kept = kept.scatter(-1, rivals.topk(k, dim=-1).indices, True) & rivals.isfinite()
     if joint is not None:
         kept = kept | (joint & logits.isfinite())
-    # A softmax over the kept ones, and not a division of probabilities, which may all be tiny; the
-    # floor is finite, because a row that keeps none must not turn into NaN.
-    return torch.softmax(logits.masked_fill(~kept, -1e30), dim=-1).masked_fill(~kept, 0.0)
+    return softmax_over(logits, kept)
+
+
+def softmax_over(
+    logits: Float[Tensor, "*lead expert"], kept: Bool[Tensor, "*lead expert"]
+) -> Float[Tensor, "*lead expert"]:
+    """Softmax weights of the kept experts, exact zeros elsewhere, and in a row that keeps none."""
+    # Not a division of probabilities, which may all be tiny; the floor is finite, because a row that
+    # keeps none must not turn into NaN.
+    return torch.softmax(logits.float().masked_fill(~kept, -1e30), dim=-1).masked_fill(~kept, 0.0)
+
+
+def top_p_gates(
+    logits: Float[Tensor, "*lead expert"],
+    p: float | int,
+    mask: Bool[Tensor, "*lead expert"] | None = None,
+    joint: Bool[Tensor, " expert"] | None = None,
+) -> Float[Tensor, "*lead expert"]:
+    """The smallest set of experts whose probabilities reach `p`, weights renormalised over it, exact zeros elsewhere
+    (Harder Tasks Need More Experts, arXiv 2403.07652, eq. 5). `mask` and `joint` as in `top_k_gates`."""
+    logits = logits.float()
+    able = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
+    rivals = able if joint is None else able & ~joint
+    probs, order = softmax_over(logits, rivals).sort(dim=-1, descending=True, stable=True)
+    needed = (probs.cumsum(-1) - probs < p) & (probs > 0)
+    kept = torch.zeros_like(rivals).scatter(-1, order, needed)
+    return softmax_over(logits, kept if joint is None else kept | (able & joint))
+
+
+def threshold_gates(
+    logits: Float[Tensor, "*lead expert"],
+    threshold: Float[Tensor, "*#lead 1"] | float | int,
+    mask: Bool[Tensor, "*lead expert"] | None = None,
+    joint: Bool[Tensor, " expert"] | None = None,
+) -> Float[Tensor, "*lead expert"]:
+    """What a probability is above the threshold, relu(p - t), divided by the row's sum; a row with none: zeros.
+
+    AdaMoLE (arXiv 2405.00361, eq. 6-8). The threshold of `joint` experts is 0; `mask` as in `top_k_gates`.
+    """
+    able = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
+    probs = softmax_over(logits, able)
+    above = F.relu(probs - (threshold if joint is None else threshold * ~joint))
+    total = above.sum(-1, keepdim=True)
+    return above / total.where(total > 0, torch.ones_like(total))
+
+
+def cut_gates(
+    gates: Float[Tensor, "*lead expert"], threshold: float | int | None, normalize: bool
+) -> Float[Tensor, "*lead expert"]:
+    """Gates above the threshold as they are, exact zeros elsewhere, then each row to the sum 1 where asked for.
+
+    The sparse gate of the heterogeneous MoA (arXiv 2506.05928), and the normalised skills of Polytropon
+    (arXiv 2202.13914, eq. 2).
+    """
+    if threshold is not None:
+        gates = gates * (gates > threshold)
+    return gates / gates.sum(-1, keepdim=True).clamp(min=1e-12) if normalize else gates
+
+
+def straight_through(
+    gates: Float[Tensor, "*lead expert"], probs: Float[Tensor, "*lead expert"]
+) -> Float[Tensor, "*lead expert"]:
+    """The values of the gates, to the bit, and the gradient of the probabilities (arXiv 1308.3432)."""
+    return gates.detach() + (probs - probs.detach())
+
+
+NOISES: dict[str, Callable[[torch.Size], Tensor]] = {
+    "gaussian": torch.randn,
+    "learned": torch.randn,
+    "gumbel": lambda shape: -torch.empty(shape).exponential_().clamp(min=1e-30).log(),
+    "logistic": lambda shape: torch.rand(shape).clamp(1e-6, 1 - 1e-6).logit(),
+}
+
+
+def draw_noise(noise: str, like: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead expert"]:
+    """Noise of scale 1, from the one stream of random numbers on the CPU: the same draws on every device."""
+    return NOISES[noise](like.shape).to(like.device, non_blocking=True)
 
 
 def one_hot_gates(

@@ -3,10 +3,16 @@
     kind       its logits come from                gates
     softmax    a learned Router                    all experts, sum 1
     top_k      a learned Router                    the k largest, sum 1
+    top_p      a learned Router                    the fewest whose probabilities reach p, sum 1
+    threshold  a learned Router                    what a probability is above a threshold, sum 1 or 0
     sigmoid    a learned Router                    each expert by itself
     anchors    the likeness to experts' means      as softmax
     one_hot    -                                   the sample's own expert, uniform where it is unknown
     fixed      -                                   the same for every sample
+
+`noise` is added to the logits in training alone, before the temperature divides them: softmax with gumbel is the Gumbel
+softmax (arXiv 1611.01144), sigmoid with logistic the relaxed Bernoulli of Polytropon (arXiv 2202.13914), and learned
+that of noisy top-k (arXiv 1701.06538, eq. 4).
 
 A new kind is a row and its function. The config reads the rows, so that torch is imported in functions alone.
 """
@@ -27,8 +33,9 @@ class Kind:
 
     # gates as logits, and of learned kinds the probabilities that losses read (before top-k, sum 1), from
     #   logits [batch, site, choice], over the temperature, a null expert last; None without a router
-    #   mask, False where an expert may not be used, or None; top_k; expert_ids [batch], -1 unknown; weights [expert];
-    #   joint [choice], True where an expert takes no place of top-k, or None. Experts: those that it chooses among
+    #   mask, False where an expert may not be used, or None; expert_ids [batch], -1 unknown; weights [expert];
+    #   joint [choice], True where an expert takes no place of top-k, or None; raised [batch, site, 1] from a learned
+    #   threshold, or None; and the `options`. Experts: those that it chooses among
     gates: "Callable[..., Decided]"
     # makes the module with the logits from experts, sites, dims, num_tasks and the options
     router: "Callable[..., nn.Module] | None" = None
@@ -38,6 +45,9 @@ class Kind:
     by_expert: bool = False  # decides by the sample's own expert
     module_options: tuple[str, ...] = ()  # settings in the config that `router` takes
     options: tuple[str, ...] = ()  # settings that the function reads
+    noises: tuple[str, ...] = ()  # those that training may add to its logits
+    learned_threshold: bool = False  # without a `threshold`, the router learns one
+    hard: bool = False  # gates that are 0 have no gradient, unless it is `straight_through`
 
 
 def softmax(*, logits: Any, mask: Any, **_: Any) -> "Decided":
@@ -53,11 +63,25 @@ def top_k(*, logits: Any, mask: Any, top_k: int, joint: Any, **_: Any) -> "Decid
     return top_k_gates(logits, top_k, mask, joint), softmax_gates(logits)
 
 
-def sigmoid(*, logits: Any, mask: Any, **_: Any) -> "Decided":
-    from moa.routing.gating import sigmoid_gates
+def top_p(*, logits: Any, mask: Any, top_p: float | None, joint: Any, **_: Any) -> "Decided":
+    from moa.routing.gating import softmax_gates, top_p_gates
+
+    return top_p_gates(logits, TOP_P if top_p is None else top_p, mask, joint), softmax_gates(logits)
+
+
+def threshold(*, logits: Any, mask: Any, threshold: float | None, joint: Any, raised: Any, **_: Any) -> "Decided":
+    from moa.routing.gating import softmax_gates, threshold_gates
+
+    level = raised.sigmoid() / logits.shape[-1] if threshold is None else threshold
+    return threshold_gates(logits, level, mask, joint), softmax_gates(logits)
+
+
+def sigmoid(*, logits: Any, mask: Any, threshold: float | None, normalize: bool, **_: Any) -> "Decided":
+    from moa.routing.gating import cut_gates, sigmoid_gates
 
     gates = sigmoid_gates(logits)
-    return (gates if mask is None else gates * mask), gates / gates.sum(-1, keepdim=True)
+    probs = gates / gates.sum(-1, keepdim=True)
+    return cut_gates(gates if mask is None else gates * mask, threshold, normalize), probs
 
 
 def one_hot(*, expert_ids: Any, weights: Any, mask: Any, joint: Any, **_: Any) -> "Decided":
@@ -87,13 +111,25 @@ def anchors(*, sites: int, **options: Any) -> "nn.Module":
 LEARNED: dict[str, Any] = {
     "router": learned_router,
     "learns": "gradient",
-    "module_options": ("evidence", "hidden", "pooling", "per_site", "modality_dropout"),
+    "module_options": (
+        *("evidence", "hidden", "pooling", "per_site", "modality_dropout"),
+        *("learned_threshold", "learned_noise"),
+    ),
 }
-SOFTMAX: dict[str, Any] = LEARNED | {"per_token": True, "null_expert": True}
+SOFTMAX: dict[str, Any] = LEARNED | {
+    "per_token": True,
+    "null_expert": True,
+    "noises": ("gaussian", "learned", "gumbel"),
+}
+TOP_P = 0.8
 KINDS = {
     "softmax": Kind(gates=softmax, **SOFTMAX),
-    "top_k": Kind(gates=top_k, **SOFTMAX, options=("top_k",)),
-    "sigmoid": Kind(gates=sigmoid, **LEARNED),
+    "top_k": Kind(gates=top_k, **SOFTMAX, options=("top_k",), hard=True),
+    "top_p": Kind(gates=top_p, **SOFTMAX, options=("top_p",), hard=True),
+    "threshold": Kind(gates=threshold, **SOFTMAX, options=("threshold",), learned_threshold=True),
+    "sigmoid": Kind(
+        gates=sigmoid, **LEARNED, options=("threshold", "normalize"), noises=("gaussian", "learned", "logistic")
+    ),
     "one_hot": Kind(gates=one_hot, by_expert=True),
     "fixed": Kind(gates=fixed, options=("weights",)),
     "anchors": Kind(gates=softmax, router=anchors, learns="means", module_options=("evidence",)),

@@ -28,6 +28,7 @@ INPUTS = {
 AXES = {
     r"token_router\..*": ("expert",),
     r"head\.3\.(weight|bias)": ("expert",),
+    r"noise\.(weight|bias)": ("expert",),
     r"site_offset": ("site", "expert"),
     r"encoders\.task\.weight": ("task",),
     r"task_sums": ("expert", "task"),
@@ -79,6 +80,8 @@ class Router(nn.Module):
         pooling: str = "attention",
         per_site: bool = False,
         modality_dropout: float | int = 0.0,
+        learned_threshold: bool = False,
+        learned_noise: bool = False,
     ) -> None:
         super().__init__()
         self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
@@ -98,14 +101,20 @@ class Router(nn.Module):
         nn.init.zeros_(last.bias)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), last)
         self.site_offset = nn.Parameter(torch.zeros(sites, experts)) if per_site else None
+        self.threshold = zeros(hidden, 1) if learned_threshold else None
+        self.noise = zeros(hidden, experts) if learned_noise else None
 
-    def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch site expert"]:
-        """Logits in float32; kinds in `withhold` are treated as missing in every sample."""
+    def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch site column"]:
+        """Logits in float32, then what else it learns; kinds in `withhold` are treated as missing in every sample."""
         device = next(self.parameters()).device.type
         with torch.autocast(device, enabled=False):
             vectors = [self._encode(kind, evidence, kind in withhold) for kind in self.evidence]
-            logits = self.head(torch.cat(vectors, dim=-1))[:, None]
-            return logits if self.site_offset is None else logits + self.site_offset
+            features = self.head[:-1](torch.cat(vectors, dim=-1))
+            logits = self.head[-1](features)[:, None]
+            logits = logits if self.site_offset is None else logits + self.site_offset
+            more = [own(features)[:, None] for own in (self.threshold, self.noise) if own is not None]
+            more = [column.expand(*logits.shape[:-1], -1) for column in more]
+            return torch.cat([logits, *more], dim=-1) if more else logits
 
     def _encode(self, kind: str, evidence: Evidence, withheld: bool) -> Tensor:
         """One vector per sample, the learned missing one where there is no evidence."""
@@ -131,6 +140,14 @@ class Router(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+def zeros(width: int, columns: int) -> nn.Linear:
+    """A linear layer that starts as zeros."""
+    linear = nn.Linear(width, columns)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    return linear
 
 
 class TokenEncoder(nn.Module):

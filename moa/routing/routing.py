@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moa.routing.gating import apply_availability, one_hot_gates
+from moa.routing.gating import apply_availability, draw_noise, one_hot_gates, straight_through
 from moa.routing.kinds import KINDS
 from moa.routing.losses import gate_losses
 from moa.routing.roles import Roles
@@ -42,7 +42,8 @@ class Routing(nn.Module):
     kind: a row of moa/routing/kinds.py, with its `router` where it has one. roles: of the bank's experts. weights: of
     kind fixed, for each choice, uniform by default.
     granularity "token": each site routes each token, and `router` is None. null_expert: one choice more, which adds
-    nothing to the backbone, so that a sample's gates may sum to less than one.
+    nothing to the backbone, so that a sample's gates may sum to less than one. noise: a name of `NOISES`, of scale
+    `noise_scale`. top_p, threshold, normalize, straight_through: see moa/routing/gating.py.
     """
 
     weights: Tensor
@@ -59,8 +60,17 @@ class Routing(nn.Module):
         temperature: float | int = 1.0,
         granularity: str = "sample",
         weights: Sequence[float] | None = None,
+        top_p: float | int | None = None,
+        threshold: float | int | None = None,
+        normalize: bool = False,
+        noise: str | None = None,
+        noise_scale: float | int | None = None,
+        straight_through: bool = False,
     ) -> None:
         super().__init__()
+        self.options = {"top_k": top_k, "top_p": top_p, "threshold": threshold, "normalize": normalize}
+        self.noise, self.noise_scale = noise, 1.0 if noise_scale is None else noise_scale
+        self.straight_through = straight_through
         self.kind, self.granularity, self.null_expert = KINDS[kind], granularity, null_expert
         self.router, self.top_k, self.temperature = router, top_k, temperature
         wanted = self.kind.router is not None and granularity == "sample"
@@ -121,14 +131,17 @@ class Routing(nn.Module):
                 raise ValueError("available: token routing uses all experts; give gates instead")
             return Gates()
         rows = None if available is None else _rows(available, self.weights)
+        more: dict[str, Any] = {}
         logits, mask = None, None if rows is None else self.roles.among_choices(rows)
         if self.router is not None:
-            logits = self.router(evidence, withhold) / self.temperature
+            logits, more = self._split(self.router(evidence, withhold), 1.0)
+            logits = logits / self.temperature
             mask = None if mask is None else mask.expand_as(logits)
             if self.null_expert:  # of logit 0, without a parameter: softmax reads differences alone
                 logits = F.pad(logits, (0, 1))
                 mask = None if mask is None else F.pad(mask, (0, 1), value=True)
-        chosen, probs = self._gates(logits, mask, self.roles.choice_ids(expert_ids))
+        more["draw"] = self.training
+        chosen, probs = self._gates(logits, mask, self.roles.choice_ids(expert_ids), **more)
         chosen = chosen[..., :-1] if self.null_expert else chosen
         gates = self.roles.assemble(chosen if draws is None else draws.apply(chosen))
         return Gates(gates=gates if rows is None else gates * rows, logits=logits, probs=probs)
@@ -138,19 +151,24 @@ class Routing(nn.Module):
         ids = self.roles.choice_ids(expert_ids)
         return ids if self.null_expert else ids.masked_fill(ids == len(self.roles.choices), -1)
 
-    def token_gates(self, logits: Float[Tensor, "*lead choice"]) -> Float[Tensor, "*lead expert"]:
-        """The gates of tokens by their logits, which are divided by the temperature."""
-        return self.roles.assemble(self._gates(logits)[0])
+    def token_gates(
+        self, logits: Float[Tensor, "*lead column"], *, draw: bool = False
+    ) -> Float[Tensor, "*lead expert"]:
+        """The gates of tokens by their logits, which are divided by the temperature; with the noise of training
+        where asked for: checkpointing brings the random stream back, so that a layer draws the same twice."""
+        logits, more = self._split(logits, self.temperature)
+        return self.roles.assemble(self._gates(logits, **more, draw=draw and self.training)[0])
 
     def token_losses(
         self,
-        logits: Float[Tensor, "site token choice"],
+        logits: Float[Tensor, "site token column"],
         expert_ids: Int[Tensor, " token"],
         task_ids: Int[Tensor, " token"],
         mask: Bool[Tensor, " token"],
     ) -> dict[str, Float[Tensor, ""]]:
         """The losses on the decisions of tokens."""
-        probs = self._gates(logits)[1]
+        logits, more = self._split(logits, self.temperature)
+        probs = self._gates(logits, **more)[1]
         assert probs is not None  # kinds that route tokens have logits
         return self._losses(logits, probs, expert_ids, task_ids, mask)
 
@@ -178,12 +196,41 @@ class Routing(nn.Module):
             ids = places[ids]  # -1 is the last place, which stays -1
         return gate_losses(logits, probs, ids, task_ids, top_k=self.places, mask=mask)
 
+    def _split(self, columns: Tensor, times: float | int) -> tuple[Tensor, dict[str, Any]]:
+        """A router's output -> the logits, and what it learns beside them, `times` a factor."""
+        count = len(self.roles.choices)
+        logits, rest = columns[..., :count], columns[..., count:] * times
+        more: dict[str, Any] = {}
+        if self.noise == "learned":
+            more["scale"], rest = F.softplus(rest[..., -count:]), rest[..., :-count]
+        if rest.shape[-1]:
+            more["raised"] = rest
+        return logits, more
+
     def _gates(
-        self, logits: Tensor | None, mask: Tensor | None = None, expert_ids: Any = None
+        self,
+        logits: Tensor | None,
+        mask: Tensor | None = None,
+        expert_ids: Any = None,
+        *,
+        raised: Tensor | None = None,
+        scale: Tensor | float | None = None,
+        draw: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        """Gates with the noise that is drawn, and probabilities without."""
         joint = self.joint if self.joint is None or not self.null_expert else F.pad(self.joint, (0, 1))
-        own: dict[str, Any] = {"top_k": self.top_k, "weights": self.weights, "joint": joint}
-        return self.kind.gates(logits=logits, mask=mask, expert_ids=expert_ids, **own)
+        own: dict[str, Any] = {"mask": mask, "expert_ids": expert_ids, "weights": self.weights, "joint": joint}
+        own |= {"raised": raised, **self.options}
+        gates, probs = self.kind.gates(logits=logits, **own)
+        soft = probs
+        if draw and self.noise is not None and logits is not None:
+            size = (self.noise_scale if scale is None else scale) / self.temperature
+            noise = draw_noise(self.noise, logits[..., : logits.shape[-1] - self.null_expert]) * size
+            noise = F.pad(noise, (0, 1)) if self.null_expert else noise
+            gates, soft = self.kind.gates(logits=logits + noise, **own)
+        if self.straight_through and soft is not None:
+            gates = straight_through(gates, soft)
+        return gates, probs
 
 
 def _rows(available: Bool[Tensor, "*batch expert"], like: Tensor) -> Bool[Tensor, "_ 1 expert"]:

@@ -204,7 +204,10 @@ def in_places(own: Tensor, found: Tensor, axes: Sequence[str], places: Mapping[s
     sizes = zip(names, own.shape, found.shape, strict=False)
     if any(ours != theirs for name, ours, theirs in sizes if name not in places):
         return found  # of other sites or widths: load_strictly names it
-    rows = [places.get(name, range(size)) for name, size in zip(names, found.shape, strict=True)]
+    rows = []
+    for name, size, ours in zip(names, found.shape, own.shape, strict=True):
+        placed = places.get(name, range(size))  # and last what belongs to no expert, such as a threshold
+        rows.append([*placed, *range(ours - size + len(placed), ours)])
     whole = own.clone()
     whole[torch.meshgrid(*map(torch.tensor, rows), indexing="ij")] = found.to(whole)
     return whole

@@ -159,8 +159,9 @@ def test_every_tensor_of_every_router_grows_by_experts_and_tasks():
     sizes = {"experts": 2, "num_tasks": 3, "dims": dims}
     more = {"experts": 4, "num_tasks": 5, "dims": dims}
     places = {"expert": [3, 1], "task": [2, 0, 4]}
+    learned = {"sites": 7, "per_site": True, "learned_threshold": True, "learned_noise": True}
     pairs = [
-        (Router(**sizes, sites=7, per_site=True), Router(**more, sites=7, per_site=True)),
+        (Router(**sizes, **learned), Router(**more, **learned)),
         (AnchorRouter(**sizes), AnchorRouter(**more)),
     ]
     for small, large in pairs:
@@ -174,6 +175,12 @@ def test_every_tensor_of_every_router_grows_by_experts_and_tasks():
                               for i, n in enumerate(place))  # fmt: skip
                 fresh[there] = found[place]
             assert torch.equal(whole, fresh), key
+
+
+def test_a_row_of_a_token_router_that_is_no_experts_stays_the_last_one():
+    found, own = torch.randn(3, 4), torch.randn(5, 4)
+    whole = in_places(own, found, axes_of("token_router.layer"), {"expert": [3, 1]})
+    assert whole.equal(torch.stack([own[0], found[1], own[2], found[0], found[2]]))
 
 
 # Sources of a stage -----------------------------------------------------------------------------
