@@ -109,7 +109,7 @@ def build_mixture(
     if config.router.granularity == "token":
         bank.add_token_routers(choices=len(config.choices) + config.router.learned_threshold, seed=config.seed)
     weights = config.router.weights
-    names = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through"]
+    names = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through", "score"]
     names += ["top_k", "top_p", "threshold", "normalize"]
     routing: dict[str, Any] = {name: getattr(config.router, name) for name in names}
     routing["weights"] = [weights.get(name, 0.0) for name in config.choices] if weights else None

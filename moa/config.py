@@ -32,13 +32,15 @@ from moa.routing import kinds
 from moa.routing.losses import GateLosses
 from moa.routing.roles import CHOSEN, check_roles
 from moa.routing.schedule import GateSchedule
+from moa.routing.scores import SCORES
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MADE = ("scenes", "drawings")  # formats without files, of as many samples as one asks for
 if TYPE_CHECKING:
-    RouterKind = Format = str
+    RouterKind = Score = Format = str
 else:
     RouterKind = Literal[tuple(kinds.KINDS)]
+    Score = Literal[tuple(SCORES)]
     Format = Literal[(*MADE, *readers())]
 NONE = "none"  # where a sample names its expert: the base alone, with router.null_expert
 
@@ -127,6 +129,7 @@ class RouterConfig:
     # how logits become gates; one_hot: by the sample's expert, fixed: by weights, anchors: untrained
     kind: RouterKind = "softmax"
     granularity: Literal["sample", "token"] = "sample"  # decided once per sample, or at each token
+    score: Score = "linear"  # how features are compared with each expert's weights
     # what the router sees
     evidence: list[Literal["image", "text", "ocr", "task"]] = field(
         default_factory=lambda: ["image", "text", "ocr", "task"]
@@ -180,6 +183,8 @@ class RouterConfig:
         self._check_noise()
 
     def _check_noise(self) -> None:
+        fits = self.score == "linear" or self.row.learns == "gradient"
+        check(fits, "score", f"has no effect with router.kind={self.kind}")
         rule = f"must be one of {', '.join(self.row.noises) or 'none'} with router.kind={self.kind}, got {self.noise}"
         check(self.noise is None or self.noise in self.row.noises, "noise", rule)
         by_token = self.granularity == "token"

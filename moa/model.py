@@ -124,7 +124,7 @@ class MixtureModel(nn.Module, ABC):
         """Let the coming forward of a batch use these gates; `expand` where generation repeats samples."""
         if decided.gates is None:
             decide, temperature = partial(self.routing.token_gates, draw=True), self.routing.temperature
-            self.bank.route_tokens(decide, temperature, recording=not expand)
+            self.bank.route_tokens(decide, temperature, score=self.routing.token_logits, recording=not expand)
         else:
             owners = self.backbone.owners(batch)
             self.bank.set_gates(decided.gates, owners, batch.segments, expand=expand)

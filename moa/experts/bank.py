@@ -13,10 +13,11 @@ from itertools import compress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moa.experts.context import Decide, GateContext, GateState
+from moa.experts.context import Decide, GateContext, GateState, Score
 from moa.experts.kinds import KINDS
 from moa.experts.lora import ExpertLinear
 from moa.experts.starts import hashed
@@ -364,12 +365,16 @@ class ExpertBank:
             watch=self.context.watch,
         )
 
-    def route_tokens(self, decide: Decide, temperature: float | int = 1.0, *, recording: bool = True) -> None:
+    def route_tokens(
+        self, decide: Decide, temperature: float | int = 1.0, *, score: Score = F.linear, recording: bool = True
+    ) -> None:
         """Let every site route the tokens of the coming forward by its own token router.
 
-        `decide` turns logits, over the temperature, into gates; `recording` keeps the logits.
+        `score` compares tokens with a router [choice, in], `decide` turns such logits, over the temperature, into
+        gates; `recording` keeps the logits.
         """
         more: dict[str, Any] = {"temperature": temperature, "recording": recording, "watch": self.context.watch}
+        more["score"] = score
         self.context.state = GateState(gates=None, experts=tuple(self.names), decide=decide, **more)
 
     def take_token_logits(self) -> dict[str, Float[Tensor, "*_ choice"]]:

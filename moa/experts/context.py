@@ -16,6 +16,7 @@ from torch import Tensor
 from moa.experts.crosstalk import Watch
 
 Decide = Callable[[Tensor], Tensor]  # logits [.., choice] -> gates [.., expert]
+Score = Callable[[Tensor, Tensor], Tensor]  # features [.., in], a router [choice, in] -> logits [.., choice]
 
 
 @dataclass(kw_only=True)
@@ -31,6 +32,7 @@ class GateState:
     expand: bool = False  # generation repeats each sample for its beams and return sequences
     decide: Decide | None = None  # of token routing
     temperature: float | int = 1.0  # of token routing
+    score: Score = F.linear  # of token routing
     recording: bool = True
     # site -> [batch, seq, choice], divided by the temperature
     token_logits: dict[str, Tensor] = field(default_factory=dict)
@@ -70,7 +72,7 @@ class GateState:
         if token_router is None or self.decide is None:
             raise ValueError(f"{site}: has no token router; call bank.add_token_routers()")
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.float(), token_router.float()) / self.temperature
+            logits = self.score(x.float(), token_router.float()) / self.temperature
             gates = self.decide(logits)
         if self.recording:
             self.token_logits[site] = logits  # by site: a second call replaces the first

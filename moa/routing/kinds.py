@@ -113,7 +113,7 @@ LEARNED: dict[str, Any] = {
     "learns": "gradient",
     "module_options": (
         *("evidence", "hidden", "pooling", "per_site", "modality_dropout"),
-        *("learned_threshold", "learned_noise"),
+        *("score", "learned_threshold", "learned_noise"),
     ),
 }
 SOFTMAX: dict[str, Any] = LEARNED | {

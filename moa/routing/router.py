@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moa.routing.gating import anchor_similarity, anchor_sums
+from moa.routing.scores import SCORES
 
 EVIDENCE = ("image", "text", "ocr", "task")
 # Kind of evidence -> what its encoder reads; the task is an id alone.
@@ -80,6 +81,7 @@ class Router(nn.Module):
         pooling: str = "attention",
         per_site: bool = False,
         modality_dropout: float | int = 0.0,
+        score: str = "linear",
         learned_threshold: bool = False,
         learned_noise: bool = False,
     ) -> None:
@@ -96,9 +98,7 @@ class Router(nn.Module):
         missing = {kind: nn.Parameter(torch.randn(hidden) * 0.02) for kind in self.evidence}
         self.missing = nn.ParameterDict(missing)
         width = hidden * len(self.evidence)
-        last = nn.Linear(hidden, experts)
-        nn.init.normal_(last.weight, std=0.02)  # gates start nearly uniform
-        nn.init.zeros_(last.bias)
+        last = Scores(hidden, experts, score)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), last)
         self.site_offset = nn.Parameter(torch.zeros(sites, experts)) if per_site else None
         self.threshold = zeros(hidden, 1) if learned_threshold else None
@@ -140,6 +140,20 @@ class Router(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+class Scores(nn.Linear):
+    """The last layer: logits by a row of `moa.routing.scores`, of which linear alone has a bias."""
+
+    def __init__(self, hidden: int, experts: int, score: str) -> None:
+        super().__init__(hidden, experts, bias=score == "linear")
+        self.score = SCORES[score]
+        nn.init.normal_(self.weight, std=0.02)  # gates start nearly uniform
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features) if self.bias is not None else self.score(features, self.weight)
 
 
 def zeros(width: int, columns: int) -> nn.Linear:

@@ -20,6 +20,7 @@ from moa.routing.losses import gate_losses
 from moa.routing.roles import Roles
 from moa.routing.router import Evidence
 from moa.routing.schedule import GateDraws
+from moa.routing.scores import SCORES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +67,13 @@ class Routing(nn.Module):
         noise: str | None = None,
         noise_scale: float | int | None = None,
         straight_through: bool = False,
+        score: str = "linear",
     ) -> None:
         super().__init__()
         self.options = {"top_k": top_k, "top_p": top_p, "threshold": threshold, "normalize": normalize}
         self.noise, self.noise_scale = noise, 1.0 if noise_scale is None else noise_scale
-        self.straight_through = straight_through
+        self.straight_through, self.score = straight_through, SCORES[score]
+        self.learned_threshold = KINDS[kind].learned_threshold and threshold is None
         self.kind, self.granularity, self.null_expert = KINDS[kind], granularity, null_expert
         self.router, self.top_k, self.temperature = router, top_k, temperature
         wanted = self.kind.router is not None and granularity == "sample"
@@ -151,6 +154,14 @@ class Routing(nn.Module):
         ids = self.roles.choice_ids(expert_ids)
         return ids if self.null_expert else ids.masked_fill(ids == len(self.roles.choices), -1)
 
+    def token_logits(
+        self, features: Float[Tensor, "*lead width"], weight: Float[Tensor, "column width"]
+    ) -> Float[Tensor, "*lead column"]:
+        """What a token router gives, before the temperature: the scores, and a learned threshold, which is linear."""
+        if not self.learned_threshold:
+            return self.score(features, weight)
+        return torch.cat([self.score(features, weight[:-1]), F.linear(features, weight[-1:])], dim=-1)
+
     def token_gates(
         self, logits: Float[Tensor, "*lead column"], *, draw: bool = False
     ) -> Float[Tensor, "*lead expert"]:
@@ -198,14 +209,15 @@ class Routing(nn.Module):
 
     def _split(self, columns: Tensor, times: float | int) -> tuple[Tensor, dict[str, Any]]:
         """A router's output -> the logits, and what it learns beside them, `times` a factor."""
-        count = len(self.roles.choices)
-        logits, rest = columns[..., :count], columns[..., count:] * times
         more: dict[str, Any] = {}
         if self.noise == "learned":
-            more["scale"], rest = F.softplus(rest[..., -count:]), rest[..., :-count]
-        if rest.shape[-1]:
-            more["raised"] = rest
-        return logits, more
+            count = len(self.roles.choices)
+            columns, scale = columns[..., :-count], columns[..., -count:]
+            more["scale"] = F.softplus(scale * times)
+        if self.learned_threshold:
+            columns, raised = columns[..., :-1], columns[..., -1:]
+            more["raised"] = raised * times
+        return columns, more
 
     def _gates(
         self,

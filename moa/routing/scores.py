@@ -1,0 +1,48 @@
+"""How a router compares features with each expert's row of weights: a row per score.
+
+    linear      w_e x (+ b_e)
+    cosine      t cos(w_e, x), with the temperature t = the root mean square of the rows' lengths, at most 100: the
+                cosine router of GMoE (arXiv 2206.04046, eq. 8) and DG-MoA, whose learned t is a number of its own
+    ln_cosine   LN(w_e) LN(x) / sqrt(width), layer norms without parameters: PHATGOOSE (arXiv 2402.05859, section 3.2)
+
+The last layer of a sample's router and the token routers of the sites read this table, and so does the config: torch is
+imported in functions alone.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = Any
+
+Features = Float[Tensor, "*lead width"]
+Weight = Float[Tensor, "expert width"]
+Logits = Float[Tensor, "*lead expert"]
+MOST = 100.0  # of a temperature
+
+
+def linear(features: Features, weight: Weight) -> Logits:
+    import torch.nn.functional as F
+
+    return F.linear(features, weight)
+
+
+def cosine(features: Features, weight: Weight) -> Logits:
+    import torch.nn.functional as F
+
+    temperature = weight.square().sum(-1).mean().sqrt().clamp(max=MOST)
+    return temperature * F.linear(F.normalize(features, dim=-1, eps=1e-6), F.normalize(weight, dim=-1, eps=1e-6))
+
+
+def ln_cosine(features: Features, weight: Weight) -> Logits:
+    import torch.nn.functional as F
+
+    width = weight.shape[-1:]
+    return F.linear(F.layer_norm(features, width), F.layer_norm(weight, width)) / width[0] ** 0.5
+
+
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"linear": linear, "cosine": cosine, "ln_cosine": ln_cosine}
