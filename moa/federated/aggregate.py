@@ -9,7 +9,7 @@ most the last bit. An update that is not of this round, state and table is count
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import Parameter, signature
 from typing import Any
 
@@ -32,7 +32,7 @@ def _without_options() -> None: ...
 
 RULES: dict[str, Callable[..., Any]] = {**dict.fromkeys(STREAMED, _without_options), **rules.ROBUST}
 SERVERS: dict[str, Callable[..., Any]] = {"none": _without_options, **rules.SERVERS}
-GLOBAL = ""
+GLOBAL, CLIENT = "", "client:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ def scope_of(role: Role, update: Update) -> str:
         raise ValueError(f"{role.name} is per task, and the client has the tasks {list(update.tasks)}")
     if role.scope == "per_group" and not update.group:
         raise ValueError(f"{role.name} is per group, and the client has none")
-    names = {"global": GLOBAL, "per_client": f"client:{update.client}", "per_group": f"group:{update.group}"}
+    names = {"global": GLOBAL, "per_client": f"{CLIENT}{update.client}", "per_group": f"group:{update.group}"}
     return names[role.scope] if role.scope in names else f"task:{update.tasks[0]}"
 
 
@@ -345,11 +345,18 @@ def accept(
     for name, value in update.values.items():
         if tuple(value.shape) != expected[name].shape:
             raise ValueError(f"{name} has the shape {tuple(value.shape)}, must be {expected[name].shape}")
-        if not value.is_floating_point() or not math.isfinite(float(value.sum(dtype=torch.float64))):
+        if not is_finite(value):
             raise ValueError(f"{name} is not finite numbers")
     if update.digest and update.digest != digest_of(update.values):
         raise ValueError("torn: the values are not those of its digest")
     return accepted
+
+
+def is_finite(value: Tensor) -> bool:
+    """By the sum, which is twice as fast as looking at each number; in float64 where float32 may have overflowed."""
+    if not value.is_floating_point():
+        return False
+    return math.isfinite(float(value.sum())) or math.isfinite(float(value.sum(dtype=torch.float64)))
 
 
 def _weight(role: Role, counts: Mapping[str, float | int]) -> float:
@@ -365,3 +372,31 @@ def _values(server: Server, pieces: Sequence[Piece], scope: str) -> dict[str, Te
     """A role's values before the round: those of the scope, or, where it has none yet, the global ones."""
     own = server.scoped.get(scope, {})
     return {piece.name: own[piece.name] if piece.name in own else piece.of(server.tensors) for piece in pieces}
+
+
+def transfer(
+    server: Server, role: Role, pieces: Sequence[Piece], *, own: float = 0.5, nearest: int = 3
+) -> tuple[Server, dict[str, dict[str, float]]]:
+    """Mix the values that clients have of a role with scope `per_client`, each with its nearest others.
+
+    Also the weights, client -> client -> share; see `moa.federated.rules.nearest_weights`.
+    """
+    if role.scope != "per_client":
+        raise ValueError(f"roles.{role.name}.scope: must be per_client to mix clients' values, got {role.scope!r}")
+    names = [piece.name for piece in pieces if piece.role == role.name]
+    scopes = sorted(
+        scope for scope, values in server.scoped.items() if scope.startswith(CLIENT) and set(names) <= {*values}
+    )
+    if not scopes:
+        return server, {}
+    rows = torch.stack([torch.cat([server.scoped[s][n].double().flatten() for n in names]) for s in scopes])
+    shares = rules.nearest_weights(rules.distances(rows), own=own, nearest=nearest)
+    scoped = dict(server.scoped)
+    for scope, row in zip(scopes, shares @ rows, strict=True):
+        before = server.scoped[scope]
+        parts = row.split([before[name].numel() for name in names])
+        new = {n: part.view(before[n].shape).to(before[n].dtype) for n, part in zip(names, parts, strict=True)}
+        scoped[scope] = {**before, **new}
+    clients = [scope.removeprefix(CLIENT) for scope in scopes]
+    table = {one: dict(zip(clients, row.tolist(), strict=True)) for one, row in zip(clients, shares, strict=True)}
+    return replace(server, scoped=scoped), table

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moa.federated.aggregate import Server, Update, aggregate, check_roles, deliver, digest_of
+from moa.federated.aggregate import Server, Update, aggregate, check_roles, deliver, digest_of, transfer
 from moa.federated.pieces import Names, Role, pieces_of
 
 NAMES = Names(choices=("vqa", "ocr"), evidence=("image", "ocr"))
@@ -192,6 +192,29 @@ def test_scopes_move_apart_and_are_delivered_to_their_own(scope):
     assert report.roles["rest", name].contributors == ("c1",) and torch.equal(got[A], randoms(101)[A])
     start = deliver(new, roles, pieces_of(SHAPES, roles, NAMES), ["client:new"])
     assert torch.equal(start[A], server().tensors[A])
+
+
+def test_clients_take_from_their_nearest_others():
+    roles = changed(scope="per_client")
+    pieces = pieces_of(SHAPES, roles, NAMES)
+    near = [replace(update(0, sends=("rest",)), client=name) for name in ("a", "b")]
+    near[1] = replace(near[1], values={key: value + 0.01 for key, value in near[1].values.items()})
+    new, _ = run([*near, update(7, sends=("rest",))], roles)
+    mixed, shares = transfer(new, roles[1], pieces, own=0.7, nearest=1)
+    assert shares["a"] == pytest.approx({"a": 0.7, "b": 0.3, "c7": 0})
+    torch.testing.assert_close(mixed.scoped["client:a"][A], near[0].values[A] + 0.003)
+    assert torch.equal(new.scoped["client:a"][A], near[0].values[A]) and mixed.base() != new.base()
+    alone, _ = run([near[0]], roles)
+    assert torch.equal(transfer(alone, roles[1], pieces)[0].scoped["client:a"][A], near[0].values[A])
+    assert transfer(server(), roles[1], pieces)[1] == {}
+    with pytest.raises(ValueError, match="roles.ocr.scope: must be per_client"):
+        transfer(new, roles[0], pieces)
+
+
+def test_large_finite_values_are_finite():
+    own = update(1)
+    _, report = run([replace(own, values={**own.values, A: torch.full((2, 7), 3e38)})])
+    assert not report.refused
 
 
 def test_a_client_of_several_tasks_has_no_value_per_task():
