@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     RouterKind = Score = Format = str
 else:
     RouterKind = Literal[tuple(kinds.KINDS)]
-    Score = Literal[tuple(SCORES)]
+    Score = Literal[(*SCORES, kinds.TABLE)]
     Format = Literal[(*MADE, *readers())]
 NONE = "none"  # where a sample names its expert: the base alone, with router.null_expert
 
@@ -129,7 +129,8 @@ class RouterConfig:
     # how logits become gates; one_hot: by the sample's expert, fixed: by weights, anchors: untrained
     kind: RouterKind = "softmax"
     granularity: Literal["sample", "token"] = "sample"  # decided once per sample, or at each token
-    score: Score = "linear"  # how features are compared with each expert's weights
+    # how features are compared with each expert's weights; table: no features, a learned logit per task and expert
+    score: Score = "linear"
     # what the router sees
     evidence: list[Literal["image", "text", "ocr", "task"]] = field(
         default_factory=lambda: ["image", "text", "ocr", "task"]
@@ -185,6 +186,11 @@ class RouterConfig:
     def _check_noise(self) -> None:
         fits = self.score == "linear" or self.row.learns == "gradient"
         check(fits, "score", f"has no effect with router.kind={self.kind}")
+        if self.score == kinds.TABLE:
+            check(self.granularity == "sample", "score", "table needs granularity sample")
+            check(self.evidence == ["task"], "evidence", f"must be [task] with router.score=table; got {self.evidence}")
+            check(not self.learned_threshold, "threshold", "needs a number with router.score=table, which learns none")
+            check(not self.learned_noise, "noise", "learned needs another score than table")
         rule = f"must be one of {', '.join(self.row.noises) or 'none'} with router.kind={self.kind}, got {self.noise}"
         check(self.noise is None or self.noise in self.row.noises, "noise", rule)
         by_token = self.granularity == "token"

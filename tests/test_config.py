@@ -133,6 +133,8 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         (["router.granularity=token", "router.noise=learned"], ["router.noise", "granularity sample"]),
         (["router.noise=learned", "router.noise_scale=2"], ["router.noise_scale", "no effect", "learned"]),
         (["router.kind=anchors", "router.score=cosine"], ["router.score", "no effect", "anchors"]),
+        (["router.score=table"], ["router.evidence", "[task]", "'image'"]),
+        (["router.score=table", "router.evidence=[task]", "router.kind=threshold"], ["router.threshold", "number"]),
         (["router.straight_through=true"], ["router.straight_through", "top_k, top_p", "softmax"]),
         (["router.kind=fixed", "router.weights={c: 1}"], ["router.weights.c", "['a', 'b']"]),
         (["router.evidence=[]"], ["router.evidence", "nothing"]),

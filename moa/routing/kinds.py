@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     Decided = tuple[Tensor, Tensor | None]
 
 
+TABLE = "table"  # a score without features: the logits of a task are what is learned
+TABLE_OPTIONS = ("experts", "sites", "num_tasks", "per_site", "modality_dropout")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """One kind: its function, and what the others need of it."""
@@ -97,8 +101,10 @@ def fixed(*, expert_ids: Any, weights: Any, mask: Any, **_: Any) -> "Decided":
 
 
 def learned_router(**options: Any) -> "nn.Module":
-    from moa.routing.router import Router
+    from moa.routing.router import Router, TableRouter
 
+    if options.get("score") == TABLE:
+        return TableRouter(**{key: options[key] for key in TABLE_OPTIONS})
     return Router(**options)
 
 

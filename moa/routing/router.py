@@ -32,6 +32,7 @@ AXES = {
     r"noise\.(weight|bias)": ("expert",),
     r"site_offset": ("site", "expert"),
     r"encoders\.task\.weight": ("task",),
+    r"table": ("site", "task", "expert"),
     r"task_sums": ("expert", "task"),
     r"\w+_(sums|counts)": ("expert",),
 }
@@ -61,7 +62,18 @@ def axes_of(key: str) -> tuple[str, ...]:
     return next((axes for name, axes in AXES.items() if re.fullmatch(name, key)), ())
 
 
-class Router(nn.Module):
+class KeepsPrecision(nn.Module):
+    """model.to(bfloat16) and DeepSpeed's cast move it, but leave it its precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsPrecision":
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class Router(KeepsPrecision):
     """Learned router. Logits are `[batch, 1, expert]`, or `[batch, site, expert]` with `per_site`.
 
     `dims` gives the widths of the image tokens ("image") and of the language model's embeddings
@@ -133,13 +145,27 @@ class Router(nn.Module):
             present = present & kept.to(present.device, non_blocking=True)
         return torch.where(present[:, None], vector, self.missing[kind])
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
-        def move(tensor: Tensor) -> Tensor:
-            # model.to(bfloat16) and DeepSpeed's cast move the router, but leave it its precision.
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+class TableRouter(KeepsPrecision):
+    """Learned logits of each task, with `per_site` for each layer by itself; zeros, all alike, where the task is
+    unknown or hidden: Polytropon's allocation of skills (arXiv 2202.13914, section 3), MTL-LoRA's weights of tasks."""
+
+    evidence = ("task",)
+
+    def __init__(
+        self, *, experts: int, sites: int, num_tasks: int, per_site: bool = False, modality_dropout: float | int = 0.0
+    ) -> None:
+        super().__init__()
+        self.modality_dropout = modality_dropout
+        self.table = nn.Parameter(torch.zeros(sites if per_site else 1, num_tasks, experts))
+
+    def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch site expert"]:
+        ids: Any = evidence.task_ids
+        known = ids >= 0 if "task" not in withhold else torch.zeros_like(ids, dtype=torch.bool)
+        if self.training and self.modality_dropout > 0:
+            kept = torch.rand(known.shape) >= self.modality_dropout
+            known = known & kept.to(known.device, non_blocking=True)
+        return self.table[:, ids.clamp(min=0)].transpose(0, 1) * known[:, None, None]
 
 
 class Scores(nn.Linear):

@@ -20,7 +20,7 @@ from moa.routing.losses import gate_losses
 from moa.routing.roles import Roles
 from moa.routing.router import Evidence
 from moa.routing.schedule import GateDraws
-from moa.routing.scores import SCORES
+from moa.routing.scores import SCORES, linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Routing(nn.Module):
         super().__init__()
         self.options = {"top_k": top_k, "top_p": top_p, "threshold": threshold, "normalize": normalize}
         self.noise, self.noise_scale = noise, 1.0 if noise_scale is None else noise_scale
-        self.straight_through, self.score = straight_through, SCORES[score]
+        self.straight_through, self.score = straight_through, SCORES.get(score, linear)
         self.learned_threshold = KINDS[kind].learned_threshold and threshold is None
         self.kind, self.granularity, self.null_expert = KINDS[kind], granularity, null_expert
         self.router, self.top_k, self.temperature = router, top_k, temperature

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from moa.routing.kinds import KINDS
 from moa.routing.roles import Roles
-from moa.routing.router import Evidence, Router
+from moa.routing.router import Evidence, Router, TableRouter
 from moa.routing.routing import Routing
 from moa.routing.scores import SCORES
 
@@ -73,3 +73,27 @@ def test_a_token_router_has_the_score_and_a_learned_threshold_stays_linear(score
     torch.testing.assert_close(columns[..., :3], SCORES[score](x, weight[:3]))
     torch.testing.assert_close(columns[..., 3:], F.linear(x, weight[3:]))
     assert model.token_gates(columns).shape == (2, 5, 3)
+
+
+@pytest.mark.parametrize("per_site", [False, True])
+def test_a_table_has_the_logits_of_each_task_and_equal_ones_where_it_is_unknown(per_site):
+    router = TableRouter(experts=3, sites=5, num_tasks=4, per_site=per_site)
+    ids = torch.tensor([2, -1, 0])
+    assert router(Evidence(task_ids=ids)).shape == (3, 5 if per_site else 1, 3)
+    torch.nn.init.normal_(router.table)
+    logits = router(Evidence(task_ids=ids))
+    for sample, task in enumerate(ids.tolist()):
+        assert logits[sample].equal(router.table[:, task] if task >= 0 else torch.zeros_like(router.table[:, 0]))
+    assert router(Evidence(task_ids=ids), withhold=["task"]).eq(0).all()
+    logits[:, :, 0].sum().backward()
+    assert router.table.grad[:, [0, 2], 0].eq(1).all() and router.table.grad.sum() == 2 * len(router.table)
+
+
+def test_a_table_keeps_its_precision_and_hides_tasks_in_training_alone():
+    router = TableRouter(experts=2, sites=1, num_tasks=1, modality_dropout=0.3).bfloat16()
+    assert router.table.dtype == torch.float32
+    torch.nn.init.ones_(router.table)
+    evidence = Evidence(task_ids=torch.zeros(4000, dtype=torch.long))
+    assert router.eval()(evidence).eq(1).all()
+    torch.manual_seed(0)
+    assert router.train()(evidence).mean().item() == pytest.approx(0.7, abs=0.03)

@@ -13,6 +13,7 @@ from data.mixture import Mixture
 from moa.build import build_model
 from moa.checkpoint import load_model
 from moa.config import RunConfig, load_config
+from moa.routing.kinds import learned_router
 from moa.routing.router import AnchorRouter, Evidence, Router, axes_of
 from moa.training.stages import first_position, in_places, start_weights
 from tests.support.toy import toy_rows, toy_world, write_rows
@@ -160,9 +161,11 @@ def test_every_tensor_of_every_router_grows_by_experts_and_tasks():
     more = {"experts": 4, "num_tasks": 5, "dims": dims}
     places = {"expert": [3, 1], "task": [2, 0, 4]}
     learned = {"sites": 7, "per_site": True, "learned_threshold": True, "learned_noise": True}
+    table = {"sites": 7, "per_site": True, "modality_dropout": 0.0, "score": "table"}
     pairs = [
         (Router(**sizes, **learned), Router(**more, **learned)),
         (AnchorRouter(**sizes), AnchorRouter(**more)),
+        (learned_router(**sizes, **table), learned_router(**more, **table)),
     ]
     for small, large in pairs:
         own = {key: torch.randn_like(value) for key, value in large.state_dict().items()}
