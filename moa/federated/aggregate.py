@@ -18,7 +18,6 @@ from torch import Tensor
 
 from moa.federated import rules
 from moa.federated.pieces import Piece, Role, join
-from moa.merging.methods.table import check_options, find_method
 
 Tensors = Mapping[str, Tensor]
 FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -37,7 +36,10 @@ GLOBAL, CLIENT = "", "client:"
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one client sends: its values of the pieces of the roles that it trained, and counts."""
+    """What one client sends: its values of the pieces of the roles that it trained, and counts.
+
+    Rules that need all values keep them without a copy, so they must not be those of a model that trains on.
+    """
 
     client: str
     round: int
@@ -121,8 +123,7 @@ def check_roles(roles: Sequence[Role], pieces: Sequence[Piece]) -> None:
         if is_paired(role):
             pairs_of(role, pieces)
             if role.rule.startswith(MERGE):
-                find_method(role.rule.removeprefix(MERGE), "core")
-                check_options(role.rule.removeprefix(MERGE), role.options)
+                rules.check_merge(role.rule.removeprefix(MERGE), role.options)
         if role.rule == "carry" and "ratio" not in role.options:
             raise ValueError(f"{where}.options.ratio: the scaling of the role's expert over that of {role.into}")
 
@@ -170,6 +171,11 @@ def deliver(server: Server, roles: Sequence[Role], pieces: Sequence[Piece], scop
     for scope in scopes:
         values |= server.scoped.get(scope, {})
     return join(pieces, values, server.tensors)
+
+
+def carrying(role: Role, factor: Piece) -> str:
+    """The key of the same factor in the expert that a role adds to."""
+    return f"experts.{role.into}.{factor.key.split('.', 2)[2]}"
 
 
 class _Total:
@@ -254,9 +260,7 @@ class _Total:
             norms.append(rules.covariance_norms(pairs, weights))
             like = self.start[a.name].double(), self.start[b.name].double()
             if self.role.rule == "carry":
-                keys = [f"experts.{self.role.into}.{piece.key.split('.', 2)[2]}" for piece in (a, b)]
-                if not set(keys) <= tensors.keys():
-                    raise ValueError(f"roles.{self.role.name}.into: {self.role.into} has no {keys[0]}")
+                keys = [carrying(self.role, piece) for piece in (a, b)]
                 carried = tensors[keys[0]].double(), tensors[keys[1]].double()
                 pair, low = rules.carry(pairs, weights, carried, **self.role.options)
                 both = rules.padded(low, carried)
@@ -266,7 +270,8 @@ class _Total:
                 if method == "svd":
                     low = rules.svd(pairs, weights, rank)
                 else:
-                    low = rules.merge(pairs, weights, rank, method=method, options=self.role.options, site=a.key)
+                    site = a.key.removesuffix(FACTORS[0])
+                    low = rules.merge(pairs, weights, rank, method=method, options=self.role.options, site=site)
                 pair = rules.padded(low, like)
             lost += low.lost
             values |= {a.name: pair[0], b.name: pair[1]}
@@ -281,6 +286,9 @@ def aggregate(
     check_roles(roles, pieces)
     base, seen, refused = server.base(), set[str](), list[tuple[str, str]]()
     by_role = {role.name: [piece for piece in pieces if piece.role == role.name] for role in roles}
+    for role in (role for role in roles if role.into):
+        if lost := [k for k in (carrying(role, p) for p in by_role[role.name]) if k not in server.tensors]:
+            raise ValueError(f"roles.{role.name}.into: {role.into} has no {lost[0]}")
     totals: dict[tuple[str, str], _Total] = {}
     for update in updates:
         try:

@@ -16,11 +16,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.merging.core import Factors, LowRank, compress, inner_product, to_core
+from moa.merging.methods.method import Method
 from moa.merging.methods.stack import stack_of
 from moa.merging.methods.table import check_options, find_method
 
 State = dict[str, Tensor]
 Number = float | int
+READ_DEPTH = ("lines",)
 
 
 # Server optimisers: the change of the mean client -> the step of the server, and the state of the piece.
@@ -274,20 +276,26 @@ def merge(
     method: str,
     options: Mapping[str, Any] | None = None,
     site: str = "",
-    depth: float = 0.0,
+    depth: float | None = None,
 ) -> LowRank:
     """One-shot federation: clients' updates merged once by a method of `moa.merging`, in core space.
 
     Weights are the shares of their sum, times the number of clients for a method that adds updates up with weight 1.
-    `depth` is the site's place among the layers, 0 to 1, which some methods read.
+    `depth` is the site's place among the layers, 0 to 1.
     """
-    row = find_method(method, "core")
-    if row.reads_inputs or row.prepare and (options or {}).get("scope") == "model":
-        raise ValueError(f"rule: merge:{method} reads more than the clients' updates of one site")
+    row, own_options = check_merge(method, options or {}, depth)
     scale = len(pairs) if row.weights == "ones" else 1
     updates = to_core(pairs, canonical=not row.is_sum)
     names = tuple(f"client {number}" for number in range(len(pairs)))
-    stacked = stack_of(site=site, experts=names, matrices=updates.cores, depth=depth)
+    stacked = stack_of(site=site, experts=names, matrices=updates.cores, depth=depth or 0.0)
     own = torch.tensor([scale * p for p in shares_of(weights)], dtype=updates.cores.dtype)
-    merged = row.function(stacked, own, **check_options(method, options or {}))
+    merged = row.function(stacked, own, **own_options)
     return compress(updates, merged, rank, sum(len(a) for a, _ in pairs))
+
+
+def check_merge(method: str, options: Mapping[str, Any], depth: float | None = None) -> tuple[Method, dict[str, Any]]:
+    """A method of one site's updates in core space, and all its options; ValueError for another."""
+    row, own = find_method(method, "core"), check_options(method, options)
+    if row.reads_inputs or own.get("scope") == "model" or (method in READ_DEPTH and depth is None):
+        raise ValueError(f"rule: merge:{method} reads more than the clients' updates of one site")
+    return row, own

@@ -290,11 +290,21 @@ def test_carry_puts_the_covariance_into_a_frozen_expert():
         ({"rule": "svd"}, r"rest.rule: svd needs both whole factors, got router.head.1.weight\[:,0:2\] alone"),
         ({"options": {"share": 0.2}}, "rest.options.share: no such option; it has none"),
         ({"server": "adam", "server_options": {"beta": 1}}, "server_options.beta: no such option; it has .*beta1"),
-        ({"rule": "merge:tie"}, "no such method 'tie'|needs both"),
+        ({"match": ("experts:vqa", "router:rest"), "rule": "svd"}, "needs both whole factors"),
     ],
 )
 def test_a_table_whose_settings_do_not_go_together_is_named(change, said):
     roles = changed(**change)
+    with pytest.raises(ValueError, match=said):
+        check_roles(roles, pieces_of(SHAPES, roles, NAMES))
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [("tie", "no such method 'tie'"), ("lines", "lines reads more"), ("lego", "not defined in 'core'")],
+)
+def test_a_merge_that_no_role_can_have_is_named_before_the_round(rule, said):
+    roles = (replace(PAIRS[0], rule=f"merge:{rule}"), PAIRS[1])
     with pytest.raises(ValueError, match=said):
         check_roles(roles, pieces_of(SHAPES, roles, NAMES))
 

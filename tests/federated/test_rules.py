@@ -117,7 +117,7 @@ def test_an_empty_rank_keeps_its_a_so_that_it_can_learn():
 def test_any_merge_of_one_site_in_one_shot(method):
     own = pairs(2, 2, 2)
     two = method in ("slerp", "sa_merge")  # defined for two
-    if METHODS[method].reads_inputs:
+    if METHODS[method].reads_inputs or method == "lines":
         with pytest.raises(ValueError, match=f"merge:{method} reads more"):
             rules.merge(own, WEIGHTS, 4, method=method)
         return
@@ -126,6 +126,12 @@ def test_any_merge_of_one_site_in_one_shot(method):
     assert low.lora_b.shape == (7, 2 * len(own)) and bool(dense(low).isfinite().all())
     if method in ("linear", "task_arithmetic"):
         close(dense(low), exact(own) * (3 if METHODS[method].weights == "ones" else 1))
+
+
+def test_a_merge_over_all_sites_is_named_and_depth_may_be_given():
+    with pytest.raises(ValueError, match="merge:ties reads more"):
+        rules.merge(pairs(2, 2), [1, 1], 2, method="ties", options={"scope": "model"})
+    assert rules.merge(pairs(2, 2), [1, 1], 2, method="lines", depth=0.5).lora_b.shape == (7, 2)
 
 
 def test_a_merge_that_is_not_in_core_space_is_named():
