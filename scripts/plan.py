@@ -43,8 +43,8 @@ class Settings:
     json: bool = False  # print the record instead of tables
 
 
-def show(settings: Settings, run_overrides: Sequence[str]) -> None:
-    """A table for each backbone; on several machines one table for all."""
+def show(settings: Settings, run_overrides: Sequence[str], laid_over: Sequence[str] = ()) -> None:
+    """A table for each backbone; on several machines one table for all. `laid_over` are files over the run's config."""
     import json
     import warnings
 
@@ -55,7 +55,7 @@ def show(settings: Settings, run_overrides: Sequence[str]) -> None:
     speeds = {name: getattr(settings, name) for name in ("reserve", "bandwidth", "host_bandwidth")}
     sizes = [(size, count) for size in settings.gpu_memory for count in settings.gpus]
     machines = [Machine(num_devices=count, memory=size, **speeds) for size, count in sizes]
-    config = load_config(settings.config, run_overrides)
+    config = load_config([settings.config, *laid_over], run_overrides)
     lengths = {"tokens": settings.tokens, "answer": settings.answer}
     with Console(stderr=True).status("") as status:
         plans = plan_run(config, settings.backbone, machines, note=status.update, **lengths)
@@ -71,11 +71,12 @@ def show(settings: Settings, run_overrides: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    overrides = settings_parser(Settings, __doc__).parse_intermixed_args(argv).overrides
+    args = settings_parser(Settings, __doc__).parse_intermixed_args(argv)
+    overrides = args.overrides
     names = [f.name for f in dataclasses.fields(Settings)]
     own = [text for text in overrides if re.split(r"[.=]", text)[0] in names]
     with mistakes_in_one_line():
-        show(load(Settings, None, own), [text for text in overrides if text not in own])
+        show(load(Settings, None, own), [text for text in overrides if text not in own], args.config or ())
 
 
 if __name__ == "__main__":

@@ -71,19 +71,26 @@ def score_all(
     measured = read_scores(run, weights, fingerprint, base)
     rows, answers = {BASE: by_name(base)}, {BASE: answers_of(base)}
     about = {BASE: fingerprint, ROUTED: weights}
-    for one in models:
-        name = name_of_row(one)
+    names = names_of_rows(models)
+    for name, one in zip(names, models, strict=True):
         config = with_eval(one.config, num_images=0, sources=own.config.eval.sources)
         results = score_sources(open_model(one, "cpu"), config, ocr, progress=True)
         rows[name], answers[name] = by_name(results), answers_of(results)
         about[name] = str(one.fingerprint())
     rows[ROUTED] = {name: record["score"] for name, (record, _) in measured.items()}
     answers[ROUTED] = {name: found for name, (_, found) in measured.items()}
-    order = [BASE, *map(name_of_row, models[: len(beside)]), ROUTED, *map(name_of_row, models[len(beside) :])]
+    order = [BASE, *names[: len(beside)], ROUTED, *names[len(beside) :]]
     tasks = {source.task for source in own.config.data.sources.values()}
     trained = [source.name for source in chosen_sources(own.config) if source.task in tasks]
     record = {"rows": {name: rows[name] for name in order}, "weights": about, "trained": trained}
     return record | {"data": {r.name: r.data for r in base}}, {name: answers[name] for name in order}
+
+
+def names_of_rows(models: "Sequence[EvaluatedModel]") -> list[str]:
+    """Each its own: models of one name get their label, which no other has, behind it."""
+    names = [*map(name_of_row, models)]
+    pairs = zip(names, models, strict=True)
+    return [f"{name} ({model.label})" if names.count(name) > 1 else name for name, model in pairs]
 
 
 def name_of_row(model: "EvaluatedModel") -> str:

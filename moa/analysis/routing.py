@@ -132,13 +132,15 @@ def summary(
     """Everything above as one record for a JSON file.
 
     `mean_gates`, the weights of a merge, weighs the tasks alike (the trained ones, where any is among the samples).
-    `per_kind` has a row for each task, or for each expert of a task that has several. Mutual information, entropy and
-    accuracy are of the experts that the router chooses among (None: all), and of none, where samples are meant for it.
+    `per_kind` has a row for each task, or for each expert of a task that has several. Mutual information, entropy,
+    accuracy and the dead ones are of the experts that the router chooses among (None: all); all but the last also of
+    none, where samples are meant for it.
     """
     mean = gates.float().mean(1)
     among = [*experts] if chosen_among is None else [*chosen_among]
     choices = among
-    decided = mean[:, [experts.index(name) for name in among]]
+    columns = [experts.index(name) for name in among]
+    decided = mean[:, columns]
     if NONE in wanted:  # the rest of one is the weight of the null expert
         rest = 1 - decided.sum(-1, keepdim=True)
         choices, decided = [*among, NONE], torch.cat([decided, rest], dim=-1).clamp(min=0)
@@ -158,7 +160,7 @@ def summary(
         "mutual_information": mutual_information(decided, list(tasks)),
         "entropy": float(entropy(shares(decided)).mean()),
         "routing_accuracy": routing_accuracy(decided, wanted, choices),
-        "dead": dead_experts(per_task, experts),
+        "dead": dead_experts({task: row[columns] for task, row in per_task.items()}, among),
         "num_samples": len(tasks),
         "samples_per_task": dict(Counter(tasks)),
     }

@@ -184,7 +184,7 @@ def warn_of_few_tokens(plan: Plan, console: Console) -> None:
 
 def warn_of_factors(plan: Plan, console: Console) -> None:
     """What merging A and B apart does by definition, and how large it is here."""
-    jobs = [job for job in plan.jobs if job.space == "factor"]
+    jobs = [job.others or job for job in plan.jobs if job.space == "factor"]
     if not jobs:
         return
     line = "A and B are merged apart, so the result depends on how each expert is factored"

@@ -184,6 +184,8 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
     ours, theirs = (dataclasses.asdict(c.router) for c in (config, other))
     different = [f"router.{key}" for key in ours if ours[key] != theirs[key]]
     different += ["data.tasks"] if set(other.data.tasks) - set(config.data.tasks) else []
+    both = [name for name in config.experts if name in other.experts]
+    different += [f"experts.{n}.gate" for n in both if config.experts[n].gate != other.experts[n].gate]
     if different:
         return f"router starts fresh: {folder} has another {', '.join(different)}"
     now, then = ({"expert": c.choices, "task": c.data.tasks} for c in (config, other))

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ from moa.evaluation.settings import (
     with_eval,
 )
 from moa.evaluation.sources import score_sources
-from scripts.summary import gains, score_all
+from scripts.summary import gains, names_of_rows, score_all
 from tests.support.tiny import random_image
 from tests.support.toy import toy_world, write_rows
 
@@ -432,6 +433,15 @@ def test_results_are_refused_for_other_weights_data_or_settings(tmp_path, capsys
         score_all(run, [])
     with pytest.raises(ValueError, match="step-000001, whose weights were not those of .*step-000002"):
         read_routing(routing_file(step_folder(run)), step_folder(run))
+
+
+def test_rows_of_models_of_one_name_have_their_labels():
+    experts = {"lora": SimpleNamespace(rank=40)}
+    models = [SimpleNamespace(kind="run", path=f"runs/{n}", label=n, config=SimpleNamespace(experts=experts))
+              for n in ("a", "b")]  # fmt: skip
+    merged = SimpleNamespace(kind="adapter", path="runs/demo/merged/mean", label="mean")
+    labelled = ["one LoRA, rank 40 (a)", "one LoRA, rank 40 (b)"]
+    assert names_of_rows([*models, merged]) == [*labelled, "merged, mean"]
 
 
 def test_gains_are_in_words_with_the_error_of_paired_differences():

@@ -113,6 +113,12 @@ def test_a_task_with_two_experts_has_a_row_for_each():
     assert record["mean_gates"] == record["per_task"]["vqa"] and record["held_out"] == ["count"]
 
 
+def test_an_always_on_expert_neither_is_dead_nor_makes_others_so():
+    gates = torch.tensor([[0.03, 0.96, 0.01, 1.0], [0.0, 1.0, 0.0, 1.0]])[:, None]
+    record = summary(gates, ["a", "b"], [None] * 2, ["x", "y", "z", "shared"], chosen_among=["x", "y", "z"])
+    assert record["dead"] == ["z"]  # x has 3 %, and 1.5 % of a sum with the shared one
+
+
 def test_samples_that_no_expert_should_touch_count_where_the_rest_of_their_weight_is_largest():
     gates = torch.tensor([[0.9, 0.0], [0.1, 0.2], [0.5, 0.4]])[:, None]
     record = summary(gates, ["a", "b", "b"], ["vqa", "none", "none"], ["vqa", "ocr"])

@@ -271,6 +271,13 @@ def test_a_machine_must_have_memory_beyond_its_reserve():
         Machine(memory=2.0, reserve=2.0)
 
 
+def test_a_second_file_is_laid_over_the_runs_config(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr("moa.planning.plan.plan_run", lambda config, *_, **__: planned.append(config) or [])
+    script.main(["config=configs/demo.yaml", "--config", "configs/shapes/shared_a.yaml", "train.batch_size=8"])
+    assert planned[0].experts["vqa"].share_a == "common" and planned[0].train.batch_size == 8
+
+
 @pytest.mark.slow
 def test_the_command_prints_tables_and_a_record(tmp_path, capsys):
     toy_config(tmp_path)

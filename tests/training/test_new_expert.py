@@ -153,6 +153,9 @@ def test_a_router_of_other_settings_starts_fresh_and_names_them(world, tmp_path)
     other = replace(config, router=replace(config.router, hidden=16))
     lines = start_weights(build_model(other), other, config.stages["experts"])
     assert lines[-1].endswith("has another router.hidden")
+    shared = replace(config, experts=config.experts | {"vqa": replace(config.experts["vqa"], gate="always")})
+    lines = start_weights(build_model(shared), shared, config.stages["experts"])
+    assert lines[-1].endswith("has another experts.vqa.gate")
 
 
 def test_every_tensor_of_every_router_grows_by_experts_and_tasks():
