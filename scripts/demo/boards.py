@@ -28,6 +28,7 @@ from moa.cli.ranges import Count, CountOrZero, FilePath, Seed, ShareAboveZero
 from moa.config import check
 
 if TYPE_CHECKING:
+    from scripts.demo.board.kept import Kept
     from scripts.demo.board.plan import Cell, Plan
 
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_boards(settings: BoardsSettings, console: Console) -> None:
+    from scripts.demo.board.kept import read_kept
     from scripts.demo.board.plan import Cell, Plan, board_names, read_board
     from scripts.demo.board.scoring import score
     from scripts.demo.board.training import making, tune
@@ -76,11 +78,13 @@ def run_boards(settings: BoardsSettings, console: Console) -> None:
         return None
     boards = board_names() if settings.board == "all" else [settings.board]
     jobs = jobs_of(plan, boards, settings)
+    kept = {board: read_kept(Path(settings.results), board) for board in {job.cell.board for job in jobs}}
     finished = set[Job]()
     for job in in_order(jobs):
-        if finished.issuperset(needs_of(job)) and is_done(plan, job):
+        if finished.issuperset(needs_of(job)) and is_done(plan, job, kept[job.cell.board]):
             finished.add(job)
-    todo = [job for job in jobs if job not in finished]
+    in_results = {j for j in jobs if j.what == "row" and kept[j.cell.board].has(plan, j.cell)}
+    todo = to_do(jobs, finished, in_results)
     console.print(estimate(plan, todo, settings.jobs), highlight=False, soft_wrap=True)
     if settings.dry:
         return
@@ -142,10 +146,12 @@ def jobs_of(plan: "Plan", boards: Sequence[str], settings: BoardsSettings) -> li
         check(row in known, "only", f"no row {row!r}; choices: {', '.join(dict.fromkeys(known))}")
     wanted = [
         Cell(board, row, seed)
-        for seed in settings.seeds
+        for number, seed in enumerate(settings.seeds)
         for board in boards
         for row, own in read_board(board).rows.items()
-        if (own.scored or own.arrivals) and (settings.only is None or row.split("@")[0] in settings.only)
+        if (own.seeds is None or number < own.seeds)
+        and (own.scored or own.arrivals)
+        and (settings.only is None or row.split("@")[0] in settings.only)
     ]
     found: dict[Job, None] = {}
     for cell in with_needed(wanted):
@@ -187,14 +193,32 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
     return [*found]
 
 
-def is_done(plan: "Plan", job: Job) -> bool:
+def to_do(jobs: Sequence[Job], finished: set[Job], in_results: set[Job]) -> list[Job]:
+    """What is neither here nor in the results, and whatever that needs and is not here."""
+    found: dict[Job, None] = {}
+
+    def add(job: Job) -> None:
+        if job not in finished and job not in found:
+            for other in needs_of(job):
+                add(other)
+            found[job] = None
+
+    needed_by_rows = {other for job in jobs if job.what == "row" for other in needs_of(job)}
+    for job in jobs:
+        if job not in in_results and (job.what == "row" or job not in needed_by_rows):
+            add(job)
+    return sorted(found, key=lambda job: (job.what != "tune", jobs.index(job) if job in jobs else -1))
+
+
+def is_done(plan: "Plan", job: Job, kept: "Kept") -> bool:
     """ValueError where what is there was made with other settings."""
+    from scripts.demo.board.kept import restore_rate
     from scripts.demo.board.plan import read_board
     from scripts.demo.board.scoring import is_scored
     from scripts.demo.board.training import is_tuned, making
 
     if job.what == "tune":
-        return is_tuned(plan, job.cell)
+        return is_tuned(plan, job.cell) or restore_rate(plan, job.cell, kept)
     weights, row = making(plan, job.cell), read_board(job.cell.board).rows[job.cell.row]
     return (weights is None or weights.is_done()) and (not row.scored or is_scored(plan, job.cell))
 

@@ -1,6 +1,8 @@
 """Boards: rows that are data, what is made and scored only once, and claims with known intervals."""
 
 import json
+import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from moa.config import load_config
 from scripts.demo import boards
 from scripts.demo.board import plan as planning
+from scripts.demo.board.kept import read_kept
 from scripts.demo.board.plan import PLACE, Cell, Plan, board_names, needed, read_board
 from scripts.demo.board.scoring import score
 from scripts.demo.board.table import write_board
@@ -121,6 +124,15 @@ def test_claims_are_over_the_seeds_and_columns_of_both_rows(tiny, tmp_path):
     assert "| `base` | 1 | 100 | **50.0** | -25.0 [-25.0, -25.0] |" in table
     with np.load(tmp_path / "results/board_tiny.npz") as arrays:
         assert arrays["lora|vqa"].tolist() == [[1.0, 1.0], [1.0, 1.0]] and arrays["base|seeds"].tolist() == [1]
+    # another machine has the results alone: what was asked with the same settings is not made again
+    shutil.rmtree(tiny.out)
+    assert write_board(tiny, "tiny", [0, 1], tmp_path / "results") == table
+    kept, cell = read_kept(tmp_path / "results", "tiny"), Cell("tiny", "lora", 0)
+    other = replace(tiny, overrides=("train.batch_size=8",))
+    assert kept.has(tiny, cell) and not kept.has(other, cell)
+    jobs = [boards.Job("row", cell), boards.Job("row", Cell("tiny", "base", 0))]
+    assert boards.to_do(jobs, set(), {jobs[0]}) == jobs  # base answers with the weights of the first, which are gone
+    assert boards.to_do(jobs, set(), set(jobs)) == []
 
 
 @pytest.mark.slow

@@ -12,11 +12,13 @@ import numpy as np
 from moa.checkpoint import git_commit
 from moa.files.atomic import atomic_file, write_file, write_json
 from moa.metrics.bootstrap import Kind, paired_interval
+from scripts.demo.board.kept import Kept, asked, read_kept
 from scripts.demo.board.plan import BoardConfig, Cell, ClaimConfig, Plan, arrived, board_names, read_board
 from scripts.demo.board.scoring import read_scores
 from scripts.demo.board.training import tune_file
 
 Scores = dict[str, np.ndarray]  # column -> [seed, question]
+ABOUT = ("experts", "router", "tokens_per_cpu_second", "commits")
 SAME_SIZE = 0.03  # of the reference's parameters
 
 
@@ -36,10 +38,11 @@ def write_board(plan: Plan, name: str, seeds: Sequence[int], results: Path) -> s
     """Write JSON, per-question scores, table and picture of what is scored by now; the table."""
     from moa.analysis.plots import board_chart
 
-    board, found = read_board(name), read_rows(plan, name, seeds)
+    board, kept = read_board(name), read_kept(results, name)
+    found = read_rows(plan, name, seeds, kept)
     if not found:
         return f"{name}: nothing is scored yet\n"
-    record = record_of(plan, name, board, found)
+    record = record_of(plan, name, board, found, {row: own.get("tuned") for row, own in kept.rows.items()})
     arrays: dict[str, Any] = {
         f"{row}|{column}": s.astype(np.float32) for row, own in found.items() for column, s in own.scores.items()
     }
@@ -54,24 +57,27 @@ def write_board(plan: Plan, name: str, seeds: Sequence[int], results: Path) -> s
     return table
 
 
-def read_rows(plan: Plan, name: str, seeds: Sequence[int]) -> dict[str, Scored]:
-    """The rows that are scored at one of the seeds or more, in the board's order."""
+def read_rows(plan: Plan, name: str, seeds: Sequence[int], kept: Kept) -> dict[str, Scored]:
+    """The rows that are scored at one of the seeds or more, in the board's order: here, or in the results before."""
     found = {}
     for row in read_board(name).rows:
-        records = {seed: read_scores(plan.record(Cell(name, row, seed))) for seed in seeds}
-        parts = {seed: read_columns(plan, record["files"]) for seed, record in records.items() if record}
-        done = [seed for seed, columns in parts.items() if columns is not None]
-        if not done:
-            continue
-        columns = [parts[seed] or {} for seed in done]
-        scores = {column: np.array([c[column]["scores"] for c in columns]) for column in read_board(name).columns}
-        tokens, seconds = (
-            sum(c[column][key] for c in columns for column in c) for key in ("num_tokens", "cpu_seconds")
-        )
-        last = records[done[-1]] or {}
-        about = {"experts": last["experts"], "router": last["router"], "tokens_per_cpu_second": tokens / seconds}
-        about["commits"] = sorted({str((records[seed] or {})["commit"]) for seed in done})
-        found[row] = Scored(seeds=done, scores=scores, about=about)
+        parts, about = dict[int, Scores](), dict(kept.rows.get(row, {}))
+        for seed in seeds:
+            cell = Cell(name, row, seed)
+            record = read_scores(plan.record(cell))
+            columns = read_columns(plan, record["files"]) if record else None
+            if record and columns:
+                parts[seed] = {column: np.array(own["scores"]) for column, own in columns.items()}
+                speed = [sum(own[key] for own in columns.values()) for key in ("num_tokens", "cpu_seconds")]
+                about |= {key: record[key] for key in ("experts", "router")}
+                about["tokens_per_cpu_second"] = speed[0] / speed[1]
+                about["commits"] = sorted({*about.get("commits", ()), str(record["commit"])})
+            elif kept.has(plan, cell):
+                parts[seed] = kept.scores[row, seed]
+        if parts:
+            scores = {column: np.stack([own[column] for own in parts.values()]) for column in read_board(name).columns}
+            about = {key: about[key] for key in ABOUT} | {"asked": {s: asked(plan, Cell(name, row, s)) for s in parts}}
+            found[row] = Scored(seeds=[*parts], scores=scores, about=about)
     return found
 
 
@@ -80,7 +86,10 @@ def read_columns(plan: Plan, files: Mapping[str, str]) -> dict[str, Any] | None:
     return None if None in columns.values() else columns
 
 
-def record_of(plan: Plan, name: str, board: BoardConfig, found: Mapping[str, Scored]) -> dict[str, Any]:
+def record_of(
+    plan: Plan, name: str, board: BoardConfig, found: Mapping[str, Scored], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`before` are the rates that earlier results have."""
     rows: dict[str, Any] = {}
     for row, own in found.items():
         columns = {column: over_seeds(scores.mean(1)) for column, scores in own.scores.items()}
@@ -95,7 +104,7 @@ def record_of(plan: Plan, name: str, board: BoardConfig, found: Mapping[str, Sco
             for m, cs in board.means.items()
         }
         file = tune_file(plan, Cell(name, row, 0))
-        tuned = json.loads(file.read_text()) if board.rows[row].trains and file.is_file() else None
+        tuned = json.loads(file.read_text()) if board.rows[row].trains and file.is_file() else before.get(row)
         rows[row] = {"about": board.rows[row].about, "seeds": own.seeds, **own.about, "tuned": tuned}
         rows[row] |= {"columns": columns, "means": shown, "against_reference": against, "means_by_seed": by_seed}
     claims, forgotten = {}, {}
