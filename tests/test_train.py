@@ -251,6 +251,10 @@ KINDS = [
     pytest.param({"kind": "top_k", "top_k": 1}, marks=SLOW),
     pytest.param({"kind": "sigmoid"}, marks=SLOW),
     pytest.param({"kind": "softmax", "granularity": "token"}, marks=SLOW),
+    pytest.param({"kind": "threshold", "granularity": "token", "noise": "gaussian", "score": "cosine"}, marks=SLOW),
+    pytest.param(
+        {"kind": "sigmoid", "noise": "logistic", "normalize": True, "score": "table", "evidence": ["task"]}, marks=SLOW
+    ),
     pytest.param({"kind": "anchors"}, marks=SLOW),
 ]
 
