@@ -92,14 +92,24 @@ def make_batch(size: Size, device: str, *, generate: bool = False) -> Batch:
     ).to(device)
 
 
-def make_mixture(backbone: Backbone, num_experts: int, rank: int, device: str, targets: str = TARGETS) -> MixtureModel:
-    """Experts with values in B, as after training, and the whole router before them."""
+def make_mixture(
+    backbone: Backbone,
+    num_experts: int,
+    rank: int,
+    device: str,
+    targets: str = TARGETS,
+    share: str | None = None,
+) -> MixtureModel:
+    """Experts with values in B, as after training, and the whole router before them; with `share` token routers."""
     bank = ExpertBank.attach(backbone.model, [targets], stream_of=backbone.stream_of)
     for i in range(num_experts):
         bank.add(f"expert{i}", rank=rank, alpha=rank)
     for site in bank.sites.values():
         for b in site.lora_B.values():
             torch.nn.init.normal_(b, std=0.02)
+    if share is not None:
+        bank.add_token_routers(share=share)
+        return LanguageMixture(backbone, bank, kind="softmax", granularity="token").to(device)
     router = Router(experts=num_experts, sites=len(bank.sites), dims=backbone.dims, num_tasks=4)
     return LanguageMixture(backbone, bank, router, kind="softmax").to(device)
 

@@ -5,6 +5,7 @@ lora       PEFT LoRA of the experts' total rank
 loop       our gates, one expert after the other (as LoRAMoE, HydraLoRA and CoIN compute it)
 xlora      PEFT X-LoRA with trainable adapters
 crosstalk  ours, with the penalty of losses.crosstalk
+tokens     ours, each token routed by one router for each block
 per-sample PEFT's `adapter_names`: a LoRA for each sample, one after the other. PEFT refuses it
            in training mode; there is no dropout here, so that evaluation mode computes the same
 """
@@ -78,6 +79,12 @@ def crosstalk(setting: Setting) -> Contender:
     return Contender(model=model, loss=loss, setting=setting)
 
 
+def tokens(setting: Setting) -> Contender:
+    model = make_mixture(*_shape(setting), share="block")
+    batch = make_batch(setting.size, setting.device)
+    return Contender(model=_ready(model, setting), loss=lambda: _mean(model(batch)), setting=setting)
+
+
 def frozen(setting: Setting) -> Contender:
     model = without_bank(backbone_of(setting))
     probe = nn.Parameter(torch.zeros((), device=setting.device))
@@ -149,7 +156,7 @@ def per_sample(setting: Setting) -> Contender:
     return replace(plain, loss=loss)
 
 
-CONTENDERS = {f.__name__.replace("_", "-"): f for f in (frozen, lora, ours, crosstalk, loop, xlora, per_sample)}
+CONTENDERS = {f.__name__.replace("_", "-"): f for f in (frozen, lora, ours, crosstalk, tokens, loop, xlora, per_sample)}
 
 
 class LoopLinear(nn.Module):
@@ -177,8 +184,11 @@ def without_bank(backbone: Backbone) -> MixtureModel:
 
 
 def _mixture(setting: Setting) -> MixtureModel:
-    count, rank, place = setting.num_experts, setting.rank, setting.device
-    return _ready(make_mixture(backbone_of(setting), count, rank, place, setting.targets), setting)
+    return _ready(make_mixture(*_shape(setting)), setting)
+
+
+def _shape(setting: Setting) -> tuple[Backbone, int, int, str, str]:
+    return backbone_of(setting), setting.num_experts, setting.rank, setting.device, setting.targets
 
 
 def _plain(model: MixtureModel, setting: Setting) -> Contender:

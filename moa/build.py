@@ -24,6 +24,7 @@ from moa.experts.ties import Ties
 from moa.files.peft import ExpertHeader, read_header, read_tensors
 from moa.files.spelling import match_spelling
 from moa.model import LanguageMixture, MixtureModel
+from moa.routing.roles import WITH
 from moa.statistics.moments import Moments
 from moa.statistics.null_space import null_space_rows
 from moa.statistics.stored import read_statistics
@@ -107,10 +108,13 @@ def build_mixture(
     bank.train({name: () if expert.frozen else tuple(expert.factors) for name, expert in config.experts.items()})
     router = build_router(config, bank, backbone.dims)
     if config.router.granularity == "token":
-        bank.add_token_routers(choices=len(config.choices) + config.router.learned_threshold, seed=config.seed)
+        check_copies(config, bank)
+        thresholds = int(config.router.learned_threshold)
+        more: dict[str, Any] = {"choices": config.choices, "thresholds": thresholds, "share": config.router.share}
+        bank.add_token_routers(**more, seed=config.seed)
     weights = config.router.weights
     names = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through", "score"]
-    names += ["top_k", "top_p", "threshold", "normalize"]
+    names += ["top_k", "top_p", "threshold", "normalize", "pool"]
     routing: dict[str, Any] = {name: getattr(config.router, name) for name in names}
     routing["weights"] = [weights.get(name, 0.0) for name in config.choices] if weights else None
     routing["gates"] = [expert.gate for expert in config.experts.values()]
@@ -119,6 +123,16 @@ def build_mixture(
     check_for_clip(config)
     pairs = {"objective": config.losses.pairs, "negatives": config.losses.negatives}
     return ClipMixture(backbone, bank, router, **pairs, **routing)
+
+
+def check_copies(config: RunConfig, bank: ExpertBank) -> None:
+    """ValueError for an expert with the gate of a routed one, at a site where this one is not and no token gives it."""
+    for name, expert in config.experts.items():
+        other = expert.gate.removeprefix(WITH)
+        if other == expert.gate or other not in config.choices:
+            continue
+        if lacking := [site for site in bank.experts[name].sites if site not in bank.experts[other].sites]:
+            raise ValueError(f"experts.{name}.gate: {other} is not at {lacking[0]}, where a token would give it a gate")
 
 
 def outside_of(others: Sequence[str], own: str | None, bank: ExpertBank) -> Callable[[str, Tensor], Tensor]:

@@ -131,6 +131,11 @@ class RouterConfig:
     granularity: Literal["sample", "token"] = "sample"  # decided once per sample, or at each token
     # how features are compared with each expert's weights; table: no features, a learned logit per task and expert
     score: Score = "linear"
+    # of granularity token: sites that one router serves, at the input of the first. input: q, k and v; gate and up.
+    # module: an attention, an MLP, the projector. block: a layer
+    share: Literal["site", "input", "module", "block"] = "site"
+    # of granularity token: the prompt's tokens decide together for the whole sample, by their mean or by votes
+    pool: Literal["none", "prompt_mean", "vote"] = "none"
     # what the router sees
     evidence: list[Literal["image", "text", "ocr", "task"]] = field(
         default_factory=lambda: ["image", "text", "ocr", "task"]
@@ -174,7 +179,14 @@ class RouterConfig:
         by_token, got = self.granularity == "token", f"got {self.kind}, {self.granularity}"
         able = kinds.names(lambda kind: kind.per_token)
         check(self.row.per_token or not by_token, "granularity", f"token needs kind {able}; {got}")
+        rule = "has no effect with router.granularity=sample"
+        check(by_token or self.share == "site", "share", rule)
+        check(by_token or self.pool == "none", "pool", rule)
         able = kinds.names(lambda kind: kind.null_expert)
+        # the logarithm of a share is a logit up to a constant, which other kinds would read
+        voting = kinds.names(lambda kind: kind.null_expert and not kind.learned_threshold)
+        fits = self.row.null_expert and not self.row.learned_threshold
+        check(fits or self.pool != "vote", "pool", f"vote needs kind {voting}; got {self.kind}")
         fits = self.row.null_expert and not by_token
         rule = f"needs kind {able} and granularity sample; {got}"
         check(fits or not self.null_expert, "null_expert", rule)

@@ -22,7 +22,8 @@ from moa.backbones.llava import Backbone, Look
 from moa.config import NONE
 from moa.experts.bank import ExpertBank
 from moa.experts.crosstalk import crosstalk, energy_tables
-from moa.packing import answer_positions
+from moa.experts.token_routers import pooling
+from moa.packing import answer_positions, prompt_samples
 from moa.routing.decisions import mean_token_gates, token_decisions, token_losses
 from moa.routing.roles import Roles
 from moa.routing.router import Evidence
@@ -124,7 +125,12 @@ class MixtureModel(nn.Module, ABC):
         """Let the coming forward of a batch use these gates; `expand` where generation repeats samples."""
         if decided.gates is None:
             decide, temperature = partial(self.routing.token_gates, draw=True), self.routing.temperature
-            self.bank.route_tokens(decide, temperature, score=self.routing.token_logits, recording=not expand)
+            more: dict[str, Any] = {"score": self.routing.token_logits, "recording": not expand}
+            if self.routing.pool != "none":
+                prompt = prompt_samples(batch.token_samples(), batch.labels)
+                rows = self._owners(batch), batch.segments
+                more["pooling"] = pooling(self.routing.pool, len(batch), self.bank.streams, prompt, *rows)
+            self.bank.route_tokens(decide, temperature, **more)
         else:
             owners = self.backbone.owners(batch)
             self.bank.set_gates(decided.gates, owners, batch.segments, expand=expand)
@@ -164,6 +170,12 @@ class MixtureModel(nn.Module, ABC):
         options: dict[str, Any] = {"context_fn": self.bank.context.checkpoint_contexts}
         options |= {"use_reentrant": False, "determinism_check": "default" if compare else "none"}
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    def _owners(self, batch: Batch) -> dict[str, Tensor]:
+        owners = self.backbone.owners(batch)
+        if batch.is_blank:  # its image belongs to no sample
+            owners = {stream: torch.full_like(rows, -1) for stream, rows in owners.items()}
+        return owners
 
 
 class LanguageMixture(MixtureModel):
@@ -254,12 +266,6 @@ class LanguageMixture(MixtureModel):
         trained = any(p.requires_grad for p in self.model.get_submodule(part).parameters())
         return not trained and not any(site.startswith(f"{part}.") for site in self.bank.sites)
 
-    def _owners(self, batch: Batch) -> dict[str, Tensor]:
-        owners = self.backbone.owners(batch)
-        if batch.is_blank:  # its image belongs to no sample
-            owners = {stream: torch.full_like(rows, -1) for stream, rows in owners.items()}
-        return owners
-
     def _energies(self, batch: Batch) -> Float[Tensor, "watched owner expert"] | None:
         """What the watched sites measured in the forward that has ended, by the samples' expert; kept no longer."""
         state = self.bank.context.state
@@ -274,8 +280,13 @@ class LanguageMixture(MixtureModel):
         if decided.gates is not None:
             losses = self.routing.losses([decided], batch.expert_ids, batch.task_ids)
             return losses, decided.gates
-        logits, owners = self.bank.take_token_logits(), self._owners(batch)
-        groups = list(token_decisions(logits, self.bank.streams, batch.token_samples(), owners))
+        logits, owners, samples = self.bank.take_token_logits(), self._owners(batch), batch.token_samples()
+        if self.routing.pool != "none":  # a decision for each sample that has such rows
+            everyone = torch.arange(len(batch), device=samples.device)
+            owners = {s: everyone.where(torch.isin(everyone, rows), -1) for s, rows in owners.items()}
+            samples = everyone[:, None]
+        choices = self.bank.token_choices()
+        groups = list(token_decisions(logits, self.bank.streams, samples, owners, choices))
         aux = token_losses(groups, batch.expert_ids, batch.task_ids, self.routing.token_losses)
         return aux, mean_token_gates(groups, len(batch), self.routing.token_gates)
 

@@ -10,15 +10,29 @@ given. A batch that is not packed has a sample a row, and takes the same path.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 def restart_positions(segments: Int[Tensor, "rows seq"]) -> Int[Tensor, "rows seq"]:
     """Each token's place in its own run of one segment; padding is a run like any other."""
     places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    begins = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    return places - torch.where(begins, places, 0).cummax(1).values
+    return places - torch.where(begins(segments), places, 0).cummax(1).values
+
+
+def begins(segments: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
+    """Where a run of one segment begins."""
+    return F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+
+
+def prompt_samples(samples: Int[Tensor, "rows seq"], labels: Int[Tensor, "rows seq"] | None) -> Int[Tensor, "rows seq"]:
+    """The sample of each token ahead of its sample's first answer, -1 at all others; `samples` is -1 at padding."""
+    if labels is None:
+        return samples
+    answer = labels != -100
+    count = answer.cumsum(1)  # along the row, so less what the samples before have
+    before = torch.where(begins(samples), count - answer.long(), 0).cummax(1).values
+    return samples.masked_fill(count > before, -1)
 
 
 def answer_positions(

@@ -125,7 +125,10 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
     ("overrides", "expected"),
     [
         (["router.kind=top_k", "router.top_k=3"], ["router.top_k", "2 routed experts"]),
-        (["router.granularity=token", "router.kind=sigmoid"], ["router.granularity", "sigmoid"]),
+        (["router.granularity=token", "router.kind=anchors"], ["router.granularity", "anchors"]),
+        (["router.share=block"], ["router.share", "granularity=sample"]),
+        (["router.pool=vote"], ["router.pool", "granularity=sample"]),
+        (["router.granularity=token", "router.pool=vote", "router.kind=sigmoid"], ["router.pool", "softmax, top_k"]),
         (["router.weights={a: 1}"], ["router.weights", "no effect", "softmax"]),
         (["router.threshold=0.1"], ["router.threshold", "no effect", "softmax"]),
         (["router.noise=logistic"], ["router.noise", "gaussian, learned, gumbel", "softmax"]),
@@ -194,7 +197,8 @@ def test_every_shipped_run_config_loads(file):
 def test_every_shipped_shape_lies_over_the_demo(file):
     demo, shape = load_config("configs/demo.yaml"), load_config(["configs/demo.yaml", file])
     assert shape.out != demo.out
-    assert (shape.experts, shape.stages, shape.data) != (demo.experts, demo.stages, demo.data)
+    parts = [(c.experts, c.stages, c.data, c.router) for c in (shape, demo)]
+    assert parts[0] != parts[1]
 
 
 def test_the_share_of_a_source_is_a_weight_or_a_number_of_draws():

@@ -12,7 +12,7 @@ from data.pack import fill_rows, joined
 from data.sample import OcrWord, Sample, Turn
 from moa.backbones.llava import check_packing
 from moa.model import MixtureModel
-from moa.packing import answer_positions, restart_positions
+from moa.packing import answer_positions, prompt_samples, restart_positions
 from tests.support.tiny import random_image
 from tests.test_model import close, make_model
 
@@ -77,6 +77,18 @@ def test_positions_restart_with_every_sample_and_with_the_padding():
     assert restart_positions(segments).tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 2, 3, 0, 0]]
 
 
+def test_a_prompt_ends_at_its_samples_first_answer_and_a_later_turn_is_not_of_it():
+    samples = torch.tensor([[0, 0, 0, 0, 1, 1, -1], [2, 2, 2, 3, 3, 3, 3], [-1, -1, 4, 4, 4, 4, 4]])
+    none, some = -100, 7
+    labels = torch.tensor([
+        [none, some, none, some, none, some, none], [none, none, none, some, none, none, none],
+        [none, none, none, none, some, some, none],
+    ])  # fmt: skip
+    expected = [[0, -1, -1, -1, 1, -1, -1], [2, 2, 2, -1, -1, -1, -1], [-1, -1, 4, 4, -1, -1, -1]]
+    assert prompt_samples(samples, labels).tolist() == expected
+    assert prompt_samples(samples, None).equal(samples)
+
+
 def test_answers_come_back_by_sample_and_never_across_a_border():
     segments = torch.tensor([[0, 0, 1, 1, 1, -1], [2, 2, 2, 2, 2, 2]])
     # sample 1 begins with a supervised token: the last state of sample 0 must not predict it
@@ -94,6 +106,9 @@ KINDS = {
     "the sample's own expert": {"kind": "one_hot"},
     "tokens by softmax": {"granularity": "token"},
     "tokens by top-k": {"granularity": "token", "kind": "top_k"},
+    "tokens by sigmoid": {"granularity": "token", "kind": "sigmoid"},
+    "the mean of a prompt's tokens": {"granularity": "token", "pool": "prompt_mean"},
+    "their votes": {"granularity": "token", "kind": "top_k", "pool": "vote"},
 }
 
 

@@ -255,6 +255,7 @@ KINDS = [
     pytest.param(
         {"kind": "sigmoid", "noise": "logistic", "normalize": True, "score": "table", "evidence": ["task"]}, marks=SLOW
     ),
+    pytest.param({"kind": "sigmoid", "granularity": "token", "share": "module", "pool": "prompt_mean"}, marks=SLOW),
     pytest.param({"kind": "anchors"}, marks=SLOW),
 ]
 

@@ -22,6 +22,7 @@ from moa.experts.kinds import KINDS
 from moa.experts.lora import ExpertLinear
 from moa.experts.starts import hashed
 from moa.experts.ties import FACTORS, Place, Ties, tied_places
+from moa.experts.token_routers import Pooling, TokenSite, leaders
 from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites, site_keys
 from moa.files.targets import ALL_LINEAR, is_target, select
 
@@ -366,37 +367,67 @@ class ExpertBank:
         )
 
     def route_tokens(
-        self, decide: Decide, temperature: float | int = 1.0, *, score: Score = F.linear, recording: bool = True
+        self,
+        decide: Decide,
+        temperature: float | int = 1.0,
+        *,
+        score: Score = F.linear,
+        recording: bool = True,
+        pooling: Pooling | None = None,
     ) -> None:
-        """Let every site route the tokens of the coming forward by its own token router.
+        """Let token routers route the tokens of the coming forward.
 
         `score` compares tokens with a router [choice, in], `decide` turns such logits, over the temperature, into
-        gates; `recording` keeps the logits.
+        gates; `recording` keeps the logits, else generation may repeat the samples. With `pooling` the tokens of a
+        sample's prompt decide together.
         """
-        more: dict[str, Any] = {"temperature": temperature, "recording": recording, "watch": self.context.watch}
-        more["score"] = score
+        more: dict[str, Any] = {"temperature": temperature, "recording": recording, "expand": not recording}
+        more |= {"watch": self.context.watch, "pooling": pooling, "score": score}
         self.context.state = GateState(gates=None, experts=tuple(self.names), decide=decide, **more)
 
     def take_token_logits(self) -> dict[str, Float[Tensor, "*_ choice"]]:
         """Site -> the logits of the last forward's tokens, over the temperature; kept no longer."""
         state, taken = self.context.state, dict[str, Tensor]()
         if state is not None:  # left there, they would keep the graph until the next forward
-            taken, state.token_logits = state.token_logits, {}
+            taken, state.token_logits, state.decided = state.token_logits, {}, {}
         return taken
 
-    def add_token_routers(self, *, choices: int | None = None, seed: int = 0, std: float | int = 0.02) -> None:
-        """A float32 router [choice, in] at every site; all experts come before, at all sites. None: all are choices."""
-        for name, site in self.sites.items():
-            if site.experts != self.names:
-                rule = "token routing needs every expert at every site"
-                raise ValueError(f"{rule}: {name} has {site.experts} of {self.names}")
+    def add_token_routers(
+        self,
+        *,
+        choices: Sequence[str] | None = None,
+        thresholds: int = 0,
+        share: str = "site",
+        seed: int = 0,
+        std: float | int = 0.02,
+    ) -> None:
+        """Float32 routers [choice, in] over each site's own experts among `choices`; all experts come before.
+
+        None: all are choices. `thresholds` are rows more. `share`: which sites have one in common, see
+        moa/experts/token_routers.py.
+        """
+        everyone = self.names if choices is None else choices
+        own = {
+            name: tuple(place for place, expert in enumerate(everyone) if expert in site.scalings)
+            for name, site in self.sites.items()
+            if site.scalings
+        }
+        for name, leader in leaders(own, self.streams, share).items():
+            site, some = self.sites[name], own[name] if len(own[name]) < len(everyone) else None
+            site.routed = TokenSite(leader=leader, choices=some)
+            if leader != name or not own[name]:
+                continue
             generator = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}"))
-            shape = len(self.names) if choices is None else choices, site.base_layer.in_features
-            weight = torch.randn(shape, generator=generator)
+            weight = torch.randn((len(own[name]) + thresholds, site.base_layer.in_features), generator=generator)
             site.token_router = nn.Parameter((weight * std).to(site.base_layer.weight.device))
 
+    def token_choices(self) -> dict[str, tuple[int, ...] | None]:
+        """Site with a token router -> the places of its experts among the choices; None: all."""
+        sites = ((name, self.sites[name].routed) for name in self.token_routers())
+        return {name: None if routed is None else routed.choices for name, routed in sites}
+
     def token_routers(self) -> dict[str, nn.Parameter]:
-        """Site -> token router [choice, in]; empty where gates are decided per sample."""
+        """Site that decides -> token router [choice, in]; empty where gates are decided per sample."""
         pairs = ((name, site.token_router) for name, site in self.sites.items())
         return {name: router for name, router in pairs if router is not None}
 

@@ -14,8 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moa.experts.crosstalk import Watch
+from moa.experts.token_routers import Pooling, TokenSite
 
-Decide = Callable[[Tensor], Tensor]  # logits [.., choice] -> gates [.., expert]
+# logits [.., choice], the places of these choices among all or None -> gates [.., expert]
+Decide = Callable[[Tensor, tuple[int, ...] | None], Tensor]
 Score = Callable[[Tensor, Tensor], Tensor]  # features [.., in], a router [choice, in] -> logits [.., choice]
 
 
@@ -34,8 +36,11 @@ class GateState:
     temperature: float | int = 1.0  # of token routing
     score: Score = F.linear  # of token routing
     recording: bool = True
-    # site -> [batch, seq, choice], divided by the temperature
+    pooling: Pooling | None = None  # of token routing: the tokens of a prompt decide together
+    # site with a router -> [batch, seq, choice], or pooled [batch, choice], divided by the temperature
     token_logits: dict[str, Tensor] = field(default_factory=dict)
+    # site with a router -> its gates, which other sites read, and where they are pooled also later tokens
+    decided: dict[str, Tensor] = field(default_factory=dict)
     watch: Watch | None = None  # what sites measure in this forward
     # What inference computes once for all decoding steps, by site. It lives no longer than the
     # gates: an optimiser may write to parameters through flat buffers, which leaves no trace.
@@ -45,14 +50,23 @@ class GateState:
         """Whether one of these experts takes part."""
         return self.active is None or not self.active.isdisjoint(experts)
 
+    @property
+    def constant(self) -> bool:
+        """Whether the gates of a sample are the same for all tokens of a generation."""
+        return self.gates is not None or self.pooling is not None
+
     def gates_at(
-        self, site: str, x: Float[Tensor, "*lead in"], token_router: Tensor | None
+        self, site: str, x: Float[Tensor, "*lead in"], token_router: Tensor | None, routed: TokenSite | None = None
     ) -> Float[Tensor, "*lead_or_1 expert"]:
         """A site's gates, [batch, 1, expert] or [batch, seq, expert], as its input's rows need them."""
         if self.gates is None:
-            return self._token_gates(site, x, token_router)
-        gates = self.gates.get(site)
-        if gates is None:
+            gates = self._token_gates(site, x, token_router, routed or TokenSite(leader=site))
+            if self.pooling is None:
+                return gates
+            gates = self.pooling.spread(site, gates)
+        elif site in self.gates:
+            gates = self.gates[site]
+        else:
             raise ValueError(f"{site}: has no gates: set_gates got no owners of its stream's rows")
         if x.dim() == 2 and gates.shape[0] == x.shape[0]:
             return gates[:, 0]  # a row is a token: the patches of all images, one after the other
@@ -67,16 +81,43 @@ class GateState:
             f"{list(x.shape)}; a site needs [batch, seq, in] with the batch of its gates"
         )
 
-    def _token_gates(self, site: str, x: Tensor, token_router: Tensor | None) -> Tensor:
-        """Gates [batch, seq, expert] of each token by itself, decided in float32."""
-        if token_router is None or self.decide is None:
+    def _token_gates(self, site: str, x: Tensor, token_router: Tensor | None, routed: TokenSite) -> Tensor:
+        """Gates [*lead, expert] of each token by itself, or pooled [batch, expert], decided in float32."""
+        decide = self.decide
+        if decide is None or (token_router is None and routed.leader == site and routed.choices != ()):
             raise ValueError(f"{site}: has no token router; call bank.add_token_routers()")
+        found = self.decided.get(routed.leader)
+        if routed.leader != site:
+            if found is None:
+                raise ValueError(f"{site}: runs before {routed.leader}, whose token router it shares; use share=site")
+            if self.pooling is None and found.shape[:-1] != x.shape[:-1]:
+                lengths = f"{list(x.shape[:-1])} tokens, and {routed.leader} {list(found.shape[:-1])}"
+                raise ValueError(f"{site}: has {lengths}, whose token router it shares; use share=site")
+            return found
+        if found is not None and self.pooling is not None:
+            return found  # of the prompt: this is a later token
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.score(x.float(), token_router.float()) / self.temperature
-            gates = self.decide(logits)
-        if self.recording:
+            if token_router is None:  # no routed expert
+                logits = x.new_zeros(*x.shape[:-1], 0, dtype=torch.float32)
+            else:
+                logits = self.score(x.float(), token_router.float()) / self.temperature
+            if self.pooling is not None:
+                logits = self.pooling.logits(site, self._of_samples(site, logits))
+            gates = decide(logits, routed.choices)
+        if self.recording and token_router is not None:
             self.token_logits[site] = logits  # by site: a second call replaces the first
+        self.decided[site] = gates
         return gates
+
+    def _of_samples(self, site: str, logits: Tensor) -> Tensor:
+        """Of repeated samples one each: their prompts are the same."""
+        assert self.pooling is not None
+        stream = self.pooling.streams[site]
+        known, length = self.pooling.weights[stream].shape[1], logits.shape[1] if stream == "text" else 1
+        times = logits.shape[0] * length // known if self.expand and stream == "text" else 1
+        if stream == "text" and logits.shape[0] * length != known * times:
+            raise ValueError(f"{site}: has {list(logits.shape[:2])} tokens, and the prompts of the batch {known}")
+        return logits[::times]
 
 
 class GateContext:
@@ -120,8 +161,8 @@ class _Swap:
         self.outside = self.context.state, self.context.enabled
         if self.inside is not None:
             state, self.context.enabled = self.inside
-            # a copy that records nothing: logits are taken once, after the forward
-            self.context.state = replace(state, recording=False) if state else None
+            # a copy that records nothing, and decides again: logits are taken once, after the forward
+            self.context.state = replace(state, recording=False, decided={}) if state else None
 
     def __exit__(self, *_: object) -> None:
         self.context.state, self.context.enabled = self.outside

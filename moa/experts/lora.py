@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moa.experts.context import GateContext, GateState
 from moa.experts.crosstalk import Watch, output_energies
 from moa.experts.lora_product import Ranks, add_mixture, concatenate, mix, widen
+from moa.experts.token_routers import TokenSite
 
 FACTORS = ("A", "B")
 
@@ -50,7 +51,8 @@ class ExpertLinear(nn.Module):
         self.name = name
         self.context = context
         self.scalings: dict[str, float] = {}  # expert -> alpha / rank or alpha / sqrt(rank)
-        self.register_parameter("token_router", None)
+        self.register_parameter("token_router", None)  # also where another site's decides
+        self.routed: TokenSite | None = None  # None: its own router, if any, with every choice
         self.starts: set[str] = set()  # experts that hold one
         self._leaders: dict[str, str] = {}  # name of a factor -> the first one that is the same Parameter
         # of the last forward's experts: what their ranks are, and the names of their factors, each once
@@ -227,7 +229,7 @@ class ExpertLinear(nn.Module):
             watch.found[self.name] = energies
 
     def _gates(self, x: Tensor, state: GateState) -> Tensor:
-        return state.gates_at(self.name, x, self.token_router)
+        return state.gates_at(self.name, x, self.token_router, self.routed)
 
     def _rank_gates(self, x: Tensor, state: GateState, dtype: torch.dtype) -> Tensor:
         ranks = self.layout(state)[0]
@@ -238,7 +240,7 @@ class ExpertLinear(nn.Module):
         kept = state.prepared.get(self.name)
         if kept is None or not kept.fits(x, dtype):
             a, b = concatenate(*self._factors(state), dtype)
-            gates = None if state.gates is None else self._rank_gates(x, state, dtype)
+            gates = self._rank_gates(x, state, dtype) if state.constant else None
             kept = Prepared(shape=(x.shape[0], x.ndim), gates=gates, a=a, b_t=b.t())
             state.prepared[self.name] = kept
         gates = self._rank_gates(x, state, dtype) if kept.gates is None else kept.gates

@@ -13,12 +13,14 @@ from torch import Tensor
 class TokenDecisions:
     """What the token routers of sites with equally many tokens decided.
 
-    `owner` is the sample that each token belongs to, `mask` is False at padding.
+    `owner` is the sample that each token belongs to, `mask` is False at padding. `choices` are the places of the
+    sites' experts among those that the router chooses among; None: all of them.
     """
 
     logits: Float[Tensor, "site token expert"]  # divided by the temperature
     owner: Int[Tensor, " token"]
     mask: Bool[Tensor, " token"]
+    choices: tuple[int, ...] | None = None
 
 
 def token_decisions(
@@ -26,48 +28,53 @@ def token_decisions(
     streams: Mapping[str, str],
     token_samples: Int[Tensor, "rows seq"],
     owners: Mapping[str, Int[Tensor, " _"]],
+    choices: Mapping[str, tuple[int, ...] | None] | None = None,
 ) -> Iterator[TokenDecisions]:
-    """Stack the sites' logits where their tokens are the same ones.
+    """Stack the sites' logits where their tokens and `choices` are the same ones.
 
     `token_samples` names the sample of each token of the text stream, -1 at padding; `owners` that
     of each row of the other streams, -1 for none. Rows may have one token each, and then no axis for it.
     """
-    stacks: dict[tuple[str, torch.Size], list[Tensor]] = {}
+    stacks: dict[tuple[str, torch.Size, tuple[int, ...] | None], list[Tensor]] = {}
     for site, tensor in logits.items():
         tensor = tensor if tensor.dim() == 3 else tensor[:, None]
-        stacks.setdefault((streams[site], tensor.shape), []).append(tensor)
-    for (stream, (_, length, _)), stack in stacks.items():
+        stacks.setdefault((streams[site], tensor.shape, (choices or {}).get(site)), []).append(tensor)
+    for (stream, (_, length, _), own), stack in stacks.items():
         text = stream == "text"
         owner = token_samples.flatten() if text else owners[stream].repeat_interleave(length)
         stacked = torch.stack(stack).flatten(1, 2)
-        yield TokenDecisions(logits=stacked, owner=owner.clamp(min=0), mask=owner >= 0)
+        yield TokenDecisions(logits=stacked, owner=owner.clamp(min=0), mask=owner >= 0, choices=own)
 
 
 def token_losses(
     groups: list[TokenDecisions],
     expert_ids: Int[Tensor, " batch"],
     task_ids: Int[Tensor, " batch"],
-    losses: Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]],
+    losses: Callable[..., dict[str, Tensor]],
 ) -> dict[str, Float[Tensor, ""]]:
-    """The losses on gates over valid tokens, averaged over all sites; `losses` is `Routing.token_losses`."""
-    num_sites = sum(group.logits.shape[0] for group in groups)
+    """The losses on gates over valid tokens, averaged over all sites that have some; `losses` is
+    `Routing.token_losses`."""
+    each = [
+        (len(g.logits), losses(g.logits, expert_ids[g.owner], task_ids[g.owner], g.mask, g.choices)) for g in groups
+    ]
+    each = [(count, found) for count, found in each if found]
+    num_sites = sum(count for count, _ in each)
     total: dict[str, Tensor] = {}
-    for group in groups:
-        found = losses(group.logits, expert_ids[group.owner], task_ids[group.owner], group.mask)
+    for count, found in each:
         for key, value in found.items():
-            share = value * (group.logits.shape[0] / num_sites)
+            share = value * (count / num_sites)
             total[key] = total[key] + share if key in total else share
     return total
 
 
 @torch.no_grad()
 def mean_token_gates(
-    groups: list[TokenDecisions], num_samples: int, decide: Callable[[Tensor], Tensor]
+    groups: list[TokenDecisions], num_samples: int, decide: Callable[[Tensor, tuple[int, ...] | None], Tensor]
 ) -> Float[Tensor, "batch 1 expert"]:
     """Each sample's gates, averaged over its valid tokens at all sites: for reading, not for use."""
     total = count = torch.zeros(())
     for group in groups:
-        gates = decide(group.logits)
+        gates = decide(group.logits, group.choices)
         member = F.one_hot(group.owner, num_samples).float() * group.mask[:, None]
         total = total.to(gates.device) + torch.einsum("tb,ste->be", member, gates)
         count = count.to(gates.device) + member.sum(0) * gates.shape[0]

@@ -134,7 +134,11 @@ KINDS = {
     "top_p": Kind(gates=top_p, **SOFTMAX, options=("top_p",), hard=True),
     "threshold": Kind(gates=threshold, **SOFTMAX, options=("threshold",), learned_threshold=True),
     "sigmoid": Kind(
-        gates=sigmoid, **LEARNED, options=("threshold", "normalize"), noises=("gaussian", "learned", "logistic")
+        gates=sigmoid,
+        **LEARNED,
+        per_token=True,
+        options=("threshold", "normalize"),
+        noises=("gaussian", "learned", "logistic"),
     ),
     "one_hot": Kind(gates=one_hot, by_expert=True),
     "fixed": Kind(gates=fixed, options=("weights",)),

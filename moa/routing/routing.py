@@ -42,9 +42,10 @@ class Routing(nn.Module):
 
     kind: a row of moa/routing/kinds.py, with its `router` where it has one. roles: of the bank's experts. weights: of
     kind fixed, for each choice, uniform by default.
-    granularity "token": each site routes each token, and `router` is None. null_expert: one choice more, which adds
-    nothing to the backbone, so that a sample's gates may sum to less than one. noise: a name of `NOISES`, of scale
-    `noise_scale`. top_p, threshold, normalize, straight_through: see moa/routing/gating.py.
+    granularity "token": token routers decide at the sites, and `router` is None; with a `pool` the tokens of a prompt
+    together, see moa/experts/token_routers.py. null_expert: one choice more, which adds nothing to the backbone, so
+    that a sample's gates may sum to less than one. noise: a name of `NOISES`, of scale `noise_scale`. top_p, threshold,
+    normalize, straight_through: see moa/routing/gating.py.
     """
 
     weights: Tensor
@@ -60,6 +61,7 @@ class Routing(nn.Module):
         null_expert: bool = False,
         temperature: float | int = 1.0,
         granularity: str = "sample",
+        pool: str = "none",
         weights: Sequence[float] | None = None,
         top_p: float | int | None = None,
         threshold: float | int | None = None,
@@ -75,7 +77,7 @@ class Routing(nn.Module):
         self.straight_through, self.score = straight_through, SCORES.get(score, linear)
         self.learned_threshold = KINDS[kind].learned_threshold and threshold is None
         self.kind, self.granularity, self.null_expert = KINDS[kind], granularity, null_expert
-        self.router, self.top_k, self.temperature = router, top_k, temperature
+        self.router, self.top_k, self.temperature, self.pool = router, top_k, temperature, pool
         wanted = self.kind.router is not None and granularity == "sample"
         if wanted != (router is not None):
             needs = "needs a router" if wanted else "has no router"
@@ -163,12 +165,21 @@ class Routing(nn.Module):
         return torch.cat([self.score(features, weight[:-1]), F.linear(features, weight[-1:])], dim=-1)
 
     def token_gates(
-        self, logits: Float[Tensor, "*lead column"], *, draw: bool = False
+        self, logits: Float[Tensor, "*lead column"], choices: tuple[int, ...] | None = None, *, draw: bool = False
     ) -> Float[Tensor, "*lead expert"]:
         """The gates of tokens by their logits, which are divided by the temperature; with the noise of training
-        where asked for: checkpointing brings the random stream back, so that a layer draws the same twice."""
+        where asked for: checkpointing brings the random stream back, so that a layer draws the same twice.
+
+        `choices` are the places of the logits among all choices; the others are not at the site, and get 0.
+        """
+        if choices == ():
+            return self.roles.assemble(logits.new_zeros(*logits.shape[:-1], len(self.roles.choices)))
         logits, more = self._split(logits, self.temperature)
-        return self.roles.assemble(self._gates(logits, **more, draw=draw and self.training)[0])
+        chosen = self._gates(logits, **more, choices=choices, draw=draw and self.training)[0]
+        if choices is not None:
+            everyone = chosen.new_zeros(*chosen.shape[:-1], len(self.roles.choices))
+            chosen = everyone.index_copy(-1, torch.tensor(choices, device=chosen.device), chosen)
+        return self.roles.assemble(chosen)
 
     def token_losses(
         self,
@@ -176,12 +187,13 @@ class Routing(nn.Module):
         expert_ids: Int[Tensor, " token"],
         task_ids: Int[Tensor, " token"],
         mask: Bool[Tensor, " token"],
+        choices: tuple[int, ...] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """The losses on the decisions of tokens."""
+        """The losses on the decisions of tokens, at sites with these choices; empty where none of them is routed."""
         logits, more = self._split(logits, self.temperature)
-        probs = self._gates(logits, **more)[1]
+        probs = self._gates(logits, **more, choices=choices)[1]
         assert probs is not None  # kinds that route tokens have logits
-        return self._losses(logits, probs, expert_ids, task_ids, mask)
+        return self._losses(logits, probs, expert_ids, task_ids, mask, choices)
 
     def losses(
         self, decided: Sequence[Gates], expert_ids: Int[Tensor, " _"], task_ids: Int[Tensor, " _"]
@@ -193,19 +205,30 @@ class Routing(nn.Module):
         return self._losses(logits, probs, expert_ids, task_ids)
 
     def _losses(
-        self, logits: Tensor, probs: Tensor, expert_ids: Tensor, task_ids: Tensor, mask: Tensor | None = None
+        self,
+        logits: Tensor,
+        probs: Tensor,
+        expert_ids: Tensor,
+        task_ids: Tensor,
+        mask: Tensor | None = None,
+        choices: tuple[int, ...] | None = None,
     ) -> dict[str, Tensor]:
         """Of routed experts alone: a joint one is meant to be used by all samples."""
-        ids = self.targets(expert_ids)
-        if self.joint is not None:
-            counted = (~self.joint).nonzero()[:, 0].tolist()
-            counted += [logits.shape[-1] - 1] if self.null_expert else []
-            logits, probs = logits[..., counted], probs[..., counted]
+        ids, number = self.targets(expert_ids), len(self.roles.choices)
+        own = range(number) if choices is None else choices
+        counted = [column for column, place in enumerate(own) if not self.roles.joint[place]]
+        if not counted and choices is not None:
+            return {}
+        if len(counted) < number:
+            null = [logits.shape[-1] - 1] if self.null_expert else []
+            logits, probs = logits[..., counted + null], probs[..., counted + null]
             probs = probs / probs.sum(-1, keepdim=True).clamp(min=torch.finfo(probs.dtype).tiny)
-            places = torch.full((len(self.roles.choices) + 2,), -1, device=ids.device)
-            places[torch.tensor([*counted], device=ids.device)] = torch.arange(len(counted), device=ids.device)
+            known = torch.tensor([*(own[column] for column in counted), *(number for _ in null)], device=ids.device)
+            places = torch.full((number + 2,), -1, device=ids.device)
+            places[known] = torch.arange(len(known), device=ids.device)
             ids = places[ids]  # -1 is the last place, which stays -1
-        return gate_losses(logits, probs, ids, task_ids, top_k=self.places, mask=mask)
+        top_k = self.places if self.places is None else min(self.places, logits.shape[-1])
+        return gate_losses(logits, probs, ids, task_ids, top_k=top_k, mask=mask)
 
     def _split(self, columns: Tensor, times: float | int) -> tuple[Tensor, dict[str, Any]]:
         """A router's output -> the logits, and what it learns beside them, `times` a factor."""
@@ -227,12 +250,17 @@ class Routing(nn.Module):
         *,
         raised: Tensor | None = None,
         scale: Tensor | float | None = None,
+        choices: tuple[int, ...] | None = None,
         draw: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Gates with the noise that is drawn, and probabilities without."""
         joint = self.joint if self.joint is None or not self.null_expert else F.pad(self.joint, (0, 1))
+        top_k = self.top_k
+        if choices is not None:
+            joint = None if joint is None else joint[list(choices)]
+            top_k = max(1, min(top_k, sum(not self.roles.joint[place] for place in choices)))
         own: dict[str, Any] = {"mask": mask, "expert_ids": expert_ids, "weights": self.weights, "joint": joint}
-        own |= {"raised": raised, **self.options}
+        own |= {"raised": raised, **self.options, "top_k": top_k}
         gates, probs = self.kind.gates(logits=logits, **own)
         soft = probs
         if draw and self.noise is not None and logits is not None:

@@ -1,0 +1,113 @@
+"""Token routers: which sites have one in common, and how the tokens of a prompt decide together.
+
+    share     sites with one router
+    site      none: each has its own
+    input     q, k and v; gate and up (HMoRA, ICLR 2025)
+    module    all of an attention, an MLP or a projector (MixLoRA, arXiv 2404.15159; LLaVA-MoLE, 2401.16160)
+    block     all of a numbered layer
+
+The site that runs first holds the router and decides by its own input; the others read its gates. These are an
+activation, so that no module uses another's parameter: ZeRO-3 gathers what the running module itself owns.
+
+    pool           logits of a sample from those l_t of its prompt's tokens
+    prompt_mean    mean_t l_t, which a linear router gives for the mean of its inputs
+    vote           log mean_t softmax(l_t): top-k of these keeps the experts with the most votes and divides
+                   votes by their sum (SMoA, NAACL 2025)
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FIRST = tuple(names[0] for names in SAME_INPUT)  # they run first, whatever the order in their module
+BLOCK = re.compile(r"(.*\.\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSite:
+    """Whose router decides at a site, and the places of the site's own experts among the choices; None: all."""
+
+    leader: str
+    choices: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooling:
+    """How the tokens of a batch decide together, by stream of sites; each sample by itself."""
+
+    pool: str
+    streams: Mapping[str, str]  # site -> stream
+    weights: Mapping[str, Float[Tensor, "batch _"]]  # what each token, or row, counts in each sample's mean
+    rows: Mapping[str, Int[Tensor, "*_"]]  # the sample that a token or row belongs to; a stream without: a row each
+
+    def logits(self, site: str, logits: Float[Tensor, "*lead choice"]) -> Float[Tensor, "batch choice"]:
+        """A decision per sample from the logits of a site's tokens."""
+        values = logits.softmax(-1) if self.pool == "vote" else logits
+        stream = self.streams[site]
+        if stream != "text" and values.dim() == 3:  # rows of equally many tokens, all of the prompt
+            values = values.mean(1)
+        mean = self.weights[stream] @ values.flatten(0, -2)
+        return mean.clamp(min=torch.finfo(mean.dtype).tiny).log() if self.pool == "vote" else mean
+
+    def spread(self, site: str, gates: Float[Tensor, "batch expert"]) -> Float[Tensor, "*lead expert"]:
+        """Gates of samples -> [rows, 1, expert], or [rows, seq, expert] in packed rows."""
+        rows = self.rows.get(self.streams[site])
+        gates = gates if rows is None else gates[rows]
+        return gates if gates.dim() == 3 else gates[:, None]
+
+
+def pooling(
+    pool: str,
+    num_samples: int,
+    streams: Mapping[str, str],
+    prompt: Int[Tensor, "rows seq"],
+    owners: Mapping[str, Int[Tensor, " _"]],
+    segments: Int[Tensor, "rows seq"] | None = None,
+) -> Pooling:
+    """`prompt` names the sample of each token of the text stream, -1 for one that has no vote: padding, an answer.
+
+    `owners` names that of each row of the other streams, -1 for none; `segments` that of each token in packed rows.
+    """
+    weights = {stream: shares(owner, num_samples) for stream, owner in (("text", prompt), *owners.items())}
+    rows = {stream: owner.clamp(min=0) for stream, owner in owners.items()}
+    if segments is not None:
+        rows["text"] = segments.clamp(min=0)
+    return Pooling(pool=pool, streams=streams, weights=weights, rows=rows)
+
+
+def shares(owner: Int[Tensor, "*lead"], num_samples: int) -> Float[Tensor, "batch token"]:
+    """1 / n at each of a sample's n tokens, else 0."""
+    member = F.one_hot(owner.flatten() + 1, num_samples + 1)[:, 1:].t().float()
+    return member / member.sum(1, keepdim=True).clamp(min=1)
+
+
+def leaders(choices: Mapping[str, tuple[int, ...]], streams: Mapping[str, str], share: str) -> dict[str, str]:
+    """Site -> the site that decides for it: of one group, one stream and the same `choices`.
+
+    Raises ValueError for a `share` that no two sites make use of.
+    """
+    groups = dict[tuple[str, str, tuple[int, ...]], list[str]]()
+    for site, own in choices.items():
+        groups.setdefault((group_of(site, share), streams[site], own), []).append(site)
+    if share != "site" and all(len(members) == 1 for members in groups.values()):
+        raise ValueError(f"router.share={share}: no two sites with the same experts are of one {share}; use share=site")
+    found = dict[str, str]()
+    for members in groups.values():
+        found |= dict.fromkeys(members, min(members, key=lambda site: site.rpartition(".")[2] not in FIRST))
+    return found
+
+
+def group_of(site: str, share: str) -> str:
+    parent, _, last = site.rpartition(".")
+    block = BLOCK.match(site)
+    if share == "input":
+        return next((f"{parent}.{names[0]}" for names in SAME_INPUT if last in names), site)
+    if share == "block" and block is not None:
+        return block[1]
+    return parent if share in ("module", "block") and parent else site
