@@ -205,7 +205,12 @@ def of_router(match: str, what: str, key: str, shape: tuple[int, ...], names: Na
         raise ValueError(f"roles: match {match!r} is unknown; choices: {choices}")
     if by == "row":
         place, axes = names.choices.index(name), axes_of(key)
-        return (axes.index("expert"), place, place + 1) if "expert" in axes else None
+        if "expert" not in axes:
+            return None
+        of = axes.index("expert")
+        if shape[of] < len(names.choices):
+            raise ValueError(f"roles: match {match!r}: {key} routes only some of the experts (experts.NAME.targets)")
+        return of, place, place + 1
     if by == "missing":
         return (0, 0, shape[0]) if key == f"missing.{name}" else None
     if key.startswith((f"encoders.{name}.", f"{name}_sums", f"{name}_counts")):

@@ -192,8 +192,8 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
     file, own = folder / router.file, router.state(model)
     found = dict[str, Tensor]()
     for key, tensor in load_tensors(file).items():
-        ours, theirs = (at_site(model, key, names) for names in (now, then))
-        places = {kind: [ours[kind].index(name) for name in names] for kind, names in theirs.items()}
+        rows, old = (at_site(model, key, names) for names in (now, then))
+        places = {kind: [rows[kind].index(name) for name in names] for kind, names in old.items()}
         found[key] = in_places(own.get(key, tensor), tensor, axes_of(key.removeprefix("router.")), places)
     load_strictly(own, found, file)
     fresh = [f"{kind} {name}" for kind in now for name in now[kind] if name not in then[kind]]
@@ -201,13 +201,12 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
 
 
 def at_site(model: MixtureModel, key: str, names: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """The names of a router's rows: a token router has those of its site's experts alone, and of a threshold."""
+    """The names of a router's rows: a token router has those of its site's experts alone."""
     kind, _, site = key.partition(".")
     if kind != "token_router":
         return dict(names)
     own = model.bank.experts
-    threshold = ["router.threshold"] * model.routing.learned_threshold
-    return {**names, "expert": [*(name for name in names["expert"] if site in own[name].sites), *threshold]}
+    return {**names, "expert": [name for name in names["expert"] if site in own[name].sites]}
 
 
 def in_places(own: Tensor, found: Tensor, axes: Sequence[str], places: Mapping[str, Sequence[int]]) -> Tensor:

@@ -107,6 +107,11 @@ def test_what_is_left_out_taken_twice_or_unknown_is_named(roles, said):
         cut(*roles)
 
 
+def test_a_row_is_no_role_where_a_layer_routes_only_some_of_the_experts():
+    with pytest.raises(ValueError, match=r"token_router.v routes only some of the experts"):
+        cut(*OCR, **{"router.token_router.v": (1, 7)})
+
+
 def test_columns_and_rows_of_one_tensor_meet():
     names = Names(choices=("vqa", "ocr"), evidence=("image",))
     roles = [Role(name="rows", match=("router:row=ocr",)), Role(name="kind", match=("router:evidence=image",))]

@@ -184,11 +184,12 @@ def pairs(folder: Path) -> dict:
 
 
 def layered(folder: Path) -> dict:
-    """All layers have one A and one B for each expert."""
+    """All layers have one A and one B for each expert, and those of an MLP one router, for the tokens of a prompt."""
     folder.mkdir()
     world = toy_world(folder)
     for expert in world["experts"].values():
         expert["tie_layers"] = [r".*\.(up|down)_proj"]
+    world["router"] |= {"granularity": "token", "share": "module", "pool": "prompt_mean"}
     world["train"] = {"batch_size": 4, "micro_batch_size": 1, "save_every": 9}
     world["stages"] = {"joint": {"steps": 2, "lr": {"experts": 0.05, "router": 0.01}}}
     return world

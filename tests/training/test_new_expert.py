@@ -15,8 +15,9 @@ from moa.checkpoint import load_model
 from moa.config import RunConfig, load_config
 from moa.routing.kinds import learned_router
 from moa.routing.router import AnchorRouter, Evidence, Router, axes_of
-from moa.training.stages import first_position, in_places, start_weights
+from moa.training.stages import at_site, first_position, in_places, start_weights
 from tests.support.toy import toy_rows, toy_world, write_rows
+from tests.test_model import make_model
 from tests.test_train import Killed, kill_at, log_of, run_once, same_expert, steps_of
 
 OLD = ("vqa", "caption", "grounding", "ocr_vqa")
@@ -187,6 +188,16 @@ def test_a_row_of_a_token_router_that_is_no_experts_stays_the_last_one():
     found, own = torch.randn(3, 4), torch.randn(5, 4)
     whole = in_places(own, found, axes_of("token_router.layer"), {"expert": [3, 1]})
     assert whole.equal(torch.stack([own[0], found[1], own[2], found[0], found[2]]))
+
+
+def test_the_rows_of_a_token_router_are_those_of_its_sites_experts():
+    model = make_model("softmax", granularity="token")
+    layer, other = list(model.bank.sites)[:2]
+    model.bank.experts["caption"] = replace(model.bank.experts["caption"], sites=(layer,))
+    names = {"expert": ["vqa", "caption", "grounding"], "task": ["a"]}
+    assert at_site(model, f"token_router.{layer}", names) == names
+    assert at_site(model, "router.head.3.weight", names) == names
+    assert at_site(model, f"token_router.{other}", names) == {**names, "expert": ["vqa", "grounding"]}
 
 
 # Sources of a stage -----------------------------------------------------------------------------
