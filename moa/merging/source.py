@@ -99,7 +99,7 @@ def open_folders(adapters: Sequence[str], base: str | None = None, projector: st
         step=step,
         config=config,
         projector=load_tensors(Path(projector)) if projector else {},
-        beside=list(beside_lines(sorted(steps), projector)),
+        beside=[*beside_lines(sorted(steps), projector), *lines_of_shared(folders, sorted(steps))],
     )
 
 
@@ -112,3 +112,20 @@ def beside_lines(steps: Sequence[Path], projector: str | None) -> Iterator[str]:
             else:
                 fate = "not in the result; scripts.merge_parts merges it"
             yield f"{part} of {run_of(step).name}: {fate}"
+
+
+def lines_of_shared(folders: Sequence[Path], steps: Sequence[Path]) -> Iterator[str]:
+    """One line for each always-on expert that is not added to what the others of its run merge to."""
+    given = {folder.resolve() for folder in folders}
+    for step in steps:
+        for name, expert in load_config(step / CONFIG).experts.items():
+            if expert.gate != "always":
+                continue
+            about, folder = (
+                f"{name} of {run_of(step).name}: always on beside its other experts",
+                step / "experts" / name,
+            )
+            if folder not in given:
+                yield f"{about}, and not in the result; add {folder} to adapters"
+            elif len(steps) > 1:
+                yield f"{about}, and merged here like any other, as the adapters are of several runs"

@@ -50,8 +50,11 @@ class Measurement:
         lines = [f"{len(rejected)} bad samples left out, first: {rejected[0]}"] if rejected else []
         for name, samples in found.items():
             if not samples:
+                confident = self.config.experts[name].gate == "confidence"
                 lines.append(
-                    f"{name}: data.sources have no sample of it; the run that trained it writes its statistics"
+                    f"{name}: has the gate 0 on every sample of a routed expert, so that no statistics are of it"
+                    if confident
+                    else f"{name}: data.sources have no sample of it; the run that trained it writes its statistics"
                 )
                 continue
             starts = range(0, len(samples), self.batch_size)

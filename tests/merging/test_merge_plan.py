@@ -8,6 +8,7 @@ from moa.merging.merge import merge, run_plan
 from moa.merging.report.retention import summarise
 from moa.merging.settings import SiteRule
 from moa.merging.site_plan import make_plan, sum_gates
+from moa.merging.source import lines_of_shared
 from tests.merging.test_merge_identities import SHAPE, experts_of, make_expert, update_of
 
 SITES = ["model.layers.0.q", "model.layers.1.q", "model.layers.2.q", "model.layers.0.up", "head"]
@@ -148,6 +149,19 @@ def test_a_shared_expert_is_added_to_what_the_others_merge_to(method, space):
         others = expected[site].lora_b @ expected[site].lora_a if site in expected else 0.0
         own = alone[site].lora_b @ alone[site].lora_a
         torch.testing.assert_close(result.lora_b @ result.lora_a, others + own)
+
+
+def test_a_shared_expert_that_is_not_added_has_a_line(tmp_path):
+    runs = [tmp_path / name / "checkpoints/step-000001" for name in ("a", "b")]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text("experts: {common: {gate: always}, vqa: {}}")
+    vqa, common = (runs[0] / "experts" / name for name in ("vqa", "common"))
+    assert not [*lines_of_shared([vqa, common], runs[:1])]
+    (missing,) = lines_of_shared([vqa], runs[:1])
+    assert missing.startswith("common of a: ") and missing.endswith(f"not in the result; add {common} to adapters")
+    merged, missing = lines_of_shared([vqa, common, runs[1] / "experts/vqa"], runs)
+    assert "merged here like any other" in merged and missing.startswith("common of b: ")
 
 
 def test_the_gates_of_a_merge_with_a_shared_expert_are_its_weights():
