@@ -487,6 +487,8 @@ def check_experts(config: RunConfig) -> None:
     routed = [name for name in names if gates[name] == "routed"]
     possible = "top_k" not in router.row.options or router.top_k <= len(routed)
     check(possible, "router.top_k", f"is {router.top_k}, but there are {len(routed)} routed experts")
+    votes = router.pool == "vote" and config.losses.z > 0
+    check(not votes, "losses.z", "has no effect with router.pool=vote: its logits are logarithms of shares")
     for name in router.weights or {}:
         rule = "no such routed expert"
         check(name in choices, f"router.weights.{name}", f"{rule}; choices: {choices}")

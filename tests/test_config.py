@@ -126,6 +126,7 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
     [
         (["router.kind=top_k", "router.top_k=3"], ["router.top_k", "2 routed experts"]),
         (["router.granularity=token", "router.kind=anchors"], ["router.granularity", "anchors"]),
+        (["router.granularity=token", "router.pool=vote", "losses.z=1"], ["losses.z", "logarithms"]),
         (["router.share=block"], ["router.share", "granularity=sample"]),
         (["router.pool=vote"], ["router.pool", "granularity=sample"]),
         (["router.granularity=token", "router.pool=vote", "router.kind=sigmoid"], ["router.pool", "softmax, top_k"]),

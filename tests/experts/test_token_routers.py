@@ -53,6 +53,7 @@ def test_the_first_of_a_group_decides_for_it():
         leaders({up: (0,), down: (1,)}, streams, "block")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", ["input", "module", "block"])
 @torch.no_grad()
 def test_sites_of_a_group_equal_a_loop_with_the_gates_of_the_first(share):
@@ -148,6 +149,7 @@ def test_losses_count_a_sites_own_experts():
 # Pooled over the prompt -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pool", "kind"), [("prompt_mean", "sigmoid"), ("prompt_mean", "top_k"), ("vote", "top_k")])
 @torch.no_grad()
 def test_the_tokens_of_a_prompt_decide_together_as_in_a_loop_over_samples(pool, kind):
@@ -173,6 +175,7 @@ def test_the_tokens_of_a_prompt_decide_together_as_in_a_loop_over_samples(pool, 
         close(out, plain_loop(x, site.base_layer(x), torch.stack(gates)[:, None], [*site.scalings.values()], *factors))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", ["prompt_mean", "vote"])
 @torch.no_grad()
 def test_pooled_gates_depend_on_their_samples_prompt_alone(pool):
