@@ -591,7 +591,9 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
                 getattr(expert, k) == getattr(own, k) for k in ("rank", "alpha", "use_rslora", "targets", "init")
             )
             rule = f"{name} has another rank, alpha, targets or init, and so cannot be its copy"
-            check(alike or expert.gate != "routed", f"{key}.copy_of", rule)
+            check(alike or expert.gate != "routed" or expert.frozen, f"{key}.copy_of", rule)
+    blends = gates.blend or gates.blend_end or gates.blend_to == "mean"
+    check(bool(blends), f"{key}.gates.blend_to", f"{gates.blend_to} has no effect without {key}.gates.blend")
     by_token = config.router.granularity == "token"
     check(gates.is_empty or not by_token, f"{key}.gates", "have no effect with router.granularity=token")
     shared = any(expert.gate in ("always", "confidence") for expert in experts.values())

@@ -358,3 +358,11 @@ def test_help_holds_comments_of_several_lines_and_beside_parts_and_no_marks_of_t
     assert docs["prompt.box_codec"].startswith("how boxes") and "fmt" not in docs["prompt.box_codec"]
     assert all(docs.values())
     assert r'prompt.ocr_template="\nReference OCR token: {words}"' in describe(RunConfig)
+
+
+def test_a_frozen_expert_is_no_copy_and_blend_to_needs_a_blend():
+    load_config("configs/demo.yaml", ["experts.line.rank=4", "experts.line.frozen=true"])
+    with pytest.raises(ValueError, match=r"joint.copy_of: line has another rank"):
+        load_config("configs/demo.yaml", ["experts.line.rank=4"])
+    with pytest.raises(ValueError, match=r"joint.gates.blend_to: sum has no effect without stages.joint.gates.blend"):
+        load_config("configs/demo.yaml", ["stages.joint.gates.blend_to=sum"])
