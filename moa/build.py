@@ -17,7 +17,7 @@ from moa.backbones.opening import AnyBackbone, class_of, open_backbone
 from moa.cli.command import note
 from moa.cli.settings import Override
 from moa.clip_model import ClipMixture
-from moa.config import ExpertConfig, ModelConfig, RunConfig
+from moa.config import ALPHA, RANK, ExpertConfig, ModelConfig, RunConfig
 from moa.experts.bank import ExpertBank
 from moa.experts.starts import STARTS, Starts
 from moa.experts.ties import Ties
@@ -30,7 +30,6 @@ from moa.statistics.null_space import null_space_rows
 from moa.statistics.stored import read_statistics
 
 NULL_SHARE = 0.1  # of a layer's input directions that init=null_space leaves to the others
-RANK, ALPHA = 8, 16.0  # of a fresh expert whose config names none
 OTHER_BASE = "model.other_base=true (eval.py and scripts.merge: other_base=true)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

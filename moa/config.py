@@ -42,6 +42,7 @@ else:
     RouterKind = Literal[tuple(kinds.KINDS)]
     Score = Literal[(*SCORES, kinds.TABLE)]
     Format = Literal[(*MADE, *readers())]
+RANK, ALPHA = 8, 16.0  # of a fresh expert whose config names none
 NONE = "none"  # where a sample names its expert: the base alone, with router.null_expert
 
 
@@ -587,9 +588,8 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
     if stage.copy_of is not None:
         own = experts[stage.copy_of]
         for name, expert in experts.items():
-            alike = all(
-                getattr(expert, k) == getattr(own, k) for k in ("rank", "alpha", "use_rslora", "targets", "init")
-            )
+            same = {"rank": RANK, "alpha": ALPHA, "use_rslora": False, "targets": None, "init": None}
+            alike = all((getattr(expert, k) or d) == (getattr(own, k) or d) for k, d in same.items())
             rule = f"{name} has another rank, alpha, targets or init, and so cannot be its copy"
             check(alike or expert.gate != "routed" or expert.frozen, f"{key}.copy_of", rule)
     blends = gates.blend or gates.blend_end or gates.blend_to == "mean"

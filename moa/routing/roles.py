@@ -40,6 +40,8 @@ def check_roles(gates: Mapping[str, str]) -> tuple[str, str] | None:
             return name, f"must be one of {', '.join(GATES)} or {WITH}NAME, got {gate!r}"
         if other not in gates:
             return name, f"no such expert {other!r}; choices: {[n for n in gates if n != name]}"
+        if other == name:
+            return name, f"an expert has no gate of its own to copy; choices: {', '.join(GATES)}"
         if gates[other].startswith(WITH):
             return name, f"{other} has the gate {gates[other]} itself; name that expert"
     return None

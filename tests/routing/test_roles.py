@@ -98,6 +98,7 @@ def test_an_unavailable_expert_has_gate_zero_and_a_shared_one_takes_nothing_of_t
     [
         ({"a": "sometimes"}, ("a", "must be one of")),
         ({"a": "with:b"}, ("a", "no such expert 'b'")),
+        ({"a": "with:a"}, ("a", "no gate of its own")),
         ({"a": "with:b", "b": "with:c", "c": "routed"}, ("a", "b has the gate with:c itself")),
     ],
 )
