@@ -11,7 +11,7 @@ import pytest
 from moa.config import load_config
 from scripts.demo import boards
 from scripts.demo.board import plan as planning
-from scripts.demo.board.kept import read_kept
+from scripts.demo.board.kept import Kept, read_kept
 from scripts.demo.board.plan import PLACE, Cell, Plan, board_names, needed, read_board
 from scripts.demo.board.scoring import score
 from scripts.demo.board.table import write_board
@@ -145,7 +145,7 @@ def test_two_rows_are_trained_and_scored_and_not_again(tiny, tmp_path, monkeypat
     for cell in cells:
         score(tiny, cell)
     assert making(tiny, cells[0]).is_done() and making(tiny, cells[1]) is None
-    assert all(boards.is_done(tiny, boards.Job("row", cell)) for cell in cells)
+    assert all(boards.is_done(tiny, boards.Job("row", cell), Kept()) for cell in cells)
     table = write_board(tiny, "tiny", [0], tmp_path / "results")
     assert "| `lora` | 1 | 30,720 |" in table and (tmp_path / "results/board_tiny.png").stat().st_size > 5000
     monkeypatch.setattr("scripts.demo.board.scoring.score_column", lambda *_: pytest.fail("scored again"))
