@@ -49,7 +49,7 @@ def test_shared_factors_and_their_gradients_equal_a_plain_loop_over_experts(shap
     x = torch.randn(2, 7, 6, dtype=torch.double, requires_grad=True)
     gates = torch.rand(2, 7 if per_token else 1, 3, dtype=torch.double, requires_grad=True)
     if per_token:
-        bank.route_tokens(lambda logits: gates)
+        bank.route_tokens(lambda logits, *_: gates)
         site.token_router = nn.Parameter(torch.zeros(3, 6, dtype=torch.double))
     else:
         bank.set_gates(gates)
