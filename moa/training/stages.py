@@ -139,7 +139,8 @@ def check_starts(model: MixtureModel, config: RunConfig, begun: int) -> None:
         try:
             start_weights(model, config, stage)
         except (ValueError, OSError) as error:
-            raise ValueError(key + str(error).removeprefix(key)) from None
+            named = str(error).startswith(f"stages.{stage.name}.")
+            raise ValueError(str(error) if named else f"{key}{error}") from None
         finally:
             for state, before in zip(own, kept, strict=True):
                 load_strictly(state, before, Path(key))

@@ -23,7 +23,7 @@ from moa.merging.export.folder import copy_other_files
 from moa.planning.plan import FakeRun
 from moa.training.run_folder import same_config
 from moa.training.setup import filled
-from moa.training.stages import load_expert
+from moa.training.stages import load_experts
 from moa.training.validation import import_lines
 from scripts.merge import main
 from tests.support.tiny import tiny_llava
@@ -81,14 +81,14 @@ def test_a_base_that_changed_is_refused_by_eval_resume_and_import(run, tmp_path)
         build_model(imported)
     fresh = build_model(toy_config(tmp_path))
     with pytest.raises(ValueError, match=names):
-        load_expert(fresh, toy_config(tmp_path), "vqa", step / "experts/vqa")
+        load_experts(fresh, toy_config(tmp_path), {"vqa": step / "experts/vqa"})
 
     load_model(run.out, other_base=True)
     allowed = toy_config(tmp_path, model__other_base=True)
     now = filled(allowed, load_config(Path(run.out) / CONFIG))
     assert now.model.fingerprint == other
     same_config(now, Path(run.out), 0)
-    load_expert(fresh, allowed, "vqa", step / "experts/vqa")
+    load_experts(fresh, allowed, {"vqa": step / "experts/vqa"})
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_a_stage_that_starts_from_other_sites_names_the_other_way(tmp_path):
     config = toy_config(tmp_path)
     model = build_model(config)
     with pytest.raises(ValueError, match=r"plain: has 2 sites.*experts.vqa.init_from takes one"):
-        load_expert(model, config, "vqa", tmp_path / "plain")
+        load_experts(model, config, {"vqa": tmp_path / "plain"})
 
 
 def test_the_base_alone_gives_the_same_backbone_with_its_fingerprint(tmp_path):
