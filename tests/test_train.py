@@ -249,8 +249,6 @@ def test_gradient_checkpointing_gives_the_same_losses(world, tmp_path):
 KINDS = [
     {"kind": "softmax", "per_site": True},
     pytest.param({"kind": "top_k", "top_k": 1}, marks=SLOW),
-    pytest.param({"kind": "sigmoid"}, marks=SLOW),
-    pytest.param({"kind": "softmax", "granularity": "token"}, marks=SLOW),
     pytest.param({"kind": "threshold", "granularity": "token", "noise": "gaussian", "score": "cosine"}, marks=SLOW),
     pytest.param(
         {"kind": "sigmoid", "noise": "logistic", "normalize": True, "score": "table", "evidence": ["task"]}, marks=SLOW
