@@ -69,11 +69,11 @@ class Roles:
         return all(gate == "routed" for gate in self.gates)
 
     @cached_property
-    def sources(self) -> list[int]:
+    def columns(self) -> list[int]:
         """Of each expert, the column of [choices, 1, 1 - m] that its gate is."""
         count = len(self.choices)
-        columns = {"always": count, "confidence": count + 1}
-        own = [columns[g] if g in columns else self._choice(place) for place, g in enumerate(self.gates)]
+        fixed = {"always": count, "confidence": count + 1}
+        own = [fixed[g] if g in fixed else self._choice(place) for place, g in enumerate(self.gates)]
         return [
             own[self.experts.index(gate.removeprefix(WITH))] if gate.startswith(WITH) else column
             for gate, column in zip(self.gates, own, strict=True)
@@ -93,8 +93,8 @@ class Roles:
         if "confidence" in self.gates:
             largest = chosen.amax(-1, keepdim=True)
             chosen, rest = chosen * largest, 1 - largest
-        columns = torch.cat([chosen, one, rest], dim=-1)
-        return columns.index_select(-1, torch.tensor(self.sources, device=chosen.device))
+        wide = torch.cat([chosen, one, rest], dim=-1)
+        return wide.index_select(-1, torch.tensor(self.columns, device=chosen.device))
 
     def choice_ids(self, expert_ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """Places among the choices: unknown stays -1; an expert without a choice, and no expert, are the number of
@@ -104,7 +104,7 @@ class Roles:
         if self.all_routed:
             return expert_ids
         count = len(self.choices)
-        places = [column if column < count else count for column in self.sources]
+        places = [column if column < count else count for column in self.columns]
         table = torch.tensor([*places, count, -1], device=expert_ids.device)
         return table[expert_ids]
 

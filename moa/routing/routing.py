@@ -104,9 +104,9 @@ class Routing(nn.Module):
         if available is None:
             return Gates(gates=gates)
         rows, choices = _rows(available, gates), list(self.roles.choices)
-        shared = apply_availability(gates[..., choices], rows[..., choices])
+        chosen = apply_availability(gates[..., choices], rows[..., choices])
         gates = gates * rows
-        gates[..., choices] = shared
+        gates[..., choices] = chosen
         return Gates(gates=gates)
 
     def oracle(
@@ -116,10 +116,6 @@ class Routing(nn.Module):
         ids = self.roles.choice_ids(expert_ids)
         chosen = one_hot_gates(ids, len(self.roles.choices), self.joint)[:, None]
         return self.roles.assemble(chosen if draws is None else draws.apply(chosen))
-
-    def uniform(self, num_samples: int, device: Any = None) -> Float[Tensor, "batch 1 expert"]:
-        """Every choice alike."""
-        return self.oracle(torch.full((num_samples,), -1, device=device))
 
     def decide(
         self,
