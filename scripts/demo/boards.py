@@ -39,7 +39,8 @@ class BoardsSettings:
     results: FilePath = "results"  # folder of tables, pictures and claims
     seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     jobs: Count = 2  # rows at a time, each in its own processes with one thread
-    only: list[str] | None = None  # rows to train and score, with what they start from; null: all
+    # rows to train and score, with what they start from: ROW of every board or BOARD/ROW; null: all
+    only: list[str] | None = None
     # questions of every column, and most of every validation set; null: the board's
     num_samples: Count | None = None
     steps: ShareAboveZero = 1.0  # share of every stage's steps: small for a dry run
@@ -142,7 +143,7 @@ def jobs_of(plan: "Plan", boards: Sequence[str], settings: BoardsSettings) -> li
     from scripts.demo.board.plan import Cell, read_board, with_needed
 
     for row in settings.only or ():
-        known = [name for board in boards for name in read_board(board).rows]
+        known = [name for board in boards for row in read_board(board).rows for name in (row, f"{board}/{row}")]
         check(row in known, "only", f"no row {row!r}; choices: {', '.join(dict.fromkeys(known))}")
     wanted = [
         Cell(board, row, seed)
@@ -151,7 +152,7 @@ def jobs_of(plan: "Plan", boards: Sequence[str], settings: BoardsSettings) -> li
         for row, own in read_board(board).rows.items()
         if (own.seeds is None or number < own.seeds)
         and (own.scored or own.arrivals)
-        and (settings.only is None or row.split("@")[0] in settings.only)
+        and (settings.only is None or not {row.split("@")[0], f"{board}/{row.split('@')[0]}"}.isdisjoint(settings.only))
     ]
     found: dict[Job, None] = {}
     for cell in with_needed(wanted):

@@ -135,10 +135,11 @@ def engine_of(config: RunConfig) -> RapidOcr:
 
 def read_images(plan: Plan, boards: Sequence[str], num_workers: int) -> None:
     """Read the words of every image of columns and training once, before the rows share the cache."""
-    config, marker = load_config(read_board(boards[0]).config), plan.out / "images_read"
+    config = load_config(read_board(boards[0]).config)
     sources = {json.dumps(given(source)): source for board in boards for source in sources_of(plan, board)}
     wanted = digest(json.dumps(sorted(sources)))
-    if marker.is_file() and marker.read_text() == wanted:
+    marker = plan.out / "images_read" / wanted
+    if marker.is_file():
         return
     if not plan.ocr_file.is_file() and config.data.ocr_cache:
         plan.ocr_file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,8 @@ def read_images(plan: Plan, boards: Sequence[str], num_workers: int) -> None:
             images.setdefault(sample.image_id, sample.image)
     engine = engine_of(config)
     build_cache([*images.values()], plan.ocr_file, engine=engine, num_workers=num_workers)
-    write_file(marker, wanted)
+    marker.parent.mkdir(exist_ok=True)
+    marker.touch()
 
 
 def sources_of(plan: Plan, name: str) -> Iterator[SourceConfig]:
