@@ -19,9 +19,9 @@ from typing import Any
 from rich.console import Console
 
 from bench.record import ROOT, in_own_process, machine, process_kib, write_results
+from data.config import SourceConfig
 from moa.cli.command import run_command
 from moa.cli.ranges import Count
-from moa.config import SourceConfig
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 WORDS = ("open", "exit", "sale", "caution")

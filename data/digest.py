@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from data.checks import BadSampleError
+from data.config import DataConfig, SourceConfig
 from data.mixture import Source, read_sample
 from data.sample import Sample
-from moa.config import DataConfig, SourceConfig
 
 WHOLE, BLOCKS, BLOCK = 1 << 28, 64, 1 << 20
 SAMPLES = 64

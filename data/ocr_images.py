@@ -13,10 +13,11 @@ from PIL import Image
 from rich.progress import track
 
 from data.checks import BadSampleError
+from data.config import SourceConfig
 from data.images import is_hidden, open_image
 from data.readers.record import RecordDataset
 from data.readers.table import open_records
-from moa.config import RunConfig, SourceConfig
+from moa.config import RunConfig
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 

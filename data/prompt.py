@@ -14,9 +14,9 @@ from zlib import crc32
 from data.boxes import CODECS, BoxCodec
 from data.chat import message, special_tokens
 from data.checks import BadSampleError, check_sample, name_of
+from data.config import PromptConfig
 from data.geometry import Geometry, seen_by
 from data.sample import OcrWord, Sample
-from moa.config import PromptConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,14 @@ from typing import Any
 
 from data.boxes import CODECS
 from data.collate import ChatCollator
+from data.config import MADE, DataConfig, SourceConfig
 from data.mixture import Grouping, Mixture, Source
 from data.ocr import OcrCache
 from data.ocr_engines import RapidOcr
 from data.pairs import PairCollator
 from data.prompt import Intake
 from data.readers.table import open_records
-from moa.config import MADE, DataConfig, RunConfig, SourceConfig
+from moa.config import RunConfig
 
 
 def open_source(source: SourceConfig, expert: str | None, ocr: OcrCache | None) -> Source:

@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
+from data.config import SourceConfig
 from moa.backbones.fingerprint import base_fingerprint
-from moa.config import RunConfig, SourceConfig
+from moa.config import RunConfig
 
 CARD = "README.md"
 LICENSE_KEYS = ("license", "license_name", "license_link")

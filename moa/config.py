@@ -6,13 +6,12 @@ Nothing is changed after loading. The comment beside or above a field is its lin
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from data.readers.names import readers
+from data.config import DataConfig, PromptConfig, SourceConfig, check_shares
 from moa.cli.ranges import (
     PATH,
     Count,
@@ -20,46 +19,26 @@ from moa.cli.ranges import (
     FilePath,
     NotNegative,
     Positive,
-    Processes,
     Seed,
     Share,
     ShareAboveZero,
     ShareBelowOne,
     Size,
 )
-from moa.cli.settings import Override, Wrong, load
+from moa.cli.settings import Override, Wrong, check, load
 from moa.routing import kinds
 from moa.routing.losses import GateLosses
-from moa.routing.roles import CHOSEN, check_roles
+from moa.routing.roles import CHOSEN, NONE, check_roles
 from moa.routing.schedule import GateSchedule
 from moa.routing.scores import SCORES
 
 Precision = Literal["fp32", "bf16", "fp16"]
-MADE = ("scenes", "drawings")  # formats without files, of as many samples as one asks for
 if TYPE_CHECKING:
-    RouterKind = Score = Format = str
+    RouterKind = Score = str
 else:
     RouterKind = Literal[tuple(kinds.KINDS)]
     Score = Literal[(*SCORES, kinds.TABLE)]
-    Format = Literal[(*MADE, *readers())]
 RANK, ALPHA = 8, 16.0  # of a fresh expert whose config names none
-NONE = "none"  # where a sample names its expert: the base alone, with router.null_expert
-
-
-def check(rule: bool, key: str, message: str) -> None:
-    """Raise the one error of a broken rule; `key` is relative to the class whose rule it is."""
-    if not rule:
-        raise Wrong(key, message)
-
-
-def check_template(key: str, template: str, place: str) -> None:
-    """Wrong for a template with another place than {place}, or with one that has a format."""
-    rule = f"may have {{{place}}} as its only place, and {{{{ }}}} for braces; got {template!r}"
-    try:
-        places = [part[1:] for part in Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise Wrong(key, f"{rule} ({error})") from None
-    check(all(found == (place, "", None) for found in places), key, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +88,11 @@ class ExpertConfig:
     # and an expert, such as an earlier one of this skill, whose inputs it is to follow; null: random
     init_own_statistics: FilePath | None = None
     factors: list[Literal["A", "B"]] = field(default_factory=lambda: ["A", "B"])  # that are trained
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What experts must have in common for one to become a copy of the other."""
+        return self.rank or RANK, self.alpha or ALPHA, bool(self.use_rslora), self.targets or None, self.init
 
     def __post_init__(self) -> None:
         check(bool(self.factors), "factors", "names none; frozen: true trains neither")
@@ -223,109 +207,6 @@ class LossConfig(GateLosses):
     # of a CLIP: images against all texts, or against the frozen texts of the sample's choices
     pairs: Literal["contrastive", "classification"] = "contrastive"
     negatives: Literal["all", "source"] = "all"  # contrastive: of the batch, or of one data set
-
-
-def is_file_name(name: str) -> bool:
-    """Whether files can be called so in the folder that they are written to, and nowhere else."""
-    plain = re.fullmatch(r"[^\x00-\x1f\x7f\ud800-\udfff/\\.][^\x00-\x1f\x7f\ud800-\udfff/\\]*", name)
-    return plain is not None and len(name.encode()) <= 150
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    name: str = "source"  # in logs and tables: its key, where sources have keys
-    format: Format = "scenes"  # how its files are written; docs/data.md
-    path: FilePath | None = None  # file of the questions, captions or rows; or a folder
-    images: FilePath | None = None  # folder that the images' names are relative to
-    annotations: FilePath | None = None  # second file, where answers, boxes or splits lie apart
-    ocr: FilePath | None = None  # the data set's own OCR words: file of textvqa, folder of docvqa
-    columns: dict[str, str] | None = None  # of format table: field of a sample -> column
-    # of scenes and drawings, or where one file holds several; a+b joins two
-    split: str | None = None
-    one_per: Literal["image", "caption"] = "image"  # of captions: to score by all, or to learn each
-    task: str | None = None  # null: the format's own, or each row's
-    # around {question}; of images to classify: "a photo of a {}"; null: the format's own
-    prompt: str | None = None
-    instruction: str | None = None  # behind question and OCR words; null: the format's own
-    style: str | None = None  # of scenes and drawings: drawing style; null: the split's own
-    asks: str | None = None  # of scenes: the task whose questions they are, where `task` is another name
-    # of scenes: answers by another convention, see data/world/conventions.py
-    convention: str | None = None
-    sign: str | None = None  # of scenes: only those whose sign has a word, or scribble; null: all
-    # the expert that these samples train; null: the reader's own choice; none: to be left to the base
-    expert: str | None = None
-    # what scores them: docs/evaluation.md; null: the format's own, or their task's
-    benchmark: str | None = None
-    # size of scenes and drawings; elsewhere only the first ones
-    num_samples: Count | None = None
-    seed: Seed = 0  # of scenes and drawings
-    ocr_cache: FilePath | None = None  # Parquet file of OCR words; null: data.ocr_cache
-    # how much of the training mixture it is: at most one of the three; null everywhere: weight 1
-    weight: Positive | None = None  # share of the draws, relative to the other sources
-    count: Count | None = None  # draws per epoch, whatever the source's size
-    epochs: Positive | None = None  # passes over the source per epoch
-
-    @property
-    def counts_draws(self) -> bool:
-        return self.count is not None or self.epochs is not None
-
-    def __post_init__(self) -> None:
-        rule = "must be a file's name: no / \\ or control character, no dot first, 1 to 150 bytes"
-        check(is_file_name(self.name), "name", f"{rule}; got {self.name!r}")
-        shares = {"weight": self.weight, "count": self.count, "epochs": self.epochs}
-        given = {name: value for name, value in shares.items() if value is not None}
-        check(len(given) <= 1, "", f"has {' and '.join(given)}; choose one")
-        form, made = self.format, self.format in MADE
-        check(not made or self.num_samples is not None, "num_samples", f"{form} needs a number")
-        check(not made or self.path is None, "path", f"has no effect with format={form}")
-        check(made or self.path is not None, "path", f"format {form} needs a file")
-        for key in ("asks", "convention", "sign"):
-            check(form == "scenes" or getattr(self, key) is None, key, f"has no effect with format={form}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    sources: dict[str, SourceConfig] = field(default_factory=dict)  # the training mixture, by name
-    # scored by loss during training, by name
-    validation: dict[str, SourceConfig] = field(default_factory=dict)
-    # tasks known to the router, in the order of their ids
-    tasks: list[str] = field(default_factory=lambda: ["vqa", "caption", "grounding", "ocr_vqa"])
-    expert: str | None = None  # overrides every source's expert: the baseline with a single adapter
-    ocr_cache: FilePath | None = None  # Parquet file of OCR words; null: no OCR evidence
-    ocr_min_confidence: Share = 0.5  # of the engine: lines that it is less sure of are dropped
-    ocr_engine: bool = False  # images that the cache lacks are read by the engine, live
-    on_bad_sample: Literal["error", "skip"] = "error"  # stop, or count, leave out and report
-    group_by_length: bool = False  # batches of samples of like length, text alone by itself
-    group_window: Size = 50  # batches that are sorted together; more: less padding, less random
-    # processes that load and collate; the order is the same for any number
-    num_workers: Processes = 0
-
-    def __post_init__(self) -> None:
-        twice = sorted({task for task in self.tasks if self.tasks.count(task) > 1})
-        check(not twice, "tasks", f"names {', '.join(twice)} twice; each has one id")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptConfig:
-    task_in_prompt: bool = True  # the language model reads the task's name
-    ocr_in_prompt: bool = True  # the language model reads the OCR words as reference tokens
-    task_dropout: Share = 0.0  # share of training samples whose task is withheld from both
-    task_template: str = "[{task}] "  # stands before the question
-    ocr_template: str = "\nReference OCR token: {words}"  # stands after the question
-    # how boxes are written as text; auto: as the base was taught, by its vocabulary and family
-    box_codec: Literal[
-        "auto", "location_tokens", "paligemma", "llava", "shikra", "qwen_vl", "qwen2_vl", "qwen2_5_vl",
-        "qwen3_vl", "internvl",
-    ] = "auto"  # fmt: skip
-    # the least share of a box that the processor's crop must leave; a box with less is a bad sample
-    min_visible: ShareAboveZero = 1.0
-    max_length: Count = 2048  # tokens of prompt and answer; a longer sample is a bad sample
-    ocr_separator: str = " "  # between the words; LLaVA's own prompts have a comma and a blank
-    max_ocr_words: CountOrZero = 64  # the most confident ones are kept, for prompt and router
-
-    def __post_init__(self) -> None:
-        check_template("task_template", self.task_template, "task")
-        check_template("ocr_template", self.ocr_template, "words")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -542,14 +423,6 @@ def check_sources(config: RunConfig) -> None:
     check(engine, "data.ocr_engine", "needs data.ocr_cache, the file that its words go to")
 
 
-def check_shares(sources: Iterable[SourceConfig]) -> None:
-    """Draws say how long an epoch is, weights do not: a mixture has one or the other."""
-    counted = [s.name for s in sources if s.counts_draws]
-    rest = [s.name for s in sources if not s.counts_draws]
-    rule = f"count or epochs of {', '.join(counted)} need count or epochs here too"
-    check(not (counted and rest), f"data.sources.{', '.join(rest)}", rule)
-
-
 def check_stages(config: RunConfig) -> None:
     penalised = config.losses.crosstalk > 0 or config.losses.crosstalk_end is not None
     trained = any(stage.kind != "router" for stage in config.stages.values()) or not config.stages
@@ -588,10 +461,8 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
     if stage.copy_of is not None:
         own = experts[stage.copy_of]
         for name, expert in experts.items():
-            same = {"rank": RANK, "alpha": ALPHA, "use_rslora": False, "targets": None, "init": None}
-            alike = all((getattr(expert, k) or d) == (getattr(own, k) or d) for k, d in same.items())
             rule = f"{name} has another rank, alpha, targets or init, and so cannot be its copy"
-            check(alike or expert.gate != "routed" or expert.frozen, f"{key}.copy_of", rule)
+            check(expert.shape == own.shape or expert.gate != "routed" or expert.frozen, f"{key}.copy_of", rule)
     blends = gates.blend or gates.blend_end or gates.blend_to == "mean"
     check(bool(blends), f"{key}.gates.blend_to", f"{gates.blend_to} has no effect without {key}.gates.blend")
     by_token = config.router.granularity == "token"

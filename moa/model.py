@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from data.batch import Batch
 from moa.backbones.clip import ClipBackbone
 from moa.backbones.llava import Backbone, Look
-from moa.config import NONE
 from moa.experts.bank import ExpertBank
 from moa.experts.crosstalk import crosstalk, energy_tables
 from moa.experts.token_routers import pooling
 from moa.packing import answer_positions, prompt_samples
 from moa.routing.decisions import mean_token_gates, token_decisions, token_losses
-from moa.routing.roles import Roles
+from moa.routing.roles import NONE, Roles
 from moa.routing.router import Evidence
 from moa.routing.routing import Gates, Routing
 from moa.routing.schedule import GateDraws

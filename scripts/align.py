@@ -118,8 +118,8 @@ def caption_batches(file: str, processor_of: str, num_samples: int) -> list[dict
     """Images with their first captions, through the processor of a checkpoint."""
     from transformers import AutoConfig, AutoProcessor
 
+    from data.config import SourceConfig
     from data.readers.table import open_records
-    from moa.config import SourceConfig
     from moa.files.checkpoint_files import local_base
 
     source = SourceConfig(name="captions", format="jsonl", path=file, num_samples=num_samples)

@@ -27,10 +27,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from data.config import SourceConfig
 from moa.cli.command import mistakes_in_one_line
 from moa.cli.ranges import Count, FilePath, Seed, Size
 from moa.cli.settings import describe, load
-from moa.config import RunConfig, SourceConfig, load_config
+from moa.config import RunConfig, load_config
 
 if TYPE_CHECKING:
     from data.audit import Audit

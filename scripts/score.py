@@ -15,9 +15,9 @@ from typing import Literal
 
 from rich.console import Console
 
+from data.config import DataConfig, SourceConfig
 from moa.cli.command import run_command
 from moa.cli.ranges import FilePath
-from moa.config import DataConfig, SourceConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
+from data.config import SourceConfig
 from data.images import find_image
 from data.readers.fields import field, name, text
 from data.readers.record import Record, Records
 from data.readers.rows import JsonRows, Row, text_lines
 from data.readers.table import reads
-from moa.config import SourceConfig
 
 TOKEN_LINE = re.compile(r"(?P<image>[^#\t]+)#(?P<number>\d+)\t(?P<caption>.*)")
 # one row of Kaggle's file lacks its second bar: `2199200615.jpg| 4   A dog runs across the grass .`

@@ -15,6 +15,7 @@ import re
 from functools import partial
 from typing import Any
 
+from data.config import SourceConfig
 from data.images import coco_number
 from data.readers.fields import field, name, text
 from data.readers.record import Record, Records
@@ -22,7 +23,6 @@ from data.readers.rows import Row, json_rows
 from data.readers.table import FILE, reads
 from data.readers.tables import TableRows, image_of, open_table
 from data.sample import Turn
-from moa.config import SourceConfig
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 PLACE = "<image>"

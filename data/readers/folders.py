@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.checks import BadSampleError
+from data.config import SourceConfig
 from data.images import is_hidden
 from data.readers.captions import CAPTION
 from data.readers.fields import text
@@ -26,7 +27,6 @@ from data.readers.index import Arrays, cached
 from data.readers.record import Record, Records
 from data.readers.rows import ListRows, Row
 from data.readers.table import FILE, reads
-from moa.config import SourceConfig
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 SPARSE = -1  # in place of the size of a file with holes, which a tar stores in pieces

@@ -16,13 +16,13 @@ from xml.etree import ElementTree
 
 from rich.progress import track
 
+from data.config import SourceConfig
 from data.readers.fields import box_of, box_of_xywh, field, name, text
 from data.readers.pickles import load_plain
 from data.readers.record import Record, Records, asked
 from data.readers.rows import JsonRows, Row, require_file, text_lines
 from data.readers.table import FOUR, reads
 from data.sample import Box
-from moa.config import SourceConfig
 
 KEPT = ("ref_id", "ann_id", "image_id", "split")  # of a reference; the rest is large and unused
 ROUNDING = 1.0  # pixels by which these files' boxes may stick out of their images

@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.config import SourceConfig
 from data.images import find_image
 from data.readers.fields import box_of, boxes_of, field, frame_of, name, text, texts
 from data.readers.record import Record, Records
 from data.readers.rows import JsonLines, Row
 from data.readers.table import FILE, reads
 from data.sample import OcrWord
-from moa.config import SourceConfig
 
 REQUIRED = ("image", "question", "task")
 OPTIONAL = ("id", "image_id", "answers", "boxes", "ocr", "frame", "tags", "choices")

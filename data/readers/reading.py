@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data.config import SourceConfig
 from data.images import coco_number
 from data.readers.fields import box_of_xywh, field, name, tags_of, text, texts
 from data.readers.record import Record, Records, asked
 from data.readers.rows import JsonRows, Row, read_json
 from data.readers.table import parses, reads
 from data.sample import Box, OcrWord
-from moa.config import SourceConfig
 
 OCRVQA_SPLITS = {"train": 1, "val": 2, "test": 3}
 LOW = 0.5  # confidence of a word that the engine of DocVQA marks as "Low"; it gives no numbers

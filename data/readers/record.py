@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.checks import BadSampleError, check_sample, check_words
+from data.config import SourceConfig
 from data.images import StoredImage, find_image, open_image
 from data.ocr import OcrSource
 from data.readers.fields import name, text
 from data.readers.rows import Row, Rows
 from data.sample import Box, OcrWord, Sample, Turn
-from moa.config import SourceConfig
 
 SAME = ("id", "image_id", "answers", "system", "turns", "tags", "choices")
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.checks import one_line
+from data.config import SourceConfig
 from data.ocr import OcrSource
 from data.readers.names import readers
 from data.readers.record import Record, RecordDataset, Records
 from data.readers.rows import JsonRows, Row
-from moa.config import SourceConfig
 
 SOME_USE = ("path", "images", "annotations", "ocr", "columns", "one_per", "style", "seed")
 DEFAULTS = {field.name: field.default for field in fields(SourceConfig)}

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from data.checks import BadSampleError
+from data.config import SourceConfig
 from data.images import StoredImage, named_image
 from data.readers.fields import boxes_of, cell_text, cell_texts, frame_of
 from data.readers.record import Record, Records, reason
 from data.readers.rows import CsvRows, Row, Rows, json_rows, require_file
 from data.readers.table import FILE, reads
-from moa.config import SourceConfig
 
 FIELDS = ("id", "image_id", "image", "question", "answers", "boxes", "frame", "task", "split")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves in a folder

@@ -16,13 +16,13 @@ from string import ascii_uppercase
 from typing import Any
 
 from data.checks import BadSampleError
+from data.config import SourceConfig
 from data.images import coco_number, find_image
 from data.readers.fields import answers_of, field, name, tags_of, text, texts
 from data.readers.record import Record, Records, asked
 from data.readers.rows import JsonLines, JsonRows, ListRows, Row, read_json
 from data.readers.scanner import member_of
 from data.readers.table import FOUR, parses, reads
-from moa.config import SourceConfig
 
 LETTER = "Answer with the option's letter from the given choices directly."
 

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from moa.config import NONE
 from moa.files.atomic import atomic_file
+from moa.routing.roles import NONE
 
 matplotlib.use("Agg")
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moa.config import NONE
+from moa.routing.roles import NONE
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # site -> lora_A [rank, in] with scale, lora_B
 

@@ -48,6 +48,12 @@ class Wrong(ValueError):
         return Wrong(".".join(filter(None, (parent, self.key))), self.message)
 
 
+def check(rule: bool, key: str, message: str) -> None:
+    """Raise the one error of a broken rule; `key` is relative to the class whose rule it is."""
+    if not rule:
+        raise Wrong(key, message)
+
+
 def load(
     cls: type[T],
     path: str | Path | Sequence[str | Path] | None,

@@ -12,12 +12,13 @@ import torch
 from PIL.Image import Image
 from rich.console import Console
 
+from data.config import SourceConfig
 from moa.analysis.gallery import Card, gallery, seen_image
 from moa.analysis.plots import gate_heat_map, layer_heat_map, loss_curves, read_log
 from moa.analysis.routing import delta_cosines, summary
 from moa.benchmarks.table import benchmark_called, submission_rows
 from moa.checkpoint import versions
-from moa.config import RunConfig, SourceConfig
+from moa.config import RunConfig
 from moa.evaluation.fingerprints import digest, settings_digest
 from moa.evaluation.gates_file import PARTIAL, ROUTING
 from moa.evaluation.models import EvaluatedModel

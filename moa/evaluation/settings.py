@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
+from data.config import SourceConfig
 from moa.benchmarks.table import BENCHMARKS, BY_FORMAT
 from moa.cli.ranges import FilePath
 from moa.cli.settings import laid_over, load, read_override
 from moa.cli.strict_yaml import read_yaml
-from moa.config import EvalConfig, RunConfig, SourceConfig
+from moa.config import EvalConfig, RunConfig
 
 GATE_RULES = ("router", "oracle", "uniform", "ensemble", "off")
 

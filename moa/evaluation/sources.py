@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.checks import BadSampleError
+from data.config import MADE, SourceConfig
 from data.mixture import Source, read_sample
 from data.ocr import OcrCache
 from data.pairs import PairCollator
@@ -15,7 +16,7 @@ from data.sample import Sample
 from data.sources import open_ocr, open_sources
 from moa.checkpoint import versions
 from moa.clip_model import ClipMixture
-from moa.config import MADE, EvalConfig, RunConfig, SourceConfig
+from moa.config import EvalConfig, RunConfig
 from moa.evaluation.dual_encoder import evaluate_pairs
 from moa.evaluation.fingerprints import data_digest, read_result, sample_digest, settings_digest
 from moa.evaluation.predict import prompt_collator

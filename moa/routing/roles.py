@@ -28,6 +28,7 @@ else:
 GATES = ("routed", "joint", "always", "confidence")  # and with:NAME
 CHOSEN = ("routed", "joint")
 WITH = "with:"
+NONE = "none"  # where a sample names its expert: the base alone, with router.null_expert
 
 
 def check_roles(gates: Mapping[str, str]) -> tuple[str, str] | None:

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from moa.cli.command import run_command
 from moa.cli.ranges import Count, CountOrZero, FilePath, Seed, ShareAboveZero
-from moa.config import check
+from moa.cli.settings import check
 
 if TYPE_CHECKING:
     from scripts.demo.board.kept import Kept

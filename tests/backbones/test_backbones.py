@@ -19,11 +19,11 @@ import eval as eval_script
 from data.batch import Batch
 from data.boxes import CODECS
 from data.collate import ChatCollator
+from data.config import PromptConfig
 from data.sample import OcrWord, Sample
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone, load_backbone
 from moa.checkpoint import load_model
-from moa.config import PromptConfig
 from moa.evaluation.report import seen_by_tower
 from moa.experts.bank import ExpertBank
 from moa.merging.adapters import experts_of_bank

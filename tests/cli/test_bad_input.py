@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from data.checks import BadSampleError
+from data.config import SourceConfig
 from data.readers.table import open_records
 from data.sample import Turn
-from moa.config import SourceConfig
 from tests.data.test_collate import COLLATE, sample
 from tests.support.tiny import random_image
 from tests.support.toy import write_rows

@@ -17,10 +17,10 @@ from data.audit import DUPLICATE, LEAKS, LengthCheck, audit_source, find_leaks
 from data.boxes import CODECS
 from data.checks import BadSampleError
 from data.collate import ChatCollator
+from data.config import PromptConfig, SourceConfig
 from data.readers.record import RecordDataset
 from data.readers.table import open_records
 from moa.analysis.preview_page import preview_page
-from moa.config import PromptConfig, SourceConfig
 from tests import ROOT
 from tests.support.tiny import random_image, tiny_processor
 

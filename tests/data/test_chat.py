@@ -15,10 +15,10 @@ from data.boxes import CODECS
 from data.chat import EDGE, ChatEncoder, message, special_tokens
 from data.checks import BadSampleError, RefusedError
 from data.collate import IGNORED, ChatCollator
+from data.config import PromptConfig
 from data.sample import OcrWord, Sample, Turn
 from moa.backbones import processors as opening
 from moa.backbones.llava import Backbone, open_intake
-from moa.config import PromptConfig
 from moa.training.batches import source_loader
 from tests.support.chat_templates import HUB, IDEFICS, QWEN2
 from tests.support.families import CONFIGS, NAMES

@@ -9,8 +9,8 @@ from data.boxes import CODECS
 from data.chat import ChatEncoder
 from data.checks import BadSampleError
 from data.collate import IGNORED, ChatCollator
+from data.config import PromptConfig
 from data.sample import OcrWord, Sample, Turn
-from moa.config import PromptConfig
 from tests.support.tiny import random_image, tiny_processor
 
 CODEC = CODECS["location_tokens"]

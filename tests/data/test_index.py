@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path, monkeypatch):
 MEASURE = """
 import json, resource, sys, time
 from data.readers.conversations import read_conversations
-from moa.config import SourceConfig
+from data.config import SourceConfig
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
 start = time.perf_counter()

@@ -9,10 +9,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data.checks import BadSampleError
+from data.config import SourceConfig
 from data.mixture import BLOCK, Grouping, Mixture, quotas
 from data.readers.table import open_records
 from data.sample import Sample
-from moa.config import SourceConfig
 
 
 class Numbers:

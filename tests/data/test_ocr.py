@@ -8,6 +8,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from data import ocr
+from data.config import DataConfig, SourceConfig
 from data.ocr import (
     OcrCache,
     build_cache,
@@ -22,7 +23,7 @@ from data.ocr_images import source_images
 from data.readers.table import open_records
 from data.sample import OcrWord
 from data.sources import open_sources
-from moa.config import DataConfig, SourceConfig, load_config
+from moa.config import load_config
 from scripts import ocr as script
 from tests.support.toy import write_rows
 

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from data.checks import BadSampleError
+from data.config import SourceConfig
 from data.readers.names import readers
 from data.readers.record import RecordDataset
 from data.readers.table import FORMATS, format_called, open_records
 from data.sample import Sample
-from moa.config import SourceConfig
 from tests.support.formats import CASES, SIZE, dump, dump_lines, edit, write_image
 
 PATHS = ("path", "images", "annotations", "ocr")

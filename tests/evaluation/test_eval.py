@@ -17,6 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import eval as eval_script
+from data.config import SourceConfig, is_file_name
 from data.sources import open_sources
 from moa.benchmarks.table import BENCHMARKS
 from moa.build import build_model, settled
@@ -28,7 +29,7 @@ from moa.checkpoint import (
     write_run_header,
 )
 from moa.cli.settings import load
-from moa.config import EvalConfig, SourceConfig, is_file_name, load_config
+from moa.config import EvalConfig, load_config
 from moa.evaluation.gates_file import read_routing, routing_file
 from moa.evaluation.models import models_of
 from moa.evaluation.predict import choose_gates, prompt_collator

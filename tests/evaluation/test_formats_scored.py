@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from data.config import SourceConfig
 from moa.benchmarks.table import BENCHMARKS, BY_FORMAT
 from moa.checkpoint import load_model
-from moa.config import SourceConfig
 from moa.evaluation.report import write_results
 from moa.evaluation.settings import with_eval
 from moa.evaluation.sources import score_sources

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data.config import SourceConfig
 from data.ocr import OcrCache, content_hash, write_table
 from data.ocr_images import folder_images
 from data.readers.record import RecordDataset, clipped
 from data.readers.table import open_records
 from data.sample import OcrWord
-from moa.config import SourceConfig
 from tests.data.test_readers import error_of, no_caches, opened, written  # noqa: F401 - a fixture
 from tests.support.formats import dump, dump_lines, image_bytes, write_image
 from tests.support.tiny import random_image

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from data.config import DataConfig, SourceConfig
 from data.sample import Sample
 from moa.benchmarks.scores import Response, Scores
-from moa.config import DataConfig, ExpertConfig, RunConfig, SourceConfig
+from moa.config import ExpertConfig, RunConfig
 from moa.evaluation.result import Result
 from scripts.compare_merges import markdown, trained_sets
 

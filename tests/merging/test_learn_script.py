@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.config import DataConfig, SourceConfig
 from moa.build import build_model
 from moa.checkpoint import TrainState, save_checkpoint
-from moa.config import DataConfig, EvalConfig, ExpertConfig, ModelConfig, RunConfig, SourceConfig
+from moa.config import EvalConfig, ExpertConfig, ModelConfig, RunConfig
 from moa.merging.adapters import expert_from_folder, experts_of_bank
 from moa.merging.learn.calibration import load_unrouted, read_calibration
 from moa.merging.learn.least_squares import with_inputs

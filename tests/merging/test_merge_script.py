@@ -13,9 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from data.config import DataConfig, SourceConfig
 from moa.build import build_model
 from moa.checkpoint import TrainState, save_checkpoint, weights_fingerprint
-from moa.config import DataConfig, ExpertConfig, ModelConfig, RouterConfig, RunConfig, SourceConfig
+from moa.config import ExpertConfig, ModelConfig, RouterConfig, RunConfig
 from moa.files.peft import site_keys
 from moa.merging.export import verify as verifying
 from moa.merging.export.probe import outputs_of

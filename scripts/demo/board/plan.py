@@ -18,9 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from data.config import SourceConfig
 from moa.cli.ranges import Count, FilePath, Positive, Seed, ShareAboveZero
-from moa.cli.settings import load
-from moa.config import SourceConfig, check
+from moa.cli.settings import check, load
 
 ROOT = Path(__file__).resolve().parents[3]
 BOARDS = ROOT / "configs/boards"

@@ -10,11 +10,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from data.config import SourceConfig
 from data.ocr import OcrCache, build_cache
 from data.ocr_engines import RapidOcr
 from data.sources import open_source
 from moa.checkpoint import git_commit, step_name
-from moa.config import EvalConfig, RunConfig, SourceConfig, load_config
+from moa.config import EvalConfig, RunConfig, load_config
 from moa.evaluation.fingerprints import digest
 from moa.evaluation.models import EvaluatedModel, find_models, open_model
 from moa.evaluation.predict import prompt_collator

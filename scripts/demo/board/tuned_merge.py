@@ -17,7 +17,7 @@ from rich.console import Console
 
 from moa.cli.command import run_command
 from moa.cli.ranges import Count, FilePath, Positive
-from moa.config import check
+from moa.cli.settings import check
 from moa.merging.methods.table import find_method
 
 if TYPE_CHECKING:
