@@ -363,6 +363,9 @@ def check_experts(config: RunConfig) -> None:
     gates = {name: expert.gate for name, expert in config.experts.items()}
     if broken := check_roles(gates):
         raise Wrong(f"experts.{broken[0]}.gate", broken[1])
+    rest = [name for name, gate in gates.items() if gate == "confidence"]
+    rule = f"experts.{', '.join(rest)} has the gate confidence, which takes what the router leaves to no expert"
+    check(not (rest and router.null_expert), "router.null_expert", rule)
     choices = config.choices
     wants = bool(choices) or router.row.learns is None
     check(wants, "router.kind", f"{router.kind} has nothing to choose: no expert is routed; use router.kind=fixed")
