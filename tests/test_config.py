@@ -366,3 +366,14 @@ def test_a_frozen_expert_is_no_copy_and_blend_to_needs_a_blend():
         load_config("configs/demo.yaml", ["experts.line.rank=4"])
     with pytest.raises(ValueError, match=r"joint.gates.blend_to: sum has no effect without stages.joint.gates.blend"):
         load_config("configs/demo.yaml", ["stages.joint.gates.blend_to=sum"])
+
+
+def test_a_star_in_a_layer_is_every_entry_below_and_an_entry_of_its_own_goes_over_it(tmp_path):
+    first, second = tmp_path / "run.yaml", tmp_path / "preset.yaml"
+    first.write_text("experts: {a: {rank: 2, alpha: 4}, b: {rank: 3}, c: {}}\n")
+    second.write_text('experts: {"*": {rank: 5}, b: {rank: 6}, c: null, d: {alpha: 1}}\n')
+    experts = load_config([first, second]).experts
+    assert {name: (e.rank, e.alpha) for name, e in experts.items()} == {"a": (5, 4.0), "b": (6, None), "d": (None, 1.0)}
+    second.write_text('stages: {"*": {steps: 3}}\n')
+    with pytest.raises(ValueError, match=r"stages\.\*: is every entry of the files below, and there is none"):
+        load_config([first, second])

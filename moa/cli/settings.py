@@ -34,6 +34,7 @@ COMMENT = tokenize.COMMENT
 ROOT = "root"  # key of a stored config: the folder that its relative paths are taken from
 # What takes an entry out of a mapping of records: null in a layer, over an entry of those below.
 REMOVED = type("Removed", (), {"__repr__": lambda self: "null"})()
+EACH = "*"  # in a layer: every entry of a mapping of those below
 Leaf = Callable[[Any, Sequence[Any], Any, str], Any]
 
 
@@ -85,11 +86,18 @@ def load(
 
 
 def laid_over(below: Any, above: Any) -> Any:
-    """Mappings joined key by key, in the order of the lower one; anything else is replaced."""
+    """Mappings joined key by key, in the order of the lower one; anything else is replaced.
+
+    A mapping at `*` is laid over every mapping of the lower one first: `experts: {"*": {rank: 4}, vqa: {rank: 8}}`.
+    """
     if above is None and isinstance(below, dict):
         return REMOVED
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return above
+    entries, each = [key for key, value in below.items() if isinstance(value, dict)], above.get(EACH)
+    if isinstance(each, dict) and entries:
+        below = below | {key: laid_over(below[key], each) for key in entries}
+        above = {key: value for key, value in above.items() if key != EACH}
     joined = {key: laid_over(below.get(key), value) for key, value in above.items()}
     return {**below, **joined}
 
@@ -187,6 +195,8 @@ def named(kind: Any, value: Any, key: str) -> Any:
             raise Wrong(f"{key}.{name}", "is null, which takes an entry out, and there is none of this name")
         if name == "":
             raise Wrong(key, "a name must not be empty")
+        if name == EACH:
+            raise Wrong(f"{key}.{name}", "is every entry of the files below, and there is none")
     if not is_by_name(kind):
         return value
     for name, entry in value.items():

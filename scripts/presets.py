@@ -1,0 +1,144 @@
+"""Published mixtures as small files over any run: configs/presets/NAME.yaml, explained in docs/presets.md.
+
+    python -m scripts.presets list
+    python -m scripts.presets show hydralora                # what it is, what differs from the paper, its parameters
+    python -m scripts.presets run hydralora train.batch_size=16
+    python -m scripts.presets run hydralora config=my.yaml  # over a run of your own
+
+A file begins with a comment that is YAML: the fields of `Preset` below. Below it are settings of a run, and train.py
+takes it like every file: `accelerate launch train.py --config RUN.yaml --config configs/presets/NAME.yaml`.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from moa.cli.command import mistakes_in_one_line
+from moa.cli.settings import load
+from moa.cli.strict_yaml import parse_yaml
+from moa.config import RunConfig, load_config
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "configs" / "presets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """The comment that a file begins with."""
+
+    paper: str  # its name, where it appeared, arXiv number
+    does: str  # sites, experts, router and losses in words
+    differs: str  # from the released code, and why
+    over: str = "configs/demo.yaml"  # the run that it is tested over
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def path_of(name: str) -> Path:
+    if name not in names():
+        raise ValueError(f"no preset {name!r}; choices: {', '.join(names())}")
+    return FOLDER / f"{name}.yaml"
+
+
+def read_preset(name: str) -> Preset:
+    """The header of a preset; ValueError for one that is not these fields."""
+    path = path_of(name)
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    try:
+        fields = parse_yaml("\n".join(line.removeprefix("# ") for line in lines))
+        return load(Preset, None, [*fields.items()] if isinstance(fields, dict) else [])
+    except ValueError as error:
+        raise ValueError(f"{path}: its first comment: {error}") from None
+
+
+def config_of(name: str, run: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """A preset over a run, by default the one that it is tested over."""
+    return load_config([run or ROOT / read_preset(name).over, path_of(name)], overrides)
+
+
+def exportable(config: RunConfig) -> str:
+    """How one PEFT adapter can hold the mixture of a config."""
+    router = config.router
+    if router.granularity == "token":
+        return "approximate"
+    if router.row.learns is None and not router.row.by_expert:
+        return "exact"
+    return "exact per task" if router.evidence == ["task"] else "exact per sample"
+
+
+def row(name: str, config: RunConfig) -> str:
+    """The row of a preset in docs/presets.md."""
+    preset = read_preset(name)
+    link = f"[`{name}`](../configs/presets/{name}.yaml)"
+    return f"| {link} | {preset.paper} | {preset.does} | {exportable(config)} | {preset.differs} |"
+
+
+def count(config: RunConfig) -> dict[str, int]:
+    """Numbers that learn in any stage, by part. A language model's weights are not loaded."""
+    from moa.backbones.opening import class_of
+    from moa.build import build_model
+    from moa.planning.plan import FakeRun
+    from moa.training.stages import parameter_groups
+
+    compares = class_of(config.model.name).compares
+    model = build_model(config) if compares else FakeRun(config, config.model.name).model
+    groups = parameter_groups(model, config)
+    return {part: sum({id(p): p.numel() for p in own.values()}.values()) for part, own in groups.items() if own}
+
+
+def show_list(console: Console) -> None:
+    table = Table("preset", "paper", "export", "over")
+    for name in names():
+        preset = read_preset(name)
+        table.add_row(name, preset.paper, exportable(config_of(name)), preset.over)
+    console.print(table)
+
+
+def show(name: str, console: Console, run: str | None, overrides: Sequence[str]) -> None:
+    preset, config = read_preset(name), config_of(name, run, overrides)
+    console.print(f"{name}: {preset.paper}\n\n{preset.does}\n\ndiffers: {preset.differs}\n", soft_wrap=True)
+    numbers = ", ".join(f"{part} {number:,}" for part, number in count(config).items())
+    console.print(f"over {run or preset.over}: {numbers} parameters", soft_wrap=True)
+    console.print(f"one adapter: {exportable(config)}\n\n{path_of(name).read_text()}", soft_wrap=True)
+
+
+def run_preset(name: str, console: Console, run: str | None, overrides: Sequence[str]) -> None:
+    """Train in one process; the line that is printed is the one for `accelerate launch`."""
+    config_of(name, run, overrides)  # its mistakes before anything starts
+    base = run or str(ROOT / read_preset(name).over)
+    command = [str(ROOT / "train.py"), "--config", base, "--config", str(path_of(name)), *overrides]
+    console.print(f"accelerate launch {' '.join(command)}", soft_wrap=True)
+    sys.exit(subprocess.run([sys.executable, *command], check=False).returncode)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["list", "show", "run"])
+    parser.add_argument("name", nargs="?", help="file in configs/presets, without .yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config=RUN.yaml, and settings of the run")
+    args, console = parser.parse_args(argv), Console()
+    with mistakes_in_one_line():
+        own = [text for text in args.overrides if text.startswith("config=")]
+        rest = [text for text in args.overrides if text not in own]
+        if args.action == "list":
+            show_list(console)
+            return
+        if args.name is None:
+            raise ValueError(f"{args.action}: name a preset; choices: {', '.join(names())}")
+        run = own[-1].removeprefix("config=") if own else None
+        (show if args.action == "show" else run_preset)(args.name, console, run, rest)
+
+
+if __name__ == "__main__":
+    main()
