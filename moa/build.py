@@ -113,7 +113,7 @@ def build_mixture(
         bank.add_token_routers(**more, seed=config.seed)
     weights = config.router.weights
     names = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through", "score"]
-    names += ["top_k", "top_p", "threshold", "normalize", "pool"]
+    names += ["top_k", "top_p", "threshold", "normalize", "renormalize", "pool"]
     routing: dict[str, Any] = {name: getattr(config.router, name) for name in names}
     routing["weights"] = [weights.get(name, 0.0) for name in config.choices] if weights else None
     routing["gates"] = [expert.gate for expert in config.experts.values()]

@@ -28,7 +28,7 @@ from moa.cli.ranges import (
 from moa.cli.settings import Override, Wrong, check, load
 from moa.routing import kinds
 from moa.routing.losses import GateLosses
-from moa.routing.roles import CHOSEN, NONE, check_roles
+from moa.routing.roles import CHOSEN, LEFT_OVER, NONE, check_roles
 from moa.routing.schedule import GateSchedule
 from moa.routing.scores import SCORES
 
@@ -71,8 +71,8 @@ class ExpertConfig:
     targets: list[str] | None = None  # a subset of model.targets; null: all of them
     init_from: FilePath | None = None  # PEFT adapter folder that this expert starts from
     frozen: bool = False  # takes part in the mixture, is never trained
-    # routed: by the router; always: 1, a shared expert; confidence: 1 - the largest gate; joint: in the router's
-    # softmax, exempt from top-k; with:NAME: the gate of another expert
+    # routed: by the router; always: 1, a shared expert; confidence: 1 - the largest gate; rest: 1 - their sum; joint:
+    # in the router's softmax, exempt from top-k; with:NAME: the gate of another expert
     gate: str = "routed"
     # experts that name the same group have one lora_A at each site (one lora_B); null: a factor of their own
     share_a: str | None = None
@@ -139,6 +139,8 @@ class RouterConfig:
     # gates are what is above it (threshold), or those above it (sigmoid); null: learned, none
     threshold: ShareBelowOne | None = None
     normalize: bool = False  # of kind sigmoid: gates are divided by their sum
+    # of top_k and top_p: gates that are kept are divided by their sum; false: they stay shares among all experts
+    renormalize: bool = True
     # on the logits in training; gumbel: of softmax kinds, logistic: of sigmoid, learned: its scale, by the router
     noise: Literal["gaussian", "gumbel", "logistic", "learned"] | None = None
     noise_scale: Positive | None = None  # of the noise that is not learned; null: 1
@@ -178,6 +180,8 @@ class RouterConfig:
         for key in ("weights", "top_p", "threshold", "normalize"):
             unset = getattr(self, key) is None or getattr(self, key) is False
             check(unset or key in self.row.options, key, f"has no effect with router.kind={self.kind}")
+        hard = kinds.names(lambda kind: kind.hard)
+        check(self.renormalize or self.row.hard, "renormalize", f"false needs kind {hard}; got {self.kind}")
         self._check_noise()
 
     def _check_noise(self) -> None:
@@ -363,9 +367,15 @@ def check_experts(config: RunConfig) -> None:
     gates = {name: expert.gate for name, expert in config.experts.items()}
     if broken := check_roles(gates):
         raise Wrong(f"experts.{broken[0]}.gate", broken[1])
-    rest = [name for name, gate in gates.items() if gate == "confidence"]
-    rule = f"experts.{', '.join(rest)} has the gate confidence, which takes what the router leaves to no expert"
+    rest = [name for name, gate in gates.items() if gate in LEFT_OVER]
+    rule = f"experts.{', '.join(rest)} takes what the router leaves, and so would no expert"
     check(not (rest and router.null_expert), "router.null_expert", rule)
+    whole = router.kind != "threshold" and (router.renormalize or not router.row.hard)
+    rest = [name for name in rest if gates[name] == "rest" and whole]
+    rule = (
+        f"rest would be 0, as gates of router.kind={router.kind} sum to 1; choose top_k with router.renormalize=false"
+    )
+    check(not rest, f"experts.{', '.join(rest)}.gate", rule)
     choices = config.choices
     wants = bool(choices) or router.row.learns is None
     check(wants, "router.kind", f"{router.kind} has nothing to choose: no expert is routed; use router.kind=fixed")
@@ -373,6 +383,9 @@ def check_experts(config: RunConfig) -> None:
     possible = "top_k" not in router.row.options or router.top_k <= len(routed)
     check(possible, "router.top_k", f"is {router.top_k}, but there are {len(routed)} routed experts")
     votes = router.pool == "vote" and config.losses.z > 0
+    smooth = router.kind == "top_k" and router.noise == "gaussian"
+    rule = "needs router.kind=top_k and router.noise=gaussian, whose scale makes the number of uses smooth"
+    check(smooth or not config.losses.load, "losses.load", rule)
     check(not votes, "losses.z", "has no effect with router.pool=vote: its logits are logarithms of shares")
     for name in router.weights or {}:
         rule = "no such routed expert"
@@ -470,10 +483,10 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
     check(bool(blends), f"{key}.gates.blend_to", f"{gates.blend_to} has no effect without {key}.gates.blend")
     by_token = config.router.granularity == "token"
     check(gates.is_empty or not by_token, f"{key}.gates", "have no effect with router.granularity=token")
-    shared = any(expert.gate in ("always", "confidence") for expert in experts.values())
+    shared = any(expert.gate in ("always", *LEFT_OVER) for expert in experts.values())
     rule = "leaves samples without any expert: none is shared (experts.NAME.gate=always)"
     check(shared or not (gates.dropout or gates.dropout_end), f"{key}.gates.dropout", rule)
-    starves = [name for name, expert in experts.items() if expert.gate == "confidence" and not expert.frozen]
+    starves = [name for name, expert in experts.items() if expert.gate in LEFT_OVER and not expert.frozen]
     fed = stage.kind != "experts" or stage.expert in starves or gates.leak or gates.blend or not starves
     rule = f"experts.{', '.join(starves)} has the gate 0 here, because one gate is 1: set {key}.gates.leak above 0"
     check(bool(fed), f"{key}.gates.leak", rule)

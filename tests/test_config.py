@@ -130,6 +130,9 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         (["router.share=block"], ["router.share", "granularity=sample"]),
         (["router.pool=vote"], ["router.pool", "granularity=sample"]),
         (["router.granularity=token", "router.pool=vote", "router.kind=sigmoid"], ["router.pool", "softmax, top_k"]),
+        (["router.renormalize=false"], ["router.renormalize", "top_k, top_p", "softmax"]),
+        (["experts.b.gate=rest"], ["experts.b.gate", "would be 0", "softmax", "renormalize=false"]),
+        (["losses.load=1"], ["losses.load", "router.kind=top_k", "gaussian"]),
         (["router.weights={a: 1}"], ["router.weights", "no effect", "softmax"]),
         (["router.threshold=0.1"], ["router.threshold", "no effect", "softmax"]),
         (["router.noise=logistic"], ["router.noise", "gaussian, learned, gumbel", "softmax"]),
@@ -233,7 +236,8 @@ ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "
         "nondiagonal", "noise", "joint.gates.", "train.statistics", "router.threshold",
         "ridge", "iterations")  # fmt: skip
 NEEDS = {"router.weights": ["router.kind=fixed"], "router.top_p": ["router.kind=top_p"],
-         "router.threshold": ["router.kind=threshold"], "router.noise_scale": ["router.noise=gaussian"]}  # fmt: skip
+         "router.threshold": ["router.kind=threshold"], "router.noise_scale": ["router.noise=gaussian"],
+         "losses.load": ["router.kind=top_k", "router.noise=gaussian"]}  # fmt: skip
 BELOW_ZERO = ("router.weights", "losses.entropy", "values.")
 HUGE = ("router.weights", "num_samples", "alpha", "temperature", "losses.", "lr.", "weight.", "count",
         "epochs", "max_length", "steps.", "pack_length", "clip_norm", "weight_decay", "save_every", "keep_",

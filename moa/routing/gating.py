@@ -26,12 +26,14 @@ def top_k_gates(
     k: int,
     mask: Bool[Tensor, "*lead expert"] | None = None,
     joint: Bool[Tensor, " expert"] | None = None,
+    renormalize: bool = True,
 ) -> Float[Tensor, "*lead expert"]:
     """The k best experts, softmax weights renormalised over them, exact zeros elsewhere.
 
     `mask` is False where an expert may not be used: it never takes one of the k places. With fewer
     than k experts left, those; with none, zeros. `joint` experts take no place and are kept beside
-    the k. Raises ValueError unless 1 <= k <= experts.
+    the k. Without `renormalize` the weights are those of the softmax over all experts (Switch Transformer,
+    arXiv 2101.03961, eq. 2). Raises ValueError unless 1 <= k <= experts.
     """
     num_experts = logits.shape[-1]
     if not 1 <= k <= num_experts:
@@ -44,7 +46,7 @@ def top_k_gates(
     kept = kept.scatter(-1, rivals.topk(k, dim=-1).indices, True) & rivals.isfinite()
     if joint is not None:
         kept = kept | (joint & logits.isfinite())
-    return softmax_over(logits, kept)
+    return softmax_over(logits, kept) if renormalize else softmax_over(logits, logits.isfinite()) * kept
 
 
 def softmax_over(
@@ -61,16 +63,18 @@ def top_p_gates(
     p: float | int,
     mask: Bool[Tensor, "*lead expert"] | None = None,
     joint: Bool[Tensor, " expert"] | None = None,
+    renormalize: bool = True,
 ) -> Float[Tensor, "*lead expert"]:
     """The smallest set of experts whose probabilities reach `p`, weights renormalised over it, exact zeros elsewhere
-    (Harder Tasks Need More Experts, arXiv 2403.07652, eq. 5). `mask` and `joint` as in `top_k_gates`."""
+    (Harder Tasks Need More Experts, arXiv 2403.07652, eq. 5). `mask`, `joint` and `renormalize` as in `top_k_gates`."""
     logits = logits.float()
     able = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
     rivals = able if joint is None else able & ~joint
     probs, order = softmax_over(logits, rivals).sort(dim=-1, descending=True, stable=True)
     needed = (probs.cumsum(-1) - probs < p) & (probs > 0)
     kept = torch.zeros_like(rivals).scatter(-1, order, needed)
-    return softmax_over(logits, kept if joint is None else kept | (able & joint))
+    kept = kept if joint is None else kept | (able & joint)
+    return softmax_over(logits, kept) if renormalize else softmax_over(logits, able) * kept
 
 
 def threshold_gates(

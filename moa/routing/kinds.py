@@ -61,16 +61,17 @@ def softmax(*, logits: Any, mask: Any, **_: Any) -> "Decided":
     return (probs if mask is None else top_k_gates(logits, probs.shape[-1], mask)), probs
 
 
-def top_k(*, logits: Any, mask: Any, top_k: int, joint: Any, **_: Any) -> "Decided":
+def top_k(*, logits: Any, mask: Any, top_k: int, joint: Any, renormalize: bool, **_: Any) -> "Decided":
     from moa.routing.gating import softmax_gates, top_k_gates
 
-    return top_k_gates(logits, top_k, mask, joint), softmax_gates(logits)
+    return top_k_gates(logits, top_k, mask, joint, renormalize), softmax_gates(logits)
 
 
-def top_p(*, logits: Any, mask: Any, top_p: float | None, joint: Any, **_: Any) -> "Decided":
+def top_p(*, logits: Any, mask: Any, top_p: float | None, joint: Any, renormalize: bool, **_: Any) -> "Decided":
     from moa.routing.gating import softmax_gates, top_p_gates
 
-    return top_p_gates(logits, TOP_P if top_p is None else top_p, mask, joint), softmax_gates(logits)
+    kept = TOP_P if top_p is None else top_p
+    return top_p_gates(logits, kept, mask, joint, renormalize), softmax_gates(logits)
 
 
 def threshold(*, logits: Any, mask: Any, threshold: float | None, joint: Any, raised: Any, **_: Any) -> "Decided":
@@ -130,8 +131,8 @@ SOFTMAX: dict[str, Any] = LEARNED | {
 TOP_P = 0.8
 KINDS = {
     "softmax": Kind(gates=softmax, **SOFTMAX),
-    "top_k": Kind(gates=top_k, **SOFTMAX, options=("top_k",), hard=True),
-    "top_p": Kind(gates=top_p, **SOFTMAX, options=("top_p",), hard=True),
+    "top_k": Kind(gates=top_k, **SOFTMAX, options=("top_k", "renormalize"), hard=True),
+    "top_p": Kind(gates=top_p, **SOFTMAX, options=("top_p", "renormalize"), hard=True),
     "threshold": Kind(gates=threshold, **SOFTMAX, options=("threshold",), learned_threshold=True),
     "sigmoid": Kind(
         gates=sigmoid,

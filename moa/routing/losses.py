@@ -25,6 +25,9 @@ class GateLosses:
 
     load_balancing: NotNegative = 0.0  # equal use of the experts over the batch
     within_task_balancing: NotNegative = 0.0  # equal use of the experts within each task
+    importance: NotNegative = 0.0  # squared coefficient of variation of the experts' total shares
+    load: NotNegative = 0.0  # the same of how often top-k with gaussian noise keeps each
+    localized_balancing: NotNegative = 0.0  # of shares by the samples' expert, where the own one may have more
     z: NotNegative = 0.0  # keeps router logits small
     entropy: float = 0.0  # above 0: sharper gates; below 0: softer gates
     # cross-entropy of the router with the sample's expert, at the first step
@@ -46,11 +49,15 @@ def gate_losses(
     *,
     top_k: int | None = None,
     mask: Bool[Tensor, " token"] | None = None,
+    spread: float | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Every loss by the name of its weight, unweighted."""
-    return {
+    """Every loss by the name of its weight, unweighted; `load` where top-k has noise of the size `spread`."""
+    load = {} if top_k is None or spread is None else {"load": load_loss(logits, top_k, spread, mask)}
+    return load | {
         "load_balancing": load_balancing_loss(probs, top_k, mask),
         "within_task_balancing": within_task_balancing_loss(probs, task_ids, top_k, mask),
+        "importance": importance_loss(probs, mask),
+        "localized_balancing": localized_balancing_loss(probs, expert_ids, mask),
         "z": z_loss(logits, mask),
         "entropy": entropy_loss(probs, mask),
         "guidance": task_guidance_loss(logits, expert_ids, mask),
@@ -98,6 +105,60 @@ def within_task_balancing_loss(
     return (loss * in_task.sum(1) / weights.sum().clamp(min=1)).sum(1).mean()
 
 
+def importance_loss(
+    probs: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None
+) -> Float[Tensor, ""]:
+    """Squared coefficient of variation of the experts' summed probabilities (arXiv 1701.06538, eq. 6-7): 0 at uniform
+    use, experts - 1 where one has all."""
+    import torch
+
+    return _variation(torch.einsum("t,ste->se", _weights(probs, mask), probs)).mean()
+
+
+def load_loss(
+    logits: Float[Tensor, "site token expert"],
+    top_k: int,
+    spread: float,
+    mask: Bool[Tensor, " token"] | None = None,
+) -> Float[Tensor, ""]:
+    """The same of the experts' loads: the sum over tokens of the probability that top-k keeps an expert if its noise of
+    deviation `spread` is drawn anew and the others' logits stay (eq. 8-11), here those without noise."""
+    import torch
+
+    if top_k >= logits.shape[-1]:
+        return logits.sum() * 0  # all are kept
+    best = logits.topk(top_k + 1, dim=-1).values
+    inside = logits >= best[..., -2:-1]
+    other = torch.where(inside, best[..., -1:], best[..., -2:-1])  # the k-th best of the others
+    chance = torch.special.ndtr((logits - other) / spread)
+    return _variation(torch.einsum("t,ste->se", _weights(logits, mask), chance)).mean()
+
+
+LOCALITY = 0.1
+
+
+def localized_balancing_loss(
+    probs: Float[Tensor, "site token expert"],
+    expert_ids: Int[Tensor, " token"],
+    mask: Bool[Tensor, " token"] | None = None,
+) -> Float[Tensor, ""]:
+    """Squared coefficient of variation of the mean shares [group, expert], grouped by the expert that samples belong
+    to, with the group's own one times 1 - d and others times 1 + d: the smallest where the own one's share is to
+    theirs as 1 + d to 1 - d, d = LOCALITY (LoRAMoE, arXiv 2312.09979, section 3.3). Unknown experts (-1) are a group
+    without an own one."""
+    import torch
+
+    weights, groups = _weights(probs, mask), expert_ids.unique()
+    member = (expert_ids[None] == groups[:, None]).to(probs.dtype) * weights  # [group, token]
+    count = member.sum(1)[:, None]
+    shares = torch.einsum("gt,ste->sge", member, probs) / count.clamp(min=1)
+    own = (groups[:, None] == torch.arange(probs.shape[-1], device=groups.device)).to(probs.dtype)
+    known = (groups >= 0)[:, None].to(probs.dtype)
+    factors = 1 + LOCALITY * (1 - 2 * own) * known  # [group, expert]
+    there = (count > 0).to(probs.dtype).expand_as(factors)
+    return _variation((shares * factors).flatten(1), there.flatten()).mean()
+
+
 def z_loss(logits: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None) -> Float[Tensor, ""]:
     """Mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, eq. 5): keeps them small."""
     return _mean(logits.logsumexp(-1).square(), _weights(logits, mask))
@@ -127,6 +188,15 @@ def task_guidance_loss(
     targets = expert_ids.clamp(min=0).expand(logits.shape[:2])
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return _mean(loss.view(logits.shape[:2]), weights)
+
+
+def _variation(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """[site, value] -> variance over mean squared of the values, by their weights; 0 where all are 0."""
+    weights = values.new_ones(values.shape[-1]) if weights is None else weights
+    total = weights.sum().clamp(min=1)
+    mean = (values * weights).sum(-1, keepdim=True) / total
+    variance = ((values - mean).square() * weights).sum(-1) / total
+    return variance / mean[:, 0].square().clamp(min=1e-12)
 
 
 def _weights(decisions: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,11 +6,13 @@
     always        1                                                          no
     confidence    1 - m, where m is the largest gate of the router's choice,
                   and every gate of that choice is multiplied by m           no
+    rest          1 - the sum of the router's choice                         no
     with:NAME     that of the expert NAME                                    no
 
-`always` is a shared expert (DeepSeekMoE, arXiv 2401.06066), `confidence` the universal expert of MoCLE (arXiv
-2312.12379), `joint` the shared expert of ASE (arXiv 2510.00570). A sample that is meant for an expert without a choice
-gets no routed one. The config reads `check_roles`, so that torch is imported in functions alone.
+`always` is a shared expert (DeepSeekMoE, arXiv 2401.06066), `rest` the universal expert of MoCLE (arXiv 2312.12379),
+whose choice is one expert at its share of the softmax, `confidence` the same beside a soft choice, `joint` the shared
+expert of ASE (arXiv 2510.00570). A sample that is meant for an expert without a choice gets no routed one. The config
+reads `check_roles`, so that torch is imported in functions alone.
 """
 
 from collections.abc import Mapping
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 else:
     Tensor = Any
 
-GATES = ("routed", "joint", "always", "confidence")  # and with:NAME
+GATES = ("routed", "joint", "always", "confidence", "rest")  # and with:NAME
+LEFT_OVER = ("confidence", "rest")  # 0 where one gate is 1
 CHOSEN = ("routed", "joint")
 WITH = "with:"
 NONE = "none"  # where a sample names its expert: the base alone, with router.null_expert
@@ -71,9 +74,9 @@ class Roles:
 
     @cached_property
     def columns(self) -> list[int]:
-        """Of each expert, the column of [choices, 1, 1 - m] that its gate is."""
+        """Of each expert, the column of [choices, 1, 1 - m, 1 - sum] that its gate is."""
         count = len(self.choices)
-        fixed = {"always": count, "confidence": count + 1}
+        fixed = {"always": count, "confidence": count + 1, "rest": count + 2}
         own = [fixed[g] if g in fixed else self._choice(place) for place, g in enumerate(self.gates)]
         return [
             own[self.experts.index(gate.removeprefix(WITH))] if gate.startswith(WITH) else column
@@ -90,11 +93,11 @@ class Roles:
         if self.all_routed:
             return chosen
         one = chosen.new_ones(*chosen.shape[:-1], 1)
-        rest = torch.zeros_like(one)
+        doubt, rest = torch.zeros_like(one), 1 - chosen.sum(-1, keepdim=True)
         if "confidence" in self.gates:
             largest = chosen.amax(-1, keepdim=True)
-            chosen, rest = chosen * largest, 1 - largest
-        wide = torch.cat([chosen, one, rest], dim=-1)
+            chosen, doubt = chosen * largest, 1 - largest
+        wide = torch.cat([chosen, one, doubt, rest], dim=-1)
         return wide.index_select(-1, torch.tensor(self.columns, device=chosen.device))
 
     def choice_ids(self, expert_ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:

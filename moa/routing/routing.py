@@ -45,7 +45,7 @@ class Routing(nn.Module):
     granularity "token": token routers decide at the sites, and `router` is None; with a `pool` the tokens of a prompt
     together, see moa/experts/token_routers.py. null_expert: one choice more, which adds nothing to the backbone, so
     that a sample's gates may sum to less than one. noise: a name of `NOISES`, of scale `noise_scale`. top_p, threshold,
-    normalize, straight_through: see moa/routing/gating.py.
+    normalize, renormalize, straight_through: see moa/routing/gating.py.
     """
 
     weights: Tensor
@@ -66,13 +66,15 @@ class Routing(nn.Module):
         top_p: float | int | None = None,
         threshold: float | int | None = None,
         normalize: bool = False,
+        renormalize: bool = True,
         noise: str | None = None,
         noise_scale: float | int | None = None,
         straight_through: bool = False,
         score: str = "linear",
     ) -> None:
         super().__init__()
-        self.options = {"top_k": top_k, "top_p": top_p, "threshold": threshold, "normalize": normalize}
+        self.options = {"top_k": top_k, "top_p": top_p, "threshold": threshold}
+        self.options |= {"normalize": normalize, "renormalize": renormalize}
         self.noise, self.noise_scale = noise, 1.0 if noise_scale is None else noise_scale
         self.straight_through, self.score = straight_through, SCORES.get(score, linear)
         self.learned_threshold = KINDS[kind].learned_threshold and threshold is None
@@ -224,7 +226,8 @@ class Routing(nn.Module):
             places[known] = torch.arange(len(known), device=ids.device)
             ids = places[ids]  # -1 is the last place, which stays -1
         top_k = self.places if self.places is None else min(self.places, logits.shape[-1])
-        return gate_losses(logits, probs, ids, task_ids, top_k=top_k, mask=mask)
+        spread = self.noise_scale / self.temperature if self.noise == "gaussian" else None
+        return gate_losses(logits, probs, ids, task_ids, top_k=top_k, mask=mask, spread=spread)
 
     def _split(self, columns: Tensor, times: float | int) -> tuple[Tensor, dict[str, Any]]:
         """A router's output -> the logits, and what it learns beside them, `times` a factor."""

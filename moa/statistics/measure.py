@@ -20,6 +20,7 @@ from data.sources import make_collator
 from moa.config import RunConfig
 from moa.files.peft import ExpertHeader, read_header
 from moa.model import MixtureModel
+from moa.routing.roles import LEFT_OVER
 from moa.statistics.gather import input_sums, num_passes, own_gates, sites_of
 from moa.statistics.moments import InputSums
 from moa.statistics.stored import write_statistics
@@ -50,7 +51,7 @@ class Measurement:
         lines = [f"{len(rejected)} bad samples left out, first: {rejected[0]}"] if rejected else []
         for name, samples in found.items():
             if not samples:
-                confident = self.config.experts[name].gate == "confidence"
+                confident = self.config.experts[name].gate in LEFT_OVER
                 lines.append(
                     f"{name}: has the gate 0 on every sample of a routed expert, so that no statistics are of it"
                     if confident

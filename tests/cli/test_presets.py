@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from moa.backbones.llava import Backbone
+from moa.backbones.opening import open_backbone
 from moa.build import build_mixture
 from moa.config import ExpertConfig, RunConfig
 from moa.model import MixtureModel
 from scripts import presets
 from tests.support.banks import fill
 from tests.support.tiny import tiny_batch, tiny_llava
+from tests.support.tiny_clip import collator_of, pair, save_tiny
 from tests.test_model import close
 
 NAMES = presets.names()
@@ -52,6 +54,17 @@ def lone_gates(model: MixtureModel) -> torch.Tensor:
     return routing.kind.gates(logits=logits, mask=None, expert_ids=ids, weights=weights, joint=None, **options)[0]
 
 
+def learns(model: MixtureModel, config: RunConfig, loss: torch.Tensor, aux: dict[str, torch.Tensor]) -> None:
+    """Every token router, and something of a router, has a gradient from the losses that the config weighs."""
+    weights = dataclasses.asdict(config.losses)
+    (loss + sum(weights[key] * value for key, value in aux.items())).backward()
+    routers = [*(model.router.parameters() if model.router is not None else ())]
+    tokens = [*model.bank.token_routers().values()]
+    if config.router.row.learns == "gradient":
+        assert any(p.grad is not None and bool(p.grad.any()) for p in [*routers, *tokens])
+        assert all(p.grad is not None and bool(p.grad.any()) for p in tokens)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEMO)
 def test_a_preset_is_a_row_of_the_page_starts_as_its_base_and_its_router_learns(name):
@@ -67,17 +80,29 @@ def test_a_preset_is_a_row_of_the_page_starts_as_its_base_and_its_router_learns(
             fresh = model.eval()(dataclasses.replace(batch, labels=None)).logits
         close(fresh[batch.attention_mask.bool()], expected[batch.attention_mask.bool()])
         fill(model.bank)
-        out, weights = model(batch), {**dataclasses.asdict(config.losses)}
-        loss = out.loss_per_sample.sum() + sum(weights[key] * value for key, value in out.aux.items())
-        loss.backward()
-        routers = [*(model.router.parameters() if model.router is not None else ())]
-        routers += model.bank.token_routers().values()
-        if config.router.row.learns == "gradient":
-            assert any(p.grad is not None and bool(p.grad.any()) for p in routers)
-            assert all(p.grad is not None and bool(p.grad.any()) for p in model.bank.token_routers().values())
+        out = model(batch)
+        learns(model, config, out.loss_per_sample.sum(), out.aux)
         assert torch.equal(lone_gates(model), torch.ones(3, 1, 1))  # one expert is a plain LoRA
     finally:
         model.bank.detach(base.model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(DEMO)))
+def test_a_preset_for_a_dual_encoder_starts_as_its_base_and_its_router_learns(name, tmp_path):
+    config = presets.config_of(name)
+    assert presets.row(name, config) in Path("docs/presets.md").read_text().splitlines()
+    base = open_backbone(str(save_tiny("clip", tmp_path / "base")))
+    batch = collator_of(base)([pair(number) for number in range(4)])
+    with torch.no_grad():
+        expected = base.image_features(batch.pixel_values)
+    model = build_mixture(shrunk(config), base, {}).eval()
+    with torch.no_grad():
+        assert torch.equal(model.routed_features(batch)[0], expected)
+    fill(model.bank)
+    out = model(batch)
+    learns(model, config, out.loss_per_sample.sum(), out.aux)
+    assert torch.equal(lone_gates(model), torch.ones(3, 1, 1))
 
 
 def test_a_wrong_name_or_header_is_one_line(capsys, tmp_path, monkeypatch):

@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from moa.routing.losses import (
+    LOCALITY,
     entropy_loss,
+    importance_loss,
     load_balancing_loss,
+    load_loss,
+    localized_balancing_loss,
     task_guidance_loss,
     within_task_balancing_loss,
     z_loss,
@@ -51,6 +55,9 @@ LOSSES = {
     "load_balancing": lambda p, m: load_balancing_loss(p, 2, m),
     "dense_load_balancing": lambda p, m: load_balancing_loss(p, None, m),
     "within_task": lambda p, m: within_task_balancing_loss(p, torch.arange(p.shape[1]) % 2, None, m),
+    "importance": importance_loss,
+    "load": lambda p, m: load_loss(p.log(), 2, 0.5, m),
+    "localized": lambda p, m: localized_balancing_loss(p, torch.arange(p.shape[1]) % 3 - 1, m),
     "z": lambda p, m: z_loss(p.log(), m),
     "entropy": entropy_loss,
     "guidance": lambda p, m: task_guidance_loss(p.log(), torch.arange(p.shape[1]) % 3 - 1, m),
@@ -123,3 +130,41 @@ def test_guidance_without_known_experts_is_zero_and_stays_in_the_graph():
     loss.backward()
     assert loss.item() == 0
     assert logits.grad.abs().sum() == 0
+
+
+def variation(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values) / len(values) / mean**2
+
+
+def test_importance_and_load_equal_loops_over_tokens_and_experts():
+    logits, spread = torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(3)), 0.4
+    totals, loads = [0.0] * 4, [0.0] * 4
+    for row in logits[0].double().tolist():
+        shares = [math.exp(v) / sum(map(math.exp, row)) for v in row]
+        for expert, value in enumerate(row):
+            others = sorted(row[:expert] + row[expert + 1 :], reverse=True)
+            totals[expert] += shares[expert]
+            loads[expert] += 0.5 * (1 + math.erf((value - others[1]) / spread / math.sqrt(2)))  # of the best 2
+    assert importance_loss(logits.softmax(-1)).item() == pytest.approx(variation(totals), abs=1e-6)
+    assert load_loss(logits, 2, spread).item() == pytest.approx(variation(loads), abs=1e-6)
+    one = torch.zeros(1, 5, 4)
+    one[..., 1] = 1
+    assert importance_loss(one).item() == 3 and load_loss(logits, 4, spread).item() == 0
+
+
+def test_localized_balancing_is_zero_where_a_groups_own_expert_has_as_much_more_as_it_may():
+    more, less = 1 + LOCALITY, 1 - LOCALITY
+    shares = torch.tensor([[more, less, less], [less, more, less], [less, less, more]])
+    probs, ids = shares.repeat_interleave(2, 0)[None], torch.tensor([0, 0, 1, 1, 2, 2])
+    assert localized_balancing_loss(probs, ids).item() == pytest.approx(0, abs=1e-10)
+    assert localized_balancing_loss(torch.ones_like(probs), ids).item() > 1e-3
+    probs = probs_of(1, 7, 3)
+    ids = torch.tensor([0, 0, 2, -1, 2, 2, -1])
+    values = []
+    for group in (0, 2, -1):
+        rows = [p for p, own in zip(probs[0].double().tolist(), ids.tolist(), strict=True) if own == group]
+        for expert in range(3):
+            factor = 1.0 if group < 0 else less if expert == group else more
+            values.append(factor * sum(row[expert] for row in rows) / len(rows))
+    assert localized_balancing_loss(probs, ids).item() == pytest.approx(variation(values), abs=1e-6)

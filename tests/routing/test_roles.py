@@ -53,6 +53,14 @@ def test_gates_of_shared_experts_follow_from_the_routers_choice(gates, expected)
     torch.testing.assert_close(found, torch.tensor([[expected]]))
 
 
+def test_the_rest_is_what_a_choice_that_is_not_renormalised_leaves():
+    """MoCLE, 2312.12379: y = w y_e + (1 - w) y_universal, with w the largest share."""
+    model = routing("routed routed rest", [[1.0, 0.0], [0.0, 3.0]], kind="top_k", top_k=1, renormalize=False)
+    w = torch.softmax(torch.tensor([3.0, 0.0]), 0)[0].item()
+    torch.testing.assert_close(decided(model).gates[:, 0], torch.tensor([[P, 0, 1 - P], [0, w, 1 - w]]))
+    assert model.oracle(torch.tensor([1, 2])).tolist() == [[[0, 1, 0]], [[0, 0, 1]]]
+
+
 def test_a_joint_expert_shares_the_softmax_takes_no_place_of_top_k_and_is_not_balanced():
     model = routing("joint routed routed routed", [[0.0, 2.0, 1.0, 1.5]], kind="top_k", top_k=1)
     gates = decided(model).gates[0, 0]

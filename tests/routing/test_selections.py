@@ -106,6 +106,15 @@ def test_sigmoid_gates_above_a_threshold_stay_as_they_are_and_sum_to_one_where_a
     torch.testing.assert_close(cut_gates(gates, None, True).sum(-1), torch.ones(2))
 
 
+@pytest.mark.parametrize(("kind", "settings"), [("top_k", {"top_k": 2}), ("top_p", {"top_p": 0.6})])
+def test_without_renormalize_gates_are_shares_among_all_experts_and_the_same_ones_are_kept(kind, settings):
+    columns = random_logits(20, 5) * 2
+    shares, probs = decided(routing(kind, columns, renormalize=False, **settings)), columns.softmax(-1)
+    whole = decided(routing(kind, columns, **settings))
+    torch.testing.assert_close(shares, probs * (whole > 0))
+    torch.testing.assert_close(shares / shares.sum(-1, keepdim=True), whole)
+
+
 # Of every kind ---------------------------------------------------------------------------------------
 
 
