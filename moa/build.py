@@ -19,6 +19,7 @@ from moa.cli.settings import Override
 from moa.clip_model import ClipMixture
 from moa.config import ALPHA, RANK, ExpertConfig, ModelConfig, RunConfig
 from moa.experts.bank import ExpertBank
+from moa.experts.rank_gates import RankGates
 from moa.experts.starts import STARTS, Starts
 from moa.experts.ties import Ties
 from moa.files.peft import ExpertHeader, read_header, read_tensors
@@ -105,6 +106,9 @@ def build_mixture(
     }
     bank.tie(ties, given=adapters if place in (import_adapter, import_to_train) else ())
     bank.train({name: () if expert.frozen else tuple(expert.factors) for name, expert in config.experts.items()})
+    for name, expert in config.experts.items():
+        if expert.rank_gates != "none" or expert.dropout:
+            bank.gate_ranks(name, rank_gates_of(expert, bank.experts[name].settings["rank"], config), config.seed)
     router = build_router(config, bank, backbone.dims)
     if config.router.granularity == "token":
         check_copies(config, bank)
@@ -122,6 +126,16 @@ def build_mixture(
     check_for_clip(config)
     pairs = {"objective": config.losses.pairs, "negatives": config.losses.negatives}
     return ClipMixture(backbone, bank, router, **pairs, **routing)
+
+
+def rank_gates_of(expert: ExpertConfig, rank: int, config: RunConfig) -> RankGates:
+    by_task, by_token = (expert.rank_gates == kind for kind in ("task", "token"))
+    return RankGates(
+        kind=expert.rank_gates,
+        keep=(expert.active_ranks or max(rank // 8, 1)) if by_token else 1,
+        num_tasks=len(config.data.tasks) if by_task else 0,
+        dropout=expert.dropout,
+    )
 
 
 def check_copies(config: RunConfig, bank: ExpertBank) -> None:

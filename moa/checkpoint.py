@@ -87,11 +87,14 @@ def write_model(folder: Path, model: MixtureModel, config: RunConfig) -> None:
             name=f"expert {name}",
             base_fingerprint=backbone.fingerprint,
         )
+        about = f"A LoRA expert of rank {described['r']} from a mixture, as an adapter that plain PEFT loads."
+        if config.experts[name].rank_gates != "none":
+            about += " It is not all of the expert: the gates of its ranks are in the run's router.safetensors."
         everyone = config.data.expert
         card = Card(
             name=name,
             kind="adapter",
-            about=f"A LoRA expert of rank {described['r']} from a mixture, as an adapter that plain PEFT loads.",
+            about=about,
             base=backbone.name,
             fingerprint=backbone.fingerprint,
             config=config,

@@ -88,11 +88,17 @@ class ExpertConfig:
     # and an expert, such as an earlier one of this skill, whose inputs it is to follow; null: random
     init_own_statistics: FilePath | None = None
     factors: list[Literal["A", "B"]] = field(default_factory=lambda: ["A", "B"])  # that are trained
+    # gates of its single ranks beside its own, learned with the router. task: a factor for each task, rank and layer;
+    # token: each token keeps some of the ranks at each layer
+    rank_gates: Literal["none", "task", "token"] = "none"
+    active_ranks: Size | None = None  # that a token keeps, of rank_gates token; null: an eighth of them
+    dropout: ShareBelowOne = 0.0  # in training, on what lora_A gives, for each expert by itself
 
     @property
     def shape(self) -> tuple[Any, ...]:
         """What experts must have in common for one to become a copy of the other."""
-        return self.rank or RANK, self.alpha or ALPHA, bool(self.use_rslora), self.targets or None, self.init
+        made = self.rank or RANK, self.alpha or ALPHA, bool(self.use_rslora), self.targets or None, self.init
+        return *made, self.rank_gates, self.active_ranks
 
     def __post_init__(self) -> None:
         check(bool(self.factors), "factors", "names none; frozen: true trains neither")
@@ -107,6 +113,9 @@ class ExpertConfig:
         check(self.init != "null_space" or list(self.factors) == ["B"], "factors", rule)
         rule = f"{self.init} is of one layer's weight or inputs, and tie_layers gives layers one start"
         check(not self.init.startswith(("svd", "null")) or not self.tie_layers, "init", rule)
+        fits = self.active_ranks is None or self.rank_gates == "token"
+        check(fits, "active_ranks", f"has no effect with rank_gates={self.rank_gates}")
+        check(not self.frozen or not self.dropout, "dropout", "has no use with frozen: true, which learns nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +225,7 @@ class LossConfig(GateLosses):
 @dataclass(frozen=True, kw_only=True)
 class RateConfig:
     experts: NotNegative = 1e-3  # learning rate of lora_A and lora_B
+    b_ratio: NotNegative = 1.0  # that of lora_B is so many times as large (LoRA+)
     router: NotNegative = 1e-3  # learning rate of the router
     projector: NotNegative = 1e-4  # learning rate of the projector
 
@@ -440,7 +450,13 @@ def check_sources(config: RunConfig) -> None:
 
 
 def check_stages(config: RunConfig) -> None:
+    gated = [name for name, expert in config.experts.items() if expert.rank_gates != "none" and not expert.frozen]
+    rule = "are learned with the router: no stage is router or joint"
+    learned = any(stage.kind != "experts" for stage in config.stages.values()) or not config.stages
+    check(learned or not gated, f"experts.{', '.join(gated)}.rank_gates", rule)
     penalised = config.losses.crosstalk > 0 or config.losses.crosstalk_end is not None
+    rule = f"measures whole updates, and experts.{', '.join(gated)}.rank_gates has gates of single ranks"
+    check(not (penalised and gated), "losses.crosstalk", rule)
     trained = any(stage.kind != "router" for stage in config.stages.values()) or not config.stages
     check(trained or not penalised, "losses.crosstalk", "no stage trains experts")
     for stage in config.stages.values():
@@ -477,7 +493,7 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
     if stage.copy_of is not None:
         own = experts[stage.copy_of]
         for name, expert in experts.items():
-            rule = f"{name} has another rank, alpha, targets or init, and so cannot be its copy"
+            rule = f"{name} has another rank, alpha, targets, init or rank_gates, and so cannot be its copy"
             check(expert.shape == own.shape or expert.gate != "routed" or expert.frozen, f"{key}.copy_of", rule)
     blends = gates.blend or gates.blend_end or gates.blend_to == "mean"
     check(bool(blends), f"{key}.gates.blend_to", f"{gates.blend_to} has no effect without {key}.gates.blend")

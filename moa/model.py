@@ -21,6 +21,7 @@ from moa.backbones.clip import ClipBackbone
 from moa.backbones.llava import Backbone, Look
 from moa.experts.bank import ExpertBank
 from moa.experts.crosstalk import crosstalk, energy_tables
+from moa.experts.rank_gates import task_shares
 from moa.experts.token_routers import pooling
 from moa.packing import answer_positions, prompt_samples
 from moa.routing.decisions import mean_token_gates, token_decisions, token_losses
@@ -133,6 +134,9 @@ class MixtureModel(nn.Module, ABC):
         else:
             owners = self.backbone.owners(batch)
             self.bank.set_gates(decided.gates, owners, batch.segments, expand=expand)
+        if self.bank.num_tasks:
+            shares = task_shares(batch.task_ids, self.bank.num_tasks)
+            self.bank.set_tasks(shares, self.backbone.owners(batch), batch.segments)
 
     def evidence(self, batch: Batch, look: Look | None = None) -> Evidence:
         """What the router may look at, from the backbone without experts, and without gradient."""

@@ -1,7 +1,7 @@
 """What a run trains beside the frozen base: one row per part.
 
 experts     lora_A and lora_B of every expert, each in a PEFT folder of its own
-router      all that decides gates: the router, its buffers, and the token routers of the sites
+router      all that decides gates: the router, its buffers, the token routers of the sites, the gates of ranks
 projector   the layers between vision tower and language model, with `model.train_projector`
 """
 
@@ -41,18 +41,23 @@ def expert_state(model: MixtureModel) -> dict[str, Tensor]:
 
 def router_parameters(model: MixtureModel) -> Parameters:
     own = dict(model.router.named_parameters()) if model.router is not None else {}
-    return own | {f"token_router.{site}": p for site, p in model.bank.token_routers().items()}
+    return own | site_routers(model)
 
 
 def router_state(model: MixtureModel) -> dict[str, Tensor]:
     own = model.router.state_dict(prefix="router.") if model.router is not None else {}
-    tokens = model.bank.token_routers()
-    return dict(own) | {f"token_router.{site}": p.detach() for site, p in tokens.items()}
+    return dict(own) | {key: p.detach() for key, p in site_routers(model).items()}
+
+
+def site_routers(model: MixtureModel) -> Parameters:
+    tokens, ranks = model.bank.token_routers(), model.bank.rank_gates()
+    found = {f"token_router.{site}": p for site, p in tokens.items()}
+    return found | {f"rank_gates.{key}": p for key, p in ranks.items()}
 
 
 def projector_parameters(model: MixtureModel) -> Parameters:
     """The projector's own parameters, under the names that they have in the base."""
-    others = {id(p) for p in (*model.bank.parameters(), *model.bank.token_routers().values())}
+    others = {id(p) for p in (*model.bank.parameters(), *site_routers(model).values())}
     starts = tuple(f"{path}." for path in model.backbone.family.projectors)
     return {
         name.replace(".base_layer.", "."): parameter

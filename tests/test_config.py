@@ -234,10 +234,11 @@ ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "
         "ocr_min_confidence", "num_workers", "task_dropout", "max_ocr_words", "clip_norm", "weight_decay",
         "betas", "eval.every", "num_images", "steps.", "values.", "penalty", "similarity",
         "nondiagonal", "noise", "joint.gates.", "train.statistics", "router.threshold",
-        "ridge", "iterations")  # fmt: skip
+        "ridge", "iterations", "a.dropout")  # fmt: skip
 NEEDS = {"router.weights": ["router.kind=fixed"], "router.top_p": ["router.kind=top_p"],
          "router.threshold": ["router.kind=threshold"], "router.noise_scale": ["router.noise=gaussian"],
-         "losses.load": ["router.kind=top_k", "router.noise=gaussian"]}  # fmt: skip
+         "losses.load": ["router.kind=top_k", "router.noise=gaussian"],
+         "experts.a.active_ranks": ["experts.a.rank_gates=token"]}  # fmt: skip
 BELOW_ZERO = ("router.weights", "losses.entropy", "values.")
 HUGE = ("router.weights", "num_samples", "alpha", "temperature", "losses.", "lr.", "weight.", "count",
         "epochs", "max_length", "steps.", "pack_length", "clip_norm", "weight_decay", "save_every", "keep_",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moa.experts.context import Decide, GateContext, GateState, Score
 from moa.experts.kinds import KINDS
 from moa.experts.lora import ExpertLinear
+from moa.experts.rank_gates import RankGates
 from moa.experts.starts import hashed
 from moa.experts.ties import FACTORS, Place, Ties, tied_places
 from moa.experts.token_routers import Pooling, TokenSite, leaders
@@ -53,6 +54,7 @@ class ExpertBank:
     shapes: dict[str, tuple[int, int]]  # every linear layer of the model -> (out, in)
     unused: frozenset[str]  # those whose output the model never reads
     experts: dict[str, ExpertSpec] = field(default_factory=dict)
+    num_tasks: int = 0  # of gates of ranks by task; 0: no expert has such
 
     @classmethod
     def attach(
@@ -270,12 +272,14 @@ class ExpertBank:
                     self.factor((name, site, factor)).requires_grad_(factor in factors)
 
     def frozen_parameters(self) -> list[nn.Parameter]:
-        """Those of frozen experts, the factors that an expert does not train, and the starts."""
+        """Those of frozen experts with the gates of their ranks, factors that an expert does not train, the starts."""
         frozen = list[nn.Parameter]()
         for name, spec in self.experts.items():
             for site in spec.sites:
                 a, b, *start = self.sites[site].own(name)
                 frozen += [p for f, p in zip(FACTORS, (a, b), strict=True) if f not in spec.trained] + start
+                if (learned := self.sites[site].learned_rank_gates(name)) is not None and spec.frozen:
+                    frozen.append(learned)
         return frozen
 
     def parameters(self, name: str | None = None) -> Iterator[nn.Parameter]:
@@ -420,6 +424,42 @@ class ExpertBank:
             generator = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}"))
             weight = torch.randn((len(own[name]) + thresholds, site.base_layer.in_features), generator=generator)
             site.token_router = nn.Parameter((weight * std).to(site.base_layer.weight.device))
+
+    def gate_ranks(self, name: str, settings: RankGates, seed: int = 0) -> None:
+        """Let the ranks of an expert have gates of their own; ValueError for more kept ranks than there are."""
+        for site_name in self._spec(name).sites:
+            site = self.sites[site_name]
+            rank, layer = site.ranks[name], site.base_layer
+            if settings.keep > rank:
+                raise ValueError(
+                    f"experts.{name}.active_ranks: is {settings.keep}, and {site_name} has the rank {rank}"
+                )
+            start = settings.start(rank, layer.in_features, f"{seed}/rank_gates/{name}/{site_name}")
+            site.gate_ranks(name, settings, None if start is None else nn.Parameter(start.to(layer.weight.device)))
+        self.num_tasks = max(self.num_tasks, settings.num_tasks)
+
+    def rank_gates(self) -> dict[str, nn.Parameter]:
+        """`<kind>.<expert>.<site>` -> what the gates of an expert's ranks learn there."""
+        found = dict[str, nn.Parameter]()
+        for name, spec in self.experts.items():
+            for site in spec.sites:
+                if (learned := self.sites[site].learned_rank_gates(name)) is not None:
+                    found[f"{self.sites[site].ranked[name].kind}.{name}.{site}"] = learned
+        return found
+
+    def set_tasks(
+        self,
+        shares: Float[Tensor, "batch task"],
+        owners: Mapping[str, Int[Tensor, " _"]],
+        segments: Int[Tensor, "rows seq"] | None = None,
+    ) -> None:
+        """The tasks of the coming forward's samples, after its gates; `owners` and `segments` as in `set_gates`."""
+        assert self.context.state is not None
+        found = {"text": shares} | {stream: shares[rows] for stream, rows in owners.items()}
+        tasks = {stream: own[:, None] for stream, own in found.items()}
+        if segments is not None:
+            tasks["text"] = shares[segments.clamp(min=0)]
+        self.context.state.tasks, self.context.state.streams = tasks, self.streams
 
     def token_choices(self) -> dict[str, tuple[int, ...] | None]:
         """Site with a token router -> the places of its experts among the choices; None: all."""

@@ -42,6 +42,9 @@ class GateState:
     # site with a router -> its gates, which other sites read, and where they are pooled also later tokens
     decided: dict[str, Tensor] = field(default_factory=dict)
     watch: Watch | None = None  # what sites measure in this forward
+    # by stream, each row's or token's share of every task, for experts whose ranks have gates by task
+    tasks: dict[str, Tensor] = field(default_factory=dict)
+    streams: dict[str, str] = field(default_factory=dict)  # site -> stream, beside `tasks`
     # What inference computes once for all decoding steps, by site. It lives no longer than the
     # gates: an optimiser may write to parameters through flat buffers, which leaves no trace.
     prepared: dict[str, Any] = field(default_factory=dict)
@@ -68,6 +71,16 @@ class GateState:
             gates = self.gates[site]
         else:
             raise ValueError(f"{site}: has no gates: set_gates got no owners of its stream's rows")
+        return self._fitted(site, x, gates)
+
+    def tasks_at(self, site: str, x: Float[Tensor, "*lead in"]) -> Float[Tensor, "*lead_or_1 task"]:
+        """The shares of tasks, as a site's input's rows need them."""
+        shares = self.tasks.get(self.streams.get(site, ""))
+        if shares is None:
+            raise ValueError(f"{site}: its experts have gates by task, and no tasks; call bank.set_tasks(...)")
+        return self._fitted(site, x, shares)
+
+    def _fitted(self, site: str, x: Tensor, gates: Tensor) -> Tensor:
         if x.dim() == 2 and gates.shape[0] == x.shape[0]:
             return gates[:, 0]  # a row is a token: the patches of all images, one after the other
         if x.dim() == 3 and gates.shape[0] in (1, x.shape[0]):

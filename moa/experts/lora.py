@@ -4,10 +4,11 @@ y = W x + sum_e gate_e scaling_e B_e A_e x
 
 Experts may have one A or one B in common: the same Parameter under the names of all of them. An expert may hold a
 start, `start_A_<expert>` and `start_B_<expert>` of its rank, which take part like its own factors and are not trained.
+It may have gates of its single ranks, `rank_gates_<expert>`: moa/experts/rank_gates.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from moa.experts.context import GateContext, GateState
 from moa.experts.crosstalk import Watch, output_energies
 from moa.experts.lora_product import Ranks, add_mixture, concatenate, mix, widen
+from moa.experts.rank_gates import RankGates, side_by_side, token_rank_gates
 from moa.experts.token_routers import TokenSite
 
 FACTORS = ("A", "B")
+StartPair = tuple[nn.Parameter, nn.Parameter]
+Ranked = tuple[RankGates, nn.Parameter | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,7 @@ class ExpertLinear(nn.Module):
         self.register_parameter("token_router", None)  # also where another site's decides
         self.routed: TokenSite | None = None  # None: its own router, if any, with every choice
         self.starts: set[str] = set()  # experts that hold one
+        self.ranked: dict[str, RankGates] = {}  # expert -> what decides the gates of its ranks
         self._leaders: dict[str, str] = {}  # name of a factor -> the first one that is the same Parameter
         # of the last forward's experts: what their ranks are, and the names of their factors, each once
         self._layout: tuple[Any, Ranks, list[str], list[str]] | None = None
@@ -70,7 +75,12 @@ class ExpertLinear(nn.Module):
             # Each factor goes in by itself, so that each gets its own gradient, also from gate 0.
             self.context.forget()  # the step that follows changes the factors
             gates = self._gates(x, state)  # [batch, 1, expert], or by token [batch, seq, expert]
-            return mix(x, out, gates, self.layout(state)[0], *self._factors(state))
+            ranks = self.layout(state)[0]
+            own = self._own_rank_gates(x, state, drop=self.training)
+            if own is not None:  # then every rank has a gate of its own
+                gates = gates.index_select(-1, ranks.place) * own
+                ranks = replace(ranks, place=torch.arange(own.shape[-1], device=own.device))
+            return mix(x, out, gates, ranks, *self._factors(state))
         # A generation calls this at each token under the same gates: its rank gates, A and B are
         # put together at the first one. `out` is fresh, so that the product is added into it.
         rank_gates, a, b_t = self._prepared(x, state, out.dtype)
@@ -124,9 +134,11 @@ class ExpertLinear(nn.Module):
         a: nn.Parameter,
         b: nn.Parameter,
         scaling: float,
-        start: tuple[nn.Parameter, nn.Parameter] | None = None,
+        start: StartPair | None = None,
+        ranked: Ranked | None = None,
     ) -> None:
-        """Take an expert's factors, [rank, in] and [out, rank], and its start, as the last one's successors."""
+        """Take an expert's factors, [rank, in] and [out, rank], its start, and the gates of its ranks, as the last
+        one's successors."""
         self.register_parameter(f"lora_A_{expert}", a)
         self.register_parameter(f"lora_B_{expert}", b)
         self.scalings[expert] = scaling
@@ -134,18 +146,32 @@ class ExpertLinear(nn.Module):
             self.register_parameter(f"start_A_{expert}", start[0])
             self.register_parameter(f"start_B_{expert}", start[1])
             self.starts.add(expert)
+        if ranked is not None:
+            self.gate_ranks(expert, *ranked)
         self._changed()
 
-    def remove(self, expert: str) -> tuple[nn.Parameter, nn.Parameter, float, tuple[nn.Parameter, nn.Parameter] | None]:
+    def gate_ranks(self, expert: str, settings: RankGates, learned: nn.Parameter | None) -> None:
+        """Let an expert's ranks have gates of their own; `learned` as `settings.start` gives it."""
+        self.ranked[expert] = settings
+        self.register_parameter(f"rank_gates_{expert}", learned)
+
+    def learned_rank_gates(self, expert: str) -> nn.Parameter | None:
+        return getattr(self, f"rank_gates_{expert}", None)
+
+    def remove(self, expert: str) -> tuple[nn.Parameter, nn.Parameter, float, StartPair | None, Ranked | None]:
         """Give back what `add` took."""
         a, b, *start = self.own(expert)
+        ranked = None
+        if expert in self.ranked:
+            ranked = self.ranked.pop(expert), self.learned_rank_gates(expert)
+            delattr(self, f"rank_gates_{expert}")
         for kind in ("lora", "start") if start else ("lora",):
             for factor in FACTORS:
                 delattr(self, f"{kind}_{factor}_{expert}")
         self.starts.discard(expert)
         scaling = self.scalings.pop(expert)
         self._changed()
-        return a, b, scaling, (start[0], start[1]) if start else None
+        return a, b, scaling, (start[0], start[1]) if start else None, ranked
 
     def tie(self, factor: str, expert: str, parameter: nn.Parameter, kind: str = "lora") -> None:
         """Let an expert's factor, "A" or "B", be a Parameter that another place has too."""
@@ -156,8 +182,7 @@ class ExpertLinear(nn.Module):
         """What the ranks of the experts that take part are, and the names of their factors A and B, each once."""
         key, known = (state.experts, state.active), self._layout
         if known is None or known[0] != key:
-            device, of, running = self.base_layer.weight.device, self.ranks, self._running(state)
-            pairs = [("lora", e) for e in running] + [("start", e) for e in running if e in self.starts]
+            device, of, pairs = self.base_layer.weight.device, self.ranks, self._pairs(state)
             each = [e for _, e in pairs for _ in range(of[e])]
             place = torch.tensor([state.experts.index(e) for e in each], device=device)
             scaling = torch.tensor([self.scalings[e] for e in each], device=device)
@@ -232,15 +257,34 @@ class ExpertLinear(nn.Module):
         return state.gates_at(self.name, x, self.token_router, self.routed)
 
     def _rank_gates(self, x: Tensor, state: GateState, dtype: torch.dtype) -> Tensor:
-        ranks = self.layout(state)[0]
-        return widen(self._gates(x, state), ranks.place, ranks.scaling).to(dtype)
+        ranks, own = self.layout(state)[0], self._own_rank_gates(x, state)
+        wide = widen(self._gates(x, state), ranks.place, ranks.scaling)
+        return (wide if own is None else wide * own).to(dtype)
+
+    def _own_rank_gates(self, x: Tensor, state: GateState, drop: bool = False) -> Tensor | None:
+        """What the gate of each rank is multiplied by, [*lead or 1, rank]; None where no expert has such gates."""
+        if not self.ranked:
+            return None
+        found, of = dict[str, Tensor](), self.ranks
+        for expert in self._running(state):
+            own, learned = self.ranked.get(expert, RankGates()), self.learned_rank_gates(expert)
+            if own.kind == "task" and learned is not None:
+                found[expert] = state.tasks_at(self.name, x) @ learned
+            elif own.kind == "token" and learned is not None:
+                found[expert] = token_rank_gates(x, learned, own.keep)
+            if drop and own.dropout:
+                ones = x.new_ones(*x.shape[:-1], of[expert], dtype=torch.float32)
+                found[expert] = found.get(expert, 1.0) * F.dropout(ones, own.dropout)
+        order = [(expert, of[expert]) for _, expert in self._pairs(state)]  # a start has the gates of its expert
+        return side_by_side(found, order, next(iter(found.values()))) if found else None
 
     def _prepared(self, x: Tensor, state: GateState, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Rank gates, A [rank, in] and B^T [rank, out], kept in the state until the next gates."""
         kept = state.prepared.get(self.name)
         if kept is None or not kept.fits(x, dtype):
             a, b = concatenate(*self._factors(state), dtype)
-            gates = self._rank_gates(x, state, dtype) if state.constant else None
+            constant = state.constant and not any(own.kind == "token" for own in self.ranked.values())
+            gates = self._rank_gates(x, state, dtype) if constant else None
             kept = Prepared(shape=(x.shape[0], x.ndim), gates=gates, a=a, b_t=b.t())
             state.prepared[self.name] = kept
         gates = self._rank_gates(x, state, dtype) if kept.gates is None else kept.gates
@@ -250,6 +294,11 @@ class ExpertLinear(nn.Module):
         """The experts of this site that take part, in the order of their factors."""
         active = state.active
         return [e for e in self.scalings if active is None or e in active]
+
+    def _pairs(self, state: GateState) -> list[tuple[str, str]]:
+        """Kind and expert of each pair of factors that takes part, in their order."""
+        running = self._running(state)
+        return [("lora", e) for e in running] + [("start", e) for e in running if e in self.starts]
 
     def _factors(self, state: GateState) -> tuple[list[Tensor], list[Tensor]]:
         """The different factors A and B of the experts that take part."""

@@ -67,7 +67,7 @@ def distill(settings: DistillConfig, console: Console) -> None:
         if getattr(settings, key) is None:
             raise ValueError(f"{key}: names no folder")
     out, step = Path(str(settings.out)), step_folder(str(settings.run))
-    source = open_run(step)
+    source = open_run(step, to_merge=False)
     config = source.config
     assert config is not None
     check_teacher(settings, config)

@@ -1,6 +1,6 @@
 """What is merged: the experts of a run or of folders, and what the runs around them trained beside."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -47,10 +47,26 @@ class Source:
             raise ValueError(f"{error}; {ways}") from None
 
 
-def open_run(run: str | Path, base: str | None = None) -> Source:
-    """All experts of a run or step folder, and its projector where it trained one."""
+def check_linear(config: RunConfig, names: Iterable[str]) -> None:
+    """ValueError, with the way out, for an expert whose folder is not all that it does."""
+    for name in names:
+        kind = config.experts[name].rank_gates
+        if kind != "none":
+            raise ValueError(
+                f"experts.{name}.rank_gates={kind}: the gates of its ranks change by {kind}, and no merge of factors "
+                "has them; eval.py scores the run as it is, and scripts.distill teaches it to one adapter"
+            )
+
+
+def open_run(run: str | Path, base: str | None = None, *, to_merge: bool = True) -> Source:
+    """All experts of a run or step folder, and its projector where it trained one.
+
+    ValueError, where they are `to_merge`, for experts that are more than factors.
+    """
     step = step_folder(run)
     config = load_config(step / CONFIG)
+    if to_merge:
+        check_linear(config, config.experts)
     folders = [step / "experts" / name for name in config.experts]
     trained = config.model.train_projector
     return Source(
@@ -88,6 +104,10 @@ def open_folders(adapters: Sequence[str], base: str | None = None, projector: st
     experts = open_adapters(folders)
     steps = {folder.resolve().parent.parent for folder in folders}
     steps = {step for step in steps if (step / CONFIG).is_file()}
+    for around in sorted(steps):
+        own = load_config(around / CONFIG)
+        names = [f.resolve().name for f in folders if f.resolve().parent.parent == around]
+        check_linear(own, [name for name in names if name in own.experts])
     step = next(iter(steps)) if len(steps) == 1 else None
     config = load_config(step / CONFIG) if step else None
     named = [config.model.name if config else None]

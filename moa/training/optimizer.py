@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,13 +24,28 @@ def make_optimizer(
     assert len(grouped) == len(set(grouped)), "a parameter is in two groups"
     assert set(grouped) == trainable, "the groups are not the trainable parameters"
     options: list[dict[str, Any]] = []
-    for name, parameters in groups.items():
-        rate = getattr(rates, name)
+    for name, parameters, rate in rate_groups(groups, rates):
         for decay, matrices in ((train.weight_decay, True), (0.0, False)):
             if chosen := [p for p in parameters.values() if is_matrix(p) == matrices]:
                 own = {"name": name, "lr": rate, "rate": rate, "weight_decay": decay}
                 options.append({"params": chosen, **own})
     return torch.optim.AdamW(options, betas=(train.betas[0], train.betas[1]), fused=True)
+
+
+def rate_groups(groups: Mapping[str, Parameters], rates: RateConfig) -> Iterator[tuple[str, Parameters, float]]:
+    """Name, parameters and learning rate; lora_B apart where it has another one (LoRA+, arXiv 2402.12354)."""
+    for name, parameters in groups.items():
+        rate = getattr(rates, name)
+        if name != "experts" or rates.b_ratio == 1:
+            yield name, parameters, rate
+            continue
+        b = {key: p for key, p in parameters.items() if key.endswith(".lora_B.weight")}
+        for own, chosen, times in (
+            (name, {key: p for key, p in parameters.items() if key not in b}, 1.0),
+            (f"{name}_b", b, rates.b_ratio),
+        ):
+            if chosen:
+                yield own, chosen, rate * times
 
 
 def is_matrix(parameter: nn.Parameter) -> bool:

@@ -78,6 +78,12 @@ def copy_expert(model: MixtureModel, stage: StageConfig) -> list[str]:
     if not copies:
         raise ValueError(f"stages.{stage.name}.copy_of: there is no other routed expert to become a copy of {name}")
     bank.load_states({other: bank.state(name) for other in copies})
+    gates = bank.rank_gates()
+    with torch.no_grad():
+        for key, learned in gates.items():
+            kind, expert, site = key.split(".", 2)
+            if expert in copies:
+                learned.copy_(gates[f"{kind}.{name}.{site}"])
     return [f"experts {', '.join(copies)} as copies of {name}"]
 
 
@@ -88,7 +94,7 @@ def crosstalk_sites(model: MixtureModel, losses: LossConfig) -> frozenset[str]:
     Raises ValueError for an exclusion that matches nothing.
     """
     excluded = select(losses.crosstalk_exclude, model.bank.sites, "losses.crosstalk_exclude")
-    able = isinstance(model, LanguageMixture) and int(model.counted.sum()) > 1
+    able = isinstance(model, LanguageMixture) and int(model.counted.sum()) > 1 and not model.bank.rank_gates()
     projectors = tuple(f"{path}." for path in model.backbone.family.projectors) if able else ()
     kept = [site for site in model.bank.sites if able and site not in excluded and not site.startswith(projectors)]
     if losses.crosstalk and not kept:
@@ -186,7 +192,9 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
     different = [f"router.{key}" for key in ours if ours[key] != theirs[key]]
     different += ["data.tasks"] if set(other.data.tasks) - set(config.data.tasks) else []
     both = [name for name in config.experts if name in other.experts]
-    different += [f"experts.{n}.gate" for n in both if config.experts[n].gate != other.experts[n].gate]
+    for key in ("gate", "rank_gates", "active_ranks"):
+        pairs = ((name, getattr(config.experts[name], key), getattr(other.experts[name], key)) for name in both)
+        different += [f"experts.{name}.{key}" for name, ours, theirs in pairs if ours != theirs]
     if different:
         return f"router starts fresh: {folder} has another {', '.join(different)}"
     now, then = ({"expert": c.choices, "task": c.data.tasks} for c in (config, other))
@@ -196,6 +204,8 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
         rows, old = (at_site(model, key, names) for names in (now, then))
         places = {kind: [rows[kind].index(name) for name in names] for kind, names in old.items()}
         found[key] = in_places(own.get(key, tensor), tensor, axes_of(key.removeprefix("router.")), places)
+    fresh_ranks = [key for key in own if key.startswith("rank_gates.") and key.split(".")[2] not in other.experts]
+    found |= {key: own[key].clone() for key in fresh_ranks}
     load_strictly(own, found, file)
     fresh = [f"{kind} {name}" for kind in now for name in now[kind] if name not in then[kind]]
     return f"router from {folder}" + (f", fresh for {', '.join(fresh)}" if fresh else "")

@@ -184,11 +184,11 @@ def pairs(folder: Path) -> dict:
 
 
 def layered(folder: Path) -> dict:
-    """All layers have one A and one B for each expert, and those of an MLP one router, for the tokens of a prompt."""
+    """Layers have one A and one B for each expert, an MLP one router for the tokens of a prompt, ranks their gates."""
     folder.mkdir()
     world = toy_world(folder)
-    for expert in world["experts"].values():
-        expert["tie_layers"] = [r".*\.(up|down)_proj"]
+    for expert, kind in zip(world["experts"].values(), ("task", "token"), strict=True):
+        expert |= {"tie_layers": [r".*\.(up|down)_proj"], "rank_gates": kind}
     world["router"] |= {"granularity": "token", "share": "module", "pool": "prompt_mean"}
     world["train"] = {"batch_size": 4, "micro_batch_size": 1, "save_every": 9}
     world["stages"] = {"joint": {"steps": 2, "lr": {"experts": 0.05, "router": 0.01}}}
@@ -204,7 +204,7 @@ def references(tmp_path_factory) -> list[RunConfig]:
         world = make(root / make.__name__)
         world["router"]["modality_dropout"] = 0.0  # each process draws its own
         world["losses"] = {"z": 0.01}  # balance is a micro-batch's
-        if "grounding" in world["experts"]:  # not the CLIP's
+        if "rank_gates" not in world["experts"].get("grounding", {"rank_gates": None}):  # nor the CLIP's
             world["losses"]["crosstalk"] = 0.1
         configs.append(read(world))
         run_once(configs[-1])

@@ -70,7 +70,7 @@ def test_upcycling_trains_one_expert_on_all_samples_and_copies_it_into_the_other
         ({"stages__joint__expert": "vqa"}, "stages.joint.expert: needs trains=experts"),
         ({"experts__vqa__gate": "confidence"}, "stages.experts.gates.leak: experts.vqa has the gate 0 here"),
         ({"experts__vqa__gate": "with:other"}, "experts.vqa.gate: no such expert 'other'"),
-        ({"stages__experts__copy_of": "grounding"}, "vqa has another rank, alpha, targets or init"),
+        ({"stages__experts__copy_of": "grounding"}, "vqa has another rank, alpha, targets, init or rank_gates"),
         ({"experts": {"one": {"gate": "always"}}, "data__expert": "one"}, "router.kind: softmax has nothing to choose"),
     ],
 )
