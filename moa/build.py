@@ -26,6 +26,7 @@ from moa.files.peft import ExpertHeader, read_header, read_tensors
 from moa.files.spelling import match_spelling
 from moa.model import LanguageMixture, MixtureModel
 from moa.routing.roles import WITH
+from moa.routing.scores import ARROW
 from moa.statistics.moments import Moments
 from moa.statistics.null_space import null_space_rows
 from moa.statistics.stored import read_statistics
@@ -114,7 +115,7 @@ def build_mixture(
         check_copies(config, bank)
         thresholds = int(config.router.learned_threshold)
         more: dict[str, Any] = {"choices": config.choices, "thresholds": thresholds, "share": config.router.share}
-        bank.add_token_routers(**more, seed=config.seed)
+        bank.add_token_routers(**more, arrow=config.router.score == ARROW, seed=config.seed)
     weights = config.router.weights
     names = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through", "score"]
     names += ["top_k", "top_p", "threshold", "normalize", "renormalize", "pool"]

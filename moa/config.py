@@ -30,7 +30,7 @@ from moa.routing import kinds
 from moa.routing.losses import GateLosses
 from moa.routing.roles import CHOSEN, LEFT_OVER, NONE, check_roles
 from moa.routing.schedule import GateSchedule
-from moa.routing.scores import SCORES
+from moa.routing.scores import ARROW, SCORES
 
 Precision = Literal["fp32", "bf16", "fp16"]
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ class RouterConfig:
     # how logits become gates; one_hot: by the sample's expert, fixed: by weights, anchors: untrained
     kind: RouterKind = "softmax"
     granularity: Literal["sample", "token"] = "sample"  # decided once per sample, or at each token
-    # how features are compared with each expert's weights; table: no features, a learned logit per task and expert
+    # how features are compared with each expert's weights; table: no features, a learned logit per task and expert;
+    # arrow: of granularity token, weights that are computed from the experts and do not learn
     score: Score = "linear"
     # of granularity token: sites that one router serves, at the input of the first. input: q, k and v; gate and up.
     # module: an attention, an MLP, the projector. block: a layer
@@ -196,6 +197,9 @@ class RouterConfig:
     def _check_noise(self) -> None:
         fits = self.score == "linear" or self.row.learns == "gradient"
         check(fits, "score", f"has no effect with router.kind={self.kind}")
+        if self.score == ARROW:
+            check(self.granularity == "token", "score", "arrow needs granularity token")
+            check(not self.learned_threshold, "threshold", "needs a number with router.score=arrow, which learns none")
         if self.score == kinds.TABLE:
             check(self.granularity == "sample", "score", "table needs granularity sample")
             check(self.evidence == ["task"], "evidence", f"must be [task] with router.score=table; got {self.evidence}")
@@ -464,8 +468,9 @@ def check_stages(config: RunConfig) -> None:
         sources = stage_sources(config, stage)
         check(bool(sources), "data.sources", f"names none, and {key} has {stage.steps} steps")
         if stage.kind == "router":
-            rule = f"router.kind={config.router.kind} learns nothing"
-            check(config.router.row.learns is not None, key, rule)
+            learns = config.router.row.learns is not None and config.router.score != ARROW
+            what = f"score={ARROW}" if config.router.score == ARROW else f"kind={config.router.kind}"
+            check(learns, key, f"router.{what} learns nothing")
         check_gates_of_stage(config, stage, key)
         one = stage.expert or config.data.expert
         if stage.kind == "experts" and one is None:

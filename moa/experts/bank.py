@@ -187,6 +187,9 @@ class ExpertBank:
             held = {expert: site.remove(expert) for expert in site.experts}
             for expert, factors in held.items():
                 site.add(new if expert == old else expert, *factors)
+            if site.routed is not None:
+                compared = tuple(new if expert == old else expert for expert in site.routed.compared)
+                site.routed = replace(site.routed, compared=compared)
         self.experts = {new if n == old else n: spec for n, spec in self.experts.items()}
         self.context.state = None  # gates of other experts
 
@@ -402,13 +405,14 @@ class ExpertBank:
         choices: Sequence[str] | None = None,
         thresholds: int = 0,
         share: str = "site",
+        arrow: bool = False,
         seed: int = 0,
         std: float | int = 0.02,
     ) -> None:
         """Float32 routers [choice, in] over each site's own experts among `choices`; all experts come before.
 
         None: all are choices. `thresholds` are rows more. `share`: which sites have one in common, see
-        moa/experts/token_routers.py.
+        moa/experts/token_routers.py. `arrow`: they are computed from the experts and not learned.
         """
         everyone = self.names if choices is None else choices
         own = {
@@ -418,8 +422,9 @@ class ExpertBank:
         }
         for name, leader in leaders(own, self.streams, share).items():
             site, some = self.sites[name], own[name] if len(own[name]) < len(everyone) else None
-            site.routed = TokenSite(leader=leader, choices=some)
-            if leader != name or not own[name]:
+            compared = tuple(everyone[place] for place in own[name]) if arrow else ()
+            site.routed = TokenSite(leader=leader, choices=some, compared=compared)
+            if leader != name or not own[name] or arrow:
                 continue
             generator = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}"))
             weight = torch.randn((len(own[name]) + thresholds, site.base_layer.in_features), generator=generator)
@@ -463,8 +468,10 @@ class ExpertBank:
 
     def token_choices(self) -> dict[str, tuple[int, ...] | None]:
         """Site with a token router -> the places of its experts among the choices; None: all."""
-        sites = ((name, self.sites[name].routed) for name in self.token_routers())
-        return {name: None if routed is None else routed.choices for name, routed in sites}
+        learned = self.token_routers()
+        sites = {name: site.routed for name, site in self.sites.items()}
+        computed = {name for name, own in sites.items() if own and own.compared and own.leader == name}
+        return {n: None if own is None else own.choices for n, own in sites.items() if n in learned or n in computed}
 
     def token_routers(self) -> dict[str, nn.Parameter]:
         """Site that decides -> token router [choice, in]; empty where gates are decided per sample."""
@@ -486,7 +493,7 @@ class ExpertBank:
 
     def _check_new(self, name: str) -> None:
         self._check_name(name)
-        if self.token_routers():
+        if self.token_choices():
             raise ValueError(f"expert {name}: add experts before the token routers")
 
     def _register(self, name: str, kind: str, settings: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moa.experts.arrow import directions
 from moa.experts.context import GateContext, GateState
 from moa.experts.crosstalk import Watch, output_energies
 from moa.experts.lora_product import Ranks, add_mixture, concatenate, mix, widen
@@ -254,7 +255,19 @@ class ExpertLinear(nn.Module):
             watch.found[self.name] = energies
 
     def _gates(self, x: Tensor, state: GateState) -> Tensor:
-        return state.gates_at(self.name, x, self.token_router, self.routed)
+        return state.gates_at(self.name, x, self._router(state), self.routed)
+
+    def _router(self, state: GateState) -> Tensor | None:
+        """What decides for tokens here: the learned router, or one that is computed from the experts, once for all
+        steps of a generation."""
+        routed, key = self.routed, f"arrow/{self.name}"
+        if state.gates is not None or routed is None or not routed.compared or routed.leader != self.name:
+            return self.token_router
+        if key not in state.prepared:
+            a, b = zip(*map(self.whole, routed.compared), strict=True)
+            state.prepared[key] = directions(a, b)
+        found: Tensor = state.prepared[key]
+        return found
 
     def _rank_gates(self, x: Tensor, state: GateState, dtype: torch.dtype) -> Tensor:
         ranks, own = self.layout(state)[0], self._own_rank_gates(x, state)

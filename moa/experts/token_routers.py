@@ -31,10 +31,14 @@ BLOCK = re.compile(r"(.*\.\d+)\.")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSite:
-    """Whose router decides at a site, and the places of the site's own experts among the choices; None: all."""
+    """Whose router decides at a site, and the places of the site's own experts among the choices; None: all.
+
+    `compared` are the names of these experts where the router is computed from them, see moa/experts/arrow.py.
+    """
 
     leader: str
     choices: tuple[int, ...] | None = None
+    compared: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@
     cosine      t cos(w_e, x), with the temperature t = the root mean square of the rows' lengths, at most 100: the
                 cosine router of GMoE (arXiv 2206.04046, eq. 8) and DG-MoA, whose learned t is a number of its own
     ln_cosine   LN(w_e) LN(x) / sqrt(width), layer norms without parameters: PHATGOOSE (arXiv 2402.05859, section 3.2)
+    arrow       |w_e x|, where w_e is no parameter but computed from the expert: moa/experts/arrow.py
 
 The last layer of a sample's router and the token routers of the sites read this table, and so does the config: torch is
 imported in functions alone.
@@ -45,4 +46,14 @@ def ln_cosine(features: Features, weight: Weight) -> Logits:
     return F.linear(F.layer_norm(features, width), F.layer_norm(weight, width)) / width[0] ** 0.5
 
 
-SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"linear": linear, "cosine": cosine, "ln_cosine": ln_cosine}
+def arrow(features: Features, weight: Weight) -> Logits:
+    return linear(features, weight).abs()
+
+
+ARROW = "arrow"
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "ln_cosine": ln_cosine,
+    ARROW: arrow,
+}

@@ -26,6 +26,8 @@ def centred(row: list[float]) -> list[float]:
 def by_loops(score: str, x: list[float], rows: list[list[float]]) -> list[float]:
     if score == "linear":
         return [dot(x, row) for row in rows]
+    if score == "arrow":
+        return [abs(dot(x, row)) for row in rows]
     if score == "ln_cosine":
         return [dot(centred(x), centred(row)) / math.sqrt(len(x)) for row in rows]
     temperature = min(100.0, math.sqrt(sum(dot(row, row) for row in rows) / len(rows)))
