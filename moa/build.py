@@ -115,10 +115,12 @@ def build_mixture(
         check_copies(config, bank)
         thresholds = int(config.router.learned_threshold)
         more: dict[str, Any] = {"choices": config.choices, "thresholds": thresholds, "share": config.router.share}
-        bank.add_token_routers(**more, arrow=config.router.score == ARROW, seed=config.seed)
+        bank.add_token_routers(
+            **more, arrow=config.router.score == ARROW, biased=config.router.bias_rate is not None, seed=config.seed
+        )
     weights = config.router.weights
     names = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through", "score"]
-    names += ["top_k", "top_p", "threshold", "normalize", "renormalize", "pool"]
+    names += ["top_k", "top_p", "threshold", "normalize", "renormalize", "pool", "bias_rate"]
     routing: dict[str, Any] = {name: getattr(config.router, name) for name in names}
     routing["weights"] = [weights.get(name, 0.0) for name in config.choices] if weights else None
     routing["gates"] = [expert.gate for expert in config.experts.values()]

@@ -153,6 +153,8 @@ class RouterConfig:
     renormalize: bool = True
     # on the logits in training; gumbel: of softmax kinds, logistic: of sigmoid, learned: its scale, by the router
     noise: Literal["gaussian", "gumbel", "logistic", "learned"] | None = None
+    # of kind top_k by token: a bias on the choice alone evens out the experts' use, by so much a step; null: none
+    bias_rate: Positive | None = None
     noise_scale: Positive | None = None  # of the noise that is not learned; null: 1
     straight_through: bool = False  # of top_k and top_p: the gradient of the softmax before the selection
 
@@ -190,6 +192,11 @@ class RouterConfig:
         for key in ("weights", "top_p", "threshold", "normalize"):
             unset = getattr(self, key) is None or getattr(self, key) is False
             check(unset or key in self.row.options, key, f"has no effect with router.kind={self.kind}")
+        fits = "top_k" in self.row.options and by_token and self.pool == "none" and self.score != ARROW
+        rule = (
+            f"needs kind top_k, granularity token, pool none and a score that learns; {got}, {self.pool}, {self.score}"
+        )
+        check(fits or self.bias_rate is None, "bias_rate", rule)
         hard = kinds.names(lambda kind: kind.hard)
         check(self.renormalize or self.row.hard, "renormalize", f"false needs kind {hard}; got {self.kind}")
         self._check_noise()

@@ -6,7 +6,7 @@ Every way to decide gates ends in the same tensor, and every forward takes the s
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,7 +24,8 @@ from moa.experts.crosstalk import crosstalk, energy_tables
 from moa.experts.rank_gates import task_shares
 from moa.experts.token_routers import pooling
 from moa.packing import answer_positions, prompt_samples
-from moa.routing.decisions import mean_token_gates, token_decisions, token_losses
+from moa.routing.decisions import mean_token_gates, token_decisions, token_loads, token_losses
+from moa.routing.gating import balanced_bias
 from moa.routing.roles import NONE, Roles
 from moa.routing.router import Evidence
 from moa.routing.routing import Gates, Routing
@@ -49,6 +50,7 @@ class MixtureOutput:
     gates: Float[Tensor, "batch site expert"]
     router_logits: Float[Tensor, "batch site choice"] | None
     aux: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
+    loads: dict[str, Float[Tensor, " _"]] = field(default_factory=dict)  # of sites that are balanced by a bias
     energies: Float[Tensor, "watched expert expert"] | None = None  # where asked for, see moa/experts/crosstalk.py
 
 
@@ -162,6 +164,14 @@ class MixtureModel(nn.Module, ABC):
         """Add a batch of samples of known experts to the means of a router that learns by means."""
         self.router.update(self.evidence(batch), self.routing.targets(batch.expert_ids))
 
+    def balance(self, loads: Mapping[str, Float[Tensor, " _"]]) -> None:
+        """Move the biases of top-k by how often each site's experts were chosen."""
+        choices, joint = self.bank.token_choices(), torch.tensor(self.routing.roles.joint)
+        for site, load in loads.items():
+            own, bias = choices[site], self.bank.token_biases[site]
+            apart = joint if own is None else joint[list(own)]
+            bias.copy_(balanced_bias(bias, load, self.routing.bias_rate, apart))
+
     def enable_gradient_checkpointing(self, *, compare: bool = True) -> None:
         """Recompute activations in the backward pass, each layer with the gates it first had.
 
@@ -198,7 +208,7 @@ class LanguageMixture(MixtureModel):
             hidden, labels = answer_positions(hidden, batch.labels, batch.segments, len(batch))
         logits = self.backbone.logits(hidden)
         loss, num_tokens = answer_loss(logits, labels, len(batch))
-        aux, used = self._decisions(batch, decided)
+        aux, used, loads = self._decisions(batch, decided)
         energies = self._energies(batch)
         if energies is not None and energies.requires_grad:
             aux["crosstalk"] = crosstalk(energies, self.counted)
@@ -210,6 +220,7 @@ class LanguageMixture(MixtureModel):
             gates=used,
             router_logits=decided.logits,
             aux=aux,
+            loads=loads,
             energies=None if energies is None else energies.detach(),
         )
 
@@ -278,20 +289,21 @@ class LanguageMixture(MixtureModel):
         state.watch.found.clear()  # left there, they would keep the graph until the next forward
         return energy_tables(energies, self.bank.streams, batch.token_samples(), self._owners(batch), batch.expert_ids)
 
-    def _decisions(self, batch: Batch, decided: Gates) -> tuple[dict[str, Tensor], Tensor]:
-        """Losses on the decisions, and the gates [batch, site or 1, expert] that were used."""
+    def _decisions(self, batch: Batch, decided: Gates) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """Losses on the decisions, the gates [batch, site or 1, expert] that were used, and the loads."""
         if decided.gates is not None:
             losses = self.routing.losses([decided], batch.expert_ids, batch.task_ids)
-            return losses, decided.gates
+            return losses, decided.gates, {}
         logits, owners, samples = self.bank.take_token_logits(), self._owners(batch), batch.token_samples()
         if self.routing.pool != "none":  # a decision for each sample that has such rows
             everyone = torch.arange(len(batch), device=samples.device)
             owners = {s: everyone.where(torch.isin(everyone, rows), -1) for s, rows in owners.items()}
             samples = everyone[:, None]
-        choices = self.bank.token_choices()
-        groups = list(token_decisions(logits, self.bank.streams, samples, owners, choices))
+        choices, biases = self.bank.token_choices(), self.bank.token_biases
+        groups = list(token_decisions(logits, self.bank.streams, samples, owners, choices, biases))
         aux = token_losses(groups, batch.expert_ids, batch.task_ids, self.routing.token_losses)
-        return aux, mean_token_gates(groups, len(batch), self.routing.token_gates)
+        loads = token_loads(groups, self.routing.token_choice) if biases and self.training else {}
+        return aux, mean_token_gates(groups, len(batch), self.routing.token_gates), loads
 
 
 def answer_loss(

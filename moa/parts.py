@@ -46,7 +46,8 @@ def router_parameters(model: MixtureModel) -> Parameters:
 
 def router_state(model: MixtureModel) -> dict[str, Tensor]:
     own = model.router.state_dict(prefix="router.") if model.router is not None else {}
-    return dict(own) | {key: p.detach() for key, p in site_routers(model).items()}
+    biases = {f"token_bias.{site}": bias for site, bias in model.bank.token_biases.items()}
+    return dict(own) | {key: p.detach() for key, p in site_routers(model).items()} | biases
 
 
 def site_routers(model: MixtureModel) -> Parameters:

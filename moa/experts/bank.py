@@ -54,6 +54,8 @@ class ExpertBank:
     shapes: dict[str, tuple[int, int]]  # every linear layer of the model -> (out, in)
     unused: frozenset[str]  # those whose output the model never reads
     experts: dict[str, ExpertSpec] = field(default_factory=dict)
+    # of top-k that is balanced without a loss: site with a token router -> float32 [choice], whatever the model's dtype
+    token_biases: dict[str, Tensor] = field(default_factory=dict)
     num_tasks: int = 0  # of gates of ranks by task; 0: no expert has such
 
     @classmethod
@@ -389,7 +391,7 @@ class ExpertBank:
         sample's prompt decide together.
         """
         more: dict[str, Any] = {"temperature": temperature, "recording": recording, "expand": not recording}
-        more |= {"watch": self.context.watch, "pooling": pooling, "score": score}
+        more |= {"watch": self.context.watch, "pooling": pooling, "score": score, "biases": self.token_biases}
         self.context.state = GateState(gates=None, experts=tuple(self.names), decide=decide, **more)
 
     def take_token_logits(self) -> dict[str, Float[Tensor, "*_ choice"]]:
@@ -406,6 +408,7 @@ class ExpertBank:
         thresholds: int = 0,
         share: str = "site",
         arrow: bool = False,
+        biased: bool = False,
         seed: int = 0,
         std: float | int = 0.02,
     ) -> None:
@@ -413,6 +416,7 @@ class ExpertBank:
 
         None: all are choices. `thresholds` are rows more. `share`: which sites have one in common, see
         moa/experts/token_routers.py. `arrow`: they are computed from the experts and not learned.
+        `biased`: each has a bias of zeros, see `moa.routing.gating.balanced_bias`.
         """
         everyone = self.names if choices is None else choices
         own = {
@@ -429,6 +433,8 @@ class ExpertBank:
             generator = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}"))
             weight = torch.randn((len(own[name]) + thresholds, site.base_layer.in_features), generator=generator)
             site.token_router = nn.Parameter((weight * std).to(site.base_layer.weight.device))
+            if biased:
+                self.token_biases[name] = torch.zeros(len(own[name]))
 
     def gate_ranks(self, name: str, settings: RankGates, seed: int = 0) -> None:
         """Let the ranks of an expert have gates of their own; ValueError for more kept ranks than there are."""

@@ -3,7 +3,7 @@
 The gates of a forward live until the next one: checkpointing recomputes with them, and decoding keeps the prompt's.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor
 from moa.experts.crosstalk import Watch
 from moa.experts.token_routers import Pooling, TokenSite
 
-# logits [.., choice], the places of these choices among all or None -> gates [.., expert]
-Decide = Callable[[Tensor, tuple[int, ...] | None], Tensor]
+# logits [.., choice], the places of these choices among all or None, where there is one a bias -> gates [.., expert]
+Decide = Callable[..., Tensor]
 Score = Callable[[Tensor, Tensor], Tensor]  # features [.., in], a router [choice, in] -> logits [.., choice]
 
 
@@ -36,6 +36,7 @@ class GateState:
     temperature: float | int = 1.0  # of token routing
     score: Score = F.linear  # of token routing
     recording: bool = True
+    biases: Mapping[str, Tensor] = field(default_factory=dict)  # site -> what top-k adds to the shares of its choices
     pooling: Pooling | None = None  # of token routing: the tokens of a prompt decide together
     # site with a router -> [batch, seq, choice], or pooled [batch, choice], divided by the temperature
     token_logits: dict[str, Tensor] = field(default_factory=dict)
@@ -116,7 +117,8 @@ class GateState:
                 logits = self.score(x.float(), token_router.float()) / self.temperature
             if self.pooling is not None:
                 logits = self.pooling.logits(site, self._of_samples(site, logits))
-            gates = decide(logits, routed.choices)
+            bias = {"bias": self.biases[site].to(x.device)} if site in self.biases else {}
+            gates = decide(logits, routed.choices, **bias)
         if self.recording and token_router is not None:
             self.token_logits[site] = logits  # by site: a second call replaces the first
         self.decided[site] = gates

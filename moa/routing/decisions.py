@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,15 @@ class TokenDecisions:
     """What the token routers of sites with equally many tokens decided.
 
     `owner` is the sample that each token belongs to, `mask` is False at padding. `choices` are the places of the
-    sites' experts among those that the router chooses among; None: all of them.
+    sites' experts among those that the router chooses among; None: all of them. `bias` is that of `top_k_gates`.
     """
 
     logits: Float[Tensor, "site token expert"]  # divided by the temperature
     owner: Int[Tensor, " token"]
     mask: Bool[Tensor, " token"]
     choices: tuple[int, ...] | None = None
+    bias: Float[Tensor, "site 1 expert"] | None = None
+    sites: tuple[str, ...] = ()
 
 
 def token_decisions(
@@ -29,21 +32,24 @@ def token_decisions(
     token_samples: Int[Tensor, "rows seq"],
     owners: Mapping[str, Int[Tensor, " _"]],
     choices: Mapping[str, tuple[int, ...] | None] | None = None,
+    biases: Mapping[str, Float[Tensor, " _"]] | None = None,
 ) -> Iterator[TokenDecisions]:
     """Stack the sites' logits where their tokens and `choices` are the same ones.
 
     `token_samples` names the sample of each token of the text stream, -1 at padding; `owners` that
     of each row of the other streams, -1 for none. Rows may have one token each, and then no axis for it.
     """
-    stacks: dict[tuple[str, torch.Size, tuple[int, ...] | None], list[Tensor]] = {}
+    stacks: dict[tuple[str, torch.Size, tuple[int, ...] | None], dict[str, Tensor]] = {}
     for site, tensor in logits.items():
         tensor = tensor if tensor.dim() == 3 else tensor[:, None]
-        stacks.setdefault((streams[site], tensor.shape, (choices or {}).get(site)), []).append(tensor)
+        stacks.setdefault((streams[site], tensor.shape, (choices or {}).get(site)), {})[site] = tensor
     for (stream, (_, length, _), own), stack in stacks.items():
         text = stream == "text"
         owner = token_samples.flatten() if text else owners[stream].repeat_interleave(length)
-        stacked = torch.stack(stack).flatten(1, 2)
-        yield TokenDecisions(logits=stacked, owner=owner.clamp(min=0), mask=owner >= 0, choices=own)
+        stacked = torch.stack([*stack.values()]).flatten(1, 2)
+        bias = torch.stack([biases[site] for site in stack])[:, None].to(stacked.device) if biases else None
+        about: dict[str, Any] = {"choices": own, "bias": bias, "sites": tuple(stack)}
+        yield TokenDecisions(logits=stacked, owner=owner.clamp(min=0), mask=owner >= 0, **about)
 
 
 def token_losses(
@@ -69,13 +75,25 @@ def token_losses(
 
 @torch.no_grad()
 def mean_token_gates(
-    groups: list[TokenDecisions], num_samples: int, decide: Callable[[Tensor, tuple[int, ...] | None], Tensor]
+    groups: list[TokenDecisions], num_samples: int, decide: Callable[..., Tensor]
 ) -> Float[Tensor, "batch 1 expert"]:
     """Each sample's gates, averaged over its valid tokens at all sites: for reading, not for use."""
     total = count = torch.zeros(())
     for group in groups:
-        gates = decide(group.logits, group.choices)
+        gates = decide(group.logits, group.choices, bias=group.bias)
         member = F.one_hot(group.owner, num_samples).float() * group.mask[:, None]
         total = total.to(gates.device) + torch.einsum("tb,ste->be", member, gates)
         count = count.to(gates.device) + member.sum(0) * gates.shape[0]
     return (total / count.clamp(min=1)[:, None])[:, None]
+
+
+@torch.no_grad()
+def token_loads(
+    groups: list[TokenDecisions], choose: Callable[..., Float[Tensor, "site token expert"]]
+) -> dict[str, Float[Tensor, " _"]]:
+    """Site -> how many valid tokens chose each of its experts; `choose` is `Routing.token_choice`."""
+    found = dict[str, Tensor]()
+    for group in groups:
+        chosen = choose(group.logits, group.choices, bias=group.bias) > 0
+        found |= zip(group.sites, (chosen & group.mask[:, None]).sum(1).float(), strict=True)
+    return found

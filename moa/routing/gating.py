@@ -27,13 +27,15 @@ def top_k_gates(
     mask: Bool[Tensor, "*lead expert"] | None = None,
     joint: Bool[Tensor, " expert"] | None = None,
     renormalize: bool = True,
+    bias: Float[Tensor, "*#lead expert"] | None = None,
 ) -> Float[Tensor, "*lead expert"]:
     """The k best experts, softmax weights renormalised over them, exact zeros elsewhere.
 
     `mask` is False where an expert may not be used: it never takes one of the k places. With fewer
     than k experts left, those; with none, zeros. `joint` experts take no place and are kept beside
     the k. Without `renormalize` the weights are those of the softmax over all experts (Switch Transformer,
-    arXiv 2101.03961, eq. 2). Raises ValueError unless 1 <= k <= experts.
+    arXiv 2101.03961, eq. 2). `bias` is added to the shares for the choice alone (arXiv 2408.15664, eq. 3).
+    Raises ValueError unless 1 <= k <= experts.
     """
     num_experts = logits.shape[-1]
     if not 1 <= k <= num_experts:
@@ -41,12 +43,24 @@ def top_k_gates(
     logits = logits.float()
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
-    rivals = logits if joint is None else logits.masked_fill(joint, float("-inf"))
+    rivals = logits if bias is None else softmax_over(logits, logits.isfinite()) + bias
+    rivals = rivals if bias is None or mask is None else rivals.masked_fill(~mask, float("-inf"))
+    rivals = rivals if joint is None else rivals.masked_fill(joint, float("-inf"))
     kept = torch.zeros_like(logits, dtype=torch.bool)
     kept = kept.scatter(-1, rivals.topk(k, dim=-1).indices, True) & rivals.isfinite()
     if joint is not None:
         kept = kept | (joint & logits.isfinite())
     return softmax_over(logits, kept) if renormalize else softmax_over(logits, logits.isfinite()) * kept
+
+
+def balanced_bias(
+    bias: Float[Tensor, " expert"], load: Float[Tensor, " expert"], rate: float, joint: Bool[Tensor, " expert"] | None
+) -> Float[Tensor, " expert"]:
+    """A bias of `top_k_gates` after a step in which the experts were chosen `load` times: up by `rate` where that is
+    below the mean, down where it is above (loss-free balancing, arXiv 2408.15664, algorithm 1). `joint` ones keep 0."""
+    routed = torch.ones_like(load, dtype=torch.bool) if joint is None else ~joint
+    mean = (load * routed).sum() / routed.sum().clamp(min=1)
+    return bias + rate * (mean - load).sign() * routed
 
 
 def softmax_over(

@@ -39,7 +39,7 @@ class Kind:
     #   logits [batch, site, choice], over the temperature, a null expert last; None without a router
     #   mask, False where an expert may not be used, or None; expert_ids [batch], -1 unknown; weights [expert];
     #   joint [choice], True where an expert takes no place of top-k, or None; raised [batch, site, 1] from a learned
-    #   threshold, or None; and the `options`. Experts: those that it chooses among
+    #   threshold, or None; bias [site, 1, choice] or None; and the `options`. Experts: those that it chooses among
     gates: "Callable[..., Decided]"
     # makes the module with the logits from experts, sites, dims, num_tasks and the options
     router: "Callable[..., nn.Module] | None" = None
@@ -61,10 +61,12 @@ def softmax(*, logits: Any, mask: Any, **_: Any) -> "Decided":
     return (probs if mask is None else top_k_gates(logits, probs.shape[-1], mask)), probs
 
 
-def top_k(*, logits: Any, mask: Any, top_k: int, joint: Any, renormalize: bool, **_: Any) -> "Decided":
+def top_k(
+    *, logits: Any, mask: Any, top_k: int, joint: Any, renormalize: bool, bias: Any = None, **_: Any
+) -> "Decided":
     from moa.routing.gating import softmax_gates, top_k_gates
 
-    return top_k_gates(logits, top_k, mask, joint, renormalize), softmax_gates(logits)
+    return top_k_gates(logits, top_k, mask, joint, renormalize, bias), softmax_gates(logits)
 
 
 def top_p(*, logits: Any, mask: Any, top_p: float | None, joint: Any, renormalize: bool, **_: Any) -> "Decided":

@@ -45,7 +45,7 @@ class Routing(nn.Module):
     granularity "token": token routers decide at the sites, and `router` is None; with a `pool` the tokens of a prompt
     together, see moa/experts/token_routers.py. null_expert: one choice more, which adds nothing to the backbone, so
     that a sample's gates may sum to less than one. noise: a name of `NOISES`, of scale `noise_scale`. top_p, threshold,
-    normalize, renormalize, straight_through: see moa/routing/gating.py.
+    normalize, renormalize, straight_through, bias_rate: see moa/routing/gating.py.
     """
 
     weights: Tensor
@@ -71,12 +71,14 @@ class Routing(nn.Module):
         noise_scale: float | int | None = None,
         straight_through: bool = False,
         score: str = "linear",
+        bias_rate: float | int | None = None,
     ) -> None:
         super().__init__()
         self.options = {"top_k": top_k, "top_p": top_p, "threshold": threshold}
         self.options |= {"normalize": normalize, "renormalize": renormalize}
         self.noise, self.noise_scale = noise, 1.0 if noise_scale is None else noise_scale
         self.straight_through, self.score = straight_through, SCORES.get(score, linear)
+        self.bias_rate = bias_rate or 0.0
         self.learned_threshold = KINDS[kind].learned_threshold and threshold is None
         self.kind, self.granularity, self.null_expert = KINDS[kind], granularity, null_expert
         self.router, self.top_k, self.temperature, self.pool = router, top_k, temperature, pool
@@ -163,7 +165,12 @@ class Routing(nn.Module):
         return torch.cat([self.score(features, weight[:-1]), F.linear(features, weight[-1:])], dim=-1)
 
     def token_gates(
-        self, logits: Float[Tensor, "*lead column"], choices: tuple[int, ...] | None = None, *, draw: bool = False
+        self,
+        logits: Float[Tensor, "*lead column"],
+        choices: tuple[int, ...] | None = None,
+        *,
+        draw: bool = False,
+        bias: Float[Tensor, "*#lead choice"] | None = None,
     ) -> Float[Tensor, "*lead expert"]:
         """The gates of tokens by their logits, which are divided by the temperature; with the noise of training
         where asked for: checkpointing brings the random stream back, so that a layer draws the same twice.
@@ -172,12 +179,18 @@ class Routing(nn.Module):
         """
         if choices == ():
             return self.roles.assemble(logits.new_zeros(*logits.shape[:-1], len(self.roles.choices)))
-        logits, more = self._split(logits, self.temperature)
-        chosen = self._gates(logits, **more, choices=choices, draw=draw and self.training)[0]
+        chosen = self.token_choice(logits, choices, draw=draw, bias=bias)
         if choices is not None:
             everyone = chosen.new_zeros(*chosen.shape[:-1], len(self.roles.choices))
             chosen = everyone.index_copy(-1, torch.tensor(choices, device=chosen.device), chosen)
         return self.roles.assemble(chosen)
+
+    def token_choice(
+        self, logits: Tensor, choices: tuple[int, ...] | None = None, *, draw: bool = False, bias: Tensor | None = None
+    ) -> Float[Tensor, "*lead choice"]:
+        """The same of the choices at the site alone."""
+        logits, more = self._split(logits, self.temperature)
+        return self._gates(logits, **more, choices=choices, draw=draw and self.training, bias=bias)[0]
 
     def token_losses(
         self,
@@ -251,6 +264,7 @@ class Routing(nn.Module):
         scale: Tensor | float | None = None,
         choices: tuple[int, ...] | None = None,
         draw: bool = False,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Gates with the noise that is drawn, and probabilities without."""
         joint = self.joint if self.joint is None or not self.null_expert else F.pad(self.joint, (0, 1))
@@ -259,7 +273,7 @@ class Routing(nn.Module):
             joint = None if joint is None else joint[list(choices)]
             top_k = max(1, min(top_k, sum(not self.roles.joint[place] for place in choices)))
         own: dict[str, Any] = {"mask": mask, "expert_ids": expert_ids, "weights": self.weights, "joint": joint}
-        own |= {"raised": raised, **self.options, "top_k": top_k}
+        own |= {"raised": raised, "bias": bias, **self.options, "top_k": top_k}
         gates, probs = self.kind.gates(logits=logits, **own)
         soft = probs
         if draw and self.noise is not None and logits is not None:

@@ -91,6 +91,7 @@ def train_step(
         progress = (step - 1) / max(trainer.stage.steps - 1, 1)
         weights = weights_at(trainer.losses, progress)
         trainer.model.bank.context.watch = watch_at(trainer, step, weights)
+        loads = {site: torch.zeros_like(bias) for site, bias in trainer.model.bank.token_biases.items()}
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)  # gradients are exchanged once, with the last
             batch = batch.to(accelerator.device, non_blocking=True)
@@ -104,12 +105,23 @@ def train_step(
                 # gradients are averaged over processes; the shares are to be added up
                 strategy.backward(loss * accelerator.num_processes, last)
             metrics.add(batch, output)
+            for site, load in output.loads.items():
+                loads[site] += load.to(loads[site].device)
         trainer.model.bank.context.watch = None
         values = metrics.reduced(accelerator, stop=stop())
         values |= metrics.crosstalk(accelerator, trainer.model.counted)
         grad_norm, problem = check_and_update(trainer, strategy, metrics, step)
+        if loads and problem is None and trainer.stage.kind != "experts":  # alike on all processes
+            update_biases(trainer.model, loads, lambda own: accelerator.reduce(own.to(accelerator.device), "sum"))
         values |= {"grad_norm": grad_norm} | {f"lr/{name}": rate for name, rate in rates.items()}
     return StepResult(values, problem, counts.rejected, metrics.num_stopping > 0)
+
+
+def update_biases(model: MixtureModel, loads: Mapping[str, Tensor], add: Callable[[Tensor], Tensor]) -> None:
+    """Move the biases of top-k by the loads of all processes, which `add` adds up; all of them call it."""
+    total = add(torch.cat([*loads.values()])).cpu()
+    counts = [len(load) for load in loads.values()]
+    model.balance(dict(zip(loads, total.split(counts), strict=True)))
 
 
 def watch_at(trainer: Trainer, step: int, weights: Mapping[str, float]) -> Watch | None:

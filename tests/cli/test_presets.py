@@ -38,7 +38,8 @@ def plain_logits() -> torch.Tensor:
 
 
 def small(expert: ExpertConfig) -> ExpertConfig:
-    return dataclasses.replace(expert, rank=2, alpha=4.0)
+    active = 1 if expert.active_ranks is not None else None
+    return dataclasses.replace(expert, rank=2, alpha=4.0, active_ranks=active)
 
 
 def shrunk(config: RunConfig) -> RunConfig:

@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from moa.routing.gating import NOISES, cut_gates, straight_through, threshold_gates, top_k_gates, top_p_gates
+from moa.routing.gating import (
+    NOISES,
+    balanced_bias,
+    cut_gates,
+    straight_through,
+    threshold_gates,
+    top_k_gates,
+    top_p_gates,
+)
 from moa.routing.kinds import KINDS
 from moa.routing.roles import Roles
 from moa.routing.router import Evidence, Router
@@ -113,6 +121,21 @@ def test_without_renormalize_gates_are_shares_among_all_experts_and_the_same_one
     whole = decided(routing(kind, columns, **settings))
     torch.testing.assert_close(shares, probs * (whole > 0))
     torch.testing.assert_close(shares / shares.sum(-1, keepdim=True), whole)
+
+
+def test_a_bias_changes_who_is_chosen_and_no_weight():
+    x, bias = random_logits(20, 5), random_logits(5, seed=1) / 4
+    for row, gates in zip(x.double().tolist(), top_k_gates(x, 2, bias=bias).tolist(), strict=True):
+        probs = softmax_of(row)
+        kept = sorted(range(5), key=lambda e: probs[e] + bias[e].item())[-2:]
+        total = sum(probs[e] for e in kept)
+        assert gates == pytest.approx([probs[e] / total if e in kept else 0.0 for e in range(5)], abs=1e-6)
+    mask = torch.tensor([True, False, True, True, True])
+    assert top_k_gates(x, 2, mask.expand(20, 5), bias=torch.tensor([0, 9.0, 0, 0, 0]))[:, 1].eq(0).all()
+    load, joint = torch.tensor([4.0, 1.0, 1.0, 2.0]), torch.tensor([False, False, False, True])
+    moved = balanced_bias(torch.zeros(4), load, 0.5, joint)
+    assert moved.tolist() == [-0.5, 0.5, 0.5, 0.0]  # the mean of the routed ones is 2
+    assert balanced_bias(moved, torch.ones(4), 0.5, None).equal(moved)
 
 
 # Of every kind ---------------------------------------------------------------------------------------
