@@ -19,11 +19,13 @@ from moa.cli.settings import Override
 from moa.clip_model import ClipMixture
 from moa.config import ALPHA, RANK, ExpertConfig, ModelConfig, RunConfig
 from moa.experts.bank import ExpertBank
+from moa.experts.kinds import KINDS
 from moa.experts.rank_gates import RankGates
 from moa.experts.starts import STARTS, Starts
 from moa.experts.ties import Ties
 from moa.files.peft import ExpertHeader, read_header, read_tensors
 from moa.files.spelling import match_spelling
+from moa.files.targets import select
 from moa.model import LanguageMixture, MixtureModel
 from moa.routing.roles import WITH
 from moa.routing.scores import ARROW
@@ -55,16 +57,18 @@ def open_adapters(config: RunConfig, experts: Path | None = None) -> dict[str, E
     folders = {
         name: experts / name if experts is not None else expert.init_from for name, expert in config.experts.items()
     }
-    return {name: read_header(folder) for name, folder in folders.items() if folder is not None}
+    types = {name: KINDS[expert.kind].peft_type for name, expert in config.experts.items()}
+    return {name: read_header(folder, types[name]) for name, folder in folders.items() if folder is not None}
 
 
 def import_adapter(bank: ExpertBank, name: str, header: ExpertHeader, init: str) -> None:
-    bank.import_expert(name, read_tensors(header), header.config)
+    bank.import_expert(name, read_tensors(header), header.config, kind=header.config.get("kind", "lora"))
 
 
 def import_to_train(bank: ExpertBank, name: str, header: ExpertHeader, init: str) -> None:
     """From a checkpoint, in whose folder the start of an expert is the second half of the ranks."""
-    bank.import_expert(name, read_tensors(header), header.config, held=STARTS[init].held)
+    kind = header.config.get("kind", "lora")
+    bank.import_expert(name, read_tensors(header), header.config, kind=kind, held=STARTS[init].held)
 
 
 def build_mixture(
@@ -83,6 +87,7 @@ def build_mixture(
         exclude=config.model.exclude,
         unused=backbone.unused_sites(),
         stream_of=backbone.stream_of,
+        around=places_of_adapters(config, backbone.model),
     )
     fresh = {name: expert for name, expert in config.experts.items() if name not in adapters}
     inits = {name: expert.init for name, expert in fresh.items()}
@@ -101,7 +106,7 @@ def build_mixture(
         else:
             made: dict[str, Any] = {"rank": expert.rank or RANK, "alpha": expert.alpha or ALPHA}
             made["use_rslora"] = bool(expert.use_rslora)
-            bank.add(name, targets=expert.targets, starts=starts, **made)
+            bank.add(name, kind=expert.kind, targets=expert.targets, starts=starts, **made)
     ties = {
         n: Ties(share_a=e.share_a, share_b=e.share_b, layers=tuple(e.tie_layers)) for n, e in config.experts.items()
     }
@@ -129,6 +134,24 @@ def build_mixture(
     check_for_clip(config)
     pairs = {"objective": config.losses.pairs, "negatives": config.losses.negatives}
     return ClipMixture(backbone, bank, router, **pairs, **routing)
+
+
+def places_of_adapters(config: RunConfig, model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Module that adapters are around -> their kind and activation, in which all there must be alike."""
+    modules = {n: m for n, m in model.named_modules() if any(isinstance(part, nn.Linear) for part in m.modules()) and n}
+    found, first = dict[str, tuple[str, str]](), dict[str, str]()
+    for name, expert in config.experts.items():
+        if expert.kind == "lora":
+            continue
+        for path in select(expert.targets or [], modules, f"experts.{name}.targets"):
+            own = expert.kind, expert.activation or "gelu"
+            if found.setdefault(path, own) != own:
+                theirs = f"experts.{first[path]} is {' '.join(found[path])} at {path}"
+                raise ValueError(
+                    f"experts.{name}: is {' '.join(own)}, and {theirs}; one module has one kind of adapters"
+                )
+            first.setdefault(path, name)
+    return found
 
 
 def rank_gates_of(expert: ExpertConfig, rank: int, config: RunConfig) -> RankGates:

@@ -68,7 +68,11 @@ class ExpertConfig:
     # scaling is alpha / rank, or alpha / sqrt(rank) with use_rslora; null: 16, or that of the folder
     alpha: Positive | None = None
     use_rslora: bool | None = None  # rank-stabilised scaling; null: false, or that of the folder
-    targets: list[str] | None = None  # a subset of model.targets; null: all of them
+    # lora; adapter: a bottleneck with an activation, parallel to each of its `targets`, serial_adapter: behind it
+    kind: Literal["lora", "adapter", "serial_adapter"] = "lora"
+    activation: Literal["gelu", "relu", "silu"] | None = None  # of an adapter; null: gelu
+    # a subset of model.targets; null: all of them. Of an adapter: modules, such as MLPs or the projector
+    targets: list[str] | None = None
     init_from: FilePath | None = None  # PEFT adapter folder that this expert starts from
     frozen: bool = False  # takes part in the mixture, is never trained
     # routed: by the router; always: 1, a shared expert; confidence: 1 - the largest gate; rest: 1 - their sum; joint:
@@ -98,7 +102,7 @@ class ExpertConfig:
     def shape(self) -> tuple[Any, ...]:
         """What experts must have in common for one to become a copy of the other."""
         made = self.rank or RANK, self.alpha or ALPHA, bool(self.use_rslora), self.targets or None, self.init
-        return *made, self.rank_gates, self.active_ranks
+        return *made, self.rank_gates, self.active_ranks, self.kind, self.activation
 
     def __post_init__(self) -> None:
         check(bool(self.factors), "factors", "names none; frozen: true trains neither")
@@ -115,6 +119,11 @@ class ExpertConfig:
         check(not self.init.startswith(("svd", "null")) or not self.tie_layers, "init", rule)
         fits = self.active_ranks is None or self.rank_gates == "token"
         check(fits, "active_ranks", f"has no effect with rank_gates={self.rank_gates}")
+        is_adapter = self.kind != "lora"
+        check(is_adapter or self.activation is None, "activation", "has no effect with kind=lora")
+        check(not is_adapter or bool(self.targets), "targets", f"names no module, which kind={self.kind} is around")
+        rule = f"{self.init} is of a layer's weight or inputs, and kind={self.kind} has none"
+        check(not is_adapter or not self.init.startswith(("svd", "null")), "init", rule)
         check(not self.frozen or not self.dropout, "dropout", "has no use with frozen: true, which learns nothing")
 
 
@@ -468,6 +477,11 @@ def check_stages(config: RunConfig) -> None:
     penalised = config.losses.crosstalk > 0 or config.losses.crosstalk_end is not None
     rule = f"measures whole updates, and experts.{', '.join(gated)}.rank_gates has gates of single ranks"
     check(not (penalised and gated), "losses.crosstalk", rule)
+    adapters = [name for name, expert in config.experts.items() if expert.kind != "lora"]
+    rule = f"reads updates of weights, and adapters have none: experts.{', '.join(adapters)}"
+    check(not (penalised and adapters), "losses.crosstalk", rule)
+    check(not (config.train.statistics and adapters), "train.statistics", rule)
+    check(config.router.score != ARROW or not adapters, "router.score", f"arrow {rule}")
     trained = any(stage.kind != "router" for stage in config.stages.values()) or not config.stages
     check(trained or not penalised, "losses.crosstalk", "no stage trains experts")
     for stage in config.stages.values():

@@ -278,7 +278,7 @@ class LanguageMixture(MixtureModel):
     def _is_plain(self, part: str) -> bool:
         """Whether a part of the model has neither experts nor training."""
         trained = any(p.requires_grad for p in self.model.get_submodule(part).parameters())
-        return not trained and not any(site.startswith(f"{part}.") for site in self.bank.sites)
+        return not trained and not any(site == part or site.startswith(f"{part}.") for site in self.bank.sites)
 
     def _energies(self, batch: Batch) -> Float[Tensor, "watched owner expert"] | None:
         """What the watched sites measured in the forward that has ended, by the samples' expert; kept no longer."""

@@ -80,7 +80,7 @@ def routing_record(
         name: {
             site: (layer.lora_A[name] * layer.scalings[name], layer.lora_B[name])
             for site, layer in sites
-            if name in layer.scalings
+            if name in layer.scalings and layer.kind == "lora"
         }
         for name in names
     }

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from moa.experts.adapter import AdapterSite
 from moa.experts.context import Decide, GateContext, GateState, Score
 from moa.experts.kinds import KINDS
 from moa.experts.lora import ExpertLinear
@@ -67,17 +68,17 @@ class ExpertBank:
         exclude: Sequence[str] = (),
         unused: Collection[str] = (),
         stream_of: Callable[[str], str] = lambda site: "text",
-        kind: str = "lora",
+        around: Mapping[str, tuple[str, str]] | None = None,
     ) -> "ExpertBank":
         """Wrap the linear layers that the targets name.
 
         A target is a full module path, a regular expression for the whole path, or `all-linear`. `unused` are layers
         whose output the model never reads, `stream_of` gives what a site's first axis counts: samples ("text"), or the
-        rows of another stream, such as images ("image"). Raises ValueError for a target or an exclusion that matches
-        nothing, for unused layers, and for layers whose weight is another layer's too.
+        rows of another stream, such as images ("image"). `around` are modules that get adapters: path -> kind and
+        activation. Raises ValueError for a target or an exclusion that matches nothing, for unused layers, and for
+        layers whose weight is another layer's too.
         """
-        layer_of = KINDS[kind].layer
-        if any(isinstance(module, layer_of) for module in model.modules()):
+        if any(isinstance(module, ExpertLinear) for module in model.modules()):
             raise ValueError("the model has a bank already: detach it, or add experts to it")
         linear = {name: m for name, m in model.named_modules() if is_target(m)}
         tied = tied_layers(model, linear)
@@ -87,7 +88,7 @@ class ExpertBank:
         chosen = {name: linear[name] for name in linear if name in chosen}
         for name in select(exclude, chosen, "exclude"):
             chosen.pop(name)
-        if not chosen:
+        if not chosen and not around:
             raise ValueError(f"exclude={list(exclude)} leaves none of targets={list(targets)}")
         if idle := [name for name in chosen if name in set(unused)]:
             raise ValueError(
@@ -100,20 +101,22 @@ class ExpertBank:
                 f"an expert there; exclude it, or use targets: [{ALL_LINEAR}]"
             )
         context = GateContext()
-        sites = {name: layer_of(layer, name, context) for name, layer in chosen.items()}
+        sites = {name: ExpertLinear(layer, name, context) for name, layer in chosen.items()}
         for name, site in sites.items():
             model.set_submodule(name, site)
+        sites |= wrap_modules(model, around or {}, unused, context)  # after what is inside of them
         return cls(
             sites=sites,
             context=context,
             streams={name: stream_of(name) for name in sites},
-            shapes={name: (m.out_features, m.in_features) for name, m in linear.items()},
+            shapes={name: (m.out_features, m.in_features) for name, m in linear.items()}
+            | {name: sites[name].shape for name in around or {}},
             unused=frozenset(unused),
         )
 
     def detach(self, model: nn.Module) -> None:
         """Put the original linear layers back; the experts stay in the bank."""
-        for name, site in self.sites.items():
+        for name, site in reversed(self.sites.items()):
             model.set_submodule(name, site.base_layer)
 
     @property
@@ -129,12 +132,13 @@ class ExpertBank:
         seed: int = 0,
         **settings: Any,
     ) -> None:
-        """A fresh, trainable expert at all sites or at `targets`; it changes no output yet.
+        """A fresh, trainable expert at all sites of its kind or at `targets`; it changes no output yet.
 
         `settings` are those of the kind's fresh start, such as rank and alpha.
         """
         self._check_new(name)
-        chosen = self.sites if targets is None else select(targets, self.sites, f"{name}.targets")
+        able = {site: layer for site, layer in self.sites.items() if layer.kind == kind}
+        chosen = able if targets is None else select(targets, able, f"{name}.targets")
         self._register(name, kind, KINDS[kind].fresh(chosen, name, seed=seed, **settings))
 
     def import_expert(
@@ -151,7 +155,8 @@ class ExpertBank:
         Raises ValueError for keys that no site consumes, and for shapes of another base.
         """
         self._check_new(name)
-        self._register(name, kind, KINDS[kind].load(self.sites, name, tensors, config, **options))
+        able = {site: layer for site, layer in self.sites.items() if layer.kind == kind}
+        self._register(name, kind, KINDS[kind].load(able, name, tensors, config, **options))
 
     def fit(self, header: ExpertHeader) -> tuple[ExpertHeader, str | None]:
         """An adapter's header with the bank's own sites alone, as the model spells them; a line on what was dropped.
@@ -168,6 +173,11 @@ class ExpertBank:
                 f"{header.path}: {len(lacking)} of its sites are not among model.targets, first {lacking[0]}; name "
                 f"them there too, or use model.targets=[{ALL_LINEAR}]"
             )
+        for site in header.ranks:
+            if site in self.sites and (own := self.sites[site].activation) != (
+                found := header.config.get("activation", "")
+            ):
+                raise ValueError(f"{header.path}: has the activation {found!r} at {site}, and the run has {own!r}")
         if not idle:
             return header, None
         line = f"{header.path}: {len(idle)} sites dropped that change no output, first {idle[0]}"
@@ -431,8 +441,8 @@ class ExpertBank:
             if leader != name or not own[name] or arrow:
                 continue
             generator = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}"))
-            weight = torch.randn((len(own[name]) + thresholds, site.base_layer.in_features), generator=generator)
-            site.token_router = nn.Parameter((weight * std).to(site.base_layer.weight.device))
+            weight = torch.randn((len(own[name]) + thresholds, site.shape[1]), generator=generator)
+            site.token_router = nn.Parameter((weight * std).to(site.weight.device))
             if biased:
                 self.token_biases[name] = torch.zeros(len(own[name]))
 
@@ -440,13 +450,13 @@ class ExpertBank:
         """Let the ranks of an expert have gates of their own; ValueError for more kept ranks than there are."""
         for site_name in self._spec(name).sites:
             site = self.sites[site_name]
-            rank, layer = site.ranks[name], site.base_layer
+            rank = site.ranks[name]
             if settings.keep > rank:
                 raise ValueError(
                     f"experts.{name}.active_ranks: is {settings.keep}, and {site_name} has the rank {rank}"
                 )
-            start = settings.start(rank, layer.in_features, f"{seed}/rank_gates/{name}/{site_name}")
-            site.gate_ranks(name, settings, None if start is None else nn.Parameter(start.to(layer.weight.device)))
+            start = settings.start(rank, site.shape[1], f"{seed}/rank_gates/{name}/{site_name}")
+            site.gate_ranks(name, settings, None if start is None else nn.Parameter(start.to(site.weight.device)))
         self.num_tasks = max(self.num_tasks, settings.num_tasks)
 
     def rank_gates(self) -> dict[str, nn.Parameter]:
@@ -506,6 +516,22 @@ class ExpertBank:
         sites = tuple(site for site, layer in self.sites.items() if name in layer.experts)
         self.experts[name] = ExpertSpec(kind=kind, settings=settings, sites=sites)
         self.context.state = None  # gates of other experts
+
+
+def wrap_modules(
+    model: nn.Module, around: Mapping[str, tuple[str, str]], unused: Collection[str], context: GateContext
+) -> dict[str, ExpertLinear]:
+    """Put adapter sites around modules, the inner ones first; ValueError for one that the model never reads."""
+    found = dict[str, ExpertLinear]()
+    for name in sorted(around, key=lambda path: -path.count(".")):
+        module, (kind, activation) = model.get_submodule(name), around[name]
+        if isinstance(module, ExpertLinear):
+            raise ValueError(f"targets: {name} has adapters and is one of model.targets; leave it out by model.exclude")
+        if any(layer == name or layer.startswith(f"{name}.") for layer in unused):
+            raise ValueError(f"targets: the output of {name} is never read, so that an adapter there would not learn")
+        found[name] = AdapterSite(module, name, context, kind=kind, activation=activation)
+        model.set_submodule(name, found[name])
+    return found
 
 
 def key_of(place: Place) -> str:

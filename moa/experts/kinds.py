@@ -4,16 +4,22 @@ A new kind is a file like lora.py with its state, and a row. Its layer gets gate
 [batch, seq, expert] by token, from `context`, and adds its experts to what the layer of the base computes:
 
     layer(base_layer, name, context)   experts, own(expert) -> parameters, add(expert, *parts), remove(expert) -> parts
+
+    lora             at a linear layer: moa/experts/lora.py
+    adapter          parallel to a module, with an activation: moa/experts/adapter.py
+    serial_adapter   behind a module, with an activation
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from moa.experts import lora_state
+from moa.experts.adapter import AdapterSite
 from moa.experts.lora import ExpertLinear
+from moa.files.peft_config import ADAPTER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +27,7 @@ class ExpertKind:
     """What a kind of expert is. `sites` are its layers by name, `settings` what an expert was made with."""
 
     layer: type[ExpertLinear]  # around a layer of the base
+    peft_type: str = "LORA"  # in its file
     # (sites, name, **settings) -> settings: an expert that changes no output yet
     fresh: Callable[..., dict[str, Any]]
     # (sites, name, tensors, config) -> settings: an expert from its file
@@ -39,4 +46,8 @@ KINDS = {
         overwrite=lora_state.overwrite,
         config=lora_state.peft_config,
     )
+}
+KINDS |= {
+    name: replace(KINDS["lora"], layer=AdapterSite, peft_type=ADAPTER, config=lora_state.adapter_config)
+    for name in ("adapter", "serial_adapter")
 }

@@ -49,10 +49,12 @@ class ExpertLinear(nn.Module):
     """
 
     token_router: nn.Parameter | None
+    kind = "lora"
+    activation = ""  # between A and B: none
 
-    def __init__(self, base_layer: nn.Linear, name: str, context: GateContext) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, context: GateContext) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer: Any = base_layer  # a linear one
         self.name = name
         self.context = context
         self.scalings: dict[str, float] = {}  # expert -> alpha / rank or alpha / sqrt(rank)
@@ -87,6 +89,17 @@ class ExpertLinear(nn.Module):
         rank_gates, a, b_t = self._prepared(x, state, out.dtype)
         ranks = self.layout(state)[0]
         return add_mixture(out, x, rank_gates, a, b_t, ranks.spread, ranks.gather)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in] of its experts."""
+        return self.base_layer.out_features, self.base_layer.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the base: where the experts are to be, and what some starts read."""
+        weight: Tensor = self.base_layer.weight
+        return weight
 
     @property
     def experts(self) -> list[str]:
@@ -183,7 +196,7 @@ class ExpertLinear(nn.Module):
         """What the ranks of the experts that take part are, and the names of their factors A and B, each once."""
         key, known = (state.experts, state.active), self._layout
         if known is None or known[0] != key:
-            device, of, pairs = self.base_layer.weight.device, self.ranks, self._pairs(state)
+            device, of, pairs = self.weight.device, self.ranks, self._pairs(state)
             each = [e for _, e in pairs for _ in range(of[e])]
             place = torch.tensor([state.experts.index(e) for e in each], device=device)
             scaling = torch.tensor([self.scalings[e] for e in each], device=device)

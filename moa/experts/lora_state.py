@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moa.experts.lora import ExpertLinear
 from moa.experts.starts import STARTS, Starts
 from moa.files.peft import site_keys
-from moa.files.peft_config import site_scaling
+from moa.files.peft_config import ADAPTER, site_scaling
 
 Sites = Mapping[str, ExpertLinear]
 Factors = Mapping[str, Float[Tensor, "_ _"]]  # by PEFT key
@@ -42,14 +42,14 @@ def fresh(
     if rank < 1:
         raise ValueError(f"experts.{name}.rank must be 1 or more, got {rank}")
     for site_name, site in sites.items():
-        largest = max(site.base_layer.in_features, site.base_layer.out_features)
+        largest = max(site.shape)
         if rank > largest:
             rule = f"{rank} is more than {largest}, the larger side of {site_name}"
             raise ValueError(f"experts.{name}.rank: {rule}")
     starts = starts or Starts({name: "lora"}, {name: rank}, seed)
     for site_name, site in sites.items():
         scaling = scaling_of(rank, alpha, use_rslora)
-        a, b = starts.pair(name, site_name, site.base_layer, scaling)
+        a, b = starts.pair(name, site_name, site.shape, scaling, site.weight)
         place(site, name, a, b, scaling, dtype, start=(a, -b) if STARTS[starts.inits[name]].held else None)
     return {"rank": rank, "alpha": alpha, "use_rslora": use_rslora}
 
@@ -89,7 +89,7 @@ def place(
     dtype: torch.dtype,
     start: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    device = site.base_layer.weight.device
+    device = site.weight.device
 
     def own(factor: Tensor, trained: bool = True) -> nn.Parameter:
         return nn.Parameter(factor.to(device=device, dtype=dtype, copy=True).contiguous(), requires_grad=trained)
@@ -144,11 +144,11 @@ def pair_up(name: str, tensors: Factors, sites: Sites) -> dict[str, tuple[Tensor
         if key_a not in left or key_b not in left:
             continue
         a, b = pairs[site_name] = left.pop(key_a), left.pop(key_b)
-        found, base = (b.shape[0], a.shape[1]), site.base_layer
-        if found != (base.out_features, base.in_features):
+        found = b.shape[0], a.shape[1]
+        if found != site.shape:
             raise ValueError(
                 f"expert {name}: made for another base: {site_name} is [out, in] {list(found)} in "
-                f"the adapter, {[base.out_features, base.in_features]} in the model"
+                f"the adapter, {list(site.shape)} in the model"
             )
     if left or not pairs:
         raise ValueError(
@@ -191,3 +191,10 @@ def peft_config(sites: Sites, name: str, *, rank: int, alpha: float | int, use_r
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def adapter_config(sites: Sites, name: str, **settings: Any) -> dict[str, Any]:
+    """adapter_config.json of a bottleneck adapter: as of a LoRA, under a type that PEFT does not load."""
+    first = next(site for site in sites.values() if name in site.scalings)
+    own = {"peft_type": ADAPTER, "kind": first.kind, "activation": first.activation}
+    return peft_config(sites, name, **settings) | own

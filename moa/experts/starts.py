@@ -16,7 +16,7 @@ from functools import partial
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]  # A [rank, in], B [out, rank]
 Outside = Callable[[str, Tensor], Tensor]  # (site, a random A) -> A, of one expert
@@ -136,19 +136,19 @@ class Starts:
         self.inits, self.ranks, self.seed, self.outside = inits, ranks, seed, outside or {}
         self.kept: dict[str, dict[str, Triplets]] = {}  # site -> expert -> what it reads of the weight
 
-    def pair(self, name: str, site: str, layer: nn.Linear, scaling: float) -> Pair:
+    def pair(self, name: str, site: str, shape: tuple[int, int], scaling: float, weight: Tensor) -> Pair:
         """A [rank, in] and B [out, rank] of an expert at a site; ValueError for what does not fit the layer."""
         init = self.inits[name]
         alike = [other for other, own in self.inits.items() if own == init]
         draw = Draw(
-            shape=(layer.out_features, layer.in_features),
+            shape=shape,
             rank=self.ranks[name],
             scaling=scaling,
             seed=f"{self.seed}/{name}/{site}",
             site_seed=f"{self.seed}/{site}",
             place=alike.index(name),
             count=len(alike),
-            triplets=lambda: self.triplets(name, site, layer.weight),
+            triplets=lambda: self.triplets(name, site, weight),
             outside=lambda start: self.outside.get(name, lambda _, own: own)(site, start),
         )
         try:

@@ -32,12 +32,11 @@ def tied_places(sites: Mapping[str, ExpertLinear], ties: Mapping[str, Ties]) -> 
     """The places that have one factor in common, at least two each; ValueError for a setting that ties nothing."""
     found: dict[tuple[object, ...], list[Place]] = {}
     for name, own in ties.items():
-        present = {site: layer.base_layer for site, layer in sites.items() if name in layer.scalings}
+        present = {site: layer for site, layer in sites.items() if name in layer.scalings}
         row = dict[str, tuple[object, ...]]()  # site -> what its factors are one of
         for pattern in own.layers:
             for site in select([pattern], present, f"experts.{name}.tie_layers"):
-                layer = present[site]
-                row.setdefault(site, (pattern, layer.out_features, layer.in_features))
+                row.setdefault(site, (pattern, present[site].kind, *present[site].shape))
         for site in present:
             for factor in FACTORS:
                 group = own.group(factor)

@@ -22,6 +22,7 @@ from torch import Tensor
 from moa.files.atomic import atomic_folder, write_json
 from moa.files.peft_config import (
     CONFIG_FILE,
+    LORA,
     NARROWING,
     REFUSED_SETTINGS,
     check_config,
@@ -87,10 +88,10 @@ def site_keys(site: str) -> tuple[str, str]:
     return f"{PREFIX}{site}.lora_A.weight", f"{PREFIX}{site}.lora_B.weight"
 
 
-def read_header(path: str | Path) -> ExpertHeader:
+def read_header(path: str | Path, peft_type: str = LORA) -> ExpertHeader:
     """Check everything about an expert's folder that needs no weights; ValueError names the file and the rule."""
     folder = Path(path)
-    config = read_config(folder)
+    config = read_config(folder, peft_type)
     shapes, metadata = _read_shapes(folder / WEIGHTS_FILE)
     ranks, sizes = _check_pairs(folder / WEIGHTS_FILE, shapes)
     _check_sites(folder / CONFIG_FILE, config, ranks)
@@ -180,10 +181,10 @@ def _with_sites(header: ExpertHeader, names: Mapping[str, str], config: dict[str
 
 
 def check_tensors(
-    source: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+    source: str | Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], peft_type: str = LORA
 ) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
     """Site -> rank and site -> (out, in) of an expert in memory; ValueError naming `source`."""
-    check_config(config, source)
+    check_config(config, source, peft_type)
     for key, value in tensors.items():
         if value.dtype not in FLOATS.values():
             raise ValueError(_not_float(source, key, str(value.dtype)))
@@ -220,9 +221,9 @@ def write_expert(
     base_fingerprint: str | None = None,
 ) -> None:
     """The two files of an expert into a folder that exists; `name` stands in error messages."""
-    full = {"peft_type": "LORA", "bias": "none", "inference_mode": True, **config}
+    full = {"peft_type": LORA, "bias": "none", "inference_mode": True, **config}
     full = {key: sorted(value) if isinstance(value, set) else value for key, value in full.items()}
-    check_tensors(name, tensors, full)
+    check_tensors(name, tensors, full, full["peft_type"])
     write_json(folder / CONFIG_FILE, full)
     # clones: layers may have one factor in common, and safetensors writes no memory twice
     ready = {key: value.detach().cpu().contiguous().clone() for key, value in sorted(tensors.items())}

@@ -10,11 +10,16 @@ from typing import Any
 from moa.files.targets import fits
 
 CONFIG_FILE = "adapter_config.json"
+LORA, ADAPTER = "LORA", "ADAPTER"  # peft_type; the second is of this project: a bottleneck adapter
 # Settings that narrow target_modules down, of no use beside full paths.
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 WHOLE_CHECKPOINT = (
     "; PEFT's merge_and_unload() writes it into its base exactly, and scripts.merge merges "
     "such checkpoints (models=[A,B] base=BASE)"
+)
+NO_UPDATE = (
+    "it has an activation between its projections, so that it is no update of a weight, and no merge has it; eval.py "
+    "scores its run as it is"
 )
 REFUSED_SETTINGS = {
     "use_dora": "DoRA rescales the rows of W + BA, so its update is no low-rank product" + WHOLE_CHECKPOINT,
@@ -80,13 +85,13 @@ SETTINGS = {
 }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json as a dict, refused with the reason where it is no plain LoRA."""
+def read_config(folder: Path, peft_type: str = LORA) -> dict[str, Any]:
+    """adapter_config.json as a dict, refused with the reason where it is no plain LoRA, or of another type."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise ValueError(f"{file}: missing; an expert is a folder of {CONFIG_FILE}, adapter_model.safetensors")
     config = read_json_object(file)
-    check_config(config, file)
+    check_config(config, file, peft_type)
     return config
 
 
@@ -101,10 +106,12 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def check_config(config: Mapping[str, Any], source: str | Path) -> None:
-    """Raise ValueError naming `source` and the setting unless the config is a plain LoRA's."""
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{source}: peft_type must be LORA, got {_shown(config.get('peft_type'))}")
+def check_config(config: Mapping[str, Any], source: str | Path, peft_type: str = LORA) -> None:
+    """Raise ValueError naming `source` and the setting unless the config is a plain LoRA's, or of another type."""
+    if config.get("peft_type") != peft_type:
+        got = _shown(config.get("peft_type"))
+        why = f", a bottleneck adapter: {NO_UPDATE}" if config.get("peft_type") == ADAPTER else ""
+        raise ValueError(f"{source}: peft_type must be {peft_type}, got {got}{why}")
     if "r" not in config:
         raise ValueError(f"{source}: r is missing; it is the rank")
     for key, wanted in SETTINGS.items():
@@ -121,7 +128,8 @@ def check_config(config: Mapping[str, Any], source: str | Path) -> None:
             "factors alone are not the update; convert it with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)"
         )
-    unknown = sorted(key for key, value in config.items() if value and key not in SETTINGS)
+    own = ("kind", "activation") if peft_type == ADAPTER else ()
+    unknown = sorted(key for key, value in config.items() if value and key not in (*SETTINGS, *own))
     if unknown:
         raise ValueError(f"{source}: unknown settings may change what it computes: {unknown}")
     if not config.get("target_modules"):

@@ -11,6 +11,7 @@ from moa.config import RunConfig, load_config
 from moa.evaluation.gates_file import run_of
 from moa.files.checkpoint_files import local_base
 from moa.files.peft import STATISTICS_FILE
+from moa.files.peft_config import NO_UPDATE
 from moa.merging.adapters import Expert, adapter_folders, open_adapters
 from moa.merging.checkpoints.parts import read_parts
 from moa.parts import PARTS
@@ -50,7 +51,9 @@ class Source:
 def check_linear(config: RunConfig, names: Iterable[str]) -> None:
     """ValueError, with the way out, for an expert whose folder is not all that it does."""
     for name in names:
-        kind = config.experts[name].rank_gates
+        own, kind = config.experts[name].kind, config.experts[name].rank_gates
+        if own != "lora":
+            raise ValueError(f"experts.{name}.kind={own}: {NO_UPDATE}")
         if kind != "none":
             raise ValueError(
                 f"experts.{name}.rank_gates={kind}: the gates of its ranks change by {kind}, and no merge of factors "
@@ -101,13 +104,13 @@ def with_statistics(source: Source) -> Source:
 def open_folders(adapters: Sequence[str], base: str | None = None, projector: str | None = None) -> Source:
     """The experts in some folders, and what the runs around them trained beside."""
     folders = adapter_folders(adapters)
-    experts = open_adapters(folders)
     steps = {folder.resolve().parent.parent for folder in folders}
     steps = {step for step in steps if (step / CONFIG).is_file()}
     for around in sorted(steps):
         own = load_config(around / CONFIG)
         names = [f.resolve().name for f in folders if f.resolve().parent.parent == around]
         check_linear(own, [name for name in names if name in own.experts])
+    experts = open_adapters(folders)
     step = next(iter(steps)) if len(steps) == 1 else None
     config = load_config(step / CONFIG) if step else None
     named = [config.model.name if config else None]

@@ -19,6 +19,7 @@ from data.batch import Batch
 from moa.build import check_adapter
 from moa.checkpoint import CONFIG, load_strictly, load_tensors, step_folder, verify
 from moa.config import LossConfig, RunConfig, StageConfig, load_config
+from moa.experts.kinds import KINDS
 from moa.files.peft import read_header, read_tensors
 from moa.files.peft_config import site_scaling
 from moa.files.targets import select
@@ -94,7 +95,8 @@ def crosstalk_sites(model: MixtureModel, losses: LossConfig) -> frozenset[str]:
     Raises ValueError for an exclusion that matches nothing.
     """
     excluded = select(losses.crosstalk_exclude, model.bank.sites, "losses.crosstalk_exclude")
-    able = isinstance(model, LanguageMixture) and int(model.counted.sum()) > 1 and not model.bank.rank_gates()
+    linear = not model.bank.rank_gates() and all(site.kind == "lora" for site in model.bank.sites.values())
+    able = isinstance(model, LanguageMixture) and int(model.counted.sum()) > 1 and linear
     projectors = tuple(f"{path}." for path in model.backbone.family.projectors) if able else ()
     kept = [site for site in model.bank.sites if able and site not in excluded and not site.startswith(projectors)]
     if losses.crosstalk and not kept:
@@ -161,7 +163,7 @@ def load_experts(model: MixtureModel, config: RunConfig, folders: Mapping[str, P
 
 def read_expert(model: MixtureModel, config: RunConfig, name: str, folder: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of a PEFT folder that can take an expert's place, and a line on them."""
-    header = read_header(folder)
+    header = read_header(folder, KINDS[config.experts[name].kind].peft_type)
     check_adapter(header, model.backbone, config.model)
     header, line = model.bank.fit(header)
     tensors, found = read_tensors(header), header.config
