@@ -35,6 +35,14 @@ def prompt_samples(samples: Int[Tensor, "rows seq"], labels: Int[Tensor, "rows s
     return samples.masked_fill(count > before, -1)
 
 
+def next_labels(labels: Int[Tensor, "rows seq"], segments: Int[Tensor, "rows seq"] | None) -> Int[Tensor, "rows seq"]:
+    """The label that each position predicts, -100 where it predicts none; a segment's last position does not."""
+    following = labels[:, 1:]
+    if segments is not None:
+        following = following.masked_fill(segments[:, 1:] != segments[:, :-1], -100)
+    return F.pad(following, (0, 1), value=-100)
+
+
 def answer_positions(
     hidden: Float[Tensor, "rows seq width"],
     labels: Int[Tensor, "rows seq"],
@@ -49,8 +57,7 @@ def answer_positions(
     """
     if segments is None:
         segments = torch.arange(num_samples, device=labels.device)[:, None].expand_as(labels)
-    follows = segments[:, 1:] == segments[:, :-1]  # a segment's last state predicts nothing
-    labels = F.pad(labels[:, 1:].masked_fill(~follows, -100), (0, 1), value=-100)
+    labels = next_labels(labels, segments)
     supervised = labels != -100
     owner = segments[supervised]
     count = torch.bincount(owner, minlength=num_samples)

@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 
 from moa.cli.command import progress_bar, run_command
-from moa.cli.ranges import Count, FilePath, Size
+from moa.cli.ranges import Count, FilePath, Share, Size
+from moa.statistics import ANSWER_SHARE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class StatisticsConfig:
     batch_size: Size = 16
     # of the moments: how many are kept one by one, or full; null: as many as make the file about as large as the expert
     directions: Any = None
+    # of the moments that the positions before an answer's tokens make up; null: every token counts alike, as published
+    answer_share: Share | None = ANSWER_SHARE
 
     def __post_init__(self) -> None:
         number = isinstance(self.directions, int) and not isinstance(self.directions, bool) and self.directions > 0
@@ -48,7 +51,7 @@ def write_statistics(settings: StatisticsConfig, console: Console) -> None:
     model, _, config = load_model(settings.run)
     if not config.data.sources:
         raise ValueError(f"run: {settings.run} has no data.sources to read samples from")
-    chosen = {name: getattr(settings, name) for name in ("num_samples", "batch_size", "directions")}
+    chosen = {name: getattr(settings, name) for name in ("num_samples", "batch_size", "directions", "answer_share")}
     measurement = Measurement(model=model, config=config, mixture=open_mixture(config, open_ocr(config.data)), **chosen)
     with progress_bar("statistics", measurement.num_ticks, console) as advance:
         lines = measurement.write(step_folder(settings.run), tick=advance)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from moa.model import MixtureModel
+from moa.packing import next_labels
 from moa.statistics.moments import InputSums, Moments
 
 GROUP_BYTES = 4e9  # of the sums that one pass over the batches makes
@@ -25,23 +26,46 @@ def input_sums(
     batches: Sequence[Batch],
     gates_of: Callable[[Batch], Tensor | None] = lambda batch: None,
     *,
+    answer_share: float | None = None,
     tick: Tick = lambda: None,
 ) -> dict[str, InputSums]:
     """By name, in the order in which the layers first run; empty for one that no token reaches.
 
-    `gates_of` a batch, None for the model's own. The batches are read once for each group of layers whose sums fit
-    `GROUP_BYTES`.
+    `gates_of` a batch, None for the model's own. The positions that predict an answer's tokens have `answer_share` of
+    the moments, however few they are; None: every token counts alike. The batches are read once for each group of
+    layers whose sums fit `GROUP_BYTES`.
     """
-    sums: dict[str, InputSums] = {}
+    answers, others = dict[str, InputSums](), dict[str, InputSums]()
+
+    def add(name: str, rows: Tensor, predicts: Tensor | None) -> None:
+        if predicts is None or len(rows) != len(predicts) or not is_text(model, name):
+            others.setdefault(name, InputSums()).add(rows)
+            return
+        answers.setdefault(name, InputSums()).add(rows[predicts])
+        others.setdefault(name, InputSums()).add(rows[~predicts])
+
     training = model.training
     model.eval()
     for group in _groups(modules):
         for batch in batches:
-            with watch_inputs(model, group, batch, lambda name, x: sums.setdefault(name, InputSums()).add(x)):
+            real = batch.token_samples() >= 0
+            predicts = None
+            if answer_share is not None and batch.labels is not None:
+                predicts = (next_labels(batch.labels, batch.segments) != -100)[real]
+
+            with watch_inputs(model, group, batch, partial(add, predicts=predicts)):
                 model(batch, gates_of(batch))
             tick()
     model.train(training)
-    return sums | {name: InputSums() for name in modules if name not in sums}
+    if answer_share is not None:
+        none = InputSums()
+        others = {n: InputSums.mixed(answers.get(n, none), own, answer_share) for n, own in others.items()}
+    return others | {name: InputSums() for name in modules if name not in others}
+
+
+def is_text(model: MixtureModel, name: str) -> bool:
+    """Whether a layer reads the tokens of the language model."""
+    return model.backbone.stream_of(name) == "text"
 
 
 def watch_inputs(
@@ -55,7 +79,7 @@ def watch_inputs(
 
     def hook(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         (x,) = args
-        by_image = model.backbone.stream_of(name) != "text"
+        by_image = not is_text(model, name)
         if by_image and blank:
             return
         rows = x[real] if not by_image and x.shape[:2] == real.shape else x.flatten(0, -2)
@@ -119,8 +143,12 @@ def shared_experts(model: MixtureModel) -> list[str]:
     return [name for name, gate in zip(roles.experts, roles.gates, strict=True) if gate == "always"]
 
 
-def expert_moments(model: MixtureModel, batches: Mapping[str, Sequence[Batch]]) -> dict[str, dict[str, Moments]]:
+def expert_moments(
+    model: MixtureModel, batches: Mapping[str, Sequence[Batch]], answer_share: float | None = None
+) -> dict[str, dict[str, Moments]]:
     """Expert -> site -> moments of what it gets on the expert's own batches, that being on; exact.
+
+    `answer_share` as in `input_sums`.
 
     Raises ValueError for an expert without batches, and for one with a site that no token reaches.
     """
@@ -128,7 +156,8 @@ def expert_moments(model: MixtureModel, batches: Mapping[str, Sequence[Batch]]) 
     for name, own_batches in batches.items():
         if not own_batches:
             raise ValueError(f"batches.{name}: none; its inputs are needed")
-        sums = input_sums(model, sites_of(model, name), own_batches, own_gates(model, name))
+        options = sites_of(model, name), own_batches, own_gates(model, name)
+        sums = input_sums(model, *options, answer_share=answer_share)
         if idle := [site for site, own in sums.items() if not own.tokens]:
             raise ValueError(f"{idle[0]}: no token of the expert {name} reaches it, so nothing is known of its inputs")
         found[name] = {site: own.sketch(width := len(own.gram), width) for site, own in sums.items()}

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from moa.config import RunConfig
 from moa.files.peft import ExpertHeader, read_header
 from moa.model import MixtureModel
 from moa.routing.roles import LEFT_OVER
+from moa.statistics import ANSWER_SHARE
 from moa.statistics.gather import input_sums, num_passes, own_gates, sites_of
 from moa.statistics.moments import InputSums
 from moa.statistics.stored import write_statistics
@@ -39,6 +41,7 @@ class Measurement:
     num_samples: int  # of each expert
     batch_size: int
     directions: Directions = None
+    answer_share: float | None = ANSWER_SHARE
 
     def write(self, step: Path, *, main: bool = True, tick: Tick = lambda name: None) -> list[str]:
         """Write stats.safetensors beside each expert of a step folder that has samples; a line on each.
@@ -67,7 +70,8 @@ class Measurement:
     def sums(self, name: str, batches: Sequence[Batch], tick: Tick) -> dict[str, InputSums]:
         device, gates = next(self.model.parameters()).device, own_gates(self.model, name)
         moved = [batch.to(device) for batch in batches]
-        return input_sums(self.model, sites_of(self.model, name), moved, gates, tick=lambda: tick(name))
+        options: dict[str, Any] = {"answer_share": self.answer_share, "tick": lambda: tick(name)}
+        return input_sums(self.model, sites_of(self.model, name), moved, gates, **options)
 
     def write_one(self, folder: Path, sums: Mapping[str, InputSums], num_samples: int) -> Iterator[str]:
         header = read_header(folder)

@@ -61,6 +61,23 @@ class InputSums:
         self.total = total if self.total is None else self.total.add_(total)
         self.tokens += len(rows)
 
+    @classmethod
+    def mixed(cls, answers: "InputSums", others: "InputSums", share: float) -> "InputSums":
+        """Sums over all tokens whose moments are `share` times those of `answers` and the rest those of `others`.
+
+        Where one of the two has no token, they are those of the other alone.
+        """
+        found, pairs = cls(), [(share, answers), (1 - share, others)]
+        found.tokens = answers.tokens + others.tokens
+        seen = [(weight, own) for weight, own in pairs if own.tokens]
+        for weight, own in seen:
+            factor = (weight if len(seen) == 2 else 1.0) * found.tokens / own.tokens
+            assert own.second is not None and own.total is not None
+            second, total = factor * own.second, factor * own.total
+            found.second = second if found.second is None else found.second.add_(second)
+            found.total = total if found.total is None else found.total.add_(total)
+        return found
+
     @property
     def gram(self) -> Float[Tensor, "in in"]:
         """X^T X / tokens"""

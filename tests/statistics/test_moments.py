@@ -99,6 +99,28 @@ def test_moments_are_those_of_the_experts_own_inputs_without_padding(model):
 
 
 @pytest.mark.slow
+def test_positions_that_predict_answers_have_their_share_however_few_they_are(model):
+    batch, options = batch_of(model), (sites_of(model, "vqa"), own_gates(model, "vqa"))
+    predicts = torch.zeros_like(batch.labels, dtype=torch.bool)
+    predicts[:, :-1] = batch.labels[:, 1:] != -100
+    seen = []
+    hook = model.bank.sites[SITE].register_forward_pre_hook(lambda m, args: seen.append(args[0].double()))
+    found = input_sums(model, options[0], [batch], options[1], answer_share=0.75)
+    hook.remove()
+    groups = [seen[0][batch.attention_mask.bool() & chosen] for chosen in (predicts, ~predicts)]
+    assert 0 < len(groups[0]) < len(groups[1])
+    wanted = sum(share * x.T @ x / len(x) for share, x in zip((0.75, 0.25), groups, strict=True))
+    torch.testing.assert_close(found[SITE].gram, wanted)
+    assert found[SITE].tokens == sum(map(len, groups))
+    alike = sum(map(len, groups[:1])) / found[SITE].tokens  # at the share that they have by number, nothing changes
+    plain = input_sums(model, options[0], [batch], options[1])
+    by_number = input_sums(model, options[0], [batch], options[1], answer_share=alike)
+    torch.testing.assert_close(by_number[SITE].gram, plain[SITE].gram)
+    generated = input_sums(model, options[0], [replace(batch, labels=None)], options[1], answer_share=0.75)
+    torch.testing.assert_close(generated[SITE].gram, plain[SITE].gram)
+
+
+@pytest.mark.slow
 def test_a_shared_expert_is_on_with_each_of_the_others_and_gets_the_samples_of_all():
     shared = make_model("fixed", gates=("always", "routed", "routed"))
     batch = replace(batch_of(shared), expert_ids=torch.tensor([0, 1, 2, 3]))  # vqa, caption, grounding, none

@@ -64,7 +64,7 @@ def test_training_writes_what_the_command_writes_and_the_checkpoint_stays_what_i
         ]
     )
     assert "energy kept: of the outputs" in capsys.readouterr().out
-    script.main([f"run={run.folder}", "num_samples=3", "batch_size=4", "directions=full"])
+    script.main([f"run={run.folder}", "num_samples=3", "batch_size=4", "directions=full", "answer_share=null"])
     model, _, config = load_model(run.folder)
     samples, _ = own_samples(config, run.mixture, run.collator, 3, served(model))
     batches = {name: [run.collator(own)] for name, own in samples.items()}

@@ -35,9 +35,11 @@ def with_moments(experts: Sequence[Expert], moments: Mapping[str, Mapping[str, M
     return [replace(expert, inputs=known.get(expert.name, expert.inputs)) for expert in experts]
 
 
-def with_inputs(model: MixtureModel, experts: Sequence[Expert], batches: Batches) -> list[Expert]:
+def with_inputs(
+    model: MixtureModel, experts: Sequence[Expert], batches: Batches, answer_share: float | None = None
+) -> list[Expert]:
     """The experts with the moments of their inputs, each on its own batches; one without batches keeps its own."""
-    return with_moments(experts, expert_moments(model, batches))
+    return with_moments(experts, expert_moments(model, batches, answer_share))
 
 
 def regmean_pp(

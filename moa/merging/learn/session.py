@@ -163,10 +163,17 @@ def _regmean_by(session: Session, **options: Any) -> least_squares.Merge:
     return lambda experts: merge(experts, method="regmean", options=options, rank=rank, added=session.shared)
 
 
-def regmean(session: Session, *, nondiagonal: float = 0.9, ridge: float = 0.0001, tune: bool = False) -> Learned:
-    """With `tune`, by the best of GRID on the validation samples instead."""
+def regmean(
+    session: Session,
+    *,
+    nondiagonal: float = 0.9,
+    ridge: float = 0.0001,
+    tune: bool = False,
+    answer_share: float | None = None,
+) -> Learned:
+    """With `tune`, by the best of GRID on the validation samples instead; `answer_share` as in scripts.statistics."""
     batches = session.own_batches
-    experts = least_squares.with_inputs(session.model, session.experts, batches)
+    experts = least_squares.with_inputs(session.model, session.experts, batches, answer_share)
     options = {"nondiagonal": nondiagonal, "ridge": ridge}
     if tune:
         rate = session.rater()
