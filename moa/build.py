@@ -27,6 +27,7 @@ from moa.files.peft import ExpertHeader, read_header, read_tensors
 from moa.files.spelling import match_spelling
 from moa.files.targets import select
 from moa.model import LanguageMixture, MixtureModel
+from moa.routing.losses import OF_EXPERTS
 from moa.routing.roles import WITH
 from moa.routing.scores import ARROW
 from moa.statistics.moments import Moments
@@ -282,6 +283,8 @@ def check_for_clip(config: RunConfig) -> None:
         raise ValueError("model.train_projector: a CLIP has no projector")
     if config.router.granularity == "token":
         raise ValueError("router.granularity: a CLIP is routed by sample; choices: sample")
+    if names := [name for name in OF_EXPERTS if getattr(config.losses, name)]:
+        raise ValueError(f"losses.{names[0]}: is of a language model's experts, and has no effect on a CLIP")
     if config.losses.reduction == "token":
         raise ValueError("losses.reduction=token: a CLIP answers with no tokens; choices: sample")
 

@@ -27,7 +27,7 @@ from moa.cli.ranges import (
 )
 from moa.cli.settings import Override, Wrong, check, load
 from moa.routing import kinds
-from moa.routing.losses import GateLosses
+from moa.routing.losses import OF_EXPERTS, GateLosses
 from moa.routing.roles import CHOSEN, LEFT_OVER, NONE, check_roles
 from moa.routing.schedule import GateSchedule
 from moa.routing.scores import ARROW, SCORES
@@ -484,6 +484,17 @@ def check_stages(config: RunConfig) -> None:
     check(config.router.score != ARROW or not adapters, "router.score", f"arrow {rule}")
     trained = any(stage.kind != "router" for stage in config.stages.values()) or not config.stages
     check(trained or not penalised, "losses.crosstalk", "no stage trains experts")
+    routed = [name for name, expert in config.experts.items() if expert.gate == "routed"]
+    for loss in OF_EXPERTS:
+        if getattr(config.losses, loss):
+            check(trained, f"losses.{loss}", "no stage trains experts")
+            pair = loss == "alignment" or len(routed) > 1
+            check(pair, f"losses.{loss}", f"has no effect, it needs two routed experts; got {routed}")
+            tasks = loss != "alignment" or len(config.data.tasks) > 1
+            check(tasks, f"losses.{loss}", f"has no effect, it needs two tasks; data.tasks is {config.data.tasks}")
+    bent = sorted({*gated, *adapters})
+    rule = f"is of outputs B A x, and these experts have others: {', '.join(bent)}"
+    check(not (bent and config.losses.difference), "losses.difference", rule)
     for stage in config.stages.values():
         key = f"stages.{stage.name}"
         sources = stage_sources(config, stage)

@@ -21,6 +21,7 @@ from moa.backbones.clip import ClipBackbone
 from moa.backbones.llava import Backbone, Look
 from moa.experts.bank import ExpertBank
 from moa.experts.crosstalk import crosstalk, energy_tables
+from moa.experts.penalties import PADDING
 from moa.experts.rank_gates import task_shares
 from moa.experts.token_routers import pooling
 from moa.packing import answer_positions, prompt_samples
@@ -139,6 +140,10 @@ class MixtureModel(nn.Module, ABC):
         if self.bank.num_tasks:
             shares = task_shares(batch.task_ids, self.bank.num_tasks)
             self.bank.set_tasks(shares, self.backbone.owners(batch), batch.segments)
+        watch = self.bank.context.watch
+        if watch is not None and watch.penalties:
+            for stream, own in ({"text": batch.token_samples()} | self._owners(batch)).items():
+                watch.tasks[stream] = batch.task_ids[own.clamp(min=0)].where(own >= 0, PADDING)
 
     def evidence(self, batch: Batch, look: Look | None = None) -> Evidence:
         """What the router may look at, from the backbone without experts, and without gradient."""
@@ -212,6 +217,7 @@ class LanguageMixture(MixtureModel):
         energies = self._energies(batch)
         if energies is not None and energies.requires_grad:
             aux["crosstalk"] = crosstalk(energies, self.counted)
+        aux |= self._penalties()
         return MixtureOutput(
             loss_per_sample=loss,
             num_tokens=num_tokens,
@@ -288,6 +294,18 @@ class LanguageMixture(MixtureModel):
         energies = dict(state.watch.found)
         state.watch.found.clear()  # left there, they would keep the graph until the next forward
         return energy_tables(energies, self.bank.streams, batch.token_samples(), self._owners(batch), batch.expert_ids)
+
+    def _penalties(self) -> dict[str, Float[Tensor, ""]]:
+        """The losses on experts that the sites of the forward that has ended computed, their means; kept no longer."""
+        state = self.bank.context.state
+        if state is None or state.watch is None or not torch.is_grad_enabled():
+            return {}
+        values = dict(state.watch.values)
+        state.watch.values.clear()
+        for name in state.watch.penalties:
+            if name not in values:
+                raise ValueError(f"losses.{name}: has no effect: no layer has two routed experts")
+        return {name: torch.stack(found).mean() for name, found in values.items()}
 
     def _decisions(self, batch: Batch, decided: Gates) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         """Losses on the decisions, the gates [batch, site or 1, expert] that were used, and the loads."""

@@ -43,6 +43,7 @@ class AdapterSite(ExpertLinear):
             return out
         source = out if self.serial else x
         self._check(source, out)
+        self._penalise(source, state)
         ranks = self.layout(state)[0]
         a, b = concatenate(*self._factors(state), out.dtype)
         gates = widen(self._gates(source, state), ranks.place, ranks.scaling)

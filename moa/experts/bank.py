@@ -383,6 +383,7 @@ class ExpertBank:
             active=None if everyone else frozenset(compress(self.names, used or ())),
             expand=expand,
             watch=self.context.watch,
+            streams=self.streams,
         )
 
     def route_tokens(
@@ -402,6 +403,7 @@ class ExpertBank:
         """
         more: dict[str, Any] = {"temperature": temperature, "recording": recording, "expand": not recording}
         more |= {"watch": self.context.watch, "pooling": pooling, "score": score, "biases": self.token_biases}
+        more |= {"streams": self.streams}
         self.context.state = GateState(gates=None, experts=tuple(self.names), decide=decide, **more)
 
     def take_token_logits(self) -> dict[str, Float[Tensor, "*_ choice"]]:
@@ -480,7 +482,7 @@ class ExpertBank:
         tasks = {stream: own[:, None] for stream, own in found.items()}
         if segments is not None:
             tasks["text"] = shares[segments.clamp(min=0)]
-        self.context.state.tasks, self.context.state.streams = tasks, self.streams
+        self.context.state.tasks = tasks
 
     def token_choices(self) -> dict[str, tuple[int, ...] | None]:
         """Site with a token router -> the places of its experts among the choices; None: all."""

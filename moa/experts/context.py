@@ -45,7 +45,7 @@ class GateState:
     watch: Watch | None = None  # what sites measure in this forward
     # by stream, each row's or token's share of every task, for experts whose ranks have gates by task
     tasks: dict[str, Tensor] = field(default_factory=dict)
-    streams: dict[str, str] = field(default_factory=dict)  # site -> stream, beside `tasks`
+    streams: dict[str, str] = field(default_factory=dict)  # site -> stream
     # What inference computes once for all decoding steps, by site. It lives no longer than the
     # gates: an optimiser may write to parameters through flat buffers, which leaves no trace.
     prepared: dict[str, Any] = field(default_factory=dict)

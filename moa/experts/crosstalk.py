@@ -18,11 +18,24 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
-    """What the sites of a forward are to measure, and what they found: energies [*lead, expert] by site."""
+    """What the sites of a forward are to measure, and what they found: energies [*lead, expert] by site.
+
+    `penalties` are losses of moa/experts/penalties.py, which every site computes, of the `routed` experts where they
+    are about pairs; `tasks` are those of each stream's rows or tokens.
+    """
 
     sites: frozenset[str]
     gradient: bool  # to the factors, for a penalty
     found: dict[str, Tensor] = field(default_factory=dict)
+    penalties: tuple[str, ...] = ()
+    routed: frozenset[str] = frozenset()
+    tasks: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, list[Tensor]] = field(default_factory=dict)  # penalty -> of each site that has it
+
+    def tasks_at(self, stream: str, x: Float[Tensor, "*lead in"]) -> Int[Tensor, " token"]:
+        """The task of each token of a site's input."""
+        own = self.tasks[stream]
+        return own.reshape(*own.shape, *[1] * (x.dim() - 1 - own.dim())).expand(x.shape[:-1]).flatten()
 
 
 def output_energies(

@@ -20,6 +20,7 @@ from moa.experts.arrow import directions
 from moa.experts.context import GateContext, GateState
 from moa.experts.crosstalk import Watch, output_energies
 from moa.experts.lora_product import Ranks, add_mixture, concatenate, mix, widen
+from moa.experts.penalties import LINEAR, PAIRED, PENALTIES
 from moa.experts.rank_gates import RankGates, side_by_side, token_rank_gates
 from moa.experts.token_routers import TokenSite
 
@@ -74,6 +75,7 @@ class ExpertLinear(nn.Module):
             return out
         if state.watch is not None and self.name in state.watch.sites:
             self._measure(x, state, state.watch)
+        self._penalise(x, state)
         if torch.is_grad_enabled():
             # Each factor goes in by itself, so that each gets its own gradient, also from gate 0.
             self.context.forget()  # the step that follows changes the factors
@@ -266,6 +268,24 @@ class ExpertLinear(nn.Module):
             energies = torch.stack([own.get(e, torch.zeros_like(found[..., 0])) for e in state.experts], -1)
         if state.recording:
             watch.found[self.name] = energies
+
+    def _penalise(self, x: Tensor, state: GateState) -> None:
+        """The losses on experts of this site, where training asks for them."""
+        watch = state.watch
+        if watch is None or not watch.penalties or not torch.is_grad_enabled():
+            return
+        tasks, rows = watch.tasks_at(state.streams[self.name], x), x.detach().flatten(0, -2)
+        for name in watch.penalties:
+            chosen = [e for e in self.scalings if e in watch.routed or name not in PAIRED]
+            if len(chosen) < (2 if name in PAIRED else 1):
+                continue
+            pairs = [self.whole(e) if name in LINEAR else (self.lora_A[e], self.lora_B[e]) for e in chosen]
+            with torch.autocast(x.device.type, enabled=False):
+                a, b = ([factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in own]
+                        for own in zip(*pairs, strict=True))  # fmt: skip
+                value = PENALTIES[name](a, b, [F.linear(rows.to(own.dtype), own) for own in a], tasks)
+            if state.recording:  # checkpointing runs the layer again, which must save the same tensors
+                watch.values.setdefault(name, []).append(value)
 
     def _gates(self, x: Tensor, state: GateState) -> Tensor:
         return state.gates_at(self.name, x, self._router(state), self.routed)

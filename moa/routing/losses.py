@@ -1,6 +1,7 @@
 """Auxiliary losses on routing decisions. A new one is a function, a weight and a row, all in this file.
 
-`crosstalk` alone is a loss on the experts: its weight is here, its function in moa/experts/crosstalk.py.
+Losses on the experts themselves have their weights here, and their functions where the layers call them: `crosstalk` in
+moa/experts/crosstalk.py, those of `OF_EXPERTS` in moa/experts/penalties.py.
 
 Decisions are `[site, token, expert]`, where a "token" is whatever is routed. Each loss is a mean over the valid tokens
 (`mask`) of a site and then over sites, whatever the depth, padding or batch size.
@@ -36,8 +37,12 @@ class GateLosses:
     # how strongly experts answer to each other's samples, in stages that train experts; docs/merging.md
     crosstalk: NotNegative = 0.0
     crosstalk_end: NotNegative | None = None  # its weight at the last step of the stage; null: the same
+    orthogonality: NotNegative = 0.0  # of the routed experts' lora_A: each reads other directions (O-LoRA)
+    difference: NotNegative = 0.0  # of the routed experts' outputs over a batch, between 0 and 1 (Pilot)
+    alignment: NotNegative = 0.0  # of what lora_A gives for the tasks: one mean and variance (Align-LoRA)
 
 
+OF_EXPERTS = ("orthogonality", "difference", "alignment")
 AUX = tuple(f.name for f in fields(GateLosses) if not f.name.endswith("_end"))
 
 

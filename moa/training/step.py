@@ -22,7 +22,7 @@ from moa.config import LossConfig, StageConfig, TrainConfig
 from moa.experts.crosstalk import Watch
 from moa.model import MixtureModel, MixtureOutput
 from moa.parts import Parameters
-from moa.routing.losses import weights_at
+from moa.routing.losses import OF_EXPERTS, weights_at
 from moa.routing.schedule import draw_gates
 from moa.training.batches import Collated, TrainingError
 from moa.training.distributed.plain import Plain
@@ -128,9 +128,12 @@ def watch_at(trainer: Trainer, step: int, weights: Mapping[str, float]) -> Watch
     """What the sites measure at this step, alike on all processes: nothing at most steps, so that logging is free."""
     penalised = weights["crosstalk"] > 0
     due = penalised or step % trainer.log_every == 0
-    if not trainer.watched or not due or trainer.stage.kind == "router":
+    sites, penalties = trainer.watched if due else frozenset(), tuple(n for n in OF_EXPERTS if weights[n] > 0)
+    if trainer.stage.kind == "router" or not (sites or penalties):
         return None
-    return Watch(sites=trainer.watched, gradient=penalised)
+    names, gates = trainer.model.bank.names, trainer.model.routing.roles.gates
+    routed = frozenset(name for name, gate in zip(names, gates, strict=True) if gate == "routed")
+    return Watch(sites=sites, gradient=penalised, penalties=penalties, routed=routed)
 
 
 def check_and_update(trainer: Trainer, strategy: Plain, metrics: Metrics, step: int) -> tuple[float, str | None]:
