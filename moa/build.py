@@ -129,6 +129,9 @@ def build_mixture(
     names += ["top_k", "top_p", "threshold", "normalize", "renormalize", "pool", "bias_rate"]
     routing: dict[str, Any] = {name: getattr(config.router, name) for name in names}
     routing["weights"] = [weights.get(name, 0.0) for name in config.choices] if weights else None
+    chosen = select(config.router.added_up, bank.sites, "router.added_up")
+    routing["added_up"] = [site in chosen for site in bank.sites]
+    bank.context.root = config.router.root_gradient
     routing["gates"] = [expert.gate for expert in config.experts.values()]
     if not backbone.compares:
         return LanguageMixture(backbone, bank, router, **routing)

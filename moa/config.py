@@ -164,6 +164,10 @@ class RouterConfig:
     noise: Literal["gaussian", "gumbel", "logistic", "learned"] | None = None
     # of kind top_k by token: a bias on the choice alone evens out the experts' use, by so much a step; null: none
     bias_rate: Positive | None = None
+    root_gradient: bool = False  # experts learn by the square root of their gates, and answer by the gates
+    # of granularity sample: paths or expressions of the sites where each routed expert has the gate 1, whatever the
+    # router decides
+    added_up: list[str] = field(default_factory=list)
     noise_scale: Positive | None = None  # of the noise that is not learned; null: 1
     straight_through: bool = False  # of top_k and top_p: the gradient of the softmax before the selection
 
@@ -206,6 +210,9 @@ class RouterConfig:
             f"needs kind top_k, granularity token, pool none and a score that learns; {got}, {self.pool}, {self.score}"
         )
         check(fits or self.bias_rate is None, "bias_rate", rule)
+        rule = f"needs a kind whose gates learn; got {self.kind}"
+        check(self.row.learns == "gradient" or not self.root_gradient, "root_gradient", rule)
+        check(not by_token or not self.added_up, "added_up", f"needs granularity sample; {got}")
         hard = kinds.names(lambda kind: kind.hard)
         check(self.renormalize or self.row.hard, "renormalize", f"false needs kind {hard}; got {self.kind}")
         self._check_noise()
@@ -400,6 +407,10 @@ def check_experts(config: RunConfig) -> None:
     rest = [name for name, gate in gates.items() if gate in LEFT_OVER]
     rule = f"experts.{', '.join(rest)} takes what the router leaves, and so would no expert"
     check(not (rest and router.null_expert), "router.null_expert", rule)
+    check(not (rest and router.added_up), "router.added_up", f"experts.{', '.join(rest)} takes what the router leaves")
+    ranked = [name for name, expert in config.experts.items() if expert.rank_gates != "none"]
+    rule = f"experts.{', '.join(ranked)}.rank_gates may be below 0, and has no square root"
+    check(not (ranked and router.root_gradient), "router.root_gradient", rule)
     whole = router.kind != "threshold" and (router.renormalize or not router.row.hard)
     rest = [name for name in rest if gates[name] == "rest" and whole]
     rule = (

@@ -49,7 +49,7 @@ class MixtureOutput:
     logits: Float[Tensor, "_ answer vocab"]
     labels: Int[Tensor, "batch answer"] | None
     gates: Float[Tensor, "batch site expert"]
-    router_logits: Float[Tensor, "batch site choice"] | None
+    router_logits: Float[Tensor, "batch decision choice"] | None
     aux: dict[str, Float[Tensor, ""]] = field(default_factory=dict)
     loads: dict[str, Float[Tensor, " _"]] = field(default_factory=dict)  # of sites that are balanced by a bias
     energies: Float[Tensor, "watched expert expert"] | None = None  # where asked for, see moa/experts/crosstalk.py

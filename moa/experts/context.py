@@ -141,6 +141,7 @@ class GateContext:
     def __init__(self) -> None:
         self.state: GateState | None = None
         self.enabled = True
+        self.root = False  # experts learn by the square root of their gates
         self.watch: Watch | None = None  # of the forwards whose gates are set from now on
 
     def forget(self) -> None:

@@ -85,7 +85,7 @@ class ExpertLinear(nn.Module):
             if own is not None:  # then every rank has a gate of its own
                 gates = gates.index_select(-1, ranks.place) * own
                 ranks = replace(ranks, place=torch.arange(own.shape[-1], device=own.device))
-            return mix(x, out, gates, ranks, *self._factors(state))
+            return mix(x, out, gates, ranks, *self._factors(state), root=self.context.root)
         # A generation calls this at each token under the same gates: its rank gates, A and B are
         # put together at the first one. `out` is fresh, so that the product is added into it.
         rank_gates, a, b_t = self._prepared(x, state, out.dtype)

@@ -37,15 +37,19 @@ def mix(
     ranks: Ranks,
     factors_a: Sequence[Float[Tensor, "_ in"]],
     factors_b: Sequence[Float[Tensor, "out _"]],
+    root: bool = False,
 ) -> Float[Tensor, "batch *seq out"]:
     """The base's output plus the gated experts, differentiable in x, base, gates and factors.
+
+    With `root` the gradients of x and the factors are those of the square root of the gates, so that an expert of a
+    small gate learns faster (MoE-LoRA on Riemannian preconditioners, arXiv 2502.15828, section 3.2).
 
     The factors are different ones, in the order of S and T. Saves x, x A^T and the gates for the backward pass, as
     one LoRA of A's rank would: the gated product is recomputed, and the factors are concatenated anew rather than
     kept. The result has the base's dtype.
     """
     maps = ranks.place, ranks.scaling, ranks.spread, ranks.gather
-    return _Mix.apply(x.to(base.dtype), base, gates, *maps, len(factors_a), *factors_a, *factors_b)
+    return _Mix.apply(x.to(base.dtype), base, gates, *maps, root, len(factors_a), *factors_a, *factors_b)
 
 
 def widen(
@@ -84,18 +88,18 @@ def add_mixture(
 
 
 class _Mix(torch.autograd.Function):
-    """apply(x, base, gates, place, scaling, S, T, number of A factors, *A factors, *B factors); x is in the base's
-    dtype."""
+    """apply(x, base, gates, place, scaling, S, T, root, number of A factors, *A factors, *B factors); x is in the
+    base's dtype."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, base: Tensor, gates: Tensor, place: Tensor, scaling: Tensor, spread: Tensor | None,
-        gather: Tensor | None, number: int, *factors: Tensor,
+        gather: Tensor | None, root: bool, number: int, *factors: Tensor,
     ) -> Tensor:  # fmt: skip
         a, b = concatenate(factors[:number], factors[number:], x.dtype)
         hidden = F.linear(x, a)
         ctx.save_for_backward(x, hidden, gates, place, scaling, spread, gather, *factors)
-        ctx.number = number
+        ctx.number, ctx.root = number, root
         gated = chosen(hidden, spread) * widen(gates, place, scaling).to(hidden.dtype)
         gated = chosen(gated, gather)
         out = torch.addmm(base.reshape(-1, base.shape[-1]), gated.flatten(0, -2), b.t())
@@ -111,7 +115,8 @@ class _Mix(torch.autograd.Function):
         needs = ctx.needs_input_grad[-len(factors) :]
         a, b = concatenate(factors_a, factors_b, grad.dtype)
         rank_gates, flat = widen(gates, place, scaling), grad.reshape(-1, grad.shape[-1])
-        weights, hidden = rank_gates.to(grad.dtype), chosen(hidden, spread)  # [.., rank]
+        learned = widen(gates.clamp(min=0).sqrt(), place, scaling) if ctx.root else rank_gates
+        weights, hidden = learned.to(grad.dtype), chosen(hidden, spread)  # [.., rank]
 
         grad_gated = chosen(flat @ b, transposed(gather)).view(hidden.shape)
         grad_x = grad_gates = None
@@ -131,7 +136,7 @@ class _Mix(torch.autograd.Function):
             gated = chosen((hidden * weights).flatten(0, -2), gather)
             grads_b = _per_expert_transposed(gated.t() @ flat, factors_b)
         base_grad = grad if needs_base else None
-        return grad_x, base_grad, grad_gates, *[None] * 5, *grads_a, *grads_b
+        return grad_x, base_grad, grad_gates, *[None] * 6, *grads_a, *grads_b
 
 
 def transposed(map: Tensor | None) -> Tensor | None:

@@ -25,7 +25,7 @@ from moa.routing.scores import SCORES, linear
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
-    """Gates [batch, site or 1, expert], and what a learned router decided them from.
+    """Gates [batch, site or 1, expert], and what a learned router decided them from, once or for each site.
 
     `logits` are divided by the temperature already; `probs` are the gates before top-k, summing to
     one. The choices are the router's experts, and last the null expert where there is one. All three are
@@ -33,8 +33,8 @@ class Gates:
     """
 
     gates: Float[Tensor, "batch site expert"] | None = None
-    logits: Float[Tensor, "batch site choice"] | None = None
-    probs: Float[Tensor, "batch site choice"] | None = None
+    logits: Float[Tensor, "batch decision choice"] | None = None
+    probs: Float[Tensor, "batch decision choice"] | None = None
 
 
 class Routing(nn.Module):
@@ -45,11 +45,13 @@ class Routing(nn.Module):
     granularity "token": token routers decide at the sites, and `router` is None; with a `pool` the tokens of a prompt
     together, see moa/experts/token_routers.py. null_expert: one choice more, which adds nothing to the backbone, so
     that a sample's gates may sum to less than one. noise: a name of `NOISES`, of scale `noise_scale`. top_p, threshold,
-    normalize, renormalize, straight_through, bias_rate: see moa/routing/gating.py.
+    normalize, renormalize, straight_through, bias_rate: see moa/routing/gating.py. added_up: for each site whether all
+    choices have the gate 1 there.
     """
 
     weights: Tensor
     joint: Tensor | None
+    added_up: Tensor | None
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class Routing(nn.Module):
         straight_through: bool = False,
         score: str = "linear",
         bias_rate: float | int | None = None,
+        added_up: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
         self.options = {"top_k": top_k, "top_p": top_p, "threshold": threshold}
@@ -91,6 +94,8 @@ class Routing(nn.Module):
         self.register_buffer("weights", torch.tensor(weights or uniform), persistent=False)
         joint = torch.tensor(roles.joint) if any(roles.joint) else None
         self.register_buffer("joint", joint, persistent=False)
+        everyone = torch.tensor(added_up) if added_up is not None and any(added_up) else None
+        self.register_buffer("added_up", everyone, persistent=False)
 
     @property
     def evidence(self) -> tuple[str, ...]:
@@ -148,7 +153,10 @@ class Routing(nn.Module):
         more["draw"] = self.training
         chosen, probs = self._gates(logits, mask, self.roles.choice_ids(expert_ids), **more)
         chosen = chosen[..., :-1] if self.null_expert else chosen
-        gates = self.roles.assemble(chosen if draws is None else draws.apply(chosen))
+        chosen = chosen if draws is None else draws.apply(chosen)
+        if self.added_up is not None:
+            chosen = torch.where(self.added_up[:, None], torch.ones_like(chosen), chosen)
+        gates = self.roles.assemble(chosen)
         return Gates(gates=gates if rows is None else gates * rows, logits=logits, probs=probs)
 
     def targets(self, expert_ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:

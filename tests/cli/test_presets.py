@@ -1,6 +1,8 @@
 """The files of configs/presets: each is what its header says, on a tiny model of its base's class."""
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from moa.backbones.llava import Backbone
 from moa.backbones.opening import open_backbone
 from moa.build import build_mixture
 from moa.config import ExpertConfig, RunConfig
+from moa.experts.lora import ExpertLinear
 from moa.model import MixtureModel
 from scripts import presets
 from tests.support.banks import fill
@@ -66,6 +69,103 @@ def learns(model: MixtureModel, config: RunConfig, loss: torch.Tensor, aux: dict
         assert all(p.grad is not None and bool(p.grad.any()) for p in tokens)
 
 
+# What each paper's router decides, in loops over experts ------------------------------------------------
+
+
+def softmax(z: list[float]) -> list[float]:
+    return [math.exp(v) / sum(map(math.exp, z)) for v in z]
+
+
+def best(z: list[float], k: int, extra: Sequence[int] = ()) -> list[float]:
+    """The softmax over the k largest, and those in `extra`, which take no place."""
+    rivals = sorted(set(range(len(z))) - set(extra), key=lambda e: -z[e])
+    kept = [*rivals[:k], *extra]
+    shares = dict(zip(kept, softmax([z[e] for e in kept]), strict=True))
+    return [shares.get(e, 0.0) for e in range(len(z))]
+
+
+def switch(z: list[float]) -> list[float]:
+    """The best one at its share of the softmax."""
+    return [share if share == max(softmax(z)) else 0.0 for share in softmax(z)]
+
+
+def adamole(z: list[float]) -> list[float]:
+    *own, raised = z
+    level = 1 / (1 + math.exp(-raised)) / len(own)
+    above = [max(0.0, share - level) for share in softmax(own)]
+    return [value / sum(above) for value in above]
+
+
+def skills(z: list[float]) -> list[float]:
+    chances = [1 / (1 + math.exp(-v)) for v in z]
+    return [chance / sum(chances) for chance in chances]
+
+
+def dot(site: ExpertLinear, x: torch.Tensor) -> list[float]:
+    return [float(row.double() @ x) for row in site.token_router]
+
+
+def layer_normed(site: ExpertLinear, x: torch.Tensor) -> list[float]:
+    def norm(v: torch.Tensor) -> torch.Tensor:
+        return (v - v.mean()) / (v.var(correction=0) + 1e-5).sqrt()
+
+    return [float(norm(row.double()) @ norm(x)) / len(x) ** 0.5 for row in site.token_router]
+
+
+def answered(site: ExpertLinear, x: torch.Tensor) -> list[float]:
+    updates = (b.double() @ a.double() for a, b in map(site.whole, site.experts))
+    return [abs(float(torch.linalg.svd(update).Vh[0] @ x)) for update in updates]
+
+
+BY_TOKEN = {
+    **dict.fromkeys(("hydralora", "asymlora", "r_lora", "coin_moelora", "loramoe", "pilot_ct_moa"), (dot, softmax)),
+    **dict.fromkeys(("mixlora", "mola", "goat", "shared_expert"), (dot, lambda z: best(z, 2))),
+    "moelora_riemannian": (dot, lambda z: best(z, 2)),
+    "llava_mole": (dot, lambda z: best(z, 1)),
+    "ase": (dot, lambda z: best(z, 2, [len(z) - 1])),
+    "adamole": (dot, adamole),
+    "phatgoose": (layer_normed, lambda z: best(z, 2)),
+    "arrow": (answered, lambda z: best(z, 3)),
+}
+BY_SAMPLE = {
+    **dict.fromkeys(("moelora_peft", "cgc_lora", "mtl_lora", "xlora"), softmax),
+    "poly": skills,
+    "mocle": switch,
+}
+
+
+def check_tokens(name: str, model: MixtureModel, calls: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Some tokens at every site: y = W x + sum_e gate_e scaling_e B_e A_e x, with the paper's gates; shared ones 1."""
+    logits, rule = BY_TOKEN[name]
+    bank, roles = model.bank, model.routing.roles
+    chosen = [bank.names[place] for place in roles.choices]
+    for path, (x, out) in calls.items():
+        site = bank.sites[path]
+        leader = site.routed.leader
+        own = [expert for expert in chosen if expert in site.scalings]
+        for place in (0, 3, -1):
+            token, read = (t.flatten(0, -2)[place].double() for t in (x, calls[leader][0]))
+            gates = dict(zip(own, rule(logits(bank.sites[leader], read)), strict=True)) if own else {}
+            expected = site.base_layer(token.float()).double()
+            for expert, scaling in site.scalings.items():
+                a, b = (factor.double() for factor in site.whole(expert))
+                expected = expected + gates.get(expert, 1.0) * scaling * (b @ (a @ token))
+            torch.testing.assert_close(out.flatten(0, -2)[place].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def check_samples(name: str, model: MixtureModel, gates: torch.Tensor, logits: torch.Tensor) -> None:
+    """The choices have the paper's gates, and the universal expert of MoCLE what is left."""
+    choices, roles = list(model.routing.roles.choices), model.routing.roles.gates
+    for found, row in zip(gates.flatten(0, 1).tolist(), logits.double().flatten(0, 1).tolist(), strict=True):
+        expected = BY_SAMPLE[name](row)
+        assert [found[place] for place in choices] == pytest.approx(expected, abs=1e-6)
+        rest = [found[place] for place, gate in enumerate(roles) if gate == "rest"]
+        assert rest == pytest.approx([1 - sum(expected)] * len(rest), abs=1e-6)
+
+
+# The files -----------------------------------------------------------------------------------------------
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DEMO)
 def test_a_preset_is_a_row_of_the_page_starts_as_its_base_and_its_router_learns(name):
@@ -81,8 +181,18 @@ def test_a_preset_is_a_row_of_the_page_starts_as_its_base_and_its_router_learns(
             fresh = model.eval()(dataclasses.replace(batch, labels=None)).logits
         close(fresh[batch.attention_mask.bool()], expected[batch.attention_mask.bool()])
         fill(model.bank)
+        calls = dict[str, tuple[torch.Tensor, torch.Tensor]]()
+        for path, site in model.bank.sites.items():
+            site.register_forward_hook(lambda m, args, out, path=path: calls.update({path: (args[0], out)}))
+        if model.router is not None and hasattr(model.router, "table"):
+            torch.nn.init.normal_(model.router.table)
         out = model(batch)
         learns(model, config, out.loss_per_sample.sum(), out.aux)
+        with torch.no_grad():
+            if name in BY_TOKEN:
+                check_tokens(name, model, calls)
+            elif name in BY_SAMPLE:
+                check_samples(name, model, out.gates, out.router_logits)
         assert torch.equal(lone_gates(model), torch.ones(3, 1, 1))  # one expert is a plain LoRA
     finally:
         model.bank.detach(base.model)

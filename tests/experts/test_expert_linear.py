@@ -59,6 +59,26 @@ def test_the_mixture_and_its_gradients_equal_a_plain_loop_over_experts(per_token
         torch.testing.assert_close(a, b)
 
 
+def test_with_root_experts_learn_by_the_square_root_of_their_gates_and_all_else_is_the_same():
+    torch.manual_seed(0)
+    double = {"dtype": torch.double, "requires_grad": True}
+    factors_a, factors_b = [[torch.randn(*shape, **double) for _ in "ab"] for shape in ((3, 6), (5, 3))]
+    x, layer = torch.randn(2, 7, 6, **double), nn.Linear(6, 5, dtype=torch.double).requires_grad_(False)
+    gates = torch.rand(2, 7, 2, dtype=torch.double)
+    gates[0, 0, 0] = 0
+    gates.requires_grad_()
+    ranks = Ranks(place=torch.tensor([0] * 3 + [1] * 3), scaling=torch.full((6,), 2.0, dtype=torch.double))
+    ours = mix(x, layer(x), gates, ranks, factors_a, factors_b, root=True)
+    roots = plain_loop(x, layer(x), gates.detach().sqrt(), (2.0, 2.0), factors_a, factors_b)
+    whole = plain_loop(x, layer(x), gates, (2.0, 2.0), factors_a, factors_b)
+    torch.testing.assert_close(ours, whole)
+    learned, weights = [x, *factors_a, *factors_b], torch.randn_like(whole)
+    found = torch.autograd.grad((ours * weights).sum(), [*learned, gates])
+    expected = torch.autograd.grad((roots * weights).sum(), learned)
+    for one, other in zip(found, [*expected, *torch.autograd.grad((whole * weights).sum(), [gates])], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_gate_that_many_tokens_share_gets_their_gradients_summed_in_its_own_precision():
     tokens, one = 4097, torch.ones(1, 1, dtype=torch.bfloat16)  # bf16 has no number 4097
     gate = torch.ones(1, 1, 1, requires_grad=True)

@@ -61,6 +61,16 @@ def test_the_rest_is_what_a_choice_that_is_not_renormalised_leaves():
     assert model.oracle(torch.tensor([1, 2])).tolist() == [[[0, 1, 0]], [[0, 0, 1]]]
 
 
+def test_where_experts_are_added_up_each_has_the_gate_one_and_elsewhere_the_routers():
+    """HiDe-LLaVA: all experts below, the router in the last layer; shared ones keep their gate."""
+    model = routing("routed routed always", [[1.0, 0.0]], added_up=[True, False])
+    gates = decided(model).gates
+    torch.testing.assert_close(gates[0], torch.tensor([[1.0, 1.0, 1.0], [P, Q, 1.0]]))
+    assert model.oracle(torch.tensor([1])).tolist() == [[[0, 1, 1]]]  # what trains experts apart is as it was
+    few = decided(model, available=torch.tensor([True, False, True])).gates
+    assert few[0].tolist() == [[1, 0, 1], [1, 0, 1]]
+
+
 def test_a_joint_expert_shares_the_softmax_takes_no_place_of_top_k_and_is_not_balanced():
     model = routing("joint routed routed routed", [[0.0, 2.0, 1.0, 1.5]], kind="top_k", top_k=1)
     gates = decided(model).gates[0, 0]
