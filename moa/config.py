@@ -411,6 +411,10 @@ def check_experts(config: RunConfig) -> None:
     ranked = [name for name, expert in config.experts.items() if expert.rank_gates != "none"]
     rule = f"experts.{', '.join(ranked)}.rank_gates may be below 0, and has no square root"
     check(not (ranked and router.root_gradient), "router.root_gradient", rule)
+    adapters = [name for name, expert in config.experts.items() if expert.kind != "lora"]
+    rule = f"is for updates of weights, and experts.{', '.join(adapters)} is an adapter"
+    check(not (adapters and router.score == ARROW), "router.score", f"{router.score} {rule}")
+    check(not (adapters and router.root_gradient), "router.root_gradient", rule)
     whole = router.kind != "threshold" and (router.renormalize or not router.row.hard)
     rest = [name for name in rest if gates[name] == "rest" and whole]
     rule = (

@@ -70,7 +70,7 @@ def config_of(name: str, run: str | None = None, overrides: Sequence[str] = ()) 
 def exportable(config: RunConfig) -> str:
     """How one PEFT adapter can hold the mixture of a config."""
     router = config.router
-    if any(expert.rank_gates != "none" for expert in config.experts.values()):
+    if any(expert.rank_gates != "none" or expert.kind != "lora" for expert in config.experts.values()):
         return "refused"
     if router.granularity == "token":
         return "approximate"

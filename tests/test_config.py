@@ -133,6 +133,8 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         (["router.granularity=token", "router.added_up=[x]"], ["router.added_up", "granularity sample"]),
         (["router.kind=fixed", "router.root_gradient=true"], ["router.root_gradient", "fixed"]),
         (["experts.a.rank_gates=task", "router.root_gradient=true"], ["router.root_gradient", "experts.a.rank_gates"]),
+        (["experts.a={kind: adapter, targets: [x]}", "router.root_gradient=true"],
+         ["router.root_gradient", "experts.a"]),
         (["router.renormalize=false"], ["router.renormalize", "top_k, top_p", "softmax"]),
         (["experts.b.gate=rest"], ["experts.b.gate", "would be 0", "softmax", "renormalize=false"]),
         (["losses.load=1"], ["losses.load", "router.kind=top_k", "gaussian"]),
@@ -244,13 +246,14 @@ ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "
 NEEDS = {"router.weights": ["router.kind=fixed"], "router.top_p": ["router.kind=top_p"],
          "router.threshold": ["router.kind=threshold"], "router.noise_scale": ["router.noise=gaussian"],
          "losses.load": ["router.kind=top_k", "router.noise=gaussian"],
+         "router.bias_rate": ["router.kind=top_k", "router.granularity=token"],
          "experts.a.active_ranks": ["experts.a.rank_gates=token"]}  # fmt: skip
 BELOW_ZERO = ("router.weights", "losses.entropy", "values.")
 HUGE = ("router.weights", "num_samples", "alpha", "temperature", "losses.", "lr.", "weight.", "count",
         "epochs", "max_length", "steps.", "pack_length", "clip_norm", "weight_decay", "save_every", "keep_",
         "max_non_finite_steps", "every", "seed", "max_ocr_words", "num_images", "num_probes", "new_tokens",
         "max_shard_gb", "last", "limit", "show", "similarity", "budget", "bound", "penalty", "values.", "runs",
-        "noise", "train.statistics", "ridge", "iterations")  # fmt: skip
+        "noise", "train.statistics", "ridge", "iterations", "bias_rate")  # fmt: skip
 
 
 def numbers() -> Iterator[tuple[type, str, str]]:
