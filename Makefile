@@ -40,7 +40,7 @@ test: setup  ## the whole suite
 lint: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy moa data train.py eval.py scripts bench
+	$(BIN)/mypy moa data train.py eval.py federate.py scripts bench
 
 check: lint  ## and the fast tests
 	$(PYTEST) -m "not slow"

@@ -78,6 +78,7 @@ class MixtureModel(nn.Module, ABC):
         names = tuple(bank.names)
         roles = Roles(names, ("routed",) * len(names) if gates is None else tuple(gates))
         self.routing = Routing(router, roles=roles, **settings)
+        self.available: Tensor | None = None  # [expert] bool: the experts that there are; None: all of them
 
     @property
     def router(self) -> Any:
@@ -119,6 +120,8 @@ class MixtureModel(nn.Module, ABC):
         False where an expert may not be used. look: at the images, where it was computed before.
         draws: what training does to the gates that the router decides.
         """
+        if self.available is not None:
+            available = self.available if available is None else available & self.available
         if override is not None:
             return self.routing.override(override, available)
         choice: dict[str, Any] = {"withhold": withhold, "available": available, "draws": draws}

@@ -12,6 +12,7 @@ from moa.cli.settings import describe, load, settings, to_yaml
 from moa.cli.strict_yaml import parse_yaml, read_yaml
 from moa.config import RunConfig, load_config
 from moa.evaluation.settings import EvalCommand
+from moa.federated.config import FederatedConfig
 from moa.merging.settings import MergeExperts, StackLayers
 from scripts.align import AlignConfig
 from scripts.average_checkpoints import AverageConfig
@@ -236,24 +237,28 @@ def test_an_unknown_key_of_a_list_entry_is_named_there_and_not_where_its_name_st
 
 RUN = [EXPERTS, SOURCE, "stages={joint: {steps: 4}}"]
 CLASSES = {RunConfig: RUN, EvalCommand: ["eval.sources={s: {num_samples: 4}}"], MergeExperts: [],
-           AlignConfig: [], AverageConfig: [], DataSettings: [], LearnConfig: [], PartsConfig: []}  # fmt: skip
+           AlignConfig: [], AverageConfig: [], DataSettings: [], LearnConfig: [], PartsConfig: [],
+           FederatedConfig: []}  # fmt: skip
 # Parts of the keys that take each number; every other pair is an error.
 ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "modality_dropout",
         "ocr_min_confidence", "num_workers", "task_dropout", "max_ocr_words", "clip_norm", "weight_decay",
         "betas", "eval.every", "num_images", "steps.", "values.", "penalty", "similarity",
         "nondiagonal", "noise", "joint.gates.", "train.statistics", "router.threshold",
-        "ridge", "iterations", "a.dropout")  # fmt: skip
+        "ridge", "iterations", "zipf", "partition.test", "held_out", "missing", "single", "dropout",
+        "num_questions")  # fmt: skip
 NEEDS = {"router.weights": ["router.kind=fixed"], "router.top_p": ["router.kind=top_p"],
          "router.threshold": ["router.kind=threshold"], "router.noise_scale": ["router.noise=gaussian"],
          "losses.load": ["router.kind=top_k", "router.noise=gaussian"],
          "router.bias_rate": ["router.kind=top_k", "router.granularity=token"],
-         "experts.a.active_ranks": ["experts.a.rank_gates=token"]}  # fmt: skip
+         "experts.a.active_ranks": ["experts.a.rank_gates=token"],
+         "partition.alpha": ["partition.how=dirichlet_tasks"]}  # fmt: skip
 BELOW_ZERO = ("router.weights", "losses.entropy", "values.")
 HUGE = ("router.weights", "num_samples", "alpha", "temperature", "losses.", "lr.", "weight.", "count",
         "epochs", "max_length", "steps.", "pack_length", "clip_norm", "weight_decay", "save_every", "keep_",
         "max_non_finite_steps", "every", "seed", "max_ocr_words", "num_images", "num_probes", "new_tokens",
         "max_shard_gb", "last", "limit", "show", "similarity", "budget", "bound", "penalty", "values.", "runs",
-        "noise", "train.statistics", "ridge", "iterations", "bias_rate")  # fmt: skip
+        "noise", "train.statistics", "ridge", "iterations", "bias_rate", "zipf", "min_samples", "rounds",
+        "num_questions")  # fmt: skip
 
 
 def numbers() -> Iterator[tuple[type, str, str]]:

@@ -24,7 +24,7 @@ LEVELS = (
     ("moa.card", "moa.checkpoint", "moa.statistics"),
     ("moa.training", "moa.evaluation"),
     ("moa.merging", "moa.planning", "moa.federated"),
-    ("train", "eval", "scripts", "bench"),
+    ("train", "eval", "federate", "scripts", "bench"),
 )  # fmt: skip
 # Library -> the only modules that may import it; whatever else must work without it.
 ROOMS = {

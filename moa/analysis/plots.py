@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Rectangle
 
 from moa.files.atomic import atomic_file
 from moa.routing.roles import NONE
@@ -215,6 +216,24 @@ def draw_mean(axes: Axes, name: str, rows: Mapping[str, Any], reference: str, in
     axes.tick_params(axis="y", labelcolor=INK)
     axes.set_title(name.replace("_", " "))
     axes.grid(axis="x")
+
+
+def client_heat_map(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Scores of the global model and of each client's on every data set; a client's own have a frame."""
+    rows, columns = record["rows"], record["data_sets"]
+    values = np.array([[100 * rows[row]["scores"][name] for name in columns] for row in rows])
+    height = 1.4 + 0.26 * len(rows)
+    about = "per cent of each data set; framed: a tenth or more of what the client trains on"
+    with page(path, 2.2 + 0.8 * len(columns), height, "Clients and tasks", about) as figure:
+        axes = figure.subplots()
+        axes.imshow(values, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 60 else INK)
+            if rows[[*rows][row]]["own"].get(columns[column], 0) >= 0.1:
+                frame: Any = {"fill": False, "edgecolor": PALETTE[1], "linewidth": 1.5}
+                axes.add_patch(Rectangle((column - 0.47, row - 0.45), 0.94, 0.9, **frame))
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), [*rows])
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:

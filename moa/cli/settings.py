@@ -337,7 +337,7 @@ def as_mapping(value: Any, *, entry: bool = False) -> Any:
         return {n: as_mapping(getattr(value, n)) for n in names if not (entry and n == "name")}
     if isinstance(value, dict):
         return {key: as_mapping(inner, entry=True) for key, inner in value.items()}
-    return value
+    return [as_mapping(inner) for inner in value] if isinstance(value, list) else value
 
 
 def describe(cls: type) -> str:
@@ -361,7 +361,7 @@ def settings(cls: type, prefix: str) -> list[tuple[str, str, str | None, str]]:
             rows += settings(typing.cast(type, hint), f"{key}.")
             continue
         rows.append((key, type_name(hint), default_of(item), docs.get(item.name, "")))
-        if inner and key in ("experts", "stages", "data.sources", "sources"):
+        if inner and key in ("experts", "stages", "data.sources", "sources", "federated.clients"):
             within = settings(typing.cast(type, inner[0]), f"{key}.NAME.")
             rows += [row for row in within if row[0] != f"{key}.NAME.name"]
     return rows

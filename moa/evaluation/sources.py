@@ -34,12 +34,17 @@ def score_sources(
     *,
     progress: bool = False,
     processes: Processes = ALONE,
+    view: Callable[[Source], Source] = lambda dataset: dataset,
 ) -> list[Result]:
-    """The result of every data set of `config.eval`, on the main process; the others help, and have none."""
+    """The result of every data set of `config.eval`, on the main process; the others help, and have none.
+
+    `view` is what the model gets to see of a data set.
+    """
     settings = settings_of(config)
     collator = prompt_collator(model, config, withhold_task=settings.withhold_task)
     results = []
-    for source, dataset in open_datasets(model, config, ocr):
+    for source, whole in open_datasets(model, config, ocr):
+        dataset = view(whole)
         shared: dict[str, Any] = {"name": source.name, "progress": progress, "processes": processes}
         if isinstance(model, ClipMixture) and isinstance(collator, PairCollator):
             result = evaluate_pairs(model, dataset, collator, settings, **shared)

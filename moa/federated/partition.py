@@ -7,7 +7,9 @@ clients or held-out ones. Two training clients may have questions of different t
     how                shares
     even               every client the same share of every task
     by_task, by_style  each client one task (Pilot, FedDPA, FedLEASE), one style (MoAFCL); in turn, in order of names
+    by_source          each client one data set
     dirichlet_tasks    each client's mix of tasks is drawn from Dirichlet(alpha)
+    dirichlet_sources  each client's mix of data sets is
     dirichlet_sizes    each task's sizes over clients are (FCIT)
     dirichlet_labels   each label's sizes over clients are (FedMLLM)
 """
@@ -95,7 +97,9 @@ class Recipe:
         if self.how not in HOW:
             raise ValueError(f"how: must be one of {list(HOW)}, got {self.how!r}")
         if (self.alpha is not None) != self.how.startswith("dirichlet"):
-            raise ValueError(f"alpha: is of dirichlet_tasks, _sizes and _labels, got {self.alpha} for how={self.how}")
+            raise ValueError(
+                f"alpha: is of dirichlet_tasks, _sources, _sizes and _labels, got {self.alpha} for how={self.how}"
+            )
         least = {"clients": 1, "min_samples": 1, "held_out": 0, "zipf": 0, "single": 0}
         for key, value in least.items():
             if getattr(self, key) is not None and not getattr(self, key) >= value:
@@ -142,7 +146,9 @@ HOW: dict[str, tuple[str, Callable[[int, Recipe, np.random.Generator], Shares]]]
     "even": ("task", even),
     "by_task": ("task", in_turn),
     "by_style": ("style", in_turn),
+    "by_source": ("source", in_turn),
     "dirichlet_tasks": ("task", mixes),
+    "dirichlet_sources": ("source", mixes),
     "dirichlet_sizes": ("task", sizes),
     "dirichlet_labels": ("label", sizes),
 }
@@ -166,7 +172,8 @@ def make_clients(tags: Iterable[Tag], recipe: Recipe, seed: int, experts: Collec
     if recipe.how.startswith("by_") and training < len(keys):
         raise ValueError(f"clients: {recipe.how} needs a training client for each of {keys}, got {training}")
     shares = HOW[recipe.how][1](len(keys), recipe, rng) / np.arange(1, recipe.clients + 1) ** float(recipe.zipf)
-    has_ocr = ocr_clients(shares, keys, recipe, rng)
+    wanted = {key for key, needs_ocr in units if needs_ocr}
+    has_ocr = ocr_clients(shares, [key in wanted for key in keys], recipe, rng)
     images = sorted({image for own in units.values() for image in own})
     held = chosen(images, recipe.held_out / recipe.clients, rng)
     test = chosen(images, recipe.test, rng)
@@ -189,11 +196,11 @@ def make_clients(tags: Iterable[Tag], recipe: Recipe, seed: int, experts: Collec
     return found
 
 
-def ocr_clients(shares: Shares, keys: Sequence[str], recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """1 where a client has OCR, else 0: those with most of the OCR tasks, the others at random."""
+def ocr_clients(shares: Shares, wanted: Sequence[bool], recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+    """1 where a client has OCR, else 0: those with most of the keys that are `wanted`, the others at random."""
     if recipe.ocr_share is None:
         return np.ones(recipe.clients)
-    rows = [place for place, key in enumerate(keys) if key in recipe.ocr_tasks]
+    rows = [place for place, key in enumerate(wanted) if key]
     own, has = shares[rows].sum(0) + 1e-9 * rng.random(recipe.clients), np.zeros(recipe.clients)
     count = max(1, round(recipe.ocr_share * recipe.clients))
     has[np.argsort(-own, kind="stable")[:count]] = 1

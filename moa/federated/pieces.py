@@ -17,62 +17,17 @@ key. Every element belongs to exactly one role. A key is PART.KEY with the parts
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from torch import Tensor
 
+from moa.federated.roles import Role
 from moa.routing.router import axes_of
 
-CLIENTS = ("all", "owners")  # and has:MODALITY, task:NAME
-WEIGHTS = ("samples_of_role", "samples", "answer_tokens", "gate_mass", "uniform")
-SCOPES = ("global", "per_task", "per_group", "per_client")
-ELSEWHERE = ("trainable", "frozen", "absent")
 REST = "rest"
 Shape = Sequence[int]
 Span = tuple[int, int, int]  # axis, start, stop
-
-
-@dataclass(frozen=True, kw_only=True)
-class Role:
-    """A row of the table of roles. `rule` and `server` are rows of `moa.federated.rules`.
-
-    `keep` is a role that never leaves its client. `elsewhere` is what it is at a client that does not contribute.
-    """
-
-    name: str
-    match: tuple[str, ...]
-    clients: str = "all"
-    weight: str = "samples_of_role"
-    rule: str = "mean"
-    server: str = "none"
-    scope: str = "global"
-    keep: bool = False
-    elsewhere: str = "trainable"
-    clip: float | int | None = None  # the largest norm of a client's change of the role
-    into: str = ""  # with the rule carry, the frozen expert that it adds to
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the rule
-    server_options: Mapping[str, float | int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        closed = {"weight": WEIGHTS, "scope": SCOPES, "elsewhere": ELSEWHERE}
-        for key, choices in closed.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(f"roles.{self.name}.{key}: must be one of {choices}, got {getattr(self, key)!r}")
-        if self.clients not in CLIENTS and not re.fullmatch(r"(has|task):.+", self.clients):
-            choices = (*CLIENTS, "has:MODALITY", "task:NAME")
-            raise ValueError(f"roles.{self.name}.clients: must be one of {choices}, got {self.clients!r}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"roles.{self.name}.clip: must be more than 0, got {self.clip}")
-        if not self.match:
-            raise ValueError(f"roles.{self.name}.match: is empty")
-
-    def contributes(self, *, tasks: Sequence[str] = (), modalities: Sequence[str] = (), count: float | int = 0) -> bool:
-        """Whether a client with these tasks, modalities and samples of the role trains and sends it."""
-        kind, _, name = self.clients.partition(":")
-        allowed = {"has": name in modalities, "task": name in tasks, "owners": count > 0, "all": True}
-        return not self.keep and allowed[kind]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,12 +203,22 @@ def join(pieces: Sequence[Piece], values: Mapping[str, Tensor], into: Mapping[st
     return joined
 
 
-def print_roles(pieces: Sequence[Piece], roles: Sequence[Role], itemsize: int = 4) -> str:
-    """One line a role: numbers, bytes that a client sends, who contributes, weight, rule and scope."""
+def print_roles(
+    pieces: Sequence[Piece],
+    roles: Sequence[Role],
+    itemsize: int = 4,
+    senders: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """One line a role: numbers, bytes that a client sends, who contributes, weight, rule and scope.
+
+    With `senders`, the clients that send it.
+    """
     lines = [f"{'role':<20} {'numbers':>12} {'sent bytes':>12}  clients, weight, rule, scope, elsewhere"]
     for role in roles:
         numbers = sum(piece.numel for piece in pieces if piece.role == role.name)
         settings = f"{role.clients}, {role.weight}, {role.rule}, {role.scope}, {role.elsewhere}"
+        own = None if senders is None or role.keep else senders[role.name]
+        by = "" if own is None else f": {', '.join(own) or 'nobody'}"
         sent = 0 if role.keep else numbers * itemsize
-        lines.append(f"{role.name:<20} {numbers:>12,} {sent:>12,}  {'kept local' if role.keep else settings}")
+        lines.append(f"{role.name:<20} {numbers:>12,} {sent:>12,}  {'kept local' if role.keep else settings}{by}")
     return "\n".join(lines)

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 
-def seed_stage(seed: int, stage: int, accelerator: Accelerator) -> None:
+def seed_stage(seed: int, stage: int, process: int) -> None:
     """Each stage begins with streams of its own, whatever the stages before have drawn."""
-    torch.manual_seed((seed * 1000 + stage) * 10_000 + accelerator.process_index)
+    torch.manual_seed((seed * 1000 + stage) * 10_000 + process)
 
 
 def rng_tensors(accelerator: Accelerator) -> dict[str, Tensor]:

@@ -122,7 +122,7 @@ class Run:
         if groups:
             optimizer = make_optimizer(self.model, groups, stage.lr, config.train)
             strategy = make_strategy(accelerator, self.model, optimizer, self.layout, config)
-        seed_stage(config.seed, self.stage, accelerator)
+        seed_stage(config.seed, self.stage, accelerator.process_index)
         trainer = Trainer(
             model=self.model, accelerator=accelerator, strategy=strategy, groups=groups, stage=stage,
             losses=config.losses, train=config.train, tasks=config.data.tasks, sources=self.mixture.names,

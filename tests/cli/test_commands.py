@@ -9,7 +9,7 @@ import pytest
 from moa.cli.settings import expanded
 from tests import ROOT
 
-COMMANDS = ["train", "eval"] + sorted(
+COMMANDS = ["train", "eval", "federate"] + sorted(
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for folder in ("scripts", "bench")
     for file in (ROOT / folder).rglob("*.py")

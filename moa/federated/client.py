@@ -1,0 +1,415 @@
+"""What a client does in a round: from what it received to what it sends, by the steps of train.py.
+
+    received tensors -> stages, each with a fresh optimiser -> pieces of the roles that it trains, and counts
+
+What a client may not train gets no gradient there: roles of others that are frozen, a LoRA factor that rests in this
+round, ranks above its own.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from data.collate import IGNORED
+from data.config import SourceConfig
+from data.mixture import Mixture, Source
+from data.sample import Sample
+from data.sources import draws_of
+from moa.config import RunConfig
+from moa.federated.partition import Client, Row
+from moa.federated.pieces import Piece, Role, is_rest
+from moa.federated.rules import moving_factors
+from moa.model import MixtureModel
+from moa.parts import trained_parts
+from moa.training.batches import TrainingError
+from moa.training.random_state import seed_stage
+from moa.training.run import Run
+from moa.training.stages import parameter_groups
+from moa.training.step import train_step
+
+LEAST = 1e-3  # of a client's draws, of each of its sources
+Tensors = Mapping[str, Tensor]
+Counts = dict[str, dict[str, float]]  # role -> samples_of_role, samples, answer_tokens, gate_mass
+Log = Callable[[dict[str, Any]], None]
+
+
+# The samples of a client ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientSource:
+    """Some rows of a source, without what their client does not see."""
+
+    source: Source
+    rows: Sequence[Row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        row = self.rows[index]
+        return hide(self.source[row.tag.index], row.hidden)
+
+    def lengths(self, index: int) -> tuple[int, int]:
+        source: Any = self.source
+        return source.lengths(self.rows[index].tag.index)
+
+
+def hide(sample: Sample, hidden: Collection[str]) -> Sample:
+    """The sample without these modalities."""
+    values = {"ocr": {"ocr": None}, "image": {"image": None}}
+    changes: dict[str, Any] = {key: v for name in sorted(hidden) for key, v in values[name].items()}
+    return replace(sample, **changes) if changes else sample
+
+
+class ClientMixture(Mixture):
+    """A client's sources; every round goes on where the one before ended."""
+
+    start = 0
+
+    def locate(self, position: int) -> tuple[str, int]:
+        return super().locate(self.start + position)
+
+
+def client_mixture(
+    client: Client, sources: Mapping[str, Source], configs: Mapping[str, SourceConfig], seed: int
+) -> ClientMixture:
+    """A client draws from each source by the source's weight times the share of its samples that it has.
+
+    So a client with all samples draws as plain training does.
+    """
+    rows = defaultdict[str, list[Row]](list)
+    for row in client.train:
+        rows[row.tag.source].append(row)
+    own: dict[str, Source] = {
+        name: ClientSource(source=sources[name], rows=rows[name]) for name in sources if name in rows
+    }
+    shares = {name: len(source) / len(sources[name]) for name, source in own.items()}
+    if any(config.counts_draws for config in configs.values()):
+        draws = {n: max(1, round(draws_of(configs[n], len(sources[n])) * share)) for n, share in shares.items()}
+        return ClientMixture(own, draws=draws, seed=seed)
+    weights = {n: (1.0 if configs[n].weight is None else configs[n].weight or 0.0) * s for n, s in shares.items()}
+    total = sum(weights.values())
+    return ClientMixture(own, {n: max(w, LEAST * total) for n, w in weights.items()}, seed=seed)
+
+
+# What it trains ---------------------------------------------------------------------------------------
+
+
+def tensors_of(model: MixtureModel, config: RunConfig) -> dict[str, Tensor]:
+    """What a federation sends and receives, by PART.KEY; it shares the model's memory."""
+    parts = trained_parts(config)
+    found = {f"{part}.{key}": p.detach() for part, row in parts.items() for key, p in row.parameters(model).items()}
+    if config.router.row.learns == "means":
+        found |= {f"router.{key}": buffer for key, buffer in model.router.named_buffers()}
+    return found
+
+
+def trainable(model: MixtureModel, config: RunConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of those that some stage may train."""
+    groups = parameter_groups(model, config)
+    found = {f"{part}.{key}": tuple(p.shape) for part, group in groups.items() for key, p in group.items()}
+    if config.router.row.learns == "means":
+        found |= {f"router.{key}": tuple(buffer.shape) for key, buffer in model.router.named_buffers()}
+    return found
+
+
+def concerns(role: Role, expert: str | None, evidence: Collection[str], routed: Collection[str]) -> bool:
+    """Whether a sample, which is of an expert and has these kinds of evidence, is one of a role.
+
+    A sample of an unknown expert is one of every expert; every sample is one of the experts that are not routed.
+    """
+    for match in role.match:
+        part, _, what = match.partition(":")
+        by, _, name = what.partition("=")
+        if part == "router" and by == "evidence":
+            found = name in evidence
+        elif part == "router" and by == "missing":
+            found = name not in evidence
+        else:
+            named = name if by == "row" else what.partition(".")[0] if part == "experts" else ""
+            found = is_rest(match) or named not in routed or expert in (None, named)
+        if found:
+            return True
+    return False
+
+
+def evidence_of(modalities: Collection[str]) -> set[str]:
+    return {"text", "task", *modalities}
+
+
+def holdings(client: Client, roles: Sequence[Role], routed: Collection[str]) -> Counter[str]:
+    """How many training samples of each role a client has."""
+    found: Counter[str] = Counter()
+    for (expert, evidence), number in _kinds(client).items():
+        found.update({role.name: number for role in roles if concerns(role, expert, evidence, routed)})
+    return found
+
+
+def _kinds(client: Client) -> Counter[tuple[str | None, frozenset[str]]]:
+    rows = client.train
+    return Counter((row.tag.expert, frozenset(evidence_of(row.tag.modalities - row.hidden))) for row in rows)
+
+
+def tasks_of(client: Client) -> tuple[str, ...]:
+    return tuple(sorted({row.tag.task for row in client.train}))
+
+
+def modalities_of(client: Client) -> tuple[str, ...]:
+    return tuple(sorted({m for row in client.train for m in row.tag.modalities - row.hidden}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """What a client trains in a round."""
+
+    sends: tuple[Role, ...]
+    keeps: tuple[Role, ...]
+    free: Tensors  # by PART.KEY: 1 where the client trains, 0 where a value stays as it was received
+    above: tuple[Piece, ...] = ()  # ranks that the client does not have: 0 there
+    absent: frozenset[str] = frozenset()  # experts that the client does not have: their gates are 0 there
+
+
+def assign(
+    client: Client,
+    roles: Sequence[Role],
+    pieces: Sequence[Piece],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    routed: Collection[str],
+    factors: str = "both",
+    round_: int = 1,
+    rank: int | None = None,
+    lacks: Collection[str] = (),
+) -> Assignment:
+    """A role is trained and sent where the client contributes to it and has samples of it, and may train some of it.
+
+    `lacks` are experts that the client does not have. ValueError where a role that it sends has one of these and other
+    pieces, where samples are of one, and where no routed expert is left.
+    """
+    held, who = holdings(client, roles, routed), {"tasks": tasks_of(client), "modalities": modalities_of(client)}
+    sends = [r for r in roles if held[r.name] and r.contributes(**who, count=held[r.name])]
+    keeps = [role for role in roles if role.keep]
+    still = {r.name for r in roles if r not in sends and not r.keep and r.elsewhere != "trainable"}
+    free = {key: torch.ones(shape, dtype=torch.bool) for key, shape in shapes.items()}
+    above = ranks_above(shapes, rank)
+    gone = {r.name for r in roles if r.name in still and r.elsewhere == "absent"}
+    absent = {*lacks, *(p.key.split(".")[1] for p in pieces if p.role in gone and p.key.startswith("experts."))}
+    missing = [p for p in pieces if p.key.startswith("experts.") and p.key.split(".")[1] in absent]
+    for piece in [*(p for p in pieces if p.role in still), *missing, *above]:
+        piece.of(free).zero_()
+    moving = moving_factors(factors, round_)
+    for key, mask in free.items():
+        if key.endswith((".lora_A.weight", ".lora_B.weight")) and key[-8] not in moving:
+            mask.zero_()
+    learning = {piece.role for piece in pieces if bool(piece.of(free).any())}
+    sent = tuple(role for role in sends if role.name in learning)
+    if mixed := sorted({p.role for p in missing} & {role.name for role in sent}):
+        rule = f"sends the role {mixed[0]}, and lacks an expert of it; make a role of each expert, by {{expert}}"
+        raise ValueError(f"{client.name} {rule}")
+    if own := sorted({str(row.tag.expert) for row in client.train} & absent):
+        raise ValueError(f"{client.name} has samples of the expert {own[0]}, and lacks it")
+    if absent >= {*routed}:
+        raise ValueError(f"{client.name} has no routed expert: it lacks {sorted(absent)}")
+    return Assignment(sends=sent, keeps=tuple(keeps), free=free, above=tuple(above), absent=frozenset(absent))
+
+
+def ranks_above(shapes: Mapping[str, tuple[int, ...]], rank: int | None) -> list[Piece]:
+    """Rows of A and columns of B of the ranks from `rank` on."""
+    axes, found = {".lora_A.weight": 0, ".lora_B.weight": 1}, []
+    for key, shape in shapes.items():
+        axis = axes.get(key[-14:])
+        if rank is not None and axis is not None and key.startswith("experts.") and shape[axis] > rank:
+            size = shape[axis] - rank
+            own = (*shape[:axis], size, *shape[axis + 1 :])
+            found.append(Piece(key=key, shape=own, role="", axis=axis, start=rank, stop=shape[axis]))
+    return found
+
+
+@contextmanager
+def without(model: MixtureModel, absent: Collection[str]) -> Iterator[None]:
+    """Inside, these experts get no gate, and the router chooses among the others."""
+    names, device = model.bank.names, next(model.parameters()).device
+    model.available = torch.tensor([name not in absent for name in names], device=device) if absent else None
+    try:
+        yield
+    finally:
+        model.available = None
+
+
+@contextmanager
+def only_free(parameters: Mapping[str, torch.nn.Parameter], free: Tensors) -> Iterator[None]:
+    """Inside, what is not free gets no gradient."""
+    hooks = []
+    for key, parameter in parameters.items():
+        if parameter.requires_grad and key in free and not bool(free[key].all()):
+            mask = free[key].to(parameter.device)
+            hooks.append(parameter.register_hook(lambda gradient, mask=mask: gradient * mask))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# Its losses -------------------------------------------------------------------------------------------
+
+
+def proximal(values: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
+    """Half the squared distance to what was received (FedProx, Li et al. 2020, arXiv 1812.06127, equation 2)."""
+    return 0.5 * torch.stack([((now - then) ** 2).sum() for now, then in zip(values, start, strict=True)]).sum()
+
+
+# Name in `federated.losses` -> a term of (the pieces that the client sends, as they are; as they were received).
+TERMS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {"prox": proximal}
+
+
+# A round ----------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Work:
+    """What a client has done in a round; `values` are those of the roles that it sends, `kept` of those it keeps."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    counts: Counts = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)  # of each step
+
+
+@torch.no_grad()
+def receive(model: MixtureModel, config: RunConfig, received: Tensors, above: Sequence[Piece] = ()) -> None:
+    """Put what was received into the model, with 0 in the ranks that the client does not have."""
+    own = tensors_of(model, config)
+    for key, tensor in own.items():
+        tensor.copy_(received[key])
+    for piece in above:
+        piece.of(own).zero_()
+
+
+def client_update(
+    run: Run,
+    assignment: Assignment,
+    received: Tensors,
+    pieces: Sequence[Piece],
+    roles: Sequence[Role],
+    *,
+    losses: Mapping[str, float],
+    place: tuple[int, int],
+    log: Log,
+) -> Work:
+    """Train what a client received by the stages of `run`, which is fresh, and return what it sends.
+
+    `place` seeds the random streams: the number of stages before this round, and the number of the client.
+    TrainingError and BadSampleError pass.
+    """
+    model, config, work = run.model, run.config, Work()
+    receive(model, config, received, assignment.above)
+    start = {key: tensor.clone() for key, tensor in tensors_of(model, config).items()}
+    routed = {n for n, g in zip(model.bank.names, model.routing.roles.gates, strict=True) if g == "routed"}
+    counts: Counts = {role.name: defaultdict(float) for role in roles}
+    while not run.done:
+        trainer = run.begin_stage(None)
+        try:
+            seed_stage(config.seed, place[0] + run.stage, place[1])
+            parameters = {f"{part}.{key}": p for part, group in trainer.groups.items() for key, p in group.items()}
+            with only_free(parameters, assignment.free), without(model, assignment.absent):
+                term = extra_loss(parameters, start, assignment, pieces, losses)
+                for micro_batches in run.steps():
+                    result = train_step(trainer, micro_batches, run.stage_step, extra_loss=term)
+                    hold(model, config, start, assignment.free)
+                    _log(run, result.metrics, result.problem, work, log)
+                    for batch, _ in micro_batches:
+                        if batch is not None:
+                            count(counts, batch, roles, routed, result.metrics)
+                    run.end_stage()
+        finally:
+            trainer.close()
+    if not work.losses:
+        raise TrainingError("no step was finite")
+    now = tensors_of(model, config)
+    for names, values in ((assignment.sends, work.values), (assignment.keeps, work.kept)):
+        chosen = {role.name for role in names if role.keep or counts[role.name]["samples_of_role"]}
+        values |= {p.name: p.of(now).detach().cpu().clone() for p in pieces if p.role in chosen}
+    sent = {role.name for role in assignment.sends if counts[role.name]["samples_of_role"]}
+    work.counts = {name: dict(found) for name, found in counts.items() if name in sent}
+    return work
+
+
+def _log(run: Run, metrics: Mapping[str, float], problem: str | None, work: Work, log: Log) -> None:
+    """One line of a step; TrainingError where it was not finite and that stops the client."""
+    if problem is not None:
+        run.non_finite_steps += 1
+        train = run.config.train
+        if train.on_non_finite == "stop" or run.non_finite_steps > train.max_non_finite_steps:
+            raise TrainingError(problem)
+        log(run.header() | {"not_finite": problem})
+        return
+    work.losses.append(metrics["loss"])
+    log(run.header() | dict(metrics))
+
+
+@torch.no_grad()
+def hold(model: MixtureModel, config: RunConfig, start: Tensors, free: Tensors) -> None:
+    """Put back what is not free: weight decay and running sums move it without a gradient."""
+    if config.train.weight_decay or config.router.row.learns == "means":
+        for key, tensor in tensors_of(model, config).items():
+            if key in free and not bool(free[key].all()):
+                tensor.copy_(torch.where(free[key].to(tensor.device), tensor, start[key]))
+
+
+def extra_loss(
+    parameters: Tensors, start: Tensors, assignment: Assignment, pieces: Sequence[Piece], losses: Mapping[str, float]
+) -> Callable[[], Tensor] | None:
+    """The weighted terms over the pieces that the client trains in this stage and sends; None without any."""
+    sent = {role.name for role in assignment.sends}
+    chosen = [piece for piece in pieces if piece.role in sent and piece.key in parameters]
+    weights = {name: weight for name, weight in losses.items() if weight}
+    if not weights or not chosen:
+        return None
+    before = [piece.of(start) for piece in chosen]
+
+    def term() -> Tensor:
+        now = [piece.of(parameters) for piece in chosen]
+        return torch.stack([weight * TERMS[name](now, before) for name, weight in weights.items()]).sum()
+
+    return term
+
+
+def count(
+    counts: Counts, batch: Batch, roles: Iterable[Role], routed: Collection[str], metrics: Mapping[str, float]
+) -> None:
+    """Add a batch to the counts of each role."""
+    tokens = answer_tokens(batch)
+    for sample, image, number in zip(batch.samples, batch.image_mask.tolist(), tokens, strict=True):
+        has = [*(["image"] if image else []), *(["ocr"] if sample.ocr else [])]
+        for role in roles:
+            own = counts[role.name]
+            own["samples"] += 1
+            if concerns(role, sample.expert, evidence_of(has), routed):
+                own["samples_of_role"] += 1
+                own["answer_tokens"] += number
+            own["gate_mass"] += gate_mass(role, sample.task, metrics)
+
+
+def answer_tokens(batch: Batch) -> list[int]:
+    """Supervised tokens of each sample."""
+    if batch.labels is None:
+        return [0] * len(batch)
+    owners = batch.token_samples()[batch.labels != IGNORED]
+    return torch.bincount(owners[owners >= 0], minlength=len(batch)).tolist()
+
+
+def gate_mass(role: Role, task: str, metrics: Mapping[str, float]) -> float:
+    """The mean gate of the experts that a role names, over the step's samples of a task; 1 for a role without any."""
+    named = {word for match in role.match for word in re.split("[:.=]", match)}
+    gates = {key.rpartition("/")[2]: gate for key, gate in metrics.items() if key.startswith(f"gates/{task}/")}
+    found = [gates[name] for name in sorted(named & gates.keys())]
+    return sum(found) if found else 1.0

@@ -1,0 +1,179 @@
+"""Settings of a federation: those of the run that comes out of it, and `federated`. Nothing here imports torch."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from math import cos, pi
+from typing import Any, Literal
+
+from moa.cli.ranges import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    Size,
+)
+from moa.cli.settings import Wrong, check
+from moa.config import RunConfig, StageConfig
+from moa.federated.partition import Recipe
+from moa.federated.roles import Role
+
+RATES = ("experts", "router", "projector")
+EACH = "{expert}"  # in a role's name and match: a role for each expert that no other role names
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionConfig:
+    clients: Size = 10  # called client-0, client-1, ...
+    # even, by_source, by_task, by_style, dirichlet_sources, dirichlet_tasks, dirichlet_sizes or dirichlet_labels
+    how: str = "by_source"
+    alpha: Positive | None = None  # of a Dirichlet distribution: small is uneven
+    zipf: NotNegative = 0.0  # client k has a share of 1 / k^zipf
+    min_samples: Count = 1  # training samples that each client has at least
+    test: ShareBelowOne = 0.0  # share of the images that nobody trains on
+    held_out: CountOrZero = 0  # of the clients, the last ones: they never train
+    # of the clients have OCR words, and the samples of ocr_tasks; null: all of them
+    ocr_share: ShareAboveZero | None = None
+    ocr_tasks: list[str] = field(default_factory=lambda: ["ocr_vqa"])
+    # which the three below hide
+    modalities: list[str] = field(default_factory=lambda: ["image", "ocr"])
+    missing: ShareBelowOne = 0.0  # chance that a modality of a sample is hidden
+    missing_at_client: ShareBelowOne = 0.0  # chance that a modality of a client is
+    single: CountOrZero | None = None  # so many clients see the first modality alone, the others all but the first
+
+    def __post_init__(self) -> None:
+        relative(self.recipe)
+
+    def recipe(self) -> Recipe:
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
+        return Recipe(**values | {key: tuple(values[key]) for key in ("ocr_tasks", "modalities")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleConfig:
+    """A row of the table; the fields are those of `moa.federated.roles.Role`."""
+
+    name: str
+    match: list[str]
+    clients: str = "all"
+    weight: str = "samples_of_role"
+    rule: str = "mean"
+    server: str = "none"
+    scope: str = "global"
+    keep: bool = False
+    elsewhere: str = "trainable"
+    clip: Positive | None = None
+    into: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    server_options: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        relative(self.role, f"roles.{self.name}.")
+
+    def role(self, expert: str = EACH) -> Role:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        name, match = self.name.replace(EACH, expert), tuple(m.replace(EACH, expert) for m in self.match)
+        return Role(**{**values, "name": name, "match": match})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientConfig:
+    steps: ShareAboveZero = 1.0  # share of each stage's steps that the client does
+    rank: Size | None = None  # ranks of every expert that it trains and sees; null: all
+    experts: list[str] | None = None  # that it has, at least one that is routed; null: all
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederatedConfig:
+    rounds: Count = 3
+    participation: ShareAboveZero = 1.0  # share of the clients that are drawn for each round
+    dropout: ShareBelowOne = 0.0  # chance that a client which was drawn sends nothing
+    lr_end: Share = 0.1  # cosine over rounds, down to this share of the stages' learning rates
+    # of LoRA that all clients train in a round: both; freeze_a: B; alternate: B in odd rounds, A in even ones
+    factors: Literal["both", "freeze_a", "alternate"] = "both"
+    # added to each client's loss, with a weight: {prox: 0.01} is FedProx
+    losses: dict[str, NotNegative] = field(default_factory=dict)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    # the table of roles: name, match, clients, weight, rule, server, scope, keep, elsewhere, ... (docs/federated.md);
+    # empty: the mean of everything over all clients (FedAvg)
+    roles: list[RoleConfig] = field(default_factory=list)
+    clients: dict[str, ClientConfig] = field(default_factory=dict)  # what is special about one, by name
+    # of each data set in the table of clients and tasks at the end; 0: no table
+    num_questions: CountOrZero = 32
+
+    def __post_init__(self) -> None:
+        number = self.partition.clients - self.partition.held_out
+        rule = f"{self.participation:g} of {number} clients is none; it must leave one or more"
+        check(self.drawn >= 1, "participation", rule)
+
+    @property
+    def drawn(self) -> int:
+        """Clients in each round."""
+        return round(self.participation * (self.partition.clients - self.partition.held_out))
+
+    def rate_factor(self, round_: int) -> float:
+        """Share of the learning rates in round 1, 2, ...: all of them in the first."""
+        return 1 - (1 - self.lr_end) * 0.5 * (1 - cos(pi * (round_ - 1) / self.rounds))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederateConfig(RunConfig):
+    federated: FederatedConfig = field(default_factory=FederatedConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.stages), "stages", "names none: they are what a client does in a round")
+        for name, stage in self.stages.items():
+            for key in ("init_from", "copy_of", "sources", "expert"):
+                rule = "has no effect in a federation: every round begins with what the server sends"
+                check(getattr(stage, key) is None, f"stages.{name}.{key}", rule)
+
+    def run(self) -> RunConfig:
+        """The settings of the run that comes out, as train.py has them."""
+        return RunConfig(**{item.name: getattr(self, item.name) for item in fields(RunConfig)})
+
+
+def relative(make: Any, prefix: str = "") -> None:
+    """Call it, with its ValueError as one of a setting of this class."""
+    try:
+        make()
+    except ValueError as error:
+        key, _, rule = str(error).removeprefix(prefix).partition(": ")
+        raise Wrong(key, rule) from None
+
+
+def make_roles(roles: Sequence[RoleConfig], experts: Collection[str]) -> list[Role]:
+    """The table with a role for each expert, of those that train, in the place of one with {expert}."""
+    roles = roles or [RoleConfig(name="all", match=["rest"])]
+    named = {match.partition(":")[2].partition(".")[0] for role in roles for match in role.match}
+    found = []
+    for role in roles:
+        if not any(EACH in match for match in role.match):
+            found.append(role.role())
+            continue
+        check(EACH in role.name, "federated.roles", f"{role.name} matches {EACH}, so its name must have it too")
+        left = [name for name in experts if name not in named]
+        check(bool(left), "federated.roles", f"{role.name} is for each expert that no other role names: there is none")
+        found += [role.role(name) for name in left]
+    return found
+
+
+def stages_of(config: FederateConfig, round_: int, client: ClientConfig) -> dict[str, StageConfig]:
+    """What a client does in a round: the stages with its steps and the round's learning rates."""
+    factor = config.federated.rate_factor(round_)
+    return {name: _stage(stage, factor, client.steps) for name, stage in config.stages.items()}
+
+
+def _stage(stage: StageConfig, factor: float, share: float) -> StageConfig:
+    steps = max(1, round(share * stage.steps))
+    lr = replace(stage.lr, **{name: getattr(stage.lr, name) * factor for name in RATES})
+    return replace(stage, steps=steps, warmup_steps=min(stage.warmup_steps, steps), lr=lr)
+
+
+def special(config: FederatedConfig, clients: Sequence[str]) -> Mapping[str, ClientConfig]:
+    """The settings of every client; ValueError for those of a client that there is not."""
+    for name in config.clients:
+        check(name in clients, f"federated.clients.{name}", f"no such client; choices: {', '.join(clients)}")
+    return {name: config.clients.get(name, ClientConfig()) for name in clients}

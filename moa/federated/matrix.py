@@ -1,0 +1,143 @@
+"""Clients and tasks: the global model, and the model of each client as it has it, on every data set of `eval`.
+
+personal    mean over training clients, each by its own model on data sets like its own, weighted by its samples
+global      mean over data sets of the global model
+worst       the client with the lowest such score
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+
+from data.mixture import Source
+from data.sample import Sample
+from moa.analysis.plots import client_heat_map
+from moa.config import RunConfig
+from moa.evaluation.result import plain_table
+from moa.evaluation.settings import chosen_sources, with_eval
+from moa.evaluation.sources import score_sources
+from moa.federated.aggregate import digest_of
+from moa.federated.client import hide, modalities_of, without
+from moa.federated.partition import Client
+from moa.federated.simulate import Federation
+from moa.files.atomic import write_json
+
+GLOBAL, FILE = "global", "federated.json"
+MODALITIES = ("image", "ocr")
+MARKED = 0.1  # share of a client's samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """A data set as a client sees it that lacks a modality."""
+
+    dataset: Source
+    hidden: frozenset[str]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return hide(self.dataset[index], self.hidden)
+
+
+def score_clients(federation: Federation) -> dict[str, Any] | None:
+    """Scores by client and data set, written to the run folder; None where there is no data set, or none is asked for.
+
+    What several clients have alike is scored once. The model then has the global values again.
+    """
+    run, number = federation.run, federation.config.federated.num_questions
+    if not number or not (run.eval.sources or run.data.validation):
+        return None
+    config = with_eval(run, num_samples=number, num_images=0, gates="router", compare=[])
+    server = federation.state.server.tensors
+    nothing, rounds = frozenset[str](), federation.config.federated.rounds
+    rows: dict[str, Any] = {GLOBAL: {"scores": score(federation, config, server, nothing, nothing), "own": {}}}
+    found = {(digest_of(server), nothing, nothing): rows[GLOBAL]["scores"]}
+    for client in federation.clients:
+        tensors, hidden = federation.delivered(client), frozenset(MODALITIES) - {*modalities_of(client)}
+        absent = nothing if client.held_out else federation.assignment(client, rounds).absent
+        key = digest_of(tensors), hidden, absent
+        if key not in found:
+            found[key] = score(federation, config, tensors, hidden, absent)
+        rows[client.name] = {"scores": found[key], "own": own_of(client, config), "held_out": client.held_out}
+    federation.show(server)
+    record = {"data_sets": [*rows[GLOBAL]["scores"]], "rows": rows, "summary": summary(rows)}
+    write_json(federation.folder / FILE, record)
+    client_heat_map(federation.folder / "pictures" / "clients.png", record)
+    return record
+
+
+def score(
+    federation: Federation,
+    config: RunConfig,
+    tensors: Mapping[str, Tensor],
+    hidden: frozenset[str],
+    absent: frozenset[str],
+) -> dict[str, float]:
+    """The score of each data set, without the modalities and experts that a client lacks."""
+    federation.show(tensors)
+    federation.model.eval()
+    with without(federation.model, absent):
+        results = score_sources(federation.model, config, view=lambda dataset: Seen(dataset=dataset, hidden=hidden))
+    return {result.name: result.score["value"] or 0.0 for result in results}
+
+
+def own_of(client: Client, config: RunConfig) -> dict[str, float]:
+    """The data sets like what a client trains on, by the name of a source or else by task: shares of its samples."""
+    chosen = chosen_sources(config)
+    sources, tasks = (Counter(getattr(row.tag, kind) for row in client.train) for kind in ("source", "task"))
+    found = {source.name: sources[source.name] for source in chosen}
+    if not any(found.values()):
+        found = {source.name: tasks[source.task or source.name] for source in chosen}
+    total = sum(found.values())
+    return {name: number / total for name, number in found.items() if number}
+
+
+def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers at the head of this module, and the mean of clients that never trained."""
+
+    def mean(values: list[float]) -> float | None:
+        return sum(values) / len(values) if values else None
+
+    own = {n: sum(share * row["scores"][m] for m, share in row["own"].items()) for n, row in rows.items() if row["own"]}
+    training = {name: value for name, value in own.items() if not rows[name]["held_out"]}
+    unseen = [value for name, value in own.items() if rows[name]["held_out"]]
+    worst = min(training, key=lambda name: training[name]) if training else None
+    return {
+        "personal": mean([*training.values()]),
+        "global": mean([*rows[GLOBAL]["scores"].values()]),
+        "worst": None if worst is None else {"client": worst, "value": training[worst]},
+        "unseen_client": mean(unseen),
+    }
+
+
+def table(record: Mapping[str, Any]) -> Table:
+    """A row for the global model and for each client."""
+    grid = plain_table()
+    grid.title = "scores in per cent; * a tenth or more of what the client trains on"
+    grid.add_column("", no_wrap=True)
+    for name in record["data_sets"]:
+        grid.add_column(name, justify="right", no_wrap=True)
+    for name, row in record["rows"].items():
+        cells = [
+            f"{100 * row['scores'][n]:.0f}{'*' if row['own'].get(n, 0) >= MARKED else ' '}" for n in record["data_sets"]
+        ]
+        grid.add_row(name + (" held out" if row.get("held_out") else ""), *cells)
+    return grid
+
+
+def line_of(record: Mapping[str, Any]) -> str:
+    found = record["summary"]
+    parts = [f"global {100 * found['global']:.1f}"]
+    if found["personal"] is not None:
+        worst = found["worst"]
+        parts.append(f"personal {100 * found['personal']:.1f}")
+        parts.append(f"worst client {worst['client']} {100 * worst['value']:.1f}")
+    if found["unseen_client"] is not None:
+        parts.append(f"unseen client {100 * found['unseen_client']:.1f}")
+    return ", ".join(parts)
