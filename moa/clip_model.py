@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+import moa.contrastive as contrastive
 from data.batch import Batch
 from data.pairs import PairBatch, fill, only_images, only_texts, templates
-from moa import contrastive
 from moa.model import MixtureModel, MixtureOutput
 from moa.routing.routing import Gates
 from moa.routing.schedule import GateDraws

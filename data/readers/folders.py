@@ -24,7 +24,7 @@ from data.images import is_hidden
 from data.readers.captions import CAPTION
 from data.readers.fields import text
 from data.readers.index import Arrays, cached
-from data.readers.record import Record, Records
+from data.readers.record import Record, RecordDataset, Records
 from data.readers.rows import ListRows, Row
 from data.readers.table import FILE, reads
 
@@ -58,6 +58,22 @@ def parse_file(row: Row, root: Path, classes: tuple[str, ...]) -> Record:
     file, number = row.value, row.value.relative_to(root).as_posix()
     name = (file.parent.name,)
     return Record(id=number, image_id=number, image=file, answers=name, choices=classes)
+
+
+def open_images(folder: str | Path, question: str, task: str) -> RecordDataset:
+    """The same question about every image in a folder and below, by its path there; ValueError where there is none."""
+    root = Path(folder)
+    found = (f for f in root.rglob("*") if f.suffix.lower().lstrip(".") in IMAGES and f.is_file())
+    files = sorted(f for f in found if not is_hidden(f.relative_to(root)))
+    if not files:
+        raise ValueError(f"{root}: holds no image ({', '.join(IMAGES)})")
+    records = Records(rows=ListRows(files, file_row), parse=partial(parse_image, root=root, question=question))
+    return RecordDataset(records=records, source=root.name or "images", default_task=task)
+
+
+def parse_image(row: Row, root: Path, question: str) -> Record:
+    name = row.value.relative_to(root).as_posix()
+    return Record(id=name, image_id=name, image=row.value, question=question)
 
 
 class TarRows:

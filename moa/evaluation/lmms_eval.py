@@ -19,7 +19,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL.Image import Image
 from rich.progress import track
 
-from moa.evaluation.predict import load, predict_batch
+from moa.evaluation.predict import load
 
 KNOWN = {"max_new_tokens", "num_beams", "until", "do_sample", "temperature", "top_p"}
 
@@ -68,7 +68,7 @@ class Moa(lmms):
         super().__init__()
         self.model = load(run, like=like, device=device)
         self.gates, self.task, self.batch_size = gates, task, int(batch_size)
-        predict_batch(self.model, [], task, gates=gates)  # refuses wrong arguments at once
+        self.model.ask_all([], task, gates=gates)  # refuses wrong arguments at once
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answers in the order of the requests; neighbours with equal options share a batch."""
@@ -76,15 +76,14 @@ class Moa(lmms):
         for options, group in groupby(requests, lambda request: Options.of(request.args[1])):
             same = list(group)
             for start in track(range(0, len(same), self.batch_size), "moa", transient=True):
-                found = predict_batch(
-                    self.model,
+                found = self.model.ask_all(
                     [self.pair(request) for request in same[start : start + self.batch_size]],
                     self.task,
                     gates=self.gates,
                     max_new_tokens=options.max_new_tokens,
                     num_beams=options.num_beams,
                 )
-                answers += [options.cut(prediction.answer) for prediction in found]
+                answers += [options.cut(prediction.text) for prediction in found]
         return answers
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:

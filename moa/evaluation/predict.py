@@ -1,11 +1,11 @@
 """One answer: model, image, question -> text, box, gates. The evaluation, lmms-eval and pages answer by this.
 
-from moa.evaluation.predict import load, predict
+from moa import load
 
 model = load("runs/demo")
-found = predict(model, "street.png", "what is written on the sign?", task="ocr_vqa")
-found.answer    # "exit"
-found.gates     # {"vqa": 0.04, "ocr_vqa": 0.93, ...}
+found = model.ask("street.png", "what is written on the sign?", task="ocr_vqa")
+found.text    # "exit"
+found.gates   # {"vqa": 0.04, "ocr_vqa": 0.93, ...}
 """
 
 import math
@@ -37,20 +37,78 @@ ImageLike = Any  # a path, a PIL image, or an array [height, width, 3] of bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The answer, its box in pixels of the given image, and each expert's mean gate; None where tokens differ."""
+    """The text, its box in pixels of the given image, and each expert's mean gate; None where tokens differ."""
 
-    answer: str
+    text: str
     box: Box | None
     gates: dict[str, float] | None
+
+    @property
+    def answer(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model with the config that its prompt comes from, and its OCR."""
+    """A model with the config that its prompt comes from, and its OCR; `load` makes it."""
 
     network: MixtureModel
     config: RunConfig
     ocr: OcrCache | None
+
+    @property
+    def experts(self) -> list[str]:
+        """The names of the experts, in the order of their gates; empty for a base."""
+        return self.network.bank.names
+
+    def ask(
+        self,
+        image: ImageLike,
+        question: str,
+        task: str | None = None,
+        *,
+        gates: str = "router",
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+    ) -> Prediction:
+        """The answer to a question about an image: a path, a PIL image, or an array [height, width, 3] of bytes.
+
+        Without a task neither prompt nor router gets one. `gates` is router, uniform, ensemble, off (the base), the
+        name of an expert (it alone) or without:NAME. Lengths are by default those of the run's `eval`.
+        """
+        lengths = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        return self.ask_all([(image, question)], task, gates=gates, **lengths)[0]
+
+    def ask_all(
+        self,
+        pairs: Sequence[tuple[ImageLike, str]],
+        task: str | None = None,
+        *,
+        gates: str = "router",
+        max_new_tokens: int | None = None,
+        num_beams: int | None = None,
+    ) -> list[Prediction]:
+        """Answers to (image, question) pairs of one task, in one batch; otherwise as `ask`."""
+        network, config = self.network, self.config
+        network.answering()  # refuses a CLIP
+        if task is not None and task not in config.data.tasks:
+            raise ValueError(f"task={task}: unknown; choices: {', '.join(config.data.tasks)}")
+        check_gates(gates, network.bank.names, network.routing.granularity)
+        if gates == "oracle":
+            raise ValueError("gates=oracle: a question alone names no expert; name one: gates=NAME")
+        if not pairs:
+            return []
+        collator = prompt_collator(network, config, withhold_task=task is None)
+        blank = Sample(id="", image_id="", image=None, question="", answers=(), task=task or "", source="predict")
+        samples = []
+        for number, (given, question) in enumerate(pairs):
+            image, name = read_image(given), str(number)
+            words = self.ocr(image) if self.ocr is not None else None
+            own = replace(blank, id=name, image_id=name, image=image, question=question, ocr=words)
+            samples.append(own)
+        lengths = max_new_tokens or config.eval.max_new_tokens, num_beams or config.eval.num_beams
+        responses, _ = respond(network, collator, collator(samples), gates, *lengths)
+        return [prediction_of(network, collator, response) for response in responses]
 
 
 def load(run: str | Path, *, like: str | Path | None = None, device: str = "auto") -> LoadedModel:
@@ -61,43 +119,8 @@ def load(run: str | Path, *, like: str | Path | None = None, device: str = "auto
 
 
 def predict(model: LoadedModel, image: ImageLike, question: str, task: str | None = None, **options: Any) -> Prediction:
-    """The answer to one question about one image; the options are those of `predict_batch`."""
-    return predict_batch(model, [(image, question)], task, **options)[0]
-
-
-def predict_batch(
-    model: LoadedModel,
-    pairs: Sequence[tuple[ImageLike, str]],
-    task: str | None = None,
-    *,
-    gates: str = "router",
-    max_new_tokens: int | None = None,
-    num_beams: int | None = None,
-) -> list[Prediction]:
-    """Answers to (image, question) pairs of one task; without a task neither prompt nor router gets one.
-
-    `gates` is a rule as in `eval.gates`, but for the oracle; lengths are by default those of the run's `eval`.
-    """
-    network, settings = model.network, model.config.eval
-    network.answering()  # refuses a CLIP
-    if task is not None and task not in model.config.data.tasks:
-        raise ValueError(f"task={task}: unknown; choices: {', '.join(model.config.data.tasks)}")
-    check_gates(gates, network.bank.names, network.routing.granularity)
-    if gates == "oracle":
-        raise ValueError("gates=oracle: a question alone names no expert; name one: gates=NAME")
-    if not pairs:
-        return []
-    collator = prompt_collator(network, model.config, withhold_task=task is None)
-    blank = Sample(id="", image_id="", image=None, question="", answers=(), task=task or "", source="predict")
-    samples = []
-    for number, (given, question) in enumerate(pairs):
-        image, name = read_image(given), str(number)
-        words = model.ocr(image) if model.ocr is not None else None
-        own = replace(blank, id=name, image_id=name, image=image, question=question, ocr=words)
-        samples.append(own)
-    lengths = max_new_tokens or settings.max_new_tokens, num_beams or settings.num_beams
-    responses, _ = respond(network, collator, collator(samples), gates, *lengths)
-    return [prediction_of(network, collator, response) for response in responses]
+    """`model.ask` as a function."""
+    return model.ask(image, question, task, **options)
 
 
 def read_image(image: ImageLike) -> Image:
@@ -122,7 +145,7 @@ def prediction_of(network: MixtureModel, collator: ChatCollator, response: Respo
     if response.gates is not None:
         means = (sum(column) / len(response.gates) for column in zip(*response.gates, strict=True))
         gates = dict(zip(network.bank.names, means, strict=True))
-    return Prediction(answer=response.text, box=box, gates=gates)
+    return Prediction(text=response.text, box=box, gates=gates)
 
 
 # -- What the evaluation shares --------------------------------------------------------------------

@@ -61,18 +61,8 @@ def evaluate(
     keep = first_images(settings.num_images, benchmark)
 
     def answer(rows: range) -> BatchResult:
-        samples = [read_sample(dataset, row, name) for row in rows]
-        items = [prepare(s, model.routes, benchmark, settings.score, collator.tasks) for s in samples]
-        batch, rejected = collator.split(items)
-        if rejected and settings.on_bad_sample != "skip":
-            raise rejected[0]
-        part = BatchResult(rejected=rejected, read=[*map(sample_digest, samples)])
-        if batch is None:
-            return part
-        begin, lengths = time.perf_counter(), (settings.max_new_tokens, settings.num_beams)
-        found, part.num_tokens = respond(model, collator, batch, settings.gates, *lengths)
-        part.responses = [replace(r, sample=keep(r.sample)) for r in found]
-        part.seconds = time.perf_counter() - begin
+        part = answer_batch(model, [read_sample(dataset, row, name) for row in rows], collator, settings, benchmark)
+        part.responses = [replace(r, sample=keep(r.sample)) for r in part.responses]
         return part
 
     batches = rows_of_batches(len(dataset), settings.batch_size)
@@ -113,6 +103,31 @@ def collect(
         data=data_digest(read),
         settings=asked,
     )
+
+
+def answer_batch(
+    model: MixtureModel,
+    samples: Sequence[Sample | BadSampleError],
+    collator: ChatCollator,
+    settings: EvalConfig,
+    benchmark: str | None = None,
+) -> BatchResult:
+    """Answer samples in one batch; what cannot be answered, or scored where that is wanted, stops all or is counted.
+
+    A task that is withheld may have any name, unless it decides the score.
+    """
+    tasks = None if collator.withhold_task and not settings.score else collator.tasks
+    items = [prepare(s, model.routes, benchmark, settings.score, tasks) for s in samples]
+    batch, rejected = collator.split(items)
+    if rejected and settings.on_bad_sample != "skip":
+        raise rejected[0]
+    part = BatchResult(rejected=rejected, read=[*map(sample_digest, samples)])
+    if batch is None:
+        return part
+    begin, lengths = time.perf_counter(), (settings.max_new_tokens, settings.num_beams)
+    part.responses, part.num_tokens = respond(model, collator, batch, settings.gates, *lengths)
+    part.seconds = time.perf_counter() - begin
+    return part
 
 
 def asked_of(settings: EvalConfig, benchmark: str | None, collator: ChatCollator) -> dict[str, Any]:

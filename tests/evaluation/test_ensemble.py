@@ -11,7 +11,6 @@ from moa.evaluation.predict import (
     ensemble_members,
     gates_of_members,
     load,
-    predict_batch,
     prompt_collator,
     respond,
 )
@@ -86,7 +85,7 @@ def test_shared_experts_are_on_in_every_member_and_are_none(model):
 def test_the_evaluation_and_one_question_take_the_ensemble_and_nothing_else_does(model):
     (result,) = score_sources(model.network, with_eval(model.config, only=["vqa"], gates="ensemble"))
     assert len(result.responses) == 4
-    (found,) = predict_batch(model, [(random_image(0), "what?")], "vqa", gates="ensemble")
+    (found,) = model.ask_all([(random_image(0), "what?")], "vqa", gates="ensemble")
     assert found.gates is None
     collator = prompt_collator(model.network, model.config, withhold_task=True)
     with pytest.raises(ValueError, match="gates=ensemble: averages"):

@@ -14,7 +14,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models import registry_v2
 
 from moa.evaluation.lmms_eval import Moa, Options
-from moa.evaluation.predict import load, predict
+from moa.evaluation.predict import load
 from tests.evaluation.test_eval import make_run
 
 GROUP = "lmms_eval.models"
@@ -52,7 +52,7 @@ def test_the_entry_point_gives_a_model_that_answers_as_the_run_itself(run, monke
              request(0, "how many?", max_new_tokens=3)]  # fmt: skip
     image, question = model.pair(asked[0])
     assert question == "what is this?"
-    alone = predict(load(run), image, question, "vqa", max_new_tokens=6).answer
+    alone = load(run).ask(image, question, "vqa", max_new_tokens=6).text
     answers = model.generate_until(asked)
     assert len(answers) == 3 and answers[0] == alone
     assert model.generate_until(asked[1:2]) == answers[1:2]  # alone as in a batch
