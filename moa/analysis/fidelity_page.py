@@ -62,7 +62,7 @@ def write_page(path: str | Path, record: Record, about: Mapping[str, Any], agree
     if merged:
         parts += [
             html.element("h2", "What became of each expert"),
-            html.table(_expert_rows(record)),
+            html.table(expert_rows(record)),
         ]
     with tempfile.TemporaryDirectory() as folder:
         for name, (draw, note) in IMAGES.items():
@@ -188,7 +188,8 @@ def _mean(values: Iterable[float]) -> float:
 Rows = Sequence[Sequence[str]]
 
 
-def _expert_rows(record: Record) -> Rows:
+def expert_rows(record: Record) -> Rows:
+    """What became of each expert in the merge."""
     total, merged = record["total"], record["total"]["merged"]
     columns = (record["experts"], total["norms"], merged["retention"], merged["energy_in_span"])
     body = [(n, f"{size:.3g}", _share(kept), _share(span)) for n, size, kept, span in zip(*columns, strict=True)]

@@ -14,13 +14,18 @@ p.first {{ font-size: 1.1rem; color: {INK}; }} img {{ max-width: 100%; }}
 table {{ border-collapse: collapse; font-size: .9rem; }}
 td, th {{ padding: .2rem .75rem; border-bottom: 1px solid {FAINT}; text-align: right; }}
 td:first-child, th:first-child {{ text-align: left; }}
+p, h1 {{ overflow-wrap: anywhere; }} table {{ display: block; overflow-x: auto; margin: .6rem 0; }}
+@media (max-width: 40rem) {{ body {{ margin: 1rem auto; }} td, th {{ padding: .2rem .45rem; }} }}
+@media print {{ body {{ max-width: none; margin: 0; }} img, tr, section {{ break-inside: avoid; }}
+h2, h3 {{ break-after: avoid; }} * {{ print-color-adjust: exact; }} }}
 """
 
 
 def page(title: str, parts: Sequence[str], style: str = "") -> str:
     """A whole page under its heading; `style` adds to the common one."""
     name = html.escape(title)
-    head = f'<!doctype html><meta charset="utf-8"><title>{name}</title><style>{STYLE}{style}</style>'
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}{style}</style>'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     return head + "\n".join([f"<h1>{name}</h1>", *parts, ""])
 
 
@@ -30,9 +35,10 @@ def element(tag: str, text: str, name: str = "") -> str:
     return f"<{tag}{name}>{html.escape(text)}</{tag}>"
 
 
-def image(png: bytes | Path, alt: str = "") -> str:
-    data = png.read_bytes() if isinstance(png, Path) else png
-    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+def image(file: bytes | Path, alt: str = "", form: str = "png") -> str:
+    """The image in the page itself; `form` is how its bytes are written."""
+    data = file.read_bytes() if isinstance(file, Path) else file
+    source = f"data:image/{form};base64,{base64.b64encode(data).decode()}"
     return f"<img alt='{html.escape(alt)}' src='{source}'>"
 
 

@@ -237,7 +237,10 @@ def client_heat_map(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's log.jsonl, if there is one; a last line cut short by a kill is left out."""
+    """The rows of a run's log.jsonl, if there is one; a last line cut short by a kill is left out.
+
+    ValueError for any other line that is not an object.
+    """
     rows = []
     lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
     for number, line in enumerate(lines, start=1):
@@ -246,4 +249,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number < len(lines):
                 raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+            break
+        if not isinstance(rows[-1], dict):
+            raise ValueError(f"{path}:{number}: is no object")
     return rows

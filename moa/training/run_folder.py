@@ -37,9 +37,9 @@ from moa.training.report import LOG, flatten
 
 T = TypeVar("T")
 DATA, LOCK = "data.json", ".lock"
-# What train.py, federate.py, eval.py and scripts.summary write into a run folder; the rest is the user's.
+# What train.py, federate.py, eval.py, scripts.summary and scripts.report write into a run folder, and not the user.
 OWN_FOLDERS = ("checkpoints", "eval", "others", "pictures", "server")
-OWN_FILES = (LOG, CONFIG, "versions.json", DATA, "summary.json", "federated.yaml", "federated.json")
+OWN_FILES = (LOG, CONFIG, "versions.json", DATA, "summary.json", "report.html", "federated.yaml", "federated.json")
 # Settings that may differ on --resume: none of them changes what was learned until then.
 FREE_ON_RESUME = ("out", "root", "logging", "eval", "data.num_workers", "data.validation",
                   "model.fingerprint", "model.other_base",  # the base has been checked by now

@@ -1,0 +1,340 @@
+"""A run on one self-contained HTML page: what was trained on what, scores, gates, samples, merges, cost.
+
+Made of the files of a run folder alone, without a model. What is not there is left out; what cannot be read, or belongs
+to other weights, is a line on the page.
+"""
+
+import io
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from data.checks import BadSampleError
+from data.mixture import read_sample
+from data.sample import Sample
+from data.sources import open_sources
+from moa.analysis import fidelity_page, html
+from moa.analysis.gallery import PREDICTED, TRUE
+from moa.analysis.plots import FAINT, INK, color, gate_heat_map, layer_heat_map, loss_curves
+from moa.evaluation.gates_file import PARTIAL, ROUTING, read_routing
+from moa.evaluation.result import Score, paired_difference
+from moa.evaluation.runs import RunFolder, weights_of
+from moa.evaluation.settings import chosen_sources
+
+TRAINED, BASE = "as trained", "base"
+NORMAL = 1.96  # standard errors on either side of a 95 % interval
+WIDTH, SHORTEST = 480, 160  # pixels of a sample's image
+SEARCHED = 2000  # rows of a data set in which its samples are looked for
+STYLE = f"""
+.samples {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1.2rem; }}
+.samples section {{ break-inside: avoid; }} .samples p {{ margin: .15rem 0; overflow-wrap: anywhere; }}
+.samples img {{ width: 100%; }} .question {{ font-weight: bold; color: {INK}; }} .right {{ color: {TRUE}; }}
+.wrong {{ color: {PREDICTED}; }} .problem {{ color: #b00; }}
+.gate {{ display: flex; gap: .5rem; align-items: center; font-size: .8rem; }} .gate span {{ width: 6rem; }}
+.gate i {{ flex: 1; background: {FAINT}; height: .6rem; }} .gate b {{ display: block; height: 100%; }}
+"""
+Parts = list[str]
+
+
+def run_page(run: RunFolder) -> str:
+    """The page; every section is there, left out, or named with the reason why it cannot be drawn."""
+    sections: list[tuple[str, Callable[[RunFolder], Parts]]] = [
+        ("Scores", scores_section),
+        ("What was trained", trained_section),
+        ("Losses", losses_section),
+        ("Who answers what", gates_section),
+        ("Samples", samples_section),
+        ("What merging keeps", merging_section),
+        ("Cost", cost_section),
+    ]
+    parts = [html.element("p", line, "first") for line in first_lines(run)]
+    parts += [html.element("p", line, "problem") for line in run.problems]
+    for title, make in sections:
+        try:
+            made = make(run)
+        except (ValueError, OSError, LookupError, TypeError, AttributeError, ModuleNotFoundError) as error:
+            reason = f"cannot be shown: {type(error).__name__}: {error}"
+            made = [html.element("p", reason, "problem")]
+        if made:
+            parts += [html.element("h2", title), *made]
+    return html.page(f"Run {run.path.resolve().name}", parts, STYLE)
+
+
+def first_lines(run: RunFolder) -> list[str]:
+    """What the run is, and what it gained, in sentences."""
+    lines = []
+    if run.config is not None:
+        names, router = [*run.config.experts], run.config.router.kind
+        planned = "" if run.steps == run.planned else f" of {run.planned}"
+        lines.append(
+            f"{len(names)} LoRA expert{'s' if len(names) > 1 else ''} ({', '.join(names)}) on {run.config.model.name}, "
+            f"routed by {router}; {run.steps}{planned} steps on {len(run.config.data.sources)} sources."
+        )
+    summary, _ = read_summary(run)
+    return lines + [str(line) for line in summary.get("gains", [])]
+
+
+def read_summary(run: RunFolder) -> tuple[dict[str, Any], str | None]:
+    """What scripts.summary wrote of the run's own weights, or nothing and the reason."""
+    file = run.path / "summary.json"
+    if not file.is_file():
+        return {}, None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["weights"]["routed experts"] != weights_of(run.path):
+            return {}, "summary.json: of other weights than the run's checkpoint, so it is left out"
+        return {**found, "rows": {str(k): dict(v) for k, v in found["rows"].items()}}, None
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        return {}, f"summary.json: cannot be read ({error!r})"
+
+
+# -- Sections ---------------------------------------------------------------------------------------
+
+
+def scores_section(run: RunFolder) -> Parts:
+    """A row for each data set, a column for each model or kind of gates; the gain is over the base, by question."""
+    own = run.results.get("", {})
+    summary, reason = read_summary(run)
+    columns: dict[str, Mapping[str, Score]] = {
+        row: scores for row, scores in summary.get("rows", {}).items() if row != "routed experts"
+    }
+    columns[TRAINED] = {name: record["score"] for name, (record, _) in own.items()}
+    for gates, found in run.results.items():
+        if gates:
+            label = BASE if gates == "off" else f"gates: {gates}"
+            columns[label] = {name: record["score"] for name, (record, _) in found.items()}
+    if BASE in columns:
+        columns = {BASE: columns[BASE], **columns}
+    parts = [html.element("p", reason, "problem")] if reason else []
+    names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
+    if not names:
+        return parts
+    gains = {name: paired_difference(run.results["off"][name][1], own[name][1])
+             for name in own if name in run.results.get("off", {})}  # fmt: skip
+    head = ["data set", "questions", "metric", *columns, *(["gain over base"] if gains else [])]
+    rows = [head]
+    for name in names:
+        record = own[name][0] if name in own else {}
+        metrics = dict.fromkeys(task["primary"] for task in record.get("tasks", {}).values())
+        cells = [interval(scores.get(name)) for scores in columns.values()]
+        gain = [interval(gains.get(name), "+")] if gains else []
+        rows.append([name, str(record.get("n", "-")), "+".join(metrics) or "-", *cells, *gain])
+    note = "Per cent, with 95 % intervals over the images of this one run; another seed differs by more."
+    return [*parts, html.table(rows), html.element("p", note)]
+
+
+def interval(score: Score | None, sign: str = "") -> str:
+    """`71.2 (65.0 to 77.4)`"""
+    if score is None or score.get("value") is None:
+        return "-"
+    value, error = 100 * float(score["value"] or 0), score.get("se")
+    if error is None:
+        return f"{value:{sign}.1f}"
+    low, high = (value + side * NORMAL * 100 * error for side in (-1, 1))
+    return f"{value:{sign}.1f} ({low:{sign}.1f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high:{sign}.1f})"
+
+
+def trained_section(run: RunFolder) -> Parts:
+    if run.config is None:
+        return []
+    config, sizes = run.config, {}
+    if (run.path / "data.json").is_file():
+        sizes = json.loads((run.path / "data.json").read_text(encoding="utf-8"))
+    experts = [["expert", "rank", "alpha", "gate", "trained on"]]
+    for name, expert in config.experts.items():
+        data = [s.name for s in config.data.sources.values() if name in (s.expert, config.data.expert)]
+        sized = [str(expert.rank or "-"), f"{expert.alpha or '-'}", expert.gate]
+        experts.append([name, *sized, "nothing: frozen" if expert.frozen else ", ".join(data) or "-"])
+    sources = [["source", "task", "expert", "samples", "from"]]
+    for source in config.data.sources.values():
+        count = sizes.get(source.name, {}).get("samples", source.num_samples)
+        of = f"{source.format} {source.path or ''} {source.split or ''}"
+        sources.append([source.name, source.task or "-", source.expert or "-", str(count or "-"), of.strip()])
+    stages = [["stage", "trains", "steps", "warm-up", "learning rate"]]
+    for stage in config.stages.values():
+        rates = fidelity_page.shown({k: v for k, v in vars(stage.lr).items() if v})
+        stages.append([stage.name, stage.kind, str(stage.steps), str(stage.warmup_steps), rates or "-"])
+    router = [("router", config.router.kind), ("its evidence", ", ".join(config.router.evidence) or "-")]
+    return [*map(html.table, (experts, sources, stages)), html.table(router)]
+
+
+def losses_section(run: RunFolder) -> Parts:
+    tasks = {key for row in run.log for key in row if key.startswith(("loss/", "validation/"))}
+    rows = [["", "first", "last", "mean of the last 10"]]
+    for key in ("loss", *sorted(tasks), "validation", "crosstalk"):
+        values = [row[key] for row in run.log if isinstance(row.get(key), int | float)]
+        last = run.final(key)
+        if values and last is not None:
+            rows.append([key, f"{values[0]:.3f}", f"{values[-1]:.3f}", f"{last:.3f}"])
+    if len(rows) == 1:
+        return []
+    names = [] if run.config is None else [*run.config.experts]
+    by_task = any(key.startswith("loss/") for key in tasks)
+    drawn = [figure("losses", lambda file: loss_curves(file, run.log, names))] if by_task else []
+    return [*drawn, html.table(rows), html.element("p", "Nats per answer token, means over the samples of a step.")]
+
+
+def gates_section(run: RunFolder) -> Parts:
+    file, parts = run.path / "eval" / ROUTING, []
+    if not file.is_file():
+        file = run.path / "eval" / PARTIAL / ROUTING
+        parts = [html.element("p", "Of a part of the tasks or samples.")]
+    if not file.is_file():
+        return []
+    routing = read_routing(file)
+    if routing["weights"] != weights_of(run.path):
+        return [html.element("p", f"{file.name}: of other weights than the run's checkpoint", "problem")]
+    null = run.config is not None and run.config.router.null_expert
+    parts.append(figure("mean gate by task", lambda file: gate_heat_map(file, routing, null)))
+    if routing.get("dead"):
+        parts.append(html.element("p", f"Hardly used in any task: {', '.join(routing['dead'])}."))
+    for one, other, cosine in routing.get("duplicates", []):
+        parts.append(html.element("p", f"{one} and {other} learned the same update: cosine {cosine:.2f}."))
+    if "per_site" in routing:
+        parts.append(figure("mean gate by layer", lambda file: layer_heat_map(file, routing, routing["sites"])))
+    note = "Each row is the mixture that a task gets, in the mean over its samples; a gate of 0 is an unused expert."
+    return [*parts, html.element("p", note)]
+
+
+def samples_section(run: RunFolder) -> Parts:
+    """The first answers of each data set in turn, with the image from the data set, where that can still be opened."""
+    own = run.results.get("", {})
+    if run.config is None or not own:
+        return []
+    count = run.config.eval.num_images or 12
+    turns = zip_longest(*([(name, row) for row in rows[:count]] for name, (_, rows) in own.items()))
+    chosen = [pair for turn in turns for pair in turn if pair is not None][:count]
+    images, reasons = images_of(run, chosen)
+    cards = [card(name, row, images.get((name, *key_of(row))), [*run.config.experts]) for name, row in chosen]
+    legend = (
+        '<p>Boxes: <span class="right">true</span>, <span class="wrong">answered</span>. '
+        "The first questions of each data set, right or wrong.</p>"
+    )
+    notes = [html.element("p", reason, "problem") for reason in reasons]
+    return [legend, *notes, f'<div class="samples">{"".join(cards)}</div>']
+
+
+def merging_section(run: RunFolder) -> Parts:
+    """Of each merge below the run: the sentences and the table of its fidelity page."""
+    parts: Parts = []
+    for file in sorted(run.path.rglob("fidelity.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        about = {key: record[key] for key in ("method", "options", "space", "rank") if record.get(key)}
+        parts.append(html.element("h3", file.parent.relative_to(run.path).as_posix()))
+        parts += [html.element("p", line) for line in fidelity_page.summary(record, about)]
+        parts += [html.element("p", line) for line in fidelity_page.details(record)]
+        parts.append(html.table([(key, fidelity_page.shown(value)) for key, value in about.items()]))
+        if "merged" in record["total"]:
+            parts.append(html.table(fidelity_page.expert_rows(record)))
+    return parts
+
+
+def cost_section(run: RunFolder) -> Parts:
+    steps = [row for row in run.log if isinstance(row.get("step_s"), int | float)]
+    rows: list[tuple[str, str]] = []
+    if steps:
+        seconds = sum(row["step_s"] for row in steps)
+        total = {key: sum(row.get(key, 0) for row in steps) for key in ("data_wait_s", "samples", "tokens_read")}
+        rows += [
+            ("time in steps", f"{seconds / 60:.1f} minutes, of which {total['data_wait_s'] / seconds:.1%} for data"),
+            ("samples", f"{total['samples']:,}, {total['samples'] / seconds:.1f} a second"),
+            ("tokens read", f"{total['tokens_read']:,}"),
+            ("peak memory", f"{max(row.get('memory_gib', 0) for row in steps):.1f} GiB"),
+        ]
+    for name, (record, _) in run.results.get("", {}).items():
+        speed = f"{record.get('seconds', 0):.1f} s of generating, {record.get('tokens_per_second', 0)} tokens a second"
+        rows.append((f"evaluation of {name}", speed))
+    file = run.path / "versions.json"
+    versions = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    rows += [(str(name), str(value)) for name, value in versions.items() if value is not None]
+    return [html.table(rows)] if rows else []
+
+
+# -- Images and cards -------------------------------------------------------------------------------
+
+
+def figure(name: str, draw: Callable[[Path], None]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figure.png"
+        draw(file)
+        return html.image(file, name)
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["id"], row["image_id"], row["question"]
+
+
+def images_of(
+    run: RunFolder, chosen: Sequence[tuple[str, Mapping[str, Any]]]
+) -> tuple[dict[tuple[str, ...], Sample], list[str]]:
+    """The samples of the chosen rows by data set and key, and why some are missing; no OCR is run."""
+    assert run.config is not None
+    found: dict[tuple[str, ...], Sample] = {}
+    reasons = []
+    sources = {source.name: source for source in chosen_sources(run.config)}
+    for name in dict.fromkeys(name for name, _ in chosen):
+        wanted = {key_of(row) for other, row in chosen if other == name}
+        try:
+            if name not in sources:
+                raise ValueError("the config names no such data set")
+            dataset = open_sources([sources[name]], run.config.data, None)[name]
+            for index in range(min(len(dataset), SEARCHED)):
+                if not wanted:
+                    break
+                sample = read_sample(dataset, index, name)
+                if isinstance(sample, BadSampleError):
+                    continue
+                key = (sample.id, sample.image_id, sample.question)
+                if key in wanted:
+                    found[(name, *key)] = sample
+                    wanted.discard(key)
+            if wanted:
+                reasons.append(f"{len(wanted)} images of {name} are not shown: the data set lacks them now")
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            reasons.append(f"Images of {name} are not shown: {error}")
+    return found, reasons
+
+
+def card(name: str, row: Mapping[str, Any], sample: Sample | None, experts: Sequence[str]) -> str:
+    """One question with its answer, boxes and gates."""
+    parts = []
+    if sample is not None and sample.image is not None:
+        parts.append(sample_image(sample.image, row["boxes"], row["predicted_box"], str(row["question"])))
+    task = row["task"] if row["task"] == name else f"{name} ({row['task']})"
+    parts += [html.element("p", task), html.element("p", row["question"], "question")]
+    right = row["score"] is not None and row["score"] >= 0.5
+    answer = row["prediction"] or "(nothing)"
+    parts.append(html.element("p", f"{'✓' if right else '✗'} {answer}", "right" if right else "wrong"))
+    if truth := " / ".join(dict.fromkeys(row["answers"])):
+        parts.append(html.element("p", f"true: {truth}"))
+    if row["gates"] is not None and len(row["gates"]) == len(experts):
+        parts += [gate_bar(i, expert, gate) for i, (expert, gate) in enumerate(zip(experts, row["gates"], strict=True))]
+    return f"<section>{''.join(parts)}</section>"
+
+
+def gate_bar(number: int, expert: str, gate: float) -> str:
+    """A bar of up to its full width, and the number beside it: gates need not lie in [0, 1]."""
+    share = 100 * min(1.0, max(0.0, float(gate)))
+    bar = f'<i><b style="width: {share:.0f}%; background: {color(number)}"></b></i>'
+    return f'<div class="gate">{html.element("span", expert)}{bar}{float(gate):.2f}</div>'
+
+
+def sample_image(image: Image.Image, true: Sequence[Sequence[Any]], predicted: Sequence[Any] | None, alt: str) -> str:
+    """The image at a reader's size with the true boxes and the answered one."""
+    scale = min(WIDTH / image.width, max(1.0, SHORTEST / min(image.size)))
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    way = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+    drawn, file = image.convert("RGB").resize(size, way), io.BytesIO()
+    pen = ImageDraw.Draw(drawn)
+    for box, ink in [*((box, TRUE) for box in true), *([(predicted, PREDICTED)] if predicted else [])]:
+        x0, y0, x1, y1 = (value * scale for value in box)
+        corners = min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
+        pen.rectangle(corners, outline="white", width=5)
+        pen.rectangle(corners, outline=ink, width=3)
+    drawn.save(file, "JPEG", quality=85)
+    return html.image(file.getvalue(), alt, "jpeg")
