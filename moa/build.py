@@ -121,9 +121,8 @@ def build_mixture(
         check_copies(config, bank)
         thresholds = int(config.router.learned_threshold)
         more: dict[str, Any] = {"choices": config.choices, "thresholds": thresholds, "share": config.router.share}
-        bank.add_token_routers(
-            **more, arrow=config.router.score == ARROW, biased=config.router.bias_rate is not None, seed=config.seed
-        )
+        more |= {"arrow": config.router.score == ARROW, "biased": config.router.bias_rate is not None}
+        bank.add_token_routers(**more, noisy=config.router.learned_noise, seed=config.seed)
     weights = config.router.weights
     names = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through", "score"]
     names += ["top_k", "top_p", "threshold", "normalize", "renormalize", "pool", "bias_rate"]

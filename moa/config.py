@@ -230,8 +230,7 @@ class RouterConfig:
             check(not self.learned_noise, "noise", "learned needs another score than table")
         rule = f"must be one of {', '.join(self.row.noises) or 'none'} with router.kind={self.kind}, got {self.noise}"
         check(self.noise is None or self.noise in self.row.noises, "noise", rule)
-        by_token = self.granularity == "token"
-        check(not (by_token and self.learned_noise), "noise", "learned needs granularity sample")
+        check(self.pool != "vote" or not self.learned_noise, "noise", "learned has no logits to vote by; pool=vote has")
         fits = self.noise_scale is None or (self.noise is not None and not self.learned_noise)
         check(fits, "noise_scale", f"has no effect with router.noise={self.noise}")
         able = kinds.names(lambda kind: kind.hard)

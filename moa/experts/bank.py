@@ -421,6 +421,7 @@ class ExpertBank:
         share: str = "site",
         arrow: bool = False,
         biased: bool = False,
+        noisy: bool = False,
         seed: int = 0,
         std: float | int = 0.02,
     ) -> None:
@@ -428,7 +429,8 @@ class ExpertBank:
 
         None: all are choices. `thresholds` are rows more. `share`: which sites have one in common, see
         moa/experts/token_routers.py. `arrow`: they are computed from the experts and not learned.
-        `biased`: each has a bias of zeros, see `moa.routing.gating.balanced_bias`.
+        `biased`: each has a bias of zeros, see `moa.routing.gating.balanced_bias`. `noisy`: and rows of zeros, which
+        give the scale of its noise in training.
         """
         everyone = self.names if choices is None else choices
         own = {
@@ -445,6 +447,9 @@ class ExpertBank:
             generator = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}"))
             weight = torch.randn((len(own[name]) + thresholds, site.shape[1]), generator=generator)
             site.token_router = nn.Parameter((weight * std).to(site.weight.device))
+            if noisy:
+                zeros = torch.zeros(len(own[name]), site.base_layer.in_features)
+                site.token_noise = nn.Parameter(zeros.to(site.token_router.device))
             if biased:
                 self.token_biases[name] = torch.zeros(len(own[name]))
 
@@ -483,6 +488,11 @@ class ExpertBank:
         if segments is not None:
             tasks["text"] = shares[segments.clamp(min=0)]
         self.context.state.tasks = tasks
+
+    def token_noises(self) -> dict[str, nn.Parameter]:
+        """Site that decides -> the rows of its noise's scale, where that is learned."""
+        pairs = ((name, site.token_noise) for name, site in self.sites.items())
+        return {name: noise for name, noise in pairs if noise is not None}
 
     def token_choices(self) -> dict[str, tuple[int, ...] | None]:
         """Site with a token router -> the places of its experts among the choices; None: all."""

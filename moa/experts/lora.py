@@ -50,6 +50,7 @@ class ExpertLinear(nn.Module):
     """
 
     token_router: nn.Parameter | None
+    token_noise: nn.Parameter | None
     kind = "lora"
     activation = ""  # between A and B: none
 
@@ -60,6 +61,7 @@ class ExpertLinear(nn.Module):
         self.context = context
         self.scalings: dict[str, float] = {}  # expert -> alpha / rank or alpha / sqrt(rank)
         self.register_parameter("token_router", None)  # also where another site's decides
+        self.register_parameter("token_noise", None)  # [choice, in], where its noise has a learned scale
         self.routed: TokenSite | None = None  # None: its own router, if any, with every choice
         self.starts: set[str] = set()  # experts that hold one
         self.ranked: dict[str, RankGates] = {}  # expert -> what decides the gates of its ranks
@@ -293,6 +295,8 @@ class ExpertLinear(nn.Module):
     def _router(self, state: GateState) -> Tensor | None:
         """What decides for tokens here: the learned router, or one that is computed from the experts, once for all
         steps of a generation."""
+        if self.token_router is not None and self.token_noise is not None:
+            return torch.cat([self.token_router, self.token_noise])
         routed, key = self.routed, f"arrow/{self.name}"
         if state.gates is not None or routed is None or not routed.compared or routed.leader != self.name:
             return self.token_router

@@ -167,10 +167,17 @@ class Routing(nn.Module):
     def token_logits(
         self, features: Float[Tensor, "*lead width"], weight: Float[Tensor, "column width"]
     ) -> Float[Tensor, "*lead column"]:
-        """What a token router gives, before the temperature: the scores, and a learned threshold, which is linear."""
-        if not self.learned_threshold:
+        """What a token router gives, before the temperature: the scores, and linear what else it learns: a threshold,
+        the scales of its noise."""
+        count = self._num_choices(len(weight))
+        if count == len(weight):
             return self.score(features, weight)
-        return torch.cat([self.score(features, weight[:-1]), F.linear(features, weight[-1:])], dim=-1)
+        return torch.cat([self.score(features, weight[:count]), F.linear(features, weight[count:])], dim=-1)
+
+    def _num_choices(self, columns: int) -> int:
+        """Of what a router gives: a logit for each choice, then a threshold, then a scale for each choice."""
+        rest = columns - self.learned_threshold
+        return rest // 2 if self.noise == "learned" else rest
 
     def token_gates(
         self,
@@ -254,7 +261,7 @@ class Routing(nn.Module):
         """A router's output -> the logits, and what it learns beside them, `times` a factor."""
         more: dict[str, Any] = {}
         if self.noise == "learned":
-            count = len(self.roles.choices)
+            count = self._num_choices(columns.shape[-1])
             columns, scale = columns[..., :-count], columns[..., -count:]
             more["scale"] = F.softplus(scale * times)
         if self.learned_threshold:

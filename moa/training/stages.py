@@ -214,9 +214,9 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
 
 
 def at_site(model: MixtureModel, key: str, names: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """The names of a router's rows: a token router and its bias have those of their site's experts alone."""
+    """The names of a router's rows: a token router, its noise and bias have those of their site's experts alone."""
     kind, _, site = key.partition(".")
-    if kind not in ("token_router", "token_bias"):
+    if kind not in ("token_router", "token_noise", "token_bias"):
         return dict(names)
     own = model.bank.experts
     return {**names, "expert": [name for name in names["expert"] if site in own[name].sites]}

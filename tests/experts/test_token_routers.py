@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from moa.experts.token_routers import leaders
 from moa.model import MixtureModel
@@ -103,6 +104,31 @@ def test_checkpointing_gives_the_plain_gradients_and_every_parameter_has_one(sha
     assert all(grad is not None for grad in plain.values())
     for name, grad in plain.items():
         torch.testing.assert_close(saving[name], grad, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "threshold"])
+def test_the_noise_of_a_token_router_has_a_learned_scale_for_each_expert_of_the_site_in_training_alone(kind):
+    """Noisy top-k, 1701.06538, eq. 4, at a site with two of three choices."""
+    bank = make_bank(tiny_llava()[0], targets=(SITE,), a=2, b=3)
+    bank.add("c", rank=2, alpha=4)
+    thresholds = int(kind == "threshold")
+    bank.add_token_routers(choices=["a", "x", "c"], thresholds=thresholds, noisy=True, std=1.0)
+    site, roles = bank.sites[SITE], Roles(("a", "x", "c"), ("routed",) * 3)
+    torch.nn.init.normal_(site.token_noise)
+    routing = Routing(roles=roles, kind=kind, granularity="token", noise="learned", temperature=0.5, top_k=1)
+    weight, x = torch.cat([site.token_router, site.token_noise]), torch.randn(1, 4, 32)
+    columns = routing.token_logits(x, weight) / 0.5
+    assert columns.shape[-1] == 4 + thresholds
+    plain = Routing(roles=roles, kind=kind, granularity="token", temperature=0.5, top_k=1)
+    still = plain.token_gates(x @ site.token_router.T / 0.5, (0, 2))
+    torch.testing.assert_close(routing.eval().token_gates(columns, (0, 2), draw=True), still)
+    torch.manual_seed(0)
+    found = routing.train().token_gates(columns, (0, 2), draw=True)
+    torch.manual_seed(0)
+    drawn = torch.randn(1, 4, 2) * F.softplus(x @ site.token_noise.T)
+    noisy = torch.cat([(x @ site.token_router[:2].T + drawn), x @ site.token_router[2:].T], -1) / 0.5
+    torch.testing.assert_close(found, plain.token_gates(noisy, (0, 2)))
+    assert [*bank.token_noises()] == [SITE] and found[..., 1].eq(0).all()
 
 
 # A site's own experts -------------------------------------------------------------------------------
