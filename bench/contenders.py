@@ -26,6 +26,8 @@ from bench.settings import Setting
 from moa.backbones.llava import Backbone
 from moa.experts.bank import ExpertBank
 from moa.experts.crosstalk import Watch
+from moa.experts.penalties import PENALTIES
+from moa.experts.rank_gates import RankGates
 from moa.experts.ties import Ties
 from moa.model import LanguageMixture, MixtureModel
 
@@ -77,6 +79,29 @@ def crosstalk(setting: Setting) -> Contender:
         return _mean(output) + 0.1 * output.aux["crosstalk"]
 
     return Contender(model=model, loss=loss, setting=setting)
+
+
+def penalties(setting: Setting) -> Contender:
+    """With the losses of moa/experts/penalties.py."""
+    model = _mixture(setting)
+    batch, names = make_batch(setting.size, setting.device), tuple(PENALTIES)
+
+    def loss() -> Tensor:
+        watch = Watch(sites=frozenset(), gradient=True, penalties=names, routed=frozenset(model.bank.names))
+        model.bank.context.watch = watch
+        output = model(batch)
+        return _mean(output) + sum(0.1 * output.aux[name] for name in names)
+
+    return Contender(model=model, loss=loss, setting=setting)
+
+
+def ranks(setting: Setting) -> Contender:
+    """Each token keeps an eighth of an expert's ranks at each layer."""
+    model = make_mixture(*_shape(setting))
+    for name in model.bank.names:
+        model.bank.gate_ranks(name, RankGates(kind="token", keep=max(setting.rank // 8, 1)))
+    batch = make_batch(setting.size, setting.device)
+    return Contender(model=_ready(model, setting), loss=lambda: _mean(model(batch)), setting=setting)
 
 
 def tokens(setting: Setting) -> Contender:
@@ -156,7 +181,10 @@ def per_sample(setting: Setting) -> Contender:
     return replace(plain, loss=loss)
 
 
-CONTENDERS = {f.__name__.replace("_", "-"): f for f in (frozen, lora, ours, crosstalk, tokens, loop, xlora, per_sample)}
+CONTENDERS = {
+    f.__name__.replace("_", "-"): f
+    for f in (frozen, lora, ours, crosstalk, penalties, ranks, tokens, loop, xlora, per_sample)
+}
 
 
 class LoopLinear(nn.Module):

@@ -88,6 +88,10 @@ def write_model(folder: Path, model: MixtureModel, config: RunConfig) -> None:
             base_fingerprint=backbone.fingerprint,
         )
         about = f"A LoRA expert of rank {described['r']} from a mixture, as an adapter that plain PEFT loads."
+        if config.experts[name].kind != "lora":
+            about = (
+                f"A bottleneck adapter of width {described['r']} from a mixture, which its run loads and PEFT does not."
+            )
         if config.experts[name].rank_gates != "none":
             about += " It is not all of the expert: the gates of its ranks are in the run's router.safetensors."
         everyone = config.data.expert

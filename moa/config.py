@@ -554,6 +554,9 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
     rule = "leaves samples without any expert: none is shared (experts.NAME.gate=always)"
     check(shared or not (gates.dropout or gates.dropout_end), f"{key}.gates.dropout", rule)
     starves = [name for name, expert in experts.items() if expert.gate in LEFT_OVER and not expert.frozen]
+    several = stage.kind != "experts" and len(config.choices) > 1
+    rule = "needs a stage where a router decides, among two experts or more"
+    check(several or not gates.expert_dropout, f"{key}.gates.expert_dropout", rule)
     fed = stage.kind != "experts" or stage.expert in starves or gates.leak or gates.blend or not starves
     rule = f"experts.{', '.join(starves)} has the gate 0 here, because one gate is 1: set {key}.gates.leak above 0"
     check(bool(fed), f"{key}.gates.leak", rule)

@@ -2,6 +2,7 @@
 
     leak      every gate is spread over all choices by that share: each expert sees all data a little
     dropout   a sample has no routed expert at all: shared experts learn to do without
+    expert_dropout    each expert of a sample is left out by that chance, and the others share its gate
     blend     a sample has the gates of a merge: r of them, and 1 - r of its own, with r = 1 in half of these samples
               and uniform in (0, 1) in the others
 
@@ -31,6 +32,8 @@ class GateSchedule:
     leak_end: ShareBelowOne | None = None  # at the last step, linear between; null: as at the first
     dropout: ShareBelowOne = 0.0  # chance that all routed gates of a sample are 0; shared experts stay on
     dropout_end: ShareBelowOne | None = None  # at the last step, linear between; null: as at the first
+    # chance that an expert is left out for a sample, whose other experts share its gate
+    expert_dropout: ShareBelowOne = 0.0
     blend: Share = 0.0  # chance that a sample's gates are those of a merge, or between these and its own
     blend_end: Share | None = None  # at the last step, linear between; null: as at the first
     # of that merge: mean, 1/N each, or sum, 1 each
@@ -57,16 +60,23 @@ class GateDraws:
     keep: Float[Tensor, " batch"]  # 0 where routed gates are dropped
     share: Float[Tensor, " batch"]  # of the merge's gates in the sample's
     blend_to: str
+    left: Float[Tensor, "batch choice"] | None = None  # 0 where an expert is left out, at least one is not; None: all
 
     def apply(self, gates: Float[Tensor, "batch site choice"]) -> Float[Tensor, "batch site choice"]:
         """keep * ((1 - share) * leaked + share * target), where leaked = (1 - leak) * gates + leak / choices."""
         count = gates.shape[-1]
         keep, share = (draw.to(gates.device)[:, None, None] for draw in (self.keep, self.share))
         leaked = (1 - self.leak) * gates + self.leak / count
-        return keep * ((1 - share) * leaked + share * TARGETS[self.blend_to](count))
+        mixed = (1 - share) * leaked + share * TARGETS[self.blend_to](count)
+        if self.left is not None:
+            left = mixed * self.left.to(gates.device)[:, None]
+            rest = left.sum(-1, keepdim=True)  # 0 where no gate is left: then nothing is left out
+            left = left * (mixed.sum(-1, keepdim=True) / rest.where(rest > 0, 1.0))
+            mixed = left.where(rest > 0, mixed)
+        return keep * mixed
 
 
-def draw_gates(schedule: GateSchedule, progress: float, num_samples: int) -> GateDraws | None:
+def draw_gates(schedule: GateSchedule, progress: float, num_samples: int, num_choices: int = 0) -> GateDraws | None:
     """Draws for a batch; None, and nothing drawn, for an empty schedule."""
     import torch
 
@@ -76,4 +86,7 @@ def draw_gates(schedule: GateSchedule, progress: float, num_samples: int) -> Gat
     dropped, blended, whole, part = torch.rand(4, num_samples)
     share = torch.where(whole < 0.5, torch.ones_like(part), part) * (blended < shares["blend"])
     keep = (dropped >= shares["dropout"]).float()
-    return GateDraws(leak=shares["leak"], keep=keep, share=share, blend_to=schedule.blend_to)
+    left = None
+    if schedule.expert_dropout:
+        left = (torch.rand(num_samples, num_choices) >= schedule.expert_dropout).float()
+    return GateDraws(leak=shares["leak"], keep=keep, share=share, blend_to=schedule.blend_to, left=left)

@@ -96,7 +96,7 @@ def train_step(
             last = number == len(batches)  # gradients are exchanged once, with the last
             batch = batch.to(accelerator.device, non_blocking=True)
             with strategy.accumulating(last):
-                draws = draw_gates(trainer.stage.gates, progress, len(batch))
+                draws = draw_gates(trainer.stage.gates, progress, len(batch), len(choices))
                 gates = stage_gates(trainer.model, batch, trainer.stage, draws)
                 output = strategy.forward(batch, gates, draws)
                 loss = objective(output, counts, weights, trainer.losses.reduction)

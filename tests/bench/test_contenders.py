@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bench.bench_model import make_batch, saved_bytes
-from bench.contenders import LoopLinear, loop, ours, per_sample
+from bench.contenders import LoopLinear, loop, ours, penalties, per_sample, ranks
 from bench.settings import SIZES, Setting
 
 SETTING = Setting(size=SIZES["tiny"], num_experts=3, rank=4, device="cpu", dtype=torch.float32)
@@ -39,6 +39,13 @@ def test_adapters_of_samples_have_the_loss_of_ours_with_one_gate_each():
     batch = make_batch(SETTING.size, "cpu")
     expected = one.model(batch, gates).loss_per_sample.mean()
     torch.testing.assert_close(other.forward(), expected)
+
+
+def test_gated_ranks_and_losses_on_experts_are_contenders_that_learn():
+    for make in (ranks, penalties):
+        contender = make(SETTING)
+        contender.forward().backward()
+        assert all(p.grad is not None for p in contender.model.parameters() if p.requires_grad)
 
 
 @pytest.mark.slow

@@ -136,6 +136,16 @@ def test_leak_spreads_the_gates_and_blend_and_dropout_act_on_the_samples_that_we
     assert summed[2, 0].tolist() == [1, 1]
 
 
+def test_experts_that_are_left_out_give_their_gates_to_the_others_of_a_sample():
+    gates = torch.tensor([[[0.5, 0.3, 0.2]], [[0.5, 0.3, 0.2]], [[1.0, 0.0, 0.0]]])
+    left = torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
+    none, rest = torch.zeros(3), {"leak": 0.0, "blend_to": "mean", "left": left}
+    found = GateDraws(keep=torch.ones(3), share=none, **rest).apply(gates)
+    torch.testing.assert_close(found[:, 0], torch.tensor([[0.0, 0.6, 0.4], [0.5, 0.3, 0.2], [1.0, 0.0, 0.0]]))
+    drawn = draw_gates(GateSchedule(expert_dropout=0.3), 0.5, 5_000, 4)
+    assert float((drawn.left == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+
+
 def test_a_schedule_is_linear_over_its_stage_and_an_empty_one_draws_nothing():
     schedule = GateSchedule(leak=0.4, leak_end=0.0, blend=0.3)
     assert schedule.at(0.25) == {"leak": pytest.approx(0.3), "dropout": 0, "blend": 0.3}
