@@ -43,10 +43,6 @@ class Prediction:
     box: Box | None
     gates: dict[str, float] | None
 
-    @property
-    def answer(self) -> str:
-        return self.text
-
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
@@ -116,11 +112,6 @@ def load(run: str | Path, *, like: str | Path | None = None, device: str = "auto
     (model,) = find_models([str(run)], None if like is None else str(like))
     network = open_model(model, pick_device(device))
     return LoadedModel(network=network, config=model.config, ocr=open_ocr(model.config.data))
-
-
-def predict(model: LoadedModel, image: ImageLike, question: str, task: str | None = None, **options: Any) -> Prediction:
-    """`model.ask` as a function."""
-    return model.ask(image, question, task, **options)
 
 
 def read_image(image: ImageLike) -> Image:
