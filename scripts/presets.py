@@ -74,8 +74,8 @@ def exportable(config: RunConfig) -> str:
         return "refused"
     if router.granularity == "token":
         return "approximate"
-    if router.row.learns is None and not router.row.by_expert:
-        return "exact"
+    if router.row.learns is None:
+        return "exact per task" if router.row.by_expert else "exact"
     return "exact per task" if router.evidence == ["task"] else "exact per sample"
 
 
