@@ -35,7 +35,7 @@ def federate(federation: "Federation") -> None:
 def main() -> None:
     arguments = parse_arguments()
     from moa.federated.matrix import line_of, score_clients, table
-    from moa.federated.simulate import open_federation
+    from moa.federated.start import open_federation
     from moa.training.setup import make_accelerator
     from moa.training.signals import EXIT_STATUS
 

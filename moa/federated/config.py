@@ -18,7 +18,7 @@ from moa.cli.ranges import (
 from moa.cli.settings import Wrong, check
 from moa.config import RunConfig, StageConfig
 from moa.federated.partition import Recipe
-from moa.federated.roles import Role
+from moa.federated.role import Role
 
 RATES = ("experts", "router", "projector")
 EACH = "{expert}"  # in a role's name and match: a role for each expert that no other role names
@@ -53,7 +53,7 @@ class PartitionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RoleConfig:
-    """A row of the table; the fields are those of `moa.federated.roles.Role`."""
+    """A row of the table; the fields are those of `moa.federated.role.Role`."""
 
     name: str
     match: list[str]
@@ -125,6 +125,8 @@ class FederateConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.stages), "stages", "names none: they are what a client does in a round")
+        rule = "is not measured in a federation; python -m scripts.statistics measures it of the run that comes out"
+        check(self.train.statistics == 0, "train.statistics", rule)
         for name, stage in self.stages.items():
             for key in ("init_from", "copy_of", "sources", "expert"):
                 rule = "has no effect in a federation: every round begins with what the server sends"

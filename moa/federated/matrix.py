@@ -21,7 +21,8 @@ from moa.evaluation.result import plain_table
 from moa.evaluation.settings import chosen_sources, with_eval
 from moa.evaluation.sources import score_sources
 from moa.federated.aggregate import digest_of
-from moa.federated.client import hide, modalities_of, without
+from moa.federated.assignment import modalities_of
+from moa.federated.client import hide, without
 from moa.federated.partition import Client
 from moa.federated.simulate import Federation
 from moa.files.atomic import write_json

@@ -22,7 +22,7 @@ from math import prod
 
 from torch import Tensor
 
-from moa.federated.roles import Role
+from moa.federated.role import Role
 from moa.routing.router import axes_of
 
 REST = "rest"

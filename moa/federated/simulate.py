@@ -1,12 +1,9 @@
 """A federation in one process: the clients of a round train one after the other, then the server aggregates.
 
-    config -> model, clients by the partition, table of roles -> rounds -> a run folder as train.py leaves it
-
 A run is a function of its config. What a client trains is drawn from (seed, round, client), so a federation that was
 killed between any two updates goes on to the same values.
 """
 
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,51 +15,26 @@ import torch
 
 from data.checks import BadSampleError
 from data.collate import Collator
-from data.digest import digest_sources
-from data.mixture import Source, read_sample
-from data.sample import Sample
-from data.sources import make_collator, open_mixture, open_ocr, open_sources
+from data.mixture import Source
 from moa.analysis.plots import read_log
-from moa.build import build_model, settled
-from moa.checkpoint import CONFIG, TrainState, pointed, prune, save_checkpoint, step_name
-from moa.cli.settings import as_mapping, load, to_yaml
-from moa.config import RunConfig, load_config
-from moa.federated.aggregate import CLIENT, RoundReport, Server, Update, aggregate, check_roles, deliver
-from moa.federated.client import (
-    TERMS,
-    Assignment,
-    assign,
-    client_mixture,
-    client_update,
-    modalities_of,
-    receive,
-    tasks_of,
-    tensors_of,
-    trainable,
-)
-from moa.federated.config import ClientConfig, FederateConfig, FederatedConfig, make_roles, special, stages_of
-from moa.federated.partition import Client, Tag, make_clients, print_partition, tag_of
-from moa.federated.pieces import Names, Piece, Role, join, pieces_of, print_roles
+from moa.checkpoint import TrainState, prune, save_checkpoint
+from moa.config import RunConfig
+from moa.federated.aggregate import CLIENT, RoundReport, Update, aggregate, deliver
+from moa.federated.assignment import Assignment, assign, modalities_of, tasks_of
+from moa.federated.client import client_mixture, client_update, receive, trainable
+from moa.federated.config import ClientConfig, FederateConfig, FederatedConfig, stages_of
+from moa.federated.partition import Client
+from moa.federated.pieces import Piece, Role, join
 from moa.federated.store import (
-    SERVER,
-    SETTINGS,
     Arrival,
     State,
-    clean,
-    load_arrivals,
-    load_state,
     save_arrival,
     save_state,
 )
-from moa.files.atomic import write_file
 from moa.model import MixtureModel
-from moa.parts import PARTS
-from moa.training.batches import Layout, TrainingError, make_layout
-from moa.training.distributed.strategy import place
-from moa.training.report import LOG, Reporter, flatten
+from moa.training.batches import Layout, TrainingError
+from moa.training.report import LOG, Reporter
 from moa.training.run import COUNTERS, Run
-from moa.training.run_folder import WAY_OUT, begin, claim, same_data
-from moa.training.setup import check_evaluation, filled
 from moa.training.signals import StopRequest
 from moa.training.validation import validation_losses
 
@@ -336,165 +308,3 @@ def lines_of(record: Mapping[str, Any], report: RoundReport) -> Iterator[str]:
         yield f"{head}  refused: {client}: {reason}"
     if report.unmoved:
         yield f"{head}  unchanged, because nobody trained it: {', '.join(report.unmoved)}"
-
-
-# Opening ----------------------------------------------------------------------------------------------
-
-
-def open_federation(
-    config: FederateConfig, accelerator: Any, *, resume: bool = False, overwrite: bool = False
-) -> Federation:
-    """A federation at its start, or where it was killed (`resume`, and there is one).
-
-    ValueError for a folder that holds a run, another config or data, roles that do not fit the model, a client without
-    data, and an expert without an owner. Nothing of an old run is removed until all is checked.
-    """
-    if accelerator.num_processes > 1:
-        raise ValueError(f"federate.py trains its clients in one process, got {accelerator.num_processes}")
-    for name in config.federated.losses:
-        if name not in TERMS:
-            raise ValueError(f"federated.losses.{name}: no such term; choices: {', '.join(TERMS)}")
-    folder = Path(config.out)
-    before = load(FederateConfig, folder / SETTINGS) if resume and (folder / SETTINGS).is_file() else None
-    run = settled(config.run()) if before is None else filled(config.run(), load_config(folder / CONFIG))
-    found = claim(run, resume=resume, overwrite=overwrite)
-    if before is not None:
-        same_settings(config, before, folder)
-    elif found:
-        raise ValueError(f"--resume: out={folder} holds a run of train.py; choose another out=")
-    torch.manual_seed(run.seed)
-    model = build_model(run, to_train=True)
-    place(accelerator, model)
-    ocr = open_ocr(run.data)
-    mixture = open_mixture(run, ocr)
-    tags, skipped = read_tags(mixture.sources, run.data.on_bad_sample)
-    experts = owned_experts(model, run, tags)
-    try:
-        clients = make_clients(tags, config.federated.partition.recipe(), run.seed, experts)
-    except ValueError as error:
-        raise ValueError(f"federated.partition: {error}") from None
-    roles, pieces = table_of(config, model, run)
-    check_evaluation(run)
-    state = load_state(folder) if before is not None else None
-    start = {key: tensor.cpu().clone() for key, tensor in tensors_of(model, run).items()}
-    federation = Federation(
-        config=config, run=run, accelerator=accelerator, model=model, sources=mixture.sources, roles=roles,
-        validation=open_sources(run.data.validation.values(), run.data, ocr), clients=clients, pieces=pieces,
-        collator=make_collator(run, model.backbone.intake, pack_length=run.train.pack_length),
-        layout=make_layout(run.train, 1), reporter=Reporter(run, accelerator), quiet=Reporter(run, accelerator),
-        special=special(config.federated, [client.name for client in clients if not client.held_out]),
-        state=state or State(server=Server(round=1, tensors=start)),
-    )  # fmt: skip
-    federation.quiet.console.quiet = True
-    check_plans(federation)
-    if run.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    data = digest_sources(mixture.sources, run.data)
-    if before is None:  # what a start left that was killed before its first round
-        shutil.rmtree(folder / SERVER, ignore_errors=True)
-    elif found is None:
-        same_data(folder, data)
-    begin(run, data, found, clear=overwrite and not resume)
-    write_file(folder / SETTINGS, to_yaml(replace(config, root=config.root or str(Path.cwd()))))
-    federation.reporter.print(print_partition(clients, len(tags) + skipped))
-    federation.reporter.print("\n" + table_of_roles(federation))
-    take_up(federation)
-    return federation
-
-
-def take_up(federation: Federation) -> None:
-    """Read what has arrived in the round under way, and write what a kill kept from being written."""
-    state, reporter = federation.state, federation.reporter
-    if state.history:
-        clean(federation.folder, state)
-    federation.arrivals = load_arrivals(federation.folder, state.server.round)
-    if state.rounds_done and pointed(federation.folder, "last") != step_name(state.step):
-        federation.show(state.server.tensors)
-        federation.write_checkpoint()
-    if state.rounds_done or federation.arrivals:
-        arrived = f", with {len(federation.arrivals)} updates of round {state.server.round}"
-        reporter.print(f"\ncontinues after round {state.rounds_done}{arrived if federation.arrivals else ''}")
-
-
-def check_plans(federation: Federation) -> None:
-    """ValueError for what a client cannot do, before any of them trains."""
-    for client in federation.training:
-        own = federation.special[client.name].experts
-        for name in own or ():
-            if name not in federation.model.bank.names:
-                choices = ", ".join(federation.model.bank.names)
-                raise ValueError(f"federated.clients.{client.name}.experts: no expert {name!r}; choices: {choices}")
-        if own is not None and federation.run.router.granularity == "token":
-            raise ValueError(f"federated.clients.{client.name}.experts: needs router.granularity=sample")
-        federation.config_of(client, 1)
-        try:
-            federation.assignment(client, 1)
-        except ValueError as error:
-            raise ValueError(f"federated: {error}") from None
-
-
-def same_settings(config: FederateConfig, before: FederateConfig, folder: Path) -> None:
-    """ValueError naming the settings of the federation in which a resumed one differs; train.py names the run's."""
-    now, then = (flatten(as_mapping(c.federated), "federated.") for c in (config, before))
-    free = ("federated.num_questions",)
-    different = [
-        f"{key} was {then.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key) and key not in free
-    ]
-    if different:
-        raise ValueError(f"--resume: {folder / SETTINGS} differs: {'; '.join(different)}. {WAY_OUT}")
-
-
-def read_tags(sources: Mapping[str, Source], on_bad_sample: str) -> tuple[list[Tag], int]:
-    """What the partition reads of every sample, and how many bad ones were left out."""
-    tags, skipped = list[Tag](), 0
-    for name, source in sources.items():
-        for index in range(len(source)):
-            sample = read_sample(source, index, name)
-            if isinstance(sample, Sample):
-                tags.append(tag_of(sample, name, index))
-            elif on_bad_sample == "error":
-                raise ValueError(str(sample))
-            else:
-                skipped += 1
-    return tags, skipped
-
-
-def owned_experts(model: MixtureModel, config: RunConfig, tags: Sequence[Tag]) -> list[str]:
-    """The routed experts that train: each needs a client with samples of it, where samples name their experts."""
-    if config.data.expert is not None or not any(tag.expert for tag in tags):
-        return []
-    return [name for name in model.bank.names if name in routed(model) and not config.experts[name].frozen]
-
-
-def table_of(config: FederateConfig, model: MixtureModel, run: RunConfig) -> tuple[list[Role], list[Piece]]:
-    """Roles and pieces; ValueError for elements in none or two, and for a rule that a role cannot have."""
-    experts = [name for name in model.bank.names if not config.experts[name].frozen]
-    roles = make_roles(config.federated.roles, experts)
-    for role in roles:
-        if role.scope == "per_group":
-            raise ValueError(f"federated.roles.{role.name}.scope: per_group needs groups, which nothing here makes")
-        if role.elsewhere == "absent" and run.router.granularity == "token":
-            raise ValueError(f"federated.roles.{role.name}.elsewhere: absent needs router.granularity=sample")
-    state = {key if key.startswith("router.") else f"router.{key}" for key in PARTS["router"].state(model)}
-    if lost := sorted(state - tensors_of(model, run).keys()):
-        raise ValueError(f"{lost[0]}: learns without a gradient, and a federation does not send it")
-    names = Names(choices=tuple(config.choices), evidence=tuple(model.routing.evidence))
-    try:
-        pieces = pieces_of(trainable(model, run), roles, names)
-        check_roles(roles, pieces)
-    except ValueError as error:
-        raise ValueError(f"federated.{error}") from None
-    return roles, pieces
-
-
-def table_of_roles(federation: Federation) -> str:
-    """The table that is printed before the first round: what leaves a client, in bytes, and who sends it."""
-    senders: dict[str, list[str]] = {role.name: [] for role in federation.roles}
-    for client in federation.training:
-        for role in federation.assignment(client, 1).sends:
-            senders[role.name].append(client.name)
-    everyone = len(federation.training)
-    senders = {name: own if len(own) < everyone else [f"all {everyone}"] for name, own in senders.items()}
-    return print_roles(federation.pieces, federation.roles, ITEMSIZE, senders)

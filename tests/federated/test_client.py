@@ -5,16 +5,8 @@ import torch
 from torch import nn
 
 from data.config import SourceConfig
-from moa.federated.client import (
-    assign,
-    client_mixture,
-    concerns,
-    gate_mass,
-    only_free,
-    proximal,
-    ranks_above,
-    without,
-)  # fmt: skip
+from moa.federated.assignment import assign, concerns, ranks_above
+from moa.federated.client import client_mixture, gate_mass, only_free, proximal, without
 from moa.federated.partition import Client, Row, Tag
 from moa.federated.pieces import Names, Role, pieces_of
 from tests.test_model import batch_of, make_model

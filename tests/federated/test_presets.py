@@ -103,3 +103,13 @@ def test_a_role_for_each_expert_needs_one_and_another_name():
 def test_special_settings_are_of_clients_that_there_are():
     with pytest.raises(ValueError, match="federated.clients.client-x: no such client; choices: client-0"):
         special(demo(federated__clients={"client-x": {"rank": 2}}).federated, ["client-0"])
+
+
+def test_the_example_of_the_docs_lies_over_the_demo_run(tmp_path):
+    text = (ROOT / "docs/federated.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "mine.yaml").write_text(text)
+    config = load(FederateConfig, [ROOT / "configs/demo.yaml", tmp_path / "mine.yaml"])
+    assert [*config.stages] == ["joint"] and config.federated.drawn == 9
+    assert [role.name for role in make_roles(config.federated.roles, ["vqa", "line"])] == [
+        "expert vqa", "expert line", "router"
+    ]  # fmt: skip

@@ -24,7 +24,8 @@ from moa.federated import simulate
 from moa.federated.client import receive, tensors_of
 from moa.federated.config import FederateConfig, FederatedConfig, PartitionConfig
 from moa.federated.matrix import summary
-from moa.federated.simulate import Federation, draw_clients, open_federation
+from moa.federated.simulate import Federation, draw_clients
+from moa.federated.start import open_federation
 from moa.federated.store import incoming, load_state
 from moa.training import run as run_module
 from moa.training.setup import make_accelerator
