@@ -19,6 +19,7 @@ from moa.routing.gating import anchor_similarity, anchor_sums
 from moa.routing.scores import SCORES
 
 EVIDENCE = ("image", "text", "ocr", "task")
+NEVER = -1e4  # a logit whose share of a softmax is exactly 0
 # Kind of evidence -> what its encoder reads; the task is an id alone.
 INPUTS = {
     "image": ("image_tokens", "image_mask"),
@@ -251,7 +252,8 @@ class AnchorRouter(nn.Module):
 
     `update` adds samples of known experts to running sums (buffers, saved with the rest; processes
     may add theirs up); the forward pass compares each sample for itself, averages the similarity
-    over the kinds of evidence it has, and multiplies by `sharpness`.
+    over the kinds of evidence it has, and multiplies by `sharpness`. Experts without samples so far
+    are left out, unless none has any.
     """
 
     def __init__(
@@ -284,15 +286,18 @@ class AnchorRouter(nn.Module):
 
     def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch 1 expert"]:
         """Logits in float32; kinds in `withhold` are left out."""
-        total = count = torch.zeros(())
+        total = count = seen = torch.zeros(())
         for kind in self.evidence:
             features, present = self._features(kind, evidence)
             if kind in withhold:
                 present = torch.zeros_like(present)
             sums, counts = self.get_buffer(f"{kind}_sums"), self.get_buffer(f"{kind}_counts")
             total = total.to(sums) + anchor_similarity(sums, counts, features, present)
-            count = count.to(sums) + present
-        return (self.sharpness * total / count.clamp(min=1)[:, None])[:, None]
+            count, seen = count.to(sums) + present, seen.to(counts) + counts
+        logits = self.sharpness * total / count.clamp(min=1)[:, None]
+        # an expert that has no sample yet takes no share from those that have, or the first skill would be a fifth
+        unseen = (seen == 0) & (seen > 0).any()
+        return logits.masked_fill(unseen, NEVER)[:, None]
 
     def _features(self, kind: str, evidence: Evidence) -> tuple[Tensor, Tensor]:
         if kind == "task":

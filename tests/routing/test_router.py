@@ -77,6 +77,16 @@ def filled_anchors(**changes) -> AnchorRouter:
     return router
 
 
+def test_an_expert_without_samples_so_far_takes_no_share_from_those_that_have_some():
+    evidence, router = make_evidence(6), AnchorRouter(experts=3, dims=DIMS, num_tasks=3)
+    assert not router(evidence).any()  # nobody has any: all alike
+    router.update(make_evidence(4, seed=5), torch.tensor([1, 1, 1, 1]))
+    assert router(evidence)[:, 0].softmax(-1).equal(torch.tensor([0.0, 1, 0]).expand(6, -1))
+    router.update(make_evidence(4, seed=6), torch.tensor([2, 2, 2, 2]))
+    gates = router(evidence, withhold=EVIDENCE)[:, 0].softmax(-1)  # samples without any evidence
+    assert gates.equal(torch.tensor([0.0, 0.5, 0.5]).expand(6, -1))
+
+
 @pytest.mark.parametrize("name", ROUTERS)
 def test_splitting_or_permuting_a_batch_never_changes_a_samples_logits(name):
     router, evidence = ROUTERS[name](), make_evidence(6)
