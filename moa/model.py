@@ -307,7 +307,7 @@ class LanguageMixture(MixtureModel):
         state.watch.values.clear()
         for name in state.watch.penalties:
             if name not in values:
-                raise ValueError(f"losses.{name}: has no effect: no layer has two routed experts")
+                raise ValueError(f"losses.{name}: has no effect: no layer has two routed experts with an A each")
         return {name: torch.stack(found).mean() for name, found in values.items()}
 
     def _decisions(self, batch: Batch, decided: Gates) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:

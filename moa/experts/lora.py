@@ -279,6 +279,8 @@ class ExpertLinear(nn.Module):
         tasks, rows = watch.tasks_at(state.streams[self.name], x), x.detach().flatten(0, -2)
         for name in watch.penalties:
             chosen = [e for e in self.scalings if e in watch.routed or name not in PAIRED]
+            if name not in LINEAR:  # a shared A once
+                chosen = [*{id(self._parameters[f"lora_A_{e}"]): e for e in chosen}.values()]
             if len(chosen) < (2 if name in PAIRED else 1):
                 continue
             pairs = [self.whole(e) if name in LINEAR else (self.lora_A[e], self.lora_B[e]) for e in chosen]

@@ -147,12 +147,12 @@ def deals_in_turn(names: list[str], seed: int, num_steps: int) -> bool:
 
 
 def together(folder: Path) -> dict:
-    """A frozen expert, two that share their A and hold a start, checkpointing, accumulation, clipping, weight
-    decay, a trained projector, and a later stage that starts from an adapter."""
+    """A frozen expert, two that share their A, hold a start and have gates of their ranks, checkpointing, accumulation,
+    clipping, weight decay, a trained projector, and a later stage that starts from an adapter."""
     folder.mkdir()
     world = toy_world(folder)
     own = {"rank": 2, "alpha": 4, "init": "random_b"}
-    world["experts"] = {name: {**own, "share_a": "one"} for name in ("vqa", "grounding")}
+    world["experts"] = {name: {**own, "share_a": "one", "rank_gates": "task"} for name in ("vqa", "grounding")}
     world["experts"]["spare"] = {"frozen": True, "init_from": str(folder / "adapter")}
     world["model"]["train_projector"] = True
     world["router"]["per_site"] = True
@@ -204,8 +204,11 @@ def references(tmp_path_factory) -> list[RunConfig]:
         world = make(root / make.__name__)
         world["router"]["modality_dropout"] = 0.0  # each process draws its own
         world["losses"] = {"z": 0.01}  # balance is a micro-batch's
-        if "rank_gates" not in world["experts"].get("grounding", {"rank_gates": None}):  # nor the CLIP's
+        grounding = world["experts"].get("grounding")  # the CLIP has none
+        if grounding is not None and "rank_gates" not in grounding:
             world["losses"]["crosstalk"] = 0.1
+        if grounding is not None and "share_a" not in grounding:
+            world["losses"]["orthogonality"] = 0.1
         configs.append(read(world))
         run_once(configs[-1])
     return configs
