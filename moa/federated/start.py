@@ -16,7 +16,7 @@ from moa.build import build_model, settled
 from moa.checkpoint import CONFIG, pointed, step_name
 from moa.cli.settings import as_mapping, load, to_yaml
 from moa.config import RunConfig, load_config
-from moa.federated.aggregate import Server, check_roles
+from moa.federated.aggregate import Server, check_roles, is_paired
 from moa.federated.client import TERMS, tensors_of, trainable
 from moa.federated.config import FederateConfig, make_roles, special
 from moa.federated.partition import Tag, make_clients, print_partition, tag_of
@@ -185,9 +185,20 @@ def table_of(config: FederateConfig, model: MixtureModel, run: RunConfig) -> tup
     try:
         pieces = pieces_of(trainable(model, run), roles, names)
         check_roles(roles, pieces)
+        check_products(roles, pieces, run)
     except ValueError as error:
         raise ValueError(f"federated.{error}") from None
     return roles, pieces
+
+
+def check_products(roles: Sequence[Role], pieces: Sequence[Piece], run: RunConfig) -> None:
+    """ValueError for a rule that multiplies the factors of an expert which is not their product."""
+    for role in filter(is_paired, roles):
+        for piece in pieces:
+            part, _, key = piece.key.partition(".")
+            expert = run.experts.get(key.split(".")[0])
+            if piece.role == role.name and part == "experts" and expert is not None and expert.kind != "lora":
+                raise ValueError(f"roles.{role.name}.rule: {role.rule} is of updates B A, and {key} is of a bottleneck")
 
 
 def table_of_roles(federation: Federation) -> str:
