@@ -49,6 +49,7 @@ class LearnConfig:
     # of these and iteris: pull to the mean of the experts, as a share of the inputs' mean square
     ridge: NotNegative | None = None
     tune: bool | None = None  # of regmean: nondiagonal and ridge by the score, of six pairs
+    answer_share: Share | None = None  # of regmean: of the moments, as in scripts.statistics; null: tokens count alike
     balance: bool | None = None  # of iteris: experts of large outputs count no more than others
     iterations: Count | None = None  # of iteris
     budget: Count | None = None  # of lorahub: merges tried
