@@ -365,6 +365,8 @@ def test_an_auxiliary_loss_reaches_the_router_and_never_the_experts():
     assert set(aux) == {
         "load_balancing",
         "within_task_balancing",
+        "localized_balancing",
+        "importance",
         "z",
         "entropy",
         "guidance",
