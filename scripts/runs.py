@@ -3,7 +3,8 @@
     python -m scripts.runs            # those in runs/
     python -m scripts.runs runs/ablations
 
-Scores are those that eval.py wrote of the run's own weights. A broken or half-written folder is listed with the reason.
+A federation has rounds in the column of steps. Scores are those that eval.py wrote of the run's own weights. A broken
+or half-written folder is listed with the reason.
 """
 
 from collections.abc import Sequence
@@ -59,10 +60,11 @@ def overview(runs: "dict[str, RunFolder]") -> Any:
     for column in ("run", "steps", "loss", "validation", "problems"):
         grid.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
     for name, run in runs.items():
-        planned = "" if run.planned is None else f" of {run.planned}"
+        done, planned, unit = run.progress
+        of = "" if planned is None else f" of {planned}{'' if unit == 'steps' else f' {unit}'}"
         losses = (run.final("loss"), run.final("validation", last=1))
         cells = ["-" if loss is None else f"{loss:.3f}" for loss in losses]
-        grid.add_row(Text(name), f"{run.steps}{planned}", *cells, str(len(run.problems) or ""))
+        grid.add_row(Text(name), f"{done}{of}", *cells, str(len(run.problems) or ""))
     return grid
 
 

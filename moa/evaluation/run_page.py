@@ -70,10 +70,11 @@ def first_lines(run: RunFolder) -> list[str]:
     lines = []
     if run.config is not None:
         names, router = [*run.config.experts], run.config.router.kind
-        planned = "" if run.steps == run.planned else f" of {run.planned}"
+        done, planned, unit = run.progress
+        of = "" if done == planned else f" of {planned}"
         lines.append(
             f"{len(names)} LoRA expert{'s' if len(names) > 1 else ''} ({', '.join(names)}) on {run.config.model.name}, "
-            f"routed by {router}; {run.steps}{planned} steps on {len(run.config.data.sources)} sources."
+            f"routed by {router}; {done}{of} {unit} on {len(run.config.data.sources)} sources."
         )
     summary, _ = read_summary(run)
     return lines + [str(line) for line in summary.get("gains", [])]

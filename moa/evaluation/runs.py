@@ -23,6 +23,7 @@ from moa.evaluation.result import Measured, measured
 MARKS = ("config.yaml", "versions.json", "log.jsonl", "checkpoints")  # a run folder has one of these
 INSIDE = ("checkpoints", "eval", "others", "pictures", "server")  # of a run, where no other run is
 LAST = 10  # steps whose mean loss is the final one
+FEDERATION = "federated.yaml"  # in the folder of a run that is one
 HERE = ("out", "root")  # settings that say where a run is, not what
 
 
@@ -36,6 +37,15 @@ class RunFolder:
     # of eval/ ("") and of each of its folders of other gates: data set -> record and rows of an evaluation
     results: dict[str, dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    num_rounds: int | None = None  # of a federation
+
+    @property
+    def progress(self) -> tuple[int, int | None, str]:
+        """How much is done, of how much, in steps; of a federation, whose clients' steps are no plan, in rounds."""
+        if self.num_rounds is None:
+            return self.steps, self.planned, "steps"
+        done = [row["round"] for row in self.log if row.get("stage") == "server" and isinstance(row.get("round"), int)]
+        return max(done, default=0), self.num_rounds, "rounds"
 
     @property
     def steps(self) -> int:
@@ -83,15 +93,22 @@ def read_run(path: Path) -> RunFolder:
         weights = weights_of(path)
     except (ValueError, OSError, KeyError, TypeError) as error:
         problems.append(f"no checkpoint: {error}")
+    rounds = None
+    if (path / FEDERATION).is_file():
+        try:
+            rounds = int(yaml.safe_load((path / FEDERATION).read_text())["federated"]["rounds"])
+        except (ValueError, OSError, yaml.YAMLError, KeyError, TypeError) as error:
+            problems.append(f"{FEDERATION}: {error!r}")
     results = {}
     for place in (path / "eval", *sorted((path / "eval").glob("*/"))):
         if place.name != PARTIAL and place.is_dir():
             variant = "" if place == path / "eval" else place.name
             results[variant] = read_results(place, weights, problems)
     found = {variant: own for variant, own in results.items() if own}
-    run = RunFolder(path=path, config=config, log=log, results=found)
-    if readable and run.planned is not None and run.steps < run.planned:
-        problems.append(f"has {run.steps} of {run.planned} steps: it was stopped, or trains still")
+    run = RunFolder(path=path, config=config, log=log, results=found, num_rounds=rounds)
+    done, planned, unit = run.progress
+    if readable and planned is not None and done < planned:
+        problems.append(f"has {done} of {planned} {unit}: it was stopped, or trains still")
     return replace(run, problems=[*map(one_line, problems)])
 
 

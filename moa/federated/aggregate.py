@@ -83,7 +83,7 @@ class RoundReport:
     round: int
     roles: Mapping[tuple[str, str], RoleReport]  # by role and scope; those that nobody trained are absent
     refused: tuple[tuple[str, str], ...]  # client and reason
-    unmoved: tuple[str, ...]  # roles without a contributor
+    unmoved: tuple[str, ...]  # roles, or scopes of one, without as many contributors as the rule needs
 
 
 def digest_of(tensors: Mapping[str, Any]) -> str:
@@ -120,12 +120,19 @@ def check_roles(roles: Sequence[Role], pieces: Sequence[Piece]) -> None:
             raise ValueError(f"{where}.into: needs scope=global and a frozen expert in no role, got {role.into!r}")
         _check_options(f"{where}.options", role.options, RULES.get(role.rule))
         _check_options(f"{where}.server_options", role.server_options, SERVERS[role.server])
+        if role.rule in rules.ROBUST:
+            try:
+                rules.check_values(role.options)
+            except ValueError as error:
+                raise ValueError(f"{where}.{error}") from None
         if is_paired(role):
             pairs_of(role, pieces)
             if role.rule.startswith(MERGE):
                 rules.check_merge(role.rule.removeprefix(MERGE), role.options)
-        if role.rule == "carry" and "ratio" not in role.options:
-            raise ValueError(f"{where}.options.ratio: the scaling of the role's expert over that of {role.into}")
+        ratio = role.options.get("ratio")
+        if role.rule == "carry" and not (isinstance(ratio, int | float) and ratio > 0):
+            rule = f"the scaling of the role's expert over that of {role.into}, more than 0"
+            raise ValueError(f"{where}.options.ratio: {rule}, got {ratio!r}")
 
 
 def _check_options(where: str, options: Mapping[str, Any], function: Callable[..., Any] | None) -> None:
@@ -304,7 +311,8 @@ def aggregate(
             totals[key].add(update, weight)
     tensors, scoped, state = dict(server.tensors), dict(server.scoped), dict(server.state)
     reports: dict[tuple[str, str], RoleReport] = {}
-    for (name, scope), total in sorted(totals.items()):
+    few = {key for key, t in totals.items() if len(t.clients) < rules.least_clients(t.role.rule, t.role.options)}
+    for (name, scope), total in sorted((key, total) for key, total in totals.items() if key not in few):
         values, own_state, more, reports[name, scope] = total.finish(server)
         tensors |= more
         state |= own_state
@@ -312,8 +320,9 @@ def aggregate(
             tensors = join(by_role[name], values, tensors)
         else:
             scoped[scope] = {**scoped.get(scope, {}), **values}
-    trained = {name for name, _ in totals}
+    trained = {name for name, _ in reports}
     unmoved = tuple(role.name for role in roles if role.name not in trained and not role.keep)
+    unmoved += tuple(f"{name} {scope}" for name, scope in sorted(few) if name in trained)
     report = RoundReport(round=server.round, roles=reports, refused=tuple(refused), unmoved=unmoved)
     return Server(round=server.round + 1, tensors=tensors, scoped=scoped, state=state), report
 
@@ -326,7 +335,10 @@ def accept(
     roles: Sequence[Role],
     by_role: Mapping[str, Sequence[Piece]],
 ) -> list[tuple[Role, float]]:
-    """The roles that an update contributes to, with its weights; ValueError with the reason to refuse it whole."""
+    """The roles that an update contributes to, with its weights; ValueError with the reason to refuse it whole.
+
+    It has the pieces of every role that it counts; those of a weight of 0 are in no sum.
+    """
     if update.round != round_:
         raise ValueError(f"of round {update.round}, and this is {round_}")
     if update.base != base:
@@ -345,7 +357,7 @@ def accept(
                 raise ValueError(f"{name} {rule}")
             scope_of(role, update)
             accepted.append((role, weight))
-    expected = {piece.name: piece for role, _ in accepted for piece in by_role[role.name]}
+    expected = {piece.name: piece for name in update.counts for piece in by_role[name]}
     if missing := sorted(expected.keys() - update.values.keys()):
         raise ValueError(f"torn: {len(missing)} of {len(expected)} pieces are missing, such as {missing[0]}")
     if extra := sorted(update.values.keys() - expected.keys()):

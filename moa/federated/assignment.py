@@ -91,6 +91,7 @@ def assign(
     still = {r.name for r in roles if r not in sends and not r.keep and r.elsewhere != "trainable"}
     free = {key: torch.ones(shape, dtype=torch.bool) for key, shape in shapes.items()}
     above = ranks_above(shapes, rank)
+    cut = {piece.key for piece in above}
     gone = {r.name for r in roles if r.name in still and r.elsewhere == "absent"}
     absent = {*lacks, *(p.key.split(".")[1] for p in pieces if p.role in gone and p.key.startswith("experts."))}
     missing = [p for p in pieces if p.key.startswith("experts.") and p.key.split(".")[1] in absent]
@@ -105,6 +106,11 @@ def assign(
     if mixed := sorted({p.role for p in missing} & {role.name for role in sent}):
         rule = f"sends the role {mixed[0]}, and lacks an expert of it; make a role of each expert, by {{expert}}"
         raise ValueError(f"{client.name} {rule}")
+    for piece in pieces:
+        inside = rank is not None and piece.key in cut and piece.axis is not None and piece.start < rank < piece.stop
+        if inside and piece.role in {role.name for role in sent}:
+            rule = f"rank {rank} is inside the ranks {piece.start}:{piece.stop} of the role {piece.role}"
+            raise ValueError(f"{client.name} {rule}, whose mean it would fill with zeros")
     if own := sorted({str(row.tag.expert) for row in client.train} & absent):
         raise ValueError(f"{client.name} has samples of the expert {own[0]}, and lacks it")
     if absent >= {*routed}:

@@ -114,8 +114,8 @@ class FederatedConfig:
         return round(self.participation * (self.partition.clients - self.partition.held_out))
 
     def rate_factor(self, round_: int) -> float:
-        """Share of the learning rates in round 1, 2, ...: all of them in the first."""
-        return 1 - (1 - self.lr_end) * 0.5 * (1 - cos(pi * (round_ - 1) / self.rounds))
+        """Share of the learning rates in round 1, 2, ...: all of them in the first, `lr_end` in the last."""
+        return 1 - (1 - self.lr_end) * 0.5 * (1 - cos(pi * (round_ - 1) / max(self.rounds - 1, 1)))
 
 
 @dataclass(frozen=True, kw_only=True)

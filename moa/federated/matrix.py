@@ -6,7 +6,7 @@ worst       the client with the lowest such score
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from moa.federated.aggregate import digest_of
 from moa.federated.assignment import modalities_of
 from moa.federated.client import hide, without
 from moa.federated.partition import Client
+from moa.federated.pieces import Piece
 from moa.federated.simulate import Federation
 from moa.files.atomic import write_json
 
@@ -58,13 +59,14 @@ def score_clients(federation: Federation) -> dict[str, Any] | None:
     server = federation.state.server.tensors
     nothing, rounds = frozenset[str](), federation.config.federated.rounds
     rows: dict[str, Any] = {GLOBAL: {"scores": score(federation, config, server, nothing, nothing), "own": {}}}
-    found = {(digest_of(server), nothing, nothing): rows[GLOBAL]["scores"]}
+    found = {(digest_of(server), nothing, nothing, tuple[Piece, ...]()): rows[GLOBAL]["scores"]}
     for client in federation.clients:
         tensors, hidden = federation.delivered(client), frozenset(MODALITIES) - {*modalities_of(client)}
-        absent = nothing if client.held_out else federation.assignment(client, rounds).absent
-        key = digest_of(tensors), hidden, absent
+        own = None if client.held_out else federation.assignment(client, rounds)
+        absent, above = (nothing, ()) if own is None else (own.absent, own.above)
+        key = digest_of(tensors), hidden, absent, above
         if key not in found:
-            found[key] = score(federation, config, tensors, hidden, absent)
+            found[key] = score(federation, config, tensors, hidden, absent, above)
         rows[client.name] = {"scores": found[key], "own": own_of(client, config), "held_out": client.held_out}
     federation.show(server)
     record = {"data_sets": [*rows[GLOBAL]["scores"]], "rows": rows, "summary": summary(rows)}
@@ -79,9 +81,10 @@ def score(
     tensors: Mapping[str, Tensor],
     hidden: frozenset[str],
     absent: frozenset[str],
+    above: Sequence[Piece] = (),
 ) -> dict[str, float]:
-    """The score of each data set, without the modalities and experts that a client lacks."""
-    federation.show(tensors)
+    """The score of each data set, without the modalities, experts and ranks that a client lacks."""
+    federation.show(tensors, above)
     federation.model.eval()
     with without(federation.model, absent):
         results = score_sources(federation.model, config, view=lambda dataset: Seen(dataset=dataset, hidden=hidden))

@@ -256,12 +256,12 @@ def _client(
     if recipe.single is not None:
         absent = [m for m in recipe.modalities if (m == recipe.modalities[0]) == (place >= recipe.single)]
     rows = []
+    without_ocr: set[str] = set() if has_ocr else {"ocr"}
     for tag in sorted((tag for group in groups for tag in group), key=lambda tag: (tag.source, tag.index)):
-        hidden = {m for m in recipe.modalities if rng.random() < recipe.missing} | set(absent)
-        if recipe.missing_at_client and hidden >= set(recipe.modalities):
-            hidden -= {recipe.modalities[int(rng.integers(len(recipe.modalities)))]}
-        if not has_ocr:
-            hidden |= {"ocr"}
+        hidden = {m for m in recipe.modalities if rng.random() < recipe.missing} | set(absent) | without_ocr
+        there = sorted(tag.modalities & set(recipe.modalities) - without_ocr)
+        if recipe.missing_at_client and there and hidden >= tag.modalities:
+            hidden -= {there[int(rng.integers(len(there)))]}
         rows.append(Row(tag=tag, hidden=frozenset(hidden & tag.modalities)))
     return Client(
         name=f"client-{place:0{len(str(recipe.clients - 1))}}",

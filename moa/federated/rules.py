@@ -111,8 +111,7 @@ def trimmed_mean(
     values: Float[Tensor, "client size"], weights: Float[Tensor, " client"], *, share: Number = 0.1
 ) -> Float[Tensor, " size"]:
     """The mean of each number without its `share` largest and smallest (Yin et al. 2018, definition 2)."""
-    if not 0 <= share < 0.5:
-        raise ValueError(f"options.share: must be in [0, 0.5), got {share}")
+    check_values({"share": share})
     cut = int(share * len(values))
     return values.sort(dim=0).values[cut : len(values) - cut].mean(dim=0)
 
@@ -161,6 +160,26 @@ ROBUST: dict[str, Callable[..., Tensor]] = {
     "geometric_median": geometric_median,
 }
 UNWEIGHTED = ("sum", "median", "trimmed_mean", "krum")
+
+
+# Of options that are whole numbers: the least.
+WHOLE = {"wrong": 0, "chosen": 1, "steps": 1}
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """ValueError for a value that an option cannot have with any number of clients."""
+    for key, value in options.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key == "share" and not (number and 0 <= value < 0.5):
+            raise ValueError(f"options.share: must be in [0, 0.5), got {value!r}")
+        if key in WHOLE and not (number and float(value).is_integer() and value >= WHOLE[key]):
+            raise ValueError(f"options.{key}: must be a whole number of {WHOLE[key]} or more, got {value!r}")
+
+
+def least_clients(rule: str, options: Mapping[str, Any]) -> int:
+    """With fewer in a round a rule moves nothing."""
+    wrong, chosen = int(options.get("wrong", 1)), int(options.get("chosen", 1))
+    return max(2 * wrong + 3, wrong + chosen) if rule == "krum" else 1
 
 
 def nearest_weights(

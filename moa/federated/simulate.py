@@ -232,9 +232,9 @@ class Federation:
 
     # The run folder ------------------------------------------------------------------------------------
 
-    def show(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Let the model have these values."""
-        receive(self.model, self.run, tensors)
+    def show(self, tensors: Mapping[str, torch.Tensor], above: Sequence[Piece] = ()) -> None:
+        """Let the model have these values, without the ranks `above` those of a client."""
+        receive(self.model, self.run, tensors, above)
 
     def validate(self) -> dict[str, float]:
         """The losses of the model as it is on the validation sources, if there are any."""
@@ -307,4 +307,4 @@ def lines_of(record: Mapping[str, Any], report: RoundReport) -> Iterator[str]:
     for client, reason in report.refused:
         yield f"{head}  refused: {client}: {reason}"
     if report.unmoved:
-        yield f"{head}  unchanged, because nobody trained it: {', '.join(report.unmoved)}"
+        yield f"{head}  unchanged, because nobody trained it, or fewer than its rule needs: {', '.join(report.unmoved)}"

@@ -16,11 +16,21 @@ from moa.build import build_model, settled
 from moa.checkpoint import CONFIG, pointed, step_name
 from moa.cli.settings import as_mapping, load, to_yaml
 from moa.config import RunConfig, load_config
-from moa.federated.aggregate import Server, check_roles, is_paired
+from moa.federated.aggregate import Server, check_roles
+from moa.federated.assignment import tasks_of
 from moa.federated.client import TERMS, tensors_of, trainable
 from moa.federated.config import FederateConfig, make_roles, special
 from moa.federated.partition import Tag, make_clients, print_partition, tag_of
 from moa.federated.pieces import Names, Piece, Role, pieces_of, print_roles
+from moa.federated.refusals import (
+    check_carry,
+    check_common,
+    check_products,
+    check_ranks,
+    check_senders,
+    check_weights,
+    common_factors,
+)
 from moa.federated.simulate import ITEMSIZE, Federation, routed
 from moa.federated.store import (
     SERVER,
@@ -119,6 +129,8 @@ def take_up(federation: Federation) -> None:
 
 def check_plans(federation: Federation) -> None:
     """ValueError for what a client cannot do, before any of them trains."""
+    # what moves in a round repeats after two (moving_factors)
+    senders: dict[str, dict[str, tuple[str, ...]]] = {role.name: {} for role in federation.roles}
     for client in federation.training:
         own = federation.special[client.name].experts
         for name in own or ():
@@ -129,9 +141,16 @@ def check_plans(federation: Federation) -> None:
             raise ValueError(f"federated.clients.{client.name}.experts: needs router.granularity=sample")
         federation.config_of(client, 1)
         try:
-            federation.assignment(client, 1)
+            for round_ in (1, 2) if federation.config.federated.factors == "alternate" else (1,):
+                for role in federation.assignment(client, round_).sends:
+                    senders[role.name][client.name] = tasks_of(client)
         except ValueError as error:
             raise ValueError(f"federated: {error}") from None
+    try:
+        check_ranks(federation.special, federation.run.experts)
+        check_senders(federation.roles, senders, federation.config.federated.drawn)
+    except ValueError as error:
+        raise ValueError(f"federated.{error}") from None
 
 
 def same_settings(config: FederateConfig, before: FederateConfig, folder: Path) -> None:
@@ -183,22 +202,18 @@ def table_of(config: FederateConfig, model: MixtureModel, run: RunConfig) -> tup
         raise ValueError(f"{lost[0]}: learns without a gradient, and a federation does not send it")
     names = Names(choices=tuple(config.choices), evidence=tuple(model.routing.evidence))
     try:
-        pieces = pieces_of(trainable(model, run), roles, names)
+        shapes = trainable(model, run)
+        pieces = pieces_of(shapes, roles, names)
         check_roles(roles, pieces)
-        check_products(roles, pieces, run)
+        check_products(roles, pieces, run.experts)
+        own = {name: [*model.bank.named_parameters(name)] for name in model.bank.names}
+        scalings = [site.scalings for site in model.bank.sites.values()]
+        check_carry(roles, pieces, run.experts, tensors_of(model, run).keys(), scalings)
+        check_common(roles, pieces, shapes, common_factors(own))
+        check_weights(roles, compares=model.backbone.compares)
     except ValueError as error:
         raise ValueError(f"federated.{error}") from None
     return roles, pieces
-
-
-def check_products(roles: Sequence[Role], pieces: Sequence[Piece], run: RunConfig) -> None:
-    """ValueError for a rule that multiplies the factors of an expert which is not their product."""
-    for role in filter(is_paired, roles):
-        for piece in pieces:
-            part, _, key = piece.key.partition(".")
-            expert = run.experts.get(key.split(".")[0])
-            if piece.role == role.name and part == "experts" and expert is not None and expert.kind != "lora":
-                raise ValueError(f"roles.{role.name}.rule: {role.rule} is of updates B A, and {key} is of a bottleneck")
 
 
 def table_of_roles(federation: Federation) -> str:

@@ -93,6 +93,17 @@ def test_what_is_broken_is_one_line(tmp_path, harm, reason):
     assert reason in found and "\n" not in found
 
 
+def test_a_federation_has_rounds_and_the_last_loss_of_its_server(tmp_path, capsys):
+    run = make_run(tmp_path / "fed")
+    (run / "federated.yaml").write_text("federated: {rounds: 3}")
+    lines = [{"step": 60 * n, "stage": "server", "round": n, "rounds": 3, "validation": 1.0 / n} for n in (1, 2)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "has 2 of 3 rounds" in read_run(run).problems[0]
+    runs.main([str(tmp_path)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["fed", "2", "of", "3", "rounds", "-", "0.500", "1"] in rows
+
+
 def write_record(run: Path, changes: dict) -> None:
     file = run / "eval" / "vqa.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))

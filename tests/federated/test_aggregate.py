@@ -94,8 +94,27 @@ def test_the_order_of_clients_does_not_matter(rule, weight):
 
 def test_a_client_without_samples_of_a_role_does_not_matter():
     empty = update(3, sends=("rest",))
-    empty = replace(empty, values={}, counts={"rest": {"samples_of_role": 0}})
-    assert torch.equal(run([update(0), empty])[0].tensors[A], run([update(0)])[0].tensors[A])
+    empty = replace(empty, counts={"rest": {"samples_of_role": 0}})
+    new, report = run([update(0), empty])
+    assert torch.equal(new.tensors[A], run([update(0)])[0].tensors[A]) and not report.refused
+
+
+def test_a_weight_of_0_in_one_role_leaves_the_others_of_an_update():
+    roles = (replace(ROLES[0], weight="gate_mass"), ROLES[1])
+    own = update(1, roles)
+    own = replace(own, counts={**own.counts, "ocr": {"samples_of_role": 2, "gate_mass": 0.0}})
+    new, report = run([own], roles)
+    assert torch.equal(new.tensors[A], own.values[A]) and not report.refused and report.unmoved == ("ocr",)
+    _, report = run([replace(own, values={A: own.values[A]})], roles)
+    assert "pieces are missing" in report.refused[0][1]
+
+
+def test_too_few_clients_for_a_rule_leave_the_role_as_it_was_and_are_reported():
+    roles = changed(rule="krum", weight="uniform")
+    for count in (4, 5):
+        new, report = run([update(k, roles) for k in range(count)], roles)
+        assert torch.equal(new.tensors[A], server().tensors[A]) == (count < 5)
+        assert report.unmoved == (("rest",) if count < 5 else ()) and ("ocr", "") in report.roles
 
 
 def test_clients_with_one_sgd_step_are_one_central_step():
@@ -291,6 +310,12 @@ def test_carry_puts_the_covariance_into_a_frozen_expert():
         ({"options": {"share": 0.2}}, "rest.options.share: no such option; it has none"),
         ({"server": "adam", "server_options": {"beta": 1}}, "server_options.beta: no such option; it has .*beta1"),
         ({"match": ("experts:vqa", "router:rest"), "rule": "svd"}, "needs both whole factors"),
+        ({"rule": "trimmed_mean", "weight": "uniform", "options": {"share": "x"}}, r"rest.options.share: .* got 'x'"),
+        (
+            {"rule": "krum", "weight": "uniform", "options": {"wrong": 0.5}},
+            "rest.options.wrong: must be a whole number",
+        ),
+        ({"rule": "krum", "weight": "uniform", "options": {"chosen": 0}}, "rest.options.chosen: must be a whole"),
     ],
 )
 def test_a_table_whose_settings_do_not_go_together_is_named(change, said):
@@ -309,8 +334,9 @@ def test_a_merge_that_no_role_can_have_is_named_before_the_round(rule, said):
         check_roles(roles, pieces_of(SHAPES, roles, NAMES))
 
 
-def test_carry_needs_the_ratio_of_scalings():
-    roles = (replace(PAIRS[0], rule="carry", into="carry"), PAIRS[1])
+@pytest.mark.parametrize("options", [{}, {"ratio": "x"}, {"ratio": 0}])
+def test_carry_needs_the_ratio_of_scalings(options):
+    roles = (replace(PAIRS[0], rule="carry", into="carry", options=options), PAIRS[1])
     with pytest.raises(
         ValueError, match=r"roles.vqa.options.ratio: the scaling of the role's expert over that of carry"
     ):

@@ -54,6 +54,13 @@ def test_a_client_of_a_lower_rank_trains_its_ranks_and_sends_no_role_of_those_ab
     assert [piece.name for piece in ranks_above(SHAPES, 2)] == [f"{A}[2:4]", f"{B}[:,2:4]"]
 
 
+def test_a_rank_inside_the_ranks_of_a_role_is_refused():
+    roles = [Role(name=f"from {s}", match=(f"experts:*.ranks={s}:{s + 2}",)) for s in (0, 2)] + [ROUTER]
+    with pytest.raises(ValueError, match="client-0 rank 3 is inside the ranks 2:4 of the role from 2"):
+        assigned(client("vqa"), *roles, rank=3)
+    assert assigned(client("vqa"), rank=3).sends  # of whole factors, with zeros (HetLoRA)
+
+
 def test_a_role_that_is_kept_is_trained_and_never_sent():
     found = assigned(client("ocr"), Role(name="own", match=("rest",), keep=True))
     assert not found.sends and [role.name for role in found.keeps] == ["own"] and found.free[A].all()

@@ -126,6 +126,13 @@ def test_missing_modalities_by_client_leave_one_of_each_sample():
     assert {len(kind) for kind in kinds} == {1, 2}
 
 
+def test_a_client_without_a_modality_leaves_each_sample_one_that_it_has():
+    for more in ({}, {"ocr_share": 0.5}, {"modalities": ("ocr",)}):
+        clients = make_clients(tags(), recipe(missing_at_client=0.6, clients=12, **more), seed=0)
+        assert all(row.tag.modalities - row.hidden for client in clients for row in client.train)
+        assert any(row.hidden for client in clients for row in client.train)
+
+
 def test_single_modalities():
     clients = make_clients(tags(), recipe(single=3), seed=0)
     for place, client in enumerate(clients):

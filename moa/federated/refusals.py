@@ -1,0 +1,137 @@
+"""What a federation cannot do, by name, before any client trains: tables, experts and clients that do not fit.
+
+`moa.federated.aggregate.check_roles` reads a table of roles and pieces alone; here are the experts' settings too.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from moa.config import ExpertConfig
+from moa.experts.starts import STARTS
+from moa.federated import rules
+from moa.federated.aggregate import carrying, is_paired
+from moa.federated.config import ClientConfig
+from moa.federated.pieces import Names, Piece, Role, Shape, in_rest, is_rest, select
+
+Experts = Mapping[str, ExpertConfig]
+
+
+def experts_of(role: Role, pieces: Sequence[Piece]) -> list[str]:
+    """The experts that a role has pieces of; of a factor that several have in common, the first."""
+    own = (piece.key.split(".") for piece in pieces if piece.role == role.name)
+    return list(dict.fromkeys(name for part, name, *_ in own if part == "experts"))
+
+
+def check_products(roles: Sequence[Role], pieces: Sequence[Piece], experts: Experts) -> None:
+    """ValueError for a rule that multiplies the factors of an expert which is not their product."""
+    for role in filter(is_paired, roles):
+        for name in experts_of(role, pieces):
+            where, expert = f"roles.{role.name}.rule: {role.rule} is of updates B A", experts[name]
+            if expert.kind != "lora":
+                raise ValueError(f"{where}, and {name} is of a bottleneck (kind={expert.kind})")
+            if expert.rank_gates != "none":
+                raise ValueError(f"{where}, and {name} has a gate for each rank (rank_gates={expert.rank_gates})")
+
+
+def check_carry(
+    roles: Sequence[Role],
+    pieces: Sequence[Piece],
+    experts: Experts,
+    keys: Collection[str],
+    scalings: Sequence[Mapping[str, float]],
+) -> None:
+    """ValueError where what goes into the expert `into` is not what a mean of factors leaves out.
+
+    `keys` are those of the server's tensors, `scalings` those of the experts at each site.
+    """
+    for role in (role for role in roles if role.rule == "carry"):
+        where, sources, ratio = f"roles.{role.name}", experts_of(role, pieces), role.options["ratio"]
+        if role.into not in experts:
+            raise ValueError(f"{where}.into: no expert {role.into!r}; choices: {', '.join(experts)}")
+        for name in (*sources, role.into):
+            if experts[name].gate != "always":
+                rule = "carry adds updates up, so both experts need gate: always"
+                raise ValueError(f"{where}.rule: {rule}, and {name} has {experts[name].gate}")
+        if lost := [key for key in (carrying(role, p) for p in pieces if p.role == role.name) if key not in keys]:
+            raise ValueError(f"{where}.into: {role.into} has no {lost[0]}")
+        for own in scalings:
+            for name in sources:
+                found = own[name] / own[role.into] if {name, role.into} <= own.keys() else ratio
+                if not math.isclose(found, ratio, rel_tol=1e-6):
+                    rule = f"must be {found:.7g}, the scaling of {name} over that of {role.into}"
+                    raise ValueError(f"{where}.options.ratio: {rule}, got {ratio}")
+
+
+def common_factors(own: Mapping[str, Iterable[tuple[str, Tensor]]]) -> list[list[str]]:
+    """The keys of each parameter that several experts have: the first is that of its piece.
+
+    `own` are the named parameters of each expert, by its name and the keys of its file.
+    """
+    found: dict[int, dict[str, str]] = {}
+    for name, parameters in own.items():
+        for key, parameter in parameters:
+            long = f"experts.{name}.{key.replace('base_model.model.', '', 1)}"
+            found.setdefault(id(parameter), {}).setdefault(name, long)
+    return [[*keys.values()] for keys in found.values() if len(keys) > 1]
+
+
+def check_common(
+    roles: Sequence[Role], pieces: Sequence[Piece], shapes: Mapping[str, Shape], common: Sequence[Sequence[str]]
+) -> None:
+    """ValueError for a factor of several experts in a role of some of them: owners of the others would not train it."""
+    table = {role.name: role for role in roles}
+    for keys in common:
+        for piece in (piece for piece in pieces if piece.key == keys[0]):
+            for key in keys:
+                if not any(covers(match, key, shapes[piece.key]) for match in table[piece.role].match):
+                    (_, first, *_), (_, other, *_) = piece.key.split("."), key.split(".")
+                    factor = "A" if ".lora_A." in key else "B"
+                    rule = f"{first} and {other} have one lora_{factor}, which this role takes of {first} alone"
+                    way = f"give experts:*.{factor} a role before the experts' own, and these the other factor"
+                    raise ValueError(f"roles.{piece.role}.match: {rule}; {way}")
+
+
+def covers(match: str, key: str, shape: Shape) -> bool:
+    if is_rest(match):
+        return in_rest(match, key)
+    return select(match, key, tuple(shape), Names()) is not None
+
+
+def check_weights(roles: Sequence[Role], *, compares: bool) -> None:
+    """ValueError for a weight that is 0 at every client."""
+    for role in roles:
+        if compares and role.weight == "answer_tokens":
+            rule = "a CLIP compares and has no answer tokens; choices: samples_of_role, samples, gate_mass, uniform"
+            raise ValueError(f"roles.{role.name}.weight: {rule}")
+
+
+def check_ranks(special: Mapping[str, ClientConfig], experts: Experts) -> None:
+    """ValueError for a client of a lower rank, where an expert subtracts a frozen start that has all ranks."""
+    held = [name for name, expert in experts.items() if STARTS[expert.init].held and not expert.frozen]
+    for client, own in special.items():
+        if own.rank is not None and held:
+            rule = f"experts.{held[0]}.init={experts[held[0]].init} subtracts a start of all ranks"
+            raise ValueError(f"clients.{client}.rank: {rule}; choices: lora, gaussian, orthogonal, null_space")
+
+
+def check_senders(roles: Sequence[Role], senders: Mapping[str, Mapping[str, Sequence[str]]], drawn: int) -> None:
+    """ValueError for a rule or a scope that the clients cannot have.
+
+    `senders` are of each role the clients that send it in some round, with their tasks; `drawn` is how many of all
+    clients are in a round.
+    """
+    for role in roles:
+        own = senders.get(role.name, {})
+        if several := [client for client, tasks in own.items() if role.scope == "per_task" and len(tasks) != 1]:
+            rule = f"per_task, and {several[0]} has the tasks {', '.join(own[several[0]])}"
+            raise ValueError(f"roles.{role.name}.scope: {rule}; deal by_task, or choose global or per_client")
+        together = Counter(
+            {"per_client": client, "per_task": tasks[0]}.get(role.scope, "") for client, tasks in own.items()
+        )
+        least, most = rules.least_clients(role.rule, role.options), min(max(together.values(), default=0), drawn)
+        if not role.keep and least > 1 and most < least:
+            rule = f"{role.rule} needs {least} clients with the options {dict(role.options)}"
+            raise ValueError(f"roles.{role.name}.rule: {rule}, and a round has at most {most}")
