@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from data.config import DataConfig, PromptConfig, SourceConfig, check_shares
 from moa.cli.ranges import (
+    OF_RUN,
     PATH,
     Count,
     CountOrZero,
@@ -141,17 +142,19 @@ class RouterConfig:
     # of granularity token: the prompt's tokens decide together for the whole sample, by their mean or by votes
     pool: Literal["none", "prompt_mean", "vote"] = "none"
     # what the router sees
-    evidence: list[Literal["image", "text", "ocr", "task"]] = field(
+    evidence: Annotated[list[Literal["image", "text", "ocr", "task"]], OF_RUN] = field(
         default_factory=lambda: ["image", "text", "ocr", "task"]
     )
     top_k: Size = 2  # experts kept per decision by kind top_k
     # of softmax and top_k: one choice more, no expert at all, for samples of `expert: none`
     null_expert: bool = False
     temperature: Positive = 1.0  # divides the logits
-    hidden: Size = 64  # width inside the router
-    pooling: Literal["attention", "mean"] = "attention"  # over the tokens of one kind of evidence
+    hidden: Annotated[Size, OF_RUN] = 64  # width inside the router
+    # over the tokens of one kind of evidence
+    pooling: Annotated[Literal["attention", "mean"], OF_RUN] = "attention"
     per_site: bool = False  # a learned offset of the logits for each wrapped layer
-    modality_dropout: ShareBelowOne = 0.1  # chance in training that one kind of evidence is hidden
+    # chance in training that one kind of evidence is hidden
+    modality_dropout: Annotated[ShareBelowOne, OF_RUN] = 0.1
     weights: dict[str, float] | None = None  # of kind fixed: routed expert -> gate; null: all equal
     # of kind top_p: experts are kept until their probabilities reach it; null: 0.8
     top_p: ShareAboveZero | None = None
@@ -240,12 +243,13 @@ class RouterConfig:
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(GateLosses):
     # what the language loss is a mean over: samples count alike, or answer tokens do
-    reduction: Literal["sample", "token"] = "sample"
+    reduction: Annotated[Literal["sample", "token"], OF_RUN] = "sample"
     # sites that crosstalk does not count: paths or expressions, as model.exclude; the projector's never count
     crosstalk_exclude: list[str] = field(default_factory=list)
     # of a CLIP: images against all texts, or against the frozen texts of the sample's choices
-    pairs: Literal["contrastive", "classification"] = "contrastive"
-    negatives: Literal["all", "source"] = "all"  # contrastive: of the batch, or of one data set
+    pairs: Annotated[Literal["contrastive", "classification"], OF_RUN] = "contrastive"
+    # contrastive: of the batch, or of one data set
+    negatives: Annotated[Literal["all", "source"], OF_RUN] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,6 +414,9 @@ def check_experts(config: RunConfig) -> None:
     ranked = [name for name, expert in config.experts.items() if expert.rank_gates != "none"]
     rule = f"experts.{', '.join(ranked)}.rank_gates may be below 0, and has no square root"
     check(not (ranked and router.root_gradient), "router.root_gradient", rule)
+    dropped = [name for name, expert in config.experts.items() if expert.dropout]
+    rule = f"experts.{', '.join(dropped)}.dropout is a factor of the gates, and the root would be of the product"
+    check(not (dropped and router.root_gradient), "router.root_gradient", rule)
     adapters = [name for name, expert in config.experts.items() if expert.kind != "lora"]
     rule = f"is for updates of weights, and experts.{', '.join(adapters)} is an adapter"
     check(not (adapters and router.score == ARROW), "router.score", f"{router.score} {rule}")
@@ -484,10 +491,11 @@ def check_sources(config: RunConfig) -> None:
 
 
 def check_stages(config: RunConfig) -> None:
-    gated = [name for name, expert in config.experts.items() if expert.rank_gates != "none" and not expert.frozen]
+    gated = [name for name, expert in config.experts.items() if expert.rank_gates != "none"]
+    learning = [name for name in gated if not config.experts[name].frozen]
     rule = "are learned with the router: no stage is router or joint"
     learned = any(stage.kind != "experts" for stage in config.stages.values()) or not config.stages
-    check(learned or not gated, f"experts.{', '.join(gated)}.rank_gates", rule)
+    check(learned or not learning, f"experts.{', '.join(learning)}.rank_gates", rule)
     penalised = config.losses.crosstalk > 0 or config.losses.crosstalk_end is not None
     rule = f"measures whole updates, and experts.{', '.join(gated)}.rank_gates has gates of single ranks"
     check(not (penalised and gated), "losses.crosstalk", rule)

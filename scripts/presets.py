@@ -4,6 +4,7 @@
     python -m scripts.presets show hydralora                # what it is, what differs from the paper, its parameters
     python -m scripts.presets run hydralora train.batch_size=16
     python -m scripts.presets run hydralora config=my.yaml  # over a run of your own
+    python -m scripts.presets run hydralora --resume        # or --overwrite, as of train.py
 
 A file begins with a comment that is YAML: the fields of `Preset` below. Below it are settings of a run, and train.py
 takes it like every file: `accelerate launch train.py --config RUN.yaml --config configs/presets/NAME.yaml`.
@@ -115,11 +116,11 @@ def show(name: str, console: Console, run: str | None, overrides: Sequence[str])
     console.print(f"one adapter: {exportable(config)}\n\n{path_of(name).read_text()}", soft_wrap=True)
 
 
-def run_preset(name: str, console: Console, run: str | None, overrides: Sequence[str]) -> None:
+def run_preset(name: str, console: Console, run: str | None, overrides: Sequence[str], flags: Sequence[str]) -> None:
     """Train in one process; the line that is printed is the one for `accelerate launch`."""
     config_of(name, run, overrides)  # its mistakes before anything starts
     base = run or str(ROOT / read_preset(name).over)
-    command = [str(ROOT / "train.py"), "--config", base, "--config", str(path_of(name)), *overrides]
+    command = [str(ROOT / "train.py"), "--config", base, "--config", str(path_of(name)), *overrides, *flags]
     console.print(f"accelerate launch {' '.join(command)}", soft_wrap=True)
     sys.exit(subprocess.run([sys.executable, *command], check=False).returncode)
 
@@ -129,17 +130,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("action", choices=["list", "show", "run"])
     parser.add_argument("name", nargs="?", help="file in configs/presets, without .yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config=RUN.yaml, and settings of the run")
-    args, console = parser.parse_args(argv), Console()
+    known = parser.add_mutually_exclusive_group()
+    for flag in ("--resume", "--overwrite"):
+        about = "for run: as of train.py"
+        known.add_argument(flag, action="append_const", dest="flags", const=flag, default=[], help=about)
+    args, console = parser.parse_intermixed_args(argv), Console()
     with mistakes_in_one_line():
         own = [text for text in args.overrides if text.startswith("config=")]
         rest = [text for text in args.overrides if text not in own]
+        if args.flags and args.action != "run":
+            raise ValueError(f"{args.flags[0]}: has no effect with {args.action}")
         if args.action == "list":
             show_list(console)
             return
         if args.name is None:
             raise ValueError(f"{args.action}: name a preset; choices: {', '.join(names())}")
         run = own[-1].removeprefix("config=") if own else None
-        (show if args.action == "show" else run_preset)(args.name, console, run, rest)
+        if args.action == "show":
+            show(args.name, console, run, rest)
+        else:
+            run_preset(args.name, console, run, rest, args.flags)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moa.cli.settings import describe, load, settings, to_yaml
 from moa.cli.strict_yaml import parse_yaml, read_yaml
-from moa.config import RunConfig, load_config
+from moa.config import LossConfig, RouterConfig, RunConfig, load_config
 from moa.evaluation.settings import EvalCommand
 from moa.federated.config import FederatedConfig
 from moa.merging.settings import MergeExperts, StackLayers
@@ -136,6 +136,7 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         (["experts.a.rank_gates=task", "router.root_gradient=true"], ["router.root_gradient", "experts.a.rank_gates"]),
         (["experts.a={kind: adapter, targets: [x]}", "router.root_gradient=true"],
          ["router.root_gradient", "experts.a"]),
+        (["experts.a.dropout=0.1", "router.root_gradient=true"], ["router.root_gradient", "experts.a.dropout"]),
         (["router.renormalize=false"], ["router.renormalize", "top_k, top_p", "softmax"]),
         (["experts.b.gate=rest"], ["experts.b.gate", "would be 0", "softmax", "renormalize=false"]),
         (["losses.load=1"], ["losses.load", "router.kind=top_k", "gaussian"]),
@@ -397,3 +398,22 @@ def test_a_star_in_a_layer_is_every_entry_below_and_an_entry_of_its_own_goes_ove
     second.write_text('stages: {"*": {steps: 3}}\n')
     with pytest.raises(ValueError, match=r"stages\.\*: is every entry of the files below, and there is none"):
         load_config([first, second])
+
+
+def test_default_at_a_star_starts_router_or_losses_anew_but_for_what_belongs_to_the_run(tmp_path):
+    first, second = tmp_path / "run.yaml", tmp_path / "preset.yaml"
+    first.write_text(
+        "experts: {a: {}, b: {}}\nlosses: {z: 1, reduction: token}\n"
+        "router: {kind: fixed, weights: {a: 0.3}, evidence: [text], hidden: 8}\n"
+    )
+    second.write_text('router: {"*": default, top_k: 1}\nlosses: {"*": default, entropy: 0.1}\n')
+    config = load_config([first, second], ["router.temperature=2"])
+    assert config.router == RouterConfig(top_k=1, evidence=["text"], hidden=8, temperature=2.0)
+    assert config.losses == LossConfig(entropy=0.1, reduction="token")
+    assert load_config([second, first]).losses == LossConfig(z=1.0, entropy=0.1, reduction="token")
+    for wrong in ('train: {"*": default}', 'experts: {"*": default}', 'router: {"*": defaults}', 'router: {"*": null}'):
+        second.write_text(wrong)
+        with pytest.raises(ValueError, match=r"(train|experts|router)\.\*: "):
+            load_config([first, second])
+    with pytest.raises(ValueError, match=r"losses\.\*: "):
+        load_config(first, ["losses.*=default"])

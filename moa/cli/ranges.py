@@ -41,6 +41,7 @@ class Range:
 
 MOST = 2**31 - 1  # more than any count: a typing mistake
 PATH = "path"  # mark of a file or folder on this machine: `~` is the home folder
+OF_RUN = "of_run"  # mark of a setting that `"*": default` in a layer leaves as the files below have it
 MANY = 2**20  # more of what takes memory or time at once is a typing mistake
 FINITE = Range()
 

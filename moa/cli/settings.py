@@ -25,7 +25,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from moa.cli.ranges import FINITE, PATH, Range
+from moa.cli.ranges import FINITE, OF_RUN, PATH, Range
 from moa.cli.strict_yaml import parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -35,6 +35,7 @@ ROOT = "root"  # key of a stored config: the folder that its relative paths are 
 # What takes an entry out of a mapping of records: null in a layer, over an entry of those below.
 REMOVED = type("Removed", (), {"__repr__": lambda self: "null"})()
 EACH = "*"  # in a layer: every entry of a mapping of those below
+DEFAULT = "default"  # at EACH in a section of a layer: it starts anew from its defaults
 Leaf = Callable[[Any, Sequence[Any], Any, str], Any]
 
 
@@ -70,6 +71,7 @@ def load(
         layer = read_yaml(expanded(file))
         if isinstance(layer.get(ROOT), str):
             layer = visit(cls, layer, "", anchor_at(layer[ROOT]))
+        layer = visit(cls, layer, "", with_defaults)
         raw = laid_over(raw, layer)
     for override in overrides:
         apply_override(raw, override)
@@ -100,6 +102,22 @@ def laid_over(below: Any, above: Any) -> Any:
         above = {key: value for key, value in above.items() if key != EACH}
     joined = {key: laid_over(below.get(key), value) for key, value in above.items()}
     return {**below, **joined}
+
+
+def with_defaults(kind: Any, marks: Sequence[Any], value: Any, key: str) -> Any:
+    """`{"*": default, kind: top_k}` of a layer as all defaults of the section with `kind` over them.
+
+    Settings with the mark OF_RUN are left out, so that those below stay. Sections without such settings have no `"*"`.
+    """
+    if not (dataclasses.is_dataclass(kind) and isinstance(value, dict) and value.get(EACH) == DEFAULT):
+        return value
+    hints = type_hints(typing.cast(type, kind))
+    stay = {name for name, hint in hints.items() if OF_RUN in unwrapped(hint)[1]}
+    if not stay:
+        return value  # an unknown key
+    defaults = as_mapping(typing.cast(type, kind)())
+    own = {name: inner for name, inner in value.items() if name != EACH}
+    return {name: inner for name, inner in defaults.items() if name not in stay} | own
 
 
 def to_object(cls: type[T], raw: dict[Any, Any]) -> T:

@@ -448,7 +448,7 @@ class ExpertBank:
             weight = torch.randn((len(own[name]) + thresholds, site.shape[1]), generator=generator)
             site.token_router = nn.Parameter((weight * std).to(site.weight.device))
             if noisy:
-                zeros = torch.zeros(len(own[name]), site.base_layer.in_features)
+                zeros = torch.zeros(len(own[name]), site.shape[1])
                 site.token_noise = nn.Parameter(zeros.to(site.token_router.device))
             if biased:
                 self.token_biases[name] = torch.zeros(len(own[name]))

@@ -2,17 +2,22 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from moa.backbones.llava import Backbone
 from moa.backbones.opening import open_backbone
 from moa.build import build_mixture
-from moa.config import ExpertConfig, RunConfig
+from moa.cli.settings import load
+from moa.cli.strict_yaml import read_yaml
+from moa.config import ExpertConfig, LossConfig, RouterConfig, RunConfig
 from moa.experts.lora import ExpertLinear
 from moa.model import MixtureModel
 from scripts import presets
@@ -23,6 +28,34 @@ from tests.test_model import close
 
 NAMES = presets.names()
 DEMO = [name for name in NAMES if presets.read_preset(name).over == "configs/demo.yaml"]
+
+
+# Another value than the default for every setting; those of STAYS belong to the run, and a preset keeps them.
+OTHER = {
+    "router": {
+        "kind": "sigmoid", "granularity": "token", "score": "cosine", "share": "block", "pool": "vote", "top_k": 5,
+        "evidence": ["image", "text"], "null_expert": True, "temperature": 0.3, "hidden": 16, "pooling": "mean",
+        "per_site": True, "modality_dropout": 0.2, "weights": {"vqa": 0.5}, "top_p": 0.5, "threshold": 0.1,
+        "normalize": True, "renormalize": False, "noise": "gaussian", "bias_rate": 0.1, "root_gradient": True,
+        "added_up": ["x"], "noise_scale": 2.0, "straight_through": True,
+    },
+    "losses": {
+        **{field.name: 0.3 for field in dataclasses.fields(LossConfig)},
+        "reduction": "token", "crosstalk_exclude": ["x"], "pairs": "classification", "negatives": "source",
+    },
+}  # fmt: skip
+STAYS = {
+    "router": ("evidence", "hidden", "pooling", "modality_dropout"),
+    "losses": ("reduction", "pairs", "negatives"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sections:
+    """What a preset decides alone, without the rules between it and the rest of a run."""
+
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+    losses: LossConfig = dataclasses.field(default_factory=LossConfig)
 
 
 @cache
@@ -215,6 +248,34 @@ def test_a_preset_for_a_dual_encoder_starts_as_its_base_and_its_router_learns(na
     out = model(batch)
     learns(model, config, out.loss_per_sample.sum(), out.aux)
     assert torch.equal(lone_gates(model), torch.ones(3, 1, 1))
+
+
+def test_router_and_losses_are_those_of_the_preset_alone_over_a_run_that_has_set_every_one_otherwise(tmp_path):
+    plain, run, file = dataclasses.asdict(Sections()), tmp_path / "run.yaml", tmp_path / "preset.yaml"
+    for key, other in OTHER.items():
+        assert other.keys() == plain[key].keys() and all(plain[key][name] != other[name] for name in other)
+    run.write_text(yaml.safe_dump(OTHER))
+    for name in NAMES:
+        own = {key: read_yaml(presets.path_of(name))[key] for key in OTHER}
+        file.write_text(yaml.safe_dump(own))
+        found = dataclasses.asdict(load(Sections, [run, file]))
+        for key, given in own.items():
+            assert given.pop("*") == "default", name
+            assert found[key] == {**plain[key], **{kept: OTHER[key][kept] for kept in STAYS[key]}, **given}, name
+
+
+def test_resume_and_overwrite_reach_train_py_and_have_no_effect_elsewhere(capsys, monkeypatch):
+    commands = []
+    done = subprocess.CompletedProcess([], 7)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command) or done)
+    for flag in ("--resume", "--overwrite"):
+        with pytest.raises(SystemExit) as ended:
+            presets.main(["run", "hydralora", flag, "train.batch_size=16"])
+        assert ended.value.code == 7
+        assert commands[-1][0] == sys.executable and commands[-1][-2:] == ["train.batch_size=16", flag]
+    with pytest.raises(SystemExit):
+        presets.main(["show", "hydralora", "--resume"])
+    assert "--resume: has no effect with show" in capsys.readouterr().err
 
 
 def test_a_wrong_name_or_header_is_one_line(capsys, tmp_path, monkeypatch):

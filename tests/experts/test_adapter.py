@@ -155,6 +155,15 @@ def test_two_kinds_around_one_module_and_crosstalk_of_adapters_are_refused(tmp_p
         toy_config(tmp_path, experts__vqa=PARALLEL, losses__crosstalk=0.1)
 
 
+def test_a_token_router_at_an_adapter_has_a_learned_noise_of_the_width_that_it_reads():
+    bank, _ = mlp_with("adapter", "relu", {})
+    bank.add_token_routers(noisy=True)
+    assert {name: tuple(site.token_noise.shape) for name, site in bank.sites.items()} == {
+        "mlp": (2, 6),
+        "mlp.2": (1, 9),
+    }
+
+
 def test_ranks_of_adapters_have_gates_too():
     bank, holder = mlp_with("adapter", "relu", {})
     bank.gate_ranks("x", RankGates(kind="token", keep=3))

@@ -160,6 +160,9 @@ def test_b_learns_at_its_own_rate_and_gates_of_a_frozen_expert_do_not(tmp_path):
     assert rates["experts"] == (0.01, 4) and rates["experts_b"] == (0.16, 4)
 
 
+FROZEN = {"rank": 2, "rank_gates": "task", "frozen": True}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -169,6 +172,8 @@ def test_b_learns_at_its_own_rate_and_gates_of_a_frozen_expert_do_not(tmp_path):
             "experts.vqa.rank_gates: are learned",
         ),
         ({"experts__vqa__rank_gates": "task", "losses__crosstalk": 0.1}, "losses.crosstalk: measures whole updates"),
+        ({"experts__vqa": FROZEN, "losses__crosstalk": 0.1}, "losses.crosstalk: measures whole updates"),
+        ({"experts__vqa": FROZEN, "losses__difference": 0.1}, "losses.difference: is of outputs B A x"),
         ({"experts__vqa__frozen": True, "experts__vqa__dropout": 0.1}, "experts.vqa.dropout: has no use"),
     ],
 )
