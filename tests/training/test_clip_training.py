@@ -315,7 +315,7 @@ def test_plain_peft_and_transformers_load_what_is_merged(family, runs, folders, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["clip", "siglip"])
+@pytest.mark.parametrize("family", ["clip"])
 def test_an_export_is_verified_in_a_fresh_process(family, runs, tmp_path):
     merge([f"run={runs[family]}", f"out={tmp_path / 'adapter'}", "fidelity=false"])
     report = json.loads((tmp_path / "adapter" / "export_report.json").read_text())
