@@ -20,7 +20,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from moa.cli.command import progress_bar, run_command
-from moa.cli.ranges import Count, FilePath, NotNegative, Positive, Seed, Share, Size
+from moa.cli.ranges import Count, FilePath, NotNegative, Positive, Seed, Share, ShareAboveZero, Size
 from moa.merging.learn.learners import LEARNERS
 from moa.merging.methods.table import check_options, find_method
 from moa.merging.rank import parse_rank
@@ -49,7 +49,9 @@ class LearnConfig:
     # of these and iteris: pull to the mean of the experts, as a share of the inputs' mean square
     ridge: NotNegative | None = None
     tune: bool | None = None  # of regmean: nondiagonal and ridge by the score, of six pairs
-    answer_share: Share | None = None  # of regmean: of the moments, as in scripts.statistics; null: tokens count alike
+    answer_share: ShareAboveZero | None = (
+        None  # of regmean: of the moments, as in scripts.statistics; null: tokens count alike
+    )
     balance: bool | None = None  # of iteris: experts of large outputs count no more than others
     iterations: Count | None = None  # of iteris
     budget: Count | None = None  # of lorahub: merges tried

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from moa.cli.command import progress_bar, run_command
-from moa.cli.ranges import Count, FilePath, Share, Size
+from moa.cli.ranges import Count, FilePath, ShareAboveZero, Size
 from moa.statistics import ANSWER_SHARE
 
 
@@ -28,7 +28,7 @@ class StatisticsConfig:
     # of the moments: how many are kept one by one, or full; null: as many as make the file about as large as the expert
     directions: Any = None
     # of the moments that the positions before an answer's tokens make up; null: every token counts alike, as published
-    answer_share: Share | None = ANSWER_SHARE
+    answer_share: ShareAboveZero | None = ANSWER_SHARE
 
     def __post_init__(self) -> None:
         number = isinstance(self.directions, int) and not isinstance(self.directions, bool) and self.directions > 0
