@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 # one thread a worker: two threads for small tensors cost more than they bring
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# every annotated shape is checked at every call: two thirds more time, so in the fast tests alone
+SHAPES := --jaxtyping-packages=moa,beartype.beartype
 # half of the cores, where two trainings run side by side
 HALF := OMP_NUM_THREADS=$$(( ($$(nproc) + 1) / 2 ))
 BENCH := OMP_NUM_THREADS=1 $(BIN)/python -m bench
@@ -35,7 +37,8 @@ demo: setup  ## a mixture and one LoRA of its size, side by side; scores, one me
 	$(BIN)/python -m scripts.summary run=$(RUN) beside=[$(RUN)_lora] merged=[$(RUN)/merged/mean]
 
 test: setup  ## the whole suite
-	$(PYTEST)
+	$(PYTEST) -m "not slow" $(SHAPES)
+	$(PYTEST) -m slow
 
 lint: setup  ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -43,7 +46,7 @@ lint: setup  ## format, lint, types
 	$(BIN)/mypy moa data train.py eval.py federate.py scripts bench
 
 check: lint  ## and the fast tests
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" $(SHAPES)
 
 bench: setup  ## every speed and memory figure, its tables and charts: results/benchmarks.md; half an hour on one core
 	$(BENCH).mixture

@@ -94,21 +94,3 @@ def test_two_processes_write_what_one_writes(tmp_path):
         assert [name for name in before if found[name] != before[name]] == []
     times = json.loads((run / "eval" / "vqa.json").read_text())
     assert times["num_processes"] == 2 and times["tokens_per_second"] > 0
-
-
-def test_a_bad_sample_ends_both_processes_with_the_error_of_one(tmp_path, capsys):
-    run = llava_run(tmp_path)
-    options = [
-        "device=cpu",
-        "eval.only=[bad]",
-        "eval.num_images=0",
-        "eval.max_new_tokens=2",
-        "eval.batch_size=1",
-    ]
-    with pytest.raises(SystemExit, match="2"):
-        eval_script.main([f"run={run}", *options])
-    one = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "'dance' is neither one of the run's tasks nor a benchmark" in one[0]
-    two = torchrun(f"run={run}", *options)
-    assert two.returncode == 1
-    assert [line for line in two.stderr.splitlines() if line.startswith("error:")] == one

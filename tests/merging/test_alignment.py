@@ -23,10 +23,8 @@ from tests.support.networks import (
     clip,
     drawings,
     grey,
-    layers_of,
     mlp,
     similarities,
-    train_clip,
     train_mlp,
     with_state,
 )
@@ -268,36 +266,3 @@ def test_mlps_trained_apart_average_only_once_aligned():
         if f"{name}, REPAIR" in rows[0]
     }
     assert gain["plain"] > 0.15 and gain["transport"] > 0.02 and gain["weight matching"] > 0
-
-
-@pytest.mark.slow
-def test_clips_trained_apart_average_only_once_aligned():
-    """One block a tower, 39 drawings and their names, two pairs: harder than an MLP."""
-    train, test = (drawings(NAMES, n, 24, seed, room=6) for seed, n in ((0, 60), (1, 12)))
-    rows = []
-    for pair in range(2):
-        a, b = (train_clip(clip(s, width=128), *train, s, 250) for s in (2 * pair, 2 * pair + 1))
-        found = {"a": a, "b": b, "plain": average(a, b)}
-        few, layers = [train[0][::7]], layers_of(a)
-        found["plain, REPAIR"] = repair(average(a, b), [a, b], layers, few, run=similarities)
-        for rotate in (False, True):
-            spec = spec_of(a, rotate)
-            start = transport(a.state_dict(), b.state_dict(), spec_of(a, False))
-            ways = {
-                "weights": weight_matching(a.state_dict(), b.state_dict(), spec, start=start),
-                "activations": activation_matching(a, b, spec, few, run=similarities),
-            }
-            for way, maps in ways.items():
-                name = f"{way}{', rotated' if rotate else ''}"
-                aligned = with_state(b, align(b.state_dict(), spec, maps))
-                found[name] = average(a, aligned)
-                merged = average(a, aligned)
-                found[f"{name}, REPAIR"] = repair(merged, [a, aligned], layers, few, run=similarities)
-        with torch.no_grad():
-            rows.append({n: loss_and_accuracy(similarities(m, test[0]), test[1]) for n, m in found.items()})
-    show(rows)
-    assert accuracy(rows, "a") > 0.5 and accuracy(rows, "plain") < 0.08
-    best = "activations, rotated, REPAIR"
-    assert accuracy(rows, best) > 4 * accuracy(rows, "plain") and recovered(rows, best) > 0.5
-    assert accuracy(rows, best) > accuracy(rows, "activations, rotated") > 2 * accuracy(rows, "plain")
-    assert accuracy(rows, best) > accuracy(rows, "weights, rotated, REPAIR") > 2 * accuracy(rows, "plain")
