@@ -142,15 +142,20 @@ def kill_at(step: int, monkeypatch) -> None:
     monkeypatch.setattr(run_module.Reporter, "step", dying)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [8])
-def test_a_killed_run_goes_on_to_the_losses_of_the_unbroken_one(world, unbroken, step, monkeypatch, tmp_path):
-    config = replace(unbroken, out=str(tmp_path / "killed"))
+def run_killed(config: RunConfig, step: int, monkeypatch) -> None:
+    """A run that is killed at this step and continued to its end."""
     with monkeypatch.context() as patch:
         kill_at(step, patch)
         with pytest.raises(Killed):
             run_once(config)
     run_once(config, resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [8])
+def test_a_killed_run_goes_on_to_the_losses_of_the_unbroken_one(world, unbroken, step, monkeypatch, tmp_path):
+    config = replace(unbroken, out=str(tmp_path / "killed"))
+    run_killed(config, step, monkeypatch)
     assert log_of(config) == log_of(unbroken)
     assert_same_weights(config, unbroken)
     for name in ("best", "last"):
@@ -262,11 +267,7 @@ def test_every_router_kind_trains_and_resumes_exactly(world, tmp_path, monkeypat
     whole = toy_config(world, out=str(tmp_path / "whole"), **changes)
     broken = toy_config(world, out=str(tmp_path / "broken"), **changes)
     run_once(whole)
-    with monkeypatch.context() as patch:
-        kill_at(3, patch)
-        with pytest.raises(Killed):
-            run_once(broken)
-    run_once(broken, resume=True)
+    run_killed(broken, 3, monkeypatch)
     assert log_of(broken) == log_of(whole)
     assert_same_weights(broken, whole)
 
@@ -303,11 +304,7 @@ def test_the_projector_is_trained_saved_and_resumed_where_asked_for(world, tmp_p
     whole = toy_config(world, out=str(tmp_path / "whole"), **changes)
     broken = toy_config(world, out=str(tmp_path / "broken"), **changes)
     run_once(whole)
-    with monkeypatch.context() as patch:
-        kill_at(2, patch)
-        with pytest.raises(Killed):
-            run_once(broken)
-    run_once(broken, resume=True)
+    run_killed(broken, 2, monkeypatch)
     assert log_of(broken) == log_of(whole)
     before = build_model(whole).model.model.multi_modal_projector.linear_1.weight
     after = load_model(whole.out)[0].model.model.multi_modal_projector.linear_1.weight

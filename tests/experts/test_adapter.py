@@ -14,7 +14,7 @@ from moa.merging.source import open_folders, open_run
 from tests.support.families import tiny_family
 from tests.support.tiny import tiny_batch
 from tests.support.toy import read_log, toy_config
-from tests.test_train import Killed, kill_at, run_once
+from tests.test_train import run_killed, run_once
 
 MLP, PROJECTOR = r"model\.language_model\.layers\.\d+\.mlp", "model.multi_modal_projector"
 PARALLEL = {"kind": "adapter", "rank": 3, "alpha": 6, "targets": [MLP, PROJECTOR]}
@@ -112,11 +112,7 @@ def test_a_run_of_adapters_and_a_lora_resumes_exactly_and_is_not_merged(tmp_path
     whole = toy_config(tmp_path, out=str(tmp_path / "whole"), **changes)
     broken = toy_config(tmp_path, out=str(tmp_path / "broken"), **changes)
     run_once(whole)
-    with monkeypatch.context() as patch:
-        kill_at(3, patch)
-        with pytest.raises(Killed):
-            run_once(broken)
-    run_once(broken, resume=True)
+    run_killed(broken, 3, monkeypatch)
     assert read_log(broken.out) == read_log(whole.out)
     model = load_model(whole.out)[0]
     assert all(t.any() for t in model.bank.state("grounding").values())

@@ -15,7 +15,7 @@ from moa.training.stages import parameter_groups, set_trainable
 from tests.support.families import tiny_family
 from tests.support.tiny import tiny_batch
 from tests.support.toy import read_log, toy_config
-from tests.test_train import Killed, kill_at, run_once
+from tests.test_train import run_killed, run_once
 
 TASKS = {"x": RankGates(kind="task", num_tasks=2), "y": RankGates(kind="task", num_tasks=2)}
 TOKENS = {"y": RankGates(kind="token", keep=2)}
@@ -129,11 +129,7 @@ def test_a_run_with_gated_ranks_resumes_exactly_and_is_not_merged(tmp_path, monk
     run_once(whole)
     first = next(line for line in read_log(whole.out) if "loss" in line)
     assert first["lr/experts_b"] == 4 * first["lr/experts"]
-    with monkeypatch.context() as patch:
-        kill_at(2, patch)
-        with pytest.raises(Killed):
-            run_once(broken)
-    run_once(broken, resume=True)
+    run_killed(broken, 2, monkeypatch)
     assert read_log(broken.out) == read_log(whole.out)
     learned = load_model(whole.out)[0].bank.rank_gates()
     assert len(learned) == 8 and all((p != 1).any() for key, p in learned.items() if key.startswith("task."))

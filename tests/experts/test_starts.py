@@ -16,7 +16,7 @@ from moa.experts.ties import Ties
 from moa.training.stages import check_starts, parameter_groups
 from tests.support.peft import read_expert
 from tests.support.toy import toy_config
-from tests.test_train import Killed, kill_at, log_of, run_once
+from tests.test_train import log_of, run_killed, run_once
 
 HELD = [name for name, start in STARTS.items() if start.held]
 
@@ -123,11 +123,7 @@ def test_a_run_with_held_starts_is_resumed_exactly_and_its_files_are_whole_updat
     config = toy_config(tmp_path, train__save_every=1, data__validation={}, stages=stages, **STARTED)
     unbroken = replace(config, out=str(tmp_path / "unbroken"))
     run = run_once(unbroken)
-    with monkeypatch.context() as patch:
-        kill_at(3, patch)
-        with pytest.raises(Killed):
-            run_once(config)
-    run_once(config, resume=True)
+    run_killed(config, 3, monkeypatch)
     assert log_of(config) == log_of(unbroken)
     found = load_model(unbroken.out)[0].bank  # for evaluation: plain experts of twice the rank
     for name, bank in (("vqa", run.model.bank), ("grounding", run.model.bank)):

@@ -8,7 +8,7 @@ from moa.parts import router_state
 from moa.training.step import update_biases
 from tests.support.toy import read_log, toy_config
 from tests.test_model import batch_of, make_model
-from tests.test_train import Killed, kill_at, run_once
+from tests.test_train import run_killed, run_once
 
 ROUTER = {"kind": "top_k", "top_k": 1, "granularity": "token", "share": "module", "bias_rate": 0.25}
 
@@ -47,11 +47,7 @@ def test_a_run_with_biases_resumes_exactly(tmp_path, monkeypatch):
     whole = toy_config(tmp_path, out=str(tmp_path / "whole"), **changes)
     broken = toy_config(tmp_path, out=str(tmp_path / "broken"), **changes)
     run_once(whole)
-    with monkeypatch.context() as patch:
-        kill_at(3, patch)
-        with pytest.raises(Killed):
-            run_once(broken)
-    run_once(broken, resume=True)
+    run_killed(broken, 3, monkeypatch)
     assert read_log(broken.out) == read_log(whole.out)
     one, other = (load_model(f"{run.out}/checkpoints/step-000004")[0].bank.token_biases for run in (whole, broken))
     assert one and all(bias.abs().sum() > 0 and bias.equal(other[site]) for site, bias in one.items())

@@ -18,7 +18,7 @@ from moa.routing.router import AnchorRouter, Evidence, Router, axes_of
 from moa.training.stages import at_site, first_position, in_places, start_weights
 from tests.support.toy import toy_rows, toy_world, write_rows
 from tests.test_model import make_model
-from tests.test_train import Killed, kill_at, log_of, run_once, same_expert, steps_of
+from tests.test_train import log_of, run_killed, run_once, same_expert, steps_of
 
 OLD = ("vqa", "caption", "grounding", "ocr_vqa")
 
@@ -106,11 +106,7 @@ def test_the_gates_of_the_old_tasks_are_nearly_kept_and_the_new_task_finds_its_e
 def test_a_run_whose_stages_name_their_sources_resumes_exactly(five, world, tmp_path, monkeypatch):
     for step in (4, 8):  # one after a checkpoint, in either stage
         killed = replace(five, out=str(tmp_path / f"killed-{step}"))
-        with monkeypatch.context() as patch:
-            kill_at(step, patch)
-            with pytest.raises(Killed):
-                run_once(killed)
-        run_once(killed, resume=True)
+        run_killed(killed, step, monkeypatch)
         assert log_of(killed) == log_of(five)
 
 

@@ -6,7 +6,7 @@ import torch
 from moa.checkpoint import load_model
 from moa.config import RunConfig
 from tests.support.toy import read_log, toy_config
-from tests.test_train import Killed, kill_at, run_once
+from tests.test_train import run_killed, run_once
 
 EQUAL = {"vqa": {"rank": 2, "alpha": 4}, "grounding": {"rank": 2, "alpha": 4}}
 SHARED = {"common": {"rank": 2, "gate": "always"}, **EQUAL}
@@ -38,11 +38,7 @@ def test_a_shared_expert_learns_from_every_sample_and_the_run_resumes_exactly(wo
     assert all(v == 1 for row in gates for k, v in row.items() if k.endswith("/common"))
     leaked = [(row["vqa/vqa"], row["vqa/grounding"]) for row in gates[:3]]  # means, 0 where all were dropped
     assert all(own == pytest.approx(9 * other) for own, other in leaked) and max(leaked) > (0, 0)
-    with monkeypatch.context() as patch:
-        kill_at(4, patch)
-        with pytest.raises(Killed):
-            run_once(broken)
-    run_once(broken, resume=True)
+    run_killed(broken, 4, monkeypatch)
     assert read_log(broken.out) == read_log(whole.out)
 
 
