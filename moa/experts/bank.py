@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moa.experts.adapter import AdapterSite
+from moa.experts.attach import choose_layers, linear_layers, wrap_layers, wrap_modules
 from moa.experts.context import Decide, GateContext, GateState, Score
 from moa.experts.kinds import KINDS
 from moa.experts.lora import ExpertLinear
@@ -26,7 +26,7 @@ from moa.experts.starts import hashed
 from moa.experts.ties import FACTORS, Place, Ties, tied_places
 from moa.experts.token_routers import Pooling, TokenSite, leaders
 from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites, site_keys
-from moa.files.targets import ALL_LINEAR, is_target, select
+from moa.files.targets import ALL_LINEAR, select
 
 EXPERT_NAME = re.compile(r"\w[\w-]*")
 
@@ -78,39 +78,18 @@ class ExpertBank:
         activation. Raises ValueError for a target or an exclusion that matches nothing, for unused layers, and for
         layers whose weight is another layer's too.
         """
-        if any(isinstance(module, ExpertLinear) for module in model.modules()):
-            raise ValueError("the model has a bank already: detach it, or add experts to it")
-        linear = {name: m for name, m in model.named_modules() if is_target(m)}
-        tied = tied_layers(model, linear)
-        able = {n: m for n, m in linear.items() if n not in {*unused, *tied, *output_layers(model)}}
-        chosen = select([target for target in targets if target != ALL_LINEAR], linear, "targets")
-        chosen |= able if ALL_LINEAR in targets else {}
-        chosen = {name: linear[name] for name in linear if name in chosen}
-        for name in select(exclude, chosen, "exclude"):
-            chosen.pop(name)
+        context = GateContext()
+        shapes = {name: (m.out_features, m.in_features) for name, m in linear_layers(model).items()}
+        chosen = choose_layers(model, targets, exclude, unused)
         if not chosen and not around:
             raise ValueError(f"exclude={list(exclude)} leaves none of targets={list(targets)}")
-        if idle := [name for name in chosen if name in set(unused)]:
-            raise ValueError(
-                f"targets: {len(idle)} layers never reach the output and would not learn (vision "
-                f"layers past vision_feature_layer); exclude them, or use targets: [{ALL_LINEAR}]: {', '.join(idle)}"
-            )
-        if shared := [name for name in chosen if name in tied]:
-            raise ValueError(
-                f"targets: the weight of {shared[0]} is also that of {tied[shared[0]]}, so that no merge could hold "
-                f"an expert there; exclude it, or use targets: [{ALL_LINEAR}]"
-            )
-        context = GateContext()
-        sites = {name: ExpertLinear(layer, name, context) for name, layer in chosen.items()}
-        for name, site in sites.items():
-            model.set_submodule(name, site)
+        sites = wrap_layers(model, chosen, context)
         sites |= wrap_modules(model, around or {}, unused, context)  # after what is inside of them
         return cls(
             sites=sites,
             context=context,
             streams={name: stream_of(name) for name in sites},
-            shapes={name: (m.out_features, m.in_features) for name, m in linear.items()}
-            | {name: sites[name].shape for name in around or {}},
+            shapes=shapes | {name: sites[name].shape for name in around or {}},
             unused=frozenset(unused),
         )
 
@@ -530,22 +509,6 @@ class ExpertBank:
         self.context.state = None  # gates of other experts
 
 
-def wrap_modules(
-    model: nn.Module, around: Mapping[str, tuple[str, str]], unused: Collection[str], context: GateContext
-) -> dict[str, ExpertLinear]:
-    """Put adapter sites around modules, the inner ones first; ValueError for one that the model never reads."""
-    found = dict[str, ExpertLinear]()
-    for name in sorted(around, key=lambda path: -path.count(".")):
-        module, (kind, activation) = model.get_submodule(name), around[name]
-        if isinstance(module, ExpertLinear):
-            raise ValueError(f"targets: {name} has adapters and is one of model.targets; leave it out by model.exclude")
-        if any(layer == name or layer.startswith(f"{name}.") for layer in unused):
-            raise ValueError(f"targets: the output of {name} is never read, so that an adapter there would not learn")
-        found[name] = AdapterSite(module, name, context, kind=kind, activation=activation)
-        model.set_submodule(name, found[name])
-    return found
-
-
 def key_of(place: Place) -> str:
     """The key of a factor in its expert's file."""
     _, site, factor = place
@@ -565,22 +528,3 @@ def check_same(one: Tensor, other: Tensor, first: Place, place: Place, values: b
     if values and one is not other and not torch.equal(one.to(other), other):
         difference = (one.to(other) - other).abs().max()
         raise ValueError(f"{about}, and they differ by up to {difference:.3g}")
-
-
-def tied_layers(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Linear layer -> the other parameter that its weight is too."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    others = {
-        layer: [n for n in names.get(id(module.weight), []) if n != f"{layer}.weight"]
-        for layer, module in linear.items()
-    }
-    return {layer: found[0] for layer, found in others.items() if found}
-
-
-def output_layers(model: nn.Module) -> list[str]:
-    """The layer that writes logits over the vocabulary, where the model names one."""
-    find = getattr(model, "get_output_embeddings", None)
-    output = find() if find is not None else None
-    return [name for name, module in model.named_modules() if module is output]

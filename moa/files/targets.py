@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import regex  # re with a limit on the time that an expression may take
 from torch import nn
@@ -37,7 +37,7 @@ def _compiled(pattern: str) -> Any:
     return regex.compile(pattern)
 
 
-def is_target(module: nn.Module) -> bool:
+def is_target(module: nn.Module) -> TypeGuard[nn.Linear]:
     """A linear layer whose forward runs: nn.MultiheadAttention reads its output projection's weight instead."""
     return isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
 
