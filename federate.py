@@ -9,32 +9,18 @@ the global model, and the table of clients and tasks in federated.json.
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from moa.cli.command import mistakes_in_one_line, settings_parser
 from moa.cli.settings import load
 from moa.federated.config import FederateConfig
 
-if TYPE_CHECKING:
-    from moa.federated.simulate import Federation
-
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
-
-
-def federate(federation: "Federation") -> None:
-    """All rounds, or what is left of them, until they are done or a signal comes."""
-    with federation.reporting():
-        while not federation.done and not federation.stop.is_set():
-            for client in federation.waiting():
-                # deliver -> the client's stages by train_step -> its update, stored
-                federation.collect(client)
-            # aggregate -> validate -> state and checkpoint, stored
-            federation.finish_round()
 
 
 def main() -> None:
     arguments = parse_arguments()
     from moa.federated.matrix import line_of, score_clients, table
+    from moa.federated.simulate import federate
     from moa.federated.start import open_federation
     from moa.training.setup import make_accelerator
     from moa.training.signals import EXIT_STATUS
@@ -47,7 +33,7 @@ def main() -> None:
     hint = "the same command with --resume continues"
     try:
         with federation.stop.on_signals():
-            federate(federation)
+            federate(federation)  # all rounds, each stored
     except OSError as error:
         sys.exit(f"error: {error}\n{hint}")
     show = federation.reporter.print

@@ -4,9 +4,10 @@ A run is a function of its config. What a client trains is drawn from (seed, rou
 killed between any two updates goes on to the same values.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,17 @@ from moa.training.signals import StopRequest
 from moa.training.validation import validation_losses
 
 ITEMSIZE = 4  # bytes of a number that is sent: float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """What a client receives to train a round."""
+
+    client: str
+    place: int  # among the clients that train
+    round: int
+    base: str  # of the server's state
+    tensors: Mapping[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)
@@ -95,51 +107,23 @@ class Federation:
             if sends and client.name not in self.arrivals:
                 yield client
 
-    def collect(self, client: Client) -> None:
-        """Let a client train what it receives; store what it sends, or that it failed."""
-        round_, name = self.state.server.round, client.name
-        before, losses, steps = self.step, list[float](), [0]
+    def train_here(self, clients: Iterable[Client]) -> Iterator[Arrival]:
+        """Let the clients train in this process, one after the other."""
+        for client in clients:
+            delivery = self.delivery(client)
+            yield self.train(client, delivery, partial(self._log_step, delivery, self.step))
 
-        def log(line: dict[str, Any]) -> None:
-            steps[0] += 1
-            step = before + steps[0]
-            if "loss" in line:
-                losses.append(line["loss"])
-            self.reporter.record(line | {"step": step, "round": round_, "client": name})
-            self._move_bar(step, f"round {round_} {name} {line['stage']}", losses)
-
-        assignment, received = self.assignment(client, round_), self.delivered(client)
-        own = self.config_of(client, round_)
-        run = self.make_run(client, own, round_)
-        stages = (round_ - 1) * len(own.stages)
-        try:
-            work = client_update(
-                run,
-                assignment,
-                received,
-                self.pieces,
-                self.roles,
-                losses=self.config.federated.losses,
-                place=(stages, self.training.index(client)),
-                log=log,
-            )
-        except (TrainingError, BadSampleError) as error:
-            arrival = Arrival(client=name, steps=steps[0], failed=str(error))
-        else:
-            who: dict[str, Any] = {"tasks": tasks_of(client), "modalities": modalities_of(client)}
-            update = Update(
-                client=name, round=round_, base=self.state.server.base(), values=work.values, counts=work.counts, **who
-            )
-            arrival = Arrival(client=name, steps=steps[0], update=update, kept=work.kept, loss=work.losses[-1])
-        save_arrival(self.folder, round_, arrival)
-        self.arrivals[name] = arrival
-        self._print_arrival(arrival, losses)
+    def store(self, arrival: Arrival) -> None:
+        """Store what a client has sent, or that it failed."""
+        save_arrival(self.folder, self.state.server.round, arrival)
+        self.arrivals[arrival.client] = arrival
+        self._print_arrival(arrival)
 
     def finish_round(self) -> None:
         """Aggregate what has arrived, store the state, and write the global model as a checkpoint."""
         if self.stop.is_set():
             return
-        arrivals = self.arrivals.values()
+        arrivals = [self.arrivals[name] for name in sorted(self.arrivals)]  # however they came
         updates = [arrival.update for arrival in arrivals if arrival.update is not None]
         server, report = aggregate(self.state.server, updates, self.roles, self.pieces)
         accepted = {a.client for a in arrivals if a.update is not None} - {name for name, _ in report.refused}
@@ -209,6 +193,36 @@ class Federation:
             collator=self.collator, reporter=self.quiet, layout=self.layout,
         )  # fmt: skip
 
+    def train(self, client: Client, delivery: Delivery, log: Callable[[dict[str, Any], int], None]) -> Arrival:
+        """Train what a client receives, and return what it sends, or why it failed; `log` gets each step's line."""
+        round_, steps = delivery.round, 0
+
+        def counted(line: dict[str, Any]) -> None:
+            nonlocal steps
+            steps += 1
+            log(line, steps)
+
+        own = self.config_of(client, round_)
+        try:
+            work = client_update(
+                self.make_run(client, own, round_),
+                self.assignment(client, round_),
+                delivery.tensors,
+                self.pieces,
+                self.roles,
+                losses=self.config.federated.losses,
+                place=((round_ - 1) * len(own.stages), delivery.place),
+                log=counted,
+            )
+        except (TrainingError, BadSampleError) as error:
+            return Arrival(client=client.name, steps=steps, failed=str(error))
+        who: dict[str, Any] = {"tasks": tasks_of(client), "modalities": modalities_of(client)}
+        update = Update(
+            client=client.name, round=round_, base=delivery.base, values=work.values, counts=work.counts, **who
+        )
+        ends = work.losses[0], work.losses[-1]
+        return Arrival(client=client.name, steps=steps, update=update, kept=work.kept, losses=ends)
+
     def assignment(self, client: Client, round_: int) -> Assignment:
         own = self.special.get(client.name, ClientConfig())  # none of one that never trains
         return assign(
@@ -222,6 +236,12 @@ class Federation:
             rank=own.rank,
             lacks=[] if own.experts is None else [n for n in self.model.bank.names if n not in own.experts],
         )
+
+    def delivery(self, client: Client) -> Delivery:
+        """What the server sends to a client in the round under way."""
+        server, place = self.state.server, self.training.index(client)
+        base, tensors = server.base(), self.delivered(client)
+        return Delivery(client=client.name, place=place, round=server.round, base=base, tensors=tensors)
 
     def delivered(self, client: Client) -> dict[str, torch.Tensor]:
         """What a client begins with: the server's values for it, and those that never left it."""
@@ -269,18 +289,37 @@ class Federation:
         finally:
             self.reporter.close()
 
-    def _move_bar(self, step: int, text: str, losses: Sequence[float]) -> None:
+    def _log_step(self, delivery: Delivery, before: int, line: dict[str, Any], steps: int) -> None:
+        step, who = before + steps, {"round": delivery.round, "client": delivery.client}
+        self.reporter.record(line | {"step": step} | who)
         if self.reporter.bar is not None:
-            loss = f"loss {losses[-1]:.3f}" if losses else ""
+            text = f"round {delivery.round} {delivery.client} {line['stage']}"
+            loss = f"loss {line['loss']:.3f}" if "loss" in line else ""
             self.reporter.bar.update(self.reporter.task, completed=step, description=text, loss=loss)
 
-    def _print_arrival(self, arrival: Arrival, losses: Sequence[float]) -> None:
+    def _print_arrival(self, arrival: Arrival) -> None:
         round_, rounds = self.state.server.round, self.config.federated.rounds
         what = f"dropped out: {arrival.failed}"
         if arrival.update is not None:
             sent = ITEMSIZE * sum(value.numel() for value in arrival.update.values.values())
-            what = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} in {arrival.steps} steps, sends {sent:,} bytes"
+            first, last = arrival.losses
+            what = f"loss {first:.3f} -> {last:.3f} in {arrival.steps} steps, sends {sent:,} bytes"
         self.reporter.print(f"round {round_}/{rounds}  {arrival.client}  {what}")
+
+
+# Sends to the clients of a round what they train, and returns what arrives, in any order.
+Ask = Callable[[Iterable[Client]], Iterator[Arrival]]
+
+
+def federate(federation: Federation, ask: Ask | None = None) -> None:
+    """All rounds, or what is left of them, until they are done or a signal comes; without `ask` clients train here."""
+    with federation.reporting():
+        while not federation.done and not federation.stop.is_set():
+            # deliver -> the client's stages by train_step -> its update, stored
+            for arrival in (ask or federation.train_here)(federation.waiting()):
+                federation.store(arrival)
+            # aggregate -> validate -> state and checkpoint, stored
+            federation.finish_round()
 
 
 def draw_clients(settings: FederatedConfig, seed: int, round_: int) -> list[tuple[int, bool]]:

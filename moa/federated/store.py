@@ -116,7 +116,7 @@ class Arrival:
     update: Update | None = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     failed: str = ""
-    loss: float | None = None  # of the last step
+    losses: tuple[float, ...] = ()  # of the first and the last step
 
 
 def incoming(run: Path, round_: int) -> Path:
@@ -125,7 +125,7 @@ def incoming(run: Path, round_: int) -> Path:
 
 def save_arrival(run: Path, round_: int, arrival: Arrival) -> None:
     """Write it whole, or not at all."""
-    record: dict[str, Any] = {key: getattr(arrival, key) for key in ("client", "steps", "failed", "loss")}
+    record: dict[str, Any] = {key: getattr(arrival, key) for key in ("client", "steps", "failed", "losses")}
     update = arrival.update
     with atomic_folder(incoming(run, round_) / arrival.client) as folder:
         if update is not None:
@@ -146,6 +146,7 @@ def _load_arrival(folder: Path) -> Arrival:
     try:
         record = read_json(folder / RECORD)
         found, update = record.pop("update", None), None
+        record["losses"] = tuple(record["losses"])
         if found is not None:
             lists = {key: tuple(found[key]) for key in ("tasks", "modalities")}
             update = Update(client=record["client"], values=load_tensors(folder / VALUES), **{**found, **lists})

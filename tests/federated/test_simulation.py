@@ -17,14 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import federate as federate_script
 from data.checks import BadSampleError
-from federate import federate
 from moa.checkpoint import load_model
 from moa.cli.settings import load
 from moa.federated import simulate
 from moa.federated.client import receive, tensors_of
 from moa.federated.config import FederateConfig, FederatedConfig, PartitionConfig
 from moa.federated.matrix import summary
-from moa.federated.simulate import Federation, draw_clients
+from moa.federated.simulate import Federation, draw_clients, federate
 from moa.federated.start import open_federation
 from moa.federated.store import incoming, load_state
 from moa.training import run as run_module
@@ -188,7 +187,7 @@ def test_a_role_of_others_is_frozen_at_a_client_and_nothing_of_it_is_sent(world,
     lacking = next(c for c in unbroken.training if not any("ocr" in r.tag.modalities - r.hidden for r in c.train))
     federation = opened(settings(world, world / "frozen", train__weight_decay=0.1))
     with federation.reporting():
-        federation.collect(lacking)
+        federation.store(*federation.train_here([lacking]))
     sent = federation.arrivals[lacking.name].update.values
     branch = [piece for piece in federation.pieces if piece.role == "router ocr"]
     start, now = federation.state.server.tensors, tensors_of(federation.model, federation.run)
@@ -208,8 +207,8 @@ def test_a_wrong_update_and_a_client_that_fails_are_named_and_nothing_of_them_is
     federation = opened(config)
     broken, twisted, torn, lost = federation.training
     with federation.reporting():
-        for client in (broken, twisted, torn):
-            federation.collect(client)
+        for arrival in federation.train_here((broken, twisted, torn)):
+            federation.store(arrival)
     folder = incoming(federation.folder, 1)
     values = load_file(folder / broken.name / "values.safetensors")
     save_file({name: torch.full_like(value, torch.nan) for name, value in values.items()},
