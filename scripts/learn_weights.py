@@ -30,7 +30,7 @@ from moa.merging.rank import parse_rank
 class LearnConfig:
     method: str = "lora_soups"  # `method=list` prints all, with their settings and papers
     run: FilePath | None = None  # a run or step folder, whose experts are merged
-    # FILE.json of weights; for regmean, regmean_pp, iteris and ziplora a folder of an adapter
+    # FILE.json of weights; for a method that writes no weights the folder of an adapter
     out: FilePath | None = None
     num_samples: Count = 32  # of each validation set
     batch_size: Size = 16
@@ -54,8 +54,9 @@ class LearnConfig:
     )
     balance: bool | None = None  # of iteris: experts of large outputs count no more than others
     iterations: Count | None = None  # of iteris
-    budget: Count | None = None  # of lorahub: merges tried
-    optimizer: str | None = None  # of lorahub: one of nevergrad's, such as NGOpt or CMA
+    budget: Count | None = None  # of lorahub and enmp: merges tried
+    prune: ShareAboveZero | None = None  # of enmp: of the pairs of a module and an expert
+    optimizer: str | None = None  # of lorahub and enmp: one of nevergrad's, such as NGOpt or CMA
     bound: Positive | None = None  # of lorahub: weights lie in [-bound, bound]
     penalty: NotNegative | None = None  # of lorahub: on the mean size of the weights
     values: list[float] | None = None  # of grid

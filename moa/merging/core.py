@@ -11,6 +11,7 @@ Panariello et al. 2025, takes the axes from the stacked factors). The best rank-
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -79,6 +80,12 @@ class LowRank:
     lost: float
     # right and left singular vectors in core axes, [rank, cols] and [rows, rank]
     core: Factors | None = None
+
+    def scaled(self, factor: float) -> "LowRank":
+        """The update times a number above 0."""
+        energies: Any = {"kept": self.kept * factor**2, "lost": self.lost * factor**2}
+        a, b = self.lora_a * factor**0.5, self.lora_b * factor**0.5
+        return replace(self, lora_a=a, lora_b=b, singular_values=self.singular_values * factor, **energies)
 
 
 def to_core(

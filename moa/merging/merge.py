@@ -122,12 +122,24 @@ def open_site(job: Job, site: str, dtype: torch.dtype) -> OpenSite:
 
 def merge_site(job: Job, site: str, opened: OpenSite, dtype: torch.dtype) -> MergedSite:
     weights = job.weights[site].to(dtype)
-    low, relation = (_SPACES[job.space] if job.others is None else _and_added)(job, site, opened, weights)
+    low, relation = (_merged if job.others is None else _and_added)(job, site, opened, weights)
     energy = float(low.singular_values.square().sum())
     shared: dict[str, Any] = {"lora_a": low.lora_a, "lora_b": low.lora_b}
     shared |= {"kept": low.kept, "lost": low.lost}
     result = MergedSite(weights=weights, energy=energy, experts=relation, **shared)
     return result if job.scale[site] == 1 else result.scaled(job.scale[site])
+
+
+def _merged(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
+    """In the job's space, at the job's norm."""
+    low, relation = _SPACES[job.space](job, site, opened, weights)
+    length = float(low.singular_values.square().sum().sqrt())
+    shares = weights.abs() * (relation.energy > 0)
+    lengths = float((shares @ relation.energy.sqrt()) / shares.sum()) if shares.any() else 0.0
+    if job.norm == "own" or length <= core.SPAN_TOLERANCE * lengths:  # what cancelled is rounding
+        return low, relation
+    factor = lengths / length
+    return low.scaled(factor), replace(relation, overlap=relation.overlap * factor)
 
 
 def _and_added(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
@@ -136,7 +148,7 @@ def _and_added(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[
              if pair is not None and name in job.added]  # fmt: skip
     if job.others is not None and opened.others is not None:
         own = job.others.weights[site].to(weights.dtype)
-        low, _ = _SPACES[job.space](job.others, site, opened.others, own)
+        low, _ = _merged(job.others, site, opened.others, own)
         parts.append((low.lora_a, low.lora_b))
     updates = core.to_core(parts, canonical=False)
     metric = metric_in(job, site, weights, updates.a)

@@ -27,6 +27,7 @@ from moa.merging.export.probe import probe_of_noise, probe_of_run
 from moa.merging.export.verify import make_verify
 from moa.merging.merge import Merged, run_plan
 from moa.merging.methods.table import check_options, find_method
+from moa.merging.report.before import warnings_before
 from moa.merging.report.console import agreement_line, report_lines, summary_tables
 from moa.merging.report.crosstalk import with_inputs
 from moa.merging.report.fidelity import mean_cross_terms, measure
@@ -77,6 +78,9 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
     source = replace(source, experts=adapters.respell(source.experts, layers))
     plan = plan_merge(settings, source, console)
     warn_of_few_tokens(plan, console)
+    console.print(
+        *warnings_before([e for e in source.experts if e.name not in source.shared]), sep="\n", soft_wrap=True
+    )
     source = identify_base(source, needs_base, settings.other_base)
     if to_open_clip:
         check_for_open_clip(settings.merged, settings.verify, settings.dtype)
@@ -142,7 +146,7 @@ def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan
     else:
         weights = parse_weights(settings.weights, names)
     rules = [replace(rule, weights=parse_weights(rule.weights, names)) for rule in settings.sites]
-    own = {name: getattr(settings, name) for name in ("method", "options", "rank", "space", "metric")}
+    own = {name: getattr(settings, name) for name in ("method", "options", "rank", "space", "metric", "norm")}
     if source.shared:
         console.print(f"always on, so added to what the others merge to: {', '.join(source.shared)}", soft_wrap=True)
     return make_plan(source.experts, weights=weights, rules=rules, added=source.shared, **own)
@@ -279,6 +283,7 @@ def export(
         "space": settings.space or find_method(settings.method).spaces[0],
         "rank": settings.rank,
         "metric": settings.metric,
+        "norm": settings.norm,
         "adapters": settings.adapters or settings.run,
         "beside": source.beside,
     }

@@ -12,6 +12,7 @@ from moa.merging.rank import parse_rank
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Metric = Literal["weights", "inputs"]
+Norm = Literal["own", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class MergeExperts:
     # what a cut to the rank keeps most of: the weights' energy, or the outputs' on the experts' own inputs, which
     # needs their statistics (scripts.statistics)
     metric: Metric = "weights"
+    # length of the result at each site: the method's own, or the mean of the experts', as their weights (Pico, 2026)
+    norm: Norm = "own"
     # where the method works, null: its own; `method=list` prints the choices
     space: str | None = None
     out: FilePath | None = None  # folder to write

@@ -20,7 +20,7 @@ from moa.merging.methods.method import Method
 from moa.merging.methods.stack import stack_of
 from moa.merging.methods.table import check_options, find_method
 from moa.merging.rank import parse_rank
-from moa.merging.settings import Metric, SiteRule
+from moa.merging.settings import Metric, Norm, SiteRule
 from moa.merging.weights import Weights, weight_table
 
 UNCUT = 1 << 30  # a rank that every matrix is below
@@ -39,6 +39,7 @@ class Job:
     scale: Mapping[str, float]
     depths: Mapping[str, float]
     metric: Metric = "weights"  # in which the rank is cut
+    norm: Norm = "own"  # of what the experts merge to
     # experts whose weighted update is added to what the others merge to, which is this job's result without rank
     added: frozenset[str] = frozenset()
     others: "Job | None" = None  # of the experts that are not added, where some are
@@ -70,6 +71,7 @@ def make_plan(
     space: str | None = None,
     rules: Sequence[SiteRule] = (),
     metric: Metric = "weights",
+    norm: Norm = "own",
     added: Collection[str] = (),
 ) -> Plan:
     """What `merge` does at every site.
@@ -97,7 +99,7 @@ def make_plan(
         numbers[index] = None
         if sites and not (rule and rule.drop):
             numbers[index] = len(jobs)
-            jobs.append(_job(experts, sites, _over(own, rule) if rule else own, metric, frozenset(added)))
+            jobs.append(_job(experts, sites, _over(own, rule) if rule else own, metric, norm, frozenset(added)))
     if metric == "inputs" and all(job.rank == "sum" and job.space != "dense" for job in jobs):
         raise ValueError("metric: inputs has no effect with rank=sum, which cuts nothing; give rank=8, say")
     find_method(method, space)  # even where rules decide every site
@@ -123,7 +125,12 @@ def _over(own: SiteRule, rule: SiteRule) -> SiteRule:
 
 
 def _job(
-    experts: Sequence[Expert], sites: Sequence[str], settings: SiteRule, metric: Metric, added: frozenset[str]
+    experts: Sequence[Expert],
+    sites: Sequence[str],
+    settings: SiteRule,
+    metric: Metric,
+    norm: Norm,
+    added: frozenset[str],
 ) -> Job:
     name = str(settings.method)
     row = find_method(name, settings.space)
@@ -138,6 +145,7 @@ def _job(
         scale={site: _along(settings.scale, depths[site]) for site in sites},
         depths=depths,
         metric=metric,
+        norm=norm,
         added=added,
     )
     if not added:
@@ -159,8 +167,8 @@ def _along(values: Sequence[float], depth: float) -> float:
 
 def sum_gates(plan: Plan) -> dict[str, Float[Tensor, " expert"]] | None:
     """The gates of the mixture that a merge equals, per site; None where some method is not a sum."""
-    if any(not job.method.is_sum or job.space == "factor" for job in plan.jobs):
-        return None  # sums of factors have cross terms
+    if any(not job.method.is_sum or job.space == "factor" or job.norm != "own" for job in plan.jobs):
+        return None  # sums of factors have cross terms, and a norm is a scale that no gate has
     zeros = torch.zeros(len(plan.jobs[0].experts), dtype=torch.float64)
     return {
         site: zeros if number is None else _coefficients(plan.jobs[number], site) for site, number in plan.sites.items()

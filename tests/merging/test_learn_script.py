@@ -21,6 +21,7 @@ from tests.support.tiny import tiny_llava
 
 TARGETS = [r"model\.language_model\.layers\.0\.self_attn\.(q|v)_proj"]
 NAMES = ("vqa", "caption")
+STEP = "A/checkpoints/step-000001/experts"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,14 @@ def refused(capsys, main, *arguments):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-SLOW = ("adamerging steps=2", "lorahub budget=4 merge=ties", "greedy_soup", "uq_merge runs=2")
+SLOW = (
+    "adamerging steps=2",
+    "nsc steps=1",
+    "enmp budget=3",
+    "lorahub budget=4 merge=ties",
+    "greedy_soup",
+    "uq_merge runs=2",
+)
 
 
 @pytest.mark.slow
@@ -86,6 +94,17 @@ def test_what_is_learned_is_read_by_the_merge(world, tmp_path, method):
         wanted = record["weights"].get(site, record["weights"])
         found = {name: expert["weight"] for name, expert in row["experts"].items()}
         assert found == pytest.approx(wanted, abs=1e-11)
+
+
+@pytest.mark.slow
+def test_triplets_are_weighed_from_the_command_line(world, tmp_path):
+    out = tmp_path / "adapter"
+    script.main([f"run={world}/A", f"out={out}", "num_samples=2", "method=tara", "steps=1", "lr=0.001"])
+    written, experts = expert_from_folder(out), [expert_from_folder(world / STEP / name) for name in NAMES]
+    for site in written.ranks:
+        a, b = written.factors(site, torch.float64)
+        whole = sum(b @ a for a, b in (e.factors(site, torch.float64) for e in experts))
+        torch.testing.assert_close(b @ a, 0.4 * whole, rtol=0.05, atol=0.01)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ KEEPS_ONE = {
     "della": {"density": 1.0, "spread": 0.0}, "della_linear": {"density": 1.0, "spread": 0.0},
     "breadcrumbs": {"density": 1.0, "outliers": 0.0}, "breadcrumbs_ties": {"density": 1.0, "outliers": 0.0},
     "consensus": {"at_least": 1}, "tsv_m": {}, "wudi": {}, "dc_merge": {"smooth": "none", "density": 1.0},
-    "ctm": {"density": 1.0}, "regmean": {}, "core_regmean": {},
+    "ctm": {"density": 1.0}, "regmean": {}, "core_regmean": {}, "pico": {}, "score": {}, "tada": {},
 }  # fmt: skip
 seeds = st.integers(0, 2**16)
 quick = settings(max_examples=2, deadline=None)
@@ -108,6 +108,25 @@ def test_how_an_expert_is_factored_does_not_matter(method, space, seed):
     assert_equal(update_of(others, method, space=space), found)
 
 
+@pytest.mark.parametrize("method", ("linear", "ties", "wudi", "regmean", "robustmerge"))
+def test_any_method_gives_the_mean_norm_of_its_experts_where_asked_to(method):
+    """By their weights, at every site; a shared expert is added afterwards; what cancels has no length to give."""
+    experts = experts_of(3, 3, (2,))
+    weights = {"e0": 1.0, "e1": 0.5, "e2": 0.0}
+    found = update_of(experts, method, weights=weights, norm="mean", rank=1)
+    norms = [{site: u.norm() for site, u in update_of([e], "linear", weights={e.name: 1.0}).items()} for e in experts]
+    for site, update in found.items():
+        torch.testing.assert_close(update.norm(), (norms[0][site] + 0.5 * norms[1][site]) / 1.5)
+    beside = update_of(experts, method, weights={**weights, "e2": 1.0}, norm="mean", added=["e2"])
+    alone = update_of(experts[:2], method, weights={"e0": 1.0, "e1": 0.5}, norm="mean")
+    own = update_of(experts[2:], "linear", weights={"e2": 1.0})
+    assert_equal(beside, {site: alone[site] + own[site] for site in SHAPE})
+    twins = [make_expert("plus", 3, 2), make_expert("minus", 3, 2)]
+    if method == "linear":
+        none = update_of(twins, method, weights={"plus": 0.7, "minus": -0.7}, norm="mean")
+        assert_equal(none, {site: torch.zeros(shape).double() for site, shape in SHAPE.items()})
+
+
 @pytest.mark.parametrize("method", KEEPS_ONE)
 @quick
 @given(seed=seeds)
@@ -118,7 +137,7 @@ def test_one_expert_of_weight_one_merges_to_itself(method, seed):
 
 
 # the second's directions count, whatever its weight: in the common space, the interference, or the mean
-WEIGH_DIRECTIONS = ("wudi", "model_stock", "tsv_m", "dc_merge")
+WEIGH_DIRECTIONS = ("wudi", "model_stock", "tsv_m", "dc_merge", "pico", "score")
 # masks are drawn for each expert by itself; the arc between opposites has no middle; least squares takes no weight
 # below 0; see above
 KEEP_A_PAIR = (

@@ -111,6 +111,32 @@ def test_shrinking_keeps_the_diagonal_and_the_ridge_gives_the_mean_where_no_inpu
     torch.testing.assert_close(found, (updates[0] + updates[1]) / 2)
 
 
+def test_streaming_by_recursive_least_squares_is_regmean_on_all_of_them():
+    """MAny: P = (sum C)^-1 and V = sum M C, updated by each expert's own statistics; the stored moments do the same."""
+    experts, rows, updates = world()
+    ridge = 1e-3 * torch.eye(COLS).double()
+    inverse, total = torch.linalg.inv(ridge), torch.zeros(ROWS, COLS).double()
+    for own, update_ in zip(rows, updates, strict=True):
+        x = own / len(own) ** 0.5  # C = x^T x
+        inverse = inverse - inverse @ x.T @ torch.linalg.inv(torch.eye(len(x)) + x @ inverse @ x.T) @ x @ inverse
+        total = total + update_ @ x.T @ x
+    level = float(sum(own.square().sum() / len(own) for own in rows)) / (3 * COLS)
+    found = update(experts, "regmean", options={"ridge": 1e-3 / (3 * level)})
+    mean = sum(updates) / 3  # of the ridge in both sums
+    torch.testing.assert_close(found, total @ inverse + 1e-3 * mean @ inverse, rtol=1e-6, atol=1e-8)
+
+
+def test_tada_gates_by_the_answer_to_an_experts_own_inputs_whatever_its_size():
+    experts, rows, updates = world(count=2)
+    gain = [float((own @ u.T).norm() / len(own) ** 0.5 / u.norm()) for own, u in zip(rows, updates, strict=True)]
+    expected = (gain[0] * updates[0] + gain[1] * updates[1]) / sum(gain)
+    torch.testing.assert_close(update(experts, "tada", options={"conflict": 1.0}), expected)
+    twins = [replace(experts[0], name="one"), replace(experts[0], name="other")]
+    weights = {"one": 1.0, "other": -0.7}
+    found = update(twins, "tada", options={"conflict": 0.8}, weights=weights)
+    torch.testing.assert_close(found, updates[0] / 1.7)  # 0.7 of the first is undone, all of the second
+
+
 def test_balance_counts_every_experts_outputs_alike():
     experts, rows, updates = world(count=2)
     loud = with_rows(experts, [100 * rows[0], rows[1]])

@@ -124,6 +124,77 @@ def test_wudi_for_a_time_is_that_much_gradient_descent(factors, updates):
     torch.testing.assert_close(found, merged.detach(), rtol=1e-3, atol=1e-3)
 
 
+def test_wudi_without_lengths_is_the_closed_form_of_actmerge(factors, updates):
+    wanted, gram = sum(m @ m.T @ m for m in updates), sum(m.T @ m for m in updates)
+    expected = wanted @ torch.linalg.pinv(gram, rtol=1e-9)
+    torch.testing.assert_close(in_core(spectral.wudi, factors, normalise=False), expected)
+
+
+def test_wudi_along_leading_directions_keeps_the_sum_along_the_others(factors, updates):
+    """ASWUDI: of the interference's 7 eigenvalues, as many directions as ceil((sum of roots)^2 / sum)."""
+    factors = [(a * 0.1 ** torch.arange(len(a))[:, None], b) for a, b in factors]
+    updates = torch.stack([b @ a for a, b in factors])
+    share = 1 / updates.square().sum((1, 2))
+    values, axes = torch.linalg.eigh(torch.einsum("e,erc,erd->cd", share, updates, updates))
+    count = int(torch.ceil(values.clamp(min=0).sqrt().sum() ** 2 / values.sum()))
+    assert 0 < count < 7
+    leading = axes[:, -count:] @ axes[:, -count:].T
+    total = (MIXED[:, None, None] * updates).sum(0)
+    expected = in_core(spectral.wudi, factors) @ leading + total - total @ leading
+    torch.testing.assert_close(in_core(spectral.wudi, factors, MIXED, directions="leading"), expected)
+
+
+def test_pico_shortens_a_direction_by_the_energy_that_all_experts_have_there(factors, updates):
+    """As the released code on factors U S and V^T: singular values of all left factors side by side."""
+    left = torch.cat([top(m, r)[0] * top(m, r)[1] for m, r in zip(updates, RANKS, strict=True)], 1)
+    u, s, _ = torch.linalg.svd(left, full_matrices=False)
+    alpha = 1 / (1 + 2 * s.square() / s.square().sum())
+    even = updates + u @ torch.diag(alpha - 1) @ u.T @ updates
+    torch.testing.assert_close(in_core(spectral.pico, factors, MIXED), (MIXED[:, None, None] * even).sum(0))
+    again = [(torch.linalg.svd(m)[2][:7], torch.linalg.svd(m)[0][:, :7] * torch.linalg.svd(m)[1][:7]) for m in even]
+    for then in ("ties", "tsv_m"):
+        found = in_core(spectral.pico, factors, MIXED, then=then)
+        assert found.isfinite().all() and (found - in_core(spectral.pico, factors, MIXED)).norm() > 0.1
+    cut = [(a[:r], b[:, :r]) for (a, b), r in zip(again, RANKS, strict=True)]
+    torch.testing.assert_close(
+        in_core(spectral.pico, factors, MIXED, then="tsv_m"), in_core(spectral.tsv_m, cut, MIXED)
+    )
+
+
+def test_score_trims_what_two_directions_do_together_and_never_a_direction_itself(factors, updates):
+    parts = [top(m, r) for m, r in zip(updates, RANKS, strict=True)]
+    u, v = whiten(torch.cat([p[0] for p in parts], 1)), whiten(torch.cat([p[2] for p in parts]))
+    expected = torch.zeros_like(updates[0])
+    for weight, own in zip(MIXED, updates, strict=True):
+        inside = u.T @ own @ v.T
+        off = [inside[i, j] for i in range(7) for j in range(7) if i != j]
+        spread = (sum(x**2 for x in off) / len(off)) ** 0.5
+        for i in range(7):
+            for j in range(7):
+                if i != j and abs(inside[i, j]) >= 1.2 * spread:
+                    inside[i, j] = 0
+        expected += weight * (u @ inside @ v)
+    torch.testing.assert_close(in_core(spectral.score, factors, MIXED, deviations=1.2), expected)
+    everything = in_core(spectral.score, factors, MIXED, deviations=1e9)
+    torch.testing.assert_close(everything, (MIXED[:, None, None] * updates).sum(0))
+
+
+def test_ct_merge_gives_experts_of_their_own_directions_the_mean_square_of_their_values():
+    """Two experts without a common direction: each keeps its directions, at one value; a third of it doubles that."""
+    eye = torch.eye(6, dtype=torch.float64)
+    first, second = (eye[:, :2] * torch.tensor([3.0, 1.0])) @ eye[:2], 5 * eye[:, 2:3] @ eye[2:3]
+    for matrices, values in (
+        ([first, second], [5**0.5, 5**0.5, 5.0]),
+        ([first, second, second], [5**0.5, 5**0.5, 10.0]),
+    ):
+        names = ("a", "b", "c")[: len(matrices)]
+        ranks = (2, 1, 1)[: len(matrices)]
+        stack = stack_of(site="q", experts=names, matrices=torch.stack(matrices), ranks=ranks)
+        merged = spectral.ct_merge(stack, torch.ones(len(matrices)).double(), size=3)
+        torch.testing.assert_close(merged.diagonal()[:3], torch.tensor(values).double())
+        assert merged.square().sum() == pytest.approx(sum(v**2 for v in values))
+
+
 def test_dc_merge_is_the_released_procedure(factors, updates):
     parts = [top(m, r) for m, r in zip(updates, RANKS, strict=True)]
     u = whiten(torch.cat([p[0] for p in parts], 1))

@@ -52,11 +52,15 @@ class CalibrationData:
         return {name: self._cut(samples, size) for name, samples in self.samples.items()}
 
     def by_expert(self, size: int) -> dict[str, list[Batch]]:
+        return {name: self._cut(samples, size) for name, samples in self.of_experts().items()}
+
+    def of_experts(self) -> dict[str, list[Sample]]:
+        """Every expert's own samples."""
         found: dict[str, list[Sample]] = {}
         for sample in chain.from_iterable(self.samples.values()):
             if sample.expert is not None:
                 found.setdefault(sample.expert, []).append(sample)
-        return {name: self._cut(samples, size) for name, samples in found.items()}
+        return found
 
     def _cut(self, samples: Sequence[Sample], size: int) -> list[Batch]:
         starts = range(0, len(samples), size)
@@ -141,16 +145,40 @@ def own_answers(
 ) -> list[Batch]:
     """Mixed batches whose answers are what the model itself generates with this weight on every expert: no labels."""
     gates = torch.full((len(model.bank.names),), weight)
-    answered = {}
-    for name, samples in data.samples.items():
-        texts = greedy_answers(
-            model, data.prompts, samples, size, max_new_tokens, lambda b: {"gates": gates.expand(len(b), -1)}
-        )
-        labelled = [with_answer(sample, text) for sample, text in zip(samples, texts, strict=True)]
-        answered[name] = [s for s in labelled if s.answers[0] and data.collator.error_of(s) is None]
+    answered = {
+        name: answered_by(model, data, samples, size, max_new_tokens, lambda batch: gates.expand(len(batch), -1))
+        for name, samples in data.samples.items()
+    }
     if not any(answered.values()):
         raise ValueError("adamerging: the model answers nothing, so there is no entropy to lower")
     return replace(data, samples=answered).batches(size)
+
+
+def answers_of_experts(
+    model: MixtureModel, data: CalibrationData, experts: Sequence[str], size: int, max_new_tokens: int
+) -> dict[str, list[Batch]]:
+    """By expert: its own samples with the answers that it generates. ValueError for one without."""
+    found, samples = {}, data.of_experts()
+    for name in experts:
+        own = answered_by(model, data, samples.get(name, []), size, max_new_tokens, own_gates(model, name))
+        if not own:
+            raise ValueError(f"experts.{name}: answers none of the validation samples; it needs some of its own")
+        found[name] = replace(data, samples={name: own}).batches(size)
+    return found
+
+
+def answered_by(
+    model: MixtureModel,
+    data: CalibrationData,
+    samples: Sequence[Sample],
+    size: int,
+    max_new_tokens: int,
+    gates: Callable[[Batch], torch.Tensor],
+) -> list[Sample]:
+    """The samples with what the model generates at these gates, where that is an answer."""
+    texts = greedy_answers(model, data.prompts, samples, size, max_new_tokens, lambda batch: {"gates": gates(batch)})
+    labelled = [with_answer(sample, text) for sample, text in zip(samples, texts, strict=True)]
+    return [s for s in labelled if s.answers[0] and data.collator.error_of(s) is None]
 
 
 def greedy_answers(

@@ -1,7 +1,9 @@
 """The learners of `learners.LEARNERS`, and what they learn with: a live model, a little data, and scores of merges.
 
 weights   lora_soups, adamerging by gradient; lorahub, grid, greedy_soup, uq_merge by merging and scoring again
-merges    regmean, regmean_pp, iteris by least squares; ziplora: experts whose plain sum is the merge
+          nsc, expert_merging by gradient from what each expert does itself; enmp by pruning modules
+merges    regmean, regmean_pp, iteris by least squares
+          ziplora, tara, adarank, prodistill: experts whose plain sum is the merge
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +13,13 @@ from typing import Any
 
 from data.batch import Batch
 from moa.config import RunConfig
-from moa.merging.adapters import Expert, experts_of_bank
-from moa.merging.learn import calibration, gradient, least_squares, search
+from moa.merging.adapters import Expert, all_sites, experts_of_bank
+from moa.merging.learn import calibration, gradient, guided, least_squares, search
 from moa.merging.learn.cached import cached_merge
 from moa.merging.learn.ziplora import apply_mergers, learn_mergers
 from moa.merging.merge import Merged, MergedSite, merge
-from moa.merging.weights import Weights
+from moa.merging.methods.table import find_method
+from moa.merging.weights import Weights, weight_table
 from moa.model import MixtureModel
 from moa.statistics.gather import shared_experts
 
@@ -56,6 +59,13 @@ class Session:
         return {name: found.get(name, []) for name in self.names}
 
     @cached_property
+    def live(self) -> guided.Weighed:
+        """The experts with weights on what they do, and their own samples with their own answers."""
+        length, size = self.config.eval.max_new_tokens, self.batch_size
+        batches = calibration.answers_of_experts(self.model, self.data, self.names, size, length)
+        return guided.Weighed(model=self.model, experts=self.experts, batches=batches)
+
+    @cached_property
     def scored_batches(self) -> dict[str, list[Batch]]:
         return self.data.by_source(self.batch_size)
 
@@ -82,7 +92,7 @@ class Session:
 
         return rate
 
-    def scorer(self) -> search.Score:
+    def scorer(self) -> Callable[[Weights], float]:
         """The same of weights."""
         rate = self.rater()
         return lambda weights: rate(self.remerge(self.complete(weights)))
@@ -155,6 +165,43 @@ def uq_merge(session: Session, *, runs: int = 4, noise: float = 0.2) -> Learned:
     return _by_weights(session, search.prefix_soup(session.scorer(), order), order=order)
 
 
+def nsc(session: Session, *, steps: int = 100, lr: float = 0.01) -> Learned:
+    return _by_sites(session, guided.nsc(session.live, steps=steps, lr=lr, on_step=session.tick))
+
+
+def expert_merging(session: Session, *, steps: int = 100, lr: float = 0.05) -> Learned:
+    return _by_sites(session, guided.expert_merging(session.live, steps=steps, lr=lr, on_step=session.tick))
+
+
+def _by_sites(session: Session, scales: guided.Scales) -> Learned:
+    zero = dict.fromkeys(session.names, 0.0) | dict.fromkeys(session.shared, 1.0)
+    weights = {site: dict(zero) for site in all_sites(session.experts)}
+    for (site, name), scale in scales.items():
+        weights[site][name] = float(scale)
+    return _by_weights(session, weights)
+
+
+def enmp(session: Session, *, budget: int = 60, prune: float = 0.2, optimizer: str = "CMA") -> Learned:
+    """Each pair of an expert and a module with sites, such as layers.3.mlp, stays or goes."""
+    row = find_method(session.merge.get("method", "linear"))
+    table = weight_table(session.experts, None, row.weights, added=session.shared)
+    experts = [e for e in session.experts if e.name in session.names]
+    pairs = list(dict.fromkeys((site.rpartition(".")[0], e.name) for e in experts for site in e.ranks))
+    names = [expert.name for expert in session.experts]
+
+    def weights_of(pruned: frozenset[search.Pair]) -> Weights:
+        def kept(site: str) -> dict[str, float]:
+            row = zip(names, table[site].tolist(), strict=True)
+            return {name: value * ((site.rpartition(".")[0], name) not in pruned) for name, value in row}
+
+        return {site: kept(site) for site in table}
+
+    score = session.scorer()
+    options: dict[str, Any] = {"share": prune, "budget": budget, "optimizer": optimizer, "seed": session.seed}
+    pruned = search.prune(lambda chosen: score(weights_of(chosen)), pairs, **options)
+    return _by_weights(session, weights_of(pruned), pruned=sorted(pruned))
+
+
 GRID = [{"nondiagonal": n, "ridge": r} for n in (0.9, 0.95, 1.0) for r in (1e-4, 1e-2)]
 
 
@@ -203,3 +250,22 @@ def ziplora(session: Session, *, steps: int = 100, lr: float = 0.01, similarity:
     experts = apply_mergers(session.experts, mergers)
     rank = session.merge.get("rank", "sum")
     return Learned(merged=merge(experts, method="task_arithmetic", rank=rank), experts=experts)
+
+
+def _by_triplets(session: Session, learner: Callable[..., guided.Scales], steps: int, lr: float) -> Learned:
+    experts = session.live.apply(learner(session.live, steps=steps, lr=lr, on_step=session.tick))
+    rank = session.merge.get("rank", "sum")
+    merged = merge(experts, method="task_arithmetic", rank=rank, added=session.shared)
+    return Learned(merged=merged, experts=experts)
+
+
+def tara(session: Session, *, steps: int = 100, lr: float = 0.01) -> Learned:
+    return _by_triplets(session, guided.tara, steps, lr)
+
+
+def adarank(session: Session, *, steps: int = 100, lr: float = 0.01) -> Learned:
+    return _by_triplets(session, guided.adarank, steps, lr)
+
+
+def prodistill(session: Session, *, steps: int = 50, lr: float = 0.01) -> Learned:
+    return _by_triplets(session, guided.prodistill, steps, lr)

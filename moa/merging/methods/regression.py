@@ -62,6 +62,28 @@ def core_regmean(
     return min(found, key=lambda pair: pair[0])[1]
 
 
+def tada(stack: Stack, weights: Weights, *, conflict: float = 0.5) -> Matrix:
+    """Each site's mean by how strongly an expert answers its own inputs, for its size, without what others undo.
+
+    TaDA: gates g_k ~ (E|M_k x_k|^2)^(1/2) / |M_k|, for any number of experts. A singular direction of which the others,
+    so weighed, take back more than the share `conflict` is left out: this rule is our reading of an abstract.
+    """
+    check_share("conflict", conflict)
+    matrices = stack.whole()
+    gates = weights.clone()
+    for k, rank in enumerate(stack.ranks):
+        energy = float(matrices[k].square().sum()) if rank else 0.0
+        gates[k] *= (output_energy(matrices[k], stack.moments(k)) / energy) ** 0.5 if energy else 0.0
+    total = gates.abs().sum()
+    weighed = matrices * (gates / total if total else gates)[:, None, None]
+    merged, whole = torch.zeros_like(matrices[0]), weighed.sum(0)
+    for own in weighed:
+        u, s, v = torch.linalg.svd(own, full_matrices=False)
+        others = torch.einsum("ri,rc,ic->i", u, whole - own, v)
+        merged += (u * s * (others >= -conflict * s)) @ v
+    return merged
+
+
 def relative_errors(
     matrices: Float[Tensor, "expert rows cols"], moments: list[Tensor | None], merged: Matrix
 ) -> Float[Tensor, " expert"]:

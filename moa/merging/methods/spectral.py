@@ -4,6 +4,8 @@ Defined on the dense updates, computed on the core matrices, which have the same
 reconstruction most directions are rounding, and a method that counts or flattens them returns noise.
 """
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -51,28 +53,92 @@ def iso_cts(stack: Stack, weights: Weights, *, common: float = 0.8) -> Matrix:
     return s.mean() * polar(u) @ polar(v).T
 
 
-def wudi(stack: Stack, weights: Weights, *, time: float = 0.0) -> Matrix:
+def wudi(
+    stack: Stack, weights: Weights, *, time: float = 0.0, normalise: bool = True, directions: str = "all"
+) -> Matrix:
     """Least interference, sum_i |(W - dW_i) dW_i^T|^2 / |dW_i|^2, in closed form; by flow from the sum for `time` > 0.
 
     `time` is learning rate times steps of the gradient descent that the papers run (from the sum in WUDI; OptMerge
-    starts from the mean, which `weights` of 1/N give); 0 is its limit.
+    starts from the mean, which `weights` of 1/N give); 0 is its limit. Without `normalise` no |dW_i|^2 divides
+    (ActMerge, 2026). `directions=leading` is ASWUDI (2026): the optimum along the (sum sqrt(l))^2 / sum l leading ones
+    of the interference's eigenvalues l, the weighted sum along the others.
     """
+    check_choice("directions", directions, ("all", "leading"))
     matrices = stack.whole()
     energy = matrices.square().sum((1, 2))
     live = energy > 0
     if not live.any():
         return linear(stack, weights)
     share = torch.where(live, 1 / energy.clamp(min=torch.finfo(energy.dtype).tiny), 0.0)
+    share = share if normalise else live.to(energy.dtype)
     gram = torch.einsum("e,erc,erd->cd", share, matrices, matrices)
     wanted = torch.einsum("e,erc,esc,esd->rd", share, matrices, matrices, matrices)
     values, axes = torch.linalg.eigh(gram)
     held = values > RANK_TOLERANCE * values.max()
     optimum = wanted @ (axes * torch.where(held, 1 / values, 0.0)) @ axes.T
-    if time == 0:
+    if time == 0 and directions == "all":
         return optimum
     start = linear(stack, weights)
-    left = torch.exp(-2 * time * values.clamp(min=0))  # of the gap to the optimum, along each axis
+    values = values.clamp(min=0)
+    # of the gap to the optimum, along each axis
+    left = torch.exp(-2 * time * values) if time else torch.zeros_like(values)
+    if directions == "leading":
+        left[: max(len(values) - math.ceil(values.sqrt().sum() ** 2 / values.sum()), 0)] = 1.0
     return optimum + (start - optimum) @ (axes * left) @ axes.T
+
+
+def pico(stack: Stack, weights: Weights, *, then: str = "linear") -> Matrix:
+    """Shorten the output directions that hold most of all experts' energy, then merge by `then` (linear, ties, tsv_m).
+
+    Of every update, 1 / (1 + (N - 1) c_i) is left along the eigenvector i of sum_k dW_k dW_k^T, which holds the share
+    c_i of its trace. The released code takes the B alone, so that how an expert is factored decides. The paper's last
+    step, the experts' mean norm, is `norm=mean` of any merge.
+    """
+    check_choice("then", then, ("linear", "ties", "tsv_m"))
+    matrices = stack.whole()
+    energy, axes = torch.linalg.eigh((matrices @ matrices.mT).sum(0))
+    if energy.sum() <= 0:
+        return linear(stack, weights)
+    count = int((matrices.square().sum((1, 2)) > 0).sum())
+    left = 1 / (1 + (count - 1) * energy.clamp(min=0) / energy.sum())
+    even = (axes * left) @ axes.T @ matrices
+    inner = stack_of(site=stack.site, experts=stack.experts, matrices=even, ranks=stack.ranks)
+    if then == "ties":
+        return elect(trim(even, inner.thresholds(0.2)), weights, inner.rounding)
+    return tsv_m(inner, weights) if then == "tsv_m" else linear(inner, weights)
+
+
+def ct_merge(stack: Stack, weights: Weights, *, size: int = 16) -> Matrix:
+    """The sum within `size` directions that most experts share, each at the root mean square of its experts' values.
+
+    CT-Merging: the leading eigenvectors of the mean projectors on the experts' output and input directions, in which
+    every direction of an expert counts alike. The sum's singular values are replaced by sum_k w_k p_k rms_k with
+    p_k = |U_k^T u|^2 of expert k: this weighing is our reading of an abstract.
+    """
+    parts = [leading(m, r) for m, r in zip(stack.whole(), stack.ranks, strict=True)]
+    u, v = (_principal(torch.cat([p[side] for p in parts], 1)[None], size) for side in (0, 2))
+    turn_u, _, turn_v = leading(u.T @ linear(stack, weights) @ v)
+    u, v = u @ turn_u, v @ turn_v
+    shares = torch.stack([(p[0].T @ u).square().sum(0) for p in parts])  # [expert, direction]
+    level = torch.stack([p[1].square().sum() / max(p[1].numel(), 1) for p in parts]).sqrt()
+    return (u * ((weights * level) @ shares)) @ v.T
+
+
+def score(stack: Stack, weights: Weights, *, share: float = 1.0, deviations: float = 1.96) -> Matrix:
+    """In the frame of tsv_m, the experts' own values, and between two directions only values that are not outliers.
+
+    SCORE keeps what lies within `deviations` standard deviations of the values off the diagonal. Here about 0, as their
+    mean depends on the free signs of singular vectors, and without the diagonal's zeros, which the released code has.
+    """
+    check_share("share", share)
+    matrices = stack.whole()
+    parts = [leading(m, _count(share, r)) for m, r in zip(matrices, stack.ranks, strict=True)]
+    u, v = polar(torch.cat([p[0] for p in parts], 1)), polar(torch.cat([p[2] for p in parts], 1))
+    inside = u.T @ matrices @ v  # [expert, direction, direction]
+    own = torch.eye(inside.shape[1], dtype=torch.bool)
+    spread = inside[:, ~own].square().mean(1).sqrt() if len(own) > 1 else inside.new_zeros(len(inside))
+    kept = torch.where(own | (inside.abs() < deviations * spread[:, None, None]), inside, 0.0)
+    return u @ torch.einsum("e,erc->rc", weights, kept) @ v.T
 
 
 def dc_merge(stack: Stack, weights: Weights, *, smooth: str = "mean", density: float = 0.001) -> Matrix:
