@@ -42,7 +42,10 @@ ROOMS = {
 MATH = (
     *("moa.routing", "moa.experts", "moa.metrics", "moa.packing", "moa.contrastive"),
     *("moa.merging.methods", "moa.merging.core", "moa.statistics.moments", "moa.statistics.null_space"),
-    *(f"moa.federated.{name}" for name in ("role", "pieces", "rules", "aggregate", "partition", "assignment")),
+    *(
+        f"moa.federated.{name}"
+        for name in ("role", "pieces", "rules", "aggregate", "partition", "assignment", "groups")
+    ),
 )
 NOT_IN_MATH = (
     "moa.config",

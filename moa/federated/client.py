@@ -27,6 +27,7 @@ from moa.federated.partition import Client, Row
 from moa.federated.pieces import Piece, Role
 from moa.model import MixtureModel
 from moa.parts import trained_parts
+from moa.routing.router import AnchorRouter
 from moa.training.batches import TrainingError
 from moa.training.random_state import seed_stage
 from moa.training.run import Run
@@ -44,7 +45,7 @@ Log = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ClientSource:
-    """Some rows of a source, without what their client does not see."""
+    """Some rows of a source, without what their client does not see, and of the experts that the rows name."""
 
     source: Source
     rows: Sequence[Row]
@@ -54,7 +55,8 @@ class ClientSource:
 
     def __getitem__(self, index: int) -> Sample:
         row = self.rows[index]
-        return hide(self.source[row.tag.index], row.hidden)
+        sample = hide(self.source[row.tag.index], row.hidden)
+        return sample if sample.expert == row.tag.expert else replace(sample, expert=row.tag.expert)
 
     def lengths(self, index: int) -> tuple[int, int]:
         source: Any = self.source
@@ -191,11 +193,12 @@ def client_update(
     losses: Mapping[str, float],
     place: tuple[int, int],
     log: Log,
+    evidence: AnchorRouter | None = None,
 ) -> Work:
     """Train what a client received by the stages of `run`, which is fresh, and return what it sends.
 
-    `place` seeds the random streams: the number of stages before this round, and the number of the client.
-    TrainingError and BadSampleError pass.
+    `place` seeds the random streams: the number of stages before this round, and the number of the client. `evidence`
+    of one expert adds up that of the samples. TrainingError and BadSampleError pass.
     """
     model, config, work = run.model, run.config, Work()
     receive(model, config, received, assignment.above)
@@ -216,6 +219,9 @@ def client_update(
                     for batch, _ in micro_batches:
                         if batch is not None:
                             count(counts, batch, roles, routed, result.metrics)
+                            if evidence is not None:
+                                own = batch.to(run.accelerator.device)
+                                evidence.update(model.evidence(own), torch.zeros_like(own.expert_ids))
                     run.end_stage()
         finally:
             trainer.close()

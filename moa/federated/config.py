@@ -83,6 +83,28 @@ class ClientConfig:
     steps: ShareAboveZero = 1.0  # share of each stage's steps that the client does
     rank: Size | None = None  # ranks of every expert that it trains and sees; null: all
     experts: list[str] | None = None  # that it has, at least one that is routed; null: all
+    group: str | None = None  # of roles with scope per_group, where `groups` computes none
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupsConfig:
+    """Of clients, computed from their first round; the routed experts that learn become the groups' own."""
+
+    # what clients are compared by: lora_B of an expert that each trains alone, or the mean evidence of its samples;
+    # null: no groups are computed
+    by: Literal["lora_B", "evidence"] | None = None
+    # linkage: as many groups as have the best silhouette; kmeans: one for each expert; leader: a client joins the
+    # likest group, or begins one where none is like enough
+    how: Literal["linkage", "kmeans", "leader"] = "linkage"
+    likeness: Share | None = None  # of leader: the least cosine with a group's mean
+    warmup: Count = 1  # times the steps of the stages, in a client's first round
+
+    def __post_init__(self) -> None:
+        rule = "is of how=leader, which needs it"
+        check((self.likeness is not None) == (self.how == "leader"), "likeness", f"{rule}; got {self.likeness}")
+        for key, default in (("how", "linkage"), ("warmup", 1)):
+            unset = getattr(self, key) == default
+            check(self.by is not None or unset, key, "has no effect without federated.groups.by")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +122,7 @@ class FederatedConfig:
     # empty: the mean of everything over all clients (FedAvg)
     roles: list[RoleConfig] = field(default_factory=list)
     clients: dict[str, ClientConfig] = field(default_factory=dict)  # what is special about one, by name
+    groups: GroupsConfig = field(default_factory=GroupsConfig)  # of clients that are alike, an expert for each
     # of each data set in the table of clients and tasks at the end; 0: no table
     num_questions: CountOrZero = 32
 
@@ -107,6 +130,14 @@ class FederatedConfig:
         number = self.partition.clients - self.partition.held_out
         rule = f"{self.participation:g} of {number} clients is none; it must leave one or more"
         check(self.drawn >= 1, "participation", rule)
+        per_group = [role.name for role in self.roles if role.scope == "per_group"]
+        given = [name for name, client in self.clients.items() if client.group is not None]
+        for name in given:
+            check(self.groups.by is None, f"clients.{name}.group", "has no effect with groups.by, which computes it")
+            check(bool(per_group), f"clients.{name}.group", "has no effect without a role of scope per_group")
+        fits = not per_group or self.groups.by is not None or len(given) >= number
+        rule = f"scope per_group of {', '.join(per_group)} needs groups.by, or clients.NAME.group of all that train"
+        check(fits, "roles", rule)
 
     @property
     def drawn(self) -> int:
@@ -162,10 +193,14 @@ def make_roles(roles: Sequence[RoleConfig], experts: Collection[str]) -> list[Ro
     return found
 
 
-def stages_of(config: FederateConfig, round_: int, client: ClientConfig) -> dict[str, StageConfig]:
-    """What a client does in a round: the stages with its steps and the round's learning rates."""
-    factor = config.federated.rate_factor(round_)
-    return {name: _stage(stage, factor, client.steps) for name, stage in config.stages.items()}
+def stages_of(
+    config: FederateConfig, round_: int, client: ClientConfig, *, first: bool = False
+) -> dict[str, StageConfig]:
+    """What a client does in a round, `first` where it has no group yet: the stages with its steps and the round's
+    learning rates."""
+    factor, groups = config.federated.rate_factor(round_), config.federated.groups
+    share = client.steps * (groups.warmup if first else 1)
+    return {name: _stage(stage, factor, share) for name, stage in config.stages.items()}
 
 
 def _stage(stage: StageConfig, factor: float, share: float) -> StageConfig:

@@ -57,13 +57,13 @@ def score_clients(federation: Federation) -> dict[str, Any] | None:
         return None
     config = with_eval(run, num_samples=number, num_images=0, gates="router", compare=[])
     server = federation.state.server.tensors
-    nothing, rounds = frozenset[str](), federation.config.federated.rounds
-    rows: dict[str, Any] = {GLOBAL: {"scores": score(federation, config, server, nothing, nothing), "own": {}}}
-    found = {(digest_of(server), nothing, nothing, tuple[Piece, ...]()): rows[GLOBAL]["scores"]}
+    nothing, idle, rounds = frozenset[str](), federation.idle, federation.config.federated.rounds
+    rows: dict[str, Any] = {GLOBAL: {"scores": score(federation, config, server, nothing, idle), "own": {}}}
+    found = {(digest_of(server), nothing, idle, tuple[Piece, ...]()): rows[GLOBAL]["scores"]}
     for client in federation.clients:
         tensors, hidden = federation.delivered(client), frozenset(MODALITIES) - {*modalities_of(client)}
         own = None if client.held_out else federation.assignment(client, rounds)
-        absent, above = (nothing, ()) if own is None else (own.absent, own.above)
+        absent, above = (idle, ()) if own is None else (own.absent, own.above)
         key = digest_of(tensors), hidden, absent, above
         if key not in found:
             found[key] = score(federation, config, tensors, hidden, absent, above)

@@ -9,14 +9,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from moa.config import ExpertConfig
+from moa.config import ExpertConfig, RunConfig
 from moa.experts.starts import STARTS
 from moa.federated import rules
 from moa.federated.aggregate import carrying, is_paired
-from moa.federated.config import ClientConfig
+from moa.federated.config import ClientConfig, GroupsConfig
 from moa.federated.pieces import Names, Piece, Role, Shape, in_rest, is_rest, select
 
 Experts = Mapping[str, ExpertConfig]
+Clients = Mapping[str, ClientConfig]
 
 
 def experts_of(role: Role, pieces: Sequence[Piece]) -> list[str]:
@@ -100,6 +101,31 @@ def covers(match: str, key: str, shape: Shape) -> bool:
     return select(match, key, tuple(shape), Names()) is not None
 
 
+def check_group_experts(settings: GroupsConfig, config: RunConfig, names: Sequence[str], special: Clients) -> None:
+    """ValueError where experts cannot be those of groups: values of one become another's, and clients have what their
+    group has."""
+    if len(names) < 2:
+        raise ValueError(f"groups.by: needs two routed experts that learn, got {list(names)}")
+    first = config.experts[names[0]]
+    for name in names:
+        own = config.experts[name]
+        if own.shape != first.shape:
+            raise ValueError(f"groups.by: experts {names[0]} and {name} must be alike in rank, alpha, targets and init")
+        if own.init_from is not None:
+            raise ValueError(f"groups.by: all experts of groups start alike, and {name} has init_from={own.init_from}")
+    if settings.by == "lora_B" and (STARTS[first.init].held or first.kind != "lora"):
+        raise ValueError(f"groups.by: lora_B compares what begins at 0, got init={first.init}, kind={first.kind}")
+    if settings.by == "evidence" and (config.router.row.router is None or config.router.granularity == "token"):
+        raise ValueError(f"groups.by: evidence is what a router reads, got router.kind={config.router.kind}")
+    if config.router.granularity == "token":
+        raise ValueError("groups.by: a client lacks experts of groups, which needs router.granularity=sample")
+    if config.data.expert is not None:
+        raise ValueError(f"groups.by: decides the experts of samples, and data.expert={config.data.expert} does")
+    for client, given in special.items():
+        if given.experts is not None:
+            raise ValueError(f"clients.{client}.experts: has no effect with groups.by, which decides them")
+
+
 def check_weights(roles: Sequence[Role], *, compares: bool) -> None:
     """ValueError for a weight that is 0 at every client."""
     for role in roles:
@@ -108,7 +134,7 @@ def check_weights(roles: Sequence[Role], *, compares: bool) -> None:
             raise ValueError(f"roles.{role.name}.weight: {rule}")
 
 
-def check_ranks(special: Mapping[str, ClientConfig], experts: Experts) -> None:
+def check_ranks(special: Clients, experts: Experts) -> None:
     """ValueError for a client of a lower rank, where an expert subtracts a frozen start that has all ranks."""
     held = [name for name, expert in experts.items() if STARTS[expert.init].held and not expert.frozen]
     for client, own in special.items():

@@ -24,6 +24,7 @@ from moa.federated.aggregate import CLIENT, RoundReport, Update, aggregate, deli
 from moa.federated.assignment import Assignment, assign, modalities_of, tasks_of
 from moa.federated.client import client_mixture, client_update, receive, trainable
 from moa.federated.config import ClientConfig, FederateConfig, FederatedConfig, stages_of
+from moa.federated.groups import EVIDENCE, Groups, Member, alone, mean_evidence, regroup, roles_of
 from moa.federated.partition import Client
 from moa.federated.pieces import Piece, Role, join
 from moa.federated.store import (
@@ -33,6 +34,7 @@ from moa.federated.store import (
     save_state,
 )
 from moa.model import MixtureModel
+from moa.routing.router import AnchorRouter
 from moa.training.batches import Layout, TrainingError
 from moa.training.report import LOG, Reporter
 from moa.training.run import COUNTERS, Run
@@ -51,6 +53,7 @@ class Delivery:
     round: int
     base: str  # of the server's state
     tensors: Mapping[str, torch.Tensor]
+    member: Member = Member()
 
 
 @dataclass(kw_only=True)
@@ -72,6 +75,8 @@ class Federation:
     pieces: Sequence[Piece]
     special: Mapping[str, ClientConfig]
     state: State
+    grouped: Sequence[str] = ()  # experts of groups that are computed; a client without a group trains the first
+    slot: Mapping[str, torch.Tensor] = field(default_factory=dict)  # that one's values at the start
     arrivals: dict[str, Arrival] = field(default_factory=dict)  # in the round under way
     stop: StopRequest = field(default_factory=StopRequest)
 
@@ -125,16 +130,19 @@ class Federation:
             return
         arrivals = [self.arrivals[name] for name in sorted(self.arrivals)]  # however they came
         updates = [arrival.update for arrival in arrivals if arrival.update is not None]
-        server, report = aggregate(self.state.server, updates, self.roles, self.pieces)
+        grouped, groups, lost = self.regrouped(updates)
+        server, report = aggregate(self.state.server, grouped, self.roles, self.pieces)
+        report = replace(report, refused=(*lost, *report.refused))
         accepted = {a.client for a in arrivals if a.update is not None} - {name for name, _ in report.refused}
         kept = dict(self.state.kept)
         kept |= {a.client: {**kept.get(a.client, {}), **a.kept} for a in arrivals if a.kept and a.client in accepted}
         record = self.record(report, accepted)
+        if groups.of != self.state.groups.of:
+            record["groups"] = {name: sorted(c for c, own in groups.of.items() if own == name) for name in self.grouped}
         self.show(server.tensors)
         record |= self.validate()
-        self.state = State(
-            server=server, kept=kept, step=self.step, history=(*self.state.history, record | {"step": self.step})
-        )
+        history = (*self.state.history, record | {"step": self.step})
+        self.state = State(server=server, kept=kept, groups=groups, step=self.step, history=history)
         self.arrivals = {}
         save_state(self.folder, self.state)
         self.reporter.record(self.state.history[-1])
@@ -154,6 +162,8 @@ class Federation:
             for name in a.update.values
             if name in numbers
         )
+        sent += sum(a.update.values[EVIDENCE].numel() for a in self.arrivals.values()
+                    if a.update is not None and EVIDENCE in a.update.values)  # fmt: skip
         kept = {role.name for role in self.roles if role.keep}
         received = sum(piece.numel for piece in self.pieces if piece.role not in kept)
         return {
@@ -177,12 +187,42 @@ class Federation:
 
     # What a client has ---------------------------------------------------------------------------------
 
-    def config_of(self, client: Client, round_: int) -> RunConfig:
-        """The settings of a client's own run in a round: its data, and its plan."""
+    def member(self, client: Client, *, trains: bool = False) -> Member:
+        """The client's group; where it has none yet and `trains`, it has the slot of all experts of groups."""
+        if not self.grouped:
+            return Member(group=self.special.get(client.name, ClientConfig()).group or "")
+        group = self.state.groups.of.get(client.name, "")
+        if trains and not group:
+            return Member(first=True, lacks=frozenset(self.grouped[1:]))
+        return Member(group=group, lacks=self.idle)
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """Experts of groups that no group has, once there are groups."""
+        centres = self.state.groups.centres if self.grouped else {}
+        return frozenset(self.grouped) - centres.keys() if centres else frozenset()
+
+    def evidence_sums(self) -> AnchorRouter:
+        """Sums of the evidence of a client's samples, none so far."""
+        kinds, dims = self.model.routing.evidence, self.model.backbone.dims
+        return AnchorRouter(experts=1, evidence=kinds, dims=dims, num_tasks=len(self.run.data.tasks))
+
+    def regrouped(self, updates: Sequence[Update]) -> tuple[Sequence[Update], Groups, list[tuple[str, str]]]:
+        """The updates with those of clients without a group as their groups', the groups, and who was refused."""
+        settings, groups = self.config.federated.groups, self.state.groups
+        if settings.by is None:
+            return updates, groups, []
+        new = [update.client for update in updates if update.client not in groups.of]
+        options: dict[str, Any] = {"by": settings.by, "how": settings.how, "experts": self.grouped}
+        options["likeness"] = -1 if settings.likeness is None else settings.likeness
+        return regroup(self.state.server, updates, new, groups, self.roles, self.pieces, **options)
+
+    def config_of(self, client: Client, round_: int, *, first: bool = False) -> RunConfig:
+        """The settings of a client's own run in a round, `first` without a group: its data, and its plan."""
         data = self.run.data
         own = {row.tag.source for row in client.train}
         sources = {name: source for name, source in data.sources.items() if name in own}
-        stages = stages_of(self.config, round_, self.special[client.name])
+        stages = stages_of(self.config, round_, self.special[client.name], first=first)
         return replace(self.run, data=replace(data, sources=sources), stages=stages)
 
     def make_run(self, client: Client, config: RunConfig, round_: int) -> Run:
@@ -202,31 +242,38 @@ class Federation:
             steps += 1
             log(line, steps)
 
-        own = self.config_of(client, round_)
+        member, sums = delivery.member, None
+        own = self.config_of(client, round_, first=member.first)
+        if member.first and self.config.federated.groups.by == "evidence":
+            sums = self.evidence_sums().to(self.accelerator.device)
         try:
             work = client_update(
-                self.make_run(client, own, round_),
-                self.assignment(client, round_),
+                self.make_run(member.rows_of(client, self.grouped), own, round_),
+                self.assignment(client, round_, member),
                 delivery.tensors,
                 self.pieces,
                 self.roles,
                 losses=self.config.federated.losses,
                 place=((round_ - 1) * len(own.stages), delivery.place),
                 log=counted,
+                evidence=sums,
             )
         except (TrainingError, BadSampleError) as error:
             return Arrival(client=client.name, steps=steps, failed=str(error))
-        who: dict[str, Any] = {"tasks": tasks_of(client), "modalities": modalities_of(client)}
+        if sums is not None:
+            work.values[EVIDENCE] = mean_evidence(sums)
+        who: dict[str, Any] = {"tasks": tasks_of(client), "modalities": modalities_of(client), "group": member.group}
         update = Update(
             client=client.name, round=round_, base=delivery.base, values=work.values, counts=work.counts, **who
         )
         ends = work.losses[0], work.losses[-1]
         return Arrival(client=client.name, steps=steps, update=update, kept=work.kept, losses=ends)
 
-    def assignment(self, client: Client, round_: int) -> Assignment:
+    def assignment(self, client: Client, round_: int, member: Member | None = None) -> Assignment:
         own = self.special.get(client.name, ClientConfig())  # none of one that never trains
-        return assign(
-            client,
+        member = member or self.member(client)
+        found = assign(
+            member.rows_of(client, self.grouped),
             self.roles,
             self.pieces,
             trainable(self.model, self.run),
@@ -234,19 +281,22 @@ class Federation:
             factors=self.config.federated.factors,
             round_=round_,
             rank=own.rank,
-            lacks=[] if own.experts is None else [n for n in self.model.bank.names if n not in own.experts],
+            lacks=member.lacks if own.experts is None else [n for n in self.model.bank.names if n not in own.experts],
         )
+        return alone(found, self.pieces, roles_of(self.grouped[0], self.roles, self.pieces)) if member.first else found
 
     def delivery(self, client: Client) -> Delivery:
         """What the server sends to a client in the round under way."""
         server, place = self.state.server, self.training.index(client)
-        base, tensors = server.base(), self.delivered(client)
-        return Delivery(client=client.name, place=place, round=server.round, base=base, tensors=tensors)
+        base, tensors, member = server.base(), self.delivered(client), self.member(client, trains=True)
+        tensors |= self.slot if member.first else {}
+        return Delivery(client=client.name, place=place, round=server.round, base=base, tensors=tensors, member=member)
 
     def delivered(self, client: Client) -> dict[str, torch.Tensor]:
         """What a client begins with: the server's values for it, and those that never left it."""
-        tasks = tasks_of(client)
+        tasks, group = tasks_of(client), self.member(client).group
         scopes = [f"{CLIENT}{client.name}", *([f"task:{tasks[0]}"] if len(tasks) == 1 else [])]
+        scopes += [f"group:{group}"] if group else []
         tensors = deliver(self.state.server, self.roles, self.pieces, scopes)
         return join(self.pieces, self.state.kept.get(client.name, {}), tensors)
 
@@ -278,7 +328,9 @@ class Federation:
         """The log is open inside; a round that was stored and not logged is logged."""
         total = self.state.step
         for round_ in range(self.state.server.round, self.config.federated.rounds + 1):
-            own = [self.config_of(client, round_) for client, sends in self.drawn(round_) if sends]
+            now = round_ == self.state.server.round
+            drawn = [client for client, sends in self.drawn(round_) if sends]
+            own = [self.config_of(c, round_, first=now and self.member(c, trains=True).first) for c in drawn]
             total += sum(stage.steps for config in own for stage in config.stages.values())
         self.reporter.start(self.step, total)
         try:
@@ -345,5 +397,7 @@ def lines_of(record: Mapping[str, Any], report: RoundReport) -> Iterator[str]:
     yield f"{head}  {len(record['clients'])} updates{dropped}, {up:,} bytes up, {down:,} down{loss}"
     for client, reason in report.refused:
         yield f"{head}  refused: {client}: {reason}"
+    for group, clients in record.get("groups", {}).items():
+        yield f"{head}  group of the expert {group}: {', '.join(clients) or 'nobody; the clients lack this expert'}"
     if report.unmoved:
         yield f"{head}  unchanged, because nobody trained it, or fewer than its rule needs: {', '.join(report.unmoved)}"

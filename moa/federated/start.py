@@ -19,12 +19,14 @@ from moa.config import RunConfig, load_config
 from moa.federated.aggregate import Server, check_roles
 from moa.federated.assignment import tasks_of
 from moa.federated.client import TERMS, tensors_of, trainable
-from moa.federated.config import FederateConfig, make_roles, special
+from moa.federated.config import ClientConfig, FederateConfig, make_roles, special
+from moa.federated.groups import EVIDENCE, check_groups, mean_evidence, roles_of
 from moa.federated.partition import Tag, make_clients, print_partition, tag_of
 from moa.federated.pieces import Names, Piece, Role, pieces_of, print_roles
 from moa.federated.refusals import (
     check_carry,
     check_common,
+    check_group_experts,
     check_products,
     check_ranks,
     check_senders,
@@ -77,7 +79,8 @@ def open_federation(
     ocr = open_ocr(run.data)
     mixture = open_mixture(run, ocr)
     tags, skipped = read_tags(mixture.sources, run.data.on_bad_sample)
-    experts = owned_experts(model, run, tags)
+    grouped = routed_experts(model, run) if config.federated.groups.by else []
+    experts = [] if grouped else owned_experts(model, run, tags)
     try:
         clients = make_clients(tags, config.federated.partition.recipe(), run.seed, experts)
     except ValueError as error:
@@ -85,13 +88,15 @@ def open_federation(
     roles, pieces = table_of(config, model, run)
     check_evaluation(run)
     state = load_state(folder) if before is not None else None
+    own = special(config.federated, [client.name for client in clients if not client.held_out])
     start = {key: tensor.cpu().clone() for key, tensor in tensors_of(model, run).items()}
+    slot = slot_of(config, run, grouped, own, roles, pieces, start)
     federation = Federation(
         config=config, run=run, accelerator=accelerator, model=model, sources=mixture.sources, roles=roles,
         validation=open_sources(run.data.validation.values(), run.data, ocr), clients=clients, pieces=pieces,
         collator=make_collator(run, model.backbone.intake, pack_length=run.train.pack_length),
         layout=make_layout(run.train, 1), reporter=Reporter(run, accelerator), quiet=Reporter(run, accelerator),
-        special=special(config.federated, [client.name for client in clients if not client.held_out]),
+        special=own, grouped=grouped, slot=slot,
         state=state or State(server=Server(round=1, tensors=start)),
     )  # fmt: skip
     federation.quiet.console.quiet = True
@@ -185,7 +190,36 @@ def owned_experts(model: MixtureModel, config: RunConfig, tags: Sequence[Tag]) -
     """The routed experts that train: each needs a client with samples of it, where samples name their experts."""
     if config.data.expert is not None or not any(tag.expert for tag in tags):
         return []
+    return routed_experts(model, config)
+
+
+def routed_experts(model: MixtureModel, config: RunConfig) -> list[str]:
+    """Those that train."""
     return [name for name in model.bank.names if name in routed(model) and not config.experts[name].frozen]
+
+
+def slot_of(
+    config: FederateConfig,
+    run: RunConfig,
+    grouped: Sequence[str],
+    special: Mapping[str, ClientConfig],
+    roles: Sequence[Role],
+    pieces: Sequence[Piece],
+    start: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """The first group's expert at the start, of which `start` gets copies; ValueError for what groups cannot be."""
+    if config.federated.groups.by is None:
+        return {}
+    try:
+        check_group_experts(config.federated.groups, run, grouped, special)
+        check_groups(grouped, roles, pieces)
+    except ValueError as error:
+        raise ValueError(f"federated.{error}") from None
+    head = f"experts.{grouped[0]}."
+    slot = {key: tensor for key, tensor in start.items() if key.startswith(head)}
+    for name in grouped[1:]:
+        start |= {key.replace(head, f"experts.{name}.", 1): tensor.clone() for key, tensor in slot.items()}
+    return slot
 
 
 def table_of(config: FederateConfig, model: MixtureModel, run: RunConfig) -> tuple[list[Role], list[Piece]]:
@@ -193,8 +227,6 @@ def table_of(config: FederateConfig, model: MixtureModel, run: RunConfig) -> tup
     experts = [name for name in model.bank.names if not config.experts[name].frozen]
     roles = make_roles(config.federated.roles, experts)
     for role in roles:
-        if role.scope == "per_group":
-            raise ValueError(f"federated.roles.{role.name}.scope: per_group needs groups, which nothing here makes")
         if role.elsewhere == "absent" and run.router.granularity == "token":
             raise ValueError(f"federated.roles.{role.name}.elsewhere: absent needs router.granularity=sample")
     state = {key if key.startswith("router.") else f"router.{key}" for key in PARTS["router"].state(model)}
@@ -224,4 +256,11 @@ def table_of_roles(federation: Federation) -> str:
             senders[role.name].append(client.name)
     everyone = len(federation.training)
     senders = {name: own if len(own) < everyone else [f"all {everyone}"] for name, own in senders.items()}
-    return print_roles(federation.pieces, federation.roles, ITEMSIZE, senders)
+    for expert in federation.grouped:
+        own = roles_of(expert, federation.roles, federation.pieces)
+        senders |= dict.fromkeys(own, ["its group"])
+    lines = print_roles(federation.pieces, federation.roles, ITEMSIZE, senders)
+    if federation.config.federated.groups.by == "evidence":
+        size = mean_evidence(federation.evidence_sums()).numel()
+        lines += f"\n{EVIDENCE:<20} {size:>12,} {ITEMSIZE * size:>12,}  means of data, of a client in its first round"
+    return lines

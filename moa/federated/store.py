@@ -4,6 +4,7 @@
 <run>/server/last                              names the last whole round
 <run>/server/round-000002/                     the state after round 2: written whole, or not at all
     tensors, scoped, state, kept .safetensors  server values, those of scopes, of its optimisers, of clients alone
+    centres.safetensors                        of groups of clients
     state.json, manifest.json                  round, steps, and what was in each round
 <run>/server/incoming/round-000003/client-4/   what has arrived in the round under way, also from one that failed
     record.json, values.safetensors, kept.safetensors
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from moa.checkpoint import MANIFEST, load_tensors, manifest_of, read_json, save_tensors, verify
 from moa.federated.aggregate import Server, Update, digest_of
+from moa.federated.groups import Groups
 from moa.files.atomic import atomic_folder, remove_folder, write_file, write_json
 
 SETTINGS, SERVER, LAST = "federated.yaml", "server", "last"
@@ -33,6 +35,7 @@ class State:
 
     server: Server
     kept: Nested = field(default_factory=dict)  # client -> piece -> value of roles that never leave it
+    groups: Groups = field(default_factory=Groups)
     step: int = 0  # of all clients together
     history: tuple[dict[str, Any], ...] = ()  # of the rounds, as JSON
 
@@ -65,10 +68,11 @@ def save_state(run: Path, state: State) -> None:
     name, server = round_name(state.rounds_done), state.server
     with atomic_folder(run / SERVER / name) as folder:
         files = {"tensors": server.tensors, "scoped": joined(server.scoped)}
-        files |= {"state": joined(server.state), "kept": joined(state.kept)}
+        files |= {"state": joined(server.state), "kept": joined(state.kept), "centres": state.groups.centres}
         for file, tensors in files.items():
             save_tensors(folder / f"{file}.safetensors", tensors)
-        write_json(folder / "state.json", {"round": server.round, "step": state.step, "history": [*state.history]})
+        facts = {"round": server.round, "step": state.step, "groups": dict(state.groups.of)}
+        write_json(folder / "state.json", facts | {"history": [*state.history]})
         write_json(folder / MANIFEST, manifest_of(folder))
     write_file(run / SERVER / LAST, name + "\n")
     clean(run, state)
@@ -94,14 +98,16 @@ def load_state(run: Path) -> State | None:
     folder = run / SERVER / file.read_text().strip()
     verify(folder)
     found = read_json(folder / "state.json")
-    tensors = {n: load_tensors(folder / f"{n}.safetensors") for n in ("tensors", "scoped", "state", "kept")}
+    tensors = {n: load_tensors(folder / f"{n}.safetensors") for n in ("tensors", "scoped", "state", "kept", "centres")}
     server = Server(
         round=found["round"],
         tensors=tensors["tensors"],
         scoped=apart(tensors["scoped"]),
         state=apart(tensors["state"]),
     )
-    return State(server=server, kept=apart(tensors["kept"]), step=found["step"], history=tuple(found["history"]))
+    groups = Groups(of=found["groups"], centres=tensors["centres"])
+    history = tuple(found["history"])
+    return State(server=server, kept=apart(tensors["kept"]), groups=groups, step=found["step"], history=history)
 
 
 # Updates ----------------------------------------------------------------------------------------------
