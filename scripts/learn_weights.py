@@ -48,6 +48,7 @@ class LearnConfig:
     nondiagonal: Share | None = None
     # of these and iteris: pull to the mean of the experts, as a share of the inputs' mean square
     ridge: NotNegative | None = None
+    size: Size | None = None  # of fresh_lora: its rank
     tune: bool | None = None  # of regmean: nondiagonal and ridge by the score, of six pairs
     answer_share: ShareAboveZero | None = (
         None  # of regmean: of the moments, as in scripts.statistics; null: tokens count alike

@@ -260,6 +260,8 @@ def gate_rule(model: MixtureModel, batch: Batch, rule: str) -> dict[str, torch.T
         return {"available": left.to(device)}
     if rule == "off":
         return {"gates": torch.zeros(len(batch), len(names), device=device)}
+    if rule in names and rule not in model.routing.roles.experts:  # such as a merge on trial: it is on alone
+        return {"gates": torch.tensor([float(name == rule) for name in names], device=device).expand(len(batch), -1)}
     # a sample of expert NAME, or of an unknown one, which is uniform; shared experts have their own gates
     known = {"oracle": batch.expert_ids, "uniform": torch.full((len(batch),), -1, device=device)}
     ids = known[rule] if rule in known else torch.full((len(batch),), names.index(rule), device=device)

@@ -1,7 +1,8 @@
-"""The table of scripts.compare_merges: a cell under every heading, and what counts as trained."""
+"""The table of scripts.compare_merges: a cell under every heading, both normalisations, and what counts as trained."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from data.config import DataConfig, SourceConfig
@@ -9,27 +10,45 @@ from data.sample import Sample
 from moa.benchmarks.scores import Response, Scores
 from moa.config import ExpertConfig, RunConfig
 from moa.evaluation.result import Result
-from scripts.compare_merges import markdown, trained_sets
+from scripts.compare_merges import markdown, summarise, trained_sets
 
-ROWS = [
-    {"method": "ties", "options": {}, "rank": 4, "seconds": 1.0, "scores": {"a": 0.5, "b": 0.25}},
-    {"method": "base", "options": {}, "rank": None, "seconds": None, "scores": {"a": 0.75, "b": 1}},
-]
+
+def table():
+    """Of two data sets with four questions each."""
+    scores = lambda a, b: {"scores": {"a": np.array(a, dtype=float), "b": np.array(b, dtype=float)}}  # noqa: E731
+    return [
+        {"method": "base", "options": {}, "data": "none", "default": scores([0, 0, 0, 1], [1, 1, 1, 1])},
+        {"method": "routed, not merged", "options": {}, "data": "none", "default": scores([1, 1, 1, 1], [1, 1, 1, 0])},
+        {"method": "ties", "options": {"reduce": "sum"}, "data": "none", "rank": 4,
+         "default": scores([0, 0, 0, 0], [1, 0, 0, 0]) | {"seconds": 1.0},
+         "tuned": scores([1, 1, 0, 0], [1, 0, 0, 0]) | {"seconds": 20.0}},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("trained", "means"),
-    [({"a", "b"}, ["38", "-"]), ({"a"}, ["50", "25"]), (set(), ["-", "38"])],
+    ("trained", "trained_mean", "of_routed", "of_gain", "worst", "held_out"),
+    [
+        ({"a"}, 50, 50, 100 * 0.25 / 0.75, ["a", 50], 25),
+        ({"a", "b"}, 37.5, 100 * 0.375 / 0.875, 100 * -0.25 / 0.25, ["b", 100 / 3], None),
+    ],
 )
-def test_every_row_has_a_cell_under_every_heading(trained, means):
-    head, rule, *rows = markdown(ROWS, trained).splitlines()
-    names = [name.strip() for name in head.strip("|").split("|")]
-    for line in (rule, *rows):
+def test_both_normalisations_and_the_worst_task(trained, trained_mean, of_routed, of_gain, worst, held_out):
+    rows = table()
+    summarise(rows, trained)
+    found = rows[2]["tuned"]["summary"]
+    assert found["trained"][0] == pytest.approx(trained_mean) and found["of_routed"][0] == pytest.approx(of_routed)
+    assert found["worst"] == [worst[0], pytest.approx(worst[1])]
+    assert found["held_out"] == (None if held_out is None else pytest.approx(held_out))
+    assert found["trained"][1] < trained_mean < found["trained"][2]
+    # some draws of four questions have no gain to share
+    assert found["of_gain"] is None or found["of_gain"][0] == pytest.approx(of_gain)
+    assert rows[1]["default"]["summary"]["of_routed"] == pytest.approx([100, 100, 100])
+    head, rule, *lines = markdown(rows).splitlines()
+    for line in (rule, *lines):
         assert line.count("|") == head.count("|")
-    cells = {row.split("|")[1].strip(): row.strip("|").split("|") for row in rows}
-    ties = dict(zip(names, (cell.strip() for cell in cells["`ties`"]), strict=True))
-    assert [ties["trained"], ties["held out"]] == means
-    assert (ties["a"], ties["b"], ties["rank"], ties["seconds"]) == ("50", "25", "4", "1.00")
+    [ties] = [line for line in lines if line.startswith("| `ties` (reduce=sum) | none | 4 | ")]
+    assert ties.endswith(" | 1.0 / 20.0 |")
+    assert lines[0].startswith("| `routed, not merged` | none |  | ")
 
 
 def result(name, **sample):

@@ -10,10 +10,12 @@ from data.config import DataConfig, SourceConfig
 from moa.build import build_model
 from moa.checkpoint import TrainState, save_checkpoint
 from moa.config import EvalConfig, ExpertConfig, ModelConfig, RunConfig
+from moa.evaluation.predict import gate_rule
 from moa.merging.adapters import expert_from_folder, experts_of_bank
-from moa.merging.learn.calibration import load_unrouted, read_calibration
+from moa.merging.learn.calibration import MERGED, load_unrouted, read_calibration, with_merged
 from moa.merging.learn.least_squares import with_inputs
 from moa.merging.merge import merge
+from scripts import compare_merges as compare_script
 from scripts import learn_weights as script
 from scripts import merge as merge_script
 from scripts import merge_parts as parts_script
@@ -105,6 +107,29 @@ def test_triplets_are_weighed_from_the_command_line(world, tmp_path):
         a, b = written.factors(site, torch.float64)
         whole = sum(b @ a for a, b in (e.factors(site, torch.float64) for e in experts))
         torch.testing.assert_close(b @ a, 0.4 * whole, rtol=0.05, atol=0.01)
+
+
+@pytest.mark.slow
+def test_methods_and_controls_are_compared_at_their_defaults_and_tuned(world, tmp_path):
+    few = ["num_learn=1", "num_samples=1", "steps=1", "ranks=[2]"]
+    compare_script.main([f"run={world}/A", f"out={tmp_path}", "methods=[linear]", "learned=[fresh_lora]", *few])
+    record = json.loads((tmp_path / "compare_merges.json").read_text())
+    rows = {row["method"]: row for row in record["rows"]}
+    alone = ["base", "routed, not merged", "expert vqa", "expert caption"]
+    assert [*rows] == [*alone, "linear", "random direction", "fresh_lora"]
+    assert record["trained"] == ["caption", "vqa"] and rows["linear"]["tuned"]["passes"] == 10
+    assert all(set(row["default"]["scores"]) == {"vqa", "caption"} for row in rows.values())
+    lines = (tmp_path / "compare_merges.md").read_text().splitlines()
+    assert len(lines) == 2 + len(rows) and any(line.startswith("| `linear` | none | 2 | ") for line in lines)
+
+
+def test_a_merge_on_trial_is_scored_alone(world):
+    model, config = load_unrouted(str(world / "A"))
+    experts = experts_of_bank(model.bank)
+    data = read_calibration(config, model, num_samples=2, seed=0, ocr=None)
+    with with_merged(model, merge(experts), experts):
+        gates = gate_rule(model, data.by_source(2)["vqa"][0], MERGED)["gates"]
+        assert gates.tolist() == [[0.0, 0.0, 1.0]] * 2
 
 
 @pytest.mark.slow

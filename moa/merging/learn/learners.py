@@ -5,7 +5,7 @@ A learner takes a Session and options, and finds weights for `merge`, or a merge
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from moa.merging.functions import import_function, read_function
 
@@ -17,6 +17,7 @@ class Learner:
     paper: str
     _: KW_ONLY
     name: str = ""  # of the row, and of its function in learn.session
+    data: Literal["answers", "inputs"] = "answers"  # what it reads of the samples
     writes_adapter: bool = False  # the merge itself, not weights
     searches: bool = False  # merges again by any method
     # how often it calls `tick`, of its options and the number of experts
@@ -32,9 +33,10 @@ class Learner:
 
 
 SEARCHES: dict[str, Any] = {"searches": True}
+INPUTS: dict[str, Any] = {"data": "inputs"}
 ROWS = {
     "lora_soups": Learner("LoRA Soups / CAT (Prabhakar et al., 2025)"),
-    "adamerging": Learner("AdaMerging (Yang et al., 2024), entropy of answer tokens"),
+    "adamerging": Learner("AdaMerging (Yang et al., 2024), entropy of answer tokens", **INPUTS),
     "lorahub": Learner("LoraHub (Huang et al., 2024); merge=lorahub_factors as released",
                        ticks=lambda options, experts: options["budget"], **SEARCHES),
     "grid": Learner("one weight for all experts, as task arithmetic's scale (Ilharco et al., 2023)",
@@ -43,8 +45,8 @@ ROWS = {
                            ticks=lambda options, experts: 2 * experts - 1, **SEARCHES),
     "uq_merge": Learner("UQ-Merge (Qu et al., 2025): the surest experts first, as many as score best",
                         ticks=lambda options, experts: experts, **SEARCHES),
-    "nsc": Learner("NSC (2026): inputs stay where the experts read, without answers"),
-    "expert_merging": Learner("Expert Merging (2026), a weight of each site and expert"),
+    "nsc": Learner("NSC (2026): inputs stay where the experts read", **INPUTS),
+    "expert_merging": Learner("Expert Merging (2026), a weight of each site and expert", **INPUTS),
     "enmp": Learner("ENMP (2026): without which modules of which experts",
                     ticks=lambda options, experts: options["budget"] + 1, **SEARCHES),
     "regmean": Learner("RegMean (Jin et al., 2023); tune=true: the best of a grid",
@@ -53,9 +55,10 @@ ROWS = {
     "iteris": Learner("IterIS (Chen et al., 2025), iterated on the merge's own inputs",
                       ticks=lambda options, experts: options["iterations"], writes_adapter=True),
     "ziplora": Learner("ZipLoRA (Shah et al., 2023), for any number of experts", writes_adapter=True),
-    "tara": Learner("TARA-A (2026), on singular triplets", writes_adapter=True),
-    "adarank": Learner("AdaRank (2026): which singular triplets stay", writes_adapter=True),
+    "tara": Learner("TARA-A (2026), on singular triplets", writes_adapter=True, **INPUTS),
+    "adarank": Learner("AdaRank (2026): which singular triplets stay", writes_adapter=True, **INPUTS),
     "prodistill": Learner("ProDistill (2025), on singular triplets, block by block",
-                          ticks=lambda options, experts: None, writes_adapter=True),
+                          ticks=lambda options, experts: None, writes_adapter=True, **INPUTS),
+    "fresh_lora": Learner("control: no merge, but a new LoRA trained on the same samples", writes_adapter=True),
 }  # fmt: skip
 LEARNERS = {key: replace(row, name=key) for key, row in ROWS.items()}

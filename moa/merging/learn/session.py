@@ -4,6 +4,7 @@ weights   lora_soups, adamerging by gradient; lorahub, grid, greedy_soup, uq_mer
           nsc, expert_merging by gradient from what each expert does itself; enmp by pruning modules
 merges    regmean, regmean_pp, iteris by least squares
           ziplora, tara, adarank, prodistill: experts whose plain sum is the merge
+control   fresh_lora, which merges nothing
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,10 @@ from typing import Any
 
 from data.batch import Batch
 from moa.config import RunConfig
-from moa.merging.adapters import Expert, all_sites, experts_of_bank
+from moa.merging.adapters import Expert, all_sites, expert_from_tensors, experts_of_bank
 from moa.merging.learn import calibration, gradient, guided, least_squares, search
 from moa.merging.learn.cached import cached_merge
+from moa.merging.learn.distill import STUDENT, Lesson, add_student
 from moa.merging.learn.ziplora import apply_mergers, learn_mergers
 from moa.merging.merge import Merged, MergedSite, merge
 from moa.merging.methods.table import find_method
@@ -269,3 +271,17 @@ def adarank(session: Session, *, steps: int = 100, lr: float = 0.01) -> Learned:
 
 def prodistill(session: Session, *, steps: int = 50, lr: float = 0.01) -> Learned:
     return _by_triplets(session, guided.prodistill, steps, lr)
+
+
+def fresh_lora(session: Session, *, size: int = 8, steps: int = 100, lr: float = 0.001) -> Learned:
+    """The control of whatever learns from answers: a LoRA of rank `size` that has never seen an expert."""
+    model, batches = session.model, session.data.batches(session.batch_size)
+    add_student(model, size, size, session.seed, {})
+    lesson = Lesson(model=model, gates=lambda batch: {}, by_labels=True)
+    try:
+        loss = lambda step: lesson.losses(batches[step % len(batches)]).mean()  # noqa: E731
+        gradient.descend(model.bank.parameters(STUDENT), loss, steps=steps, lr=lr, on_step=session.tick)
+        new = expert_from_tensors(STUDENT, model.bank.state(STUDENT), model.bank.peft_config(STUDENT))
+        return Learned(merged=merge([new], rank=session.merge.get("rank", "sum")), experts=[new])
+    finally:
+        model.bank.remove(STUDENT)

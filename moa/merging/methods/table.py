@@ -65,6 +65,30 @@ ROWS: dict[str, Method] = {
 # A row's function is called as the row.
 METHODS = {key: replace(row, name=key) for key, row in ROWS.items()}
 
+# Of a method, the option that a fair comparison tunes beside the result's length, and at most five values of it.
+DENSITY: tuple[str, tuple[Any, ...]] = ("density", (0.1, 0.2, 0.3, 0.5, 0.8))
+TUNED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **dict.fromkeys(("ties", "knots", "magnitude_prune", "dare_linear", "dare_ties", "robustmerge"), DENSITY),
+    **dict.fromkeys(("della", "della_linear"), ("density", (0.2, 0.3, 0.5, 0.7, 0.8))),
+    **dict.fromkeys(("breadcrumbs", "breadcrumbs_ties"), ("density", (0.1, 0.3, 0.5, 0.7, 0.85))),
+    "lines": ("first", (0.0, 0.1, 0.3, 0.5, 0.7)),
+    "pcb": ("ratio", (0.05, 0.1, 0.2, 0.3, 0.5)),
+    "consensus": ("threshold", (0.2, 0.3, 0.4, 0.5, 0.6)),
+    "tsv_m": ("share", (0.25, 0.5, 0.75, 1.0)),
+    "iso_cts": ("common", (0.2, 0.4, 0.6, 0.8, 1.0)),
+    "wudi": ("directions", ("all", "leading")),
+    "pico": ("then", ("linear", "ties", "tsv_m")),
+    "ct_merge": ("size", (4, 8, 16, 32)),
+    "score": ("deviations", (1.0, 1.5, 1.96, 3.0)),
+    "dc_merge": ("density", (0.001, 0.01, 0.1, 0.5, 1.0)),
+    "ctm": ("size", (4, 8, 16, 32)),
+    "regmean": ("nondiagonal", (0.8, 0.9, 0.95, 1.0)),
+    "core_regmean": ("directions", (0, 2, 4, 8)),
+    "tada": ("conflict", (0.1, 0.3, 0.5, 1.0)),
+    "aligned_linear": ("align", ("procrustes", "permutation", "balanced")),
+    "lego": ("size", (4, 8, 16, 32)),
+}  # fmt: skip
+
 
 def find_method(name: str, space: str | None = None) -> Method:
     if name not in METHODS:

@@ -2,14 +2,12 @@
 
     python -m scripts.demo.board.tuned_merge adapters=[A,B] method=ties grid={density: [0.1, 0.2, 0.5]} out=OUT
 
-The result is first made as long as the mean expert (as Pico does, arXiv 2604.16826), so that a method whose output is
-a sum has the same start as one whose output is a mean. Each scale then multiplies it. The lowest mean loss on the
-validation sets of `like`, with their answers, decides. Questions of the test split are never seen.
+The rule is that of moa/merging/learn/tuning.py, on the mean loss of the validation sets of `like`, with their answers.
+Questions of the test split are never seen.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +20,7 @@ from moa.merging.methods.table import find_method
 
 if TYPE_CHECKING:
     from data.batch import Batch
-    from moa.merging.merge import MergedSite
     from moa.model import MixtureModel
-
-    Merged = dict[str, MergedSite]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,64 +47,34 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def tune(settings: TunedMerge, console: Console) -> None:
-    from moa.files.atomic import write_json
-    from moa.merging.adapters import open_adapters
-    from moa.merging.export.export import export_adapter
-    from moa.merging.merge import merge
-
-    out = Path(str(settings.out))
-    experts = open_adapters(settings.adapters)
-    wanted = sum(length([merge([expert])]) for expert in experts) / len(experts)
-    tried: list[dict[str, Any]] = []
-    best: tuple[float, Merged] | None = None
-    for options in choices(settings):
-        merged = merge(experts, method=settings.method, options=options, rank=settings.rank)
-        even = scaled(merged, wanted / length([merged]))
-        for scale, loss in losses(settings, even, experts):
-            tried.append({"options": options, "scale": scale, "loss": loss})
-            if best is None or loss < best[0]:
-                best = loss, scaled(even, scale)
-    assert best is not None  # there is a scale
-    export_adapter(out, best[1], experts)
-    chosen = min(tried, key=lambda row: row["loss"])
-    write_json(out / "tuned.json", {"method": settings.method, "chosen": chosen, "tried": tried})
-    console.print(f"{settings.method}: {chosen} of {len(tried)}", highlight=False, soft_wrap=True)
-
-
-def choices(settings: TunedMerge) -> list[dict[str, Any]]:
-    """The method's options with each value of the grid."""
-    names = [*settings.grid]
-    return [settings.options | dict(zip(names, values, strict=True)) for values in product(*settings.grid.values())]
-
-
-def length(merges: "Sequence[Merged]") -> float:
-    """The Frobenius norm of all updates together."""
-    return sum(site.energy for merged in merges for site in merged.values()) ** 0.5
-
-
-def scaled(merged: "Merged", scale: float) -> "Merged":
-    return {name: site.scaled(scale) for name, site in merged.items()}
-
-
-def losses(settings: TunedMerge, merged: "Merged", experts: Sequence[Any]) -> Iterator[tuple[float, float]]:
-    """Each scale with the mean loss of the validation sets."""
-    import tempfile
-
     from moa.build import build_model, only_adapter
     from moa.config import load_config
+    from moa.files.atomic import write_json
     from moa.merging.export.export import export_adapter
+    from moa.merging.learn import calibration, tuning
+    from moa.merging.merge import Merged, merge
+    from moa.merging.source import open_folders, with_statistics
 
-    with tempfile.TemporaryDirectory() as name:
-        export_adapter(Path(name) / "adapter", merged, experts)
-        config = load_config(settings.like, only_adapter(Path(name) / "adapter"))
-        model = build_model(config).eval()
-    batches = validation_batches(model, config, settings.num_samples)
-    factors = [layer.lora_B["merged"] for layer in model.bank.sites.values() if "merged" in layer.lora_B]
-    own = [factor.detach().clone() for factor in factors]
-    for scale in settings.scales:
-        for factor, before in zip(factors, own, strict=True):
-            factor.data = before * scale
-        yield scale, mean_loss(model, batches)
+    source, method = open_folders(settings.adapters), find_method(settings.method)
+    experts = (with_statistics(source) if method.reads_inputs else source).experts
+    config = load_config(settings.like, only_adapter(source.folders[0]))
+    model = build_model(config).eval()
+    batches = {str(n): [batch] for n, batch in enumerate(validation_batches(model, config, settings.num_samples))}
+
+    def loss(merged: Merged) -> float:
+        with calibration.with_merged(model, merged, experts):
+            return calibration.answers_loss(model, batches)
+
+    made = (
+        (options, merge(experts, method=settings.method, options=options, rank=settings.rank))
+        for options in tuning.choices(settings.options, settings.grid)
+    )
+    found = tuning.tune(made, tuning.mean_length(experts), loss, settings.scales)
+    export_adapter(Path(str(settings.out)), found.merged, experts)
+    chosen = {"options": found.options, "scale": found.scale, "loss": found.loss}
+    record = {"method": settings.method, "chosen": chosen, "tried": found.tried}
+    write_json(Path(str(settings.out)) / "tuned.json", record)
+    console.print(f"{settings.method}: {chosen} of {len(found.tried)}", highlight=False, soft_wrap=True)
 
 
 def validation_batches(model: "MixtureModel", config: Any, num_samples: int) -> list["Batch"]:
@@ -120,14 +85,6 @@ def validation_batches(model: "MixtureModel", config: Any, num_samples: int) -> 
     sources = [replace(s, num_samples=num_samples) for s in config.data.validation.values()]
     sets = open_sources(sources, config.data, ocr).values()
     return [collator([dataset[index] for index in range(num_samples)]) for dataset in sets]
-
-
-def mean_loss(model: "MixtureModel", batches: Sequence["Batch"]) -> float:
-    """Of the sets alike."""
-    import torch
-
-    with torch.no_grad():
-        return sum(float(model(batch).loss_per_sample.mean()) for batch in batches) / len(batches)
 
 
 if __name__ == "__main__":
