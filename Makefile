@@ -57,6 +57,7 @@ bench: setup  ## every speed and memory figure, its tables and charts: results/b
 	$(BENCH).data
 	$(BENCH).planning
 	$(BIN)/python -m bench.merging
+	$(BIN)/python -m bench.federated
 	$(BIN)/python -m bench.report
 
 boards: setup  ## results/board_*.md and boards.json: hours on two cores; continues where it was stopped

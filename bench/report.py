@@ -65,6 +65,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Iterator[tuple[str,
     "precision_small": ("bf16, recomputation, kept factors", every_number),
     "data": ("Reading data", every_number),
     "merging": ("Merging", every_number),
+    "federated": ("Federation", every_number),
     "planning": ("The planner against the allocator", every_number),
 }
 

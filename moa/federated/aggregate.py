@@ -9,6 +9,7 @@ most the last bit. An update that is not of this round, state and table is count
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, signature
 from typing import Any
@@ -222,7 +223,7 @@ class _Total:
         """What the rule makes of the values, in float64."""
         count, weight = len(self.clients), math.fsum(self.weights)
         if self.role.rule == "mean":
-            return {name: total / weight for name, total in self.sums.items()}
+            return {name: total.div_(weight) for name, total in self.sums.items()}
         if self.role.rule == "sum":  # of changes
             return {name: total - (count - 1) * self.start[name].double() for name, total in self.sums.items()}
         values, weights = self.ordered()
@@ -297,23 +298,27 @@ def aggregate(
         if lost := [k for k in (carrying(role, p) for p in by_role[role.name]) if k not in server.tensors]:
             raise ValueError(f"roles.{role.name}.into: {role.into} has no {lost[0]}")
     totals: dict[tuple[str, str], _Total] = {}
-    for update in updates:
-        try:
-            accepted = accept(update, server.round, base, seen, roles, by_role)
-        except ValueError as error:
-            refused.append((update.client, str(error)))
-            continue
-        seen.add(update.client)
-        for role, weight in accepted:
-            key = role.name, scope_of(role, update)
-            if key not in totals:
-                totals[key] = _Total(role, key[1], by_role[role.name], _values(server, by_role[role.name], key[1]))
-            totals[key].add(update, weight)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # a thread for each role
+        for update in updates:
+            try:
+                accepted = accept(update, server.round, base, seen, roles, by_role)
+            except ValueError as error:
+                refused.append((update.client, str(error)))
+                continue
+            seen.add(update.client)
+            adding = []
+            for role, weight in accepted:
+                key = role.name, scope_of(role, update)
+                if key not in totals:
+                    totals[key] = _Total(role, key[1], by_role[role.name], _values(server, by_role[role.name], key[1]))
+                adding.append(pool.submit(totals[key].add, update, weight))
+            for work in adding:
+                work.result()
     tensors, scoped, state = dict(server.tensors), dict(server.scoped), dict(server.state)
     reports: dict[tuple[str, str], RoleReport] = {}
     few = {key for key, t in totals.items() if len(t.clients) < rules.least_clients(t.role.rule, t.role.options)}
-    for (name, scope), total in sorted((key, total) for key, total in totals.items() if key not in few):
-        values, own_state, more, reports[name, scope] = total.finish(server)
+    for name, scope in sorted(totals.keys() - few):
+        values, own_state, more, reports[name, scope] = totals.pop((name, scope)).finish(server)
         tensors |= more
         state |= own_state
         if scope == GLOBAL:

@@ -30,6 +30,7 @@ from moa.federated.pieces import Piece, Role, join
 from moa.federated.store import (
     Arrival,
     State,
+    load_updates,
     save_arrival,
     save_state,
 )
@@ -120,7 +121,7 @@ class Federation:
 
     def store(self, arrival: Arrival) -> None:
         """Store what a client has sent, or that it failed."""
-        save_arrival(self.folder, self.state.server.round, arrival)
+        arrival = save_arrival(self.folder, self.state.server.round, arrival)
         self.arrivals[arrival.client] = arrival
         self._print_arrival(arrival)
 
@@ -129,11 +130,12 @@ class Federation:
         if self.stop.is_set():
             return
         arrivals = [self.arrivals[name] for name in sorted(self.arrivals)]  # however they came
-        updates = [arrival.update for arrival in arrivals if arrival.update is not None]
+        sent = [arrival.client for arrival in arrivals if arrival.update is not None]
+        updates = load_updates(self.folder, self.state.server.round, sent)
         grouped, groups, lost = self.regrouped(updates)
         server, report = aggregate(self.state.server, grouped, self.roles, self.pieces)
         report = replace(report, refused=(*lost, *report.refused))
-        accepted = {a.client for a in arrivals if a.update is not None} - {name for name, _ in report.refused}
+        accepted = {*sent} - {name for name, _ in report.refused}
         kept = dict(self.state.kept)
         kept |= {a.client: {**kept.get(a.client, {}), **a.kept} for a in arrivals if a.kept and a.client in accepted}
         record = self.record(report, accepted)
@@ -207,11 +209,12 @@ class Federation:
         kinds, dims = self.model.routing.evidence, self.model.backbone.dims
         return AnchorRouter(experts=1, evidence=kinds, dims=dims, num_tasks=len(self.run.data.tasks))
 
-    def regrouped(self, updates: Sequence[Update]) -> tuple[Sequence[Update], Groups, list[tuple[str, str]]]:
+    def regrouped(self, updates: Iterable[Update]) -> tuple[Iterable[Update], Groups, list[tuple[str, str]]]:
         """The updates with those of clients without a group as their groups', the groups, and who was refused."""
         settings, groups = self.config.federated.groups, self.state.groups
         if settings.by is None:
             return updates, groups, []
+        updates = list(updates)
         new = [update.client for update in updates if update.client not in groups.of]
         options: dict[str, Any] = {"by": settings.by, "how": settings.how, "experts": self.grouped}
         options["likeness"] = -1 if settings.likeness is None else settings.likeness

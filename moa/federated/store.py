@@ -10,7 +10,7 @@
     record.json, values.safetensors, kept.safetensors
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from moa.checkpoint import MANIFEST, load_tensors, manifest_of, read_json, save_tensors, verify
-from moa.federated.aggregate import Server, Update, digest_of
+from moa.federated.aggregate import Server, Update
 from moa.federated.groups import Groups
 from moa.files.atomic import atomic_folder, remove_folder, write_file, write_json
 
@@ -129,23 +129,36 @@ def incoming(run: Path, round_: int) -> Path:
     return run / SERVER / "incoming" / round_name(round_)
 
 
-def save_arrival(run: Path, round_: int, arrival: Arrival) -> None:
-    """Write it whole, or not at all."""
+def save_arrival(run: Path, round_: int, arrival: Arrival) -> Arrival:
+    """Write it whole, or not at all; the result is what is stored, whose tensors are maps of its files."""
     record: dict[str, Any] = {key: getattr(arrival, key) for key in ("client", "steps", "failed", "losses")}
     update = arrival.update
     with atomic_folder(incoming(run, round_) / arrival.client) as folder:
         if update is not None:
-            own = ("round", "base", "counts", "tasks", "modalities", "group")
-            record["update"] = {key: getattr(update, key) for key in own} | {"digest": digest_of(update.values)}
+            own = ("round", "base", "counts", "tasks", "modalities", "group", "digest")
+            record["update"] = {key: getattr(update, key) for key in own}
             save_tensors(folder / VALUES, update.values)
         save_tensors(folder / KEPT, arrival.kept)
         write_json(folder / RECORD, record)
+    return _load_arrival(incoming(run, round_) / arrival.client)
 
 
 def load_arrivals(run: Path, round_: int) -> dict[str, Arrival]:
     """By client, in the order of names; one whose files cannot be read has failed."""
-    folders = sorted(incoming(run, round_).glob("[!.]*"))
-    return {folder.name: _load_arrival(folder) for folder in folders}
+    return {folder.name: _load_arrival(folder) for folder in sorted(incoming(run, round_).glob("[!.]*"))}
+
+
+def load_updates(run: Path, round_: int, clients: Iterable[str]) -> Iterator[Update]:
+    """The updates of these clients, each read when it is asked for, so that memory is that of one.
+
+    OSError for one that could be read on its arrival, and no longer can.
+    """
+    for client in clients:
+        arrival = _load_arrival(incoming(run, round_) / client)
+        if arrival.update is None:
+            raise OSError(f"{incoming(run, round_) / client}: {arrival.failed}")
+        yield arrival.update
+        del arrival  # before the next is read
 
 
 def _load_arrival(folder: Path) -> Arrival:

@@ -7,6 +7,7 @@ import torch
 
 from moa.federated.aggregate import Server, Update, aggregate, check_roles, deliver, digest_of, transfer
 from moa.federated.pieces import Names, Role, pieces_of
+from moa.federated.store import Arrival, incoming, load_updates, save_arrival
 
 NAMES = Names(choices=("vqa", "ocr"), evidence=("image", "ocr"))
 ROLES = (
@@ -192,6 +193,20 @@ def test_an_update_with_its_digest_is_accepted():
     own = update(0)
     _, report = run([replace(own, digest=digest_of(own.values))])
     assert not report.refused
+
+
+def test_updates_are_read_from_their_files_when_it_is_their_turn(tmp_path):
+    own = [update(k) for k in range(2)]
+    for one in own:
+        stored = save_arrival(tmp_path, 3, Arrival(client=one.client, steps=1, update=one)).update
+        assert all(torch.equal(value, one.values[name]) for name, value in stored.values.items())
+    new, _ = run(load_updates(tmp_path, 3, ["c0", "c1"]))
+    assert all(torch.equal(tensor, run(own)[0].tensors[key]) for key, tensor in new.tensors.items())
+    left = load_updates(tmp_path, 3, ["c0", "c1"])
+    next(left)
+    (incoming(tmp_path, 3) / "c1" / "values.safetensors").write_bytes(b"half")
+    with pytest.raises(OSError, match="c1: torn"):
+        next(left)
 
 
 def test_the_base_names_values_and_scopes():
