@@ -130,7 +130,8 @@ class ExpertConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    # how logits become gates; one_hot: by the sample's expert, fixed: by weights, anchors: untrained
+    # how logits become gates; one_hot: by the sample's expert, fixed: by weights, anchors, likeness:
+    # untrained, by means of evidence
     kind: RouterKind = "softmax"
     granularity: Literal["sample", "token"] = "sample"  # decided once per sample, or at each token
     # how features are compared with each expert's weights; table: no features, a learned logit per task and expert;
@@ -275,6 +276,8 @@ class StageConfig:
     sources: list[str] | None = None
     # in a stage that trains experts: the one that every sample trains; null: each sample its own
     expert: str | None = None
+    # of experts that train, those that learn in this stage; the others take part. null: all
+    only: list[str] | None = None
     copy_of: str | None = None  # before the first step every other routed expert becomes a copy of this one
     gates: GateSchedule = field(default_factory=GateSchedule)  # what training does to the gates
 
@@ -289,6 +292,7 @@ class StageConfig:
         check(inside, "warmup_steps", f"must be in 0..{self.steps}, got {self.warmup_steps}")
         check(self.expert is None or self.kind == "experts", "expert", "needs trains=experts: a router decides here")
         check(self.kind != "router" or self.copy_of is None, "copy_of", "needs a stage that trains experts")
+        check(self.kind != "router" or self.only is None, "only", "needs a stage that trains experts")
         for name in ("leak", "leak_end"):
             fits = not getattr(self.gates, name) or self.kind == "experts"
             check(fits, f"gates.{name}", "needs trains=experts: a router's gates reach other experts by themselves")
@@ -421,7 +425,7 @@ def check_experts(config: RunConfig) -> None:
     rule = f"is for updates of weights, and experts.{', '.join(adapters)} is an adapter"
     check(not (adapters and router.score == ARROW), "router.score", f"{router.score} {rule}")
     check(not (adapters and router.root_gradient), "router.root_gradient", rule)
-    whole = router.kind != "threshold" and (router.renormalize or not router.row.hard)
+    whole = not router.row.below_one and (router.renormalize or not router.row.hard)
     rest = [name for name in rest if gates[name] == "rest" and whole]
     rule = (
         f"rest would be 0, as gates of router.kind={router.kind} sum to 1; choose top_k with router.renormalize=false"
@@ -554,6 +558,10 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
         for name, expert in experts.items():
             rule = f"{name} has another rank, alpha, targets, init or rank_gates, and so cannot be its copy"
             check(expert.shape == own.shape or expert.gate != "routed" or expert.frozen, f"{key}.copy_of", rule)
+    learn = [name for name, expert in experts.items() if not expert.frozen]
+    for name in stage.only or ():
+        check(name in learn, f"{key}.only", f"no expert that learns is called {name!r}; choices: {learn}")
+    check(stage.only is None or bool(stage.only), f"{key}.only", f"names none; choices: {learn}")
     blends = gates.blend or gates.blend_end or gates.blend_to == "mean"
     check(bool(blends), f"{key}.gates.blend_to", f"{gates.blend_to} has no effect without {key}.gates.blend")
     by_token = config.router.granularity == "token"
@@ -561,7 +569,7 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
     shared = any(expert.gate in ("always", *LEFT_OVER) for expert in experts.values())
     rule = "leaves samples without any expert: none is shared (experts.NAME.gate=always)"
     check(shared or not (gates.dropout or gates.dropout_end), f"{key}.gates.dropout", rule)
-    starves = [name for name, expert in experts.items() if expert.gate in LEFT_OVER and not expert.frozen]
+    starves = [name for name in learn if experts[name].gate in LEFT_OVER and name in (stage.only or learn)]
     several = stage.kind != "experts" and len(config.choices) > 1
     rule = "needs a stage where a router decides, among two experts or more"
     check(several or not gates.expert_dropout, f"{key}.gates.expert_dropout", rule)

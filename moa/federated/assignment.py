@@ -79,10 +79,12 @@ def assign(
     round_: int = 1,
     rank: int | None = None,
     lacks: Collection[str] = (),
+    learning: Collection[str] | None = None,
 ) -> Assignment:
     """A role is trained and sent where the client contributes to it and has samples of it, and may train some of it.
 
-    `lacks` are experts that the client does not have. ValueError where a role that it sends has one of these and other
+    `lacks` are experts that the client does not have, `learning` the keys that a stage of the round trains, None for
+    all. ValueError where a role that it sends has one of these and other
     pieces, where samples are of one, and where no routed expert is left.
     """
     held, who = holdings(client, roles, routed), {"tasks": tasks_of(client), "modalities": modalities_of(client)}
@@ -101,8 +103,10 @@ def assign(
     for key, mask in free.items():
         if key.endswith((".lora_A.weight", ".lora_B.weight")) and key[-8] not in moving:
             mask.zero_()
-    learning = {piece.role for piece in pieces if bool(piece.of(free).any())}
-    sent = tuple(role for role in sends if role.name in learning)
+        if learning is not None and key not in learning:
+            mask.zero_()
+    moved = {piece.role for piece in pieces if bool(piece.of(free).any())}
+    sent = tuple(role for role in sends if role.name in moved)
     if mixed := sorted({p.role for p in missing} & {role.name for role in sent}):
         rule = f"sends the role {mixed[0]}, and lacks an expert of it; make a role of each expert, by {{expert}}"
         raise ValueError(f"{client.name} {rule}")
@@ -115,7 +119,13 @@ def assign(
         raise ValueError(f"{client.name} has samples of the expert {own[0]}, and lacks it")
     if absent >= {*routed}:
         raise ValueError(f"{client.name} has no routed expert: it lacks {sorted(absent)}")
-    return Assignment(sends=sent, keeps=tuple(keeps), free=free, above=tuple(above), absent=frozenset(absent))
+    return Assignment(
+        sends=sent,
+        keeps=tuple(role for role in keeps if role.name in moved),
+        free=free,
+        above=tuple(above),
+        absent=frozenset(absent),
+    )
 
 
 def ranks_above(shapes: Mapping[str, tuple[int, ...]], rank: int | None) -> list[Piece]:

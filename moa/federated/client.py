@@ -31,7 +31,7 @@ from moa.routing.router import AnchorRouter
 from moa.training.batches import TrainingError
 from moa.training.random_state import seed_stage
 from moa.training.run import Run
-from moa.training.stages import parameter_groups
+from moa.training.stages import parameter_groups, stage_groups
 from moa.training.step import train_step
 
 LEAST = 1e-3  # of a client's draws, of each of its sources
@@ -122,6 +122,16 @@ def trainable(model: MixtureModel, config: RunConfig) -> dict[str, tuple[int, ..
     return found
 
 
+def learning(model: MixtureModel, config: RunConfig) -> set[str]:
+    """Those that the stages of the config train."""
+    groups = parameter_groups(model, config)
+    chosen = [stage_groups(model, groups, stage) for stage in config.stages.values()]
+    found = {f"{part}.{key}" for own in chosen for part, group in own.items() for key in group}
+    if config.router.row.learns == "means" and any(stage.kind == "router" for stage in config.stages.values()):
+        found |= {f"router.{key}" for key, _ in model.router.named_buffers()}
+    return found
+
+
 @contextmanager
 def without(model: MixtureModel, absent: Collection[str]) -> Iterator[None]:
     """Inside, these experts get no gate, and the router chooses among the others."""
@@ -209,6 +219,7 @@ def client_update(
         trainer = run.begin_stage(None)
         try:
             seed_stage(config.seed, place[0] + run.stage, place[1])
+            hold(model, config, start, assignment.free)  # copies of an expert
             parameters = {f"{part}.{key}": p for part, group in trainer.groups.items() for key, p in group.items()}
             with only_free(parameters, assignment.free), without(model, assignment.absent):
                 term = extra_loss(parameters, start, assignment, pieces, losses)
@@ -251,8 +262,9 @@ def _log(run: Run, metrics: Mapping[str, float], problem: str | None, work: Work
 
 @torch.no_grad()
 def hold(model: MixtureModel, config: RunConfig, start: Tensors, free: Tensors) -> None:
-    """Put back what is not free: weight decay and running sums move it without a gradient."""
-    if config.train.weight_decay or config.router.row.learns == "means":
+    """Put back what is not free: weight decay, running sums and copies move it without a gradient."""
+    copies = any(stage.copy_of is not None for stage in config.stages.values())
+    if config.train.weight_decay or config.router.row.learns == "means" or copies:
         for key, tensor in tensors_of(model, config).items():
             if key in free and not bool(free[key].all()):
                 tensor.copy_(torch.where(free[key].to(tensor.device), tensor, start[key]))

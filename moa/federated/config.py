@@ -115,6 +115,9 @@ class FederatedConfig:
     lr_end: Share = 0.1  # cosine over rounds, down to this share of the stages' learning rates
     # of LoRA that all clients train in a round: both; freeze_a: B; alternate: B in odd rounds, A in even ones
     factors: Literal["both", "freeze_a", "alternate"] = "both"
+    # stages that clients do from this round on, and up to this one; the others in all rounds
+    first_round: dict[str, Count] = field(default_factory=dict)
+    last_round: dict[str, Count] = field(default_factory=dict)
     # added to each client's loss, with a weight: {prox: 0.01} is FedProx
     losses: dict[str, NotNegative] = field(default_factory=dict)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
@@ -144,6 +147,10 @@ class FederatedConfig:
         """Clients in each round."""
         return round(self.participation * (self.partition.clients - self.partition.held_out))
 
+    def has(self, stage: str, round_: int) -> bool:
+        """Whether clients do a stage in a round."""
+        return self.first_round.get(stage, 1) <= round_ <= self.last_round.get(stage, self.rounds)
+
     def rate_factor(self, round_: int) -> float:
         """Share of the learning rates in round 1, 2, ...: all of them in the first, `lr_end` in the last."""
         return 1 - (1 - self.lr_end) * 0.5 * (1 - cos(pi * (round_ - 1) / max(self.rounds - 1, 1)))
@@ -158,10 +165,22 @@ class FederateConfig(RunConfig):
         check(bool(self.stages), "stages", "names none: they are what a client does in a round")
         rule = "is not measured in a federation; python -m scripts.statistics measures it of the run that comes out"
         check(self.train.statistics == 0, "train.statistics", rule)
+        federated, rounds = self.federated, range(1, self.federated.rounds + 1)
+        for key in ("first_round", "last_round"):
+            for name, round_ in getattr(federated, key).items():
+                where, choices = f"federated.{key}.{name}", ", ".join(self.stages)
+                check(name in self.stages, where, f"no such stage; choices: {choices}")
+                rule = f"must be in 1..{len(rounds)}, the rounds, and leave the stage one; got {round_}"
+                check(any(federated.has(name, number) for number in rounds) and round_ in rounds, where, rule)
+        idle = [number for number in rounds if not any(federated.has(name, number) for name in self.stages)]
+        check(not idle, "federated.first_round", f"round {idle[:1]} has no stage")
         for name, stage in self.stages.items():
-            for key in ("init_from", "copy_of", "sources", "expert"):
+            for key in ("init_from", "sources"):
                 rule = "has no effect in a federation: every round begins with what the server sends"
                 check(getattr(stage, key) is None, f"stages.{name}.{key}", rule)
+            once = sum(federated.has(name, number) for number in rounds) == 1
+            rule = "is of a stage in one round (federated.first_round, last_round): others begin with what there is"
+            check(stage.copy_of is None or once, f"stages.{name}.copy_of", rule)
 
     def run(self) -> RunConfig:
         """The settings of the run that comes out, as train.py has them."""
@@ -200,7 +219,8 @@ def stages_of(
     learning rates."""
     factor, groups = config.federated.rate_factor(round_), config.federated.groups
     share = client.steps * (groups.warmup if first else 1)
-    return {name: _stage(stage, factor, share) for name, stage in config.stages.items()}
+    stages = {name: stage for name, stage in config.stages.items() if config.federated.has(name, round_)}
+    return {name: _stage(stage, factor, share) for name, stage in stages.items()}
 
 
 def _stage(stage: StageConfig, factor: float, share: float) -> StageConfig:

@@ -19,10 +19,10 @@ from data.collate import Collator
 from data.mixture import Source
 from moa.analysis.plots import read_log
 from moa.checkpoint import TrainState, prune, save_checkpoint
-from moa.config import RunConfig
+from moa.config import RunConfig, StageConfig
 from moa.federated.aggregate import CLIENT, RoundReport, Update, aggregate, deliver
 from moa.federated.assignment import Assignment, assign, modalities_of, tasks_of
-from moa.federated.client import client_mixture, client_update, receive, trainable
+from moa.federated.client import client_mixture, client_update, learning, receive, trainable
 from moa.federated.config import ClientConfig, FederateConfig, FederatedConfig, stages_of
 from moa.federated.groups import EVIDENCE, Groups, Member, alone, mean_evidence, regroup, roles_of
 from moa.federated.partition import Client
@@ -228,9 +228,14 @@ class Federation:
         stages = stages_of(self.config, round_, self.special[client.name], first=first)
         return replace(self.run, data=replace(data, sources=sources), stages=stages)
 
+    def earlier(self, client: Client, round_: int) -> list[StageConfig]:
+        """The stages of a client before a round, if it was drawn in all of them."""
+        own = self.special[client.name]
+        return [s for number in range(1, round_) for s in stages_of(self.config, number, own).values()]
+
     def make_run(self, client: Client, config: RunConfig, round_: int) -> Run:
         mixture = client_mixture(client, self.sources, config.data.sources, config.seed)
-        mixture.start = (round_ - 1) * config.train.batch_size * sum(s.steps for s in config.stages.values())
+        mixture.start = config.train.batch_size * sum(stage.steps for stage in self.earlier(client, round_))
         return Run(
             config=config, accelerator=self.accelerator, model=self.model, mixture=mixture, validation={},
             collator=self.collator, reporter=self.quiet, layout=self.layout,
@@ -257,7 +262,7 @@ class Federation:
                 self.pieces,
                 self.roles,
                 losses=self.config.federated.losses,
-                place=((round_ - 1) * len(own.stages), delivery.place),
+                place=(len(self.earlier(client, round_)), delivery.place),
                 log=counted,
                 evidence=sums,
             )
@@ -284,6 +289,7 @@ class Federation:
             factors=self.config.federated.factors,
             round_=round_,
             rank=own.rank,
+            learning=learning(self.model, self.config_of(client, round_)) if client.name in self.special else None,
             lacks=member.lacks if own.experts is None else [n for n in self.model.bank.names if n not in own.experts],
         )
         return alone(found, self.pieces, roles_of(self.grouped[0], self.roles, self.pieces)) if member.first else found

@@ -134,7 +134,6 @@ def take_up(federation: Federation) -> None:
 
 def check_plans(federation: Federation) -> None:
     """ValueError for what a client cannot do, before any of them trains."""
-    # what moves in a round repeats after two (moving_factors)
     senders: dict[str, dict[str, tuple[str, ...]]] = {role.name: {} for role in federation.roles}
     for client in federation.training:
         own = federation.special[client.name].experts
@@ -146,7 +145,7 @@ def check_plans(federation: Federation) -> None:
             raise ValueError(f"federated.clients.{client.name}.experts: needs router.granularity=sample")
         federation.config_of(client, 1)
         try:
-            for round_ in (1, 2) if federation.config.federated.factors == "alternate" else (1,):
+            for round_ in kinds_of_round(federation.config):
                 for role in federation.assignment(client, round_).sends:
                     senders[role.name][client.name] = tasks_of(client)
         except ValueError as error:
@@ -156,6 +155,13 @@ def check_plans(federation: Federation) -> None:
         check_senders(federation.roles, senders, federation.config.federated.drawn)
     except ValueError as error:
         raise ValueError(f"federated.{error}") from None
+
+
+def kinds_of_round(config: FederateConfig) -> list[int]:
+    """A round of each kind: they differ in stages, and in the factors that move (moving_factors)."""
+    rounds, two = range(config.federated.rounds, 0, -1), config.federated.factors == "alternate"
+    kinds = {(*(config.federated.has(name, n) for name in config.stages), two and n % 2): n for n in rounds}
+    return sorted(kinds.values())
 
 
 def same_settings(config: FederateConfig, before: FederateConfig, folder: Path) -> None:
@@ -252,8 +258,9 @@ def table_of_roles(federation: Federation) -> str:
     """The table that is printed before the first round: what leaves a client, in bytes, and who sends it."""
     senders: dict[str, list[str]] = {role.name: [] for role in federation.roles}
     for client in federation.training:
-        for role in federation.assignment(client, 1).sends:
-            senders[role.name].append(client.name)
+        plans = [federation.assignment(client, round_).sends for round_ in kinds_of_round(federation.config)]
+        for name in {role.name for sends in plans for role in sends}:
+            senders[name].append(client.name)
     everyone = len(federation.training)
     senders = {name: own if len(own) < everyone else [f"all {everyone}"] for name, own in senders.items()}
     for expert in federation.grouped:

@@ -108,6 +108,15 @@ def threshold_gates(
     return above / total.where(total > 0, torch.ones_like(total))
 
 
+def likeness_gates(logits: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead expert"]:
+    """Each cosine over the temperature, of 0 or more, divided by their sum where that is above 1.
+
+    FedDPA's weight of a client's own adapter (NeurIPS 2024), whose factor of a half is a temperature of 2.
+    """
+    gates = logits.float().clamp(min=0)
+    return gates / gates.sum(-1, keepdim=True).clamp(min=1)
+
+
 def cut_gates(
     gates: Float[Tensor, "*lead expert"], threshold: float | int | None, normalize: bool
 ) -> Float[Tensor, "*lead expert"]:
@@ -191,15 +200,16 @@ def anchor_similarity(
     counts: Float[Tensor, " expert"],
     features: Float[Tensor, "batch feature"],
     present: Bool[Tensor, " batch"],
+    centred: bool = True,
 ) -> Float[Tensor, "batch expert"]:
     """Cosine of each sample's evidence with each expert's mean evidence, 0 where either is missing.
 
-    Both are relative to the mean over all experts: raw evidence of one encoder points nearly one way. Unlike in
-    HiDe-LLaVA a sample is compared for itself, so that its gates do not depend on its batch.
+    Both are relative to the mean over all experts where `centred`: raw evidence of one encoder points nearly one way.
+    Unlike in HiDe-LLaVA a sample is compared for itself, so that its gates do not depend on its batch.
     """
     seen = counts > 0
     anchors = sums / counts.clamp(min=1)[:, None]
-    centre = (sums.sum(0) / counts.sum().clamp(min=1))[None]
+    centre = (sums.sum(0) / counts.sum().clamp(min=1))[None] * centred
     anchors, features = (anchors - centre) * seen[:, None], features.to(sums.dtype) - centre
     cosine = F.normalize(features, dim=-1) @ F.normalize(anchors, dim=-1).T
     return cosine * (present[:, None] & seen[None])

@@ -7,6 +7,7 @@
     threshold  a learned Router                    what a probability is above a threshold, sum 1 or 0
     sigmoid    a learned Router                    each expert by itself
     anchors    the likeness to experts' means      as softmax
+    likeness   the same, not around their mean     each cosine by itself, sum 1 at most
     one_hot    -                                   the sample's own expert, uniform where it is unknown
     fixed      -                                   the same for every sample
 
@@ -51,6 +52,7 @@ class Kind:
     options: tuple[str, ...] = ()  # settings that the function reads
     noises: tuple[str, ...] = ()  # those that training may add to its logits
     learned_threshold: bool = False  # without a `threshold`, the router learns one
+    below_one: bool = False  # its gates may sum to less than 1
     hard: bool = False  # gates that are 0 have no gradient, unless it is `straight_through`
 
 
@@ -117,6 +119,19 @@ def anchors(*, sites: int, **options: Any) -> "nn.Module":
     return AnchorRouter(**options)
 
 
+def likeness(*, logits: Any, mask: Any, **_: Any) -> "Decided":
+    from moa.routing.gating import likeness_gates
+
+    gates = likeness_gates(logits)
+    return (gates if mask is None else gates * mask), None
+
+
+def plain_anchors(*, sites: int, **options: Any) -> "nn.Module":
+    from moa.routing.router import AnchorRouter
+
+    return AnchorRouter(**options, sharpness=1.0, centred=False)
+
+
 LEARNED: dict[str, Any] = {
     "router": learned_router,
     "learns": "gradient",
@@ -135,7 +150,7 @@ KINDS = {
     "softmax": Kind(gates=softmax, **SOFTMAX),
     "top_k": Kind(gates=top_k, **SOFTMAX, options=("top_k", "renormalize"), hard=True),
     "top_p": Kind(gates=top_p, **SOFTMAX, options=("top_p", "renormalize"), hard=True),
-    "threshold": Kind(gates=threshold, **SOFTMAX, options=("threshold",), learned_threshold=True),
+    "threshold": Kind(gates=threshold, **SOFTMAX, options=("threshold",), learned_threshold=True, below_one=True),
     "sigmoid": Kind(
         gates=sigmoid,
         **LEARNED,
@@ -146,6 +161,9 @@ KINDS = {
     "one_hot": Kind(gates=one_hot, by_expert=True),
     "fixed": Kind(gates=fixed, options=("weights",)),
     "anchors": Kind(gates=softmax, router=anchors, learns="means", module_options=("evidence",)),
+    "likeness": Kind(
+        gates=likeness, router=plain_anchors, learns="means", module_options=("evidence",), below_one=True
+    ),
 }
 
 

@@ -253,7 +253,7 @@ class AnchorRouter(nn.Module):
     `update` adds samples of known experts to running sums (buffers, saved with the rest; processes
     may add theirs up); the forward pass compares each sample for itself, averages the similarity
     over the kinds of evidence it has, and multiplies by `sharpness`. Experts without samples so far
-    are left out, unless none has any.
+    are left out, unless none has any. `centred`: see `anchor_similarity`.
     """
 
     def __init__(
@@ -264,10 +264,11 @@ class AnchorRouter(nn.Module):
         dims: Mapping[str, int],
         num_tasks: int = 0,
         sharpness: float | int = 10.0,
+        centred: bool = True,
     ) -> None:
         super().__init__()
         self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
-        self.sharpness = sharpness
+        self.sharpness, self.centred = sharpness, centred
         self.num_tasks = num_tasks
         sizes = {**dims, "ocr": dims["text"], "task": num_tasks}
         for kind in self.evidence:
@@ -292,7 +293,7 @@ class AnchorRouter(nn.Module):
             if kind in withhold:
                 present = torch.zeros_like(present)
             sums, counts = self.get_buffer(f"{kind}_sums"), self.get_buffer(f"{kind}_counts")
-            total = total.to(sums) + anchor_similarity(sums, counts, features, present)
+            total = total.to(sums) + anchor_similarity(sums, counts, features, present, self.centred)
             count, seen = count.to(sums) + present, seen.to(counts) + counts
         logits = self.sharpness * total / count.clamp(min=1)[:, None]
         # an expert that has no sample yet takes no share from those that have, or the first skill would be a fifth

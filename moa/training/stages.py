@@ -48,12 +48,21 @@ def parameter_groups(model: MixtureModel, config: RunConfig) -> dict[str, Parame
 def set_trainable(model: MixtureModel, groups: Mapping[str, Parameters], stage: StageConfig) -> dict[str, Parameters]:
     """Let exactly the stage's groups require gradients, and return them; ValueError where nothing is to be trained."""
     model.requires_grad_(False)
-    chosen = {name: groups[name] for name in TRAINED[stage.kind] if groups.get(name)}
+    chosen = stage_groups(model, groups, stage)
     for parameters in chosen.values():
         for parameter in parameters.values():
             parameter.requires_grad_(True)
     if not chosen and model.routing.kind.learns != "means":
         raise ValueError(f"stages.{stage.name}: nothing to train: no expert, router or projector learns")
+    return chosen
+
+
+def stage_groups(model: MixtureModel, groups: Mapping[str, Parameters], stage: StageConfig) -> dict[str, Parameters]:
+    """Those of the groups' parameters that the stage trains."""
+    chosen = {name: groups[name] for name in TRAINED[stage.kind] if groups.get(name)}
+    if stage.only is not None and "experts" in chosen:
+        learn = {id(parameter) for name in stage.only for _, parameter in model.bank.named_parameters(name)}
+        chosen["experts"] = {key: p for key, p in chosen["experts"].items() if id(p) in learn}
     return chosen
 
 

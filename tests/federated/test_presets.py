@@ -22,7 +22,7 @@ def shapes_of(config: FederateConfig) -> dict[str, tuple[int, ...]]:
     """Of what trains, with one site and a router of the config's evidence and experts, whose widths are small."""
     names, evidence = config.choices, tuple(config.router.evidence)
     shared = {"experts": len(names), "evidence": evidence, "dims": {"image": 5, "text": 6}, "num_tasks": 4}
-    router = AnchorRouter(**shared) if config.router.kind == "anchors" else Router(**shared, sites=1, hidden=4)
+    router = AnchorRouter(**shared) if config.router.row.learns == "means" else Router(**shared, sites=1, hidden=4)
     tensors = dict(router.named_parameters()) or dict(router.named_buffers())
     found = {f"router.{key}": tuple(value.shape) for key, value in tensors.items()}
     for name, expert in config.experts.items():
@@ -82,12 +82,17 @@ def test_rates_fall_by_a_cosine_over_rounds_from_all_of_them():
         ({"federated__roles": [{"name": "x", "match": ["rest"], "clients": "some"}]}, "clients: must be one of"),
         ({"federated__roles": [{"name": "x", "match": ["rest"], "of": "some"}]}, "of"),
         ({"federated__roles": [{"name": "x", "match": []}]}, "match: is empty"),
-        ({"stages__experts__copy_of": "vqa"}, "stages.experts.copy_of: has no effect in a federation"),
+        ({"stages__experts__copy_of": "vqa"}, "stages.experts.copy_of: is of a stage in one round"),
+        ({"stages__experts__init_from": "x"}, "stages.experts.init_from: has no effect in a federation"),
+        ({"stages__experts__only": ["x"]}, "stages.experts.only: no expert that learns is called 'x'"),
+        ({"federated__first_round": {"all": 2}}, "federated.first_round.all: no such stage; choices: experts, router"),
+        ({"federated__last_round": {"router": 5}}, "federated.last_round.router: must be in 1..4"),
+        ({"federated__first_round": {"router": 2, "experts": 3}}, "federated.first_round: round [1] has no stage"),
         ({"stages": {}}, "stages: names none"),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_named(changes, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")) as caught:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("[", r"\[")) as caught:
         demo(**changes)
     assert "\n" not in str(caught.value)
 

@@ -182,6 +182,35 @@ def opened_start(config: FederateConfig) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
+def test_after_the_common_rounds_each_client_trains_a_copy_that_it_keeps_and_mixes_by_likeness(world, tmp_path):
+    two = {"own": {"rank": 2, "alpha": 4}, "common": {"rank": 2, "alpha": 4, "gate": "rest"}}
+    own = {"trains": "joint", "only": ["own"], "copy_of": "common", "steps": 2}
+    stages = {"common": {"trains": "experts", "expert": "common", "only": ["common"], "steps": 2},
+              "likeness": {"trains": "router", "steps": 1}, "own": own}  # fmt: skip
+    roles = [{"name": "common", "match": ["experts:common"]},
+             {"name": "own", "match": ["experts:own", "router"], "keep": True}]  # fmt: skip
+    table = {**SHORT, "partition": {"clients": 2, "how": "even"}, "roles": roles}
+    table |= {"last_round": {"common": 1}, "first_round": {"likeness": 2, "own": 2}}
+    router = {"kind": "likeness", "temperature": 2.0, "evidence": ["text"], "modality_dropout": 0.1}
+    changes = {"experts": two, "router": router, "stages": stages, "data__expert": "own", "losses": {"guidance": 0.0}}
+    federation = finished(settings(world, tmp_path / "dpa", federated=table, **changes))
+    first, last = federation.state.history
+    size = sum(piece.numel for piece in federation.pieces if piece.role == "common")
+    assert (first["bytes_up"], last["bytes_up"], last["unmoved"]) == (8 * size, 0, ["common"])
+    tensors, kept = federation.state.server.tensors, federation.state.kept["client-1"]
+    for key in (key for key in tensors if key.startswith("experts.common.")):
+        mine, start = (values[key.replace("common", "own")] for values in (kept, tensors))
+        near, far = (float((tensors[key] - other).abs().max()) for other in (mine, start))
+        assert 0 < near < 0.1 * far if "lora_A" in key else near > 0
+    federation.show(federation.delivered(federation.training[1]))
+    run = federation.make_run(federation.training[1], federation.config_of(federation.training[1], 1), 1)
+    gates = federation.model.compute_gates(next(run.steps())[0][0]).gates[:, 0]
+    assert bool(((gates[:, 0] > 0.2) & (gates[:, 0] <= 0.5)).all()) and torch.allclose(
+        gates.sum(1), torch.ones(len(gates))
+    )
+
+
+@pytest.mark.slow
 def test_a_role_of_others_is_frozen_at_a_client_and_nothing_of_it_is_sent(world, unbroken):
     server = load_state(unbroken.folder).server
     lacking = next(c for c in unbroken.training if not any("ocr" in r.tag.modalities - r.hidden for r in c.train))

@@ -5,6 +5,7 @@ from moa.routing.gating import (
     anchor_similarity,
     anchor_sums,
     apply_availability,
+    likeness_gates,
     one_hot_gates,
     sigmoid_gates,
     softmax_gates,
@@ -127,6 +128,15 @@ def test_anchors_are_compared_around_the_mean_of_all_samples():
     similarity = anchor_similarity(sums, counts, features, torch.tensor([True] * 3))
     expected = torch.tensor([[0.0, 0.0], [-1.0, 1.0], [-0.6, 0.6]])
     torch.testing.assert_close(similarity, expected)
+
+
+def test_likeness_is_each_cosine_by_itself_and_leaves_the_rest():
+    sums, counts = torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([3.0, 1.0])
+    features = torch.tensor([[2.0, 0.0], [0.0, -1.0], [1.0, 1.0]])
+    similarity = anchor_similarity(sums, counts, features, torch.tensor([True] * 3), centred=False)
+    torch.testing.assert_close(similarity, torch.tensor([[1.0, 0.5**0.5], [0.0, -(0.5**0.5)], [0.5**0.5, 1.0]]))
+    torch.testing.assert_close(likeness_gates(similarity[:, :1] / 2), torch.tensor([[0.5], [0.0], [0.5**1.5]]))
+    torch.testing.assert_close(likeness_gates(similarity).sum(-1), torch.tensor([1.0, 0.0, 1.0]))
 
 
 def test_anchors_say_nothing_about_missing_evidence_or_unseen_experts():
