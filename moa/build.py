@@ -17,15 +17,15 @@ from moa.backbones.opening import AnyBackbone, class_of, open_backbone
 from moa.cli.command import note
 from moa.cli.settings import Override
 from moa.clip_model import ClipMixture
-from moa.config import ALPHA, RANK, ExpertConfig, ModelConfig, RunConfig
+from moa.config import ADAPTERS, ALPHA, RANK, ExpertConfig, ModelConfig, RunConfig
 from moa.experts.bank import ExpertBank
-from moa.experts.kinds import KINDS
+from moa.experts.kinds import KINDS, kind_of
 from moa.experts.rank_gates import RankGates
 from moa.experts.starts import STARTS, Starts
 from moa.experts.ties import Ties
 from moa.files.peft import ExpertHeader, read_header, read_tensors
 from moa.files.spelling import match_spelling
-from moa.files.targets import select
+from moa.files.targets import ALL_LINEAR, select
 from moa.model import LanguageMixture, MixtureModel
 from moa.routing.losses import OF_EXPERTS
 from moa.routing.roles import WITH
@@ -63,13 +63,13 @@ def open_adapters(config: RunConfig, experts: Path | None = None) -> dict[str, E
 
 
 def import_adapter(bank: ExpertBank, name: str, header: ExpertHeader, init: str) -> None:
-    bank.import_expert(name, read_tensors(header), header.config, kind=header.config.get("kind", "lora"))
+    bank.import_expert(name, read_tensors(header), header.config, kind=kind_of(header.config))
 
 
 def import_to_train(bank: ExpertBank, name: str, header: ExpertHeader, init: str) -> None:
     """From a checkpoint, in whose folder the start of an expert is the second half of the ranks."""
-    kind = header.config.get("kind", "lora")
-    bank.import_expert(name, read_tensors(header), header.config, kind=kind, held=STARTS[init].held)
+    held = STARTS[init].held
+    bank.import_expert(name, read_tensors(header), header.config, kind=kind_of(header.config), held=held)
 
 
 def build_mixture(
@@ -89,6 +89,7 @@ def build_mixture(
         unused=backbone.unused_sites(),
         stream_of=backbone.stream_of,
         around=places_of_adapters(config, backbone.model),
+        kinds=layers_by_kind(config),
     )
     fresh = {name: expert for name, expert in config.experts.items() if name not in adapters}
     inits = {name: expert.init for name, expert in fresh.items()}
@@ -105,8 +106,7 @@ def build_mixture(
             place(bank, name, header, expert.init)
             note(f"expert {name}: {line}" if line else "")
         else:
-            made: dict[str, Any] = {"rank": expert.rank or RANK, "alpha": expert.alpha or ALPHA}
-            made["use_rslora"] = bool(expert.use_rslora)
+            made = made_of(expert)
             bank.add(name, kind=expert.kind, targets=expert.targets, starts=starts, **made)
     ties = {
         n: Ties(share_a=e.share_a, share_b=e.share_b, layers=tuple(e.tie_layers)) for n, e in config.experts.items()
@@ -144,7 +144,7 @@ def places_of_adapters(config: RunConfig, model: nn.Module) -> dict[str, tuple[s
     modules = {n: m for n, m in model.named_modules() if any(isinstance(part, nn.Linear) for part in m.modules()) and n}
     found, first = dict[str, tuple[str, str]](), dict[str, str]()
     for name, expert in config.experts.items():
-        if expert.kind == "lora":
+        if expert.kind not in ADAPTERS:
             continue
         for path in select(expert.targets or [], modules, f"experts.{name}.targets"):
             own = expert.kind, expert.activation or "gelu"
@@ -155,6 +155,19 @@ def places_of_adapters(config: RunConfig, model: nn.Module) -> dict[str, tuple[s
                 )
             first.setdefault(path, name)
     return found
+
+
+def layers_by_kind(config: RunConfig) -> dict[str, list[str]]:
+    """Kind of experts, beside lora, at linear layers -> its expressions among model.targets."""
+    own = [expert.targets for expert in config.experts.values() if expert.kind == "sparse"]
+    patterns = [pattern for targets in own for pattern in ([ALL_LINEAR] if targets is None else targets)]
+    return {"sparse": patterns}
+
+
+def made_of(expert: ExpertConfig) -> dict[str, Any]:
+    """What a fresh expert of a kind is made with."""
+    usual = {"rank": RANK, "alpha": ALPHA, "use_rslora": False}
+    return {key: usual[key] if (own := getattr(expert, key)) is None else own for key in KINDS[expert.kind].made_of}
 
 
 def rank_gates_of(expert: ExpertConfig, rank: int, config: RunConfig) -> RankGates:
@@ -257,15 +270,13 @@ def settled(config: RunConfig) -> RunConfig:
 
 
 def _settled_expert(name: str, expert: ExpertConfig, header: ExpertHeader | None) -> ExpertConfig:
-    found: dict[str, Any] = {"rank": RANK, "alpha": ALPHA, "use_rslora": False}
-    given = {key: getattr(expert, key) for key in found if getattr(expert, key) is not None}
     if header is None:
-        return replace(expert, **found | given)
+        return replace(expert, **made_of(expert))
     own = header.config
-    found = {"rank": own["r"], "alpha": float(own.get("lora_alpha", 8))}
-    found["use_rslora"] = bool(own.get("use_rslora"))
-    for key, value in given.items():
-        if value != found[key]:
+    found = {"rank": own["r"], "alpha": float(own.get("lora_alpha", 8)), "use_rslora": bool(own.get("use_rslora"))}
+    found = {key: found[key] for key in KINDS[expert.kind].made_of}
+    for key, value in ((key, getattr(expert, key)) for key in found):
+        if value not in (None, found[key]):
             raise ValueError(
                 f"experts.{name}.{key}: {value}, and {header.path} has {found[key]}; the folder decides: leave it out"
             )

@@ -29,6 +29,7 @@ from moa.build import build_model
 from moa.card import CARD, Card
 from moa.cli.settings import to_yaml
 from moa.config import RunConfig, load_config
+from moa.experts.kinds import KINDS
 from moa.files.atomic import atomic_folder, remove_folder, write_file, write_json
 from moa.files.peft import STATISTICS_FILE, base_reference, write_expert
 from moa.files.peft_config import read_json_object
@@ -87,11 +88,7 @@ def write_model(folder: Path, model: MixtureModel, config: RunConfig) -> None:
             name=f"expert {name}",
             base_fingerprint=backbone.fingerprint,
         )
-        about = f"A LoRA expert of rank {described['r']} from a mixture, as an adapter that plain PEFT loads."
-        if config.experts[name].kind != "lora":
-            about = (
-                f"A bottleneck adapter of width {described['r']} from a mixture, which its run loads and PEFT does not."
-            )
+        about = KINDS[config.experts[name].kind].about.format(r=described["r"])
         if config.experts[name].rank_gates != "none":
             about += " It is not all of the expert: the gates of its ranks are in the run's router.safetensors."
         everyone = config.data.expert

@@ -40,6 +40,7 @@ else:
     RouterKind = Literal[tuple(kinds.KINDS)]
     Score = Literal[(*SCORES, kinds.TABLE)]
 RANK, ALPHA = 8, 16.0  # of a fresh expert whose config names none
+ADAPTERS = ("adapter", "serial_adapter")  # kinds of expert around a module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +64,19 @@ class ModelConfig:
     other_base: bool = False  # go on with weights and adapters that were trained on another base
 
 
+# settings of an expert that are of its lora_A and lora_B
+OF_FACTORS = ("alpha", "use_rslora", "share_a", "share_b", "init", "rank_gates", "dropout")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertConfig:
     rank: Size | None = None  # rows of lora_A; null: 8, or with init_from that of the folder
     # scaling is alpha / rank, or alpha / sqrt(rank) with use_rslora; null: 16, or that of the folder
     alpha: Positive | None = None
     use_rslora: bool | None = None  # rank-stabilised scaling; null: false, or that of the folder
-    # lora; adapter: a bottleneck with an activation, parallel to each of its `targets`, serial_adapter: behind it
-    kind: Literal["lora", "adapter", "serial_adapter"] = "lora"
+    # lora; adapter: a bottleneck with an activation, parallel to each of its `targets`, serial_adapter: behind it;
+    # sparse: as many numbers of the weight as a LoRA of the rank has, at random places (SHiRA)
+    kind: Literal["lora", "adapter", "serial_adapter", "sparse"] = "lora"
     activation: Literal["gelu", "relu", "silu"] | None = None  # of an adapter; null: gelu
     # a subset of model.targets; null: all of them. Of an adapter: modules, such as MLPs or the projector
     targets: list[str] | None = None
@@ -120,8 +126,14 @@ class ExpertConfig:
         check(not self.init.startswith(("svd", "null")) or not self.tie_layers, "init", rule)
         fits = self.active_ranks is None or self.rank_gates == "token"
         check(fits, "active_ranks", f"has no effect with rank_gates={self.rank_gates}")
-        is_adapter = self.kind != "lora"
-        check(is_adapter or self.activation is None, "activation", "has no effect with kind=lora")
+        is_adapter = self.kind in ADAPTERS
+        check(is_adapter or self.activation is None, "activation", f"has no effect with kind={self.kind}")
+        if self.kind == "sparse":
+            for key in OF_FACTORS:
+                unset = getattr(self, key) == type(self).__dataclass_fields__[key].default
+                check(unset, key, "has no effect with kind=sparse, which has neither lora_A nor lora_B")
+            check(not self.tie_layers, "tie_layers", "needs factors, and kind=sparse has none")
+            check(len(self.factors) == 2, "factors", f"{list(self.factors)} has no effect with kind=sparse")
         check(not is_adapter or bool(self.targets), "targets", f"names no module, which kind={self.kind} is around")
         rule = f"{self.init} is of a layer's weight or inputs, and kind={self.kind} has none"
         check(not is_adapter or not self.init.startswith(("svd", "null")), "init", rule)
@@ -422,7 +434,7 @@ def check_experts(config: RunConfig) -> None:
     rule = f"experts.{', '.join(dropped)}.dropout is a factor of the gates, and the root would be of the product"
     check(not (dropped and router.root_gradient), "router.root_gradient", rule)
     adapters = [name for name, expert in config.experts.items() if expert.kind != "lora"]
-    rule = f"is for updates of weights, and experts.{', '.join(adapters)} is an adapter"
+    rule = f"is for updates B A, and experts.{', '.join(adapters)} is none"
     check(not (adapters and router.score == ARROW), "router.score", f"{router.score} {rule}")
     check(not (adapters and router.root_gradient), "router.root_gradient", rule)
     whole = not router.row.below_one and (router.renormalize or not router.row.hard)
@@ -504,7 +516,7 @@ def check_stages(config: RunConfig) -> None:
     rule = f"measures whole updates, and experts.{', '.join(gated)}.rank_gates has gates of single ranks"
     check(not (penalised and gated), "losses.crosstalk", rule)
     adapters = [name for name, expert in config.experts.items() if expert.kind != "lora"]
-    rule = f"reads updates of weights, and adapters have none: experts.{', '.join(adapters)}"
+    rule = f"reads updates B A, and these experts are none: {', '.join(adapters)}"
     check(not (penalised and adapters), "losses.crosstalk", rule)
     check(not (config.train.statistics and adapters), "train.statistics", rule)
     check(config.router.score != ARROW or not adapters, "router.score", f"arrow {rule}")
@@ -558,6 +570,8 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
         for name, expert in experts.items():
             rule = f"{name} has another rank, alpha, targets, init or rank_gates, and so cannot be its copy"
             check(expert.shape == own.shape or expert.gate != "routed" or expert.frozen, f"{key}.copy_of", rule)
+        rule = f"{stage.copy_of} is of kind=sparse, and each such expert has places of its own"
+        check(own.kind != "sparse", f"{key}.copy_of", rule)
     learn = [name for name, expert in experts.items() if not expert.frozen]
     for name in stage.only or ():
         check(name in learn, f"{key}.only", f"no expert that learns is called {name!r}; choices: {learn}")

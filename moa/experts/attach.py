@@ -6,6 +6,7 @@ from torch import nn
 
 from moa.experts.adapter import AdapterSite
 from moa.experts.context import GateContext
+from moa.experts.kinds import KINDS
 from moa.experts.lora import ExpertLinear
 from moa.files.targets import ALL_LINEAR, is_target, select
 
@@ -46,9 +47,12 @@ def choose_layers(
     return chosen
 
 
-def wrap_layers(model: nn.Module, layers: Mapping[str, nn.Linear], context: GateContext) -> dict[str, ExpertLinear]:
-    """Put sites of LoRA experts around linear layers."""
-    found = {name: ExpertLinear(layer, name, context) for name, layer in layers.items()}
+def wrap_layers(
+    model: nn.Module, layers: Mapping[str, nn.Linear], context: GateContext, kinds: Mapping[str, Sequence[str]]
+) -> dict[str, ExpertLinear]:
+    """Put sites of LoRA experts around linear layers, and of another kind where `kinds` has expressions for it."""
+    of = {site: kind for kind, own in kinds.items() for site in select(own, layers, f"targets of {kind}")}
+    found = {name: KINDS[of.get(name, "lora")].layer(layer, name, context) for name, layer in layers.items()}
     for name, site in found.items():
         model.set_submodule(name, site)
     return found

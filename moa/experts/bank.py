@@ -25,7 +25,7 @@ from moa.experts.rank_gates import RankGates
 from moa.experts.starts import hashed
 from moa.experts.ties import FACTORS, Place, Ties, tied_places
 from moa.experts.token_routers import Pooling, TokenSite, leaders
-from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites, site_keys
+from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites
 from moa.files.targets import ALL_LINEAR, select
 
 EXPERT_NAME = re.compile(r"\w[\w-]*")
@@ -69,13 +69,14 @@ class ExpertBank:
         unused: Collection[str] = (),
         stream_of: Callable[[str], str] = lambda site: "text",
         around: Mapping[str, tuple[str, str]] | None = None,
+        kinds: Mapping[str, Sequence[str]] | None = None,
     ) -> "ExpertBank":
         """Wrap the linear layers that the targets name.
 
         A target is a full module path, a regular expression for the whole path, or `all-linear`. `unused` are layers
         whose output the model never reads, `stream_of` gives what a site's first axis counts: samples ("text"), or the
         rows of another stream, such as images ("image"). `around` are modules that get adapters: path -> kind and
-        activation. Raises ValueError for a target or an exclusion that matches nothing, for unused layers, and for
+        activation. `kinds`: kind -> those of the targets that have experts of another kind than lora. Raises ValueError for a target or an exclusion that matches nothing, for unused layers, and for
         layers whose weight is another layer's too.
         """
         context = GateContext()
@@ -83,7 +84,7 @@ class ExpertBank:
         chosen = choose_layers(model, targets, exclude, unused)
         if not chosen and not around:
             raise ValueError(f"exclude={list(exclude)} leaves none of targets={list(targets)}")
-        sites = wrap_layers(model, chosen, context)
+        sites = wrap_layers(model, chosen, context, kinds or {})
         sites |= wrap_modules(model, around or {}, unused, context)  # after what is inside of them
         return cls(
             sites=sites,
@@ -228,14 +229,19 @@ class ExpertBank:
     def whole(self, place: Place) -> Tensor:
         """A factor as its file has it: with that of a start."""
         expert, site, factor = place
-        return self.sites[site].whole(expert)[FACTORS.index(factor)].detach()
+        return self.sites[site].whole(expert)[self.sites[site].factors.index(factor)].detach()
+
+    def key_of(self, place: Place) -> str:
+        """The key of a factor in its expert's file."""
+        _, site, factor = place
+        return self.sites[site].keys[self.sites[site].factors.index(factor)]
 
     def places(self) -> dict[int, list[Place]]:
         """Each parameter's id -> the places that have it."""
         found: dict[int, list[Place]] = {}
         for expert, spec in self.experts.items():
             for site in spec.sites:
-                for factor in FACTORS:
+                for factor in self.sites[site].factors:
                     place = expert, site, factor
                     found.setdefault(id(self.factor(place)), []).append(place)
         return found
@@ -262,7 +268,7 @@ class ExpertBank:
         for name, factors in trained.items():
             self.experts[name] = replace(self._spec(name), trained=tuple(f for f in FACTORS if f in factors))
             for site in self.experts[name].sites:
-                for factor in FACTORS:
+                for factor in self.sites[site].factors:
                     self.factor((name, site, factor)).requires_grad_(factor in factors)
 
     def frozen_parameters(self) -> list[nn.Parameter]:
@@ -270,8 +276,9 @@ class ExpertBank:
         frozen = list[nn.Parameter]()
         for name, spec in self.experts.items():
             for site in spec.sites:
-                a, b, *start = self.sites[site].own(name)
-                frozen += [p for f, p in zip(FACTORS, (a, b), strict=True) if f not in spec.trained] + start
+                own, factors = self.sites[site].own(name), self.sites[site].factors
+                frozen += [p for f, p in zip(factors, own, strict=False) if f not in spec.trained]
+                frozen += own[len(factors) :]
                 if (learned := self.sites[site].learned_rank_gates(name)) is not None and spec.frozen:
                     frozen.append(learned)
         return frozen
@@ -285,7 +292,7 @@ class ExpertBank:
         """One expert's, by the keys of its file, a start's with `start.` before; one that layers have in common comes
         under the key of each."""
         for site in self._spec(name).sites:
-            keys = site_keys(site)
+            keys = self.sites[site].keys
             yield from zip([*keys, *(f"start.{key}" for key in keys)], self.sites[site].own(name), strict=False)
 
     def state(self, name: str) -> dict[str, Tensor]:
@@ -300,16 +307,16 @@ class ExpertBank:
         """Overwrite several experts; ValueError also where a factor that they have in common would not be one, and
         where another expert that has it too, and is not loaded, would change."""
         for places in self.places().values():
-            loaded = [place for place in places if key_of(place) in states.get(place[0], ())]
+            loaded = [place for place in places if self.key_of(place) in states.get(place[0], ())]
             for place in places if loaded else []:
                 expert, site, factor = place
                 if place in loaded:
-                    value = states[expert][key_of(place)]
+                    value = states[expert][self.key_of(place)]
                 elif expert in states or not self.factor((expert, site, other_than(factor))).any():
                     continue  # a missing key, an error below; or an update that is zero, and stays so
                 else:
                     value = self.whole(place)
-                check_same(states[loaded[0][0]][key_of(loaded[0])], value, loaded[0], place, True)
+                check_same(states[loaded[0][0]][self.key_of(loaded[0])], value, loaded[0], place, True)
         for name, tensors in states.items():
             KINDS[self._spec(name).kind].overwrite(self.sites, name, tensors)
         self.context.forget()
@@ -505,14 +512,12 @@ class ExpertBank:
 
     def _register(self, name: str, kind: str, settings: dict[str, Any]) -> None:
         sites = tuple(site for site, layer in self.sites.items() if name in layer.experts)
+        if not sites:
+            raise ValueError(f"experts.{name}: no layer is left for one of kind={kind}: all have experts of other kinds")
         self.experts[name] = ExpertSpec(kind=kind, settings=settings, sites=sites)
         self.context.state = None  # gates of other experts
 
 
-def key_of(place: Place) -> str:
-    """The key of a factor in its expert's file."""
-    _, site, factor = place
-    return site_keys(site)[FACTORS.index(factor)]
 
 
 def other_than(factor: str) -> str:

@@ -23,6 +23,7 @@ from moa.experts.lora_product import Ranks, add_mixture, concatenate, mix, widen
 from moa.experts.penalties import LINEAR, PAIRED, PENALTIES
 from moa.experts.rank_gates import RankGates, side_by_side, token_rank_gates
 from moa.experts.token_routers import TokenSite
+from moa.files.peft import site_keys
 
 FACTORS = ("A", "B")
 StartPair = tuple[nn.Parameter, nn.Parameter]
@@ -52,6 +53,7 @@ class ExpertLinear(nn.Module):
     token_router: nn.Parameter | None
     token_noise: nn.Parameter | None
     kind = "lora"
+    factors: tuple[str, ...] = FACTORS  # that an expert here learns
     activation = ""  # between A and B: none
 
     def __init__(self, base_layer: nn.Module, name: str, context: GateContext) -> None:
@@ -100,6 +102,11 @@ class ExpertLinear(nn.Module):
         return self.base_layer.out_features, self.base_layer.in_features
 
     @property
+    def keys(self) -> tuple[str, ...]:
+        """Of an expert's factors in its file."""
+        return site_keys(self.name)
+
+    @property
     def weight(self) -> Tensor:
         """Of the base: where the experts are to be, and what some starts read."""
         weight: Tensor = self.base_layer.weight
@@ -132,13 +139,14 @@ class ExpertLinear(nn.Module):
         parameter: nn.Parameter = getattr(self, f"{kind}_{factor}_{expert}")
         return parameter
 
-    def whole(self, expert: str) -> tuple[Tensor, Tensor]:
+    def whole(self, expert: str) -> tuple[Tensor, ...]:
         """A and B with the start's behind them: the whole update."""
         a, b, *start = self.own(expert)
         return (torch.cat([a, start[0]]), torch.cat([b, start[1]], 1)) if start else (a, b)
 
-    def write(self, expert: str, a: Tensor, b: Tensor) -> None:
+    def write(self, expert: str, *factors: Tensor) -> None:
         """Copy what `whole` gave into an expert."""
+        a, b = factors
         own_a, own_b, *start = self.own(expert)
         own_a.copy_(a[: len(own_a)])
         own_b.copy_(b[:, : len(own_a)])

@@ -110,10 +110,10 @@ def state(sites: Sites, name: str) -> dict[str, Float[Tensor, "_ _"]]:
     with the parameters.
     """
     found: dict[str, Tensor] = {}
-    for site_name, site in sites.items():
+    for site in sites.values():
         if name in site.scalings:
             factors = (factor.detach() for factor in site.whole(name))
-            found |= dict(zip(site_keys(site_name), factors, strict=True))
+            found |= dict(zip(site.keys, factors, strict=True))
     return found
 
 
@@ -130,10 +130,9 @@ def overwrite(sites: Sites, name: str, tensors: Factors) -> None:
             shapes = f"{list(tensor.shape)}, expected {list(own[key].shape)}"
             raise ValueError(f"expert {name}: {key} is {shapes}")
     check_finite(name, tensors)
-    for site_name, site in sites.items():
+    for site in sites.values():
         if name in site.scalings:
-            key_a, key_b = site_keys(site_name)
-            site.write(name, tensors[key_a], tensors[key_b])
+            site.write(name, *(tensors[key] for key in site.keys))
 
 
 def pair_up(name: str, tensors: Factors, sites: Sites) -> dict[str, tuple[Tensor, Tensor]]:

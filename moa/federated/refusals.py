@@ -32,7 +32,7 @@ def check_products(roles: Sequence[Role], pieces: Sequence[Piece], experts: Expe
         for name in experts_of(role, pieces):
             where, expert = f"roles.{role.name}.rule: {role.rule} is of updates B A", experts[name]
             if expert.kind != "lora":
-                raise ValueError(f"{where}, and {name} is of a bottleneck (kind={expert.kind})")
+                raise ValueError(f"{where}, and {name} is none (kind={expert.kind})")
             if expert.rank_gates != "none":
                 raise ValueError(f"{where}, and {name} has a gate for each rank (rank_gates={expert.rank_gates})")
 

@@ -25,6 +25,7 @@ from moa.files.peft_config import (
     LORA,
     NARROWING,
     REFUSED_SETTINGS,
+    SPARSE,
     check_config,
     is_named,
     read_config,
@@ -38,8 +39,10 @@ from moa.files.spelling import match_spelling, nearest
 WEIGHTS_FILE = "adapter_model.safetensors"
 STATISTICS_FILE = "stats.safetensors"  # beside it, where somebody asked for it: moa/statistics/stored.py
 PREFIX = "base_model.model."
+PLACES = ".shira_indices"  # integers
 FINGERPRINT = "base_fingerprint"  # in the metadata of the weights' file
 KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_[AB]\.weight")
+SPARSE_KEY = re.compile(r"base_model\.model\.(?P<site>.+)\.shira_(weight|indices)")
 
 # Keys that are no factors, by what gives them away, and why they are there.
 STRAY_KEYS = {
@@ -88,12 +91,22 @@ def site_keys(site: str) -> tuple[str, str]:
     return f"{PREFIX}{site}.lora_A.weight", f"{PREFIX}{site}.lora_B.weight"
 
 
+def sparse_keys(site: str) -> tuple[str, str]:
+    """PEFT's keys of a sparse update: values, and rows and columns of the weight."""
+    return f"{PREFIX}{site}.shira_weight", f"{PREFIX}{site}.shira_indices"
+
+
+def keys_of(config: Mapping[str, Any], site: str) -> tuple[str, ...]:
+    """The keys of a site in a folder with this config."""
+    return sparse_keys(site) if config["peft_type"] == SPARSE else site_keys(site)
+
+
 def read_header(path: str | Path, peft_type: str = LORA) -> ExpertHeader:
     """Check everything about an expert's folder that needs no weights; ValueError names the file and the rule."""
     folder = Path(path)
     config = read_config(folder, peft_type)
     shapes, metadata = _read_shapes(folder / WEIGHTS_FILE)
-    ranks, sizes = _check_pairs(folder / WEIGHTS_FILE, shapes)
+    ranks, sizes = _check_keys(folder / WEIGHTS_FILE, shapes, config)
     _check_sites(folder / CONFIG_FILE, config, ranks)
     spelled = {site: site for site in ranks}
     return ExpertHeader(folder, config, ranks, sizes, spelled, metadata.get(FINGERPRINT))
@@ -106,13 +119,13 @@ def read_tensors(header: ExpertHeader) -> dict[str, Tensor]:
 
 
 def read_site(header: ExpertHeader, site: str) -> dict[str, Tensor]:
-    """One site's lora_A and lora_B by PEFT key, as stored; ValueError where one is not finite."""
-    stored = zip(site_keys(site), site_keys(header.spelled[site]), strict=True)
+    """One site's lora_A and lora_B, or values, by PEFT key, as stored; ValueError where one is not finite."""
+    stored = zip(keys_of(header.config, site), keys_of(header.config, header.spelled[site]), strict=True)
     with safe_open(header.weights_file, framework="pt") as file:
         tensors = {key: file.get_tensor(own) for key, own in stored}
     for key, tensor in tensors.items():
         if not all_finite(tensor):
-            rows = (broken := ~torch.isfinite(tensor)).any(1).nonzero().flatten().tolist()
+            rows = (broken := ~torch.isfinite(tensor)).view(len(tensor), -1).any(1).nonzero().flatten().tolist()
             what = f"{int(broken.sum())} NaN or infinite values, in {len(rows)} rows, first {rows[0]}"
             raise ValueError(f"{header.weights_file}: {key} has {what}")
     return tensors
@@ -186,10 +199,10 @@ def check_tensors(
     """Site -> rank and site -> (out, in) of an expert in memory; ValueError naming `source`."""
     check_config(config, source, peft_type)
     for key, value in tensors.items():
-        if value.dtype not in FLOATS.values():
+        if value.dtype not in FLOATS.values() and not key.endswith(PLACES):
             raise ValueError(_not_float(source, key, str(value.dtype)))
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
-    ranks, sizes = _check_pairs(source, shapes)
+    ranks, sizes = _check_keys(source, shapes, config)
     _check_sites(source, config, ranks)
     broken = sorted(key for key, tensor in tensors.items() if not all_finite(tensor))
     if broken:
@@ -199,7 +212,7 @@ def check_tensors(
 
 def save_expert(
     path: str | Path,
-    tensors: Mapping[str, Shaped[Tensor, "_ _"]],
+    tensors: Mapping[str, Shaped[Tensor, "..."]],
     config: Mapping[str, Any],
     *,
     base_fingerprint: str | None = None,
@@ -214,7 +227,7 @@ def save_expert(
 
 def write_expert(
     folder: Path,
-    tensors: Mapping[str, Shaped[Tensor, "_ _"]],
+    tensors: Mapping[str, Shaped[Tensor, "..."]],
     config: Mapping[str, Any],
     *,
     name: str | Path,
@@ -255,7 +268,7 @@ def _read_shapes(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
         with safe_open(file, framework="pt") as handle:
             for key in list(handle.keys()):
                 entry = handle.get_slice(key)
-                if entry.get_dtype() not in FLOATS:
+                if entry.get_dtype() not in FLOATS and not key.endswith(PLACES):
                     raise ValueError(_not_float(file, key, entry.get_dtype()))
                 shapes[key] = tuple(entry.get_shape())
             return shapes, handle.metadata() or {}
@@ -265,6 +278,24 @@ def _read_shapes(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]
 
 def _not_float(source: str | Path, key: str, dtype: str) -> str:
     return f"{source}: {key} is stored as {dtype}; factors are {', '.join(FLOATS)}: save it as one of these"
+
+
+def _check_keys(
+    source: str | Path, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
+    """Site -> rank and site -> (out, in), of values none: how many there must be, the layer decides."""
+    if config["peft_type"] != SPARSE:
+        return _check_pairs(source, shapes)
+    matches = {key: SPARSE_KEY.fullmatch(key) for key in shapes}
+    if stray := sorted(key for key, match in matches.items() if not match):
+        raise ValueError(f"{source}: {len(stray)} keys are not of a sparse update, first {stray[0]}")
+    sites = dict.fromkeys(match["site"] for match in matches.values() if match)
+    for site in sites:
+        values, places = (shapes.get(key, ()) for key in sparse_keys(site))
+        if len(values) != 1 or places != (2, *values):
+            rule = f"shira_weight {list(values)} and shira_indices {list(places)} must be [number] and [2, number]"
+            raise ValueError(f"{source}: at {site} {rule}")
+    return dict.fromkeys(sites, config["r"]), {}
 
 
 def _check_pairs(

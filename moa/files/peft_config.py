@@ -10,17 +10,24 @@ from typing import Any
 from moa.files.targets import fits
 
 CONFIG_FILE = "adapter_config.json"
-LORA, ADAPTER = "LORA", "ADAPTER"  # peft_type; the second is of this project: a bottleneck adapter
+# peft_type; the second is of this project: a bottleneck adapter, the third PEFT's for SHiRA
+LORA, ADAPTER, SPARSE = "LORA", "ADAPTER", "SHIRA"
 # Settings that narrow target_modules down, of no use beside full paths.
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 WHOLE_CHECKPOINT = (
     "; PEFT's merge_and_unload() writes it into its base exactly, and scripts.merge merges "
     "such checkpoints (models=[A,B] base=BASE)"
 )
-NO_UPDATE = (
-    "it has an activation between its projections, so that it is no update of a weight, and no merge has it; eval.py "
-    "scores its run as it is"
-)
+# Why a LoRA cannot be what a file of another type is, and what can be done.
+NO_LORA = {
+    ADAPTER: (
+        "it has an activation between its projections, so that it is no update of a weight, and no merge has it; "
+        "eval.py scores its run as it is"
+    ),
+    SPARSE: "it is a sparse update of full rank, and no product of two factors" + WHOLE_CHECKPOINT,
+}
+# settings of a file of another type, and what each must be
+OWN = {ADAPTER: {"kind": "text", "activation": "text"}, SPARSE: {"mask_type": "text", "random_seed": "anything"}}
 REFUSED_SETTINGS = {
     "use_dora": "DoRA rescales the rows of W + BA, so its update is no low-rank product" + WHOLE_CHECKPOINT,
     "lora_bias": "a bias on lora_B is no low-rank update of the weight" + WHOLE_CHECKPOINT,
@@ -79,7 +86,7 @@ SETTINGS = {
     **dict.fromkeys(("peft_type", "task_type", "base_model_name_or_path", "revision", "bias"), "text"),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), "text or a list of texts"),
     **dict.fromkeys(("use_rslora", "fan_in_fan_out", "inference_mode"), "true or false"),
-    **dict.fromkeys(("init_lora_weights", "auto_mapping", "peft_version"), "anything"),
+    **dict.fromkeys(("init_lora_weights", "init_weights", "auto_mapping", "peft_version"), "anything"),
     **dict.fromkeys(("megatron_core", "qalora_group_size", "eva_config"), "anything"),
     **dict.fromkeys(("ensure_weight_tying", "runtime_config"), "anything"),
 }
@@ -109,12 +116,12 @@ def read_json_object(file: Path) -> dict[str, Any]:
 def check_config(config: Mapping[str, Any], source: str | Path, peft_type: str = LORA) -> None:
     """Raise ValueError naming `source` and the setting unless the config is a plain LoRA's, or of another type."""
     if config.get("peft_type") != peft_type:
-        got = _shown(config.get("peft_type"))
-        why = f", a bottleneck adapter: {NO_UPDATE}" if config.get("peft_type") == ADAPTER else ""
-        raise ValueError(f"{source}: peft_type must be {peft_type}, got {got}{why}")
+        why = f": {NO_LORA[got]}" if (got := config.get("peft_type")) in NO_LORA else ""
+        raise ValueError(f"{source}: peft_type must be {peft_type}, got {_shown(got)}{why}")
     if "r" not in config:
         raise ValueError(f"{source}: r is missing; it is the rank")
-    for key, wanted in SETTINGS.items():
+    settings = SETTINGS | OWN.get(peft_type, {})
+    for key, wanted in settings.items():
         if key in config and not RULES[wanted](config[key]):
             raise ValueError(f"{source}: {key} must be {wanted}, got {_shown(config[key])}")
     for key, reason in REFUSED_SETTINGS.items():
@@ -128,8 +135,7 @@ def check_config(config: Mapping[str, Any], source: str | Path, peft_type: str =
             "factors alone are not the update; convert it with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)"
         )
-    own = ("kind", "activation") if peft_type == ADAPTER else ()
-    unknown = sorted(key for key, value in config.items() if value and key not in (*SETTINGS, *own))
+    unknown = sorted(key for key, value in config.items() if value and key not in settings)
     if unknown:
         raise ValueError(f"{source}: unknown settings may change what it computes: {unknown}")
     if not config.get("target_modules"):
@@ -151,7 +157,9 @@ def site_rank(config: Mapping[str, Any], site: str) -> int:
 
 
 def site_scaling(config: Mapping[str, Any], site: str) -> float:
-    """The factor before B A at a site: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
+    """The factor before B A at a site: alpha / rank, or alpha / sqrt(rank) with `use_rslora`; 1 of a sparse update."""
+    if config.get("peft_type") == SPARSE:
+        return 1.0
     rank = site_rank(config, site)
     alpha = _by_pattern(config.get("alpha_pattern"), site, config.get("lora_alpha", 8))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

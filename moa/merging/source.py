@@ -9,9 +9,10 @@ from torch import Tensor
 from moa.checkpoint import CONFIG, load_tensors, step_folder
 from moa.config import RunConfig, load_config
 from moa.evaluation.gates_file import run_of
+from moa.experts.kinds import KINDS
 from moa.files.checkpoint_files import local_base
 from moa.files.peft import STATISTICS_FILE
-from moa.files.peft_config import NO_UPDATE
+from moa.files.peft_config import NO_LORA
 from moa.merging.adapters import Expert, adapter_folders, open_adapters
 from moa.merging.checkpoints.parts import read_parts
 from moa.parts import PARTS
@@ -53,7 +54,7 @@ def check_linear(config: RunConfig, names: Iterable[str]) -> None:
     for name in names:
         own, kind = config.experts[name].kind, config.experts[name].rank_gates
         if own != "lora":
-            raise ValueError(f"experts.{name}.kind={own}: {NO_UPDATE}")
+            raise ValueError(f"experts.{name}.kind={own}: {NO_LORA[KINDS[own].peft_type]}")
         if kind != "none":
             raise ValueError(
                 f"experts.{name}.rank_gates={kind}: the gates of its ranks change by {kind}, and no merge of factors "

@@ -13,6 +13,7 @@ from moa.backbones.shapes import find_shape, random_backbone
 from moa.build import DTYPES, build_mixture, open_adapters
 from moa.config import RunConfig, StageConfig
 from moa.experts.bank import ExpertBank
+from moa.experts.kinds import KINDS, kind_of
 from moa.files.peft import ExpertHeader
 from moa.planning.batch import Lengths, example_batch, image_tokens
 from moa.planning.shape import ModelShape, shape_of
@@ -130,7 +131,10 @@ class FakeRun:
 
 def add_fresh(bank: ExpertBank, name: str, header: ExpertHeader, init: str) -> None:
     """An expert of an adapter's sites and usual rank, whose weights are not read."""
-    bank.add(name, rank=header.config["r"], alpha=1, targets=list(header.ranks))
+    kind = kind_of(header.config)
+    made: dict[str, Any] = {"rank": header.config["r"], "alpha": 1}
+    made = {key: value for key, value in made.items() if key in KINDS[kind].made_of}
+    bank.add(name, kind=kind, targets=list(header.ranks), **made)
 
 
 def trace(

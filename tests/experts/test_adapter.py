@@ -122,7 +122,7 @@ def test_a_run_of_adapters_and_a_lora_resumes_exactly_and_is_not_merged(tmp_path
     with pytest.raises(ValueError, match=r"experts\.vqa\.kind=adapter"):
         open_folders([str(folder / "vqa")])
     moved = folder.rename(tmp_path / "alone")
-    with pytest.raises(ValueError, match="peft_type must be LORA, got 'ADAPTER', a bottleneck adapter"):
+    with pytest.raises(ValueError, match="peft_type must be LORA, got 'ADAPTER': it has an activation"):
         open_folders([str(moved / "vqa")])
     other = toy_config(tmp_path, experts__vqa={**SERIAL, "init_from": str(moved / "vqa")})
     with pytest.raises(ValueError, match=r"has the activation 'gelu' at .*, and the run has 'relu'"):
@@ -147,7 +147,7 @@ def test_two_kinds_around_one_module_and_crosstalk_of_adapters_are_refused(tmp_p
     config = toy_config(tmp_path, experts={"vqa": PARALLEL, "grounding": SERIAL})
     with pytest.raises(ValueError, match=r"experts.grounding: is serial_adapter relu, and experts.vqa is adapter gelu"):
         build_model(config)
-    with pytest.raises(ValueError, match="losses.crosstalk: reads updates of weights, and adapters have none"):
+    with pytest.raises(ValueError, match="losses.crosstalk: reads updates B A, and these experts are none: vqa"):
         toy_config(tmp_path, experts__vqa=PARALLEL, losses__crosstalk=0.1)
 
 

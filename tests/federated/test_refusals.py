@@ -37,7 +37,7 @@ def one(name: str = "vqa", **changes) -> tuple[list[Role], list[Piece]]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "adapter", "targets": ["mlp"]}, "roles.one.rule: .* is of updates B A, and vqa is of a bottleneck"),
+        ({"kind": "adapter", "targets": ["mlp"]}, "roles.one.rule: .* is of updates B A, and vqa is none"),
         ({"rank_gates": "task"}, "roles.one.rule: .* is of updates B A, and vqa has a gate for each rank"),
     ],
 )

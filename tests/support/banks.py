@@ -27,8 +27,8 @@ def fill(bank: ExpertBank, std: float = 0.3) -> None:
     """Give every B values, so that the experts change something."""
     generator = torch.Generator().manual_seed(1)
     for site in bank.sites.values():
-        for b in site.lora_B.values():
-            b.data.normal_(std=std, generator=generator)
+        for expert in site.experts:
+            site.factor("lora", "B", expert).data.normal_(std=std, generator=generator)
 
 
 def inputs(processor):
