@@ -117,11 +117,12 @@ def build_mixture(
         if expert.rank_gates != "none" or expert.dropout:
             bank.gate_ranks(name, rank_gates_of(expert, bank.experts[name].settings["rank"], config), config.seed)
     router = build_router(config, bank, backbone.dims)
-    if config.router.granularity == "token":
+    if config.router.granularity != "sample":
         check_copies(config, bank)
         thresholds = int(config.router.learned_threshold)
         more: dict[str, Any] = {"choices": config.choices, "thresholds": thresholds, "share": config.router.share}
         more |= {"arrow": config.router.score == ARROW, "biased": config.router.bias_rate is not None}
+        more["mixed"] = config.router.granularity == "both"
         bank.add_token_routers(**more, noisy=config.router.learned_noise, seed=config.seed)
     weights = config.router.weights
     names = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through", "score"]
@@ -294,7 +295,7 @@ def check_for_clip(config: RunConfig) -> None:
     """ValueError for settings without effect where there is no language model."""
     if config.model.train_projector:
         raise ValueError("model.train_projector: a CLIP has no projector")
-    if config.router.granularity == "token":
+    if config.router.granularity != "sample":
         raise ValueError("router.granularity: a CLIP is routed by sample; choices: sample")
     if names := [name for name in OF_EXPERTS if getattr(config.losses, name)]:
         raise ValueError(f"losses.{names[0]}: is of a language model's experts, and has no effect on a CLIP")

@@ -145,12 +145,13 @@ class RouterConfig:
     # how logits become gates; one_hot: by the sample's expert, fixed: by weights, anchors, likeness:
     # untrained, by means of evidence
     kind: RouterKind = "softmax"
-    granularity: Literal["sample", "token"] = "sample"  # decided once per sample, or at each token
+    # decided once per sample, at each token, or by both: their shares are mixed by a weight that each layer learns
+    granularity: Literal["sample", "token", "both"] = "sample"
     # how features are compared with each expert's weights; table: no features, a learned logit per task and expert;
     # arrow: of granularity token, weights that are computed from the experts and do not learn
     score: Score = "linear"
-    # of granularity token: sites that one router serves, at the input of the first. input: q, k and v; gate and up.
-    # module: an attention, an MLP, the projector. block: a layer
+    # of granularity token and both: sites that one router serves, at the input of the first. input: q, k and v; gate
+    # and up. module: an attention, an MLP, the projector. block: a layer
     share: Literal["site", "input", "module", "block"] = "site"
     # of granularity token: the prompt's tokens decide together for the whole sample, by their mean or by votes
     pool: Literal["none", "prompt_mean", "vote"] = "none"
@@ -204,12 +205,19 @@ class RouterConfig:
         check(bool(self.evidence), "evidence", "names nothing; choose of image text ocr task")
         unique = len(set(self.evidence)) == len(self.evidence)
         check(unique, "evidence", f"names one kind twice: {list(self.evidence)}")
-        by_token, got = self.granularity == "token", f"got {self.kind}, {self.granularity}"
+        by_token, got = self.granularity != "sample", f"got {self.kind}, {self.granularity}"
         able = kinds.names(lambda kind: kind.per_token)
         check(self.row.per_token or not by_token, "granularity", f"token needs kind {able}; {got}")
         rule = "has no effect with router.granularity=sample"
         check(by_token or self.share == "site", "share", rule)
         check(by_token or self.pool == "none", "pool", rule)
+        if self.granularity == "both":  # shares are mixed, and nothing else of two routers
+            able = kinds.names(lambda kind: kind.null_expert and not kind.learned_threshold)
+            fits = self.row.null_expert and not self.learned_threshold and not self.learned_noise
+            check(fits, "granularity", f"both needs kind {able} and no learned noise or threshold; got {self.kind}")
+            for key, usual in (("pool", "none"), ("per_site", False), ("bias_rate", None)):
+                check(getattr(self, key) == usual, key, "needs another granularity than both")
+            check(self.score not in (ARROW, kinds.TABLE), "score", f"{self.score} needs another granularity than both")
         able = kinds.names(lambda kind: kind.null_expert)
         # the logarithm of a share is a logit up to a constant, which other kinds would read
         voting = kinds.names(lambda kind: kind.null_expert and not kind.learned_threshold)
@@ -449,11 +457,12 @@ def check_experts(config: RunConfig) -> None:
     routed = [name for name in names if gates[name] == "routed"]
     possible = "top_k" not in router.row.options or router.top_k <= len(routed)
     check(possible, "router.top_k", f"is {router.top_k}, but there are {len(routed)} routed experts")
-    votes = router.pool == "vote" and config.losses.z > 0
+    votes = (router.pool == "vote" or router.granularity == "both") and config.losses.z > 0
     smooth = router.kind == "top_k" and router.noise == "gaussian"
     rule = "needs router.kind=top_k and router.noise=gaussian, whose scale makes the number of uses smooth"
     check(smooth or not config.losses.load, "losses.load", rule)
-    check(not votes, "losses.z", "has no effect with router.pool=vote: its logits are logarithms of shares")
+    rule = "has no effect with router.pool=vote and router.granularity=both: logits are logarithms of shares"
+    check(not votes, "losses.z", rule)
     for name in router.weights or {}:
         rule = "no such routed expert"
         check(name in choices, f"router.weights.{name}", f"{rule}; choices: {choices}")
@@ -578,8 +587,9 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
     check(stage.only is None or bool(stage.only), f"{key}.only", f"names none; choices: {learn}")
     blends = gates.blend or gates.blend_end or gates.blend_to == "mean"
     check(bool(blends), f"{key}.gates.blend_to", f"{gates.blend_to} has no effect without {key}.gates.blend")
-    by_token = config.router.granularity == "token"
-    check(gates.is_empty or not by_token, f"{key}.gates", "have no effect with router.granularity=token")
+    granularity = config.router.granularity
+    rule = f"have no effect with router.granularity={granularity}"
+    check(gates.is_empty or granularity == "sample", f"{key}.gates", rule)
     shared = any(expert.gate in ("always", *LEFT_OVER) for expert in experts.values())
     rule = "leaves samples without any expert: none is shared (experts.NAME.gate=always)"
     check(shared or not (gates.dropout or gates.dropout_end), f"{key}.gates.dropout", rule)

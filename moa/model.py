@@ -137,6 +137,8 @@ class MixtureModel(nn.Module, ABC):
                 rows = self._owners(batch), batch.segments
                 more["pooling"] = pooling(self.routing.pool, len(batch), self.bank.streams, prompt, *rows)
             self.bank.route_tokens(decide, temperature, **more)
+            if decided.logits is not None:
+                self.bank.mix_samples(decided.logits[:, 0], self.backbone.owners(batch), batch.segments)
         else:
             owners = self.backbone.owners(batch)
             self.bank.set_gates(decided.gates, owners, batch.segments, expand=expand)

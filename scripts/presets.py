@@ -73,7 +73,7 @@ def exportable(config: RunConfig) -> str:
     router = config.router
     if any(expert.rank_gates != "none" or expert.kind != "lora" for expert in config.experts.values()):
         return "refused"
-    if router.granularity == "token":
+    if router.granularity != "sample":
         return "approximate"
     if router.row.learns is None:
         return "exact per task" if router.row.by_expert else "exact"

@@ -366,6 +366,7 @@ def test_an_auxiliary_loss_reaches_the_router_and_never_the_experts():
         "load_balancing",
         "within_task_balancing",
         "localized_balancing",
+        "divergence",
         "importance",
         "z",
         "entropy",

@@ -89,7 +89,7 @@ def check_gates(rule: str, names: Sequence[str], granularity: str = "sample") ->
     if rule not in GATE_RULES and rule.removeprefix("without:") not in names:
         choices = ", ".join([*GATE_RULES, *names, *(f"without:{name}" for name in names)])
         raise ValueError(f"eval.gates={rule}: unknown; choices: {choices}")
-    if rule.startswith("without:") and granularity == "token":
+    if rule.startswith("without:") and granularity != "sample":
         raise ValueError(f"eval.gates={rule}: has no meaning where every token is routed by itself")
 
 

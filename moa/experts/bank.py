@@ -73,11 +73,12 @@ class ExpertBank:
     ) -> "ExpertBank":
         """Wrap the linear layers that the targets name.
 
-        A target is a full module path, a regular expression for the whole path, or `all-linear`. `unused` are layers
-        whose output the model never reads, `stream_of` gives what a site's first axis counts: samples ("text"), or the
-        rows of another stream, such as images ("image"). `around` are modules that get adapters: path -> kind and
-        activation. `kinds`: kind -> those of the targets that have experts of another kind than lora. Raises ValueError for a target or an exclusion that matches nothing, for unused layers, and for
-        layers whose weight is another layer's too.
+        A target is a full module path, a regular expression for the whole path, or `all-linear`. `unused` are
+        layers whose output the model never reads, `stream_of` gives what a site's first axis counts: samples
+        ("text"), or the rows of another stream, such as images ("image"). `around` are modules that get
+        adapters: path -> kind and activation. `kinds`: kind -> those of the targets that have experts of
+        another kind than lora. Raises ValueError for a target or an exclusion that matches nothing, for unused
+        layers, and for layers whose weight is another layer's too.
         """
         context = GateContext()
         shapes = {name: (m.out_features, m.in_features) for name, m in linear_layers(model).items()}
@@ -408,6 +409,7 @@ class ExpertBank:
         arrow: bool = False,
         biased: bool = False,
         noisy: bool = False,
+        mixed: bool = False,
         seed: int = 0,
         std: float | int = 0.02,
     ) -> None:
@@ -416,7 +418,8 @@ class ExpertBank:
         None: all are choices. `thresholds` are rows more. `share`: which sites have one in common, see
         moa/experts/token_routers.py. `arrow`: they are computed from the experts and not learned.
         `biased`: each has a bias of zeros, see `moa.routing.gating.balanced_bias`. `noisy`: and rows of zeros, which
-        give the scale of its noise in training.
+        give the scale of its noise in training. `mixed`: and the weight of a sample's decision beside it, which begins
+        at sigmoid(-2) in the first router and at sigmoid(2) in the last.
         """
         everyone = self.names if choices is None else choices
         own = {
@@ -438,6 +441,9 @@ class ExpertBank:
                 site.token_noise = nn.Parameter(zeros.to(site.token_router.device))
             if biased:
                 self.token_biases[name] = torch.zeros(len(own[name]))
+        deciding = [*self.token_routers()] if mixed else []
+        for name, depth in zip(deciding, torch.linspace(-2, 2, len(deciding)), strict=True):
+            self.sites[name].depth = nn.Parameter(depth[None].to(self.sites[name].weight.device))
 
     def gate_ranks(self, name: str, settings: RankGates, seed: int = 0) -> None:
         """Let the ranks of an expert have gates of their own; ValueError for more kept ranks than there are."""
@@ -469,11 +475,21 @@ class ExpertBank:
     ) -> None:
         """The tasks of the coming forward's samples, after its gates; `owners` and `segments` as in `set_gates`."""
         assert self.context.state is not None
-        found = {"text": shares} | {stream: shares[rows] for stream, rows in owners.items()}
-        tasks = {stream: own[:, None] for stream, own in found.items()}
-        if segments is not None:
-            tasks["text"] = shares[segments.clamp(min=0)]
-        self.context.state.tasks = tasks
+        self.context.state.tasks = by_stream(shares, owners, segments)
+
+    def mix_samples(
+        self,
+        logits: Float[Tensor, "batch choice"],
+        owners: Mapping[str, Int[Tensor, " _"]],
+        segments: Int[Tensor, "rows seq"] | None = None,
+    ) -> None:
+        """Let the logits of samples count beside those of tokens in the coming forward, after `route_tokens`."""
+        assert self.context.state is not None
+        self.context.state.samples = by_stream(logits, owners, segments)
+
+    def depths(self) -> dict[str, nn.Parameter]:
+        """Site that decides -> the weight of a sample's decision there, where there is one."""
+        return {name: site.depth for name, site in self.sites.items() if site.depth is not None}
 
     def token_noises(self) -> dict[str, nn.Parameter]:
         """Site that decides -> the rows of its noise's scale, where that is learned."""
@@ -513,11 +529,22 @@ class ExpertBank:
     def _register(self, name: str, kind: str, settings: dict[str, Any]) -> None:
         sites = tuple(site for site, layer in self.sites.items() if name in layer.experts)
         if not sites:
-            raise ValueError(f"experts.{name}: no layer is left for one of kind={kind}: all have experts of other kinds")
+            raise ValueError(
+                f"experts.{name}: no layer is left for one of kind={kind}: all have experts of other kinds"
+            )
         self.experts[name] = ExpertSpec(kind=kind, settings=settings, sites=sites)
         self.context.state = None  # gates of other experts
 
 
+def by_stream(
+    values: Float[Tensor, "batch value"],
+    owners: Mapping[str, Int[Tensor, " _"]],
+    segments: Int[Tensor, "rows seq"] | None,
+) -> dict[str, Tensor]:
+    """Values of samples as each stream's rows have them, [rows, 1, value], or [rows, seq, value] in packed rows."""
+    found = {"text": values} | {stream: values[rows] for stream, rows in owners.items()}
+    spread = {stream: own[:, None] for stream, own in found.items()}
+    return spread if segments is None else spread | {"text": values[segments.clamp(min=0)]}
 
 
 def other_than(factor: str) -> str:

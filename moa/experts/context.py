@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moa.experts.crosstalk import Watch
 from moa.experts.token_routers import Pooling, TokenSite
+from moa.routing.gating import mixed_logits
 
 # logits [.., choice], the places of these choices among all or None, where there is one a bias -> gates [.., expert]
 Decide = Callable[..., Tensor]
@@ -46,6 +47,8 @@ class GateState:
     # by stream, each row's or token's share of every task, for experts whose ranks have gates by task
     tasks: dict[str, Tensor] = field(default_factory=dict)
     streams: dict[str, str] = field(default_factory=dict)  # site -> stream
+    # by stream, each row's or token's logits from a router of samples, where these count beside a token's
+    samples: dict[str, Tensor] = field(default_factory=dict)
     # What inference computes once for all decoding steps, by site. It lives no longer than the
     # gates: an optimiser may write to parameters through flat buffers, which leaves no trace.
     prepared: dict[str, Any] = field(default_factory=dict)
@@ -60,11 +63,16 @@ class GateState:
         return self.gates is not None or self.pooling is not None
 
     def gates_at(
-        self, site: str, x: Float[Tensor, "*lead in"], token_router: Tensor | None, routed: TokenSite | None = None
+        self,
+        site: str,
+        x: Float[Tensor, "*lead in"],
+        token_router: Tensor | None,
+        routed: TokenSite | None = None,
+        depth: Float[Tensor, " 1"] | None = None,
     ) -> Float[Tensor, "*lead_or_1 expert"]:
         """A site's gates, [batch, 1, expert] or [batch, seq, expert], as its input's rows need them."""
         if self.gates is None:
-            gates = self._token_gates(site, x, token_router, routed or TokenSite(leader=site))
+            gates = self._token_gates(site, x, token_router, routed or TokenSite(leader=site), depth)
             if self.pooling is None:
                 return gates
             gates = self.pooling.spread(site, gates)
@@ -95,7 +103,9 @@ class GateState:
             f"{list(x.shape)}; a site needs [batch, seq, in] with the batch of its gates"
         )
 
-    def _token_gates(self, site: str, x: Tensor, token_router: Tensor | None, routed: TokenSite) -> Tensor:
+    def _token_gates(
+        self, site: str, x: Tensor, token_router: Tensor | None, routed: TokenSite, depth: Tensor | None
+    ) -> Tensor:
         """Gates [*lead, expert] of each token by itself, or pooled [batch, expert], decided in float32."""
         decide = self.decide
         if decide is None or (token_router is None and routed.leader == site and routed.choices != ()):
@@ -115,6 +125,10 @@ class GateState:
                 logits = x.new_zeros(*x.shape[:-1], 0, dtype=torch.float32)
             else:
                 logits = self.score(x.float(), token_router.float()) / self.temperature
+            if depth is not None:
+                sample = self._fitted(site, x, self.samples[self.streams[site]])
+                sample = sample if routed.choices is None else sample[..., list(routed.choices)]
+                logits = mixed_logits(logits, sample, depth)
             if self.pooling is not None:
                 logits = self.pooling.logits(site, self._of_samples(site, logits))
             bias = {"bias": self.biases[site].to(x.device)} if site in self.biases else {}

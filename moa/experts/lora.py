@@ -52,6 +52,7 @@ class ExpertLinear(nn.Module):
 
     token_router: nn.Parameter | None
     token_noise: nn.Parameter | None
+    depth: nn.Parameter | None
     kind = "lora"
     factors: tuple[str, ...] = FACTORS  # that an expert here learns
     activation = ""  # between A and B: none
@@ -64,6 +65,7 @@ class ExpertLinear(nn.Module):
         self.scalings: dict[str, float] = {}  # expert -> alpha / rank or alpha / sqrt(rank)
         self.register_parameter("token_router", None)  # also where another site's decides
         self.register_parameter("token_noise", None)  # [choice, in], where its noise has a learned scale
+        self.register_parameter("depth", None)  # [1]: a sample's decision counts sigmoid(depth) beside a token's here
         self.routed: TokenSite | None = None  # None: its own router, if any, with every choice
         self.starts: set[str] = set()  # experts that hold one
         self.ranked: dict[str, RankGates] = {}  # expert -> what decides the gates of its ranks
@@ -300,7 +302,7 @@ class ExpertLinear(nn.Module):
                 watch.values.setdefault(name, []).append(value)
 
     def _gates(self, x: Tensor, state: GateState) -> Tensor:
-        return state.gates_at(self.name, x, self._router(state), self.routed)
+        return state.gates_at(self.name, x, self._router(state), self.routed, self.depth)
 
     def _router(self, state: GateState) -> Tensor | None:
         """What decides for tokens here: the learned router, or one that is computed from the experts, once for all

@@ -134,7 +134,9 @@ def load(
         inside = bool((where >= 0).all() and (rows < out).all() and (columns < width).all())
         places = rows * width + columns
         if not inside or len(values) != rank * (out + width) or len(places.unique()) < len(places):
-            rule = f"its {len(values)} values are not {rank} x {out + width} different places of the layer {[out, width]}"
+            rule = (
+                f"its {len(values)} values are not {rank} x {out + width} different places of the layer {[out, width]}"
+            )
             raise ValueError(f"expert {name}: made for another base: {site_name}: {rule}")
         device = site.weight.device
         site.add(name, nn.Parameter(values.to(device, dtype, copy=True)), places.to(device), rank)

@@ -9,6 +9,8 @@
 The site that runs first holds the router and decides by its own input; the others read its gates. These are an
 activation, so that no module uses another's parameter: ZeRO-3 gathers what the running module itself owns.
 
+Where samples are routed too, a weight sigmoid(depth) that each router learns mixes the shares of both.
+
     pool           logits of a sample from those l_t of its prompt's tokens
     prompt_mean    mean_t l_t, which a linear router gives for the mean of its inputs
     vote           log mean_t softmax(l_t): top-k of these keeps the experts with the most votes and divides

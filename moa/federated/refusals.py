@@ -117,7 +117,7 @@ def check_group_experts(settings: GroupsConfig, config: RunConfig, names: Sequen
         raise ValueError(f"groups.by: lora_B compares what begins at 0, got init={first.init}, kind={first.kind}")
     if settings.by == "evidence" and (config.router.row.router is None or config.router.granularity == "token"):
         raise ValueError(f"groups.by: evidence is what a router reads, got router.kind={config.router.kind}")
-    if config.router.granularity == "token":
+    if config.router.granularity != "sample":
         raise ValueError("groups.by: a client lacks experts of groups, which needs router.granularity=sample")
     if config.data.expert is not None:
         raise ValueError(f"groups.by: decides the experts of samples, and data.expert={config.data.expert} does")

@@ -141,7 +141,7 @@ def check_plans(federation: Federation) -> None:
             if name not in federation.model.bank.names:
                 choices = ", ".join(federation.model.bank.names)
                 raise ValueError(f"federated.clients.{client.name}.experts: no expert {name!r}; choices: {choices}")
-        if own is not None and federation.run.router.granularity == "token":
+        if own is not None and federation.run.router.granularity != "sample":
             raise ValueError(f"federated.clients.{client.name}.experts: needs router.granularity=sample")
         federation.config_of(client, 1)
         try:
@@ -233,7 +233,7 @@ def table_of(config: FederateConfig, model: MixtureModel, run: RunConfig) -> tup
     experts = [name for name in model.bank.names if not config.experts[name].frozen]
     roles = make_roles(config.federated.roles, experts)
     for role in roles:
-        if role.elsewhere == "absent" and run.router.granularity == "token":
+        if role.elsewhere == "absent" and run.router.granularity != "sample":
             raise ValueError(f"federated.roles.{role.name}.elsewhere: absent needs router.granularity=sample")
     state = {key if key.startswith("router.") else f"router.{key}" for key in PARTS["router"].state(model)}
     if lost := sorted(state - tensors_of(model, run).keys()):

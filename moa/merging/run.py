@@ -131,7 +131,7 @@ def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan
     names = [expert.name for expert in source.experts]
     given = settings.weights if isinstance(settings.weights, str) else ""
     by_gates, task = given.partition(":")[0] == GATES, given.partition(":")[2] or None
-    by_token = source.config is not None and source.config.router.granularity == "token"
+    by_token = source.config is not None and source.config.router.granularity != "sample"
     if by_token and (by_gates or settings.run) and not settings.approximate:
         raise ValueError(
             "run: its router gates every token by itself, and no single adapter equals that; "

@@ -130,6 +130,15 @@ def cut_gates(
     return gates / gates.sum(-1, keepdim=True).clamp(min=1e-12) if normalize else gates
 
 
+def mixed_logits(
+    token: Float[Tensor, "*lead choice"], sample: Float[Tensor, "*#lead choice"], depth: Float[Tensor, " 1"]
+) -> Float[Tensor, "*lead choice"]:
+    """log(w softmax(sample) + (1 - w) softmax(token)), w = sigmoid(depth): shares of two deciders, as logits of the
+    kind that chooses (HMoRA, ICLR 2025)."""
+    one, other = F.logsigmoid(depth) + sample.log_softmax(-1), F.logsigmoid(-depth) + token.log_softmax(-1)
+    return torch.logaddexp(one, other)
+
+
 def straight_through(
     gates: Float[Tensor, "*lead expert"], probs: Float[Tensor, "*lead expert"]
 ) -> Float[Tensor, "*lead expert"]:

@@ -30,6 +30,7 @@ class GateLosses:
     load: NotNegative = 0.0  # the same of how often top-k with gaussian noise keeps each
     localized_balancing: NotNegative = 0.0  # of shares by the samples' expert, where the own one may have more
     z: NotNegative = 0.0  # keeps router logits small
+    divergence: NotNegative = 0.0  # small where decisions are sure, and different ones for different tokens (HMoRA)
     entropy: float = 0.0  # above 0: sharper gates; below 0: softer gates
     # cross-entropy of the router with the sample's expert, at the first step
     guidance: NotNegative = 1.0
@@ -64,6 +65,7 @@ def gate_losses(
         "importance": importance_loss(probs, mask),
         "localized_balancing": localized_balancing_loss(probs, expert_ids, mask),
         "z": z_loss(logits, mask),
+        "divergence": divergence_loss(probs, mask),
         "entropy": entropy_loss(probs, mask),
         "guidance": task_guidance_loss(logits, expert_ids, mask),
     }
@@ -176,6 +178,30 @@ def entropy_loss(
     import torch
 
     return _mean(torch.special.entr(probs).sum(-1), _weights(probs, mask))
+
+
+SURE, EVEN = 0.5, 0.98
+
+
+def divergence_loss(
+    probs: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None
+) -> Float[Tensor, ""]:
+    """How far the decisions are from a generalised Jensen-Shannon divergence that is large enough, in units of ln E:
+
+        relu(b - c - min(H(mean p), b) + mean max(H(p), c)),  H over ln E, b = EVEN, c = SURE
+
+    0 where the mean is nearly even and each decision has an entropy of at most c (HMoRA, ICLR 2025, section 3.3).
+    """
+    import math
+
+    import torch
+
+    weights, unit = _weights(probs, mask), math.log(max(probs.shape[-1], 2))
+    mean = torch.einsum("t,ste->se", weights, probs) / weights.sum().clamp(min=1)
+    whole = (torch.special.entr(mean).sum(-1) / unit).clamp(max=EVEN)
+    each = (torch.special.entr(probs).sum(-1) / unit).clamp(min=SURE)
+    own = (each * weights).sum(1) / weights.sum().clamp(min=1)
+    return torch.relu(EVEN - SURE - whole + own).mean()
 
 
 def task_guidance_loss(

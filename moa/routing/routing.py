@@ -28,8 +28,8 @@ class Gates:
     """Gates [batch, site or 1, expert], and what a learned router decided them from, once or for each site.
 
     `logits` are divided by the temperature already; `probs` are the gates before top-k, summing to
-    one. The choices are the router's experts, and last the null expert where there is one. All three are
-    None where tokens are routed one by one, inside the model.
+    one. The choices are the router's experts, and last the null expert where there is one. Gates and probabilities
+    are None where tokens are routed one by one, inside the model, and logits where these alone decide.
     """
 
     gates: Float[Tensor, "batch site expert"] | None = None
@@ -43,10 +43,10 @@ class Routing(nn.Module):
     kind: a row of moa/routing/kinds.py, with its `router` where it has one. roles: of the bank's experts. weights: of
     kind fixed, for each choice, uniform by default.
     granularity "token": token routers decide at the sites, and `router` is None; with a `pool` the tokens of a prompt
-    together, see moa/experts/token_routers.py. null_expert: one choice more, which adds nothing to the backbone, so
-    that a sample's gates may sum to less than one. noise: a name of `NOISES`, of scale `noise_scale`. top_p, threshold,
-    normalize, renormalize, straight_through, bias_rate: see moa/routing/gating.py. added_up: for each site whether all
-    choices have the gate 1 there.
+    together, see moa/experts/token_routers.py. "both": the logits of `router` take part at the sites. null_expert: one
+    choice more, which adds nothing to the backbone, so that a sample's gates may sum to less than one. noise: a name
+    of `NOISES`, of scale `noise_scale`. top_p, threshold, normalize, renormalize, straight_through, bias_rate: see
+    moa/routing/gating.py. added_up: for each site whether all choices have the gate 1 there.
     """
 
     weights: Tensor
@@ -85,7 +85,7 @@ class Routing(nn.Module):
         self.learned_threshold = KINDS[kind].learned_threshold and threshold is None
         self.kind, self.granularity, self.null_expert = KINDS[kind], granularity, null_expert
         self.router, self.top_k, self.temperature, self.pool = router, top_k, temperature, pool
-        wanted = self.kind.router is not None and granularity == "sample"
+        wanted = self.kind.router is not None and granularity != "token"
         if wanted != (router is not None):
             needs = "needs a router" if wanted else "has no router"
             raise ValueError(f"router.kind {kind} with granularity {granularity} {needs}")
@@ -136,10 +136,10 @@ class Routing(nn.Module):
         draws: GateDraws | None = None,
     ) -> Gates:
         """The gates of a batch; see `MixtureModel.compute_gates`. None where tokens are routed one by one."""
-        if self.granularity == "token":
+        if self.granularity != "sample":
             if available is not None:
                 raise ValueError("available: token routing uses all experts; give gates instead")
-            return Gates()
+            return Gates(logits=None if self.router is None else self.router(evidence, withhold) / self.temperature)
         rows = None if available is None else _rows(available, self.weights)
         more: dict[str, Any] = {}
         logits, mask = None, None if rows is None else self.roles.among_choices(rows)

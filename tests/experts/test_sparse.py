@@ -5,9 +5,9 @@ import torch
 from peft import PeftModel, ShiraConfig, get_peft_model
 from torch import nn
 
+from moa.backbones.opening import open_backbone
 from moa.build import build_model
 from moa.checkpoint import load_model, step_folder
-from moa.backbones.opening import open_backbone
 from moa.experts.bank import ExpertBank
 from moa.files.peft import read_header, read_tensors
 from moa.merging.source import open_folders, open_run
@@ -76,7 +76,11 @@ def test_more_values_than_a_weight_has_and_layers_without_a_kind_are_refused():
 
 @pytest.mark.slow
 def test_a_run_resumes_exactly_and_plain_peft_computes_its_experts_from_their_files(tmp_path, monkeypatch):
-    experts = {"vqa": {**SPARSE, "targets": [UP]}, "grounding": {**SPARSE, "targets": [UP]}, "common": {"rank": 2, "gate": "always"}}
+    experts = {
+        "vqa": {**SPARSE, "targets": [UP]},
+        "grounding": {**SPARSE, "targets": [UP]},
+        "common": {"rank": 2, "gate": "always"},
+    }
     stages = {"experts": {"steps": 1}, "joint": {"steps": 3}}
     changes = {"experts": experts, "stages": stages, "train__save_every": 1, "train__gradient_checkpointing": True}
     whole = toy_config(tmp_path, out=str(tmp_path / "whole"), **changes)
@@ -93,18 +97,22 @@ def test_a_run_resumes_exactly_and_plain_peft_computes_its_experts_from_their_fi
     model, folder = load_model(whole.out)[0], step_folder(whole.out) / "experts"
     assert all(values.any() for values in model.bank.state("grounding").values())
     with torch.no_grad():
-        ours = model(batch, gates=torch.tensor([[0.0, 1.0, 0.0]])).logits
+        ours = model(batch, gates=torch.tensor([[0.0, 1.0, 0.0]]).repeat(4, 1)).logits
         peft = PeftModel.from_pretrained(open_backbone(whole.model.name).model, folder / "grounding")
         inputs = {name: getattr(batch, name) for name in ("input_ids", "attention_mask", "pixel_values")}
         answers = batch.labels[:, 1:] != -100
         for theirs in (peft, peft.merge_and_unload()):
             torch.testing.assert_close(theirs(**inputs).logits[:, :-1][answers], ours[model(batch).labels != -100])
-    with pytest.raises(ValueError, match=r"experts\.vqa\.kind=sparse: it is a sparse update of full rank.*merge_and_un"):
+    with pytest.raises(
+        ValueError, match=r"experts\.vqa\.kind=sparse: it is a sparse update of full rank.*merge_and_un"
+    ):
         open_run(whole.out)
     moved = folder.rename(tmp_path / "alone")
     with pytest.raises(ValueError, match="peft_type must be LORA, got 'SHIRA': it is a sparse update"):
         open_folders([str(moved / "vqa")])
-    other = toy_config(tmp_path, seed=1, experts=experts, stages={"joint": {"steps": 1, "init_from": {"vqa": str(moved / "vqa")}}})
+    other = toy_config(
+        tmp_path, seed=1, experts=experts, stages={"joint": {"steps": 1, "init_from": {"vqa": str(moved / "vqa")}}}
+    )
     with pytest.raises(ValueError, match="the values are at other places than those of the model"):
         run_once(other)
 
@@ -124,7 +132,9 @@ def test_an_adapter_that_peft_made_is_imported_as_peft_computes_it(tmp_path):
     bank.detach(plain)
     with pytest.raises(ValueError, match=r"made for another base: 0: its 9 values are not 1 x 11 different places"):
         tensors = {key.replace(".1.", ".0."): value for key, value in read_tensors(header).items()}
-        ExpertBank.attach(base, ["0"], kinds={"sparse": ["0"]}).import_expert("x", tensors, header.config, kind="sparse")
+        ExpertBank.attach(base, ["0"], kinds={"sparse": ["0"]}).import_expert(
+            "x", tensors, header.config, kind="sparse"
+        )
 
 
 @pytest.mark.parametrize(

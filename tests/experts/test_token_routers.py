@@ -253,3 +253,50 @@ def test_decoding_keeps_the_gates_of_the_prompt(pool):
     for i in range(4):
         alone = model.generate(rows(batch, [i]), **GREEDY, num_beams=2, num_return_sequences=2)
         assert alone.equal(beams[2 * i : 2 * i + 2])
+
+
+# Beside a router of samples ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_samples_and_tokens_decide_together_by_a_weight_of_each_layer():
+    model, calls = routed("input", "top_k", granularity="both", top_k=2), {}
+    bank = model.bank
+    for site in bank.sites.values():
+        site.token_router = None
+    bank.add_token_routers(share="input", std=1.0, mixed=True)
+    depths = torch.cat([*bank.depths().values()])
+    assert torch.equal(depths, torch.linspace(-2, 2, len(bank.token_routers())))
+    for name, site in bank.sites.items():
+        site.register_forward_hook(lambda m, args, out, name=name: calls.update({name: (args[0], out)}))
+    batch = batch_of(model)
+    out = model(batch)
+    sample = out.router_logits[:, 0].softmax(-1)
+    for name, (x, y) in calls.items():
+        site = bank.sites[name]
+        leader = bank.sites[site.routed.leader]
+        tokens = (calls[leader.name][0] @ leader.token_router.T).softmax(-1)
+        weight = float(leader.depth.sigmoid())
+        own = sample[:, None] if tokens.dim() == 3 else sample
+        if len(own) != len(tokens):
+            continue  # rows of images: their samples are not in this order
+        mixed = weight * own + (1 - weight) * tokens
+        kept = mixed * (mixed >= mixed.topk(2, -1).values[..., -1:])
+        gates, factors = kept / kept.sum(-1, keepdim=True), (site.lora_A.values(), site.lora_B.values())
+        close(y, plain_loop(x, site.base_layer(x), gates, [*site.scalings.values()], *factors))
+    alone = model(rows(batch, [2]))
+    close(alone.loss_per_sample, out.loss_per_sample[2:3])
+    prompt = batch_of(model, answers=None, left=True)
+    whole, again = (model.generate(prompt, use_cache=use, **GREEDY) for use in (True, False))
+    assert torch.equal(whole, again)
+
+
+def test_a_router_of_samples_and_the_weights_of_layers_learn_beside_tokens():
+    model = routed("site", "softmax", granularity="both")
+    for site in model.bank.sites.values():
+        site.token_router = None
+    model.bank.add_token_routers(std=1.0, mixed=True)
+    out = model(batch_of(model))
+    (out.loss_per_sample.sum() + out.aux["divergence"]).backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.bank.depths().values())
+    assert bool(model.router.head[-1].weight.grad.any())

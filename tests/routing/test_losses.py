@@ -5,6 +5,7 @@ import torch
 
 from moa.routing.losses import (
     LOCALITY,
+    divergence_loss,
     entropy_loss,
     importance_loss,
     load_balancing_loss,
@@ -56,6 +57,7 @@ LOSSES = {
     "dense_load_balancing": lambda p, m: load_balancing_loss(p, None, m),
     "within_task": lambda p, m: within_task_balancing_loss(p, torch.arange(p.shape[1]) % 2, None, m),
     "importance": importance_loss,
+    "divergence": divergence_loss,
     "load": lambda p, m: load_loss(p.log(), 2, 0.5, m),
     "localized": lambda p, m: localized_balancing_loss(p, torch.arange(p.shape[1]) % 3 - 1, m),
     "z": lambda p, m: z_loss(p.log(), m),
@@ -168,3 +170,18 @@ def test_localized_balancing_is_zero_where_a_groups_own_expert_has_as_much_more_
             factor = 1.0 if group < 0 else less if expert == group else more
             values.append(factor * sum(row[expert] for row in rows) / len(rows))
     assert localized_balancing_loss(probs, ids).item() == pytest.approx(variation(values), abs=1e-6)
+
+
+def test_divergence_is_zero_for_sure_and_even_decisions_and_equals_the_formula_by_hand():
+    assert divergence_loss(torch.eye(4)[None]).item() == 0
+    torch.testing.assert_close(divergence_loss(torch.full((1, 3, 4), 0.25)), torch.tensor(0.98 - 0.5 - 0.98 + 1.0))
+    probs = torch.tensor([[[0.7, 0.3], [0.9, 0.1]], [[0.6, 0.4], [0.2, 0.8]]])
+
+    def entropy(p: float) -> float:
+        return -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
+
+    first = 0.48 - entropy(0.8) + (entropy(0.7) + 0.5) / 2
+    second = (
+        0.48 - 0.98 * (entropy(0.4) > 0.98) - entropy(0.4) * (entropy(0.4) <= 0.98) + (entropy(0.6) + entropy(0.2)) / 2
+    )
+    torch.testing.assert_close(divergence_loss(probs), torch.tensor((first + second) / 2))
