@@ -234,7 +234,8 @@ def write_expert(
     base_fingerprint: str | None = None,
 ) -> None:
     """The two files of an expert into a folder that exists; `name` stands in error messages."""
-    full = {"peft_type": LORA, "bias": "none", "inference_mode": True, **config}
+    full = {"peft_type": LORA, "inference_mode": True, **config}
+    full = full if full["peft_type"] == SPARSE else {"bias": "none", **full}
     full = {key: sorted(value) if isinstance(value, set) else value for key, value in full.items()}
     check_tensors(name, tensors, full, full["peft_type"])
     write_json(folder / CONFIG_FILE, full)

@@ -201,7 +201,7 @@ def divergence_loss(
     whole = (torch.special.entr(mean).sum(-1) / unit).clamp(max=EVEN)
     each = (torch.special.entr(probs).sum(-1) / unit).clamp(min=SURE)
     own = (each * weights).sum(1) / weights.sum().clamp(min=1)
-    return torch.relu(EVEN - SURE - whole + own).mean()
+    return torch.relu(EVEN - SURE - whole + own).mean() * (weights.sum() > 0)
 
 
 def task_guidance_loss(
