@@ -167,6 +167,7 @@ class RouterConfig:
     # over the tokens of one kind of evidence
     pooling: Annotated[Literal["attention", "mean"], OF_RUN] = "attention"
     per_site: bool = False  # a learned offset of the logits for each wrapped layer
+    task_prior: bool = False  # a learned offset of the logits for each task, where the task is known
     # chance in training that one kind of evidence is hidden
     modality_dropout: Annotated[ShareBelowOne, OF_RUN] = 0.1
     weights: dict[str, float] | None = None  # of kind fixed: routed expert -> gate; null: all equal
@@ -252,6 +253,10 @@ class RouterConfig:
             check(self.evidence == ["task"], "evidence", f"must be [task] with router.score=table; got {self.evidence}")
             check(not self.learned_threshold, "threshold", "needs a number with router.score=table, which learns none")
             check(not self.learned_noise, "noise", "learned needs another score than table")
+        fits = self.row.learns == "gradient" and self.granularity != "token" and self.score != kinds.TABLE
+        rule = f"needs a learned router of samples that reads the task, and another score than table; {self.score}, "
+        rule += f"{self.kind}, {self.granularity}, {self.evidence}"
+        check((fits and "task" in self.evidence) or not self.task_prior, "task_prior", rule)
         rule = f"must be one of {', '.join(self.row.noises) or 'none'} with router.kind={self.kind}, got {self.noise}"
         check(self.noise is None or self.noise in self.row.noises, "noise", rule)
         check(self.pool != "vote" or not self.learned_noise, "noise", "learned has no logits to vote by; pool=vote has")

@@ -137,7 +137,7 @@ LEARNED: dict[str, Any] = {
     "learns": "gradient",
     "module_options": (
         *("evidence", "hidden", "pooling", "per_site", "modality_dropout"),
-        *("score", "learned_threshold", "learned_noise"),
+        *("score", "learned_threshold", "learned_noise", "task_prior"),
     ),
 }
 SOFTMAX: dict[str, Any] = LEARNED | {

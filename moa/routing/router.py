@@ -35,6 +35,7 @@ AXES = {
     r"site_offset": ("site", "expert"),
     r"encoders\.task\.weight": ("task",),
     r"table": ("site", "task", "expert"),
+    r"prior": ("task", "expert"),
     r"task_sums": ("expert", "task"),
     r"\w+_(sums|counts)": ("expert",),
 }
@@ -78,9 +79,10 @@ class KeepsPrecision(nn.Module):
 class Router(KeepsPrecision):
     """Learned router. Logits are `[batch, 1, expert]`, or `[batch, site, expert]` with `per_site`.
 
-    `dims` gives the widths of the image tokens ("image") and of the language model's embeddings
-    ("text", which OCR words share). In training each kind of evidence is hidden from a sample with
-    chance `modality_dropout`, so that the router learns to do without any of them.
+    `dims` gives the widths of the image tokens ("image") and of the language model's embeddings ("text", which OCR
+    words share). `task_prior` adds a learned row of its task to a sample's logits. In training each kind of
+    evidence is hidden from a sample with chance `modality_dropout`, so that the router learns to do without any of
+    them.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Router(KeepsPrecision):
         score: str = "linear",
         learned_threshold: bool = False,
         learned_noise: bool = False,
+        task_prior: bool = False,
     ) -> None:
         super().__init__()
         self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
@@ -117,21 +120,25 @@ class Router(KeepsPrecision):
         self.site_offset = nn.Parameter(torch.zeros(sites, experts)) if per_site else None
         self.threshold = zeros(hidden, 1) if learned_threshold else None
         self.noise = zeros(hidden, experts) if learned_noise else None
+        self.prior = nn.Parameter(torch.zeros(num_tasks, experts)) if task_prior else None
 
     def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch site column"]:
         """Logits in float32, then what else it learns; kinds in `withhold` are treated as missing in every sample."""
         device = next(self.parameters()).device.type
         with torch.autocast(device, enabled=False):
-            vectors = [self._encode(kind, evidence, kind in withhold) for kind in self.evidence]
-            features = self.head[:-1](torch.cat(vectors, dim=-1))
+            read = {kind: self._encode(kind, evidence, kind in withhold) for kind in self.evidence}
+            features = self.head[:-1](torch.cat([vector for vector, _ in read.values()], dim=-1))
             logits = self.head[-1](features)[:, None]
+            if self.prior is not None:
+                ids: Any = evidence.task_ids
+                logits = logits + (self.prior[ids.clamp(min=0)] * read["task"][1][:, None])[:, None]
             logits = logits if self.site_offset is None else logits + self.site_offset
             more = [own(features)[:, None] for own in (self.threshold, self.noise) if own is not None]
             more = [column.expand(*logits.shape[:-1], -1) for column in more]
             return torch.cat([logits, *more], dim=-1) if more else logits
 
-    def _encode(self, kind: str, evidence: Evidence, withheld: bool) -> Tensor:
-        """One vector per sample, the learned missing one where there is no evidence."""
+    def _encode(self, kind: str, evidence: Evidence, withheld: bool) -> tuple[Tensor, Tensor]:
+        """One vector per sample, the learned missing one where there is no evidence, and where there is some."""
         encoder = self.encoders[kind]
         if kind == "task":
             ids: Any = evidence.task_ids
@@ -145,7 +152,7 @@ class Router(KeepsPrecision):
             # One stream of random numbers on the CPU: the same draws on every device.
             kept = torch.rand(present.shape) >= self.modality_dropout
             present = present & kept.to(present.device, non_blocking=True)
-        return torch.where(present[:, None], vector, self.missing[kind])
+        return torch.where(present[:, None], vector, self.missing[kind]), present
 
 
 class TableRouter(KeepsPrecision):

@@ -35,7 +35,8 @@ OTHER = {
     "router": {
         "kind": "sigmoid", "granularity": "token", "score": "cosine", "share": "block", "pool": "vote", "top_k": 5,
         "evidence": ["image", "text"], "null_expert": True, "temperature": 0.3, "hidden": 16, "pooling": "mean",
-        "per_site": True, "modality_dropout": 0.2, "weights": {"vqa": 0.5}, "top_p": 0.5, "threshold": 0.1,
+        "per_site": True, "task_prior": True, "modality_dropout": 0.2, "weights": {"vqa": 0.5}, "top_p": 0.5,
+        "threshold": 0.1,
         "normalize": True, "renormalize": False, "noise": "gaussian", "bias_rate": 0.1, "root_gradient": True,
         "added_up": ["x"], "noise_scale": 2.0, "straight_through": True,
     },

@@ -300,3 +300,17 @@ def test_anchors_find_the_expert_of_new_samples_by_any_kind_of_evidence():
         found = router(rows(evidence, list(range(6, 12))))[:, 0]
         assert found.argmax(-1).equal(ids[6:])
         assert (found.amax(-1) > 0.5 * router.sharpness).all()  # and not for want of evidence
+
+
+def test_a_prior_of_the_task_is_added_to_the_logits_and_to_none_of_an_unknown_or_hidden_task():
+    torch.manual_seed(0)
+    router = Router(experts=3, sites=1, evidence=("task",), dims={}, num_tasks=2, hidden=8, task_prior=True).eval()
+    evidence = Evidence(task_ids=torch.tensor([0, 1, -1]))
+    before = router(evidence)[:, 0]
+    torch.nn.init.normal_(router.prior)
+    added = torch.stack([router.prior[0], router.prior[1], torch.zeros(3)])
+    torch.testing.assert_close(router(evidence)[:, 0], before + added)
+    hidden = router(evidence, withhold=("task",))
+    torch.testing.assert_close(hidden, hidden[2:].expand_as(hidden))
+    router(evidence)[0].sum().backward()
+    assert torch.equal(router.prior.grad, torch.tensor([[1.0, 1, 1], [0, 0, 0]]))
