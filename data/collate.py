@@ -132,7 +132,7 @@ class ChatCollator(Prompt, Collator):
         """Token ids and assistant masks as lists of unequal length, and the images."""
         encoder = self._encoder
         chats = [self.conversation(sample) for sample in samples]
-        images = [[s.image] if s.image is not None else [] for s in samples]
+        images = [[image] if (image := self.image(s)) is not None else [] for s in samples]
         with refusals():
             return encoder.encode(chats, images, prompts=self.for_generation)
 
@@ -188,10 +188,11 @@ def evidence_of(collator: Evidence, samples: list[Sample]) -> dict[str, Any]:
     for row, (sample, found) in enumerate(zip(samples, words, strict=True)):
         count, stop = len(found), start + len(found)
         if found:
-            size = torch.tensor([*sample.size, *sample.size])
+            framed = collator.framing(sample)
+            size = torch.tensor([*framed.size, *framed.size])
             out["ocr_ids"][row, :count] = char_ids[start:stop]
             out["ocr_char_mask"][row, :count] = char_mask[start:stop]
-            out["ocr_boxes"][row, :count] = torch.tensor([w.box for w in found]) / size
+            out["ocr_boxes"][row, :count] = torch.tensor([framed.to_frame(w.box) for w in found]) / size
             out["ocr_confidence"][row, :count] = torch.tensor([w.confidence for w in found])
             out["ocr_mask"][row, :count] = True
         start = stop

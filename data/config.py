@@ -7,7 +7,18 @@ from string import Formatter
 from typing import TYPE_CHECKING, Literal
 
 from data.readers.names import readers
-from moa.cli.ranges import Count, CountOrZero, FilePath, Positive, Processes, Seed, Share, ShareAboveZero, Size
+from moa.cli.ranges import (
+    Count,
+    CountOrZero,
+    FilePath,
+    Positive,
+    Processes,
+    Seed,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    Size,
+)
 from moa.cli.settings import Wrong, check
 
 MADE = ("scenes", "drawings")  # formats without files, of as many samples as one asks for
@@ -111,6 +122,9 @@ class PromptConfig:
     ] = "auto"  # fmt: skip
     # the least share of a box that the processor's crop must leave; a box with less is a bad sample
     min_visible: ShareAboveZero = 1.0
+    # width of a frame around each image, as a share of its longer side, in which the task's number and the question's
+    # words are drawn, for the router and the model alike; 0: none
+    border: ShareBelowOne = 0.0
     max_length: Count = 2048  # tokens of prompt and answer; a longer sample is a bad sample
     ocr_separator: str = " "  # between the words; LLaVA's own prompts have a comma and a blank
     max_ocr_words: CountOrZero = 64  # the most confident ones are kept, for prompt and router

@@ -11,6 +11,9 @@ from functools import cached_property
 from typing import Any
 from zlib import crc32
 
+from PIL import Image
+
+from data.border import bordered, draw_border
 from data.boxes import CODECS, BoxCodec
 from data.chat import message, special_tokens
 from data.checks import BadSampleError, check_sample, name_of
@@ -60,7 +63,18 @@ class Evidence:
 
     def geometry(self, sample: Sample) -> Geometry:
         """Where the sample's image goes on its way to the model."""
-        return seen_by(self.processor.image_processor, *sample.size)
+        framed = self.framing(sample)
+        return framed.then(seen_by(self.processor.image_processor, *framed.size))
+
+    def framing(self, sample: Sample) -> Geometry:
+        """Where it goes in its frame of words, see data/border.py."""
+        return bordered(*sample.size, self.settings.border)
+
+    def image(self, sample: Sample) -> Image.Image | None:
+        """What the processor gets."""
+        if sample.image is None or not self.settings.border:
+            return sample.image
+        return draw_border(sample.image, self.settings.border, sample.question, self.task_id(sample))
 
     def target(self, sample: Sample) -> str:
         """What the model learns to answer: the most frequent answer (the first of equals), or the boxes."""

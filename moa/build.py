@@ -297,6 +297,8 @@ def check_for_clip(config: RunConfig) -> None:
         raise ValueError("model.train_projector: a CLIP has no projector")
     if config.router.granularity != "sample":
         raise ValueError("router.granularity: a CLIP is routed by sample; choices: sample")
+    if config.prompt.border:
+        raise ValueError("prompt.border: is for questions, and a CLIP gets none")
     if names := [name for name in OF_EXPERTS if getattr(config.losses, name)]:
         raise ValueError(f"losses.{names[0]}: is of a language model's experts, and has no effect on a CLIP")
     if config.losses.reduction == "token":

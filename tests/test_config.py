@@ -246,7 +246,7 @@ ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "
         "ocr_min_confidence", "num_workers", "task_dropout", "max_ocr_words", "clip_norm", "weight_decay",
         "betas", "eval.every", "num_images", "steps.", "values.", "penalty", "similarity",
         "nondiagonal", "noise", "joint.gates.", "train.statistics", "router.threshold",
-        "ridge", "iterations", "zipf", "partition.test", "held_out", "missing", "single", "dropout",
+        "ridge", "iterations", "zipf", "partition.test", "prompt.border", "held_out", "missing", "single", "dropout",
         "num_questions")  # fmt: skip
 NEEDS = {"router.weights": ["router.kind=fixed"], "router.top_p": ["router.kind=top_p"],
          "router.threshold": ["router.kind=threshold"], "router.noise_scale": ["router.noise=gaussian"],

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from data.batch import Batch
 from data.checks import BadSampleError
 from data.collate import IGNORED, Collator
-from data.geometry import Geometry
+from data.geometry import Geometry, seen_by
 from data.sample import Box, Sample
 from moa.analysis import html
 from moa.analysis.gallery import READ, TRUE, seen_image
@@ -62,17 +62,19 @@ def image_html(sample: Sample, batch: Batch, collator: Collator) -> tuple[str, s
     if sample.image is None:
         return "", "text alone"
     geometry, file = collator.geometry(sample), io.BytesIO()
-    drawn(frame_of(sample.image, batch, collator, geometry), sample, collator).save(file, "PNG")
+    drawn(frame_of(sample, batch, collator, geometry), sample, collator).save(file, "PNG")
     words = "{} x {} pixels, seen as {} x {}".format(*sample.image.size, *geometry.size)
     return html.image(file.getvalue()), words
 
 
-def frame_of(image: Image.Image, batch: Batch, collator: Collator, geometry: Geometry) -> Image.Image:
+def frame_of(sample: Sample, batch: Batch, collator: Collator, geometry: Geometry) -> Image.Image:
     """The input of the vision tower; drawn by the geometry where that is tiles or flat patches."""
     pixels, processor = batch.pixel_values, collator.processor.image_processor
     if pixels.dim() == 4 and tuple(pixels.shape[:1:-1]) == geometry.size:
         return seen_image(pixels[0], processor.image_mean, processor.image_std)
-    return geometry.pixels(image)
+    image = collator.image(sample)
+    assert image is not None
+    return seen_by(processor, *image.size).pixels(image)
 
 
 def drawn(frame: Image.Image, sample: Sample, collator: Collator) -> Image.Image:

@@ -26,7 +26,7 @@ from moa.evaluation.settings import check_gates
 from moa.model import MixtureModel
 
 ANSWERING = ("gates", "batch_size", "max_new_tokens", "num_beams")
-PROMPT = ("task_in_prompt", "ocr_in_prompt", "task_template", "ocr_template")
+PROMPT = ("task_in_prompt", "ocr_in_prompt", "task_template", "ocr_template", "border")
 
 
 @dataclass(kw_only=True)
@@ -132,12 +132,13 @@ def answer_batch(
 
 def asked_of(settings: EvalConfig, benchmark: str | None, collator: ChatCollator) -> dict[str, Any]:
     """What the answers depend on beside weights and data, as a record."""
+    prompt = {key: getattr(collator.settings, key) for key in PROMPT if key != "border" or collator.settings.border}
     return {
         "benchmark": benchmark,
         "scored": settings.score,
         **{key: getattr(settings, key) for key in ANSWERING},
         "on_bad_sample": settings.on_bad_sample or "error",
-        "prompt": {"withhold_task": collator.withhold_task} | {key: getattr(collator.settings, key) for key in PROMPT},
+        "prompt": {"withhold_task": collator.withhold_task} | prompt,
     }
 
 
