@@ -236,6 +236,27 @@ def client_heat_map(path: str | Path, record: Mapping[str, Any]) -> None:
         axes.set_yticks(range(len(rows)), [*rows])
 
 
+def robustness_chart(path: str | Path, record: Mapping[str, Any]) -> None:
+    """The mean of the data sets under each corruption by its strength, with 95 % intervals over questions."""
+    found, clean = record["corruptions"], record["clean"]
+    about = "mean of the data sets, per cent; 95 % intervals over questions; dotted: each data set"
+    with page(path, 2.4 * len(found) + 0.6, 3.2, "Scores under corruption", about) as figure:
+        panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+        for number, (axes, (name, own)) in enumerate(zip(panels, found.items(), strict=True)):
+            rows = [clean, *own["strengths"].values()]
+            strengths = [0.0, *map(float, own["strengths"])]
+            for source in record["data_sets"]:
+                values = [row["scores"][source] for row in rows]
+                axes.plot(strengths, values, color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)))
+                if number == len(found) - 1:
+                    axes.text(strengths[-1], values[-1], f" {source}", va="center", fontsize=7, color=MUTED)
+            low, value, high = ([row["mean"][key] for row in rows] for key in ("low", "value", "high"))
+            axes.fill_between(strengths, low, high, color=color(number), alpha=0.18, linewidth=0)
+            axes.plot(strengths, value, color=color(number), linewidth=1.6, marker="o", markersize=3.5)
+            axes.set(title=name, xlabel=own["unit"], ylim=(0, 102), xlim=(0, strengths[-1] * 1.02))
+            axes.grid(axis="y")
+
+
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's log.jsonl, if there is one; a last line cut short by a kill is left out.
 

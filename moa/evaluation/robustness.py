@@ -1,0 +1,98 @@
+"""How much a model's scores fall under typos, misread OCR words, noise and blur: the study of scripts.robustness.
+
+Every strength is scored on the same questions as the clean data set, so that differences are paired, and their
+intervals are those of moa/metrics/bootstrap.py: over the questions of each data set, for the mean over data sets.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from data.corruption import CORRUPTIONS, spoilt
+from data.mixture import Source
+from data.sample import Sample
+from moa.evaluation.result import Result, plain_table
+from moa.metrics.bootstrap import Interval, paired_interval
+
+FILE = "robustness.json"
+View = Callable[[Source], Source]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoilt:
+    """A data set under a corruption."""
+
+    dataset: Source
+    name: str
+    strength: float
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return spoilt(self.dataset[index], self.name, self.strength, self.seed)
+
+
+def study(score: Callable[[View], Sequence[Result]], names: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Scores in per cent of the clean data sets, and of each corruption at each of its strengths, as a record."""
+    clean = columns_of(score(lambda dataset: dataset))
+    record: dict[str, Any] = {"data_sets": [*clean], "clean": row_of(clean, clean), "corruptions": {}}
+    for name in names:
+        rows = {}
+        for strength in CORRUPTIONS[name].strengths:
+
+            def view(dataset: Source, name: str = name, strength: float = strength) -> Source:
+                return Spoilt(dataset=dataset, name=name, strength=strength, seed=seed)
+
+            rows[str(strength)] = row_of(columns_of(score(view)), clean)
+        record["corruptions"][name] = {"unit": CORRUPTIONS[name].unit, "strengths": rows}
+    return record
+
+
+def columns_of(results: Sequence[Result]) -> dict[str, dict[tuple[str, str], float]]:
+    """Data set -> the score of each question, by task and id."""
+    found = {}
+    for result in results:
+        keys = [(response.sample.task, response.sample.id) for response in result.responses]
+        found[result.name] = dict(zip(keys, result.sample_scores, strict=True))
+    return found
+
+
+def row_of(spoilt: dict[str, dict[Any, float]], clean: dict[str, dict[Any, float]]) -> dict[str, Any]:
+    """The mean over data sets and its fall with their intervals, and the score of each data set.
+
+    A question that cannot be asked any more (its text is too long for the model) scores 0.
+    """
+    ours, theirs = [], []
+    for name, scores in clean.items():
+        ours.append(np.array([[100 * spoilt[name].get(key, 0.0) for key in scores]]))
+        theirs.append(np.array([[100 * value for value in scores.values()]]))
+    nothing = [np.zeros_like(column) for column in ours]
+    return {
+        "mean": record_of(paired_interval(ours, nothing)),
+        "fall": record_of(paired_interval(ours, theirs)),
+        "scores": {name: float(column.mean()) for name, column in zip(clean, ours, strict=True)},
+    }
+
+
+def record_of(interval: Interval) -> dict[str, float]:
+    return {key: round(getattr(interval, key), 3) for key in ("value", "low", "high")}
+
+
+def table(record: dict[str, Any]) -> Table:
+    grid = plain_table()
+    grid.title = "scores in per cent, and the fall from the clean data sets with its 95 % interval"
+    for column in ("", "strength", "mean", "fall", *record["data_sets"]):
+        grid.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    rows = [("clean", "", record["clean"])]
+    for name, own in record["corruptions"].items():
+        rows += [(name if not number else "", s, row) for number, (s, row) in enumerate(own["strengths"].items())]
+    for name, strength, row in rows:
+        fall = "{value:.1f} [{low:.1f}, {high:.1f}]".format(**row["fall"]) if strength else ""
+        scores = [f"{row['scores'][source]:.1f}" for source in record["data_sets"]]
+        grid.add_row(name, strength, f"{row['mean']['value']:.1f}", fall, *scores)
+    return grid
