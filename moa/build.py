@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from data.prompt import Intake
@@ -305,6 +306,20 @@ def check_for_clip(config: RunConfig) -> None:
         raise ValueError("losses.reduction=token: a CLIP answers with no tokens; choices: sample")
 
 
+def read_clusters(file: str, evidence: Sequence[str]) -> Tensor:
+    """The centres in a file of scripts.clusters; ValueError for one of other evidence."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            seen, centres = (opened.metadata() or {}).get("evidence", ""), opened.get_tensor("centres")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"router.clusters: {file}: not readable as safetensors ({error})") from None
+    if set(seen.split()) != set(evidence):
+        raise ValueError(
+            f"router.clusters: {file} has clusters of {seen or 'nothing'}, and router.evidence is {evidence}"
+        )
+    return centres
+
+
 def only_adapter(folder: str | Path) -> list[Override]:
     """Overrides that make a PEFT folder, such as a merged adapter, a config's only expert, always on."""
     experts = {"merged": {"init_from": str(folder)}}
@@ -325,4 +340,5 @@ def build_router(config: RunConfig, bank: ExpertBank, dims: dict[str, int]) -> n
             dims=dims,
             num_tasks=len(config.data.tasks),
             **{name: getattr(router, name) for name in row.module_options},
+            **({} if router.clusters is None else {"centres": read_clusters(router.clusters, router.evidence)}),
         )

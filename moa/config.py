@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     RouterKind = Score = str
 else:
     RouterKind = Literal[tuple(kinds.KINDS)]
-    Score = Literal[(*SCORES, kinds.TABLE)]
+    Score = Literal[(*SCORES, kinds.TABLE, kinds.CLUSTER)]
 RANK, ALPHA = 8, 16.0  # of a fresh expert whose config names none
 ADAPTERS = ("adapter", "serial_adapter")  # kinds of expert around a module
 
@@ -148,7 +148,8 @@ class RouterConfig:
     # decided once per sample, at each token, or by both: their shares are mixed by a weight that each layer learns
     granularity: Literal["sample", "token", "both"] = "sample"
     # how features are compared with each expert's weights; table: no features, a learned logit per task and expert;
-    # arrow: of granularity token, weights that are computed from the experts and do not learn
+    # cluster: the same for each of the `clusters` of samples; arrow: of granularity token, weights that are computed
+    # from the experts and do not learn
     score: Score = "linear"
     # of granularity token and both: sites that one router serves, at the input of the first. input: q, k and v; gate
     # and up. module: an attention, an MLP, the projector. block: a layer
@@ -159,6 +160,7 @@ class RouterConfig:
     evidence: Annotated[list[Literal["image", "text", "ocr", "task"]], OF_RUN] = field(
         default_factory=lambda: ["image", "text", "ocr", "task"]
     )
+    clusters: FilePath | None = None  # of score cluster: file that scripts.clusters wrote of this evidence
     top_k: Size = 2  # experts kept per decision by kind top_k
     # of softmax and top_k: one choice more, no expert at all, for samples of `expert: none`
     null_expert: bool = False
@@ -218,7 +220,11 @@ class RouterConfig:
             check(fits, "granularity", f"both needs kind {able} and no learned noise or threshold; got {self.kind}")
             for key, usual in (("pool", "none"), ("per_site", False), ("bias_rate", None)):
                 check(getattr(self, key) == usual, key, "needs another granularity than both")
-            check(self.score not in (ARROW, kinds.TABLE), "score", f"{self.score} needs another granularity than both")
+            check(
+                self.score in SCORES and self.score != ARROW,
+                "score",
+                f"{self.score} needs another granularity than both",
+            )
         able = kinds.names(lambda kind: kind.null_expert)
         # the logarithm of a share is a logit up to a constant, which other kinds would read
         voting = kinds.names(lambda kind: kind.null_expert and not kind.learned_threshold)
@@ -248,13 +254,17 @@ class RouterConfig:
         if self.score == ARROW:
             check(self.granularity == "token", "score", "arrow needs granularity token")
             check(not self.learned_threshold, "threshold", "needs a number with router.score=arrow, which learns none")
-        if self.score == kinds.TABLE:
-            check(self.granularity == "sample", "score", "table needs granularity sample")
-            check(self.evidence == ["task"], "evidence", f"must be [task] with router.score=table; got {self.evidence}")
-            check(not self.learned_threshold, "threshold", "needs a number with router.score=table, which learns none")
-            check(not self.learned_noise, "noise", "learned needs another score than table")
-        fits = self.row.learns == "gradient" and self.granularity != "token" and self.score != kinds.TABLE
-        rule = f"needs a learned router of samples that reads the task, and another score than table; {self.score}, "
+        if self.score in (kinds.TABLE, kinds.CLUSTER):
+            check(self.granularity == "sample", "score", f"{self.score} needs granularity sample")
+            fits = self.score == kinds.CLUSTER or self.evidence == ["task"]
+            check(fits, "evidence", f"must be [task] with router.score=table; got {self.evidence}")
+            rule = f"needs a number with router.score={self.score}, which learns none"
+            check(not self.learned_threshold, "threshold", rule)
+            check(not self.learned_noise, "noise", f"learned needs another score than {self.score}")
+        given = self.clusters is not None
+        check(given == (self.score == kinds.CLUSTER), "clusters", "and router.score=cluster need each other")
+        fits = self.row.learns == "gradient" and self.granularity != "token" and self.score in SCORES
+        rule = f"needs a learned router of samples that reads the task, and no score by a table; {self.score}, "
         rule += f"{self.kind}, {self.granularity}, {self.evidence}"
         check((fits and "task" in self.evidence) or not self.task_prior, "task_prior", rule)
         rule = f"must be one of {', '.join(self.row.noises) or 'none'} with router.kind={self.kind}, got {self.noise}"

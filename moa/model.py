@@ -150,9 +150,9 @@ class MixtureModel(nn.Module, ABC):
             for stream, own in ({"text": batch.token_samples()} | self._owners(batch)).items():
                 watch.tasks[stream] = batch.task_ids[own.clamp(min=0)].where(own >= 0, PADDING)
 
-    def evidence(self, batch: Batch, look: Look | None = None) -> Evidence:
-        """What the router may look at, from the backbone without experts, and without gradient."""
-        kinds, found = self.routing.evidence, dict[str, Tensor]()
+    def evidence(self, batch: Batch, look: Look | None = None, kinds: Collection[str] | None = None) -> Evidence:
+        """What the router may look at, or some kinds of evidence, from the backbone without experts and gradient."""
+        kinds, found = self.routing.evidence if kinds is None else kinds, dict[str, Tensor]()
         with torch.no_grad(), self.bank.context.disabled():
             if "image" in kinds:
                 look = look or self.backbone.look(batch)

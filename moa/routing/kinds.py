@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 TABLE = "table"  # a score without features: the logits of a task are what is learned
+CLUSTER = "cluster"  # those of the cluster of samples that one is nearest to
 TABLE_OPTIONS = ("experts", "sites", "num_tasks", "per_site", "modality_dropout")
 
 
@@ -106,8 +107,10 @@ def fixed(*, expert_ids: Any, weights: Any, mask: Any, **_: Any) -> "Decided":
 
 
 def learned_router(**options: Any) -> "nn.Module":
-    from moa.routing.router import Router, TableRouter
+    from moa.routing.router import ClusterRouter, Router, TableRouter
 
+    if options.get("score") == CLUSTER:
+        return ClusterRouter(**{key: options[key] for key in (*TABLE_OPTIONS, "evidence", "centres")})
     if options.get("score") == TABLE:
         return TableRouter(**{key: options[key] for key in TABLE_OPTIONS})
     return Router(**options)

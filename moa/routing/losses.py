@@ -198,6 +198,7 @@ def divergence_loss(
 
     weights, unit = _weights(probs, mask), math.log(max(probs.shape[-1], 2))
     mean = torch.einsum("t,ste->se", weights, probs) / weights.sum().clamp(min=1)
+    mean = mean.clamp(min=torch.finfo(mean.dtype).tiny)  # without tokens it is 0, where the entropy has no gradient
     whole = (torch.special.entr(mean).sum(-1) / unit).clamp(max=EVEN)
     each = (torch.special.entr(probs).sum(-1) / unit).clamp(min=SURE)
     own = (each * weights).sum(1) / weights.sum().clamp(min=1)

@@ -36,6 +36,7 @@ AXES = {
     r"encoders\.task\.weight": ("task",),
     r"table": ("site", "task", "expert"),
     r"prior": ("task", "expert"),
+    r"cluster_table": ("site", "cluster", "expert"),
     r"task_sums": ("expert", "task"),
     r"\w+_(sums|counts)": ("expert",),
 }
@@ -177,6 +178,62 @@ class TableRouter(KeepsPrecision):
         return self.table[:, ids.clamp(min=0)].transpose(0, 1) * known[:, None, None]
 
 
+class ClusterRouter(KeepsPrecision):
+    """Learned logits of each cluster of samples, with `per_site` for each layer by itself (MoCLE, arXiv 2312.12379).
+
+    `centres` are those of k-means over what `described` gives for training samples, and stay. A sample without any of
+    the evidence gets zeros, all alike.
+    """
+
+    def __init__(
+        self,
+        *,
+        experts: int,
+        sites: int,
+        evidence: Sequence[str],
+        centres: Float[Tensor, "cluster feature"],
+        num_tasks: int = 0,
+        per_site: bool = False,
+        modality_dropout: float | int = 0.0,
+    ) -> None:
+        super().__init__()
+        self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
+        self.num_tasks, self.modality_dropout = num_tasks, modality_dropout
+        self.register_buffer("centres", centres.float())
+        self.cluster_table = nn.Parameter(torch.zeros(sites if per_site else 1, len(centres), experts))
+
+    def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch site expert"]:
+        features, present = described(evidence, self.evidence, self.num_tasks, withhold)
+        nearest = torch.cdist(features, self.get_buffer("centres")).argmin(-1)
+        if self.training and self.modality_dropout > 0:
+            kept = torch.rand(present.shape) >= self.modality_dropout
+            present = present & kept.to(present.device, non_blocking=True)
+        return self.cluster_table[:, nearest].transpose(0, 1) * present[:, None, None]
+
+
+def described(
+    evidence: Evidence, kinds: Sequence[str], num_tasks: int, withhold: Collection[str] = ()
+) -> tuple[Float[Tensor, "batch feature"], Bool[Tensor, " batch"]]:
+    """A sample's mean evidence of each kind, of length 1 or zeros, side by side; and whether it has any."""
+    parts, seen = [], []
+    for kind in kinds:
+        features, present = pooled(kind, evidence, num_tasks)
+        present = torch.zeros_like(present) if kind in withhold else present
+        parts.append(F.normalize(features, dim=-1) * present[:, None])
+        seen.append(present)
+    return torch.cat(parts, -1), torch.stack(seen).any(0)
+
+
+def pooled(kind: str, evidence: Evidence, num_tasks: int) -> tuple[Tensor, Tensor]:
+    """The mean of a sample's tokens of one kind in float32, of a task a row of the identity; and where it has some."""
+    if kind == "task":
+        ids: Any = evidence.task_ids
+        return F.one_hot(ids.clamp(min=0), num_tasks).float(), ids >= 0
+    tokens, mask = getattr(evidence, f"{kind}_tokens"), getattr(evidence, f"{kind}_mask")
+    weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+    return torch.einsum("bt,btd->bd", weights, tokens.float()), mask.any(1)
+
+
 class Scores(nn.Linear):
     """The last layer: logits by a row of `moa.routing.scores`, of which linear alone has a bias."""
 
@@ -286,7 +343,7 @@ class AnchorRouter(nn.Module):
     def update(self, evidence: Evidence, expert_ids: Int[Tensor, " batch"]) -> None:
         """Add a batch to the anchors of its samples' experts."""
         for kind in self.evidence:
-            features, present = self._features(kind, evidence)
+            features, present = pooled(kind, evidence, self.num_tasks)
             sums, counts = self.get_buffer(f"{kind}_sums"), self.get_buffer(f"{kind}_counts")
             new_sums, new_counts = anchor_sums(sums, counts, features, present, expert_ids)
             sums.copy_(new_sums)
@@ -296,7 +353,7 @@ class AnchorRouter(nn.Module):
         """Logits in float32; kinds in `withhold` are left out."""
         total = count = seen = torch.zeros(())
         for kind in self.evidence:
-            features, present = self._features(kind, evidence)
+            features, present = pooled(kind, evidence, self.num_tasks)
             if kind in withhold:
                 present = torch.zeros_like(present)
             sums, counts = self.get_buffer(f"{kind}_sums"), self.get_buffer(f"{kind}_counts")
@@ -306,11 +363,3 @@ class AnchorRouter(nn.Module):
         # an expert that has no sample yet takes no share from those that have, or the first skill would be a fifth
         unseen = (seen == 0) & (seen > 0).any()
         return logits.masked_fill(unseen, NEVER)[:, None]
-
-    def _features(self, kind: str, evidence: Evidence) -> tuple[Tensor, Tensor]:
-        if kind == "task":
-            ids: Any = evidence.task_ids
-            return F.one_hot(ids.clamp(min=0), self.num_tasks).float(), ids >= 0
-        tokens, mask = getattr(evidence, f"{kind}_tokens"), getattr(evidence, f"{kind}_mask")
-        weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
-        return torch.einsum("bt,btd->bd", weights, tokens.float()), mask.any(1)

@@ -38,7 +38,7 @@ OTHER = {
         "per_site": True, "task_prior": True, "modality_dropout": 0.2, "weights": {"vqa": 0.5}, "top_p": 0.5,
         "threshold": 0.1,
         "normalize": True, "renormalize": False, "noise": "gaussian", "bias_rate": 0.1, "root_gradient": True,
-        "added_up": ["x"], "noise_scale": 2.0, "straight_through": True,
+        "added_up": ["x"], "noise_scale": 2.0, "straight_through": True, "clusters": "x",
     },
     "losses": {
         **{field.name: 0.3 for field in dataclasses.fields(LossConfig)},
@@ -76,7 +76,7 @@ def plain_logits() -> torch.Tensor:
 
 def small(expert: ExpertConfig) -> ExpertConfig:
     active = 1 if expert.active_ranks is not None else None
-    return dataclasses.replace(expert, rank=2, alpha=4.0, active_ranks=active)
+    return dataclasses.replace(expert, rank=2, alpha=expert.alpha and 4.0, active_ranks=active)
 
 
 def shrunk(config: RunConfig) -> RunConfig:

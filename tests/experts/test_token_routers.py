@@ -260,10 +260,8 @@ def test_decoding_keeps_the_gates_of_the_prompt(pool):
 
 @torch.no_grad()
 def test_samples_and_tokens_decide_together_by_a_weight_of_each_layer():
-    model, calls = routed("input", "top_k", granularity="both", top_k=2), {}
+    model, calls = make_model("top_k", granularity="both", top_k=2), {}
     bank = model.bank
-    for site in bank.sites.values():
-        site.token_router = None
     bank.add_token_routers(share="input", std=1.0, mixed=True)
     depths = torch.cat([*bank.depths().values()])
     assert torch.equal(depths, torch.linspace(-2, 2, len(bank.token_routers())))
@@ -292,9 +290,7 @@ def test_samples_and_tokens_decide_together_by_a_weight_of_each_layer():
 
 
 def test_a_router_of_samples_and_the_weights_of_layers_learn_beside_tokens():
-    model = routed("site", "softmax", granularity="both")
-    for site in model.bank.sites.values():
-        site.token_router = None
+    model = make_model(granularity="both")
     model.bank.add_token_routers(std=1.0, mixed=True)
     out = model(batch_of(model))
     (out.loss_per_sample.sum() + out.aux["divergence"]).backward()

@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 import torch
 
-from moa.routing.router import EVIDENCE, AnchorRouter, Evidence, Router
+from moa.routing.clusters import k_means
+from moa.routing.router import EVIDENCE, AnchorRouter, ClusterRouter, Evidence, Router, described
 
 DIMS = {"image": 6, "text": 5}
 PADDED = {
@@ -314,3 +315,22 @@ def test_a_prior_of_the_task_is_added_to_the_logits_and_to_none_of_an_unknown_or
     torch.testing.assert_close(hidden, hidden[2:].expand_as(hidden))
     router(evidence)[0].sum().backward()
     assert torch.equal(router.prior.grad, torch.tensor([[1.0, 1, 1], [0, 0, 0]]))
+
+
+def test_clusters_of_apart_evidence_are_found_and_each_has_its_row_of_logits():
+    torch.manual_seed(0)
+    middles = torch.eye(5)[:3] * 4
+    tokens = (middles.repeat_interleave(10, 0) + 0.1 * torch.randn(30, 5))[:, None]
+    evidence = Evidence(text_tokens=tokens, text_mask=torch.ones(30, 1, dtype=torch.bool))
+    features, present = described(evidence, ["text"], 0)
+    centres, sizes = k_means([features[:12], features[12:]], 3, 4, 0)
+    assert present.all() and sizes == [10, 10, 10]
+    torch.testing.assert_close(centres.norm(dim=-1), torch.ones(3), atol=0.02, rtol=0)
+    router = ClusterRouter(experts=2, sites=4, evidence=("text",), centres=centres, per_site=True)
+    torch.nn.init.normal_(router.cluster_table)
+    logits = router(evidence)
+    found = [router.cluster_table.flatten(2).eq(row[:, None]).all(0).all(-1).nonzero().item() for row in logits]
+    assert all(len({*found[start : start + 10]}) == 1 for start in (0, 10, 20)) and len({*found}) == 3
+    torch.testing.assert_close(router(evidence, withhold=("text",)), torch.zeros(30, 4, 2))
+    with pytest.raises(ValueError, match="31 clusters of 30 different samples"):
+        k_means([features], 31, 1, 0)
