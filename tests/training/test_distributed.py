@@ -147,13 +147,16 @@ def deals_in_turn(names: list[str], seed: int, num_steps: int) -> bool:
 
 
 def together(folder: Path) -> dict:
-    """A frozen expert, two that share their A, hold a start and have gates of their ranks, checkpointing, accumulation,
-    clipping, weight decay, a trained projector, and a later stage that starts from an adapter."""
+    """A frozen expert, a sparse one, two that share their A, hold a start and have gates of their ranks, checkpointing,
+    accumulation, clipping, weight decay, a trained projector, and a later stage that starts from an adapter."""
     folder.mkdir()
     world = toy_world(folder)
-    own = {"rank": 2, "alpha": 4, "init": "random_b"}
+    own = {"rank": 2, "alpha": 4, "init": "random_b", "targets": [*world["model"]["targets"]]}
+    attention = r"model\.language_model\.layers\.\d+\.self_attn\.q_proj"
+    world["model"]["targets"].append(attention)
     world["experts"] = {name: {**own, "share_a": "one", "rank_gates": "task"} for name in ("vqa", "grounding")}
     world["experts"]["spare"] = {"frozen": True, "init_from": str(folder / "adapter")}
+    world["experts"]["sparse"] = {"kind": "sparse", "rank": 2, "gate": "always", "targets": [attention]}
     world["model"]["train_projector"] = True
     world["router"]["per_site"] = True
     world["train"] = {
