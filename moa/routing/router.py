@@ -150,10 +150,14 @@ class Router(KeepsPrecision):
         if withheld:
             present = torch.zeros_like(present)
         elif self.training and self.modality_dropout > 0:
-            # One stream of random numbers on the CPU: the same draws on every device.
-            kept = torch.rand(present.shape) >= self.modality_dropout
-            present = present & kept.to(present.device, non_blocking=True)
+            present = some_hidden(present, self.modality_dropout)
         return torch.where(present[:, None], vector, self.missing[kind]), present
+
+
+def some_hidden(present: Bool[Tensor, " batch"], share: float | int) -> Bool[Tensor, " batch"]:
+    """Without those that training hides by chance. One stream of random numbers on the CPU: the same on all devices."""
+    kept = torch.rand(present.shape) >= share
+    return present & kept.to(present.device, non_blocking=True)
 
 
 class TableRouter(KeepsPrecision):
@@ -173,8 +177,7 @@ class TableRouter(KeepsPrecision):
         ids: Any = evidence.task_ids
         known = ids >= 0 if "task" not in withhold else torch.zeros_like(ids, dtype=torch.bool)
         if self.training and self.modality_dropout > 0:
-            kept = torch.rand(known.shape) >= self.modality_dropout
-            known = known & kept.to(known.device, non_blocking=True)
+            known = some_hidden(known, self.modality_dropout)
         return self.table[:, ids.clamp(min=0)].transpose(0, 1) * known[:, None, None]
 
 
@@ -206,8 +209,7 @@ class ClusterRouter(KeepsPrecision):
         features, present = described(evidence, self.evidence, self.num_tasks, withhold)
         nearest = torch.cdist(features, self.get_buffer("centres")).argmin(-1)
         if self.training and self.modality_dropout > 0:
-            kept = torch.rand(present.shape) >= self.modality_dropout
-            present = present & kept.to(present.device, non_blocking=True)
+            present = some_hidden(present, self.modality_dropout)
         return self.cluster_table[:, nearest].transpose(0, 1) * present[:, None, None]
 
 
