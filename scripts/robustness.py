@@ -18,6 +18,9 @@ from moa.cli.command import run_command
 from moa.cli.ranges import Count, FilePath, Seed
 
 if TYPE_CHECKING:
+    from moa.evaluation.result import Result
+    from moa.evaluation.robustness import View
+
     Name = str
 else:
     from data.corruption import CORRUPTIONS
@@ -41,24 +44,25 @@ def measure(settings: RobustnessSettings, console: Console) -> None:
     if not settings.run or not settings.corruptions:
         raise ValueError("run and corruptions are needed; see --help")
     from moa.analysis.plots import robustness_chart
-    from moa.evaluation.models import EvaluatedModel, find_models, open_model, pick_device
+    from moa.evaluation.models import find_models, open_model, pick_device
     from moa.evaluation.robustness import FILE, study, table
     from moa.evaluation.settings import with_eval
     from moa.evaluation.sources import score_sources
     from moa.files.atomic import write_json
 
-    model: EvaluatedModel
     (model,) = find_models([settings.run], None)
     own = {"num_samples": settings.num_samples or model.config.eval.num_samples, "gates": settings.gates}
-    # a spoilt question that no longer fits is counted, with the score 0
-    config = with_eval(model.config, num_images=0, on_bad_sample="skip", **own)
+    config = with_eval(model.config, num_images=0, **own)
+    lenient = with_eval(config, on_bad_sample="skip")  # a spoilt question that no longer fits has the score 0
     network = open_model(model, pick_device(settings.device))
     network.answering()  # refuses a CLIP
-    record = study(
-        lambda view: score_sources(network, config, progress=settings.progress, view=view),
-        settings.corruptions,
-        settings.seed,
-    )
+
+    def score(view: "View | None") -> "Sequence[Result]":
+        if view is None:
+            return score_sources(network, config, progress=settings.progress)
+        return score_sources(network, lenient, progress=settings.progress, view=view)
+
+    record = study(score, settings.corruptions, settings.seed)
     folder = Path(settings.out) if settings.out is not None else model.folder / "robustness"
     write_json(folder / FILE, {"run": settings.run, "gates": settings.gates, "seed": settings.seed, **record})
     robustness_chart(folder / "robustness.png", record)

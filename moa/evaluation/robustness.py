@@ -37,9 +37,12 @@ class Spoilt:
         return spoilt(self.dataset[index], self.name, self.strength, self.seed)
 
 
-def study(score: Callable[[View], Sequence[Result]], names: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Scores in per cent of the clean data sets, and of each corruption at each of its strengths, as a record."""
-    clean = columns_of(score(lambda dataset: dataset))
+def study(score: Callable[[View | None], Sequence[Result]], names: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Scores in per cent of the clean data sets, and of each corruption at each of its strengths, as a record.
+
+    `score` gives the results of the data sets under a view, or as they are.
+    """
+    clean = columns_of(score(None))
     record: dict[str, Any] = {"data_sets": [*clean], "clean": row_of(clean, clean), "corruptions": {}}
     for name in names:
         rows = {}

@@ -128,7 +128,7 @@ class GateState:
             if depth is not None:
                 sample = self._fitted(site, x, self.samples[self.streams[site]])
                 sample = sample if routed.choices is None else sample[..., list(routed.choices)]
-                logits = mixed_logits(logits, sample, depth)
+                logits = mixed_logits(logits, sample, depth.float())
             if self.pooling is not None:
                 logits = self.pooling.logits(site, self._of_samples(site, logits))
             bias = {"bias": self.biases[site].to(x.device)} if site in self.biases else {}
