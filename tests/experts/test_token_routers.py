@@ -258,6 +258,7 @@ def test_decoding_keeps_the_gates_of_the_prompt(pool):
 # Beside a router of samples ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_samples_and_tokens_decide_together_by_a_weight_of_each_layer():
     model, calls = make_model("top_k", granularity="both", top_k=2), {}
@@ -289,6 +290,7 @@ def test_samples_and_tokens_decide_together_by_a_weight_of_each_layer():
     assert torch.equal(whole, again)
 
 
+@pytest.mark.slow
 def test_a_router_of_samples_and_the_weights_of_layers_learn_beside_tokens():
     model = make_model(granularity="both")
     model.bank.add_token_routers(std=1.0, mixed=True)
