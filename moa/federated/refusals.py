@@ -111,6 +111,8 @@ def check_group_experts(settings: GroupsConfig, config: RunConfig, names: Sequen
         own = config.experts[name]
         if own.shape != first.shape:
             raise ValueError(f"groups.by: experts {names[0]} and {name} must be alike in rank, alpha, targets and init")
+        if own.kind == "sparse":
+            raise ValueError(f"groups.by: {name} is of kind=sparse, and each such expert has places of its own")
         if own.init_from is not None:
             raise ValueError(f"groups.by: all experts of groups start alike, and {name} has init_from={own.init_from}")
     if settings.by == "lora_B" and (STARTS[first.init].held or first.kind != "lora"):
