@@ -19,6 +19,7 @@ class Family:
     """One architecture. Paths are of modules in the conditional-generation model."""
 
     tower: str = "model.vision_tower"
+    language: str = "model.language_model"
     projectors: tuple[str, ...] = ("model.multi_modal_projector",)  # the first is what tokens enter
     rows: Rows = "images"
     image_width: Callable[[Any], int]  # of the tokens that enter the projector, from the config
@@ -51,6 +52,7 @@ def feature_layer(config: Any) -> int | Sequence[int]:
 LLAVA: dict[str, Any] = {"image_width": hidden_size, "feature_layers": feature_layer}
 IDEFICS: dict[str, Any] = {
     "tower": "model.vision_model",
+    "language": "model.text_model",
     "projectors": ("model.connector",),
     "rows": "slots",
     "image_width": hidden_size,

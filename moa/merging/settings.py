@@ -204,6 +204,31 @@ class DistillConfig:
             raise ValueError("temperature: has no effect with loss=labels; leave it out")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransplantConfig:
+    """A text model's update is put on the language model of a VLM."""
+
+    vlm: FilePath | None = None  # checkpoint of the VLM
+    adapter: FilePath | None = None  # PEFT LoRA of a text model
+    model: FilePath | None = None  # or a whole text model, such as a tuned or a reward model
+    # the text model's base; of an adapter null: the one that it names, where that is a folder
+    text: FilePath | None = None
+    out: FilePath | None = None  # folder to write: an adapter, or of a whole model a checkpoint
+    weight: float = 1.0  # of the update; below 0 subtracts it
+    # regular expressions: layers (of an adapter) or weights (of a model) that stay behind, such as score or lm_head
+    drop: list[str] = field(default_factory=list)
+    other_base: bool = False  # allow another config or other ids of tokens than the VLM's language model has
+    dtype: Dtype = "auto"  # auto: as the adapter, or the VLM
+    max_shard_gb: Positive = 5.0  # largest file of a checkpoint
+    verify: bool = True  # of an adapter: reload in a fresh process and compare
+    num_probes: Count = 4  # prompts in that comparison
+    new_tokens: Count = 8  # greedy tokens of each
+
+    def __post_init__(self) -> None:
+        if self.weight == 0:
+            raise ValueError("weight: 0 moves nothing")
+
+
 # What is merged -> the settings of that command.
 COMMANDS: Mapping[str, type] = {
     "adapters": MergeExperts,

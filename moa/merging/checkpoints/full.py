@@ -83,12 +83,12 @@ def merge_checkpoints(
 
     def results(keys: Sequence[str]) -> Iterator[tuple[str, Iterator[Tensor]]]:
         for key in keys:
-            own = _mapped(inputs.base, key)
+            own = mapped(inputs.base, key)
             if key in inputs.kept:
                 yield key, iter([own.to(cast) if cast and own.is_floating_point() else own])
             else:
                 parts = difference_stack(inputs, key, depths[key]), chosen
-                yield key, _added(key, own, row.function(*parts, **settings), cast or own.dtype)
+                yield key, added(key, own, row.function(*parts, **settings), cast or own.dtype)
             on_key(key)
 
     manifest = _manifest(inputs, method)
@@ -183,7 +183,7 @@ def _check_config(name: str, model: Model, base: BaseFiles, rule: str) -> None:
             f"{where} model_type {kinds[1]!r}, and that of the base {base.folder} {kinds[0]!r}; "
             "base= must be the checkpoint that the model was trained from"
         )
-    odd = next(_differences(computing(base.config), computing(model.files.config)), None)
+    odd = next(differences(computing(base.config), computing(model.files.config)), None)
     if odd is not None and rule == "error":
         key, wanted, found = odd
         raise ValueError(
@@ -192,11 +192,11 @@ def _check_config(name: str, model: Model, base: BaseFiles, rule: str) -> None:
         )
 
 
-def _differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(key, value of the one, of the other) of what two configs both have and hold otherwise."""
     if isinstance(one, dict) and isinstance(other, dict):
         for name in (name for name in one if name in other):
-            yield from _differences(one[name], other[name], f"{key}.{name}".lstrip("."))
+            yield from differences(one[name], other[name], f"{key}.{name}".lstrip("."))
     elif one != other:
         yield key, one, other
 
@@ -221,19 +221,19 @@ def difference_stack(inputs: Inputs, key: str, depth: float) -> Stack:
     shape = inputs.base.shapes[key]
     rows = shape[0] if len(shape) > 1 else 1
     cols = torch.Size(shape[1:] if len(shape) > 1 else shape).numel()
-    base = _mapped(inputs.base, key).view(rows, cols)
+    base = mapped(inputs.base, key).view(rows, cols)
     having = {
         index: (f"models.{name}", model.files, model.keys[key])
         for index, (name, model) in enumerate(inputs.models.items())
         if key in model.keys
     }
-    mapped = {i: _mapped(files, own).view(rows, cols) for i, (_, files, own) in having.items()}
+    opened = {i: mapped(files, own).view(rows, cols) for i, (_, files, own) in having.items()}
 
     def read(start: int, stop: int) -> Tensor:
-        own = _finite(base[start:stop].to(COMPUTE), "base", inputs.base, key)
+        own = finite(base[start:stop].to(COMPUTE), "base", inputs.base, key)
         block = torch.zeros(len(inputs.models), *own.shape, dtype=COMPUTE)
-        for index, tensor in mapped.items():
-            torch.sub(_finite(tensor[start:stop], *having[index]), own, out=block[index])
+        for index, tensor in opened.items():
+            torch.sub(finite(tensor[start:stop], *having[index]), own, out=block[index])
         return block
 
     return Stack(
@@ -246,13 +246,13 @@ def difference_stack(inputs: Inputs, key: str, depth: float) -> Stack:
     )
 
 
-def _mapped(files: BaseFiles, key: str) -> Tensor:
+def mapped(files: BaseFiles, key: str) -> Tensor:
     """A tensor on the disk: nothing is read before it is used, and its file stays mapped as long as it lives."""
     with safe_open(files.folder / files.files[key], framework="pt") as file:
         return file.get_tensor(key)
 
 
-def _finite(block: Tensor, what: str, files: BaseFiles, key: str) -> Tensor:
+def finite(block: Tensor, what: str, files: BaseFiles, key: str) -> Tensor:
     """The block; ValueError naming the model, its file and key where a value is NaN or infinite."""
     if not all_finite(block):
         where = f"{what}: {files.folder / files.files[key]}"
@@ -260,7 +260,7 @@ def _finite(block: Tensor, what: str, files: BaseFiles, key: str) -> Tensor:
     return block
 
 
-def _added(key: str, own: Tensor, merged: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+def added(key: str, own: Tensor, merged: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """base + merged in the stored dtype, in blocks of rows; ValueError where a value is not finite, or does not fit."""
     own, step = own.view(merged.shape), max(1, BLOCK_VALUES // merged.shape[1])
     for start in range(0, len(merged), step):

@@ -1,0 +1,30 @@
+"""A text LoRA, or what a whole text model learned, on the language model of a VLM of the same family.
+
+    python -m scripts.transplant adapter=TEXT_LORA vlm=VLM out=OUT
+    python -m scripts.transplant model=TEXT_TUNED text=TEXT_BASE vlm=VLM weight=0.5 out=OUT
+
+Layers are found by the VLM family's own names and must have the same shapes; vision tower and projector stay as they
+are. A vocabulary with other ids, or a config that computes otherwise, is refused. The first writes a PEFT folder, which
+plain PEFT loads and scripts.merge takes with others of the VLM; the second a checkpoint with manifest.json.
+"""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from moa.cli.command import run_command
+from moa.merging.settings import TransplantConfig
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    run_command(TransplantConfig, transplant, __doc__, argv)
+
+
+def transplant(settings: TransplantConfig, console: Console) -> None:
+    from moa.merging.transplant import transplant as run
+
+    run(settings, console)
+
+
+if __name__ == "__main__":
+    main()
