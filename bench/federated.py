@@ -145,16 +145,16 @@ def store_updates(run: Path, settings: Settings) -> None:
 
 def aggregate_files(run: Path, settings: Settings) -> dict[str, float]:
     from moa.federated.aggregate import aggregate
-    from moa.federated.store import load_updates
+    from moa.federated.store import StoredUpdates
 
     clients = [f"client-{number}" for number in range(settings.clients)]
     server, roles, pieces = make_server(settings)
     began = time.perf_counter()
-    _, report = aggregate(server, load_updates(run, 1, clients), roles, pieces)
+    _, report = aggregate(server, StoredUpdates(run=run, round=1, clients=clients), roles, pieces)
     seconds, peak = time.perf_counter() - began, process_kib("VmHWM")
     assert not report.refused and len(report.roles) == settings.experts
     began = time.perf_counter()
-    for update in load_updates(run, 1, clients):
+    for update in StoredUpdates(run=run, round=1, clients=clients):
         for value in update.values.values():
             value.sum()
     reading = time.perf_counter() - began

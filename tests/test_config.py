@@ -260,7 +260,7 @@ HUGE = ("router.weights", "num_samples", "alpha", "temperature", "losses.", "lr.
         "max_non_finite_steps", "every", "seed", "max_ocr_words", "num_images", "num_probes", "new_tokens",
         "max_shard_gb", "last", "limit", "show", "similarity", "budget", "bound", "penalty", "values.", "runs",
         "noise", "train.statistics", "ridge", "iterations", "bias_rate", "zipf", "min_samples", "rounds",
-        "num_questions")  # fmt: skip
+        "num_questions", "screen")  # fmt: skip
 
 
 def numbers() -> Iterator[tuple[type, str, str]]:

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, signature
 from typing import Any
@@ -21,6 +22,7 @@ from moa.federated import rules
 from moa.federated.pieces import Piece, Role, join
 
 Tensors = Mapping[str, Tensor]
+ByRole = Mapping[str, Sequence[Piece]]
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 MERGE = "merge:"
 STREAMED = ("mean", "sum")
@@ -202,10 +204,9 @@ class _Total:
         self.weights.append(weight)
         own = {piece.name: update.values[piece.name] for piece in self.pieces}
         if self.role.clip is not None:
-            changes = {name: value.double() - self.start[name] for name, value in own.items()}
-            norm = math.sqrt(math.fsum(float(change.square().sum()) for change in changes.values()))
+            norm, largest = norm_of(own, self.start), self.role.clip
             if norm > self.role.clip:
-                own = {n: self.start[n] + rules.clip(change, norm, self.role.clip) for n, change in changes.items()}
+                own = {n: self.start[n] + rules.clip(v.double() - self.start[n], norm, largest) for n, v in own.items()}
         if self.role.rule not in STREAMED:
             self.values.append(own)
             return
@@ -227,10 +228,13 @@ class _Total:
         if self.role.rule == "sum":  # of changes
             return {name: total - (count - 1) * self.start[name].double() for name, total in self.sums.items()}
         values, weights = self.ordered()
-        rows = torch.stack([torch.cat([own[p.name].double().flatten() for p in self.pieces]) for own in values])
-        found = rules.ROBUST[self.role.rule](rows, torch.tensor(weights).double(), **self.role.options)
-        parts = found.split([piece.numel for piece in self.pieces])
-        return {piece.name: part.view(piece.shape) for piece, part in zip(self.pieces, parts, strict=True)}
+        found: dict[str, Tensor] = {}
+        for together in [[p] for p in self.pieces] if self.role.rule in rules.BY_NUMBER else [self.pieces]:
+            rows = torch.stack([torch.cat([own[p.name].double().flatten() for p in together]) for own in values])
+            mean = rules.ROBUST[self.role.rule](rows, torch.tensor(weights).double(), **self.role.options)
+            parts = mean.split([piece.numel for piece in together])
+            found |= {piece.name: part.view(piece.shape) for piece, part in zip(together, parts, strict=True)}
+        return found
 
     def finish(self, server: Server) -> tuple[dict[str, Tensor], dict[str, Tensors], dict[str, Tensor], RoleReport]:
         """The new values by piece, the optimiser's state, other tensors that changed, and the report."""
@@ -287,21 +291,59 @@ class _Total:
         return values, more, {"covariance": math.sqrt(left_out / (whole or 1.0)), "lost": lost}
 
 
+def norm_of(values: Tensors, start: Tensors) -> float:
+    """Of the change of all pieces together."""
+    return math.sqrt(math.fsum(float((v.double() - start[name]).square().sum()) for name, v in values.items()))
+
+
+def screened(
+    server: Server, updates: Iterable[Update], roles: Sequence[Role], by_role: ByRole, most: float
+) -> dict[str, str]:
+    """Why updates are refused whose change of a role is far larger than the others'; see `rules.outliers`."""
+    norms: dict[str, dict[str, float]] = {role.name: {} for role in roles}
+    base, seen = server.base(), set[str]()
+    for update in updates:
+        with suppress(ValueError):  # refused for another reason
+            for role, _ in accept(update, server.round, base, seen, roles, by_role):
+                own = {piece.name: update.values[piece.name] for piece in by_role[role.name]}
+                start = _values(server, by_role[role.name], scope_of(role, update))
+                norms[role.name][update.client] = norm_of(own, start)
+            seen |= {update.client}
+    found = {}
+    for name, row in norms.items():
+        clients, values = [*row], torch.tensor([*row.values()], dtype=torch.float64)
+        for place in rules.outliers(values, most):
+            times = values[place] / values[[k for k in range(len(clients)) if k != place]].quantile(0.5)
+            found[clients[place]] = f"its change of {name} is {float(times):.3g} times the median of the others"
+    return found
+
+
 def aggregate(
-    server: Server, updates: Iterable[Update], roles: Sequence[Role], pieces: Sequence[Piece]
+    server: Server,
+    updates: Iterable[Update],
+    roles: Sequence[Role],
+    pieces: Sequence[Piece],
+    *,
+    screen: float | None = None,
 ) -> tuple[Server, RoundReport]:
-    """The server after a round. ValueError for a table that is wrong; a wrong update is in the report."""
+    """The server after a round. ValueError for a table that is wrong; a wrong update is in the report.
+
+    With `screen`, deviations of norms above which an update is refused, the updates are read twice.
+    """
     check_roles(roles, pieces)
     base, seen, refused = server.base(), set[str](), list[tuple[str, str]]()
     by_role = {role.name: [piece for piece in pieces if piece.role == role.name] for role in roles}
     for role in (role for role in roles if role.into):
         if lost := [k for k in (carrying(role, p) for p in by_role[role.name]) if k not in server.tensors]:
             raise ValueError(f"roles.{role.name}.into: {role.into} has no {lost[0]}")
+    large = {} if screen is None else screened(server, updates, roles, by_role, screen)
     totals: dict[tuple[str, str], _Total] = {}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # a thread for each role
         for update in updates:
             try:
                 accepted = accept(update, server.round, base, seen, roles, by_role)
+                if update.client in large:
+                    raise ValueError(large[update.client])
             except ValueError as error:
                 refused.append((update.client, str(error)))
                 continue
@@ -338,7 +380,7 @@ def accept(
     base: str,
     seen: Collection[str],
     roles: Sequence[Role],
-    by_role: Mapping[str, Sequence[Piece]],
+    by_role: ByRole,
 ) -> list[tuple[Role, float]]:
     """The roles that an update contributes to, with its weights; ValueError with the reason to refuse it whole.
 

@@ -120,6 +120,8 @@ class FederatedConfig:
     last_round: dict[str, Count] = field(default_factory=dict)
     # added to each client's loss, with a weight: {prox: 0.01} is FedProx
     losses: dict[str, NotNegative] = field(default_factory=dict)
+    # refuse updates whose change of a role has a norm so many deviations above the median of the round; null: none
+    screen: Positive | None = None
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     # the table of roles: name, match, clients, weight, rule, server, scope, keep, elsewhere, ... (docs/federated.md);
     # empty: the mean of everything over all clients (FedAvg)

@@ -8,6 +8,7 @@ and the second term, the covariance, is 0 where one factor is common to all: tha
 `carry` and `stack` keep it. A pair of factors is (A [rank, in], B [out, rank]); every client has the same scaling.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -101,6 +102,20 @@ def clip(delta: Tensor, norm: float, largest: Number) -> Tensor:
     return delta * min(1.0, largest / norm) if norm > 0 else delta
 
 
+def outliers(norms: Float[Tensor, " client"], most: Number) -> list[int]:
+    """The clients whose norm is more than `most` deviations above the median, of logarithms, and twice the median.
+
+    A deviation is 1.4826 median distances to the median, that of a normal distribution, which less than half of the
+    clients cannot move (Hampel 1974, doi 10.2307/2285666). Norms of 0 are left out; of two clients none is far.
+    """
+    logs = norms[norms > 0].double().log()
+    if len(logs) < 3:
+        return []
+    middle = logs.quantile(0.5)
+    far = max(most * 1.4826 * float((logs - middle).abs().quantile(0.5)), math.log(2))
+    return [place for place, own in enumerate(norms.tolist()) if own > 0 and math.log(own) - float(middle) > far]
+
+
 def median(values: Float[Tensor, "client size"], weights: Float[Tensor, " client"]) -> Float[Tensor, " size"]:
     """Of each number (Yin et al. 2018, arXiv 1803.01498, definition 1); the mean of the middle two of an even count."""
     order, middle = values.sort(dim=0).values, (len(values) - 1) / 2
@@ -159,6 +174,7 @@ ROBUST: dict[str, Callable[..., Tensor]] = {
     "krum": krum,
     "geometric_median": geometric_median,
 }
+BY_NUMBER = ("median", "trimmed_mean")  # of each number apart
 UNWEIGHTED = ("sum", "median", "trimmed_mean", "krum")
 
 

@@ -30,7 +30,7 @@ from moa.federated.pieces import Piece, Role, join
 from moa.federated.store import (
     Arrival,
     State,
-    load_updates,
+    StoredUpdates,
     save_arrival,
     save_state,
 )
@@ -131,9 +131,10 @@ class Federation:
             return
         arrivals = [self.arrivals[name] for name in sorted(self.arrivals)]  # however they came
         sent = [arrival.client for arrival in arrivals if arrival.update is not None]
-        updates = load_updates(self.folder, self.state.server.round, sent)
+        updates = StoredUpdates(run=self.folder, round=self.state.server.round, clients=sent)
         grouped, groups, lost = self.regrouped(updates)
-        server, report = aggregate(self.state.server, grouped, self.roles, self.pieces)
+        screen = self.config.federated.screen
+        server, report = aggregate(self.state.server, grouped, self.roles, self.pieces, screen=screen)
         report = replace(report, refused=(*lost, *report.refused))
         accepted = {*sent} - {name for name, _ in report.refused}
         kept = dict(self.state.kept)

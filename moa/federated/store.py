@@ -10,7 +10,7 @@
     record.json, values.safetensors, kept.safetensors
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,17 +148,24 @@ def load_arrivals(run: Path, round_: int) -> dict[str, Arrival]:
     return {folder.name: _load_arrival(folder) for folder in sorted(incoming(run, round_).glob("[!.]*"))}
 
 
-def load_updates(run: Path, round_: int, clients: Iterable[str]) -> Iterator[Update]:
-    """The updates of these clients, each read when it is asked for, so that memory is that of one.
+@dataclass(frozen=True, kw_only=True)
+class StoredUpdates:
+    """The updates of these clients, each read when it is its turn, so that memory is that of one.
 
     OSError for one that could be read on its arrival, and no longer can.
     """
-    for client in clients:
-        arrival = _load_arrival(incoming(run, round_) / client)
-        if arrival.update is None:
-            raise OSError(f"{incoming(run, round_) / client}: {arrival.failed}")
-        yield arrival.update
-        del arrival  # before the next is read
+
+    run: Path
+    round: int
+    clients: Sequence[str]
+
+    def __iter__(self) -> Iterator[Update]:
+        for client in self.clients:
+            arrival = _load_arrival(incoming(self.run, self.round) / client)
+            if arrival.update is None:
+                raise OSError(f"{incoming(self.run, self.round) / client}: {arrival.failed}")
+            yield arrival.update
+            del arrival  # before the next is read
 
 
 def _load_arrival(folder: Path) -> Arrival:

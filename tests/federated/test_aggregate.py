@@ -7,7 +7,7 @@ import torch
 
 from moa.federated.aggregate import Server, Update, aggregate, check_roles, deliver, digest_of, transfer
 from moa.federated.pieces import Names, Role, pieces_of
-from moa.federated.store import Arrival, incoming, load_updates, save_arrival
+from moa.federated.store import Arrival, StoredUpdates, incoming, save_arrival
 
 NAMES = Names(choices=("vqa", "ocr"), evidence=("image", "ocr"))
 ROLES = (
@@ -200,13 +200,30 @@ def test_updates_are_read_from_their_files_when_it_is_their_turn(tmp_path):
     for one in own:
         stored = save_arrival(tmp_path, 3, Arrival(client=one.client, steps=1, update=one)).update
         assert all(torch.equal(value, one.values[name]) for name, value in stored.values.items())
-    new, _ = run(load_updates(tmp_path, 3, ["c0", "c1"]))
+    updates = StoredUpdates(run=tmp_path, round=3, clients=["c0", "c1"])
+    new, _ = run(updates)
     assert all(torch.equal(tensor, run(own)[0].tensors[key]) for key, tensor in new.tensors.items())
-    left = load_updates(tmp_path, 3, ["c0", "c1"])
+    left = iter(updates)
     next(left)
     (incoming(tmp_path, 3) / "c1" / "values.safetensors").write_bytes(b"half")
     with pytest.raises(OSError, match="c1: torn"):
         next(left)
+
+
+@pytest.mark.parametrize("others", [("rest",), ("ocr", "rest")])
+def test_an_update_whose_change_is_far_larger_than_the_others_is_refused_whole(others):
+    clients = [update(k, sends=others) for k in range(5)]
+    start = server().tensors
+    large = {p.name: p.of(start) + 9 * (p.of(randoms(105)) - p.of(start)) for p in pieces_of(SHAPES, ROLES, NAMES)}
+    wrong = update(5, sends=("ocr", "rest"))
+    wrong = replace(wrong, values={name: large[name] for name in wrong.values})
+    roles, pieces = ROLES, pieces_of(SHAPES, ROLES, NAMES)
+    new, report = aggregate(server(), [wrong, *clients], roles, pieces, screen=5)
+    ((client, reason),) = report.refused
+    assert client == "c5" and "times the median of the others" in reason
+    alone, _ = aggregate(server(), clients, roles, pieces, screen=5)
+    assert all(torch.equal(new.tensors[key], alone.tensors[key]) for key in SHAPES)
+    assert len(aggregate(server(), [wrong, *clients], roles, pieces)[1].refused) == 0
 
 
 def test_the_base_names_values_and_scopes():

@@ -243,6 +243,16 @@ def test_robust_options_are_checked():
         rules.krum(torch.zeros(5, 1), torch.ones(5), chosen=5)
 
 
+def test_outliers_are_by_the_median_and_its_median_distance_of_logarithms():
+    logs = torch.tensor([0.0, 0.1, -0.1, 0.2, 0.9, -3.0])  # median 0.05, distances .05, .05, .15, .15, .85, 3.05
+    assert rules.outliers(logs.exp(), 0.85 / (1.4826 * 0.15) + 0.01) == []
+    assert rules.outliers(logs.exp(), 0.85 / (1.4826 * 0.15) - 0.01) == [4]
+    # however alike the others are, twice the median is near; what did not move is not compared
+    assert rules.outliers(torch.tensor([1.0, 1.0, 1.0, 1.9, 0.0, 0.0, 0.0]), 5) == []
+    assert rules.outliers(torch.tensor([1.0, 1.0, 1.0, 2.1, 0.0, 0.0, 0.0]), 5) == [3]
+    assert rules.outliers(torch.tensor([1.0, 1e9]), 5) == []
+
+
 def test_clipping_bounds_the_norm():
     delta = torch.tensor([3.0, 4.0])
     assert rules.clip(delta, 5.0, 1.0).norm() == 1 and torch.equal(rules.clip(delta, 5.0, 6.0), delta)
