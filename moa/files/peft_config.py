@@ -116,7 +116,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
 def check_config(config: Mapping[str, Any], source: str | Path, peft_type: str = LORA) -> None:
     """Raise ValueError naming `source` and the setting unless the config is a plain LoRA's, or of another type."""
     if config.get("peft_type") != peft_type:
-        why = f": {NO_LORA[got]}" if (got := config.get("peft_type")) in NO_LORA else ""
+        got = config.get("peft_type")
+        why = f": {NO_LORA[got]}" if isinstance(got, str) and got in NO_LORA else ""
         raise ValueError(f"{source}: peft_type must be {peft_type}, got {_shown(got)}{why}")
     if "r" not in config:
         raise ValueError(f"{source}: r is missing; it is the rank")
