@@ -8,6 +8,7 @@ most the last bit. An update that is not of this round, state and table is count
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,13 +27,15 @@ ByRole = Mapping[str, Sequence[Piece]]
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 MERGE = "merge:"
 STREAMED = ("mean", "sum")
-PAIRED = ("svd", "carry")  # and merge:METHOD
+FOLDING = ("carry", "stack")  # into a frozen expert
+PAIRED = ("svd", *FOLDING)  # and merge:METHOD
 
 
 def _without_options() -> None: ...
 
 
 RULES: dict[str, Callable[..., Any]] = {**dict.fromkeys(STREAMED, _without_options), **rules.ROBUST}
+RULES |= {"svd": _without_options, "carry": rules.carry, "stack": rules.fold}
 SERVERS: dict[str, Callable[..., Any]] = {"none": _without_options, **rules.SERVERS}
 GLOBAL, CLIENT = "", "client:"
 
@@ -107,7 +110,7 @@ def check_roles(roles: Sequence[Role], pieces: Sequence[Piece]) -> None:
     for role in roles:
         where = f"roles.{role.name}"
         if not is_paired(role) and role.rule not in RULES:
-            choices = (*RULES, *PAIRED, f"{MERGE}METHOD")
+            choices = (*RULES, f"{MERGE}METHOD")
             raise ValueError(f"{where}.rule: must be one of {choices}, got {role.rule!r}")
         if role.rule in rules.UNWEIGHTED and role.weight != "uniform":
             raise ValueError(f"{where}.weight: {role.rule} reads no weights; must be uniform, got {role.weight!r}")
@@ -115,27 +118,22 @@ def check_roles(roles: Sequence[Role], pieces: Sequence[Piece]) -> None:
             raise ValueError(f"{where}.server: must be one of {(*SERVERS,)}, got {role.server!r}")
         if is_paired(role) and role.server != "none":
             raise ValueError(f"{where}.server: {role.server} steps along a change; {role.rule} makes new factors")
-        if (role.into != "") != (role.rule == "carry"):
-            raise ValueError(
-                f"{where}.into: the expert that rule=carry adds to, and of no other rule, got {role.into!r}"
-            )
+        if (role.into != "") != (role.rule in FOLDING):
+            rule = "the expert that rule=carry or rule=stack adds to, and of no other rule"
+            raise ValueError(f"{where}.into: {rule}, got {role.into!r}")
         if role.into and (role.scope != "global" or any(p.key.startswith(f"experts.{role.into}.") for p in pieces)):
             raise ValueError(f"{where}.into: needs scope=global and a frozen expert in no role, got {role.into!r}")
-        _check_options(f"{where}.options", role.options, RULES.get(role.rule))
-        _check_options(f"{where}.server_options", role.server_options, SERVERS[role.server])
-        if role.rule in rules.ROBUST:
-            try:
-                rules.check_values(role.options)
-            except ValueError as error:
-                raise ValueError(f"{where}.{error}") from None
+        _check_options(f"{where}.", role.options, RULES.get(role.rule))
+        _check_options(f"{where}.server_", role.server_options, SERVERS[role.server])
         if is_paired(role):
             pairs_of(role, pieces)
             if role.rule.startswith(MERGE):
                 rules.check_merge(role.rule.removeprefix(MERGE), role.options)
-        ratio = role.options.get("ratio")
-        if role.rule == "carry" and not (isinstance(ratio, int | float) and ratio > 0):
-            rule = f"the scaling of the role's expert over that of {role.into}, more than 0"
-            raise ValueError(f"{where}.options.ratio: {rule}, got {ratio!r}")
+    filled = Counter(
+        carrying(role, piece) for role in roles if role.into for piece in pieces if piece.role == role.name
+    )
+    if twice := [key for key, number in filled.items() if number > 1]:
+        raise ValueError(f"roles: two experts add to {twice[0]}, and the second would undo the first")
 
 
 def _check_options(where: str, options: Mapping[str, Any], function: Callable[..., Any] | None) -> None:
@@ -144,7 +142,11 @@ def _check_options(where: str, options: Mapping[str, Any], function: Callable[..
     known = [name for name, p in signature(function).parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
     for key in options:
         if key not in known:
-            raise ValueError(f"{where}.{key}: no such option; it has {known or 'none'}")
+            raise ValueError(f"{where}options.{key}: no such option; it has {known or 'none'}")
+    try:
+        rules.check_values(options)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
 
 
 def is_paired(role: Role) -> bool:
@@ -271,10 +273,14 @@ class _Total:
             pairs = [(own[a.name].double(), own[b.name].double()) for own in all_values]
             norms.append(rules.covariance_norms(pairs, weights))
             like = self.start[a.name].double(), self.start[b.name].double()
-            if self.role.rule == "carry":
+            if self.role.into:
                 keys = [carrying(self.role, piece) for piece in (a, b)]
                 carried = tensors[keys[0]].double(), tensors[keys[1]].double()
-                pair, low = rules.carry(pairs, weights, carried, **self.role.options)
+                if self.role.rule == "carry":
+                    pair, low = rules.carry(pairs, weights, carried, **self.role.options)
+                else:
+                    low = rules.fold(pairs, weights, carried, **self.role.options)
+                    pair = like[0], torch.zeros_like(like[1])
                 both = rules.padded(low, carried)
                 more |= {key: new.to(tensors[key].dtype) for key, new in zip(keys, both, strict=True)}
             else:

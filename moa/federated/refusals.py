@@ -6,13 +6,14 @@
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from moa.config import ExpertConfig, RunConfig
 from moa.experts.starts import STARTS
 from moa.federated import rules
-from moa.federated.aggregate import carrying, is_paired
+from moa.federated.aggregate import FOLDING, carrying, is_paired
 from moa.federated.config import ClientConfig, GroupsConfig
 from moa.federated.pieces import Names, Piece, Role, Shape, in_rest, is_rest, select
 
@@ -37,6 +38,20 @@ def check_products(roles: Sequence[Role], pieces: Sequence[Piece], experts: Expe
                 raise ValueError(f"{where}, and {name} has a gate for each rank (rank_gates={expert.rank_gates})")
 
 
+def with_ratios(roles: Sequence[Role], pieces: Sequence[Piece], scalings: Sequence[Mapping[str, float]]) -> list[Role]:
+    """The roles with the `ratio` of carry and stack, where none is given: the scaling of theirs over that of `into`."""
+    found = []
+    for role in roles:
+        pairs = (
+            (own, name) for own in scalings for name in experts_of(role, pieces) if {name, role.into} <= own.keys()
+        )
+        if role.into and "ratio" not in role.options:
+            own, name = next(pairs, ({role.into: 1.0}, role.into))
+            role = replace(role, options={**role.options, "ratio": own[name] / own[role.into]})
+        found.append(role)
+    return found
+
+
 def check_carry(
     roles: Sequence[Role],
     pieces: Sequence[Piece],
@@ -48,14 +63,19 @@ def check_carry(
 
     `keys` are those of the server's tensors, `scalings` those of the experts at each site.
     """
-    for role in (role for role in roles if role.rule == "carry"):
+    for role in (role for role in roles if role.rule in FOLDING):
         where, sources, ratio = f"roles.{role.name}", experts_of(role, pieces), role.options["ratio"]
         if role.into not in experts:
             raise ValueError(f"{where}.into: no expert {role.into!r}; choices: {', '.join(experts)}")
         for name in (*sources, role.into):
             if experts[name].gate != "always":
-                rule = "carry adds updates up, so both experts need gate: always"
+                rule = f"{role.rule} adds updates up, so both experts need gate: always"
                 raise ValueError(f"{where}.rule: {rule}, and {name} has {experts[name].gate}")
+        if role.rule == "stack" and (held := [name for name in sources if STARTS[experts[name].init].held]):
+            rule = (
+                f"begins each round with B of 0, and experts.{held[0]}.init={experts[held[0]].init} subtracts a start"
+            )
+            raise ValueError(f"{where}.rule: stack {rule}")
         if lost := [key for key in (carrying(role, p) for p in pieces if p.role == role.name) if key not in keys]:
             raise ValueError(f"{where}.into: {role.into} has no {lost[0]}")
         for own in scalings:

@@ -28,7 +28,7 @@ class Role:
     keep: bool = False
     elsewhere: str = "trainable"
     clip: float | int | None = None  # the largest norm of a client's change of the role
-    into: str = ""  # with the rule carry, the frozen expert that it adds to
+    into: str = ""  # with the rules carry and stack, the frozen expert that they add to
     options: Mapping[str, Any] = field(default_factory=dict)  # of the rule
     server_options: Mapping[str, float | int] = field(default_factory=dict)
 

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moa.cli.ranges import Range
 from moa.merging.core import Factors, LowRank, compress, inner_product, to_core
 from moa.merging.methods.method import Method
 from moa.merging.methods.stack import stack_of
@@ -178,18 +179,25 @@ BY_NUMBER = ("median", "trimmed_mean")  # of each number apart
 UNWEIGHTED = ("sum", "median", "trimmed_mean", "krum")
 
 
-# Of options that are whole numbers: the least.
-WHOLE = {"wrong": 0, "chosen": 1, "steps": 1}
+# What the options of rules and server optimisers may be, with any number of clients.
+RANGES = {
+    **dict.fromkeys(("lr", "tau", "ratio"), Range(above=0)),
+    **dict.fromkeys(("beta", "beta1", "beta2"), Range(0, below=1)),
+    "share": Range(0, below=0.5),
+    "wrong": Range(0),
+    **dict.fromkeys(("chosen", "steps"), Range(1)),
+}
+WHOLE = ("wrong", "chosen", "steps")
 
 
 def check_values(options: Mapping[str, Any]) -> None:
-    """ValueError for a value that an option cannot have with any number of clients."""
+    """ValueError for a value that an option cannot have."""
     for key, value in options.items():
+        whole, rule = key in WHOLE, "a whole number" if key in WHOLE else "a number"
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if key == "share" and not (number and 0 <= value < 0.5):
-            raise ValueError(f"options.share: must be in [0, 0.5), got {value!r}")
-        if key in WHOLE and not (number and float(value).is_integer() and value >= WHOLE[key]):
-            raise ValueError(f"options.{key}: must be a whole number of {WHOLE[key]} or more, got {value!r}")
+        broken = RANGES[key].broken_by(value) if number else ""
+        if broken is not None or (whole and not float(value).is_integer()):
+            raise ValueError(f"options.{key}: must be {rule}{f', {broken}' if broken else ''}, got {value!r}")
 
 
 def least_clients(rule: str, options: Mapping[str, Any]) -> int:
@@ -289,6 +297,15 @@ def carry(
     """
     a, b = covariance(pairs, weights)
     return mean_factors(pairs, weights), fit([carried, (a, ratio * b)], len(carried[0]))
+
+
+def fold(pairs: Sequence[Factors], weights: Sequence[Number], carried: Factors, *, ratio: Number = 1) -> LowRank:
+    """The frozen always-on expert `carried` with the whole mean update added, whose own expert begins at 0 again.
+
+    FLoRA's stack (arXiv 2409.05976) is added to the base there; here the expert keeps its rank, as with `carry`.
+    """
+    a, b = stack(pairs, weights)
+    return fit([carried, (ratio * a, b)], len(carried[0]))
 
 
 def padded(low: LowRank, like: Factors) -> Factors:

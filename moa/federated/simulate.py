@@ -180,11 +180,13 @@ class Federation:
             "unmoved": [*report.unmoved],
             "bytes_up": ITEMSIZE * sent,
             "bytes_down": ITEMSIZE * received * len(self.drawn(report.round)),
-            "moved": {" ".join(filter(None, key)): row.moved for key, row in report.roles.items()},
-            "covariance": {
-                " ".join(filter(None, key)): row.covariance
-                for key, row in report.roles.items()
-                if row.covariance is not None
+            **{
+                fact: {
+                    " ".join(filter(None, key)): value
+                    for key, row in report.roles.items()
+                    if (value := getattr(row, fact)) is not None
+                }
+                for fact in ("moved", "covariance", "lost")
             },
         }
 

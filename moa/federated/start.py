@@ -32,6 +32,7 @@ from moa.federated.refusals import (
     check_senders,
     check_weights,
     common_factors,
+    with_ratios,
 )
 from moa.federated.simulate import ITEMSIZE, Federation, routed
 from moa.federated.store import (
@@ -242,10 +243,11 @@ def table_of(config: FederateConfig, model: MixtureModel, run: RunConfig) -> tup
     try:
         shapes = trainable(model, run)
         pieces = pieces_of(shapes, roles, names)
+        scalings = [site.scalings for site in model.bank.sites.values()]
+        roles = with_ratios(roles, pieces, scalings)
         check_roles(roles, pieces)
         check_products(roles, pieces, run.experts)
         own = {name: [*model.bank.named_parameters(name)] for name in model.bank.names}
-        scalings = [site.scalings for site in model.bank.sites.values()]
         check_carry(roles, pieces, run.experts, tensors_of(model, run).keys(), scalings)
         check_common(roles, pieces, shapes, common_factors(own))
         check_weights(roles, compares=model.backbone.compares)

@@ -329,6 +329,19 @@ def test_carry_puts_the_covariance_into_a_frozen_expert():
         run([update(k, roles, ("vqa", "other")) for k in range(2)], roles)
 
 
+def test_stack_puts_the_whole_mean_update_into_a_frozen_expert_and_begins_again():
+    roles = (replace(PAIRS[0], rule="stack", into="carry", options={"ratio": 2}), PAIRS[1])
+    keys = [key.replace("vqa", "carry") for key in (A, B)]
+    g = torch.Generator().manual_seed(1)
+    start = server(**{key: torch.randn(shape, generator=g) for key, shape in zip(keys, ((5, 7), (5, 5)), strict=True)})
+    own = [update(k, roles, ("vqa", "other"), start) for k in range(2)]
+    new, _ = run(own, roles, start)
+    exact = sum((k + 1) * u.values[B] @ u.values[A] for k, u in enumerate(own)) / 3
+    before, carried = (state.tensors[keys[1]] @ state.tensors[keys[0]] for state in (start, new))
+    torch.testing.assert_close(carried, before + 2 * exact, rtol=1e-4, atol=1e-5)
+    assert torch.equal(new.tensors[A], start.tensors[A]) and not new.tensors[B].any()
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -336,11 +349,14 @@ def test_carry_puts_the_covariance_into_a_frozen_expert():
         ({"rule": "median"}, "rest.weight: median reads no weights; must be uniform, got 'samples_of_role'"),
         ({"server": "sgd"}, "rest.server: must be one of"),
         ({"rule": "svd", "server": "adam"}, "rest.server: adam steps along a change"),
-        ({"into": "carry"}, "rest.into: the expert that rule=carry adds to"),
+        ({"into": "carry"}, "rest.into: the expert that rule=carry or rule=stack adds to"),
         ({"rule": "carry", "into": "vqa"}, "rest.into: needs scope=global and a frozen expert in no role"),
         ({"rule": "svd"}, r"rest.rule: svd needs both whole factors, got router.head.1.weight\[:,0:2\] alone"),
         ({"options": {"share": 0.2}}, "rest.options.share: no such option; it has none"),
         ({"server": "adam", "server_options": {"beta": 1}}, "server_options.beta: no such option; it has .*beta1"),
+        ({"server": "adam", "server_options": {"beta1": 1}}, "server_options.beta1: must be a number, below 1, got 1"),
+        ({"server": "yogi", "server_options": {"tau": 0}}, "server_options.tau: must be a number, above 0, got 0"),
+        ({"server": "momentum", "server_options": {"lr": -1}}, "server_options.lr: must be a number, above 0, got -1"),
         ({"match": ("experts:vqa", "router:rest"), "rule": "svd"}, "needs both whole factors"),
         ({"rule": "trimmed_mean", "weight": "uniform", "options": {"share": "x"}}, r"rest.options.share: .* got 'x'"),
         (
@@ -366,10 +382,16 @@ def test_a_merge_that_no_role_can_have_is_named_before_the_round(rule, said):
         check_roles(roles, pieces_of(SHAPES, roles, NAMES))
 
 
-@pytest.mark.parametrize("options", [{}, {"ratio": "x"}, {"ratio": 0}])
-def test_carry_needs_the_ratio_of_scalings(options):
-    roles = (replace(PAIRS[0], rule="carry", into="carry", options=options), PAIRS[1])
-    with pytest.raises(
-        ValueError, match=r"roles.vqa.options.ratio: the scaling of the role's expert over that of carry"
-    ):
+def test_two_experts_that_add_to_one_are_named():
+    both = Role(name="both", match=("experts:*",), rule="stack", into="carry")
+    roles = (both, Role(name="router", match=("router",)))
+    with pytest.raises(ValueError, match=r"roles: two experts add to experts.carry.q.lora_A.weight"):
+        check_roles(roles, pieces_of(SHAPES, roles, NAMES))
+
+
+@pytest.mark.parametrize("options", [{"ratio": "x"}, {"ratio": 0}])
+@pytest.mark.parametrize("rule", ["carry", "stack"])
+def test_the_ratio_of_scalings_is_above_0(rule, options):
+    roles = (replace(PAIRS[0], rule=rule, into="carry", options=options), PAIRS[1])
+    with pytest.raises(ValueError, match=r"roles.vqa.options.ratio: must be a number"):
         check_roles(roles, pieces_of(SHAPES, roles, NAMES))

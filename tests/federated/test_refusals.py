@@ -19,6 +19,7 @@ from moa.federated.refusals import (
     check_senders,
     check_weights,
     common_factors,
+    with_ratios,
 )
 from moa.federated.simulate import Federation
 
@@ -68,6 +69,19 @@ def test_carry_is_of_experts_that_are_always_on_by_the_ratio_of_their_scalings()
         check(name="x")
     with pytest.raises(ValueError, match="roles.one.into: carry has no experts.carry.q.lora_A.weight"):
         check(keys=[])
+
+
+def test_the_ratio_of_carry_and_stack_is_that_of_the_scalings():
+    scalings = [{"all": 2.0}, {"all": 2.0, "carry": 0.5}]
+    for rule in ("carry", "stack"):
+        roles, pieces = one("all", rule=rule, into="carry")
+        assert [role.options for role in with_ratios(roles, pieces, scalings)] == [{"ratio": 4.0}, {}]
+        roles, pieces = one("all", rule=rule, into="carry", options={"ratio": 1.0})
+        assert with_ratios(roles, pieces, scalings)[0].options == {"ratio": 1.0}
+    always, into = ExpertConfig(gate="always", init="random_b"), ExpertConfig(gate="always", frozen=True)
+    roles, pieces = one("all", rule="stack", into="carry", options={"ratio": 4.0})
+    with pytest.raises(ValueError, match="roles.one.rule: stack begins each round with B of 0, and experts.all.init"):
+        check_carry(roles, pieces, {"all": always, "carry": into}, [k.replace("all", "carry") for k in KEYS], scalings)
 
 
 def test_a_factor_of_several_experts_is_in_a_role_of_all_of_them():
