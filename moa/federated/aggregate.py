@@ -90,6 +90,8 @@ class RoundReport:
     roles: Mapping[tuple[str, str], RoleReport]  # by role and scope; those that nobody trained are absent
     refused: tuple[tuple[str, str], ...]  # client and reason
     unmoved: tuple[str, ...]  # roles, or scopes of one, without as many contributors as the rule needs
+    # role -> client -> client -> share of the other's value that it gets, of roles with `transfer`
+    transfers: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
 
 def digest_of(tensors: Mapping[str, Any]) -> str:
@@ -376,8 +378,12 @@ def aggregate(
     trained = {name for name, _ in reports}
     unmoved = tuple(role.name for role in roles if role.name not in trained and not role.keep)
     unmoved += tuple(f"{name} {scope}" for name, scope in sorted(few) if name in trained)
-    report = RoundReport(round=server.round, roles=reports, refused=tuple(refused), unmoved=unmoved)
-    return Server(round=server.round + 1, tensors=tensors, scoped=scoped, state=state), report
+    after, shares = Server(round=server.round + 1, tensors=tensors, scoped=scoped, state=state), {}
+    for role in (role for role in roles if role.transfer):
+        scopes = [scope for name, scope in reports if name == role.name]
+        after, shares[role.name] = transfer(after, role, pieces, scopes)
+    report = RoundReport(round=server.round, roles=reports, refused=tuple(refused), unmoved=unmoved, transfers=shares)
+    return after, report
 
 
 def accept(
@@ -448,28 +454,27 @@ def _values(server: Server, pieces: Sequence[Piece], scope: str) -> dict[str, Te
 
 
 def transfer(
-    server: Server, role: Role, pieces: Sequence[Piece], *, own: float = 0.5, nearest: int = 3
+    server: Server, role: Role, pieces: Sequence[Piece], of: Collection[str]
 ) -> tuple[Server, dict[str, dict[str, float]]]:
-    """Mix the values that clients have of a role with scope `per_client`, each with its nearest others.
+    """Mix the values that clients with the scopes `of` have of a role, by its `transfer`, with those of all clients.
 
-    Also the weights, client -> client -> share; see `moa.federated.rules.nearest_weights`.
+    Others stay: a value that is mixed again and has not trained goes toward all. Also the weights, client -> client ->
+    share; see `moa.federated.rules.nearest_weights`.
     """
-    if role.scope != "per_client":
-        raise ValueError(f"roles.{role.name}.scope: must be per_client to mix clients' values, got {role.scope!r}")
     names = [piece.name for piece in pieces if piece.role == role.name]
-    scopes = sorted(
-        scope for scope, values in server.scoped.items() if scope.startswith(CLIENT) and set(names) <= {*values}
-    )
-    if not scopes:
+    scopes = sorted(s for s, values in server.scoped.items() if s.startswith(CLIENT) and set(names) <= {*values})
+    if not of:
         return server, {}
     rows = torch.stack([torch.cat([server.scoped[s][n].double().flatten() for n in names]) for s in scopes])
-    shares = rules.nearest_weights(rules.distances(rows), own=own, nearest=nearest)
-    scoped = dict(server.scoped)
-    for scope, row in zip(scopes, shares @ rows, strict=True):
+    shares = rules.nearest_weights(rules.distances(rows), **role.transfer)
+    scoped, table = dict(server.scoped), dict[str, dict[str, float]]()
+    clients = [scope.removeprefix(CLIENT) for scope in scopes]
+    for scope, share in zip(scopes, shares, strict=True):
+        if scope not in of:
+            continue
         before = server.scoped[scope]
-        parts = row.split([before[name].numel() for name in names])
+        parts = (share @ rows).split([before[name].numel() for name in names])
         new = {n: part.view(before[n].shape).to(before[n].dtype) for n, part in zip(names, parts, strict=True)}
         scoped[scope] = {**before, **new}
-    clients = [scope.removeprefix(CLIENT) for scope in scopes]
-    table = {one: dict(zip(clients, row.tolist(), strict=True)) for one, row in zip(clients, shares, strict=True)}
+        table[scope.removeprefix(CLIENT)] = dict(zip(clients, share.tolist(), strict=True))
     return replace(server, scoped=scoped), table

@@ -15,8 +15,11 @@ from moa.federated.rules import moving_factors
 def concerns(role: Role, expert: str | None, evidence: Collection[str], routed: Collection[str]) -> bool:
     """Whether a sample, which is of an expert and has these kinds of evidence, is one of a role.
 
-    A sample of an unknown expert is one of every expert; every sample is one of the experts that are not routed.
+    A sample of an unknown expert is one of every expert; every sample is one of the experts that are not routed, and of
+    a role that counts the mass of gates: there the router decides.
     """
+    if role.weight == "gate_mass":
+        return True
     for match in role.match:
         part, _, what = match.partition(":")
         by, _, name = what.partition("=")

@@ -68,6 +68,7 @@ class RoleConfig:
     into: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     server_options: dict[str, float] = field(default_factory=dict)
+    transfer: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         relative(self.role, f"roles.{self.name}.")

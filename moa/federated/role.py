@@ -8,6 +8,7 @@ from typing import Any
 CLIENTS = ("all", "owners")  # and has:MODALITY, task:NAME
 WEIGHTS = ("samples_of_role", "samples", "answer_tokens", "gate_mass", "uniform")
 SCOPES = ("global", "per_task", "per_group", "per_client")
+TRANSFER = {"own": (0, 1), "nearest": (1, 2**20)}
 ELSEWHERE = ("trainable", "frozen", "absent")
 
 
@@ -31,6 +32,8 @@ class Role:
     into: str = ""  # with the rules carry and stack, the frozen expert that they add to
     options: Mapping[str, Any] = field(default_factory=dict)  # of the rule
     server_options: Mapping[str, float | int] = field(default_factory=dict)
+    # with scope per_client: the share `own` of its own value that a client gets, the rest of the `nearest` others'
+    transfer: Mapping[str, float | int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         closed = {"weight": WEIGHTS, "scope": SCOPES, "elsewhere": ELSEWHERE}
@@ -42,6 +45,14 @@ class Role:
             raise ValueError(f"roles.{self.name}.clients: must be one of {choices}, got {self.clients!r}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"roles.{self.name}.clip: must be more than 0, got {self.clip}")
+        where = f"roles.{self.name}.transfer"
+        if self.transfer and (self.scope != "per_client" or self.keep):
+            raise ValueError(f"{where}: mixes what clients send of a role with scope per_client, got {self.scope}")
+        for key, value in self.transfer.items():
+            least, most = TRANSFER.get(key, (1, 0))
+            if not least <= value <= most or (key == "nearest" and value % 1):
+                rule = f"has {', '.join(f'{name} in {low}..{high:.4g}' for name, (low, high) in TRANSFER.items())}"
+                raise ValueError(f"{where}: {rule}, nearest a whole number; got {key}={value}")
         if not self.match:
             raise ValueError(f"roles.{self.name}.match: is empty")
 

@@ -207,7 +207,7 @@ def least_clients(rule: str, options: Mapping[str, Any]) -> int:
 
 
 def nearest_weights(
-    apart: Float[Tensor, "client client"], *, own: Number = 0.5, nearest: int = 3
+    apart: Float[Tensor, "client client"], *, own: Number = 0.5, nearest: Number = 3
 ) -> Float[Tensor, "client client"]:
     """Row k: how much client k takes of each client, after Pilot's adaptive transfer (arXiv 2501.13985).
 
@@ -215,7 +215,7 @@ def nearest_weights(
     published, a number of samples and 1 / distance are normalised together, and the neighbours get nearly nothing.
     """
     count = len(apart)
-    others = min(nearest, count - 1)
+    others = min(int(nearest), count - 1)
     if others == 0:
         return torch.eye(count, dtype=apart.dtype)
     near = apart.clone().fill_diagonal_(torch.inf)

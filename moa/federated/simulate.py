@@ -180,6 +180,7 @@ class Federation:
             "unmoved": [*report.unmoved],
             "bytes_up": ITEMSIZE * sent,
             "bytes_down": ITEMSIZE * received * len(self.drawn(report.round)),
+            **({"transfers": report.transfers} if report.transfers else {}),
             **{
                 fact: {
                     " ".join(filter(None, key)): value

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moa.federated.aggregate import Server, Update, aggregate, check_roles, deliver, digest_of, transfer
+from moa.federated.aggregate import Server, Update, aggregate, check_roles, deliver, digest_of
 from moa.federated.pieces import Names, Role, pieces_of
 from moa.federated.store import Arrival, StoredUpdates, incoming, save_arrival
 
@@ -246,20 +246,35 @@ def test_scopes_move_apart_and_are_delivered_to_their_own(scope):
 
 
 def test_clients_take_from_their_nearest_others():
-    roles = changed(scope="per_client")
-    pieces = pieces_of(SHAPES, roles, NAMES)
+    roles = changed(scope="per_client", transfer={"own": 0.7, "nearest": 1})
     near = [replace(update(0, sends=("rest",)), client=name) for name in ("a", "b")]
     near[1] = replace(near[1], values={key: value + 0.01 for key, value in near[1].values.items()})
-    new, _ = run([*near, update(7, sends=("rest",))], roles)
-    mixed, shares = transfer(new, roles[1], pieces, own=0.7, nearest=1)
-    assert shares["a"] == pytest.approx({"a": 0.7, "b": 0.3, "c7": 0})
-    torch.testing.assert_close(mixed.scoped["client:a"][A], near[0].values[A] + 0.003)
-    assert torch.equal(new.scoped["client:a"][A], near[0].values[A]) and mixed.base() != new.base()
-    alone, _ = run([near[0]], roles)
-    assert torch.equal(transfer(alone, roles[1], pieces)[0].scoped["client:a"][A], near[0].values[A])
-    assert transfer(server(), roles[1], pieces)[1] == {}
-    with pytest.raises(ValueError, match="roles.ocr.scope: must be per_client"):
-        transfer(new, roles[0], pieces)
+    new, report = run([*near, update(7, sends=("rest",))], roles)
+    assert report.transfers["rest"]["a"] == pytest.approx({"a": 0.7, "b": 0.3, "c7": 0})
+    torch.testing.assert_close(new.scoped["client:a"][A], near[0].values[A] + 0.003)
+    alone, report = run([near[0]], roles)
+    assert torch.equal(alone.scoped["client:a"][A], near[0].values[A]) and report.transfers["rest"] == {"a": {"a": 1.0}}
+    assert run([], roles, server())[1].transfers == {"rest": {}}
+    # who has not trained in a round stays, and others take from it
+    sent = replace(update(1, sends=("rest",)), round=new.round, base=new.base())
+    later, report = run([sent], roles, new)
+    assert report.transfers["rest"].keys() == {"c1"}
+    assert torch.equal(later.scoped["client:a"][A], new.scoped["client:a"][A])
+    assert not torch.equal(later.scoped["client:c1"][A], sent.values[A])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transfer": {"own": 0.5}}, "roles.rest.transfer: mixes what clients send of a role with scope per_client"),
+        ({"transfer": {"own": 1.5}, "scope": "per_client"}, "roles.rest.transfer: has own in 0..1, nearest in 1.."),
+        ({"transfer": {"near": 1}, "scope": "per_client"}, "got near=1"),
+        ({"transfer": {"nearest": 1.5}, "scope": "per_client"}, "nearest a whole number; got nearest=1.5"),
+    ],
+)  # fmt: skip
+def test_a_transfer_that_cannot_be_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        changed(**changes)
 
 
 def test_large_finite_values_are_finite():

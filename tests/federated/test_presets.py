@@ -1,6 +1,7 @@
 """Settings of a federation: every shipped preset fits the demo's model, and what cannot be is named."""
 
 import pytest
+import torch
 
 from moa.cli.settings import load, to_yaml
 from moa.federated.aggregate import check_roles
@@ -21,9 +22,11 @@ def demo(*presets: str, **changes) -> FederateConfig:
 def shapes_of(config: FederateConfig) -> dict[str, tuple[int, ...]]:
     """Of what trains, with one site and a router of the config's evidence and experts, whose widths are small."""
     names, evidence = config.choices, tuple(config.router.evidence)
+    by_token = config.router.granularity == "token"
     shared = {"experts": len(names), "evidence": evidence, "dims": {"image": 5, "text": 6}, "num_tasks": 4}
     router = AnchorRouter(**shared) if config.router.row.learns == "means" else Router(**shared, sites=1, hidden=4)
     tensors = dict(router.named_parameters()) or dict(router.named_buffers())
+    tensors = {"token_router.q": torch.zeros(len(names), 7)} if by_token else tensors
     found = {f"router.{key}": tuple(value.shape) for key, value in tensors.items()}
     for name, expert in config.experts.items():
         if not expert.frozen:
