@@ -240,7 +240,7 @@ def robustness_chart(path: str | Path, record: Mapping[str, Any]) -> None:
     """The mean of the data sets under each corruption by its strength, with 95 % intervals over questions."""
     found, clean = record["corruptions"], record["clean"]
     about = "mean of the data sets, per cent; 95 % intervals over questions; dotted: each data set"
-    with page(path, 2.4 * len(found) + 0.6, 3.2, "Scores under corruption", about) as figure:
+    with page(path, max(2.4 * len(found) + 1.6, 6.0), 3.4, "Scores under corruption", about) as figure:
         panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
         for number, (axes, (name, own)) in enumerate(zip(panels, found.items(), strict=True)):
             rows = [clean, *own["strengths"].values()]
@@ -248,13 +248,13 @@ def robustness_chart(path: str | Path, record: Mapping[str, Any]) -> None:
             for source in record["data_sets"]:
                 values = [row["scores"][source] for row in rows]
                 axes.plot(strengths, values, color=MUTED, linewidth=0.7, linestyle=(0, (1, 2)))
-                if number == len(found) - 1:
-                    axes.text(strengths[-1], values[-1], f" {source}", va="center", fontsize=7, color=MUTED)
             low, value, high = ([row["mean"][key] for row in rows] for key in ("low", "value", "high"))
             axes.fill_between(strengths, low, high, color=color(number), alpha=0.18, linewidth=0)
             axes.plot(strengths, value, color=color(number), linewidth=1.6, marker="o", markersize=3.5)
             axes.set(title=name, xlabel=own["unit"], ylim=(0, 102), xlim=(0, strengths[-1] * 1.02))
             axes.grid(axis="y")
+            if number == len(found) - 1:
+                label_ends(axes, [(rows[-1]["scores"][source], source, MUTED) for source in record["data_sets"]])
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
