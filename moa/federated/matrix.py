@@ -50,7 +50,8 @@ class Seen:
 def score_clients(federation: Federation) -> dict[str, Any] | None:
     """Scores by client and data set, written to the run folder; None where there is no data set, or none is asked for.
 
-    What several clients have alike is scored once. The model then has the global values again.
+    What several clients have alike is scored once. The model then has the global values again. Clients on machines of
+    their own keep values of roles with `keep` there, and have no row.
     """
     run, number = federation.run, federation.config.federated.num_questions
     if not number or not (run.eval.sources or run.data.validation):
@@ -60,7 +61,8 @@ def score_clients(federation: Federation) -> dict[str, Any] | None:
     nothing, idle, rounds = frozenset[str](), federation.idle, federation.config.federated.rounds
     rows: dict[str, Any] = {GLOBAL: {"scores": score(federation, config, server, nothing, idle), "own": {}}}
     found = {(digest_of(server), nothing, idle, tuple[Piece, ...]()): rows[GLOBAL]["scores"]}
-    for client in federation.clients:
+    elsewhere = any(role.keep for role in federation.roles) and not federation.state.kept
+    for client in federation.clients if not elsewhere else ():
         tensors, hidden = federation.delivered(client), frozenset(MODALITIES) - {*modalities_of(client)}
         own = None if client.held_out else federation.assignment(client, rounds)
         absent, above = (idle, ()) if own is None else (own.absent, own.above)
@@ -145,3 +147,13 @@ def line_of(record: Mapping[str, Any]) -> str:
     if found["unseen_client"] is not None:
         parts.append(f"unseen client {100 * found['unseen_client']:.1f}")
     return ", ".join(parts)
+
+
+def report(federation: Federation) -> None:
+    """What is printed after the last round."""
+    show = federation.reporter.print
+    if record := score_clients(federation):
+        show(table(record))
+        show(line_of(record))
+    rounds = federation.config.federated.rounds
+    show(f"\ndone: {rounds} rounds, {federation.step} steps of clients, in {federation.folder}")

@@ -12,17 +12,19 @@ clients or held-out ones. Two training clients may have questions of different t
     dirichlet_sources  each client's mix of data sets is
     dirichlet_sizes    each task's sizes over clients are (FCIT)
     dirichlet_labels   each label's sizes over clients are (FedMLLM)
+    own                nothing is dealt: every client is on a machine with data of its own, which is all data here
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data.sample import Sample
 
 Shares = np.ndarray  # [key, client]
+OWN = "own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,11 @@ class Recipe:
     single: int | None = None  # this many clients see the first modality alone, the others all but the first
 
     def __post_init__(self) -> None:
-        if self.how not in HOW:
-            raise ValueError(f"how: must be one of {list(HOW)}, got {self.how!r}")
+        if self.how not in (*HOW, OWN):
+            raise ValueError(f"how: must be one of {[*HOW, OWN]}, got {self.how!r}")
+        for key in ("zipf", "held_out", "ocr_share", "single") if self.how == OWN else ():
+            if getattr(self, key):
+                raise ValueError(f"{key}: has no effect with how={OWN}")
         if (self.alpha is not None) != self.how.startswith("dirichlet"):
             raise ValueError(
                 f"alpha: is of dirichlet_tasks, _sources, _sizes and _labels, got {self.alpha} for how={self.how}"
@@ -161,6 +166,12 @@ def make_clients(tags: Iterable[Tag], recipe: Recipe, seed: int, experts: Collec
     """
     tags = sorted(tags, key=lambda tag: (tag.source, tag.index))
     rng = np.random.default_rng([seed, recipe.clients])
+    if recipe.how == OWN:
+        test = chosen(sorted({tag.unit for tag in tags}), recipe.test, rng)
+        one = _client(0, [tags], recipe, test, True, rng)
+        found = [replace(one, name=client_name(place, recipe)) for place in range(recipe.clients)]
+        check(found, recipe, experts)
+        return found
     field = HOW[recipe.how][0]
     # OCR samples are dealt by themselves: not every client may have them.
     units: dict[tuple[str, bool], dict[str, list[Tag]]] = defaultdict(lambda: defaultdict(list))
@@ -264,11 +275,15 @@ def _client(
             hidden -= {there[int(rng.integers(len(there)))]}
         rows.append(Row(tag=tag, hidden=frozenset(hidden & tag.modalities)))
     return Client(
-        name=f"client-{place:0{len(str(recipe.clients - 1))}}",
+        name=client_name(place, recipe),
         train=tuple(row for row in rows if row.tag.unit not in test),
         test=tuple(row for row in rows if row.tag.unit in test),
         held_out=place >= recipe.clients - recipe.held_out,
     )
+
+
+def client_name(place: int, recipe: Recipe) -> str:
+    return f"client-{place:0{len(str(recipe.clients - 1))}}"
 
 
 def check(clients: Sequence[Client], recipe: Recipe, experts: Collection[str]) -> None:

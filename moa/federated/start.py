@@ -1,7 +1,7 @@
 """From a config to a federation that is ready: model, clients by the partition, table of roles, run folder, resume."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from moa.federated.assignment import tasks_of
 from moa.federated.client import TERMS, tensors_of, trainable
 from moa.federated.config import ClientConfig, FederateConfig, make_roles, special
 from moa.federated.groups import EVIDENCE, check_groups, mean_evidence, roles_of
-from moa.federated.partition import Tag, make_clients, print_partition, tag_of
+from moa.federated.partition import OWN, Client, Tag, check, make_clients, print_partition, tag_of
 from moa.federated.pieces import Names, Piece, Role, pieces_of, print_roles
 from moa.federated.refusals import (
     check_carry,
@@ -54,18 +54,23 @@ from moa.training.setup import check_evaluation, filled
 
 
 def open_federation(
-    config: FederateConfig, accelerator: Any, *, resume: bool = False, overwrite: bool = False
+    config: FederateConfig,
+    accelerator: Any,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    clients: Sequence[Client] | None = None,
 ) -> Federation:
     """A federation at its start, or where it was killed (`resume`, and there is one).
 
+    `clients` are those of other machines, which have the data; without them the data is dealt to clients here.
     ValueError for a folder that holds a run, another config or data, roles that do not fit the model, a client without
     data, and an expert without an owner. Nothing of an old run is removed until all is checked.
     """
+    if clients is None and config.federated.partition.how == OWN:
+        raise ValueError("federated.partition.how: own is of clients on machines of their own: docs/federated.md")
     if accelerator.num_processes > 1:
         raise ValueError(f"federate.py trains its clients in one process, got {accelerator.num_processes}")
-    for name in config.federated.losses:
-        if name not in TERMS:
-            raise ValueError(f"federated.losses.{name}: no such term; choices: {', '.join(TERMS)}")
     folder = Path(config.out)
     before = load(FederateConfig, folder / SETTINGS) if resume and (folder / SETTINGS).is_file() else None
     run = settled(config.run()) if before is None else filled(config.run(), load_config(folder / CONFIG))
@@ -74,37 +79,11 @@ def open_federation(
         same_settings(config, before, folder)
     elif found:
         raise ValueError(f"--resume: out={folder} holds a run of train.py; choose another out=")
-    torch.manual_seed(run.seed)
-    model = build_model(run, to_train=True)
-    place(accelerator, model)
-    ocr = open_ocr(run.data)
-    mixture = open_mixture(run, ocr)
-    tags, skipped = read_tags(mixture.sources, run.data.on_bad_sample)
-    grouped = routed_experts(model, run) if config.federated.groups.by else []
-    experts = [] if grouped else owned_experts(model, run, tags)
-    try:
-        clients = make_clients(tags, config.federated.partition.recipe(), run.seed, experts)
-    except ValueError as error:
-        raise ValueError(f"federated.partition: {error}") from None
-    roles, pieces = table_of(config, model, run)
+    federation = make_federation(config, run, accelerator, clients)
     check_evaluation(run)
-    state = load_state(folder) if before is not None else None
-    own = special(config.federated, [client.name for client in clients if not client.held_out])
-    start = {key: tensor.cpu().clone() for key, tensor in tensors_of(model, run).items()}
-    slot = slot_of(config, run, grouped, own, roles, pieces, start)
-    federation = Federation(
-        config=config, run=run, accelerator=accelerator, model=model, sources=mixture.sources, roles=roles,
-        validation=open_sources(run.data.validation.values(), run.data, ocr), clients=clients, pieces=pieces,
-        collator=make_collator(run, model.backbone.intake, pack_length=run.train.pack_length),
-        layout=make_layout(run.train, 1), reporter=Reporter(run, accelerator), quiet=Reporter(run, accelerator),
-        special=own, grouped=grouped, slot=slot,
-        state=state or State(server=Server(round=1, tensors=start)),
-    )  # fmt: skip
-    federation.quiet.console.quiet = True
     check_plans(federation)
-    if run.train.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    data = digest_sources(mixture.sources, run.data)
+    federation.state = (load_state(folder) if before is not None else None) or federation.state
+    data = digest_sources(federation.sources, run.data) if clients is None else {}
     if before is None:  # what a start left that was killed before its first round
         shutil.rmtree(folder / SERVER, ignore_errors=True)
     elif found is None:
@@ -113,9 +92,50 @@ def open_federation(
     write_file(folder / SETTINGS, to_yaml(replace(config, root=config.root or str(Path.cwd()))))
     if run.logging.trackers:
         start_trackers(accelerator, run)
-    federation.reporter.print(print_partition(clients, len(tags) + skipped))
     federation.reporter.print("\n" + table_of_roles(federation))
     take_up(federation)
+    return federation
+
+
+def make_federation(
+    config: FederateConfig, run: RunConfig, accelerator: Any, clients: Sequence[Client] | None = None
+) -> Federation:
+    """Model, data, clients and table of roles, at the start of a federation; nothing is written."""
+    for name in config.federated.losses:
+        if name not in TERMS:
+            raise ValueError(f"federated.losses.{name}: no such term; choices: {', '.join(TERMS)}")
+    torch.manual_seed(run.seed)
+    model = build_model(run, to_train=True)
+    place(accelerator, model)
+    ocr = open_ocr(run.data)
+    sources, recipe = open_mixture(run, ocr).sources if clients is None else {}, config.federated.partition.recipe()
+    grouped = routed_experts(model, run) if config.federated.groups.by else []
+    tags, skipped = read_tags(sources, run.data.on_bad_sample)
+    try:
+        found = tags if clients is None else [row.tag for client in clients for row in client.train]
+        all_here = recipe.how != OWN or clients is not None
+        experts = owned_experts(model, run, found) if all_here and not grouped else []
+        if clients is None:
+            clients = make_clients(tags, recipe, run.seed, experts)
+        else:
+            check(clients, recipe, experts)
+    except ValueError as error:
+        raise ValueError(f"federated.partition: {error}") from None
+    roles, pieces = table_of(config, model, run)
+    own = special(config.federated, [client.name for client in clients if not client.held_out])
+    start = {key: tensor.cpu().clone() for key, tensor in tensors_of(model, run).items()}
+    slot = slot_of(config, run, grouped, own, roles, pieces, start)
+    federation = Federation(
+        config=config, run=run, accelerator=accelerator, model=model, sources=sources, roles=roles,
+        validation=open_sources(run.data.validation.values(), run.data, ocr), clients=clients, pieces=pieces,
+        collator=make_collator(run, model.backbone.intake, pack_length=run.train.pack_length),
+        layout=make_layout(run.train, 1), reporter=Reporter(run, accelerator), quiet=Reporter(run, accelerator),
+        special=own, grouped=grouped, slot=slot, state=State(server=Server(round=1, tensors=start)),
+    )  # fmt: skip
+    federation.quiet.console.quiet = True
+    if run.train.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    federation.reporter.print(print_partition(clients, len(tags) + skipped))
     return federation
 
 
@@ -168,14 +188,17 @@ def kinds_of_round(config: FederateConfig) -> list[int]:
 def same_settings(config: FederateConfig, before: FederateConfig, folder: Path) -> None:
     """ValueError naming the settings of the federation in which a resumed one differs; train.py names the run's."""
     now, then = (flatten(as_mapping(c.federated), "federated.") for c in (config, before))
-    free = ("federated.num_questions",)
-    different = [
+    if different := differences(now, then, ("federated.num_questions",)):
+        raise ValueError(f"--resume: {folder / SETTINGS} differs: {different}. {WAY_OUT}")
+
+
+def differences(now: Mapping[str, Any], then: Mapping[str, Any], free: Collection[str]) -> str:
+    """The settings that are not the same, without those that are `free` or below one that is."""
+    return "; ".join(
         f"{key} was {then.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(now.keys() | then.keys())
-        if now.get(key) != then.get(key) and key not in free
-    ]
-    if different:
-        raise ValueError(f"--resume: {folder / SETTINGS} differs: {'; '.join(different)}. {WAY_OUT}")
+        if now.get(key) != then.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
+    )
 
 
 def read_tags(sources: Mapping[str, Source], on_bad_sample: str) -> tuple[list[Tag], int]:

@@ -202,3 +202,11 @@ def test_the_tag_of_a_sample():
     assert tag.modalities == {"image", "ocr"} and tag.expert == "ocr"
     text = tag_of(Sample(**fields, image_id="i", image=None, answers=(), ocr=()), "my_vqa", 3)
     assert not text.modalities and not text.image and not text.label
+
+
+def test_clients_on_machines_of_their_own_have_all_that_is_there():
+    clients = make_clients(tags(), recipe("own", test=0.25), seed=1)
+    assert [client.name for client in clients] == [f"client-{place}" for place in range(8)]
+    assert all(len(rows([client])) == len(tags()) and rows([client], "test") for client in clients)
+    with pytest.raises(ValueError, match="zipf: has no effect with how=own"):
+        recipe("own", zipf=1)

@@ -281,6 +281,7 @@ def test_the_clients_of_a_round_are_drawn_by_seed_and_round_alone():
         ({"federated__roles": [{"name": "x", "match": ["router"]}]}, r"federated.roles: experts.*is in no role"),
         ({"federated__roles": [{"name": "x", "match": ["rest"]}, {"name": "y", "match": ["experts:vqa", "experts:*"]}]},
          r"federated.roles: experts.vqa.* is taken twice"),
+        ({"federated__partition": {"clients": 2, "how": "own"}}, "partition.how: own is of clients on machines"),
         ({"federated__losses": {"pull": 1.0}}, "federated.losses.pull: no such term; choices: prox"),
         ({"data__sources__grounding__expert": "vqa"}, r"federated.partition: experts \['grounding'\] have no owner"),
     ],
