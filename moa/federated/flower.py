@@ -260,7 +260,9 @@ class Fleet:
         until = time.monotonic() + seconds
         while missing := sorted({*names} - self.nodes.keys()):
             if time.monotonic() > until:
-                raise ValueError(f"{', '.join(missing)}: no node is this client after {seconds:g} s")
+                silent = len({*self.grid.get_node_ids()} - self.asked)
+                rest = f"; {silent} are connected and have not answered" if silent else ""
+                raise ValueError(f"{', '.join(missing)}: no node is this client after {seconds:g} s{rest}")
             if problems := self.meet(until - time.monotonic()):
                 raise ValueError("; ".join(problems))
             time.sleep(POLL)
