@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from moa.cli.ranges import Count, CountOrZero, FilePath, NotNegative, Positive, Seed, Size
+from moa.cli.ranges import Count, CountOrZero, FilePath, NotNegative, Positive, Seed, ShareAboveZero, Size
 from moa.cli.settings import Override, apply_override, expanded, load
 from moa.cli.strict_yaml import read_yaml
 from moa.merging.rank import parse_rank
@@ -227,6 +227,23 @@ class TransplantConfig:
     def __post_init__(self) -> None:
         if self.weight == 0:
             raise ValueError("weight: 0 moves nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingConfig:
+    """A run's mixture for engines that take a LoRA, or scales, per request."""
+
+    run: FilePath | None = None  # run or step folder
+    out: FilePath | None = None  # folder to write
+    num_samples: Count = 64  # of each validation set, which the router sees
+    precision: ShareAboveZero = 0.1  # gates that are alike when rounded to it share an adapter
+    max_vectors: Count = 8  # adapters at most, the most frequent first
+    batch_size: Size = 16  # samples that are routed at once
+    seed: Seed = 0  # of the choice of samples
+    dtype: Dtype = "auto"  # of the adapters; auto: as the experts
+    verify: bool = True  # reload each adapter in a fresh process and compare
+    num_probes: Count = 4  # prompts in that comparison
+    new_tokens: Count = 8  # greedy tokens of each
 
 
 # What is merged -> the settings of that command.

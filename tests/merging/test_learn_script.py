@@ -69,7 +69,6 @@ def refused(capsys, main, *arguments):
 
 SLOW = (
     "adamerging steps=2",
-    "nsc steps=1",
     "enmp budget=3",
     "lorahub budget=4 merge=ties",
     "greedy_soup",
