@@ -241,6 +241,7 @@ RUN = [EXPERTS, SOURCE, "stages={joint: {steps: 4}}"]
 CLASSES = {RunConfig: RUN, EvalCommand: ["eval.sources={s: {num_samples: 4}}"], MergeExperts: [],
            AlignConfig: [], AverageConfig: [], DataSettings: [], LearnConfig: [], PartsConfig: [],
            FederatedConfig: []}  # fmt: skip
+UNIFORM = "roles=[{name: all, match: [rest], weight: uniform}]"
 # Parts of the keys that take each number; every other pair is an error.
 ZERO = ("router.weights", "losses.", ".lr.", "lr_end", "seed", "warmup_steps", "modality_dropout",
         "ocr_min_confidence", "num_workers", "task_dropout", "max_ocr_words", "clip_norm", "weight_decay",
@@ -253,14 +254,15 @@ NEEDS = {"router.weights": ["router.kind=fixed"], "router.top_p": ["router.kind=
          "losses.load": ["router.kind=top_k", "router.noise=gaussian"],
          "router.bias_rate": ["router.kind=top_k", "router.granularity=token"],
          "experts.a.active_ranks": ["experts.a.rank_gates=token"],
-         "partition.alpha": ["partition.how=dirichlet_tasks"]}  # fmt: skip
+         "partition.alpha": ["partition.how=dirichlet_tasks"], "privacy.clip": ["privacy.noise=1", UNIFORM],
+         "privacy.noise": ["privacy.clip=1", UNIFORM]}  # fmt: skip
 BELOW_ZERO = ("router.weights", "losses.entropy", "values.")
 HUGE = ("router.weights", "num_samples", "alpha", "temperature", "losses.", "lr.", "weight.", "count",
         "epochs", "max_length", "steps.", "pack_length", "clip_norm", "weight_decay", "save_every", "keep_",
         "max_non_finite_steps", "every", "seed", "max_ocr_words", "num_images", "num_probes", "new_tokens",
         "max_shard_gb", "last", "limit", "show", "similarity", "budget", "bound", "penalty", "values.", "runs",
         "noise", "train.statistics", "ridge", "iterations", "bias_rate", "zipf", "min_samples", "rounds",
-        "num_questions", "screen")  # fmt: skip
+        "num_questions", "screen", "clip")  # fmt: skip
 
 
 def numbers() -> Iterator[tuple[type, str, str]]:

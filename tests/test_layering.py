@@ -34,6 +34,7 @@ ROOMS = {
     "peft": ("bench",),
     "deepspeed": ("moa.training.distributed.zero",),
     "flwr": ("moa.federated",),
+    "dp_accounting": ("moa.federated.privacy",),
     "pycocoevalcap": ("moa.metrics.captions",),
     "lmms_eval": ("moa.evaluation.lmms_eval",),
     "multiprocessing": ("data.workers", "bench"),  # there a worker ends with its parent

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moa.federated import rules
 from moa.federated.pieces import Piece, Role, join
+from moa.federated.privacy import Privacy
 
 Tensors = Mapping[str, Tensor]
 ByRole = Mapping[str, Sequence[Piece]]
@@ -195,22 +196,28 @@ def carrying(role: Role, factor: Piece) -> str:
 class _Total:
     """The contributions to one role in one scope: a sum of each piece, or all values where the rule needs them."""
 
-    def __init__(self, role: Role, scope: str, pieces: Sequence[Piece], start: Tensors):
+    def __init__(self, role: Role, scope: str, pieces: Sequence[Piece], start: Tensors, private: Privacy | None):
         self.role, self.scope, self.pieces = role, scope, pieces
-        self.start = start  # the values before, by piece
+        self.start, self.private = start, private  # the values before, by piece
         self.clients: list[str] = []
         self.weights: list[float] = []
         self.sums: dict[str, Tensor] = {}
         self.values: list[dict[str, Tensor]] = []
 
-    def add(self, update: Update, weight: float) -> None:
+    def of(self, update: Update) -> dict[str, Tensor]:
+        return {piece.name: update.values[piece.name] for piece in self.pieces}
+
+    def add(self, update: Update, weight: float, shrink: float) -> None:
+        """With a share of its change, 1 for all."""
         self.clients.append(update.client)
         self.weights.append(weight)
-        own = {piece.name: update.values[piece.name] for piece in self.pieces}
+        own = self.of(update)
         if self.role.clip is not None:
             norm, largest = norm_of(own, self.start), self.role.clip
             if norm > self.role.clip:
                 own = {n: self.start[n] + rules.clip(v.double() - self.start[n], norm, largest) for n, v in own.items()}
+        if shrink < 1:
+            own = {n: self.start[n].double() + shrink * (v.double() - self.start[n].double()) for n, v in own.items()}
         if self.role.rule not in STREAMED:
             self.values.append(own)
             return
@@ -227,6 +234,9 @@ class _Total:
     def mean(self) -> dict[str, Tensor]:
         """What the rule makes of the values, in float64."""
         count, weight = len(self.clients), math.fsum(self.weights)
+        if self.private is not None:
+            own = ((p.name, self.start[p.name], self.sums.get(p.name)) for p in self.pieces)
+            return {name: self.private.value(name, start, total, count) for name, start, total in own}
         if self.role.rule == "mean":
             return {name: total.div_(weight) for name, total in self.sums.items()}
         if self.role.rule == "sum":  # of changes
@@ -333,10 +343,12 @@ def aggregate(
     pieces: Sequence[Piece],
     *,
     screen: float | None = None,
+    private: Privacy | None = None,
 ) -> tuple[Server, RoundReport]:
     """The server after a round. ValueError for a table that is wrong; a wrong update is in the report.
 
-    With `screen`, deviations of norms above which an update is refused, the updates are read twice.
+    With `screen`, deviations of norms above which an update is refused, the updates are read twice. A `private` round
+    moves every role, also one that no client has sent.
     """
     check_roles(roles, pieces)
     base, seen, refused = server.base(), set[str](), list[tuple[str, str]]()
@@ -346,6 +358,16 @@ def aggregate(
             raise ValueError(f"roles.{role.name}.into: {role.into} has no {lost[0]}")
     large = {} if screen is None else screened(server, updates, roles, by_role, screen)
     totals: dict[tuple[str, str], _Total] = {}
+
+    def total_of(role: Role, scope: str) -> _Total:
+        if (role.name, scope) not in totals:
+            own = by_role[role.name]
+            totals[role.name, scope] = _Total(role, scope, own, _values(server, own, scope), private)
+        return totals[role.name, scope]
+
+    if private is not None:
+        for role in (role for role in roles if not role.keep):
+            total_of(role, GLOBAL)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # a thread for each role
         for update in updates:
             try:
@@ -356,17 +378,20 @@ def aggregate(
                 refused.append((update.client, str(error)))
                 continue
             seen.add(update.client)
-            adding = []
-            for role, weight in accepted:
-                key = role.name, scope_of(role, update)
-                if key not in totals:
-                    totals[key] = _Total(role, key[1], by_role[role.name], _values(server, by_role[role.name], key[1]))
-                adding.append(pool.submit(totals[key].add, update, weight))
+            own = [(total_of(role, scope_of(role, update)), weight) for role, weight in accepted]
+            shrink = 1.0
+            if private is not None:
+                shrink = private.shrink(math.hypot(*(norm_of(total.of(update), total.start) for total, _ in own)))
+            adding = [pool.submit(total.add, update, weight, shrink) for total, weight in own]
             for work in adding:
                 work.result()
     tensors, scoped, state = dict(server.tensors), dict(server.scoped), dict(server.state)
     reports: dict[tuple[str, str], RoleReport] = {}
-    few = {key for key, t in totals.items() if len(t.clients) < rules.least_clients(t.role.rule, t.role.options)}
+    few = {
+        key
+        for key, t in totals.items()
+        if private is None and len(t.clients) < rules.least_clients(t.role.rule, t.role.options)
+    }
     for name, scope in sorted(totals.keys() - few):
         values, own_state, more, reports[name, scope] = totals.pop((name, scope)).finish(server)
         tensors |= more

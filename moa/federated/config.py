@@ -109,6 +109,20 @@ class GroupsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrivacyConfig:
+    """Of clients, against who has the model (docs/federated.md)."""
+
+    clip: Positive | None = None  # the largest norm of a client's change of all roles together; null: no privacy
+    noise: Positive | None = None  # its standard deviation in the sum over clients, over `clip`
+    delta: ShareAboveZero = 1.0e-5  # chance that epsilon does not hold, below 1 / clients
+
+    def __post_init__(self) -> None:
+        check(
+            (self.clip is None) == (self.noise is None), "noise", f"needs clip, and clip needs noise; got {self.noise}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class FederatedConfig:
     rounds: Count = 3
     participation: ShareAboveZero = 1.0  # share of the clients that are drawn for each round
@@ -123,6 +137,7 @@ class FederatedConfig:
     losses: dict[str, NotNegative] = field(default_factory=dict)
     # refuse updates whose change of a role has a norm so many deviations above the median of the round; null: none
     screen: Positive | None = None
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)  # clipping and noise of what clients send
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     # the table of roles: name, match, clients, weight, rule, server, scope, keep, elsewhere, ... (docs/federated.md);
     # empty: the mean of everything over all clients (FedAvg)
@@ -144,6 +159,23 @@ class FederatedConfig:
         fits = not per_group or self.groups.by is not None or len(given) >= number
         rule = f"scope per_group of {', '.join(per_group)} needs groups.by, or clients.NAME.group of all that train"
         check(fits, "roles", rule)
+
+        if self.privacy.clip is not None:
+            self.check_private(number)
+
+    def check_private(self, clients: int) -> None:
+        """What would let a client's data move the model by more than `clip`."""
+        rule = f"must be below 1 / {clients} clients, got {self.privacy.delta:g}"
+        check(self.privacy.delta < 1 / clients, "privacy.delta", rule)
+        check(
+            self.screen is None, "screen", "compares clients, so one moves what of others is added; no privacy with it"
+        )
+        check(self.groups.by is None, "groups.by", "reads single clients; no privacy with it")
+        check(bool(self.roles), "roles", "privacy needs a table, with weight: uniform")
+        for role in (role for role in self.roles if not role.keep):
+            for key, choices in (("rule", ("mean", "sum")), ("weight", ("uniform",)), ("scope", ("global",))):
+                value = getattr(role, key)
+                check(value in choices, f"roles.{role.name}.{key}", f"privacy needs one of {choices}, got {value!r}")
 
     @property
     def drawn(self) -> int:

@@ -4,10 +4,11 @@ A run is a function of its config. What a client trains is drawn from (seed, rou
 killed between any two updates goes on to the same values.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from moa.federated.config import ClientConfig, FederateConfig, FederatedConfig, 
 from moa.federated.groups import EVIDENCE, Groups, Member, alone, mean_evidence, regroup, roles_of
 from moa.federated.partition import Client
 from moa.federated.pieces import Piece, Role, join
+from moa.federated.privacy import Privacy, spent
 from moa.federated.store import (
     Arrival,
     State,
     StoredUpdates,
     save_arrival,
     save_state,
+    secret_seed,
 )
 from moa.model import MixtureModel
 from moa.routing.router import AnchorRouter
@@ -102,7 +105,8 @@ class Federation:
 
     def drawn(self, round_: int) -> list[tuple[Client, bool]]:
         """The clients of a round in their order, and whether each sends something."""
-        drawn = draw_clients(self.config.federated, self.run.seed, round_)
+        settings = self.config.federated
+        drawn = draw_clients(settings, self.run.seed if settings.privacy.clip is None else self.secret, round_)
         return [(self.training[place], sends) for place, sends in drawn]
 
     def waiting(self) -> Iterator[Client]:
@@ -133,8 +137,11 @@ class Federation:
         sent = [arrival.client for arrival in arrivals if arrival.update is not None]
         updates = StoredUpdates(run=self.folder, round=self.state.server.round, clients=sent)
         grouped, groups, lost = self.regrouped(updates)
-        screen = self.config.federated.screen
-        server, report = aggregate(self.state.server, grouped, self.roles, self.pieces, screen=screen)
+        options: dict[str, Any] = {
+            "screen": self.config.federated.screen,
+            "private": self.private(self.state.server.round),
+        }
+        server, report = aggregate(self.state.server, grouped, self.roles, self.pieces, **options)
         report = replace(report, refused=(*lost, *report.refused))
         accepted = {*sent} - {name for name, _ in report.refused}
         kept = dict(self.state.kept)
@@ -153,6 +160,26 @@ class Federation:
         for line in lines_of(record, report):
             self.reporter.print(line)
 
+    @cached_property
+    def secret(self) -> int:
+        """Of a private federation, the seed of its draws of clients and of its noise, which only the server has."""
+        return secret_seed(self.folder)
+
+    def private(self, round_: int) -> Privacy | None:
+        """Clipping and noise of a round; a constant for each piece, however many clients have sent it."""
+        settings = self.config.federated
+        if settings.privacy.clip is None or settings.privacy.noise is None:
+            return None
+        expected: Counter[str] = Counter()
+        for client in self.training:
+            own = self.assignment(client, round_)
+            sent = {role.name for role in own.sends}
+            expected.update(p.name for p in self.pieces if p.role in sent and bool(p.of(own.free).any()))
+        sums = {p.name for p in self.pieces for role in self.roles if role.name == p.role and role.rule == "sum"}
+        share = {name: 1.0 if name in sums else settings.participation * n for name, n in expected.items()}
+        rng = np.random.default_rng([self.secret, round_, 1])
+        return Privacy(clip=settings.privacy.clip, noise=settings.privacy.noise, expected=share, rng=rng)
+
     def record(self, report: RoundReport, accepted: Collection[str]) -> dict[str, Any]:
         """What is stored of a round, as JSON."""
         failed = {a.client: a.failed for a in self.arrivals.values() if a.failed}
@@ -169,7 +196,11 @@ class Federation:
                     if a.update is not None and EVIDENCE in a.update.values)  # fmt: skip
         kept = {role.name for role in self.roles if role.keep}
         received = sum(piece.numel for piece in self.pieces if piece.role not in kept)
+        settings = self.config.federated
+        noise, delta = settings.privacy.noise, settings.privacy.delta
+        privacy = {} if noise is None else {"epsilon": spent(noise, settings.participation, report.round, delta)}
         return {
+            **privacy,
             "stage": "server",
             "round": report.round,
             "rounds": self.config.federated.rounds,
@@ -388,10 +419,16 @@ def federate(federation: Federation, ask: Ask | None = None) -> None:
 
 
 def draw_clients(settings: FederatedConfig, seed: int, round_: int) -> list[tuple[int, bool]]:
-    """The places of a round's clients by (seed, round) alone, without replacement; False where one sends nothing."""
+    """The places of a round's clients by (seed, round) alone, without replacement; False where one sends nothing.
+
+    With privacy each client has a draw of its own, so that their number varies.
+    """
     rng = np.random.default_rng([seed, round_])
     number = settings.partition.clients - settings.partition.held_out
-    places = sorted(rng.choice(number, size=settings.drawn, replace=False).tolist())
+    if settings.privacy.clip is None:
+        places = sorted(rng.choice(number, size=settings.drawn, replace=False).tolist())
+    else:
+        places = np.flatnonzero(rng.random(number) < settings.participation).tolist()
     lost = rng.random(len(places)) < settings.dropout
     return [(place, not away) for place, away in zip(places, lost.tolist(), strict=True)]
 
@@ -407,7 +444,8 @@ def lines_of(record: Mapping[str, Any], report: RoundReport) -> Iterator[str]:
     dropped = f", {lost} dropped out" if lost else ""
     loss = f", validation {record['validation']:.4f}" if "validation" in record else ""
     up, down = record["bytes_up"], record["bytes_down"]
-    yield f"{head}  {len(record['clients'])} updates{dropped}, {up:,} bytes up, {down:,} down{loss}"
+    epsilon = f", epsilon {record['epsilon']:.2f} so far" if "epsilon" in record else ""
+    yield f"{head}  {len(record['clients'])} updates{dropped}, {up:,} bytes up, {down:,} down{loss}{epsilon}"
     for client, reason in report.refused:
         yield f"{head}  refused: {client}: {reason}"
     for group, clients in record.get("groups", {}).items():

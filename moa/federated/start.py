@@ -23,6 +23,7 @@ from moa.federated.config import ClientConfig, FederateConfig, make_roles, speci
 from moa.federated.groups import EVIDENCE, check_groups, mean_evidence, roles_of
 from moa.federated.partition import OWN, Client, Tag, check, make_clients, print_partition, tag_of
 from moa.federated.pieces import Names, Piece, Role, pieces_of, print_roles
+from moa.federated.privacy import secure_line, spent
 from moa.federated.refusals import (
     check_carry,
     check_common,
@@ -171,7 +172,10 @@ def check_plans(federation: Federation) -> None:
                     senders[role.name][client.name] = tasks_of(client)
         except ValueError as error:
             raise ValueError(f"federated: {error}") from None
+    settings = federation.config.federated
     try:
+        if settings.privacy.noise is not None:
+            spent(settings.privacy.noise, settings.participation, settings.rounds, settings.privacy.delta)
         check_ranks(federation.special, federation.run.experts)
         check_senders(federation.roles, senders, federation.config.federated.drawn)
     except ValueError as error:
@@ -295,4 +299,12 @@ def table_of_roles(federation: Federation) -> str:
     if federation.config.federated.groups.by == "evidence":
         size = mean_evidence(federation.evidence_sums()).numel()
         lines += f"\n{EVIDENCE:<20} {size:>12,} {ITEMSIZE * size:>12,}  means of data, of a client in its first round"
+    settings = federation.config.federated
+    single = {"screen": settings.screen, "groups": settings.groups.by, "privacy.clip": settings.privacy.clip}
+    others = [f"{key} reads single updates" for key, value in single.items() if value is not None]
+    lines += f"\n{secure_line(federation.roles, others)}"
+    if settings.privacy.noise is not None:
+        epsilon = spent(settings.privacy.noise, settings.participation, settings.rounds, settings.privacy.delta)
+        lines += f"\nprivacy of a client after {settings.rounds} rounds: epsilon {epsilon:.2f}"
+        lines += f" at delta {settings.privacy.delta:g}"
     return lines

@@ -1,6 +1,7 @@
 """What a federation has on the disk, so that it goes on after a kill at any moment.
 
 <run>/federated.yaml                           all settings, with those of the run
+<run>/server/secret                            of a private federation, the seed of its noise: not to be given away
 <run>/server/last                              names the last whole round
 <run>/server/round-000002/                     the state after round 2: written whole, or not at all
     tensors, scoped, state, kept .safetensors  server values, those of scopes, of its optimisers, of clients alone
@@ -10,6 +11,7 @@
     record.json, values.safetensors, kept.safetensors
 """
 
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,7 @@ from moa.federated.aggregate import Server, Update
 from moa.federated.groups import Groups
 from moa.files.atomic import atomic_folder, remove_folder, write_file, write_json
 
-SETTINGS, SERVER, LAST = "federated.yaml", "server", "last"
+SETTINGS, SERVER, LAST, SECRET = "federated.yaml", "server", "last", "secret"
 RECORD, VALUES, KEPT = "record.json", "values.safetensors", "kept.safetensors"
 BETWEEN = "|"  # of names in a file's keys; no name has it
 KEEP = 2  # rounds
@@ -108,6 +110,16 @@ def load_state(run: Path) -> State | None:
     groups = Groups(of=found["groups"], centres=tensors["centres"])
     history = tuple(found["history"])
     return State(server=server, kept=apart(tensors["kept"]), groups=groups, step=found["step"], history=history)
+
+
+def secret_seed(run: Path) -> int:
+    """A number that nobody can guess, drawn once for a run; who has it can take the noise out of a private model."""
+    file = run / SERVER / SECRET
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, f"{secrets.randbits(128)}\n")
+        file.chmod(0o600)
+    return int(file.read_text())
 
 
 # Updates ----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import federate as federate_script
 from data.checks import BadSampleError
 from moa.checkpoint import load_model
 from moa.cli.settings import load
-from moa.federated import simulate
+from moa.federated import simulate, start
 from moa.federated.client import receive, tensors_of
 from moa.federated.config import FederateConfig, FederatedConfig, PartitionConfig
 from moa.federated.matrix import summary
@@ -208,6 +208,21 @@ def test_after_the_common_rounds_each_client_trains_a_copy_that_it_keeps_and_mix
     assert bool(((gates[:, 0] > 0.2) & (gates[:, 0] <= 0.5)).all()) and torch.allclose(
         gates.sum(1), torch.ones(len(gates))
     )
+
+
+@pytest.mark.slow
+def test_a_private_federation_without_noise_is_the_mean_of_clients(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(simulate, "spent", lambda *arguments: 1.5)
+    monkeypatch.setattr(start, "spent", lambda *arguments: 1.5)
+    roles = [role if role.get("keep") else {**role, "weight": "uniform"} for role in ROLES]
+    uniform = {**SHORT, "rounds": 1, "roles": roles, "factors": "freeze_a"}
+    plain = finished(settings(world, tmp_path / "uniform", federated=uniform))
+    privacy = {"clip": 1e3, "noise": 1e-12}
+    own = finished(settings(world, tmp_path / "private", federated={**uniform, "privacy": privacy}))
+    assert own.state.history[0]["epsilon"] == 1.5
+    for key, tensor in own.state.server.tensors.items():
+        assert torch.allclose(tensor, plain.state.server.tensors[key], atol=1e-6), key
+    assert (own.folder / "server" / "secret").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.slow
