@@ -4,7 +4,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moa.evaluation.predict import load as load
+    from moa.loaded import load as load
 
 # DeepSpeed warns at each import on a machine without a GPU that it found none.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
@@ -14,7 +14,7 @@ def __getattr__(name: str) -> Any:
     """`load`, once it is asked for: until then no torch is imported."""
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from moa.evaluation.predict import load
+    from moa.loaded import load
 
     return load
 

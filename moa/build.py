@@ -320,11 +320,11 @@ def read_clusters(file: str, evidence: Sequence[str]) -> Tensor:
     return centres
 
 
-def only_adapter(folder: str | Path) -> list[Override]:
-    """Overrides that make a PEFT folder, such as a merged adapter, a config's only expert, always on."""
-    experts = {"merged": {"init_from": str(folder)}}
+def only_adapters(folders: Mapping[str, str | Path]) -> list[Override]:
+    """Overrides that make PEFT folders by name, such as one merged adapter, a config's only experts, all on alike."""
+    experts = {name: {"init_from": str(folder)} for name, folder in folders.items()}
     alone: list[Override] = [("router", {"kind": "fixed"}), ("stages", {})]
-    return [("data.expert", "merged"), *alone, ("experts", experts)]
+    return [("data.expert", next(iter(experts))), *alone, ("experts", experts)]
 
 
 def build_router(config: RunConfig, bank: ExpertBank, dims: dict[str, int]) -> nn.Module | None:

@@ -24,6 +24,7 @@ LEVELS = (
     ("moa.card", "moa.checkpoint", "moa.statistics"),
     ("moa.training", "moa.evaluation"),
     ("moa.merging", "moa.planning", "moa.federated"),
+    ("moa.loaded", "moa.evaluation.lmms_eval", "moa.playground"),
     ("train", "eval", "federate", "scripts", "bench"),
 )  # fmt: skip
 # Library -> the only modules that may import it; whatever else must work without it.
@@ -37,6 +38,7 @@ ROOMS = {
     "dp_accounting": ("moa.federated.privacy",),
     "pycocoevalcap": ("moa.metrics.captions",),
     "lmms_eval": ("moa.evaluation.lmms_eval",),
+    "nicegui": ("moa.playground.page",),
     "multiprocessing": ("data.workers", "bench"),  # there a worker ends with its parent
 }
 # Rooms of tensors, strings and numbers alone: no settings, no paths, no console.

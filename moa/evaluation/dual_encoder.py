@@ -7,7 +7,7 @@ The text of a class is gated as a text of the data set: by its words and the tas
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,7 +115,7 @@ def evaluate_pairs(
     )
 
 
-def gates_of(model: ClipMixture, batch: Batch, rule: str) -> Float[Tensor, "batch site expert"]:
+def gates_of(model: ClipMixture, batch: Batch, rule: str | Mapping[str, float]) -> Float[Tensor, "batch site expert"]:
     gates = choose_gates(model, batch, rule).gates
     assert gates is not None  # a CLIP is routed by sample
     return gates
@@ -162,7 +162,7 @@ def text_features(
     collator: PairCollator,
     lists: Sequence[Sequence[str]],
     like: Sample,
-    rule: str,
+    rule: str | Mapping[str, float],
     processes: Processes,
 ) -> list[Float[Tensor, "_ dim"]]:
     """Features of each list of texts, of the task and the expert that the sample `like` has."""

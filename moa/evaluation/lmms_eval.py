@@ -19,7 +19,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL.Image import Image
 from rich.progress import track
 
-from moa.evaluation.predict import load
+from moa.loaded import load
 
 KNOWN = {"max_new_tokens", "num_beams", "until", "do_sample", "temperature", "top_p"}
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from moa.build import build_base, build_model, only_adapter
+from moa.build import build_base, build_model, only_adapters
 from moa.checkpoint import CONFIG, load_model, sha256, step_folder, weights_fingerprint
 from moa.cli.settings import Override
 from moa.config import RunConfig, load_config
@@ -129,7 +129,7 @@ def find_model(path: str, kind: Kind, label: str, like: str | None, overrides: S
         )
     else:
         file = config_file(like)
-        own = [*BASE_ONLY, ("model.name", path)] if kind == "checkpoint" else only_adapter(path)
+        own = [*BASE_ONLY, ("model.name", path)] if kind == "checkpoint" else only_adapters({"merged": path})
         root = Path("runs") if Path(like).is_file() else run_of(step_folder(like))
         folder = root / "others" / label
     config = load_config(file, [*own, *overrides])

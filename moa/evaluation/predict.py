@@ -1,16 +1,8 @@
-"""One answer: model, image, question -> text, box, gates. The evaluation, lmms-eval and pages answer by this.
-
-from moa import load
-
-model = load("runs/demo")
-found = model.ask("street.png", "what is written on the sign?", task="ocr_vqa")
-found.text    # "exit"
-found.gates   # {"vqa": 0.04, "ocr_vqa": 0.93, ...}
-"""
+"""One answer: model, image, question -> text, box, gates. The evaluation and `moa.loaded` answer by this."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +15,10 @@ from data.batch import Batch
 from data.checks import name_of
 from data.collate import ChatCollator
 from data.images import open_image
-from data.ocr import OcrCache
 from data.sample import Box, Sample
-from data.sources import make_collator, open_ocr
+from data.sources import make_collator
 from moa.benchmarks.scores import Response
 from moa.config import RunConfig
-from moa.evaluation.models import find_models, open_model, pick_device
-from moa.evaluation.settings import check_gates
 from moa.model import Gates, MixtureModel
 
 ImageLike = Any  # a path, a PIL image, or an array [height, width, 3] of bytes
@@ -42,76 +31,6 @@ class Prediction:
     text: str
     box: Box | None
     gates: dict[str, float] | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A model with the config that its prompt comes from, and its OCR; `load` makes it."""
-
-    network: MixtureModel
-    config: RunConfig
-    ocr: OcrCache | None
-
-    @property
-    def experts(self) -> list[str]:
-        """The names of the experts, in the order of their gates; empty for a base."""
-        return self.network.bank.names
-
-    def ask(
-        self,
-        image: ImageLike,
-        question: str,
-        task: str | None = None,
-        *,
-        gates: str = "router",
-        max_new_tokens: int | None = None,
-        num_beams: int | None = None,
-    ) -> Prediction:
-        """The answer to a question about an image: a path, a PIL image, or an array [height, width, 3] of bytes.
-
-        Without a task neither prompt nor router gets one. `gates` is router, uniform, ensemble, off (the base), the
-        name of an expert (it alone) or without:NAME. Lengths are by default those of the run's `eval`.
-        """
-        lengths = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
-        return self.ask_all([(image, question)], task, gates=gates, **lengths)[0]
-
-    def ask_all(
-        self,
-        pairs: Sequence[tuple[ImageLike, str]],
-        task: str | None = None,
-        *,
-        gates: str = "router",
-        max_new_tokens: int | None = None,
-        num_beams: int | None = None,
-    ) -> list[Prediction]:
-        """Answers to (image, question) pairs of one task, in one batch; otherwise as `ask`."""
-        network, config = self.network, self.config
-        network.answering()  # refuses a CLIP
-        if task is not None and task not in config.data.tasks:
-            raise ValueError(f"task={task}: unknown; choices: {', '.join(config.data.tasks)}")
-        check_gates(gates, network.bank.names, network.routing.granularity)
-        if gates == "oracle":
-            raise ValueError("gates=oracle: a question alone names no expert; name one: gates=NAME")
-        if not pairs:
-            return []
-        collator = prompt_collator(network, config, withhold_task=task is None)
-        blank = Sample(id="", image_id="", image=None, question="", answers=(), task=task or "", source="predict")
-        samples = []
-        for number, (given, question) in enumerate(pairs):
-            image, name = read_image(given), str(number)
-            words = self.ocr(image) if self.ocr is not None else None
-            own = replace(blank, id=name, image_id=name, image=image, question=question, ocr=words)
-            samples.append(own)
-        lengths = max_new_tokens or config.eval.max_new_tokens, num_beams or config.eval.num_beams
-        responses, _ = respond(network, collator, collator(samples), gates, *lengths)
-        return [prediction_of(network, collator, response) for response in responses]
-
-
-def load(run: str | Path, *, like: str | Path | None = None, device: str = "auto") -> LoadedModel:
-    """The model of a run or step folder, or of an adapter or checkpoint with the prompt of the run `like`."""
-    (model,) = find_models([str(run)], None if like is None else str(like))
-    network = open_model(model, pick_device(device))
-    return LoadedModel(network=network, config=model.config, ocr=open_ocr(model.config.data))
 
 
 def read_image(image: ImageLike) -> Image:
@@ -153,14 +72,20 @@ def respond(
     model: MixtureModel,
     collator: ChatCollator,
     batch: Batch,
-    gates: str,
+    gates: str | Mapping[str, float],
     max_new_tokens: int,
     num_beams: int,
+    on_text: Callable[[str], None] | None = None,
 ) -> tuple[list[Response], int]:
-    """Generate an answer to every sample of a batch, and count its tokens; the gates hold for the whole answer."""
+    """Generate an answer to every sample of a batch, and count its tokens; the gates hold for the whole answer.
+
+    `on_text` gets the first sample's answer as it grows.
+    """
     logits, tokenizer = FiniteLogits(), collator.processor.tokenizer
     members = ensemble_members(model) if gates == "ensemble" else []
     copies = collator([s for s in batch.samples for _ in members]) if members else batch
+    watched = [logits, *([MeanProbabilities(len(members), len(batch))] if members else [])]
+    watched += [Growing(tokenizer, copies.input_ids.shape[1], on_text)] if on_text else []
     copies = copies.to(next(model.parameters()).device)
     ids, decided = model.answering().generate_routed(
         copies,
@@ -169,7 +94,7 @@ def respond(
         num_beams=num_beams,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        logits_processor=[logits, *([MeanProbabilities(len(members), len(batch))] if members else [])],
+        logits_processor=watched,
     )
     if logits.finite is not None:
         check_finite(batch.samples, "logits", logits.finite.view(len(batch), -1))
@@ -202,6 +127,19 @@ class FiniteLogits:
         return scores
 
 
+@dataclass(frozen=True)
+class Growing:
+    """A logits processor that changes nothing, and hands on the first row's text behind its prompt."""
+
+    tokenizer: Any
+    prompt: int  # tokens
+    on_text: Callable[[str], None]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.on_text(self.tokenizer.decode(input_ids[0, self.prompt :], skip_special_tokens=True).strip())
+        return scores
+
+
 class MeanProbabilities:
     """A logits processor: each row gets the log of the mean of its sample's `members` probabilities.
 
@@ -229,8 +167,8 @@ def check_finite(samples: Sequence[Sample], what: str, finite: torch.Tensor) -> 
         )
 
 
-def choose_gates(model: MixtureModel, batch: Batch, rule: str) -> Gates:
-    """The gates of a batch by the rule of `eval.gates`."""
+def choose_gates(model: MixtureModel, batch: Batch, rule: str | Mapping[str, float]) -> Gates:
+    """The gates of a batch by the rule of `eval.gates`, or by hand."""
     found = gate_rule(model, batch, rule)
     return model.compute_gates(batch, override=found.get("gates"), available=found.get("available"))
 
@@ -248,9 +186,25 @@ def gates_of_members(model: MixtureModel, batch: Batch, members: Sequence[str]) 
     return {"gates": torch.stack(each)[turn % len(members), turn]}
 
 
-def gate_rule(model: MixtureModel, batch: Batch, rule: str) -> dict[str, torch.Tensor]:
-    """The `gates` to use, or the experts `available` to the router, as a model takes them; or neither."""
+def gates_by_name(names: Sequence[str], gates: Mapping[str, float], key: str = "gates") -> dict[str, float]:
+    """The gate of every expert, 0 where none is given; ValueError for an unknown expert and an odd number."""
+    for name, gate in gates.items():
+        if name not in names:
+            raise ValueError(f"{key}.{name}: no such expert; choices: {', '.join(names)}")
+        if isinstance(gate, bool) or not isinstance(gate, int | float) or not math.isfinite(gate):
+            raise ValueError(f"{key}.{name}: must be a finite number, got {gate!r}")
+    return {name: float(gates.get(name, 0.0)) for name in names}
+
+
+def gate_rule(model: MixtureModel, batch: Batch, rule: str | Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """The `gates` to use, or the experts `available` to the router, as a model takes them; or neither.
+
+    A mapping has the gates themselves, the same for every sample.
+    """
     names, device = model.bank.names, batch.input_ids.device
+    if not isinstance(rule, str):
+        row = torch.tensor([*gates_by_name(names, rule).values()], device=device)
+        return {"gates": row.expand(len(batch), -1)}
     if rule == "ensemble":
         raise ValueError("gates=ensemble: averages the probabilities of generated tokens, which no gates do")
     if rule == "router":

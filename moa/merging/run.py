@@ -40,8 +40,8 @@ from moa.merging.weights import GATES, Weights, gates_of, parse_weights, read_we
 ROUNDING = 1e-12  # share of the energy below which nothing was cut
 
 
-def merge_experts(settings: MergeExperts, console: Console) -> None:
-    """Merge by the settings, and write the result with its reports.
+def merge_experts(settings: MergeExperts, console: Console) -> dict[str, Any]:
+    """Merge by the settings, and write the result with its reports; the report of what was written.
 
     Raises ValueError for settings that do not fit each other, the experts or the base. Settings are checked before
     experts, experts before the base, and all of them before anything is computed.
@@ -98,14 +98,15 @@ def merge_experts(settings: MergeExperts, console: Console) -> None:
             console.print("energy kept: of the outputs, on the experts' own inputs")
         card = card_of(source, merged, settings)
         if to_open_clip and settings.merged:
-            line = merge_into_open_clip(settings.out, source, merged, summary["total"], card)
-            return console.print(line, soft_wrap=True)
+            console.print(merge_into_open_clip(settings.out, source, merged, summary["total"], card), soft_wrap=True)
+            return summary
         verify = None
         if settings.verify:
             exact = summary["total"]["energy_kept"] > 1 - ROUNDING
             verify = prepare_verify(source, settings.num_probes, settings.new_tokens, sum_gates(plan), exact)
         report = export(settings, source, merged, summary, card, verify)
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
+    return report
 
 
 def known_layers(source: Source, needs_base: bool) -> dict[str, tuple[int, int]] | None:

@@ -14,7 +14,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models import registry_v2
 
 from moa.evaluation.lmms_eval import Moa, Options
-from moa.evaluation.predict import load
+from moa.loaded import load
 from tests.evaluation.test_eval import make_run
 
 GROUP = "lmms_eval.models"

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from moa.evaluation import models, predictions
-from moa.evaluation.predict import load
 from moa.evaluation.settings import with_eval
 from moa.evaluation.sources import score_sources
+from moa.loaded import load
 from scripts import predict, score
 from tests.evaluation.test_eval import make_run
 from tests.support.toy import write_rows

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def tune(settings: TunedMerge, console: Console) -> None:
-    from moa.build import build_model, only_adapter
+    from moa.build import build_model, only_adapters
     from moa.config import load_config
     from moa.files.atomic import write_json
     from moa.merging.export.export import export_adapter
@@ -57,7 +57,7 @@ def tune(settings: TunedMerge, console: Console) -> None:
 
     source, method = open_folders(settings.adapters), find_method(settings.method)
     experts = (with_statistics(source) if method.reads_inputs else source).experts
-    config = load_config(settings.like, only_adapter(source.folders[0]))
+    config = load_config(settings.like, only_adapters({"merged": source.folders[0]}))
     model = build_model(config).eval()
     batches = {str(n): [batch] for n, batch in enumerate(validation_batches(model, config, settings.num_samples))}
 
