@@ -10,12 +10,12 @@ from moa.evaluation.predict import (
     choose_gates,
     ensemble_members,
     gates_of_members,
-    load,
     prompt_collator,
     respond,
 )
 from moa.evaluation.settings import with_eval
 from moa.evaluation.sources import open_sources, score_sources
+from moa.loaded import load
 from moa.routing.roles import Roles
 from moa.routing.routing import Routing
 from tests.evaluation.test_eval import make_run
