@@ -35,8 +35,6 @@ class PlaygroundSettings:
 def playground(settings: PlaygroundSettings, console: Console) -> None:
     if not settings.run:
         raise ValueError("run: missing; run=RUN; see --help")
-    import nicegui  # noqa: F401  # missing, it is named before a model is loaded
-
     from moa.loaded import load
     from moa.playground.desk import Desk
     from moa.playground.page import serve
