@@ -133,6 +133,9 @@ class FederatedConfig:
     # stages that clients do from this round on, and up to this one; the others in all rounds
     first_round: dict[str, Count] = field(default_factory=dict)
     last_round: dict[str, Count] = field(default_factory=dict)
+    # data sources that clients have from this round on, and up to this one; the others in all rounds
+    arrives: dict[str, Count] = field(default_factory=dict)
+    leaves: dict[str, Count] = field(default_factory=dict)
     # added to each client's loss, with a weight: {prox: 0.01} is FedProx
     losses: dict[str, NotNegative] = field(default_factory=dict)
     # refuse updates whose change of a role has a norm so many deviations above the median of the round; null: none
@@ -182,6 +185,10 @@ class FederatedConfig:
         """Clients in each round."""
         return round(self.participation * (self.partition.clients - self.partition.held_out))
 
+    def present(self, source: str, round_: int) -> bool:
+        """Whether clients have a data source in a round."""
+        return self.arrives.get(source, 1) <= round_ <= self.leaves.get(source, self.rounds)
+
     def has(self, stage: str, round_: int) -> bool:
         """Whether clients do a stage in a round."""
         return self.first_round.get(stage, 1) <= round_ <= self.last_round.get(stage, self.rounds)
@@ -201,14 +208,19 @@ class FederateConfig(RunConfig):
         rule = "is not measured in a federation; python -m scripts.statistics measures it of the run that comes out"
         check(self.train.statistics == 0, "train.statistics", rule)
         federated, rounds = self.federated, range(1, self.federated.rounds + 1)
-        for key in ("first_round", "last_round"):
-            for name, round_ in getattr(federated, key).items():
-                where, choices = f"federated.{key}.{name}", ", ".join(self.stages)
-                check(name in self.stages, where, f"no such stage; choices: {choices}")
-                rule = f"must be in 1..{len(rounds)}, the rounds, and leave the stage one; got {round_}"
-                check(any(federated.has(name, number) for number in rounds) and round_ in rounds, where, rule)
-        idle = [number for number in rounds if not any(federated.has(name, number) for name in self.stages)]
-        check(not idle, "federated.first_round", f"round {idle[:1]} has no stage")
+        kinds: tuple[tuple[str, str, str, Any, Any], ...] = (
+            ("stage", "first_round", "last_round", self.stages, federated.has),
+            ("data source", "arrives", "leaves", self.data.sources, federated.present),
+        )
+        for what, first, last, known, here in kinds:
+            for key in (first, last):
+                for name, round_ in getattr(federated, key).items():
+                    where, choices = f"federated.{key}.{name}", ", ".join(known)
+                    check(name in known, where, f"no such {what}; choices: {choices}")
+                    rule = f"must be in 1..{len(rounds)}, the rounds, and leave the {what} one; got {round_}"
+                    check(any(here(name, number) for number in rounds) and round_ in rounds, where, rule)
+            idle = [number for number in rounds if known and not any(here(name, number) for name in known)]
+            check(not idle, f"federated.{first}", f"round {idle[:1]} has no {what}")
         for name, stage in self.stages.items():
             for key in ("init_from", "sources"):
                 rule = "has no effect in a federation: every round begins with what the server sends"

@@ -38,6 +38,7 @@ class Groups:
 
     of: Mapping[str, str] = field(default_factory=dict)
     centres: Mapping[str, Tensor] = field(default_factory=dict)
+    since: Mapping[str, int] = field(default_factory=dict)  # client -> the round in which it was compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ def place_clients(
             group = free
         assert group  # a cluster for each expert at most
         of[name], centres[group] = group, centres.get(group, torch.zeros_like(row)) + row
-    return Groups(of=of, centres=centres)
+    return replace(groups, of=of, centres=centres)
 
 
 def lora_b(update: Update, pieces: Sequence[Piece], slot: str) -> Float[Tensor, " feature"]:
@@ -214,6 +215,7 @@ def regroup(
             continue
         features[update.client], plain[update.client] = found, own
     now = place_clients(groups, features, experts, how, likeness)
+    now = replace(now, since={**now.since, **dict.fromkeys(features, server.round)})
     lost, kept = {client for client, _ in refused}, []
     for update in (update for update in updates if update.client not in lost):
         own, group = plain.get(update.client, update), now.of.get(update.client, "")

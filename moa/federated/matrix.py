@@ -3,10 +3,12 @@
 personal    mean over training clients, each by its own model on data sets like its own, weighted by its samples
 global      mean over data sets of the global model
 worst       the client with the lowest such score
+forgotten   where data sources come and go: the best score that a row has had when they did, less that at the end, the
+            mean over the data sets that it was for then (Chaudhry et al. 2018, arXiv 1801.10112, equation 3)
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,33 +50,77 @@ class Seen:
 
 
 def score_clients(federation: Federation) -> dict[str, Any] | None:
-    """Scores by client and data set, written to the run folder; None where there is no data set, or none is asked for.
+    """Scores by client and data set, written to the run folder; None where no data set is there, or asked for."""
+    rows = score_rows(federation, federation.config.federated.rounds)
+    if not rows:
+        return None
+    totals = summary(rows)
+    record: dict[str, Any] = {"data_sets": [*rows[GLOBAL]["scores"]], "rows": rows, "summary": totals}
+    phases = [line["phase"] for line in federation.state.history if line.get("phase")]
+    if phases:
+        lost = forgotten(phases, rows)
+        own = [row for name, row in lost.items() if name != GLOBAL]
+        record["forgotten"] = lost
+        means = [value for row in own if (value := mean_of(row)) is not None]
+        totals |= {"forgotten": mean_of(lost.get(GLOBAL, {})), "forgotten_personal": mean_of(means)}
+    write_json(federation.folder / FILE, record)
+    client_heat_map(federation.folder / "pictures" / "clients.png", record)
+    return record
+
+
+def measure(federation: Federation) -> dict[str, Any]:
+    """The scores after the round that is done, of each row on the data sets that it has been for so far."""
+    rows = score_rows(federation, federation.state.rounds_done)
+    own = {name: row["own"] for name, row in rows.items() if name != GLOBAL and not row["held_out"]}
+    own |= {GLOBAL: sorted({n for names in own.values() for n in names})} if rows else {}
+    return {name: {n: rows[name]["scores"][n] for n in names} for name, names in own.items()}
+
+
+def forgotten(phases: Sequence[Mapping[str, Mapping[str, float]]], rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each row and data set; see the head of this module."""
+    lost: dict[str, dict[str, float]] = {}
+    for name, row in rows.items():
+        found = [phase[name] for phase in phases if name in phase]
+        own = sorted({data_set for scores in found for data_set in scores})
+        best = {n: max(scores[n] for scores in found if n in scores) for n in own}
+        if own:
+            lost[name] = {n: best[n] - row["scores"][n] for n in own}
+    return lost
+
+
+def mean_of(values: Mapping[str, float] | Iterable[float]) -> float | None:
+    found = [*(values.values() if isinstance(values, Mapping) else values)]
+    return sum(found) / len(found) if found else None
+
+
+def score_rows(federation: Federation, round_: int) -> dict[str, Any]:
+    """The scores of the global model and of each client's, and shares of the data sets like what it had up to a round.
 
     What several clients have alike is scored once. The model then has the global values again. Clients on machines of
-    their own keep values of roles with `keep` there, and have no row.
+    their own keep values of roles with `keep` there, and have no row. Empty where no data set is there, or asked for.
     """
     run, number = federation.run, federation.config.federated.num_questions
     if not number or not (run.eval.sources or run.data.validation):
-        return None
+        return {}
     config = with_eval(run, num_samples=number, num_images=0, gates="router", compare=[])
     server = federation.state.server.tensors
-    nothing, idle, rounds = frozenset[str](), federation.idle, federation.config.federated.rounds
+    nothing, idle = frozenset[str](), federation.idle
+    seen = {client.name: client for client in federation.seen(round_)}
     rows: dict[str, Any] = {GLOBAL: {"scores": score(federation, config, server, nothing, idle), "own": {}}}
     found = {(digest_of(server), nothing, idle, tuple[Piece, ...]()): rows[GLOBAL]["scores"]}
     elsewhere = any(role.keep for role in federation.roles) and not federation.state.kept
     for client in federation.clients if not elsewhere else ():
         tensors, hidden = federation.delivered(client), frozenset(MODALITIES) - {*modalities_of(client)}
-        own = None if client.held_out else federation.assignment(client, rounds)
+        last = max((n for n in range(1, round_ + 1) if federation.at(client, n).train), default=0)
+        own = None if client.held_out or not last else federation.assignment(client, last)
         absent, above = (idle, ()) if own is None else (own.absent, own.above)
         key = digest_of(tensors), hidden, absent, above
         if key not in found:
             found[key] = score(federation, config, tensors, hidden, absent, above)
-        rows[client.name] = {"scores": found[key], "own": own_of(client, config), "held_out": client.held_out}
+        shares = own_of(seen.get(client.name, client), config)
+        rows[client.name] = {"scores": found[key], "own": shares, "held_out": client.held_out}
     federation.show(server)
-    record = {"data_sets": [*rows[GLOBAL]["scores"]], "rows": rows, "summary": summary(rows)}
-    write_json(federation.folder / FILE, record)
-    client_heat_map(federation.folder / "pictures" / "clients.png", record)
-    return record
+    return rows
 
 
 def score(
@@ -106,24 +152,20 @@ def own_of(client: Client, config: RunConfig) -> dict[str, float]:
 
 def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers at the head of this module, and the mean of clients that never trained."""
-
-    def mean(values: list[float]) -> float | None:
-        return sum(values) / len(values) if values else None
-
     own = {n: sum(share * row["scores"][m] for m, share in row["own"].items()) for n, row in rows.items() if row["own"]}
     training = {name: value for name, value in own.items() if not rows[name]["held_out"]}
     unseen = [value for name, value in own.items() if rows[name]["held_out"]]
     worst = min(training, key=lambda name: training[name]) if training else None
     return {
-        "personal": mean([*training.values()]),
-        "global": mean([*rows[GLOBAL]["scores"].values()]),
+        "personal": mean_of(training),
+        "global": mean_of(rows[GLOBAL]["scores"]),
         "worst": None if worst is None else {"client": worst, "value": training[worst]},
-        "unseen_client": mean(unseen),
+        "unseen_client": mean_of(unseen),
     }
 
 
 def table(record: Mapping[str, Any]) -> Table:
-    """A row for the global model and for each client."""
+    """A row for the global model and for each client, and what the global one has forgotten."""
     grid = plain_table()
     grid.title = "scores in per cent; * a tenth or more of what the client trains on"
     grid.add_column("", no_wrap=True)
@@ -134,6 +176,8 @@ def table(record: Mapping[str, Any]) -> Table:
             f"{100 * row['scores'][n]:.0f}{'*' if row['own'].get(n, 0) >= MARKED else ' '}" for n in record["data_sets"]
         ]
         grid.add_row(name + (" held out" if row.get("held_out") else ""), *cells)
+    if lost := record.get("forgotten", {}).get(GLOBAL):
+        grid.add_row("forgotten", *(f"{100 * lost[n]:.0f} " if n in lost else "" for n in record["data_sets"]))
     return grid
 
 
@@ -146,6 +190,9 @@ def line_of(record: Mapping[str, Any]) -> str:
         parts.append(f"worst client {worst['client']} {100 * worst['value']:.1f}")
     if found["unseen_client"] is not None:
         parts.append(f"unseen client {100 * found['unseen_client']:.1f}")
+    if found.get("forgotten") is not None:
+        own = found["forgotten_personal"]
+        parts.append(f"forgotten {100 * found['forgotten']:.1f}, of personal {100 * own:.1f}")
     return ", ".join(parts)
 
 

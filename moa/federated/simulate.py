@@ -81,6 +81,7 @@ class Federation:
     state: State
     grouped: Sequence[str] = ()  # experts of groups that are computed; a client without a group trains the first
     slot: Mapping[str, torch.Tensor] = field(default_factory=dict)  # that one's values at the start
+    measure: Callable[["Federation"], dict[str, Any]] | None = None  # scores when data sources come or go
     arrivals: dict[str, Arrival] = field(default_factory=dict)  # in the round under way
     stop: StopRequest = field(default_factory=StopRequest)
 
@@ -107,7 +108,31 @@ class Federation:
         """The clients of a round in their order, and whether each sends something."""
         settings = self.config.federated
         drawn = draw_clients(settings, self.run.seed if settings.privacy.clip is None else self.secret, round_)
-        return [(self.training[place], sends) for place, sends in drawn]
+        here = ((self.at(self.training[place], round_), sends) for place, sends in drawn)
+        return [(client, sends) for client, sends in here if client.train]
+
+    def at(self, client: Client, round_: int) -> Client:
+        """The client with the samples that it has in a round."""
+        settings = self.config.federated
+        if not (settings.arrives or settings.leaves):
+            return client
+        return replace(client, train=tuple(row for row in client.train if settings.present(row.tag.source, round_)))
+
+    def seen(self, round_: int) -> list[Client]:
+        """The clients that train, with the samples that they have had up to a round."""
+        first = self.config.federated.arrives
+        return [
+            replace(c, train=tuple(row for row in c.train if first.get(row.tag.source, 1) <= round_))
+            for c in self.training
+        ]
+
+    @property
+    def phase_ends(self) -> bool:
+        """Whether clients have other data sources in the round that comes, and it is not the first."""
+        settings, now = self.config.federated, self.state.server.round
+        if not 1 < now <= settings.rounds:
+            return False
+        return any(settings.present(name, now) != settings.present(name, now - 1) for name in self.run.data.sources)
 
     def waiting(self) -> Iterator[Client]:
         """The clients of this round that have not been heard of, until a signal comes."""
@@ -153,6 +178,9 @@ class Federation:
         record |= self.validate()
         history = (*self.state.history, record | {"step": self.step})
         self.state = State(server=server, kept=kept, groups=groups, step=self.step, history=history)
+        if self.measure is not None and self.phase_ends:
+            history = (*history[:-1], history[-1] | {"phase": self.measure(self)})
+            self.state = replace(self.state, history=history)
         self.arrivals = {}
         save_state(self.folder, self.state)
         self.reporter.record(self.state.history[-1])
@@ -229,9 +257,16 @@ class Federation:
         if not self.grouped:
             return Member(group=self.special.get(client.name, ClientConfig()).group or "")
         group = self.state.groups.of.get(client.name, "")
-        if trains and not group:
+        if trains and (not group or self.has_news(client)):
             return Member(first=True, lacks=frozenset(self.grouped[1:]))
         return Member(group=group, lacks=self.idle)
+
+    def has_news(self, client: Client) -> bool:
+        """Whether a client has other data sources than when it got its group."""
+        rounds = self.state.groups.since[client.name], self.state.server.round
+        own = next(c for c in self.training if c.name == client.name)
+        before, now = ({row.tag.source for row in self.at(own, round_).train} for round_ in rounds)
+        return before != now
 
     @property
     def idle(self) -> frozenset[str]:
@@ -250,7 +285,7 @@ class Federation:
         if settings.by is None:
             return updates, groups, []
         updates = list(updates)
-        new = [update.client for update in updates if update.client not in groups.of]
+        new = [client.name for client in self.training if self.member(client, trains=True).first]
         options: dict[str, Any] = {"by": settings.by, "how": settings.how, "experts": self.grouped}
         options["likeness"] = -1 if settings.likeness is None else settings.likeness
         return regroup(self.state.server, updates, new, groups, self.roles, self.pieces, **options)
@@ -258,7 +293,7 @@ class Federation:
     def config_of(self, client: Client, round_: int, *, first: bool = False) -> RunConfig:
         """The settings of a client's own run in a round, `first` without a group: its data, and its plan."""
         data = self.run.data
-        own = {row.tag.source for row in client.train}
+        own = {row.tag.source for row in self.at(client, round_).train}
         sources = {name: source for name, source in data.sources.items() if name in own}
         stages = stages_of(self.config, round_, self.special[client.name], first=first)
         return replace(self.run, data=replace(data, sources=sources), stages=stages)
@@ -279,6 +314,7 @@ class Federation:
     def train(self, client: Client, delivery: Delivery, log: Callable[[dict[str, Any], int], None]) -> Arrival:
         """Train what a client receives, and return what it sends, or why it failed; `log` gets each step's line."""
         round_, steps = delivery.round, 0
+        client = self.at(client, round_)
 
         def counted(line: dict[str, Any]) -> None:
             nonlocal steps
@@ -316,7 +352,7 @@ class Federation:
         own = self.special.get(client.name, ClientConfig())  # none of one that never trains
         member = member or self.member(client)
         found = assign(
-            member.rows_of(client, self.grouped),
+            member.rows_of(self.at(client, round_), self.grouped),
             self.roles,
             self.pieces,
             trainable(self.model, self.run),
@@ -331,7 +367,7 @@ class Federation:
 
     def delivery(self, client: Client) -> Delivery:
         """What the server sends to a client in the round under way."""
-        server, place = self.state.server, self.training.index(client)
+        server, place = self.state.server, [own.name for own in self.training].index(client.name)
         base, tensors, member = server.base(), self.delivered(client), self.member(client, trains=True)
         tensors |= self.slot if member.first else {}
         return Delivery(client=client.name, place=place, round=server.round, base=base, tensors=tensors, member=member)

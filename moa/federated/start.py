@@ -21,6 +21,7 @@ from moa.federated.assignment import tasks_of
 from moa.federated.client import TERMS, tensors_of, trainable
 from moa.federated.config import ClientConfig, FederateConfig, make_roles, special
 from moa.federated.groups import EVIDENCE, check_groups, mean_evidence, roles_of
+from moa.federated.matrix import measure
 from moa.federated.partition import OWN, Client, Tag, check, make_clients, print_partition, tag_of
 from moa.federated.pieces import Names, Piece, Role, pieces_of, print_roles
 from moa.federated.privacy import secure_line, spent
@@ -82,6 +83,7 @@ def open_federation(
         raise ValueError(f"--resume: out={folder} holds a run of train.py; choose another out=")
     federation = make_federation(config, run, accelerator, clients)
     check_evaluation(run)
+    federation.measure = measure
     check_plans(federation)
     federation.state = (load_state(folder) if before is not None else None) or federation.state
     data = digest_sources(federation.sources, run.data) if clients is None else {}
@@ -165,14 +167,18 @@ def check_plans(federation: Federation) -> None:
                 raise ValueError(f"federated.clients.{client.name}.experts: no expert {name!r}; choices: {choices}")
         if own is not None and federation.run.router.granularity != "sample":
             raise ValueError(f"federated.clients.{client.name}.experts: needs router.granularity=sample")
-        federation.config_of(client, 1)
+        rounds = plans_of(federation, client)
+        federation.config_of(client, rounds[0])
         try:
-            for round_ in kinds_of_round(federation.config):
+            for round_ in rounds:
                 for role in federation.assignment(client, round_).sends:
-                    senders[role.name][client.name] = tasks_of(client)
+                    senders[role.name][client.name] = tasks_of(federation.at(client, round_))
         except ValueError as error:
             raise ValueError(f"federated: {error}") from None
     settings = federation.config.federated
+    for round_ in range(1, settings.rounds + 1 if settings.arrives or settings.leaves else 1):
+        if settings.privacy.clip is None and not federation.drawn(round_):
+            raise ValueError(f"federated.arrives: no client that is drawn in round {round_} has samples there")
     try:
         if settings.privacy.noise is not None:
             spent(settings.privacy.noise, settings.participation, settings.rounds, settings.privacy.delta)
@@ -182,11 +188,19 @@ def check_plans(federation: Federation) -> None:
         raise ValueError(f"federated.{error}") from None
 
 
-def kinds_of_round(config: FederateConfig) -> list[int]:
-    """A round of each kind: they differ in stages, and in the factors that move (moving_factors)."""
-    rounds, two = range(config.federated.rounds, 0, -1), config.federated.factors == "alternate"
-    kinds = {(*(config.federated.has(name, n) for name in config.stages), two and n % 2): n for n in rounds}
-    return sorted(kinds.values())
+def plans_of(federation: Federation, client: Client) -> list[int]:
+    """A round of each kind in which a client has samples: they differ in stages, in data sources, and in the factors
+    that move (moving_factors)."""
+    config = federation.config
+    settings, two = config.federated, config.federated.factors == "alternate"
+    kinds = dict[tuple[bool, ...], int]()
+    for n in range(settings.rounds, 0, -1):
+        stages, here = (
+            (settings.has(s, n) for s in config.stages),
+            (settings.present(s, n) for s in config.data.sources),
+        )
+        kinds[*stages, *here, two and n % 2 == 1] = n
+    return sorted(n for n in kinds.values() if federation.at(client, n).train)
 
 
 def same_settings(config: FederateConfig, before: FederateConfig, folder: Path) -> None:
@@ -287,7 +301,7 @@ def table_of_roles(federation: Federation) -> str:
     """The table that is printed before the first round: what leaves a client, in bytes, and who sends it."""
     senders: dict[str, list[str]] = {role.name: [] for role in federation.roles}
     for client in federation.training:
-        plans = [federation.assignment(client, round_).sends for round_ in kinds_of_round(federation.config)]
+        plans = [federation.assignment(client, round_).sends for round_ in plans_of(federation, client)]
         for name in {role.name for sends in plans for role in sends}:
             senders[name].append(client.name)
     everyone = len(federation.training)

@@ -74,6 +74,7 @@ def save_state(run: Path, state: State) -> None:
         for file, tensors in files.items():
             save_tensors(folder / f"{file}.safetensors", tensors)
         facts = {"round": server.round, "step": state.step, "groups": dict(state.groups.of)}
+        facts["since"] = dict(state.groups.since)
         write_json(folder / "state.json", facts | {"history": [*state.history]})
         write_json(folder / MANIFEST, manifest_of(folder))
     write_file(run / SERVER / LAST, name + "\n")
@@ -107,7 +108,7 @@ def load_state(run: Path) -> State | None:
         scoped=apart(tensors["scoped"]),
         state=apart(tensors["state"]),
     )
-    groups = Groups(of=found["groups"], centres=tensors["centres"])
+    groups = Groups(of=found["groups"], centres=tensors["centres"], since=found["since"])
     history = tuple(found["history"])
     return State(server=server, kept=apart(tensors["kept"]), groups=groups, step=found["step"], history=history)
 

@@ -89,6 +89,7 @@ def test_rates_fall_by_a_cosine_over_rounds_from_all_of_them():
         ({"stages__experts__init_from": "x"}, "stages.experts.init_from: has no effect in a federation"),
         ({"stages__experts__only": ["x"]}, "stages.experts.only: no expert that learns is called 'x'"),
         ({"federated__first_round": {"all": 2}}, "federated.first_round.all: no such stage; choices: experts, router"),
+        ({"federated__arrives": {"new": 2}}, "federated.arrives.new: no such data source; choices: vqa, line"),
         ({"federated__last_round": {"router": 5}}, "federated.last_round.router: must be in 1..4"),
         ({"federated__first_round": {"router": 2, "experts": 3}}, "federated.first_round: round [1] has no stage"),
         ({"stages": {}}, "stages: names none"),

@@ -9,7 +9,7 @@ from moa.config import ExpertConfig
 from moa.federated import matrix
 from moa.federated.assignment import Assignment
 from moa.federated.config import ClientConfig
-from moa.federated.partition import Client
+from moa.federated.partition import Client, Row, Tag
 from moa.federated.pieces import Names, Piece, Role, pieces_of
 from moa.federated.refusals import (
     check_carry,
@@ -135,16 +135,16 @@ def test_a_rule_needs_its_clients_in_a_round_and_a_scope_per_task_clients_of_one
 
 def test_the_table_at_the_end_has_each_client_at_its_own_rank(monkeypatch, tmp_path):
     tensors, above = {"x": torch.ones(2)}, (Piece(key="x", shape=(1,), role="", axis=0, start=1, stop=2),)
-    seen = []
+    row, seen = Row(tag=Tag(source="vqa", index=0, image="", task="vqa")), []
     for name in ("with_eval", "own_of", "summary", "write_json", "client_heat_map"):
         monkeypatch.setattr(matrix, name, lambda *arguments, **options: {})
     monkeypatch.setattr(matrix, "score", lambda *arguments: seen.append(arguments[5:]) or {"vqa": float(len(seen))})
     federation = object.__new__(Federation)
     vars(federation).update(
         run=SimpleNamespace(eval=SimpleNamespace(sources={"vqa": None}), out=str(tmp_path)),
-        config=SimpleNamespace(federated=SimpleNamespace(num_questions=2, rounds=1)),
-        state=SimpleNamespace(server=SimpleNamespace(tensors=tensors)),
-        clients=[Client(name=f"client-{place}", train=()) for place in range(3)],
+        config=SimpleNamespace(federated=SimpleNamespace(num_questions=2, rounds=1, arrives={}, leaves={})),
+        state=SimpleNamespace(server=SimpleNamespace(tensors=tensors), history=()),
+        clients=[Client(name=f"client-{place}", train=(row,)) for place in range(3)],
         delivered=lambda client: tensors,
         assignment=lambda client, round_: Assignment(
             sends=(), keeps=(), free={}, above=above if client.name != "client-0" else ()

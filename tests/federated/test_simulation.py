@@ -22,9 +22,10 @@ from moa.cli.settings import load
 from moa.federated import simulate, start
 from moa.federated.client import receive, tensors_of
 from moa.federated.config import FederateConfig, FederatedConfig, PartitionConfig
-from moa.federated.matrix import summary
+from moa.federated.groups import Groups
+from moa.federated.matrix import forgotten, summary
 from moa.federated.simulate import Federation, draw_clients, federate
-from moa.federated.start import open_federation
+from moa.federated.start import check_plans, open_federation
 from moa.federated.store import incoming, load_state
 from moa.training import run as run_module
 from moa.training.setup import make_accelerator
@@ -324,6 +325,42 @@ def test_the_summary_is_of_what_clients_train_on():
     found = summary(rows)
     assert found["global"] == pytest.approx(0.3) and found["personal"] == pytest.approx(0.475)
     assert found["worst"] == {"client": "client-1", "value": 0.45} and found["unseen_client"] == 0.1
+
+
+def test_what_is_forgotten_is_the_best_score_of_a_phase_less_that_at_the_end():
+    phases = [{"global": {"a": 0.8}, "client-0": {"a": 0.5}}, {"global": {"a": 0.9, "b": 0.3}, "client-1": {}}]
+    rows = {name: {"scores": {"a": 0.6, "b": 0.4, "c": 0.1}} for name in ("global", "client-0", "client-1")}
+    lost = forgotten(phases, rows)
+    assert lost.keys() == {"global", "client-0"} and lost["client-0"] == {"a": pytest.approx(-0.1)}
+    assert lost["global"] == {"a": pytest.approx(0.3), "b": pytest.approx(-0.1)}
+
+
+@pytest.mark.slow
+def test_tasks_come_and_go_over_rounds_and_the_scores_between_are_stored(world, tmp_path, monkeypatch):
+    table = {**SHORT, "rounds": 3, "partition": {"clients": 2, "how": "even"}, "roles": []}
+    table |= {"arrives": {"grounding": 2}, "leaves": {"vqa": 2}}
+    federation = opened(settings(world, tmp_path / "tasks", federated=table, stages={"joint": {"steps": 1}}))
+    federation.measure = lambda own: {"global": {"a": float(own.state.rounds_done)}}
+    federate(federation)
+    sent = {(line["round"], client) for line in read_log(federation.run.out) if (client := line.get("client"))}
+    assert len(sent) == 6 and [line.get("phase", {}).get("global") for line in federation.state.history] == [
+        {"a": 1.0}, {"a": 2.0}, None
+    ]  # fmt: skip
+    client = federation.training[0]
+    tasks = [{row.tag.task for row in federation.at(client, round_).train} for round_ in (1, 2, 3)]
+    assert tasks == [{"vqa"}, {"vqa", "grounding"}, {"grounding"}]
+    assert [*federation.config_of(client, 3).data.sources] == ["grounding"]
+    assert {row.tag.task for row in federation.seen(3)[0].train} == {"vqa", "grounding"}
+    # a client with other data than when it got its group looks for one anew
+    plain, federation.grouped = federation.state, ("vqa", "grounding")
+    for since, news in ((1, True), (3, False)):
+        groups = Groups(of={client.name: "vqa"}, since={client.name: since})
+        federation.state = replace(plain, groups=groups, server=replace(plain.server, round=3))
+        assert federation.member(client, trains=True).first == news
+    federation.grouped = ()
+    monkeypatch.setattr(Federation, "drawn", lambda self, round_: [])
+    with pytest.raises(ValueError, match="federated.arrives: no client that is drawn in round 1 has samples there"):
+        check_plans(federation)
 
 
 @pytest.mark.slow
