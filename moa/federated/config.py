@@ -174,6 +174,9 @@ class FederatedConfig:
             self.screen is None, "screen", "compares clients, so one moves what of others is added; no privacy with it"
         )
         check(self.groups.by is None, "groups.by", "reads single clients; no privacy with it")
+        come_and_go = bool(self.arrives or self.leaves)
+        rule = "a client without data would show in the fixed number that sums are divided by; no privacy with it"
+        check(not come_and_go, "arrives" if self.arrives else "leaves", rule)
         check(bool(self.roles), "roles", "privacy needs a table, with weight: uniform")
         for role in (role for role in self.roles if not role.keep):
             for key, choices in (("rule", ("mean", "sum")), ("weight", ("uniform",)), ("scope", ("global",))):

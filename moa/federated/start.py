@@ -177,7 +177,7 @@ def check_plans(federation: Federation) -> None:
             raise ValueError(f"federated: {error}") from None
     settings = federation.config.federated
     for round_ in range(1, settings.rounds + 1 if settings.arrives or settings.leaves else 1):
-        if settings.privacy.clip is None and not federation.drawn(round_):
+        if not federation.drawn(round_):
             raise ValueError(f"federated.arrives: no client that is drawn in round {round_} has samples there")
     try:
         if settings.privacy.noise is not None:
@@ -195,10 +195,8 @@ def plans_of(federation: Federation, client: Client) -> list[int]:
     settings, two = config.federated, config.federated.factors == "alternate"
     kinds = dict[tuple[bool, ...], int]()
     for n in range(settings.rounds, 0, -1):
-        stages, here = (
-            (settings.has(s, n) for s in config.stages),
-            (settings.present(s, n) for s in config.data.sources),
-        )
+        stages = (settings.has(name, n) for name in config.stages)
+        here = (settings.present(name, n) for name in config.data.sources)
         kinds[*stages, *here, two and n % 2 == 1] = n
     return sorted(n for n in kinds.values() if federation.at(client, n).train)
 

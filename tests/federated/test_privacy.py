@@ -83,6 +83,7 @@ def settings(**changes) -> FederatedConfig:
         ({"privacy": {"clip": 1.0, "noise": 1.0, "delta": 0.1}}, "privacy.delta: must be below 1 / 10 clients"),
         ({"screen": 5.0}, "screen: compares clients"),
         ({"roles": []}, "roles: privacy needs a table"),
+        ({"leaves": {"vqa": 1}}, "leaves: a client without data"),
         ({"roles": [{**TABLE[0], "rule": "median"}]}, r"roles.all.rule: privacy needs one of .*, got 'median'"),
         ({"roles": [{**TABLE[0], "weight": "samples"}]}, r"roles.all.weight: privacy needs one of .*, got 'samples'"),
         ({"roles": [{**TABLE[0], "scope": "per_task"}]}, r"roles.all.scope: privacy needs one of .*, got 'per_task'"),
