@@ -44,7 +44,7 @@ from moa.merging.run import merge_experts
 from moa.merging.settings import MergeExperts
 from moa.model import MixtureModel
 
-GateRule = str | Mapping[str, float]  # router, off, ... or the gate of each expert by hand
+GateRule = str | Mapping[str, float | int]  # router, off, ... or the gate of each expert by hand
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from moa.backbones.llava import Backbone
 from moa.experts.bank import ExpertBank
 from moa.model import LanguageMixture, MixtureModel
 from moa.routing.kinds import KINDS
-from moa.routing.router import AnchorRouter, Router
+from moa.routing.router import Router
 from tests.data.test_collate import CODEC
 from tests.data.test_collate import sample as toy_sample
 from tests.support.tiny import QUESTIONS, random_image, tiny_batch, tiny_llava
@@ -47,10 +47,10 @@ def make_model(kind: str = "softmax", targets=EVERYWHERE, *, filled=True, **chan
         torch.nn.init.normal_(router.head[-1].weight)
         if per_site:
             torch.nn.init.normal_(router.site_offset)
-    elif kind == "anchors":
-        router = AnchorRouter(**options)
+    elif (row := KINDS[kind]).learns == "means":
+        router = row.router(**options, sites=len(bank.sites))
     mixture = LanguageMixture(backbone, bank, router, kind=kind, **changes)
-    if kind == "anchors":
+    if KINDS[kind].learns == "means":
         mixture.update_anchors(tiny_batch(processor))
     return mixture.eval()
 

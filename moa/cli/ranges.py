@@ -29,7 +29,7 @@ class Range:
         }
         return {text: rule for text, rule in ends.items() if "inf" not in text} | {"finite": math.isfinite}
 
-    def broken_by(self, number: float) -> str | None:
+    def broken_by(self, number: float | int) -> str | None:
         """The first rule that a number breaks, in words."""
         return next((text for text, holds in self.rules().items() if not holds(number)), None)
 

@@ -374,7 +374,7 @@ def settings(cls: type, prefix: str) -> list[tuple[str, str, str | None, str]]:
     hints = type_hints(cls)
     for item in dataclasses.fields(cls):
         hint, key = hints[item.name], prefix + item.name
-        inner = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
+        inner = [t for t in (hint, *typing.get_args(hint)) if isinstance(t, type) and dataclasses.is_dataclass(t)]
         if inner and hint is inner[0]:
             rows += settings(typing.cast(type, hint), f"{key}.")
             continue

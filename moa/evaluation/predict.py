@@ -72,7 +72,7 @@ def respond(
     model: MixtureModel,
     collator: ChatCollator,
     batch: Batch,
-    gates: str | Mapping[str, float],
+    gates: str | Mapping[str, float | int],
     max_new_tokens: int,
     num_beams: int,
     on_text: Callable[[str], None] | None = None,
@@ -167,7 +167,7 @@ def check_finite(samples: Sequence[Sample], what: str, finite: torch.Tensor) -> 
         )
 
 
-def choose_gates(model: MixtureModel, batch: Batch, rule: str | Mapping[str, float]) -> Gates:
+def choose_gates(model: MixtureModel, batch: Batch, rule: str | Mapping[str, float | int]) -> Gates:
     """The gates of a batch by the rule of `eval.gates`, or by hand."""
     found = gate_rule(model, batch, rule)
     return model.compute_gates(batch, override=found.get("gates"), available=found.get("available"))
@@ -186,7 +186,7 @@ def gates_of_members(model: MixtureModel, batch: Batch, members: Sequence[str]) 
     return {"gates": torch.stack(each)[turn % len(members), turn]}
 
 
-def gates_by_name(names: Sequence[str], gates: Mapping[str, float], key: str = "gates") -> dict[str, float]:
+def gates_by_name(names: Sequence[str], gates: Mapping[str, float | int], key: str = "gates") -> dict[str, float]:
     """The gate of every expert, 0 where none is given; ValueError for an unknown expert and an odd number."""
     for name, gate in gates.items():
         if name not in names:
@@ -196,7 +196,7 @@ def gates_by_name(names: Sequence[str], gates: Mapping[str, float], key: str = "
     return {name: float(gates.get(name, 0.0)) for name in names}
 
 
-def gate_rule(model: MixtureModel, batch: Batch, rule: str | Mapping[str, float]) -> dict[str, torch.Tensor]:
+def gate_rule(model: MixtureModel, batch: Batch, rule: str | Mapping[str, float | int]) -> dict[str, torch.Tensor]:
     """The `gates` to use, or the experts `available` to the router, as a model takes them; or neither.
 
     A mapping has the gates themselves, the same for every sample.

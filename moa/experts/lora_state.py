@@ -158,7 +158,7 @@ def pair_up(name: str, tensors: Factors, sites: Sites) -> dict[str, tuple[Tensor
     return pairs
 
 
-def check_finite(name: str, tensors: Factors) -> None:
+def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"expert {name}: {key} has NaN or infinite values")

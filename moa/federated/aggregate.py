@@ -315,7 +315,7 @@ def norm_of(values: Tensors, start: Tensors) -> float:
 
 
 def screened(
-    server: Server, updates: Iterable[Update], roles: Sequence[Role], by_role: ByRole, most: float
+    server: Server, updates: Iterable[Update], roles: Sequence[Role], by_role: ByRole, most: float | int
 ) -> dict[str, str]:
     """Why updates are refused whose change of a role is far larger than the others'; see `rules.outliers`."""
     norms: dict[str, dict[str, float]] = {role.name: {} for role in roles}
@@ -342,7 +342,7 @@ def aggregate(
     roles: Sequence[Role],
     pieces: Sequence[Piece],
     *,
-    screen: float | None = None,
+    screen: float | int | None = None,
     private: Privacy | None = None,
 ) -> tuple[Server, RoundReport]:
     """The server after a round. ValueError for a table that is wrong; a wrong update is in the report.

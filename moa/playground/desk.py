@@ -106,7 +106,7 @@ class Desk:
         found |= {f"{name} alone": row for name, row in zip(names, each[1:], strict=True)}
         return found | {f"forget {name}": {**dict.fromkeys(names, 0.0), name: -1.0} for name in names}
 
-    def export(self, gates: Mapping[str, float]) -> tuple[Path, str]:
+    def export(self, gates: Mapping[str, float | int]) -> tuple[Path, str]:
         """A zip of the experts merged at these gates, in a folder of its own, and a line on its check."""
         if not self.merging.acquire(blocking=False):
             raise ValueError("another merge is under way; try again when it is done")
@@ -202,14 +202,15 @@ def overlay(size: tuple[int, int], words: Sequence[OcrWord], boxes: Mapping[str,
             f'stroke="white" stroke-width="3" paint-order="stroke">{label}</text>'
         )
     for number, (ink, box) in enumerate(boxes.items()):  # dashes leave an equal box below visible
-        parts.append(rectangle(box, scale, f'{ink}" stroke-dasharray="{24 - 6 * number} {6 * number}', 4))
+        parts.append(rectangle(box, scale, ink, 4, dashes=f"{24 - 6 * number} {6 * number}"))
     return "".join(parts)
 
 
-def rectangle(box: Box, scale: float, ink: str, width: float, inside: str = "") -> str:
+def rectangle(box: Box, scale: float, ink: str, width: float | int, inside: str = "", dashes: str = "") -> str:
     x0, y0, x1, y1 = (value * scale for value in box)
     place = f'x="{min(x0, x1):.1f}" y="{min(y0, y1):.1f}" width="{abs(x1 - x0):.1f}" height="{abs(y1 - y0):.1f}"'
-    return f'<rect {place} fill="none" stroke="{ink}" stroke-width="{width}">{inside}</rect>'
+    line = f'stroke="{ink}" stroke-width="{width}" stroke-dasharray="{dashes or "none"}"'
+    return f'<rect {place} fill="none" {line}>{inside}</rect>'
 
 
 def bars(values: Mapping[str, float] | None, most: int = 12) -> str:

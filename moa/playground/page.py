@@ -7,7 +7,7 @@ import asyncio
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nicegui import app, events, run, ui
 from PIL import Image
@@ -197,8 +197,9 @@ class Visit:
         except MISTAKES as error:
             return self.complain(str(error))
         finally:
-            event.sender.reset()
-        await self.take(image)
+            cast(ui.upload, event.sender).reset()
+        if image is not None:  # None: the server ends
+            await self.take(image)
 
     async def take(self, image: Image.Image, question: str | None = None, task: str | None = None) -> None:
         """Another image, and the question of a sample."""
@@ -261,12 +262,15 @@ class Visit:
         self.note.set_text("merging and checking, a minute or so ...")
         button.disable()
         try:
-            file, line = await run.io_bound(self.desk.export, self.gates())
+            found = await run.io_bound(self.desk.export, self.gates())
         except MISTAKES as error:
             self.note.set_text("")
             return self.complain(f"export: {error}")
         finally:
             button.enable()
+        if found is None:  # the server ends
+            return
+        file, line = found
         self.forget_zips()
         self.zips.append(file.parent)
         self.note.set_text(line)
@@ -301,6 +305,8 @@ class Visit:
                 raise SupersededError
             loop.call_soon_threadsafe(card.text.set_text, text or "...")
 
+        if self.image is None:
+            return
         asked = self.image, self.question.value, None if task == WITHHELD else task, card.gates
         try:
             answer = await run.io_bound(self.desk.answer, *asked, on_text)

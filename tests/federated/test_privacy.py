@@ -33,12 +33,12 @@ def change(new) -> torch.Tensor:
 
 def test_a_clients_change_of_all_roles_together_is_clipped_and_divided_by_the_expected_number():
     own = [update(k, ROLES) for k in range(2)]
-    new, _ = aggregate(server(), own, ROLES, PIECES, private=private(0.5, 0.0, 4))
+    new, _ = aggregate(server(), own, ROLES, PIECES, private=private(0.5, 0.0, 4.0))
     start = torch.cat([p.of(server().tensors).double().flatten() for p in PIECES])
     changes = [torch.cat([p.of(randoms(100 + k)).double().flatten() for p in PIECES]) - start for k in range(2)]
     expected = sum(0.5 * delta / delta.norm() for delta in changes) / 4
     torch.testing.assert_close(change(new), expected, rtol=1e-4, atol=1e-6)
-    alone, _ = aggregate(server(), own[:1], ROLES, PIECES, private=private(0.5, 0.0, 4))
+    alone, _ = aggregate(server(), own[:1], ROLES, PIECES, private=private(0.5, 0.0, 4.0))
     assert float((change(new) - change(alone)).norm()) == pytest.approx(0.5 / 4, rel=1e-4)
 
 

@@ -145,6 +145,7 @@ def test_the_table_at_the_end_has_each_client_at_its_own_rank(monkeypatch, tmp_p
         config=SimpleNamespace(federated=SimpleNamespace(num_questions=2, rounds=1, arrives={}, leaves={})),
         state=SimpleNamespace(server=SimpleNamespace(tensors=tensors), history=()),
         clients=[Client(name=f"client-{place}", train=(row,)) for place in range(3)],
+        roles=(),
         delivered=lambda client: tensors,
         assignment=lambda client, round_: Assignment(
             sends=(), keeps=(), free={}, above=above if client.name != "client-0" else ()
