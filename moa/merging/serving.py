@@ -72,10 +72,10 @@ def write_serving(settings: ServingConfig, console: Console) -> None:
     source = open_run(step)
     if source.projector:
         raise ValueError(f"run: {settings.run} trained its projector, which no LoRA adapter can hold")
+    if source.config is not None and source.config.router.granularity != "sample":
+        raise ValueError(f"run: {settings.run} gates every token by itself, and no weights of a request equal that")
     check_out(out, [step], REPORT)
     model, _, config = load_model(step, "cpu")
-    if config.router.granularity == "token":
-        raise ValueError(f"run: {settings.run} gates every token by itself, and no weights of a request equal that")
     chosen: dict[str, Any] = {"num_samples": settings.num_samples, "seed": settings.seed, "ocr": open_ocr(config.data)}
     data = read_calibration(config, model, **chosen)
     samples = [sample for own in data.samples.values() for sample in own]

@@ -112,7 +112,7 @@ class Desk:
             raise ValueError("another merge is under way; try again when it is done")
         place = Path(tempfile.mkdtemp(dir=self.folder))
         try:
-            by_token = self.model.network.routing.granularity == "token"
+            by_token = self.model.network.routing.granularity != "sample"
             report = self.model.merge(place / "mix", gates, approximate=by_token)
             file = shutil.make_archive(str(place / "mix"), "zip", place / "mix")
             shutil.rmtree(place / "mix")

@@ -1,18 +1,23 @@
 """A routed run as plain PEFT folders: what an engine computes from them is what the live model answers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from rich.console import Console
 
 from data.config import DataConfig, SourceConfig
 from moa.build import build_model
-from moa.checkpoint import TrainState, load_model, save_checkpoint
+from moa.checkpoint import TrainState, load_model, save_checkpoint, step_folder
 from moa.config import EvalConfig, ExpertConfig, ModelConfig, RouterConfig, RunConfig
+from moa.merging import serving
 from moa.merging.learn.calibration import read_calibration
 from moa.merging.serving import frequent_vectors
+from moa.merging.settings import ServingConfig
+from moa.merging.source import open_run
 from scripts import serving as script
 from tests.support.tiny import tiny_llava
 
@@ -80,6 +85,17 @@ def test_both_ways_of_serving_through_plain_peft_are_the_live_model(run, tmp_pat
                 torch.testing.assert_close(at, live.logits[0], rtol=1e-2, atol=1e-2)
                 seen.add(line["vector"])
     assert seen
+
+
+@pytest.mark.parametrize("granularity", ["token", "both"])
+def test_a_run_that_gates_tokens_is_refused_before_it_is_loaded(run, tmp_path, granularity, monkeypatch):
+    source = open_run(step_folder(str(run)))
+    router = replace(source.config.router, granularity=granularity)
+    source = replace(source, config=replace(source.config, router=router))
+    monkeypatch.setattr(serving, "open_run", lambda step: source)
+    monkeypatch.delattr(serving, "load_model")
+    with pytest.raises(ValueError, match="gates every token by itself"):
+        serving.write_serving(ServingConfig(run=str(run), out=str(tmp_path / "out")), Console())
 
 
 def scaled_experts(out, weights):
