@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.cluster.vq import kmeans2
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from moa.federated.aggregate import Server, Update, accept, digest_of, is_finite
 from moa.federated.assignment import Assignment
 from moa.federated.partition import Client
 from moa.federated.pieces import Piece, Role
+from moa.routing.clusters import best_clusters
 from moa.routing.router import AnchorRouter
 
 EVIDENCE = "groups.evidence"  # what a client sends beside its pieces, of groups by evidence
@@ -100,8 +100,7 @@ def silhouette(apart: np.ndarray, labels: np.ndarray) -> float:
 
 def kmeans(rows: np.ndarray, most: int) -> np.ndarray:
     """Lloyd's algorithm from k-means++; fewer than `most` clusters where one stays empty."""
-    tries = [kmeans2(rows, min(most, len(rows)), minit="++", seed=seed, missing="warn") for seed in range(STARTS)]
-    return min(tries, key=lambda found: ((rows - found[0][found[1]]) ** 2).sum())[1]
+    return best_clusters(rows, min(most, len(rows)), tries=STARTS)[1]
 
 
 CLUSTERS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"linkage": average_linkage, "kmeans": kmeans}

@@ -1,4 +1,4 @@
-"""k-means over the evidence of samples, for a router with a row of logits for each cluster."""
+"""k-means: the best of several starts, and over the evidence of samples, for a router with logits for each cluster."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,14 @@ import torch
 from jaxtyping import Float
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
+
+
+def best_clusters(
+    points: np.ndarray, number: int, *, tries: int, seed: int = 0, missing: str = "warn"
+) -> tuple[np.ndarray, np.ndarray]:
+    """Centres [number, feature] and labels [point] of the run of k-means, from k-means++, with the least distance."""
+    runs = [kmeans2(points, number, minit="++", missing=missing, rng=seed + place) for place in range(tries)]
+    return min(runs, key=lambda run: float(((points - run[0][run[1]]) ** 2).sum()))
 
 
 def k_means(
@@ -19,13 +27,7 @@ def k_means(
         raise ValueError(
             f"number: {number} clusters of {different} different samples; name fewer, or read more samples"
         )
-    found = []
-    for attempt in range(tries):
-        centres, labels = kmeans2(
-            points, number, minit="++", missing="raise", rng=np.random.default_rng([seed, attempt])
-        )
-        found.append((float(((points - centres[labels]) ** 2).sum()), centres, labels))
-    _, centres, labels = min(found, key=lambda one: one[0])
+    centres, labels = best_clusters(points, number, tries=tries, seed=seed, missing="raise")
     sizes = np.bincount(labels, minlength=number)
     order = np.argsort(-sizes, kind="stable")
     return torch.from_numpy(centres[order]).float(), sizes[order].tolist()

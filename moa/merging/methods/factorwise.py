@@ -4,16 +4,15 @@ Writing an expert as (B R, R^-1 A), the same update, changes every result here, 
 expert's B with another's A. Use `linear`, `ties` and the like, unless a published number is to be reproduced.
 """
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moa.merging.methods.linear import Weights
 from moa.merging.methods.method import check_choice, check_share
 from moa.merging.methods.stack import Stack
+from moa.routing.clusters import best_clusters
 
 Pair = tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]
 TINY = 1e-12
@@ -131,7 +130,7 @@ def lego(a: Stack, b: Stack, weights: Weights, *, size: int = 16, restarts: int 
     ratio = (norm_b[live] / norm_a[live]).sqrt()[:, None]
     parts = torch.cat([all_a[live] * ratio, all_b[live] / ratio], 1)
     share = weights.repeat_interleave(a.shape[0])[live] * len(weights)
-    label = _clusters(parts.numpy(), min(size, len(parts)), restarts, seed)
+    label = torch.from_numpy(best_clusters(parts.numpy(), min(size, len(parts)), tries=restarts, seed=seed)[1])
     merged = []
     for cluster in range(label.max() + 1):
         own = parts[label == cluster]
@@ -143,14 +142,3 @@ def lego(a: Stack, b: Stack, weights: Weights, *, size: int = 16, restarts: int 
         merged.append(torch.cat([scale * mean[: a.shape[1]], weight * scale * mean[a.shape[1] :]]))
     factors = torch.stack(merged)
     return factors[:, : a.shape[1]], factors[:, a.shape[1] :].T
-
-
-def _clusters(parts: np.ndarray, count: int, restarts: int, seed: int) -> Tensor:
-    """Labels of the best of several k-means runs."""
-    best, least = None, np.inf
-    for restart in range(restarts):
-        centers, label = kmeans2(parts, count, minit="++", rng=seed + restart)
-        spread = float(((parts - centers[label]) ** 2).sum())
-        if spread < least:
-            best, least = label, spread
-    return torch.from_numpy(best)
