@@ -67,7 +67,8 @@ def merge_experts(settings: MergeExperts, console: Console) -> dict[str, Any]:
             expert.read(site)  # refuses values that are not finite, before a base is looked for
     if settings.base is None:
         adapters.check_base_names(source.experts)
-    console.print(*source.beside, sep="\n", soft_wrap=True)
+    for line in source.beside:
+        console.print(line, soft_wrap=True)
     needs_base = settings.merged or settings.verify
     to_open_clip = is_open_clip(source.base_name or "")
     layers = None if to_open_clip else known_layers(source, needs_base)
@@ -78,9 +79,8 @@ def merge_experts(settings: MergeExperts, console: Console) -> dict[str, Any]:
     source = replace(source, experts=adapters.respell(source.experts, layers))
     plan = plan_merge(settings, source, console)
     warn_of_few_tokens(plan, console)
-    console.print(
-        *warnings_before([e for e in source.experts if e.name not in source.shared]), sep="\n", soft_wrap=True
-    )
+    for line in warnings_before([e for e in source.experts if e.name not in source.shared], added_up(plan)):
+        console.print(line, soft_wrap=True)
     source = identify_base(source, needs_base, settings.other_base)
     if to_open_clip:
         check_for_open_clip(settings.merged, settings.verify, settings.dtype)
@@ -167,6 +167,16 @@ def needs_inputs(settings: MergeExperts) -> bool:
     """Whether the merge reads the statistics of the experts' inputs, somewhere."""
     methods = [settings.method, *(rule.method for rule in settings.sites if rule.method)]
     return settings.metric == "inputs" or any(find_method(name).reads_inputs for name in methods)
+
+
+def added_up(plan: Plan) -> dict[str, float]:
+    """The largest weight of each expert where updates are plainly added; none of experts that no method adds so."""
+    found: dict[str, float] = {}
+    for job in [job.others or job for job in plan.jobs]:
+        for site, row in job.weights.items() if job.method.is_sum and job.norm == "own" else ():
+            for name, weight in zip(job.names, row.tolist(), strict=True):
+                found[name] = max(found.get(name, 0.0), abs(weight * job.scale[site]))
+    return found
 
 
 def warn_of_few_tokens(plan: Plan, console: Console) -> None:

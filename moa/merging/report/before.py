@@ -6,7 +6,7 @@ answer each other's samples (LoRI, 2504.07448, draws each A anew).
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -15,16 +15,17 @@ from moa.merging.core import inner_product
 
 LENGTHS = 2.0  # of the longest and the shortest
 ALIKE = 0.5  # cosine of two updates, and common share of what they read
+ROUNDING = 1e-6  # of weights
 
 
-def warnings_before(experts: Sequence[Expert]) -> Iterator[str]:
-    """One line for each finding above its limit, with the numbers."""
+def warnings_before(experts: Sequence[Expert], added: Mapping[str, float]) -> Iterator[str]:
+    """One line for each finding above its limit, with the numbers of the worst pair.
+
+    `added` are the largest weights of experts that are plainly added up: where two of them are 1 or less together, as
+    in a mean, a common direction is as long as it was.
+    """
     count = len(experts)
-    gram, common, sites = (
-        torch.zeros(count, count).double(),
-        torch.zeros(count, count).double(),
-        torch.zeros(count, count),
-    )
+    gram, common, sites = (torch.zeros(count, count, dtype=torch.float64) for _ in range(3))
     for site in all_sites(experts):
         factors = factors_of(experts, site)
         frames = [torch.linalg.qr(pair[0].T).Q if pair else None for pair in factors]
@@ -41,11 +42,25 @@ def warnings_before(experts: Sequence[Expert]) -> Iterator[str]:
     if len(live) and (ratio := float(live.max() / live.min())) > LENGTHS:
         each = ", ".join(f"{name} {float(length):.2g}" for name, length in zip(names, lengths, strict=True))
         yield f"warning: the longest update is {ratio:.1f} times the shortest ({each}), and decides a sum"
+    cosines = gram / (lengths[:, None] * lengths).clamp(min=torch.finfo(gram.dtype).tiny)
+    shares = common / sites.clamp(min=1)
+    alike, against, same = dict[str, float](), dict[str, float](), dict[str, float]()
     for i, j in itertools.combinations(range(count), 2):
-        cosine = float(gram[i, j] / (lengths[i] * lengths[j]).clamp(min=torch.finfo(gram.dtype).tiny))
-        pair = f"warning: {names[i]} and {names[j]}"
-        if abs(cosine) > ALIKE:
-            effect = "a sum goes too far along what they share" if cosine > 0 else "a sum undoes what they do"
-            yield f"{pair} have cosine {cosine:.2f}: {effect}"
-        if sites[i, j] and (share := float(common[i, j] / sites[i, j])) > ALIKE:
-            yield f"{pair} read the same inputs (common share {share:.2f}), so each answers the other's samples"
+        pair, cosine, share = f"{names[i]} and {names[j]}", float(cosines[i, j]), float(shares[i, j])
+        if cosine > ALIKE and added.get(names[i], 0.0) + added.get(names[j], 0.0) > 1 + ROUNDING:
+            alike[pair] = cosine
+        if cosine < -ALIKE:
+            against[pair] = cosine
+        if share > ALIKE and abs(cosine) <= ALIKE:  # updates that are alike read alike
+            same[pair] = share
+    yield from told(alike, "have cosine", "a sum goes too far along what they share")
+    yield from told(against, "have cosine", "a sum undoes what they do")
+    yield from told(same, "read the same inputs, with a common share of", "each answers the other's samples")
+
+
+def told(pairs: Mapping[str, float], what: str, effect: str) -> Iterator[str]:
+    """A line with the pair of the largest value, and the number of the others."""
+    if pairs:
+        worst = max(pairs, key=lambda pair: abs(pairs[pair]))
+        others = f" (and {len(pairs) - 1} other pairs above {ALIKE})" if pairs.keys() - {worst} else ""
+        yield f"warning: {worst} {what} {pairs[worst]:.2f}{others}: {effect}"
