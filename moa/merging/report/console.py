@@ -72,7 +72,7 @@ def crosstalk_table(record: dict[str, Any]) -> Table:
 
 
 def _short(layer: str) -> str:
-    return layer.removeprefix("model.").removeprefix("language_model.")
+    return layer.removeprefix("model.").removeprefix("language_model.").replace("multi_modal_projector", "projector")
 
 
 def number(value: float | None) -> str:
