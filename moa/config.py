@@ -543,7 +543,6 @@ def check_stages(config: RunConfig) -> None:
     rule = f"reads updates B A, and these experts are none: {', '.join(adapters)}"
     check(not (penalised and adapters), "losses.crosstalk", rule)
     check(not (config.train.statistics and adapters), "train.statistics", rule)
-    check(config.router.score != ARROW or not adapters, "router.score", f"arrow {rule}")
     trained = any(stage.kind != "router" for stage in config.stages.values()) or not config.stages
     check(trained or not penalised, "losses.crosstalk", "no stage trains experts")
     routed = [name for name, expert in config.experts.items() if expert.gate == "routed"]
