@@ -1,7 +1,7 @@
 """From a config to a model: load the base, wrap its layers, add experts and router."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,14 +92,28 @@ def build_mixture(
         around=places_of_adapters(config, backbone.model),
         kinds=layers_by_kind(config),
     )
-    fresh = {name: expert for name, expert in config.experts.items() if name not in adapters}
-    inits = {name: expert.init for name, expert in fresh.items()}
-    outside = {
-        name: outside_of(expert.init_statistics, expert.init_own_statistics, bank)
-        for name, expert in fresh.items()
-        if expert.init_statistics
-    }
-    starts = Starts(inits, {name: expert.rank or RANK for name, expert in fresh.items()}, config.seed, outside)
+    place_experts(config, bank, backbone, adapters, place)
+    router = build_router(config, bank, backbone.dims)
+    if config.router.granularity != "sample":
+        check_copies(config, bank)
+        bank.add_token_routers(**token_routing(config), seed=config.seed)
+    bank.context.root = config.router.root_gradient
+    if not backbone.compares:
+        return LanguageMixture(backbone, bank, router, **sample_routing(config, bank))
+    check_for_clip(config)
+    pairs = {"objective": config.losses.pairs, "negatives": config.losses.negatives}
+    return ClipMixture(backbone, bank, router, **pairs, **sample_routing(config, bank))
+
+
+def place_experts(
+    config: RunConfig,
+    bank: ExpertBank,
+    backbone: AnyBackbone,
+    adapters: Mapping[str, ExpertHeader],
+    place: Callable[[ExpertBank, str, ExpertHeader, str], None],
+) -> None:
+    """Put a config's experts in a bank, with what they share, what of them trains, and the gates of their ranks."""
+    starts = fresh_starts(config, bank, adapters)
     for name, expert in config.experts.items():
         if name in adapters:
             check_adapter(adapters[name], backbone, config.model)
@@ -107,8 +121,7 @@ def build_mixture(
             place(bank, name, header, expert.init)
             note(f"expert {name}: {line}" if line else "")
         else:
-            made = made_of(expert)
-            bank.add(name, kind=expert.kind, targets=expert.targets, starts=starts, **made)
+            bank.add(name, kind=expert.kind, targets=expert.targets, starts=starts, **made_of(expert))
     ties = {
         n: Ties(share_a=e.share_a, share_b=e.share_b, layers=tuple(e.tie_layers)) for n, e in config.experts.items()
     }
@@ -117,28 +130,45 @@ def build_mixture(
     for name, expert in config.experts.items():
         if expert.rank_gates != "none" or expert.dropout:
             bank.gate_ranks(name, rank_gates_of(expert, bank.experts[name].settings["rank"], config), config.seed)
-    router = build_router(config, bank, backbone.dims)
-    if config.router.granularity != "sample":
-        check_copies(config, bank)
-        thresholds = int(config.router.learned_threshold)
-        more: dict[str, Any] = {"choices": config.choices, "thresholds": thresholds, "share": config.router.share}
-        more |= {"arrow": config.router.score == ARROW, "biased": config.router.bias_rate is not None}
-        more["mixed"] = config.router.granularity == "both"
-        bank.add_token_routers(**more, noisy=config.router.learned_noise, seed=config.seed)
-    weights = config.router.weights
-    names = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through", "score"]
-    names += ["top_k", "top_p", "threshold", "normalize", "renormalize", "pool", "bias_rate"]
-    routing: dict[str, Any] = {name: getattr(config.router, name) for name in names}
-    routing["weights"] = [weights.get(name, 0.0) for name in config.choices] if weights else None
-    chosen = select(config.router.added_up, bank.sites, "router.added_up")
-    routing["added_up"] = [site in chosen for site in bank.sites]
-    bank.context.root = config.router.root_gradient
-    routing["gates"] = [expert.gate for expert in config.experts.values()]
-    if not backbone.compares:
-        return LanguageMixture(backbone, bank, router, **routing)
-    check_for_clip(config)
-    pairs = {"objective": config.losses.pairs, "negatives": config.losses.negatives}
-    return ClipMixture(backbone, bank, router, **pairs, **routing)
+
+
+def fresh_starts(config: RunConfig, bank: ExpertBank, adapters: Collection[str]) -> Starts:
+    """How the experts begin that no adapter gives."""
+    fresh = {name: expert for name, expert in config.experts.items() if name not in adapters}
+    outside = {
+        name: outside_of(expert.init_statistics, expert.init_own_statistics, bank)
+        for name, expert in fresh.items()
+        if expert.init_statistics
+    }
+    inits = {name: expert.init for name, expert in fresh.items()}
+    return Starts(inits, {name: expert.rank or RANK for name, expert in fresh.items()}, config.seed, outside)
+
+
+def sample_routing(config: RunConfig, bank: ExpertBank) -> dict[str, Any]:
+    """The settings of `Routing` in a config."""
+    router = config.router
+    same = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through", "score"]
+    same += ["top_k", "top_p", "threshold", "normalize", "renormalize", "pool", "bias_rate"]
+    added_up = select(router.added_up, bank.sites, "router.added_up")
+    return {name: getattr(router, name) for name in same} | {
+        "weights": [router.weights.get(name, 0.0) for name in config.choices] if router.weights else None,
+        "added_up": [site in added_up for site in bank.sites],
+        "gates": [expert.gate for expert in config.experts.values()],
+    }
+
+
+def token_routing(config: RunConfig) -> dict[str, Any]:
+    """The settings of the bank's token routers in a config."""
+    router = config.router
+    return {
+        "choices": config.choices,
+        "thresholds": int(router.learned_threshold),
+        "share": router.share,
+        "arrow": router.score == ARROW,
+        "biased": router.bias_rate is not None,
+        "mixed": router.granularity == "both",
+        "noisy": router.learned_noise,
+    }
 
 
 def places_of_adapters(config: RunConfig, model: nn.Module) -> dict[str, tuple[str, str]]:
