@@ -11,6 +11,7 @@ model -> data sets -> answers -> scores, routing and images:
     <run>/eval/routing.json            gates by task, mutual information, dead and duplicate experts;
                                        of a part of the data sets or samples: eval/partial/routing.json
     <run>/pictures/*.png               samples, gates by task and layer, losses
+    <run>/report.html                  all of it on one page, as scripts.report writes it
 
 `torchrun --nproc_per_node N eval.py ...` shares the batches among N processes: the same results, sooner.
 With other gates, or without the task, results go to <run>/eval/<variant>/. Results of models that are not runs
@@ -83,6 +84,10 @@ def evaluate_model(
         if results:
             report(model, network, config, results, label, full=model.is_full and not kept)
         tables[label] = [*kept, *(measured(result.record(), result.rows()) for result in results)]
+    if processes.is_main and model.kind == "run" and model.config.eval.num_images:
+        from moa.evaluation.run_page import write_run_page
+
+        Console().print(f"page: {write_run_page(model.folder)[0]}", soft_wrap=True)
     return tables
 
 

@@ -382,7 +382,7 @@ class EvalConfig:
     max_new_tokens: Size = 32  # of a generated answer
     num_beams: Size = 1  # 1: greedy
     on_bad_sample: Literal["error", "skip"] | None = None  # null: as data.on_bad_sample
-    num_images: CountOrZero = 12  # samples in the gallery; 0: no images at all
+    num_images: CountOrZero = 12  # samples in the gallery and on the run's page; 0: neither images nor page
 
     def __post_init__(self) -> None:
         check(self.only is None or bool(self.only), "only", "names no data set; null means all")

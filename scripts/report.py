@@ -4,7 +4,8 @@
 
 What was trained on what, losses, scores with intervals beside the base, one LoRA and merged adapters (of
 scripts.summary) or other gates (of eval.py), gates by task, samples with answers and boxes, what merges keep, and what
-it cost. A section whose files are not there is left out; what is broken or belongs to other weights is named.
+it cost; of a federation rounds, and scores by client. A section whose files are not there is left out; what is broken
+or belongs to other weights is named. eval.py writes the page too.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ from rich.console import Console
 
 from moa.cli.command import run_command
 from moa.cli.ranges import FilePath
-from moa.files.atomic import write_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +25,15 @@ class ReportSettings:
 
 
 def report(settings: ReportSettings, console: Console) -> None:
-    from moa.evaluation.run_page import run_page
-    from moa.evaluation.runs import MARKS, read_run
+    from moa.evaluation.run_page import write_run_page
+    from moa.evaluation.runs import MARKS
 
     run = Path(settings.run)
     if not settings.run or not any((run / mark).exists() for mark in MARKS):
         raise ValueError(f"run: {settings.run!r} is no run folder: it has none of {', '.join(MARKS)}")
-    out = Path(settings.out) if settings.out else run / "report.html"
-    found = read_run(run)
-    write_file(out, run_page(found))
-    console.print(f"report: {out}", soft_wrap=True)
-    for problem in found.problems:
+    file, problems = write_run_page(run, Path(settings.out) if settings.out else None)
+    console.print(f"report: {file}", soft_wrap=True)
+    for problem in problems:
         console.print(f"  {problem}", soft_wrap=True, markup=False)
 
 

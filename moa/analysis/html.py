@@ -8,15 +8,20 @@ from pathlib import Path
 from moa.analysis.plots import FAINT, INK, MUTED
 
 STYLE = f"""
-body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }}
-h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin: 1.5rem 0 .4rem; }} p {{ color: {MUTED}; }}
-p.first {{ font-size: 1.1rem; color: {INK}; }} img {{ max-width: 100%; }}
-table {{ border-collapse: collapse; font-size: .9rem; }}
-td, th {{ padding: .2rem .75rem; border-bottom: 1px solid {FAINT}; text-align: right; }}
-td:first-child, th:first-child {{ text-align: left; }}
-p, h1 {{ overflow-wrap: anywhere; }} table {{ display: block; overflow-x: auto; margin: .6rem 0; }}
+:root {{ color-scheme: light dark; --ink: {INK}; --muted: {MUTED}; --faint: {FAINT}; --page: white; }}
+@media screen and (prefers-color-scheme: dark) {{
+:root {{ --ink: #e6e9ee; --muted: #a3adba; --faint: #39414d; --page: #14181f; }} }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 68rem;
+margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; }} h2 {{ font-size: 1.1rem; margin: 1.5rem 0 .4rem; }} p {{ color: var(--muted); }}
+p.first {{ font-size: 1.1rem; color: var(--ink); }} img {{ max-width: 100%; }}
+table {{ border-collapse: collapse; font-size: .9rem; display: block; overflow-x: auto; margin: .6rem 0; }}
+td, th {{ padding: .2rem .75rem; border-bottom: 1px solid var(--faint); text-align: right; }}
+td:first-child, th:first-child {{ text-align: left; position: sticky; left: 0; background: var(--page); }}
+td:first-child:nth-last-child(2) + td {{ text-align: left; }} p, h1 {{ overflow-wrap: anywhere; }}
 @media (max-width: 40rem) {{ body {{ margin: 1rem auto; }} td, th {{ padding: .2rem .45rem; }} }}
 @media print {{ body {{ max-width: none; margin: 0; }} img, tr, section {{ break-inside: avoid; }}
+table {{ display: table; font-size: .68rem; }} td, th {{ padding: .1rem .3rem; }}
 h2, h3 {{ break-after: avoid; }} * {{ print-color-adjust: exact; }} }}
 """
 

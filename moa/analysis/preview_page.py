@@ -21,10 +21,10 @@ from moa.analysis.gallery import READ, TRUE, seen_image
 TARGET = "#D55E00"
 SHORTEST = 320  # pixels that a card's image is enlarged to
 STYLE = f"""
-section {{ display: flex; gap: 1.5em; padding: 1.2em 0; border-top: 1px solid #ddd }}
+section {{ display: flex; gap: 1.5em; padding: 1.2em 0; border-top: 1px solid var(--faint) }}
 section img {{ max-width: none; align-self: start }}
 .tokens {{ white-space: pre-wrap; font-family: monospace }}
-.image {{ background: #e4e4e4; color: #555 }} .answer {{ background: #cdeee2 }}
+.image {{ background: #e4e4e4; color: #555 }} .answer {{ background: #cdeee2; color: #1c2430 }}
 .answer:nth-child(even) {{ background: #a5e0cc }} .bad {{ color: #b00 }}
 .true {{ color: {TRUE} }} .said {{ color: {TARGET} }} .read {{ color: {READ} }}
 """

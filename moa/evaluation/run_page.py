@@ -1,4 +1,4 @@
-"""A run on one self-contained HTML page: what was trained on what, scores, gates, samples, merges, cost.
+"""A run on one self-contained HTML page: what was trained on what, scores, gates, samples, merges, cost, rounds.
 
 Made of the files of a run folder alone, without a model. What is not there is left out; what cannot be read, or belongs
 to other weights, is a line on the page.
@@ -12,6 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import yaml
 from PIL import Image, ImageDraw
 
 from data.checks import BadSampleError
@@ -20,25 +21,35 @@ from data.sample import Sample
 from data.sources import open_sources
 from moa.analysis import fidelity_page, html
 from moa.analysis.gallery import PREDICTED, TRUE
-from moa.analysis.plots import FAINT, INK, color, gate_heat_map, layer_heat_map, loss_curves
+from moa.analysis.plots import client_heat_map, color, gate_heat_map, layer_heat_map, loss_curves
 from moa.evaluation.gates_file import PARTIAL, ROUTING, read_routing
 from moa.evaluation.result import Score, paired_difference
-from moa.evaluation.runs import RunFolder, weights_of
+from moa.evaluation.runs import FEDERATION, RunFolder, read_results, read_run, weights_of
 from moa.evaluation.settings import chosen_sources
+from moa.files.atomic import write_file
 
 TRAINED, BASE = "as trained", "base"
 NORMAL = 1.96  # standard errors on either side of a 95 % interval
 WIDTH, SHORTEST = 480, 160  # pixels of a sample's image
 SEARCHED = 2000  # rows of a data set in which its samples are looked for
+ROUNDS = 20  # of a federation, that its table has at most
 STYLE = f"""
-.samples {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1.2rem; }}
+.samples {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 45%), 1fr)); gap: 1.2rem; }}
 .samples section {{ break-inside: avoid; }} .samples p {{ margin: .15rem 0; overflow-wrap: anywhere; }}
-.samples img {{ width: 100%; }} .question {{ font-weight: bold; color: {INK}; }} .right {{ color: {TRUE}; }}
-.wrong {{ color: {PREDICTED}; }} .problem {{ color: #b00; }}
-.gate {{ display: flex; gap: .5rem; align-items: center; font-size: .8rem; }} .gate span {{ width: 6rem; }}
-.gate i {{ flex: 1; background: {FAINT}; height: .6rem; }} .gate b {{ display: block; height: 100%; }}
+.samples img {{ width: 100%; }} .question {{ font-weight: bold; color: var(--ink); }} .right {{ color: {TRUE}; }}
+.wrong {{ color: {PREDICTED}; }} .problem {{ color: #d33; }}
+.gate {{ display: flex; gap: .5rem; align-items: center; font-size: .8rem; }}
+.gate span {{ width: 5.5rem; overflow-wrap: anywhere; }}
+.gate i {{ flex: 1; background: var(--faint); height: .6rem; }} .gate b {{ display: block; height: 100%; }}
 """
 Parts = list[str]
+
+
+def write_run_page(folder: Path, out: Path | None = None) -> tuple[Path, list[str]]:
+    """Write the page of a run folder, by default to its report.html: the file, and what could not be read."""
+    run, file = read_run(folder), out or folder / "report.html"
+    write_file(file, run_page(run))
+    return file, run.problems
 
 
 def run_page(run: RunFolder) -> str:
@@ -47,7 +58,9 @@ def run_page(run: RunFolder) -> str:
         ("Scores", scores_section),
         ("What was trained", trained_section),
         ("Losses", losses_section),
+        ("Rounds and clients", federation_section),
         ("Who answers what", gates_section),
+        ("Crosstalk", crosstalk_section),
         ("Samples", samples_section),
         ("What merging keeps", merging_section),
         ("Cost", cost_section),
@@ -101,42 +114,53 @@ def scores_section(run: RunFolder) -> Parts:
     """A row for each data set, a column for each model or kind of gates; the gain is over the base, by question."""
     own = run.results.get("", {})
     summary, reason = read_summary(run)
-    columns: dict[str, Mapping[str, Score]] = {
-        row: scores for row, scores in summary.get("rows", {}).items() if row != "routed experts"
-    }
-    columns[TRAINED] = {name: record["score"] for name, (record, _) in own.items()}
+    trained = {name: record["score"] for name, (record, _) in own.items()}
+    columns: dict[str, Mapping[str, Score]] = {TRAINED: trained, BASE: {}}
+    columns |= {row: scores for row, scores in summary.get("rows", {}).items() if row != "routed experts"}
     for gates, found in run.results.items():
         if gates:
             label = BASE if gates == "off" else f"gates: {gates}"
             columns[label] = {name: record["score"] for name, (record, _) in found.items()}
-    if BASE in columns:
-        columns = {BASE: columns[BASE], **columns}
+    columns |= other_models(run)
+    columns = {label: scores for label, scores in columns.items() if scores}
     parts = [html.element("p", reason, "problem")] if reason else []
     names = list(dict.fromkeys(name for scores in columns.values() for name in scores))
     if not names:
         return parts
     gains = {name: paired_difference(run.results["off"][name][1], own[name][1])
              for name in own if name in run.results.get("off", {})}  # fmt: skip
-    head = ["data set", "questions", "metric", *columns, *(["gain over base"] if gains else [])]
+    head = ["data set", *columns, *(["gain over base"] if gains else []), "metric", "questions"]
     rows = [head]
     for name in names:
         record = own[name][0] if name in own else {}
         metrics = dict.fromkeys(task["primary"] for task in record.get("tasks", {}).values())
         cells = [interval(scores.get(name)) for scores in columns.values()]
         gain = [interval(gains.get(name), "+")] if gains else []
-        rows.append([name, str(record.get("n", "-")), "+".join(metrics) or "-", *cells, *gain])
+        rows.append([name, *cells, *gain, "+".join(metrics) or "-", str(record.get("n", "-"))])
     note = "Per cent, with 95 % intervals over the images of this one run; another seed differs by more."
     return [*parts, html.table(rows), html.element("p", note)]
 
 
+def other_models(run: RunFolder) -> dict[str, dict[str, Score]]:
+    """Scores of models that eval.py has scored like this run, on the samples that the run was scored on."""
+    own = {name: record["fingerprints"].get("data") for name, (record, _) in run.results.get("", {}).items()}
+    found = {}
+    for place in sorted(run.path.glob("others/*/eval")):
+        results = {name: record for name, (record, _) in read_results(place, None, []).items()}
+        same = {n: r["score"] for n, r in results.items() if own.get(n) in (None, r["fingerprints"].get("data"))}
+        found |= {place.parent.name: same} if same else {}
+    return found
+
+
 def interval(score: Score | None, sign: str = "") -> str:
-    """`71.2 (65.0 to 77.4)`"""
+    """`71.2 (65.0 to 77.4)`; a score, which has no sign, lies between 0 and 100, and so does its interval."""
     if score is None or score.get("value") is None:
         return "-"
     value, error = 100 * float(score["value"] or 0), score.get("se")
     if error is None:
         return f"{value:{sign}.1f}"
     low, high = (value + side * NORMAL * 100 * error for side in (-1, 1))
+    low, high = (low, high) if sign else (max(low, 0.0), min(high, 100.0))
     return f"{value:{sign}.1f} ({low:{sign}.1f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high:{sign}.1f})"
 
 
@@ -176,8 +200,47 @@ def losses_section(run: RunFolder) -> Parts:
         return []
     names = [] if run.config is None else [*run.config.experts]
     by_task = any(key.startswith("loss/") for key in tasks)
-    drawn = [figure("losses", lambda file: loss_curves(file, run.log, names))] if by_task else []
+    # the stages of a federation are those of each client, and not marked
+    log = run.log if run.num_rounds is None else [{**row, "stage": ""} for row in run.log]
+    drawn = [figure("losses", lambda file: loss_curves(file, log, names))] if by_task else []
     return [*drawn, html.table(rows), html.element("p", "Nats per answer token, means over the samples of a step.")]
+
+
+def federation_section(run: RunFolder) -> Parts:
+    """Who took part in which round and what it sent, then the scores by client and data set."""
+    rounds = [row for row in run.log if row.get("stage") == "server"]
+    if not rounds or run.num_rounds is None:
+        return []
+    settings = yaml.safe_load((run.path / FEDERATION).read_text(encoding="utf-8"))["federated"]
+    dealt = fidelity_page.shown({key: value for key, value in settings["partition"].items() if value})
+    parts = [html.element("p", f"How the data is dealt: {dealt}.")]
+    optional = {"validation": "validation loss", "epsilon": "epsilon spent"}
+    named = [key for key in optional if any(key in row for row in rounds)]
+    table = [["round", "clients", "absent", "refused", "MiB up", "MiB down", *(optional[key] for key in named)]]
+    step = -(-len(rounds) // ROUNDS)
+    for row in [*rounds[:-1:step], rounds[-1]]:
+        counts = len(row["clients"]), len(row["dropouts"]) + len(row["failed"]), len(row["refused"])
+        sizes = (f"{row[key] / 2**20:.1f}" for key in ("bytes_up", "bytes_down"))
+        table.append(
+            [*map(str, (row["round"], *counts)), *sizes, *(f"{row[k]:.3f}" if k in row else "-" for k in named)]
+        )
+    parts.append(html.table(table))
+    file = run.path / "federated.json"
+    if not file.is_file():
+        return parts
+    record = json.loads(file.read_text(encoding="utf-8"))
+    parts.append(figure("scores by client and data set", lambda file: client_heat_map(file, record)))
+    totals = {**record["summary"], "worst": (record["summary"]["worst"] or {}).get("value")}
+    names = {
+        "global": "global model, mean over data sets",
+        "personal": "clients, each on data sets like its own",
+        "worst": "the worst of them",
+        "unseen_client": "clients that never trained",
+        "forgotten": "forgotten by the global model",
+        "forgotten_personal": "forgotten by the clients' own",
+    }
+    rows = [(text, f"{100 * totals[key]:.1f}") for key, text in names.items() if totals.get(key) is not None]
+    return [*parts, html.table(rows), html.element("p", "Per cent of each data set's own score.")]
 
 
 def gates_section(run: RunFolder) -> Parts:
@@ -200,6 +263,20 @@ def gates_section(run: RunFolder) -> Parts:
         parts.append(figure("mean gate by layer", lambda file: layer_heat_map(file, routing, routing["sites"])))
     note = "Each row is the mixture that a task gets, in the mean over its samples; a gate of 0 is an unused expert."
     return [*parts, html.element("p", note)]
+
+
+def crosstalk_section(run: RunFolder) -> Parts:
+    """What training logged of it, by pair: the mean of the last steps."""
+    names = [] if run.config is None else [*run.config.experts]
+    found = {(j, k): run.final(f"crosstalk/{j}/{k}") for j in names for k in names}
+    if all(value is None for value in found.values()):
+        return []
+    rows = [["samples of", *(f"also {name}" for name in names)]]
+    rows += [[k, *("-" if (value := found[j, k]) is None else f"{value:.2f}" for j in names)] for k in names]
+    note = (
+        "So much of an expert's effect on its own samples another one would add to them; at 0 experts merge by a sum."
+    )
+    return [html.table(rows), html.element("p", note)]
 
 
 def samples_section(run: RunFolder) -> Parts:
@@ -243,8 +320,8 @@ def cost_section(run: RunFolder) -> Parts:
         total = {key: sum(row.get(key, 0) for row in steps) for key in ("data_wait_s", "samples", "tokens_read")}
         rows += [
             ("time in steps", f"{seconds / 60:.1f} minutes, of which {total['data_wait_s'] / seconds:.1%} for data"),
-            ("samples", f"{total['samples']:,}, {total['samples'] / seconds:.1f} a second"),
-            ("tokens read", f"{total['tokens_read']:,}"),
+            ("samples", f"{total['samples']:,.0f}, {total['samples'] / seconds:.1f} a second"),
+            ("tokens read", f"{total['tokens_read']:,.0f}"),
             ("peak memory", f"{max(row.get('memory_gib', 0) for row in steps):.1f} GiB"),
         ]
     for name, (record, _) in run.results.get("", {}).items():

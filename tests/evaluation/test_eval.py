@@ -107,6 +107,7 @@ def test_eval_writes_scores_answers_routing_and_pictures_into_the_run_folder(run
     routing = json.loads((run / "eval" / "routing.json").read_text())
     assert routing["experts"] == ["vqa", "grounding"] and len(routing["mean_gates"]) == 2
     assert set(routing["per_task"]) == {"vqa", "grounding"}
+    assert "<h2>Who answers what</h2>" in (run / "report.html").read_text()
     for name in ("samples", "gates", "losses"):
         assert (run / "pictures" / f"{name}.png").stat().st_size > 10_000
     assert "Acc@0.5" in capsys.readouterr().out
