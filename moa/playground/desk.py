@@ -22,7 +22,7 @@ from data.mixture import read_sample
 from data.sample import Box, OcrWord, Sample
 from data.sources import open_sources
 from moa.clip_model import ClipMixture
-from moa.evaluation.run_page import gate_bar
+from moa.evaluation.sample_cards import gate_bar
 from moa.evaluation.settings import chosen_sources
 from moa.loaded import GateRule, LoadedModel
 
