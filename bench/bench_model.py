@@ -93,12 +93,7 @@ def make_batch(size: Size, device: str, *, generate: bool = False) -> Batch:
 
 
 def make_mixture(
-    backbone: Backbone,
-    num_experts: int,
-    rank: int,
-    device: str,
-    targets: str = TARGETS,
-    share: str | None = None,
+    backbone: Backbone, num_experts: int, rank: int, device: str, targets: str = TARGETS, share: str | None = None
 ) -> MixtureModel:
     """Experts with values in B, as after training, and the whole router before them; with `share` token routers."""
     bank = ExpertBank.attach(backbone.model, [targets], stream_of=backbone.stream_of)

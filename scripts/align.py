@@ -98,7 +98,7 @@ def load_clip(folder: str | Path) -> Any:
     path = str(local_base(str(folder)))
     kind = read_any_config(path).model_type
     if kind != "clip":
-        raise ValueError(f"{folder}: is a {kind!r}; only a 'clip' can be aligned (moa/merging/align/symmetries.py)")
+        raise ValueError(f"{folder}: is a {kind!r}; only a 'clip' can be aligned (moa/merging/align/clip.py)")
     model = load_weights(CLIPModel, path, dtype="auto").eval()
     if model.dtype not in TOLERANCE:
         raise ValueError(f"{folder}: is stored in {model.dtype}; choices: {list(TOLERANCE)}")

@@ -60,10 +60,7 @@ def write_page(path: str | Path, record: Record, about: Mapping[str, Any], agree
     parts += [html.element("p", line) for line in details(record)]
     parts.append(html.table([(key, shown(value)) for key, value in about.items() if shown(value)]))
     if merged:
-        parts += [
-            html.element("h2", "What became of each expert"),
-            html.table(expert_rows(record)),
-        ]
+        parts += [html.element("h2", "What became of each expert"), html.table(expert_rows(record))]
     with tempfile.TemporaryDirectory() as folder:
         for name, (draw, note) in IMAGES.items():
             if several or name not in ("pairs", "where"):

@@ -81,10 +81,7 @@ def draw_words(axes: Axes, card: Card) -> None:
     sample, found, box = card.response.sample, card.response.text, card.response.box
     if box is not None:
         found = f"a box, IoU {best_iou(box, sample.boxes):.2f}"
-    lines = [
-        (sample.question, INK, "bold", 2),
-        (f"{mark} {found or '(nothing)'}", ink, "normal", 3),
-    ]
+    lines = [(sample.question, INK, "bold", 2), (f"{mark} {found or '(nothing)'}", ink, "normal", 3)]
     if (truth := " / ".join(dict.fromkeys(sample.answers))) and card.score < 1:
         lines.append((f"true: {truth}", MUTED, "normal", 2))
     if sample.ocr:

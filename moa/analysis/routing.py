@@ -5,7 +5,7 @@ are first normalised, so that sigmoid gates can be compared with softmax ones.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,14 +108,6 @@ def duplicates(
         for j in range(i + 1, len(experts))
         if cosines[i, j] >= least
     ]
-
-
-def leave_one_out(
-    score: Callable[[str | None], Mapping[str, float]], experts: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """What each column loses when one expert is gone: `score(None) - score(name)`, per expert."""
-    whole = score(None)
-    return {name: {column: whole[column] - value for column, value in score(name).items()} for name in experts}
 
 
 def summary(

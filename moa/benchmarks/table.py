@@ -66,10 +66,7 @@ def number(what: str, value: str) -> int:
 def row(key: str, answer: str = "answer", *, image: bool = False) -> Row:
     """The id of the question (or image) as a whole number under `key`, and the text under `answer`."""
     what = "image id" if image else "question id"
-    return lambda r: {
-        key: number(what, r.sample.image_id if image else r.sample.id),
-        answer: r.text,
-    }
+    return lambda r: {key: number(what, r.sample.image_id if image else r.sample.id), answer: r.text}
 
 
 def vizwiz_row(r: Response) -> dict[str, Any]:
@@ -198,10 +195,7 @@ def grounding(responses: Sequence[Response]) -> Scores:
         primary="Acc@0.5",
         values=grounding_scores([r.box for r in responses], [r.sample.boxes for r in responses]),
         failures={"no readable box": unparsable} if unparsable else {},
-        notes={
-            "Acc@0.5": "hit at IoU >= 0.5, in pixels of the original image",
-            "Acc@>0.5": "hit at IoU > 0.5",
-        },
+        notes={"Acc@0.5": "hit at IoU >= 0.5, in pixels of the original image", "Acc@>0.5": "hit at IoU > 0.5"},
     )
 
 

@@ -113,9 +113,7 @@ def to_core(
     return CoreUpdates(b=b.turned(turn_b), a=a.turned(turn_a), cores=turn_b.T @ cores @ turn_a)
 
 
-def _orthonormal(
-    columns: Float[Tensor, "size columns"],
-) -> tuple[Basis, Float[Tensor, "axes columns"]]:
+def _orthonormal(columns: Float[Tensor, "size columns"]) -> tuple[Basis, Float[Tensor, "axes columns"]]:
     """Q and R with Q R = columns: from their Gram matrix where it is well conditioned, else Householder's QR.
 
     The Gram matrix costs one product where a QR costs several slow passes, and squares the condition number: the

@@ -371,12 +371,7 @@ def restore(file: Path, own: dict[str, Any], optimizer: torch.optim.Optimizer) -
 
 
 def export(
-    settings: DistillConfig,
-    source: Source,
-    factors: Factors,
-    report: dict[str, Any],
-    work: Path,
-    verify: Verify | None,
+    settings: DistillConfig, source: Source, factors: Factors, report: dict[str, Any], work: Path, verify: Verify | None
 ) -> dict[str, Any]:
     """The student as a PEFT folder, its factors as they were learned, with its report, log and card."""
     assert source.config is not None

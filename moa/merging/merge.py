@@ -20,6 +20,7 @@ from moa.merging.core import Basis, Factors, LowRank, Relation
 from moa.merging.functions import import_function
 from moa.merging.methods.stack import Stack, rounding_of, stack_of
 from moa.merging.site_plan import Job, Plan, make_plan
+from moa.merging.weights import Weights
 from moa.statistics.moments import own_directions
 
 
@@ -94,6 +95,32 @@ def run_plan(
             merged[site] = replace(result, lora_a=keep(result.lora_a), lora_b=keep(result.lora_b))
         on_site(site)
     return merged
+
+
+def cached_merge(
+    experts: Sequence[Expert], *, dtype: torch.dtype = torch.float64, **settings: Any
+) -> Callable[[Weights | None], dict[str, MergedSite]]:
+    """`merge(experts, weights=..., **settings)` as a function of the weights alone, with the same result.
+
+    For searches: what no weight changes is kept, the factors and the core form of every site, as much memory as the
+    experts.
+    """
+    plan = make_plan(experts, **settings)
+    shared = [with_shared(job, dtype) for job in plan.jobs]
+    numbers = {site: number for site, number in plan.sites.items() if number is not None}
+    opened = {site: open_site(plan.jobs[number], site, dtype) for site, number in numbers.items()}
+
+    def remerge(weights: Weights | None) -> dict[str, MergedSite]:
+        plan = make_plan(experts, weights=weights, **settings)
+        jobs = [_with_options(job, prepared) for job, prepared in zip(plan.jobs, shared, strict=True)]
+        return {s: merge_site(jobs[n], s, opened[s], dtype) for s, n in numbers.items()}
+
+    return remerge
+
+
+def _with_options(job: Job, prepared: Job) -> Job:
+    others = job.others and prepared.others and _with_options(job.others, prepared.others)
+    return replace(job, options=prepared.options, others=others)
 
 
 def with_shared(job: Job, dtype: torch.dtype) -> Job:

@@ -30,8 +30,7 @@ from moa.merging.methods.table import check_options, find_method
 from moa.merging.report.before import warnings_before
 from moa.merging.report.console import agreement_line, report_lines, summary_tables
 from moa.merging.report.crosstalk import with_inputs
-from moa.merging.report.fidelity import mean_cross_terms, measure
-from moa.merging.report.retention import summarise
+from moa.merging.report.fidelity import mean_cross_terms, measure, summarise
 from moa.merging.settings import MergeExperts
 from moa.merging.site_plan import Plan, make_plan, sum_gates
 from moa.merging.source import Source, open_folders, open_run, with_statistics
@@ -233,11 +232,7 @@ def merge_into_open_clip(out: str, source: Source, merged: Merged, kept: dict[st
 
 
 def prepare_verify(
-    source: Source,
-    num_probes: int,
-    new_tokens: int,
-    gates: dict[str, Tensor] | None = None,
-    exact: bool = False,
+    source: Source, num_probes: int, new_tokens: int, gates: dict[str, Tensor] | None = None, exact: bool = False
 ) -> exports.Verify:
     """The probe and the live models that the reloaded files are compared with."""
     backbone = open_backbone(str(source.base()))

@@ -187,6 +187,12 @@ def _coefficients(job: Job, site: str) -> Float[Tensor, " expert"]:
     return job.scale[site] * found
 
 
+def layer_of(site: str) -> str:
+    """The numbered block of a site, or its parent module where there is none."""
+    match = re.match(r"(.*?\.\d+)(\.|$)", site)
+    return match[1] if match else site.rpartition(".")[0] or site
+
+
 @lru_cache(8)
 def find_depths(sites: tuple[str, ...]) -> dict[str, float]:
     """Where each site's numbered block lies among its stack's: 0 the first, 1 the last; 0 where it has no number."""

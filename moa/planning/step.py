@@ -46,11 +46,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 def measure_step(
-    model: MixtureModel,
-    groups: Mapping[str, Parameters],
-    stage: StageConfig,
-    train: TrainConfig,
-    batch: Batch,
+    model: MixtureModel, groups: Mapping[str, Parameters], stage: StageConfig, train: TrainConfig, batch: Batch
 ) -> StepCosts:
     """Run a micro-batch that is not the first of its step, so that gradients are there, and update.
 

@@ -97,11 +97,7 @@ class Measurement:
 
 
 def own_samples(
-    config: RunConfig,
-    mixture: Mixture,
-    collator: Collator,
-    number: int,
-    serving: Mapping[str | None, set[str]],
+    config: RunConfig, mixture: Mixture, collator: Collator, number: int, serving: Mapping[str | None, set[str]]
 ) -> tuple[dict[str, list[Sample]], list[BadSampleError]]:
     """The first `number` different samples of each expert in the training mixture, or all; and the bad ones on the way.
 

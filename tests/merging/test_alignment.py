@@ -12,11 +12,11 @@ from moa.merging.align.alignment import (
     Units,
     align,
     best_maps,
+    transport,
     value_of,
     weight_matching,
 )
-from moa.merging.align.symmetries import clip_spec
-from moa.merging.align.transport import transport
+from moa.merging.align.clip import clip_spec
 from tests.support.networks import (
     NAMES,
     average,

@@ -9,7 +9,6 @@ from moa.analysis.routing import (
     duplicates,
     entropy,
     gates_per_task,
-    leave_one_out,
     mutual_information,
     routing_accuracy,
     summary,
@@ -79,11 +78,6 @@ def test_a_rewritten_and_scaled_expert_is_found_as_a_duplicate():
     cosines = delta_cosines(factors)
     assert duplicates(cosines, list(factors)) == [("old", "copy", 1.0)]
     assert cosines[3].tolist() == [0.0] * 4
-
-
-def test_leaving_one_out_reports_what_each_column_loses():
-    table = {None: {"vqa": 0.9, "caption": 0.5}, "a": {"vqa": 0.4, "caption": 0.5}}
-    assert leave_one_out(lambda name: table[name], ["a"]) == {"a": {"vqa": 0.5, "caption": 0.0}}
 
 
 def test_the_summary_weighs_tasks_alike_and_names_the_sites_if_they_differ():

@@ -10,11 +10,10 @@ from transformers import CLIPConfig, CLIPModel
 from moa.experts.bank import ExpertBank
 from moa.merging.adapters import experts_of_bank
 from moa.merging.learn import ziplora
-from moa.merging.learn.cached import cached_merge
 from moa.merging.learn.fusion import AdapterFusion, learn_fusion
 from moa.merging.learn.gradient import descend_weights, mean_entropy
 from moa.merging.learn.search import prefix_soup
-from moa.merging.merge import merge
+from moa.merging.merge import cached_merge, merge
 from moa.merging.weights import read_weights
 from tests.test_model import LANGUAGE, batch_of, make_model
 

@@ -10,7 +10,7 @@ from moa.merging.adapters import experts_of_bank
 from moa.merging.learn import least_squares
 from moa.merging.learn.least_squares import InputPairs, iteris, regmean_pp, restate, with_inputs
 from moa.merging.merge import merge
-from moa.merging.report.retention import layer_of
+from moa.merging.site_plan import layer_of
 from moa.statistics.moments import InputSums
 from tests.merging.test_merge_identities import ONE_SITE
 from tests.merging.test_merge_regression import COLS, dense, rows_of, world

@@ -5,7 +5,7 @@ import torch
 
 from moa.files.spool import open_spool
 from moa.merging.merge import merge, run_plan
-from moa.merging.report.retention import summarise
+from moa.merging.report.fidelity import summarise
 from moa.merging.settings import SiteRule
 from moa.merging.site_plan import make_plan, sum_gates
 from moa.merging.source import lines_of_shared

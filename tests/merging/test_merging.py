@@ -10,7 +10,8 @@ from moa.merging.adapters import Expert, check_base_names, expert_from_folder, e
 from moa.merging.core import choose_rank, compress_dense, to_core
 from moa.merging.merge import merge
 from moa.merging.rank import parse_rank
-from moa.merging.report.retention import layer_of, summarise
+from moa.merging.report.fidelity import summarise
+from moa.merging.site_plan import layer_of
 from tests.support.tiny import tiny_llava
 
 SITES = {"a.layers.0.q": (6, 5), "a.layers.0.v": (4, 5), "a.layers.1.q": (6, 5), "head": (3, 7)}

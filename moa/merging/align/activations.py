@@ -153,11 +153,7 @@ def repair(
 
 
 def unit_statistics(
-    model: nn.Module,
-    layers: Sequence[str],
-    batches: Sequence[Any],
-    run: Run,
-    goals: Goals | None = None,
+    model: nn.Module, layers: Sequence[str], batches: Sequence[Any], run: Run, goals: Goals | None = None
 ) -> Goals:
     """Mean and standard deviation of the layers' units over all batches; `goals`: each batch passes on at these."""
     sums: dict[str, list[Any]] = {layer: [0, 0.0, 0.0] for layer in layers}

@@ -2,10 +2,10 @@
 
 A network's hidden units have no order: permuting them, with the rows that make them and the columns that read them,
 changes nothing. A *specification* lists where a network has such freedom, as plain data: name -> Symmetry, the axes of
-state-dict tensors that one map moves together (`symmetries.py` has those of MLPs and of CLIP). A map of B's units to
+state-dict tensors that one map moves together (`clip.py` has those of a CLIP). A map of B's units to
 A's is a permutation, written as indices [units], or a matrix [units of A, units of B].
 
-`weight_matching` here, `transport.py` and `activations.py` find maps, `align` applies them. Models fine-tuned from one
+`weight_matching`, `transport` and `activations.py` find maps, `align` applies them. Models fine-tuned from one
 base are aligned already.
 """
 
@@ -101,6 +101,36 @@ def weight_matching(
         if not changed:
             break
     return maps
+
+
+def transport(a: State, b: State, spec: Spec) -> Maps:
+    """Maps of B's units to A's with the least squared Euclidean cost: OT-Fusion (Singh & Jaggi 2020).
+
+    One pass in the order of the specification: a layer's units are compared by the weights that make them, once what
+    these weights read is in A's frame. Between equal widths the exact plan is a permutation, which an assignment finds.
+    Raises ValueError for a specification with rotations, which no plan can give.
+    """
+    maps: Maps = {}
+    for name, symmetry in spec.items():
+        if symmetry.rotate:
+            raise ValueError(f"spec: {name} may rotate, which transport cannot; use rotate=False")
+        costs = [_costs(a, b, spec, maps, units) for units in symmetry.units]
+        maps[name] = tuple(best_maps([-cost for cost in costs], symmetry)[0])
+    return maps
+
+
+def _costs(a: State, b: State, spec: Spec, maps: Maps, units: Units) -> Float[Tensor, "units_a units_b"]:
+    """Squared distances between A's and B's units, over the weights that read nothing but mapped units."""
+    open_axes = {axis for n, s in spec.items() if n not in maps for u in s.units for axis in u.axes}
+    settled = [
+        (key, axis)
+        for key, axis in units.made
+        if not any((key, other) in open_axes for other in range(a[key].ndim) if other != axis)
+    ]
+    moved = align({key: b[key] for key, _ in settled}, spec, maps)
+    mine = torch.cat([rows(a[key], axis) for key, axis in settled], 1)
+    theirs = torch.cat([rows(moved[key], axis) for key, axis in settled], 1)
+    return torch.cdist(mine.double(), theirs.double()).square()
 
 
 def agreement(a: State, b: State, spec: Spec, maps: Maps, name: str) -> list[Matrix]:

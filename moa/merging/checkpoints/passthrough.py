@@ -62,11 +62,7 @@ def plan_stack(slices: Sequence[Slice], stack: str | None = None) -> Stacked:
 
 
 def write_stack(
-    out: str | Path,
-    stacked: Stacked,
-    *,
-    max_shard_gb: float = 5.0,
-    on_key: Callable[[str], None] = lambda key: None,
+    out: str | Path, stacked: Stacked, *, max_shard_gb: float = 5.0, on_key: Callable[[str], None] = lambda key: None
 ) -> dict[str, Any]:
     """Write the stacked checkpoint; returns the manifest: key -> model, key there."""
     check_out(out)

@@ -19,12 +19,7 @@ from moa.experts.bank import ExpertBank
 from moa.files.peft import site_keys
 from moa.merging.adapters import Expert
 
-QUESTIONS = (
-    "What is this?",
-    "What is on the left?",
-    "Describe the picture.",
-    "How many are there?",
-)
+QUESTIONS = ("What is this?", "What is on the left?", "Describe the picture.", "How many are there?")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,7 @@ from moa.merging.adapters import Expert
 from moa.merging.learn.distill import divergence
 from moa.merging.learn.gradient import descend, frozen, mean_entropy
 from moa.merging.learn.least_squares import blocks_of
-from moa.merging.report.retention import layer_of
-from moa.merging.site_plan import find_depths
+from moa.merging.site_plan import find_depths, layer_of
 from moa.model import MixtureModel, MixtureOutput
 from moa.statistics.gather import is_text, own_gates, watch_inputs
 

@@ -20,7 +20,7 @@ from data.batch import Batch
 from moa.merging.adapters import Expert
 from moa.merging.learn.calibration import MERGED, with_merged
 from moa.merging.merge import MergedSite, merge
-from moa.merging.report.retention import layer_of
+from moa.merging.site_plan import layer_of
 from moa.model import MixtureModel
 from moa.statistics.gather import expert_moments, input_sums, own_gates, sites_of, watch_inputs
 from moa.statistics.moments import InputSums, Moments

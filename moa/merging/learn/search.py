@@ -108,9 +108,7 @@ def soup(chosen: Sequence[str], experts: Sequence[str]) -> dict[str, float]:
     return {name: 1 / len(chosen) if name in chosen else 0.0 for name in experts}
 
 
-def order_by_uncertainty(
-    probabilities: Mapping[str, Float[Tensor, "run question option"]],
-) -> list[str]:
+def order_by_uncertainty(probabilities: Mapping[str, Float[Tensor, "run question option"]]) -> list[str]:
     """Experts from the surest to the least sure, without labels: by H(mean p) - mean H(p) over perturbed runs.
 
     UQ-Merge (Qu et al. 2025): the mutual information between answer and perturbation. The released code merges the sum

@@ -16,10 +16,9 @@ from data.batch import Batch
 from moa.config import RunConfig
 from moa.merging.adapters import Expert, all_sites, expert_from_tensors, experts_of_bank
 from moa.merging.learn import calibration, gradient, guided, least_squares, search
-from moa.merging.learn.cached import cached_merge
 from moa.merging.learn.distill import STUDENT, Lesson, add_student
 from moa.merging.learn.ziplora import apply_mergers, learn_mergers
-from moa.merging.merge import Merged, MergedSite, merge
+from moa.merging.merge import Merged, MergedSite, cached_merge, merge
 from moa.merging.methods.table import find_method
 from moa.merging.weights import Weights, weight_table
 from moa.model import MixtureModel
@@ -139,12 +138,7 @@ def adamerging(session: Session, *, steps: int = 100, lr: float = 0.05, per_site
 
 
 def lorahub(
-    session: Session,
-    *,
-    budget: int = 40,
-    optimizer: str = "NGOpt",
-    bound: float = 1.5,
-    penalty: float = 0.05,
+    session: Session, *, budget: int = 40, optimizer: str = "NGOpt", bound: float = 1.5, penalty: float = 0.05
 ) -> Learned:
     options: dict[str, Any] = {"budget": budget, "optimizer": optimizer, "bound": bound}
     options |= {"penalty": penalty, "seed": session.seed}

@@ -67,10 +67,7 @@ def keep_largest(matrices: Float[Tensor, "expert rows cols"], density: float) ->
 
 def lorahub_factors(a: Stack, b: Stack, weights: Weights) -> Pair:
     """(sum of w_i B_i)(sum of w_i A_i), as the released LoraHub: quadratic in the weights, and w is as good as -w."""
-    return (
-        torch.einsum("e,erc->rc", weights, a.whole()),
-        torch.einsum("e,erc->rc", weights, b.whole()),
-    )
+    return (torch.einsum("e,erc->rc", weights, a.whole()), torch.einsum("e,erc->rc", weights, b.whole()))
 
 
 def aligned_linear(a: Stack, b: Stack, weights: Weights, *, align: str = "procrustes", sweeps: int = 10) -> Pair:

@@ -33,12 +33,7 @@ def lines(stack: Stack, weights: Weights, *, first: float = 0.1, last: float = 1
 
 
 def sa_merge(
-    stack: Stack,
-    weights: Weights,
-    *,
-    share: float = 0.5,
-    decay: float = 1.0,
-    sites: str = r"\.(q|k|v)_proj$",
+    stack: Stack, weights: Weights, *, share: float = 0.5, decay: float = 1.0, sites: str = r"\.(q|k|v)_proj$"
 ) -> Matrix:
     """Two experts: share ** (decay * depth) of the first, the rest of the second, at `sites`; elsewhere the first."""
     if len(stack.experts) != 2:
@@ -114,7 +109,4 @@ def model_stock(stack: Stack, weights: Weights) -> Matrix:
 
 def inner_products(stack: Stack) -> Float[Tensor, "expert expert"]:
     """<dW_i, dW_j> of every pair."""
-    return sum(
-        (torch.einsum("erc,frc->ef", block, block) for _, block in stack.blocks()),
-        start=torch.zeros(()),
-    )
+    return sum((torch.einsum("erc,frc->ef", block, block) for _, block in stack.blocks()), start=torch.zeros(()))

@@ -113,12 +113,7 @@ def at_random(stack: Stack, *, density: float = 0.5, rescale: str = "inverse", s
 
 
 def by_rank(
-    stack: Stack,
-    *,
-    density: float = 0.5,
-    spread: float = 0.15,
-    rescale: str = "inverse",
-    seed: int = 0,
+    stack: Stack, *, density: float = 0.5, spread: float = 0.15, rescale: str = "inverse", seed: int = 0
 ) -> Thin:
     """Keep larger values of a row more likely (density - spread to density + spread), and rescale."""
     check_share("density", density)

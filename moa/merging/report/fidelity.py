@@ -21,7 +21,7 @@ from moa.merging.core import CoreUpdates, Factors, to_core
 from moa.merging.merge import Merged, MergedSite
 from moa.merging.report import interference
 from moa.merging.report.crosstalk import over_sites, site_crosstalk
-from moa.merging.report.retention import layer_of
+from moa.merging.site_plan import layer_of
 
 PRUNED_DENSITY = 0.2  # what RobustMerge keeps
 TINY = 1e-300
@@ -100,10 +100,7 @@ def view_site(experts: Sequence[Expert], site: str) -> Record:
 
 
 def site_cross_terms(
-    experts: Sequence[Expert],
-    site: str,
-    factors: Sequence[Factors | None],
-    weights: Float[Tensor, " expert"],
+    experts: Sequence[Expert], site: str, factors: Sequence[Factors | None], weights: Float[Tensor, " expert"]
 ) -> float | None:
     """`cross_terms` as PEFT's `linear` has them, the root of the scale in both factors; None where the ranks differ."""
     if len({expert.ranks.get(site) for expert in experts}) > 1:
@@ -209,4 +206,46 @@ def _merged_over_sites(rows: Sequence[Record], energy: Tensor) -> Record:
             name: _mean([(row[name], e) for row, e in zip(rows, own, strict=True)])
             for name in ("cut_by_rank", "outside_span")
         },
+    }
+
+
+# What a merge kept, for the console and merge_report.json: in total, by layer, by site ------------------
+
+
+def summarise(experts: Sequence[Expert], merged: Merged) -> dict[str, dict[str, Any]]:
+    """What a merge kept, for JSON: in total, per layer and per site, each with every expert."""
+    layers: dict[str, dict[str, MergedSite]] = {}
+    for site, result in merged.items():
+        layers.setdefault(layer_of(site), {})[site] = result
+    return {
+        "total": _kept(experts, merged),
+        "layers": {layer: _kept(experts, sites) for layer, sites in layers.items()},
+        "sites": {site: _kept(experts, {site: result}) for site, result in merged.items()},
+    }
+
+
+def _kept(experts: Sequence[Expert], merged: Merged) -> dict[str, Any]:
+    results = list(merged.values())
+    energy = sum(result.energy for result in results)
+    kept, lost = (sum(getattr(result, name) for result in results) for name in ("kept", "lost"))
+    ranks = [result.lora_a.shape[0] for result in results]
+    rows = {}
+    for index, expert in enumerate(experts):
+        own = sum(float(result.experts.energy[index]) for result in results)
+        overlap = sum(float(result.experts.overlap[index]) for result in results)
+        inside = sum(float(result.experts.span_energy[index]) for result in results)
+        weights = {round(float(result.weights[index]), 12) for result in results}
+        rows[expert.name] = {
+            "weight": weights.pop() if len(weights) == 1 else None,  # None: differs between sites
+            "sites": sum(site in expert.ranks for site in merged),
+            "norm": own**0.5,
+            "retention": overlap / own if own else None,
+            "energy_in_span": inside / own if own else None,
+        }
+    return {
+        "rank": ranks[0] if len(set(ranks)) == 1 else [min(ranks), max(ranks)],
+        "sites": len(results),
+        "norm": energy**0.5,
+        "energy_kept": kept / (kept + lost) if kept + lost else 1.0,
+        "experts": rows,
     }
