@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from bench.bench_model import make_backbone, make_batch, make_mixture, race, ratio, saved_bytes
 from bench.settings import Setting
+from data.batch import Batch
 from moa.backbones.llava import Backbone
 from moa.experts.bank import ExpertBank
 from moa.experts.crosstalk import Watch
@@ -64,50 +65,41 @@ def backbone_of(setting: Setting) -> Backbone:
 
 
 def ours(setting: Setting) -> Contender:
-    model = _mixture(setting)
-    batch = make_batch(setting.size, setting.device)
-    return Contender(model=model, loss=lambda: _mean(model(batch)), setting=setting)
+    return _contender(_mixture(setting), setting)
 
 
 def crosstalk(setting: Setting) -> Contender:
-    model = _mixture(setting)
-    batch = make_batch(setting.size, setting.device)
-
-    def loss() -> Tensor:
+    def loss(model: Any, batch: Batch) -> Tensor:
         model.bank.context.watch = Watch(sites=frozenset(model.bank.sites), gradient=True)
         output = model(batch)
         return _mean(output) + 0.1 * output.aux["crosstalk"]
 
-    return Contender(model=model, loss=loss, setting=setting)
+    return _contender(_mixture(setting), setting, loss)
 
 
 def penalties(setting: Setting) -> Contender:
     """With the losses of moa/experts/penalties.py."""
-    model = _mixture(setting)
-    batch, names = make_batch(setting.size, setting.device), tuple(PENALTIES)
+    names = tuple(PENALTIES)
 
-    def loss() -> Tensor:
+    def loss(model: Any, batch: Batch) -> Tensor:
         watch = Watch(sites=frozenset(), gradient=True, penalties=names, routed=frozenset(model.bank.names))
         model.bank.context.watch = watch
         output = model(batch)
         return _mean(output) + sum(0.1 * output.aux[name] for name in names)
 
-    return Contender(model=model, loss=loss, setting=setting)
+    return _contender(_mixture(setting), setting, loss)
 
 
 def ranks(setting: Setting) -> Contender:
     """Each token keeps an eighth of an expert's ranks at each layer."""
-    model = make_mixture(*_shape(setting))
+    model = _mixture(setting)
     for name in model.bank.names:
         model.bank.gate_ranks(name, RankGates(kind="token", keep=max(setting.rank // 8, 1)))
-    batch = make_batch(setting.size, setting.device)
-    return Contender(model=_ready(model, setting), loss=lambda: _mean(model(batch)), setting=setting)
+    return _contender(model, setting)
 
 
 def tokens(setting: Setting) -> Contender:
-    model = make_mixture(*_shape(setting), share="block")
-    batch = make_batch(setting.size, setting.device)
-    return Contender(model=_ready(model, setting), loss=lambda: _mean(model(batch)), setting=setting)
+    return _contender(_mixture(setting, share="block"), setting)
 
 
 def frozen(setting: Setting) -> Contender:
@@ -132,16 +124,14 @@ def loop(setting: Setting) -> Contender:
     for name, site in model.bank.sites.items():
         loops.append(LoopLinear(site.base_layer, setting.num_experts, setting.rank))
         model.model.set_submodule(name, loops[-1].to(setting.device))
-    batch = make_batch(setting.size, setting.device)
 
-    def loss() -> Tensor:
-        gates = model.compute_gates(batch).gates
-        assert gates is not None  # they are decided per sample
+    def loss(model: Any, batch: Batch) -> Tensor:
+        gates = model.compute_gates(batch).gates  # decided per sample
         for layer in loops:
             layer.gates = gates
         return _mean(model(batch, gates))
 
-    return Contender(model=model, loss=loss, setting=setting)
+    return _contender(model, setting, loss)
 
 
 def xlora(setting: Setting) -> Contender:
@@ -211,31 +201,31 @@ def without_bank(backbone: Backbone) -> MixtureModel:
     return LanguageMixture(backbone, bank, kind="fixed")
 
 
-def _mixture(setting: Setting) -> MixtureModel:
-    return _ready(make_mixture(*_shape(setting)), setting)
-
-
-def _shape(setting: Setting) -> tuple[Backbone, int, int, str, str]:
-    return backbone_of(setting), setting.num_experts, setting.rank, setting.device, setting.targets
+def _mixture(setting: Setting, share: str | None = None) -> MixtureModel:
+    sizes = backbone_of(setting), setting.num_experts, setting.rank, setting.device, setting.targets
+    return make_mixture(*sizes, share)
 
 
 def _plain(model: MixtureModel, setting: Setting) -> Contender:
-    batch = make_batch(setting.size, setting.device)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
-    model = _ready(model.to(setting.device), setting)
-    return Contender(model=model, loss=lambda: _mean(model(batch)), setting=setting)
-
-
-def _ready(model: MixtureModel, setting: Setting) -> MixtureModel:
-    if setting.checkpointing:
-        model.enable_gradient_checkpointing()
-    return model.train()
+    return _contender(model.to(setting.device), setting)
 
 
 def _mean(output: Any) -> Tensor:
     return output.loss_per_sample.mean()
+
+
+def _contender(
+    model: MixtureModel,
+    setting: Setting,
+    loss: Callable[[Any, Batch], Tensor] = lambda model, batch: _mean(model(batch)),
+) -> Contender:
+    if setting.checkpointing:
+        model.enable_gradient_checkpointing()
+    batch = make_batch(setting.size, setting.device)
+    return Contender(model=model.train(), loss=partial(loss, model, batch), setting=setting)
 
 
 def measure_layer(setting: Setting, rounds: int) -> tuple[dict[str, dict[str, float]], float]:

@@ -57,8 +57,7 @@ def peft_run(backbone: Any, num_experts: int, rank: int, options: dict[str, Any]
 def contenders(setting: Setting, new_tokens: int) -> dict[str, Run]:
     from bench.bench_model import make_backbone, make_batch, make_mixture
 
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    options |= {"do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     place = setting.size, setting.device, setting.dtype
     count, rank = setting.num_experts, setting.rank
     routed = make_mixture(make_backbone(*place), count, rank, setting.device).eval()

@@ -49,11 +49,6 @@ def sweeps(base: Setting) -> dict[str, dict[int, Setting]]:
     }
 
 
-def trained_bytes(model: Any) -> int:
-    """Trained parameters with AdamW's two moments of each."""
-    return sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-
-
 def measure(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
     """The costs of each contender."""
     from bench.bench_model import race, saved_bytes
@@ -62,9 +57,12 @@ def measure(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
     runs = {name: CONTENDERS[name](setting) for name in NAMES}
     seconds = race({name: run.stepper() for name, run in runs.items()}, rounds, setting.device)
     saved = {n: saved_bytes(r.forward, r.model.parameters()) / 2**20 for n, r in runs.items()}
-    trained = {n: trained_bytes(run.model) / 2**20 for n, run in runs.items()}
-    times = {n: median(seconds[n]) * 1e3 for n in runs}
-    return {n: {"ms": times[n], "saved": saved[n], "trained": trained[n]} for n in runs}
+    found = {}
+    for name, run in runs.items():
+        trained = [p for p in run.model.parameters() if p.requires_grad]
+        size = sum(3 * p.numel() * p.element_size() for p in trained)  # with AdamW's two moments of each
+        found[name] = {"ms": median(seconds[name]) * 1e3, "saved": saved[name], "trained": size / 2**20}
+    return found
 
 
 def run(settings: Settings, console: Console) -> None:

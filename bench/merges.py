@@ -54,22 +54,18 @@ def random_factors(rank: int, count: int, rows: int = SIZE, columns: int = SIZE)
 def peft_svd(factors: Factors, rank: int) -> tuple[float, Tensor]:
     """CPU-seconds of PEFT's merge, and the update that it makes."""
 
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(SIZE, SIZE, bias=False)
-
+    layer = nn.ModuleDict({"linear": nn.Linear(SIZE, SIZE, bias=False)})
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["linear"])
-    model: Any = get_peft_model(Layer(), config, adapter_name="e0")  # type: ignore[arg-type]
+    model: Any = get_peft_model(layer, config, adapter_name="e0")  # type: ignore[arg-type]
     for index, (a, b) in enumerate(factors):
         if index:
             model.add_adapter(f"e{index}", config)
-        layer = model.base_model.model.linear
-        layer.lora_A[f"e{index}"].weight.data, layer.lora_B[f"e{index}"].weight.data = a, b
+        linear = model.base_model.model.linear
+        linear.lora_A[f"e{index}"].weight.data, linear.lora_B[f"e{index}"].weight.data = a, b
     names, weights = [f"e{i}" for i in range(len(factors))], [1 / len(factors)] * len(factors)
     add = partial(model.add_weighted_adapter, names, weights, "merged", svd_rank=rank)
     seconds, _ = timed(partial(add, combination_type="svd"), time.process_time)
-    return seconds, layer.get_delta_weight("merged").detach()
+    return seconds, linear.get_delta_weight("merged").detach()
 
 
 def our_svd(factors: Factors, rank: int) -> tuple[float, Tensor]:

@@ -39,11 +39,10 @@ def analyse(settings: AnalyseConfig, console: Console) -> None:
     from moa.analysis.fidelity_page import details, summary, write_page
     from moa.merging.adapters import all_sites, check_experts
     from moa.merging.report.console import interference_tables
-    from moa.merging.report.crosstalk import with_inputs
     from moa.merging.report.fidelity import measure
-    from moa.merging.source import open_folders
+    from moa.merging.source import open_folders, with_known_statistics
 
-    source = with_inputs(open_folders(settings.adapters))
+    source = with_known_statistics(open_folders(settings.adapters))
     experts = source.experts
     check_experts(experts)
     with progress_bar("measuring", len(all_sites(experts)), console) as advance:

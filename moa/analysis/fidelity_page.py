@@ -4,8 +4,9 @@ Drawn from the record of `moa.merging.report.fidelity.measure`, with or without 
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from moa.analysis import fidelity_plots as plots
@@ -155,7 +156,7 @@ def details(record: Record) -> list[str]:
     if errors := {n: v for n, v in zip(record["experts"], residual, strict=bool(residual)) if v is not None}:
         worst = max(errors, key=errors.__getitem__)
         lines.append(
-            f"On each expert's own inputs the result's outputs differ from its own by {_mean(errors.values()):.2f} of "
+            f"On each expert's own inputs the result's outputs differ from its own by {fmean(errors.values()):.2f} of "
             f"their energy, most for {worst}: {errors[worst]:.2f}; 0 is a merge without loss."
         )
     for name, count in zip(record["experts"], total["zero_rows"], strict=True):
@@ -171,15 +172,10 @@ def _crosstalk(record: Record) -> str:
     k, j = max(found, key=found.__getitem__)
     layers = {name: row["crosstalk"][k][j] or 0.0 for name, row in record["layers"].items()}
     return (
-        f"Crosstalk is {_mean(found.values()):.2f}: so much of an expert's effect on its samples another one adds to "
+        f"Crosstalk is {fmean(found.values()):.2f}: so much of an expert's effect on its samples another one adds to "
         f"them, in the mean over pairs; most {names[j]} on those of {names[k]}: {found[k, j]:.2f}, mainly in "
         f"{short(max(layers, key=layers.__getitem__))}. At 0 a plain sum does what each expert does."
     )
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = [*values]
-    return sum(numbers) / len(numbers)
 
 
 Rows = Sequence[Sequence[str]]

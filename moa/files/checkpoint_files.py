@@ -29,6 +29,11 @@ class BaseFiles:
     config: dict[str, Any]
 
 
+def config_parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A config and those inside it, such as of the language model and the vision tower."""
+    return [config, *(value for value in config.values() if isinstance(value, dict))]
+
+
 def read_base(folder: str | Path, what: str = "base") -> BaseFiles:
     """The keys of a local safetensors checkpoint, from headers alone; ValueError names `what` it is to the user."""
     folder = Path(folder)
@@ -36,8 +41,7 @@ def read_base(folder: str | Path, what: str = "base") -> BaseFiles:
     if not config_file.is_file():
         raise ValueError(f"{what}: {folder} has no config.json; it must be a local checkpoint folder")
     config = read_json_object(config_file)
-    parts = (config, *(value for value in config.values() if isinstance(value, dict)))
-    for quantised in filter(None, (part.get("quantization_config") for part in parts)):
+    for quantised in filter(None, (part.get("quantization_config") for part in config_parts(config))):
         method = isinstance(quantised, dict) and quantised.get("quant_method") or "some method"
         raise ValueError(
             f"{what}: {config_file}: quantization_config says that its weights are packed by {method}, so no update "
@@ -77,8 +81,7 @@ def local_base(name: str, what: str = "base") -> Path:
 
 def match_sites(sites: Mapping[str, tuple[int, int]], base: BaseFiles) -> dict[str, str]:
     """Site -> key of its weight on disk; ValueError as of `match_parameters`, and for a weight tied to another."""
-    parts = (base.config, *(v for v in base.config.values() if isinstance(v, dict)))
-    tied = any(part.get("tie_word_embeddings") for part in parts)
+    tied = any(part.get("tie_word_embeddings") for part in config_parts(base.config))
     for site in sites:
         if tied and site.rpartition(".")[2] in ("lm_head", "embed_tokens"):
             raise ValueError(f"site {site}: the base ties it to another weight, which would change")
@@ -110,8 +113,7 @@ def match_parameters(parameters: Mapping[str, tuple[int, ...]], base: BaseFiles)
                 f"{list(base.shapes[key])} at {key} of {base.folder}"
             )
         found[name] = key
-    shared = [key for key, count in Counter(found.values()).items() if count > 1]
-    if shared:
+    if shared := [key for key, count in Counter(found.values()).items() if count > 1]:
         names = [name for name, key in found.items() if key == shared[0]]
         raise ValueError(f"{names} all fit the one weight {shared[0]} of {base.folder}")
     return found

@@ -188,9 +188,8 @@ def _with_sites(header: ExpertHeader, names: Mapping[str, str], config: dict[str
     def named(values: Mapping[str, Any]) -> dict[str, Any]:
         return {names[site]: value for site, value in values.items() if site in names}
 
-    ranks, shapes = named(header.ranks), named(header.shapes)
-    spelled = named(header.spelled)
-    return replace(header, ranks=ranks, shapes=shapes, spelled=spelled, config=config)
+    own: dict[str, Any] = {key: named(getattr(header, key)) for key in ("ranks", "shapes", "spelled")}
+    return replace(header, config=config, **own)
 
 
 def check_tensors(
@@ -204,8 +203,7 @@ def check_tensors(
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     ranks, sizes = _check_keys(source, shapes, config)
     _check_sites(source, config, ranks)
-    broken = sorted(key for key, tensor in tensors.items() if not all_finite(tensor))
-    if broken:
+    if broken := sorted(key for key, tensor in tensors.items() if not all_finite(tensor)):
         raise ValueError(f"{source}: {broken[0]} has NaN or infinite values; nothing was written")
     return ranks, sizes
 
@@ -304,16 +302,14 @@ def _check_pairs(
 ) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
     """Site -> rank and site -> (out, in), where every key is one of a fitting lora_A, lora_B pair."""
     matches = {key: KEY.fullmatch(key) for key in shapes}
-    stray = sorted(key for key, match in matches.items() if not match)
-    if stray or not shapes:
-        if not stray:
-            raise ValueError(f"{source}: holds no tensors; {NOT_GATHERED}")
+    if not shapes:
+        raise ValueError(f"{source}: holds no tensors; {NOT_GATHERED}")
+    if stray := sorted(key for key, match in matches.items() if not match):
         reason = next(text for sign, text in STRAY_KEYS.items() if re.search(sign, stray[0]))
         raise ValueError(f"{source}: {len(stray)} keys are no factors of a linear layer, first {stray[0]} ({reason})")
     ranks, sizes = {}, {}
     for site in dict.fromkeys(match["site"] for match in matches.values() if match):
-        missing = [key for key in site_keys(site) if key not in shapes]
-        if missing:
+        if missing := [key for key in site_keys(site) if key not in shapes]:
             raise ValueError(f"{source}: {missing[0]} is missing, though its partner is there")
         a, b = (shapes[key] for key in site_keys(site))
         if 0 in (*a, *b):
@@ -329,8 +325,7 @@ def _check_pairs(
 def _check_sites(source: str | Path, config: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
     """The tensors' sites and ranks are those that the config names."""
     for site, rank in ranks.items():
-        if rank != site_rank(config, site):
-            promised = site_rank(config, site)
+        if rank != (promised := site_rank(config, site)):
             raise ValueError(f"{source}: {site} has rank {rank}, but its config says {promised}")
     targets = config["target_modules"]
     if isinstance(targets, str):
@@ -338,8 +333,7 @@ def _check_sites(source: str | Path, config: Mapping[str, Any], ranks: Mapping[s
     else:
         known = {suffix for site in ranks for suffix in suffixes(site)}
         # Bare names that this base lacks (`qkv_proj`) are a habit of PEFT users; paths are not.
-        idle = [target for target in targets if "." in target and target not in known]
-        if idle:
+        if idle := [target for target in targets if "." in target and target not in known]:
             raise ValueError(f"{source}: {len(idle)} target_modules lack tensors, first {idle[0]}")
         strays = [site for site in ranks if not is_named(targets, site)]
     if strays:

@@ -115,8 +115,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 def check_config(config: Mapping[str, Any], source: str | Path, peft_type: str = LORA) -> None:
     """Raise ValueError naming `source` and the setting unless the config is a plain LoRA's, or of another type."""
-    if config.get("peft_type") != peft_type:
-        got = config.get("peft_type")
+    if (got := config.get("peft_type")) != peft_type:
         why = f": {NO_LORA[got]}" if isinstance(got, str) and got in NO_LORA else ""
         raise ValueError(f"{source}: peft_type must be {peft_type}, got {_shown(got)}{why}")
     if "r" not in config:
@@ -136,8 +135,7 @@ def check_config(config: Mapping[str, Any], source: str | Path, peft_type: str =
             "factors alone are not the update; convert it with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)"
         )
-    unknown = sorted(key for key, value in config.items() if value and key not in settings)
-    if unknown:
+    if unknown := sorted(key for key, value in config.items() if value and key not in settings):
         raise ValueError(f"{source}: unknown settings may change what it computes: {unknown}")
     if not config.get("target_modules"):
         raise ValueError(f"{source}: target_modules is empty, so the adapter has no sites")

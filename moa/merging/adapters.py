@@ -63,9 +63,8 @@ def expert_from_folder(path: str | Path, name: str | None = None) -> Expert:
     header = peft_io.read_header(path)
 
     def read(site: str) -> tuple[Tensor, Tensor]:
-        key_a, key_b = peft_io.site_keys(site)
-        tensors = peft_io.read_site(header, site)
-        return tensors[key_a], tensors[key_b]
+        lora_a, lora_b = peft_io.read_site(header, site).values()
+        return lora_a, lora_b
 
     return Expert(
         name=name or header.path.resolve().name,
@@ -183,12 +182,6 @@ def factors_of(experts: Sequence[Expert], site: str, dtype: torch.dtype = torch.
 def all_sites(experts: Sequence[Expert]) -> list[str]:
     """The sites of any expert, in the first one's order, then the next one's."""
     return list(dict.fromkeys(site for expert in experts for site in expert.ranks))
-
-
-def all_shapes(experts: Sequence[Expert]) -> dict[str, tuple[int, int]]:
-    """Site -> [out, in] of the base's weight; the experts must agree."""
-    check_experts(experts)
-    return {site: shape for expert in experts for site, shape in expert.shapes.items()}
 
 
 def check_base_names(experts: Sequence[Expert]) -> None:

@@ -244,8 +244,7 @@ class Relation:
 
 def relate_cores(low: LowRank, cores: Float[Tensor, "expert rows cols"]) -> Relation:
     """Of a result in the experts' own core axes, which needs nothing larger than a core."""
-    if low.core is None:
-        raise AssertionError("the result was not made in the core")
+    assert low.core is not None, "the result was not made in the core"
     v, u = low.core
     inside = u.T @ cores @ v.T  # [expert, rank, rank]
     live = _live(low)

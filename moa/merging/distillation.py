@@ -38,11 +38,11 @@ from moa.evaluation.models import pick_device
 from moa.evaluation.predict import gate_rule, prompt_collator
 from moa.evaluation.settings import check_gates
 from moa.files.atomic import atomic_file, remove_folder, write_file, write_json
-from moa.files.peft import read_header, read_site, site_keys
-from moa.files.peft_config import site_scaling
-from moa.merging.adapters import Expert
+from moa.files.peft import read_header, read_site
+from moa.files.peft_config import LORA, site_scaling
+from moa.merging.adapters import expert_from_tensors
 from moa.merging.core import Relation, inner_product
-from moa.merging.export.export import Verify, export_adapter
+from moa.merging.export.export import Verify, adapter_config, export_adapter, tensors_of
 from moa.merging.export.folder import check_out
 from moa.merging.learn.calibration import greedy_answers, read_calibration, with_answer
 from moa.merging.learn.distill import STUDENT, Lesson, add_student, over_tasks, student_factors
@@ -76,7 +76,7 @@ def distill(settings: DistillConfig, console: Console) -> None:
     work = out.resolve().with_name(f"{out.resolve().name}.steps")
     begin(work, settings, step)
     factors, report = learn(settings, step, config, work, console)
-    verify = prepare_verify(source, settings.num_probes, settings.new_tokens) if settings.verify else None
+    verify = prepare_verify(source, settings)
     console.print(*report_lines(export(settings, source, factors, report, work, verify), out), sep="\n", soft_wrap=True)
     remove_folder(work)
 
@@ -110,9 +110,9 @@ def begin(work: Path, settings: DistillConfig, step: Path) -> None:
         before = json.loads((work / SETTINGS).read_text())
         for key, value in own.items():
             if before.get(key) != value:
-                found = f"{before.get(key)}, and is now {value}"
                 raise ValueError(
-                    f"{key}: {work} was begun with {found}; overwrite=true starts anew, or name another out"
+                    f"{key}: {work} was begun with {before.get(key)}, and is now {value}; "
+                    "overwrite=true starts anew, or name another out"
                 )
     else:
         write_json(work / SETTINGS, own)
@@ -125,15 +125,14 @@ class Prompts:
     mixture: Mixture
     collator: Collator  # with answers
     prompts: ChatCollator  # for generation
-    num_steps: int
-    batch_size: int
+    settings: DistillConfig
     skip_bad: bool
     answers: dict[tuple[str, int], str | None] | None = None  # the teacher's; None: those of the data
 
     @cached_property
     def distinct(self) -> list[tuple[str, int]]:
         """Source and index of each prompt that some step draws, the first drawn first."""
-        return list(dict.fromkeys(map(self.mixture.locate, range(self.num_steps * self.batch_size))))
+        return list(dict.fromkeys(map(self.mixture.locate, range(self.settings.steps * self.settings.batch_size))))
 
     def read(self, place: tuple[str, int], collator: Collator) -> Sample | BadSampleError:
         name, index = place
@@ -148,17 +147,16 @@ class Prompts:
 
     def samples(self, step: int) -> list[Sample]:
         """Those of step 0, 1, ...; ValueError where none is left."""
-        first = step * self.batch_size
-        places = map(self.mixture.locate, range(first, first + self.batch_size))
+        size = self.settings.batch_size
+        places = [self.mixture.locate(position) for position in range(step * size, (step + 1) * size)]
         if self.answers is None:
             found = self.usable([self.read(place, self.collator) for place in places])
         else:
-            texts = ((place, self.answers[place]) for place in places)
-            read = [(self.read(place, self.prompts), text) for place, text in texts if text]
-            kept = [item if isinstance(item, BadSampleError) else with_answer(item, text) for item, text in read]
-            found = self.usable(kept)
+            texts = [(place, text) for place in places if (text := self.answers[place])]
+            read = [(self.usable([self.read(place, self.prompts)]), text) for place, text in texts]
+            found = [with_answer(sample, text) for samples, text in read for sample in samples]
         if not found:
-            raise ValueError(f"step {step + 1}: none of its {self.batch_size} prompts can be used")
+            raise ValueError(f"step {step + 1}: none of its {size} prompts can be used")
         return found
 
 
@@ -168,8 +166,7 @@ def open_prompts(settings: DistillConfig, config: RunConfig, model: MixtureModel
         mixture=open_mixture(config, ocr).only(settings.sources),
         collator=make_collator(config, model.backbone.intake),
         prompts=prompt_collator(model, config, withhold_task=False),
-        num_steps=settings.steps,
-        batch_size=settings.batch_size,
+        settings=settings,
         skip_bad=config.data.on_bad_sample == "skip",
     )
 
@@ -225,7 +222,7 @@ def teacher_answers(
 
     A line of the file is a batch of the same prompts, whoever was killed between.
     """
-    size, places = prompts.batch_size, prompts.distinct
+    size, places = prompts.settings.batch_size, prompts.distinct
     lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []  # the last one may be cut
     write_file(file, b"".join(line + b"\n" for line in lines))
     texts: list[str | None] = [text for line in lines for text in json.loads(line)]
@@ -280,7 +277,7 @@ def start_of(settings: DistillConfig, config: RunConfig, model: MixtureModel) ->
     header, _ = model.bank.fit(header)
     found = {}
     for site in header.ranks:
-        a, b = (read_site(header, site)[key].float() for key in site_keys(site))
+        a, b = (factor.float() for factor in read_site(header, site).values())
         found[site] = a, b * site_scaling(header.config, site)
     return found
 
@@ -376,14 +373,8 @@ def export(
     """The student as a PEFT folder, its factors as they were learned, with its report, log and card."""
     assert source.config is not None
     merged = {site: as_merged(a, b) for site, (a, b) in factors.items()}
-    config = {"r": settings.rank, "lora_alpha": settings.rank, "task_type": source.experts[0].config.get("task_type")}
-    student = Expert(
-        name="distilled",
-        config=config,
-        ranks={site: len(a) for site, (a, _) in factors.items()},
-        shapes={site: (len(b), a.shape[1]) for site, (a, b) in factors.items()},
-        read=lambda site: factors[site],
-    )
+    config = {**adapter_config(merged, source.experts, None), "peft_type": LORA}
+    student = expert_from_tensors("distilled", tensors_of(merged, torch.float32), config)
     used = settings.sources if settings.sources is not None else list(source.config.data.sources)
     how = f"{settings.steps} steps of {settings.batch_size} prompts, from {settings.start}"
     card: dict[str, Any] = {
@@ -403,6 +394,5 @@ def export(
 def as_merged(a: Tensor, b: Tensor) -> MergedSite:
     """An adapter's site in the form of a merge of itself alone."""
     own = inner_product((a, b), (a, b))[None]
-    energy, relation = float(own), Relation(energy=own, overlap=own, span_energy=own)
-    weights = torch.ones(1)
-    return MergedSite(lora_a=a, lora_b=b, weights=weights, energy=energy, kept=energy, lost=0.0, experts=relation)
+    relation, kept = Relation(energy=own, overlap=own, span_energy=own), {"kept": float(own), "lost": 0.0}
+    return MergedSite(lora_a=a, lora_b=b, weights=torch.ones(1), energy=float(own), experts=relation, **kept)

@@ -16,7 +16,7 @@ from torch import Tensor
 from moa.files.peft_config import site_scaling
 from moa.merging import core
 from moa.merging.adapters import Expert, factors_of
-from moa.merging.core import Basis, Factors, LowRank, Relation
+from moa.merging.core import Basis, CoreUpdates, Factors, LowRank, Relation
 from moa.merging.functions import import_function
 from moa.merging.methods.stack import Stack, rounding_of, stack_of
 from moa.merging.site_plan import Job, Plan, make_plan
@@ -159,7 +159,9 @@ def merge_site(job: Job, site: str, opened: OpenSite, dtype: torch.dtype) -> Mer
 
 def _merged(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
     """In the job's space, at the job's norm."""
-    low, relation = _SPACES[job.space](job, site, opened, weights)
+    low = _SPACES[job.space](job, site, opened, weights)
+    by_core = job.space == "core"
+    relation = core.relate_cores(low, opened.updates.cores) if by_core else core.relate(low, opened.factors)
     length = float(low.singular_values.square().sum().sqrt())
     shares = weights.abs() * (relation.energy > 0)
     lengths = float((shares @ relation.energy.sqrt()) / shares.sum()) if shares.any() else 0.0
@@ -178,19 +180,22 @@ def _and_added(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[
         low, _ = _merged(job.others, site, opened.others, own)
         parts.append((low.lora_a, low.lora_b))
     updates = core.to_core(parts, canonical=False)
-    metric = metric_in(job, site, weights, updates.a)
-    low = core.compress(updates, updates.cores.sum(0), job.rank, sum(job.about(site)["ranks"]), metric)
+    low = _cut(job, site, weights, updates, updates.cores.sum(0))
     return low, core.relate(low, opened.factors)
 
 
-def _in_core(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
+def _cut(job: Job, site: str, weights: Tensor, updates: CoreUpdates, merged: Tensor) -> LowRank:
+    """A matrix in core axes at the job's rank."""
+    metric = metric_in(job, site, weights, updates.a)
+    return core.compress(updates, merged, job.rank, sum(job.about(site)["ranks"]), metric)
+
+
+def _in_core(job: Job, site: str, opened: OpenSite, weights: Tensor) -> LowRank:
     updates = opened.updates
     stack = stack_of(matrices=updates.cores, **job.about(site))
     if job.method.reads_inputs:
         stack = replace(stack, inputs=moments_in(job, site, updates.a))
-    merged = job.method.function(stack, weights, **job.options)
-    low = core.compress(updates, merged, job.rank, sum(stack.ranks), metric_in(job, site, weights, updates.a))
-    return low, core.relate_cores(low, updates.cores)
+    return _cut(job, site, weights, updates, job.method.function(stack, weights, **job.options))
 
 
 def moments_in(job: Job, site: str, basis: Basis) -> Callable[[int], Tensor]:
@@ -218,27 +223,25 @@ def metric_in(job: Job, site: str, weights: Tensor, basis: Basis | None = None) 
     return sum((shares[number] * read(number) for number in here if shares[number]), start=torch.zeros(()))
 
 
-def _in_rows(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
+def _in_rows(job: Job, site: str, opened: OpenSite, weights: Tensor) -> LowRank:
     """Rows in the experts' common output directions, columns as they are: KnOTS (Stoica et al. 2025, equation 2)."""
     updates = opened.updates
     inputs = (lambda k: job.experts[k].moments(site).dense()) if job.method.reads_inputs else None
     stack = stack_of(matrices=updates.cores @ updates.q_a.T, inputs=inputs, **job.about(site))
     merged = job.method.function(stack, weights, **job.options)
     both = core.to_core([(merged, updates.q_b)])
-    low = core.compress(both, both.cores[0], job.rank, sum(stack.ranks), metric_in(job, site, weights, both.a))
-    return low, core.relate(low, opened.factors)
+    return _cut(job, site, weights, both, both.cores[0])
 
 
-def _in_dense(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
+def _in_dense(job: Job, site: str, opened: OpenSite, weights: Tensor) -> LowRank:
     norms = [core.inner_product(f, f).sqrt() if f else weights.new_zeros(()) for f in opened.factors]
     stack = dense_stack(job, site, lambda: opened.factors, weights.dtype)
     stack = replace(stack, rounding=rounding_of(torch.stack(norms)))
     merged = job.method.function(stack, weights, **job.options)
-    low = core.compress_dense(merged, job.rank, sum(stack.ranks), metric_in(job, site, weights))
-    return low, core.relate(low, opened.factors)
+    return core.compress_dense(merged, job.rank, sum(stack.ranks), metric_in(job, site, weights))
 
 
-def _in_factors(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[LowRank, Relation]:
+def _in_factors(job: Job, site: str, opened: OpenSite, weights: Tensor) -> LowRank:
     """A and B apart, as PEFT's `linear` and `ties` do: both carry the root of the scale and of the weight.
 
     A mixture of N experts then holds N (N - 1) products of one expert's B with another's A that no mixture has,
@@ -252,8 +255,7 @@ def _in_factors(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple
     else:
         pair = function(a, weights.sign() * root, **options), function(b, root, **options)
     updates = core.to_core([pair])
-    low = core.compress(updates, updates.cores[0], job.rank, sum(a.ranks), metric_in(job, site, weights, updates.a))
-    return low, core.relate(low, opened.factors)
+    return _cut(job, site, weights, updates, updates.cores[0])
 
 
 _SPACES = {"core": _in_core, "rows": _in_rows, "dense": _in_dense, "factor": _in_factors}
@@ -287,8 +289,7 @@ def factor_stacks(job: Job, site: str, factors: list[Factors | None]) -> tuple[S
     about = job.about(site)
     if len(set(about["ranks"])) > 1:
         ranks = dict(zip(job.names, about["ranks"], strict=True))
-        rule = "factor needs one rank for all experts"
-        raise ValueError(f"space: {rule}, and {site} has {ranks}; use core")
+        raise ValueError(f"space: factor needs one rank for all experts, and {site} has {ranks}; use core")
     present = [f for f in factors if f is not None]
     scales = [site_scaling(expert.config, site) ** 0.5 for expert in job.experts]
     a = torch.stack([f[0] * s for f, s in zip(present, scales, strict=True)])

@@ -3,6 +3,7 @@
 source -> plan -> merged factors of each site, on the disk -> what was kept -> files, verified in a fresh process
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,10 @@ from moa.merging.merge import Merged, run_plan
 from moa.merging.methods.table import check_options, find_method
 from moa.merging.report.before import warnings_before
 from moa.merging.report.console import agreement_line, report_lines, summary_tables
-from moa.merging.report.crosstalk import with_inputs
 from moa.merging.report.fidelity import mean_cross_terms, measure, summarise
-from moa.merging.settings import MergeExperts
+from moa.merging.settings import MergeExperts, Verified
 from moa.merging.site_plan import Plan, make_plan, sum_gates
-from moa.merging.source import Source, open_folders, open_run, with_statistics
+from moa.merging.source import Source, open_folders, open_run, with_known_statistics, with_statistics
 from moa.merging.weights import GATES, Weights, gates_of, parse_weights, read_weights
 
 ROUNDING = 1e-12  # share of the energy below which nothing was cut
@@ -74,7 +74,7 @@ def merge_experts(settings: MergeExperts, console: Console) -> dict[str, Any]:
     if needs_inputs(settings):
         source = with_statistics(source)
     elif settings.fidelity:
-        source = with_inputs(source)
+        source = with_known_statistics(source)
     source = replace(source, experts=adapters.respell(source.experts, layers))
     plan = plan_merge(settings, source, console)
     warn_of_few_tokens(plan, console)
@@ -84,7 +84,8 @@ def merge_experts(settings: MergeExperts, console: Console) -> dict[str, Any]:
     if to_open_clip:
         check_for_open_clip(settings.merged, settings.verify, settings.dtype)
     elif needs_base:
-        match_sites(adapters.all_shapes(source.experts), read_base(source.base()))
+        shapes = {site: shape for expert in source.experts for site, shape in expert.shapes.items()}
+        match_sites(shapes, read_base(source.base()))
     warn_of_factors(plan, console)
     dtype = "float32" if settings.merged else settings.dtype
     kept = exports.stored_dtype(source.experts, dtype)
@@ -99,10 +100,8 @@ def merge_experts(settings: MergeExperts, console: Console) -> dict[str, Any]:
         if to_open_clip and settings.merged:
             console.print(merge_into_open_clip(settings.out, source, merged, summary["total"], card), soft_wrap=True)
             return summary
-        verify = None
-        if settings.verify:
-            exact = summary["total"]["energy_kept"] > 1 - ROUNDING
-            verify = prepare_verify(source, settings.num_probes, settings.new_tokens, sum_gates(plan), exact)
+        exact = summary["total"]["energy_kept"] > 1 - ROUNDING
+        verify = prepare_verify(source, settings, lambda: sum_gates(plan), exact)
         report = export(settings, source, merged, summary, card, verify)
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
     return report
@@ -227,20 +226,24 @@ def merge_into_open_clip(out: str, source: Source, merged: Merged, kept: dict[st
     deltas = {site: result.lora_b @ result.lora_a for site, result in merged.items()}
     text = Card(kind="open_clip", name=Path(out).name, **card).text()
     gap = export_open_clip(out, backbone, deltas, {"merge": kept}, text)["max_abs_difference"]
-    features = f"reloaded features differ by {gap:.1e}"
-    return f"checkpoint: {out}, for open_clip local-dir:{out}; {features}"
+    return f"checkpoint: {out}, for open_clip local-dir:{out}; reloaded features differ by {gap:.1e}"
 
 
 def prepare_verify(
-    source: Source, num_probes: int, new_tokens: int, gates: dict[str, Tensor] | None = None, exact: bool = False
-) -> exports.Verify:
-    """The probe and the live models that the reloaded files are compared with."""
+    source: Source,
+    settings: Verified,
+    gates: Callable[[], dict[str, Tensor] | None] = lambda: None,
+    exact: bool = False,
+) -> exports.Verify | None:
+    """The probe and the live models that the reloaded files are compared with; None with verify=false."""
+    if not settings.verify:
+        return None
     backbone = open_backbone(str(source.base()))
     inputs, routed = None, None
     if source.config is not None and source.step is not None:
-        inputs, routed = probe_of_run(source.step, source.config, num_probes, new_tokens)
+        inputs, routed = probe_of_run(source.step, source.config, settings.num_probes, settings.new_tokens)
     if inputs is None:
-        inputs = probe_of_noise(backbone, num_probes)
+        inputs = probe_of_noise(backbone, settings.num_probes)
     with torch.no_grad():
         for name, tensor in source.projector.items():
             backbone.model.get_parameter(name).copy_(tensor)
@@ -249,12 +252,12 @@ def prepare_verify(
         inputs,
         experts=source.experts,
         base=source.base(),
-        gates=gates,
+        gates=gates(),
         exact=exact,
         routed=routed,
         stream_of=backbone.stream_of,
         owners=backbone.owners_of(inputs),
-        new_tokens=new_tokens,
+        new_tokens=settings.new_tokens,
     )
 
 

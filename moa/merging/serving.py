@@ -10,7 +10,7 @@ Gates are decided once per sample, from the prompt alone, so a request with thes
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,9 +138,8 @@ def write_vector(
     weights: Weights = weights_of(gates[:, [names.index(name) for name in on]], on, sites)
     plan = make_plan(experts, weights=weights)
     merged = run_plan(plan)
-    probe: Mapping[str, Any] = {"num_probes": settings.num_probes, "new_tokens": settings.new_tokens}
     live = Source(experts=experts, folders=[], base_name=source.base_name)
-    verify = prepare_verify(live, gates=sum_gates(plan), exact=True, **probe) if settings.verify else None
+    verify = prepare_verify(live, settings, lambda: sum_gates(plan), exact=True)
     about: dict[str, Any] = {"report": {"serving": {"weights": weights}}, "dtype": settings.dtype, "verify": verify}
     text = f"Experts of {settings.run} at gates that its router often gives."
     about["card"] = {"about": text, "fingerprint": local_fingerprint(source.base_name)}
@@ -156,9 +155,8 @@ def requests(
 ) -> str:
     """A line for each sample; weights are null where they differ between sites, which no engine's scales can."""
     vector_of = {number: f"v{place}" for place, vector in enumerate(vectors) for number in vector.members}
-    lines = []
+    lines, same = [], gates.shape[1] == 1
     for number, sample in enumerate(samples):
-        same = gates.shape[1] == 1
         weights = {n: g for n, g in zip(names, gates[number, 0].tolist(), strict=True) if abs(g) > ROUNDING}
         about = {"source": sample.source, "id": sample.id, "task": sample.task}
         lines.append({**about, "vector": vector_of.get(number), "weights": weights if same else None})

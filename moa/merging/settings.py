@@ -141,8 +141,7 @@ class Slice:
 
     def __post_init__(self) -> None:
         if len(self.layers) != 2 or self.layers[0] >= self.layers[1]:
-            rule = "must be [start, stop], start below stop"
-            raise ValueError(f"slices.layers: {rule}, got {self.layers}")
+            raise ValueError(f"slices.layers: must be [start, stop], start below stop, got {self.layers}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +245,8 @@ class ServingConfig:
     new_tokens: Count = 8  # greedy tokens of each
 
 
+Verified = MergeExperts | DistillConfig | TransplantConfig | ServingConfig  # whose exports are compared
+
 # What is merged -> the settings of that command.
 COMMANDS: Mapping[str, type] = {
     "adapters": MergeExperts,
@@ -266,8 +267,7 @@ def load_command(paths: Sequence[str] | None, overrides: Sequence[Override]) -> 
     chosen = given[0] if given else "slices" if raw.get("method") == "passthrough" else "adapters"
     for key in raw.keys() - _keys(COMMANDS[chosen]):
         if others := [f"{name}=" for name, cls in COMMANDS.items() if key in _keys(cls)]:
-            rule = f"has no effect with {chosen}="
-            raise ValueError(f"{key}: {rule}; it belongs to {' and '.join(others)}")
+            raise ValueError(f"{key}: has no effect with {chosen}=; it belongs to {' and '.join(others)}")
     return load(COMMANDS[chosen], paths, overrides)
 
 

@@ -85,7 +85,10 @@ def make_plan(
     check_experts(experts)
     given: dict[str, Any] = {"method": method, "options": dict(options or {}), "weights": weights}
     own = SiteRule(match="", rank=rank, space=space, **given)
-    chosen = {site: _first_match(rules, site) for site in all_sites(experts)}
+    chosen: dict[str, int | None] = {}
+    for site in all_sites(experts):
+        fitting = (number for number, rule in enumerate(rules) if finds(rule.match, site, "sites.match"))
+        chosen[site] = next(fitting, None)
     if all(index is not None and rules[index].drop for index in chosen.values()):
         raise ValueError("sites: the rules drop every site")
     jobs: list[Job] = []
@@ -94,8 +97,7 @@ def make_plan(
         rule = None if index is None else rules[index]
         sites = [site for site, found in chosen.items() if found == index]
         if rule is not None and not sites:
-            why = "rules before it, or none, match"
-            raise ValueError(f"sites: {rule.match!r} decides no site; {why}")
+            raise ValueError(f"sites: {rule.match!r} decides no site; rules before it, or none, match")
         numbers[index] = None
         if sites and not (rule and rule.drop):
             numbers[index] = len(jobs)
@@ -104,10 +106,6 @@ def make_plan(
         raise ValueError("metric: inputs has no effect with rank=sum, which cuts nothing; give rank=8, say")
     find_method(method, space)  # even where rules decide every site
     return Plan(jobs=jobs, sites={site: numbers[index] for site, index in chosen.items()})
-
-
-def _first_match(rules: Sequence[SiteRule], site: str) -> int | None:
-    return next((i for i, rule in enumerate(rules) if finds(rule.match, site, "sites.match")), None)
 
 
 def _over(own: SiteRule, rule: SiteRule) -> SiteRule:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from moa.checkpoint import CONFIG, load_tensors, step_folder
+from moa.cli.command import note
 from moa.config import RunConfig, load_config
 from moa.evaluation.gates_file import run_of
 from moa.experts.kinds import KINDS
@@ -83,23 +84,33 @@ def open_run(run: str | Path, base: str | None = None, *, to_merge: bool = True)
     )
 
 
-def with_statistics(source: Source) -> Source:
+def with_statistics(source: Source, *, routed_alone: bool = False) -> Source:
     """With the statistics of each expert's inputs; ValueError where a folder has none, or those of other weights.
 
-    Those of an expert that is always on may be missing: it is not merged.
+    Those of an expert that is always on may be missing, as it is not merged, or are not wanted.
     """
     experts = []
     for expert, folder in zip(source.experts, source.folders, strict=True):
-        if expert.name in source.shared and not (folder / STATISTICS_FILE).is_file():
+        if expert.name in source.shared and (routed_alone or not (folder / STATISTICS_FILE).is_file()):
             experts.append(expert)
             continue
         step = folder.resolve().parent.parent
-        run = run_of(step) if (step / CONFIG).is_file() else "RUN"
-        way_out = f"python -m scripts.statistics run={run} writes it" + (
-            ", where it was trained" if run == "RUN" else ""
-        )
+        known = (step / CONFIG).is_file()
+        way_out = f"python -m scripts.statistics run={run_of(step) if known else 'RUN'} writes it"
+        way_out += "" if known else ", where it was trained"
         experts.append(replace(expert, inputs=read_statistics(folder, way_out)))
     return replace(source, experts=experts)
+
+
+def with_known_statistics(source: Source) -> Source:
+    """The same where every routed expert has them; a note where they belong to other weights."""
+    routed = [f for e, f in zip(source.experts, source.folders, strict=True) if e.name not in source.shared]
+    if all((folder / STATISTICS_FILE).is_file() for folder in routed):
+        try:
+            return with_statistics(source, routed_alone=True)
+        except ValueError as error:
+            note(f"warning: the report has no crosstalk: {error}")
+    return source
 
 
 def open_folders(adapters: Sequence[str], base: str | None = None, projector: str | None = None) -> Source:
@@ -145,10 +156,8 @@ def lines_of_shared(folders: Sequence[Path], steps: Sequence[Path]) -> Iterator[
         for name, expert in load_config(step / CONFIG).experts.items():
             if expert.gate != "always":
                 continue
-            about, folder = (
-                f"{name} of {run_of(step).name}: always on beside its other experts",
-                step / "experts" / name,
-            )
+            about = f"{name} of {run_of(step).name}: always on beside its other experts"
+            folder = step / "experts" / name
             if folder not in given:
                 yield f"{about}, and not in the result; add {folder} to adapters"
             elif len(steps) > 1:

@@ -8,8 +8,9 @@ model does not have. A task vector is W_vlm + weight (W_model - W_text), as Ilha
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,12 @@ from torch import Tensor
 from moa.backbones.families import FAMILIES
 from moa.backbones.fingerprint import base_fingerprint, computing
 from moa.backbones.shapes import layer_shapes
-from moa.files.atomic import atomic_folder
 from moa.files.checkpoint_files import BaseFiles, local_base, match_parameters, read_base
 from moa.files.peft_config import read_json_object
 from moa.files.spelling import match_spelling
 from moa.files.targets import finds
 from moa.merging.adapters import Expert, expert_from_folder, rename_sites
-from moa.merging.checkpoints.full import COMPUTE, MANIFEST, added, differences, finite, mapped
+from moa.merging.checkpoints.full import COMPUTE, differences, finite, mapped, updated
 from moa.merging.export import export as exports
 from moa.merging.export import folder as export_folder
 from moa.merging.merge import merge
@@ -89,7 +89,7 @@ def transplant_adapter(settings: TransplantConfig, vlm: BaseFiles, language: str
     expert = replace(expert, base_fingerprint=fingerprint)
     source = Source(experts=[expert], folders=[folder], base_name=str(vlm.folder), base_fingerprint=fingerprint)
     merged = merge([expert], weights={expert.name: settings.weight})
-    verify = prepare_verify(source, settings.num_probes, settings.new_tokens) if settings.verify else None
+    verify = prepare_verify(source, settings)
     about = {"weight": settings.weight, "adapter": str(folder), "language": language, "dropped": settings.drop}
     card = {"base": str(vlm.folder), "fingerprint": fingerprint, "about": "A text LoRA on the language model of a VLM."}
     out = str(settings.out)
@@ -132,30 +132,17 @@ def transplant_model(settings: TransplantConfig, vlm: BaseFiles, language: str, 
     out, cast = str(settings.out), None if settings.dtype == "auto" else export_folder.DTYPES[settings.dtype]
     export_folder.check_out(out, [model.folder, text.folder, vlm.folder])
 
-    def results(keys: Sequence[str]) -> Iterator[tuple[str, Iterator[Tensor]]]:
-        for key in keys:
-            own = mapped(vlm, key)
-            if key in places:
-                moved = settings.weight * difference(model, text, places[key], own.shape)
-                yield key, added(key, own, moved, cast or own.dtype)
-            else:
-                yield key, iter([own.to(cast) if cast and own.is_floating_point() else own])
+    def update(key: str) -> Tensor:
+        return settings.weight * difference(model, text, places[key], vlm.shapes[key])
 
-    manifest = {key: {"from": places.get(key), "rule": "added" if key in places else "the VLM's"} for key in vlm.files}
-    report = {"kind": "checkpoint", "weight": settings.weight, "model": str(model.folder), "text": str(text.folder)}
+    results = partial(updated, vlm, changed=places, update=update, cast=cast)
+    report = {"weight": settings.weight, "model": str(model.folder), "text": str(text.folder)}
     report |= {"language": language, "moved": len(places), "resized": resized, "dropped": settings.drop}
-    card = {
-        "name": Path(out).name,
-        "kind": "checkpoint",
-        "about": f"{model.folder.name} less {text.folder.name}, added to the language model.",
-        "base": str(vlm.folder),
-        "fingerprint": base_fingerprint(vlm.folder),
-        "rows": [(model.folder.name, f"{settings.weight:.4g}", str(model.folder))],
-    }
-    with atomic_folder(out) as folder:
-        export_folder.write_weights(folder, vlm, results, cast, settings.max_shard_gb)
-        export_folder.copy_other_files(vlm.folder, folder, cast)
-        export_folder.write_report(folder, report, {MANIFEST: manifest}, card)
+    manifest = {key: {"from": places.get(key), "rule": "added" if key in places else "the VLM's"} for key in vlm.files}
+    about = f"{model.folder.name} less {text.folder.name}, added to the language model."
+    card = {"about": about, "rows": [(model.folder.name, f"{settings.weight:.4g}", str(model.folder))]}
+    size: dict[str, Any] = {"cast": cast, "max_shard_gb": settings.max_shard_gb}
+    export_folder.write_checkpoint(out, vlm, results, report, manifest, card, **size)
     kept = len(vlm.files) - len(places)
     console.print(
         f"{len(places)} tensors of {language} changed, {kept} are the VLM's own; checkpoint: {out}", soft_wrap=True

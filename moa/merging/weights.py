@@ -48,18 +48,12 @@ def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
     if not isinstance(record, dict) or not isinstance(record.get("weights"), dict):
         raise ValueError(f"weights: {file} has no key `weights` with a mapping")
     check_digests(record.get("experts"), experts, file)
-    weights = record["weights"]
-    names, sites = [expert.name for expert in experts], all_sites(experts)
-    if not any(isinstance(row, dict) for row in weights.values()):
-        weight_row(names, weights, where=f"{file}: weights")
-        return weights
-    for site in (*weights, *sites):
-        if site not in sites:
-            raise ValueError(f"{file}: weights.{site}: no expert has this site")
-        if site not in weights:
-            raise ValueError(f"{file}: weights.{site}: missing; every site needs its weights")
-        weight_row(names, weights[site], where=f"{file}: weights.{site}")
-    return weights
+    where, sites = f"{file}: weights", all_sites(experts)
+    for key, value in record["weights"].items():
+        if isinstance(value, dict) and key not in sites:
+            raise ValueError(f"{where}.{key}: no expert has this site")
+    weight_table(experts, record["weights"], where=where)
+    return record["weights"]
 
 
 def check_digests(digests: Any, experts: Sequence[Expert], file: Path) -> None:
@@ -116,8 +110,9 @@ def weight_table(
     default: str = "ones",
     sites: Sequence[str] | None = None,
     added: Collection[str] = (),
+    where: str = "weights",
 ) -> dict[str, Float[Tensor, " expert"]]:
-    """Site -> weight of each expert, float64; ValueError names a missing, unknown or odd weight.
+    """Site -> weight of each expert, float64; ValueError names a missing, unknown or odd weight, and `where` it is.
 
     By default `added` experts have weight 1, and have no part in a mean.
     """
@@ -127,12 +122,12 @@ def weight_table(
         if weights is None:
             share = 1 / max(len(set(names) - set(added)), 1) if default == "mean" else 1.0
             weights = {name: 1.0 if name in added else share for name in names}
-        return dict.fromkeys(sites, weight_row(names, weights, default))
+        return dict.fromkeys(sites, weight_row(names, weights, default, where))
     table: dict[str, Tensor] = {}
     for site in sites:
         if site not in weights:
-            raise ValueError(f"weights.{site}: missing; weights per site must cover every site")
-        table[site] = weight_row(names, weights[site], default, where=f"weights.{site}")
+            raise ValueError(f"{where}.{site}: missing; weights per site must cover every site")
+        table[site] = weight_row(names, weights[site], default, where=f"{where}.{site}")
     return table
 
 

@@ -31,14 +31,10 @@ CONTRACTIONS = """
 """
 
 
-def _without_one_apostrophe(word: str) -> list[str]:
-    return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
-
-
 # The official table restores ONE lost apostrophe. Its one mistake is kept; its entries with a
 # capital ("Im") can never match lower-cased words and are left out.
 RESTORED = {
-    **{lost: word for word in CONTRACTIONS.split() for lost in _without_one_apostrophe(word)},
+    **{w[:i] + w[i + 1 :]: w for w in CONTRACTIONS.split() for i, letter in enumerate(w) if letter == "'"},
     "somebody'd": "somebodyd",
 }
 

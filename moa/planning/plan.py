@@ -157,13 +157,11 @@ def trace(
     samples = max(samples, 2)  # one alone has no padding, and so no mask
     note(f"{backbone}: steps of {samples} and {2 * samples} samples")
     low, high = (run.measure(lengths, count) for count in (samples, 2 * samples))
-    about: dict[str, Any] = {"backbone": backbone, "lengths": lengths, "shape": run.shape}
-    return Traced(samples=samples, low=low, high=high, **about)
+    return Traced(backbone=backbone, lengths=lengths, shape=run.shape, samples=samples, low=low, high=high)
 
 
 def make_plan(traced: Traced, layout: Layout, machine: Machine, quantized: bool) -> Plan:
     """What was traced, on a machine, in every configuration for so many devices."""
-    names = offered(machine.num_devices, quantized)
     return Plan(
         backbone=traced.backbone,
         machine=machine,
@@ -171,7 +169,7 @@ def make_plan(traced: Traced, layout: Layout, machine: Machine, quantized: bool)
         lengths=traced.lengths,
         shape=traced.shape,
         costs=traced.costs(layout.micro_batch_size),
-        choices=[choose(name, traced, layout, machine) for name in names],
+        choices=[choose(n, traced, layout, machine) for n in offered(machine.num_devices, quantized)],
     )
 
 

@@ -32,8 +32,8 @@ def shape_of(model: MixtureModel, quantization: str | None = None) -> ModelShape
     base = bytes_of(p for p in every if not p.requires_grad)
     if quantization is not None:
         packed = [*packed_weights(model)]
-        base -= sum(nbytes(p) - round(p.numel() * QUANTIZED[quantization]) for p in packed)
-        unpacking = max(map(nbytes, packed))
+        base -= sum(p.nbytes - round(p.numel() * QUANTIZED[quantization]) for p in packed)
+        unpacking = max(p.nbytes for p in packed)
     trained = [p for p in every if p.requires_grad]
     layers = [bytes_of(layer.parameters()) for layer in layers_of(model)]
     return ModelShape(
@@ -59,7 +59,3 @@ def packed_weights(model: MixtureModel) -> list[Tensor]:
     head = model.model.get_output_embeddings()
     layers = (module for module in model.model.modules() if isinstance(module, nn.Linear))
     return [layer.weight for layer in layers if layer is not head]
-
-
-def nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -1,6 +1,6 @@
 """The inputs of a live model's layers, summed over batches by hooks; padding does not count."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -48,11 +48,9 @@ def input_sums(
     model.eval()
     for group in _groups(modules):
         for batch in batches:
-            real = batch.token_samples() >= 0
             predicts = None
             if answer_share is not None and batch.labels is not None:
-                predicts = (next_labels(batch.labels, batch.segments) != -100)[real]
-
+                predicts = (next_labels(batch.labels, batch.segments) != -100)[batch.token_samples() >= 0]
             with watch_inputs(model, group, batch, partial(add, predicts=predicts)):
                 model(batch, gates_of(batch))
             tick()
@@ -92,11 +90,24 @@ def watch_inputs(
     return hooks
 
 
+def watch_outputs(model: nn.Module, names: Iterable[str], seen: Callable[[str, Tensor], Tensor | None]) -> ExitStack:
+    """Inside, `seen(name, output)` gets the output of each module; what it returns, if anything, takes its place."""
+
+    def hook(name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+        return seen(name, output[0] if isinstance(output, tuple) else output)
+
+    hooks = ExitStack()
+    for name in dict.fromkeys(names):
+        hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(hook, name)))
+    return hooks
+
+
 def _groups(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
     group: dict[str, nn.Module] = {}
     size = 0.0
     for name, module in modules.items():
-        needed = 8.0 * _width(module) ** 2
+        layer: Any = getattr(module, "base_layer", module)
+        needed = 8.0 * layer.in_features**2
         if group and size + needed > GROUP_BYTES:
             yield group
             group, size = {}, 0.0
@@ -107,10 +118,6 @@ def _groups(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
 def num_passes(modules: Mapping[str, nn.Module]) -> int:
     """How often `input_sums` reads the batches."""
     return sum(1 for _ in _groups(modules))
-
-
-def _width(module: Any) -> int:
-    return getattr(module, "base_layer", module).in_features
 
 
 def sites_of(model: MixtureModel, expert: str) -> dict[str, nn.Module]:

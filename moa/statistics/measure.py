@@ -106,7 +106,7 @@ def own_samples(
     """
     found: dict[str, list[Sample]] = {name: [] for name in config.experts}
     declared = {name: config.data.expert or source.expert for name, source in config.data.sources.items()}
-    rejected, seen = [], set[tuple[str, int]]()
+    rejected, seen = list[BadSampleError](), set[tuple[str, int]]()
     # a block draws every source, so that this many draws hold `number` samples of each
     for position in range(min(mixture.block * number, mixture.epoch_length)):
         wanted = {name for name, own in found.items() if len(own) < number}
@@ -118,12 +118,11 @@ def own_samples(
             continue
         seen.add(place)
         sample = mixture[position]
-        sample = sample if isinstance(sample, BadSampleError) else _checked(sample, collator)
-        if isinstance(sample, BadSampleError):
+        if bad := collator.split([sample])[1]:  # also where no batch can hold it
             if config.data.on_bad_sample == "error":
-                raise sample
-            rejected.append(sample)
-        else:
+                raise bad[0]
+            rejected += bad
+        elif isinstance(sample, Sample):
             for name in serving.get(sample.expert, serving[None]) & wanted:
                 found[name].append(sample)
     return found, rejected
@@ -135,9 +134,3 @@ def served(model: MixtureModel) -> dict[str | None, set[str]]:
     gates = model.routing.oracle(torch.arange(len(names) + 1))[:, 0]
     rows = [{name for name, gate in zip(names, row, strict=True) if gate > 0} for row in gates.tolist()]
     return dict(zip([*names, None], rows, strict=True))
-
-
-def _checked(sample: Sample, collator: Collator) -> Sample | BadSampleError:
-    """The sample, or why no batch can hold it."""
-    _, rejected = collator.split([sample])
-    return rejected[0] if rejected else sample

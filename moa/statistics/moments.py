@@ -33,17 +33,13 @@ class Moments:
         return self.vectors * (self.values - self.rest).clamp(min=0).sqrt()
 
     def dense(self) -> Float[Tensor, "in in"]:
-        return _plus(self.root, self.rest)
+        return self.within(self.root)
 
     def within(self, root: Float[Tensor, "axis direction"]) -> Float[Tensor, "axis axis"]:
         """Q^T G Q in some orthonormal axes Q of the inputs, from `root` = Q^T L."""
-        return _plus(root, self.rest)
-
-
-def _plus(root: Tensor, rest: float) -> Tensor:
-    second = root @ root.T
-    second.diagonal().add_(rest)
-    return second
+        second = root @ root.T
+        second.diagonal().add_(self.rest)
+        return second
 
 
 class InputSums:

@@ -61,7 +61,8 @@ def test_nsc_is_how_much_of_the_merges_inputs_no_row_of_the_expert_reads(live):
 def test_every_learner_lowers_its_loss_and_leaves_the_experts_as_they_are(live, learner, lr):
     before = [parameter.detach().clone() for parameter in live.model.bank.parameters()]
     losses = []
-    scales = getattr(guided, learner)(live, steps=3, lr=lr, on_step=lambda step, loss: losses.append(loss))
+    live.tick = lambda step, loss: losses.append(loss)
+    scales = getattr(guided, learner)(live, steps=3, lr=lr)
     assert losses[-1] < losses[0]
     assert scales.keys() == live.triplets.keys()
     by_site = learner in ("nsc", "expert_merging")
@@ -74,7 +75,8 @@ def test_every_learner_lowers_its_loss_and_leaves_the_experts_as_they_are(live, 
 @pytest.mark.slow
 def test_prodistill_brings_each_block_nearer_to_its_experts_in_the_order_of_the_blocks(live):
     losses = []
-    guided.prodistill(live, steps=3, lr=0.1, on_step=lambda step, loss: losses.append(loss))
+    live.tick = lambda step, loss: losses.append(loss)
+    guided.prodistill(live, steps=3, lr=0.1)
     assert len(losses) % 3 == 0 and len(losses) >= 6
     for start in range(0, len(losses), 3):
         assert losses[start + 2] < losses[start]

@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from moa.cli.settings import load
-from moa.merging.checkpoints import full
 from moa.merging.checkpoints.full import merge_checkpoints
 from moa.merging.settings import MergeModels, Rules
 from scripts import merge as script
@@ -181,7 +180,7 @@ def test_every_key_needs_a_rule_and_gets_a_line(world, odd, tmp_path):
     assert manifest[missing] == {"rule": "linear", "models": ["one"], "output": missing}
     assert manifest[changed]["rule"] == "shape differs in odd: the base's"
     assert manifest["extra.weight"] == {"rule": "extra: dropped", "models": ["odd"], "output": None}
-    written = json.loads((tmp_path / "out" / full.MANIFEST).read_text())
+    written = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert written == manifest
     base, one = tensors_of(world / "base"), tensors_of(world / "one")
     found = tensors_of(tmp_path / "out")

@@ -8,9 +8,7 @@ interpolated (the deviation, not the variance), and folded into weight and bias:
 In transformers every token of every sample counts as one value, padding too.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from moa.merging.align.alignment import Maps, Matrix, Spec, Units, best_maps
+from moa.statistics.gather import watch_outputs
 
 Run = Callable[[nn.Module, Any], object]  # (model, batch): one forward pass
 Vector = Float[Tensor, " units"]
@@ -101,19 +100,9 @@ def _outputs(model: nn.Module, layers: Iterable[str], batch: Any, run: Run) -> d
     def keep(layer: str, output: Tensor) -> None:
         kept[layer] = output.double().flatten(0, -2)
 
-    with watching(model, layers, keep):
+    with watch_outputs(model, layers, keep):
         run(model, batch)
     return kept
-
-
-@contextmanager
-def watching(model: nn.Module, layers: Iterable[str], see: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
-    """`see(layer, output)` at every pass; what it returns, if anything, takes the output's place."""
-    with ExitStack() as hooks:
-        for layer in layers:
-            hook = partial(lambda layer, module, inputs, output: see(layer, output), layer)
-            hooks.enter_context(model.get_submodule(layer).register_forward_hook(hook))
-        yield
 
 
 # Resetting --------------------------------------------------------------------------------------
@@ -167,7 +156,7 @@ def unit_statistics(
         mean, std = _moments(len(values), values.sum(0), values.square().sum(0))
         return ((output - mean) / std * goals[layer][1] + goals[layer][0]).to(output.dtype)
 
-    with watching(model, layers, see):
+    with watch_outputs(model, layers, see):
         for batch in batches:
             run(model, batch)
     return {layer: _moments(*totals) for layer, totals in sums.items()}
@@ -181,6 +170,5 @@ def _moments(count: int, total: Vector, squares: Vector) -> tuple[Vector, Vector
 def _linear(model: nn.Module, layer: str) -> nn.Linear:
     module = model.get_submodule(layer)
     if not isinstance(module, nn.Linear) or module.bias is None:
-        rule = "is not a linear layer with a bias, which REPAIR writes to"
-        raise ValueError(f"layers: {layer} {rule}")
+        raise ValueError(f"layers: {layer} is not a linear layer with a bias, which REPAIR writes to")
     return module

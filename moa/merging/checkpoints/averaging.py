@@ -36,8 +36,7 @@ def choose_steps(run: str | Path, steps: Sequence[int], last: int | None) -> lis
         if not 1 <= last <= len(found):
             raise ValueError(f"last: must be 1 to {len(found)}, the steps of {run}; got {last}")
         return list(found.values())[-last:]
-    missing = [step for step in steps if step not in found]
-    if missing:
+    if missing := [step for step in steps if step not in found]:
         choices = f"choices: {list(found)} (train.keep_last keeps more)"
         raise ValueError(f"steps: {run} has no step {missing[0]}; {choices}")
     if len(set(steps)) < len(steps):
@@ -93,8 +92,7 @@ def mean_state(states: Sequence[Mapping[str, Tensor]], weights: Float[Tensor, " 
     kinds = [{key: (t.shape, t.dtype) for key, t in state.items()} for state in states]
     for kind in kinds[1:]:
         if odd := sorted({key for key, _ in kind.items() ^ kinds[0].items()}):
-            what = "differs in shape or dtype between the steps; are they of one run?"
-            raise ValueError(f"{name}: {odd[0]} {what}")
+            raise ValueError(f"{name}: {odd[0]} differs in shape or dtype between the steps; are they of one run?")
     mean = dict(states[-1])
     for key, newest in mean.items():
         if newest.is_floating_point():
@@ -114,8 +112,7 @@ def _trained_files(folders: Sequence[Path]) -> list[Path]:
             raise ValueError(f"steps: {folder.name} and {folders[0].name} differ in {odd}")
         for config in (f.parent / CONFIG_FILE for f in first if f.parts[0] == "experts"):
             if checkpoint.read_json(folder / config) != checkpoint.read_json(folders[0] / config):
-                both = f"{folder.name} and {folders[0].name}"
-                raise ValueError(f"steps: {config} differs between {both}")
+                raise ValueError(f"steps: {config} differs between {folder.name} and {folders[0].name}")
     return first
 
 

@@ -4,8 +4,9 @@ What a method sees are the differences from the base, in blocks of rows read fro
 of every model and one tensor of the result. The manifest has each key's line: which rule it met, and what came out.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moa.backbones.fingerprint import base_fingerprint, computing
-from moa.files.atomic import atomic_folder
+from moa.backbones.fingerprint import computing
 from moa.files.checkpoint_files import FLOATS, BaseFiles, read_base
 from moa.files.peft import all_finite
 from moa.files.spelling import match_spelling
@@ -26,7 +26,6 @@ from moa.merging.settings import Rules
 from moa.merging.site_plan import find_depths
 from moa.merging.weights import Weights, weight_row
 
-MANIFEST = "manifest.json"
 COMPUTE = torch.float32
 
 
@@ -75,38 +74,22 @@ def merge_checkpoints(
     inputs = open_inputs(models, base, rules or Rules())
     chosen = weight_row([*inputs.models], weights, row.weights).to(COMPUTE)
     depths = find_depths(tuple(inputs.base.files))
-    changed = [key for key in inputs.base.files if key not in inputs.kept]
+    changed = dict.fromkeys(key for key in inputs.base.files if key not in inputs.kept)
     if row.prepare:
         stacks = (difference_stack(inputs, key, depths[key]) for key in changed)
         settings["shared"] = import_function(f"methods.{row.prepare}")(stacks, **settings)
     cast = None if dtype == "auto" else export_folder.DTYPES[dtype]
 
-    def results(keys: Sequence[str]) -> Iterator[tuple[str, Iterator[Tensor]]]:
-        for key in keys:
-            own = mapped(inputs.base, key)
-            if key in inputs.kept:
-                yield key, iter([own.to(cast) if cast and own.is_floating_point() else own])
-            else:
-                parts = difference_stack(inputs, key, depths[key]), chosen
-                yield key, added(key, own, row.function(*parts, **settings), cast or own.dtype)
-            on_key(key)
+    def update(key: str) -> Tensor:
+        return row.function(difference_stack(inputs, key, depths[key]), chosen, **settings)
 
-    manifest = _manifest(inputs, method)
-    share = dict(zip(inputs.models, chosen.tolist(), strict=True))
-    report = {"kind": "checkpoint", "method": method, "options": dict(options or {})}
-    report |= {"weights": share, "dtype": dtype}
-    card = {
-        "name": Path(out).name,
-        "kind": "checkpoint",
-        "about": f"{len(models)} checkpoints of one base merged by `{method}`, tensor by tensor.",
-        "base": str(inputs.base.folder),
-        "fingerprint": base_fingerprint(inputs.base.folder),
-        "rows": [(name, f"{share[name]:.4g}", str(folder)) for name, folder in models.items()],
-    }
-    with atomic_folder(out) as folder:
-        export_folder.write_weights(folder, inputs.base, results, cast, max_shard_gb)
-        export_folder.copy_other_files(inputs.base.folder, folder, cast)
-        export_folder.write_report(folder, report, {MANIFEST: manifest}, card)
+    results = partial(updated, inputs.base, changed=changed, update=update, cast=cast, on_key=on_key)
+    manifest, share = _manifest(inputs, method), dict(zip(inputs.models, chosen.tolist(), strict=True))
+    report = {"method": method, "options": dict(options or {}), "weights": share, "dtype": dtype}
+    text = f"{len(models)} checkpoints of one base merged by `{method}`, tensor by tensor."
+    card = {"about": text, "rows": [(name, f"{share[name]:.4g}", str(folder)) for name, folder in models.items()]}
+    size: dict[str, Any] = {"cast": cast, "max_shard_gb": max_shard_gb}
+    export_folder.write_checkpoint(out, inputs.base, results, report, manifest, card, **size)
     return manifest
 
 
@@ -255,9 +238,26 @@ def mapped(files: BaseFiles, key: str) -> Tensor:
 def finite(block: Tensor, what: str, files: BaseFiles, key: str) -> Tensor:
     """The block; ValueError naming the model, its file and key where a value is NaN or infinite."""
     if not all_finite(block):
-        where = f"{what}: {files.folder / files.files[key]}"
-        raise ValueError(f"{where}: {key} has NaN or infinite values")
+        raise ValueError(f"{what}: {files.folder / files.files[key]}: {key} has NaN or infinite values")
     return block
+
+
+def updated(
+    base: BaseFiles,
+    keys: Sequence[str],
+    changed: Collection[str],
+    update: Callable[[str], Tensor],
+    cast: torch.dtype | None,
+    on_key: Callable[[str], None] = lambda key: None,
+) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    """Each key with its tensor of the base, to which its update is added where it is `changed`."""
+    for key in keys:
+        own = mapped(base, key)
+        if key in changed:
+            yield key, added(key, own, update(key), cast or own.dtype)
+        else:
+            yield key, iter([own.to(cast) if cast and own.is_floating_point() else own])
+        on_key(key)
 
 
 def added(key: str, own: Tensor, merged: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -267,8 +267,7 @@ def added(key: str, own: Tensor, merged: Tensor, dtype: torch.dtype) -> Iterator
         rows = slice(start, start + step)
         stored = merged[rows].add_(own[rows]).to(dtype)
         if not all_finite(stored):
-            what = "values that are not finite, or do not fit in"
-            raise ValueError(f"{key}: the merge has {what} {dtype}")
+            raise ValueError(f"{key}: the merge has values that are not finite, or do not fit in {dtype}")
         yield stored
 
 

@@ -13,14 +13,11 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from moa.backbones.fingerprint import base_fingerprint
-from moa.files.atomic import atomic_folder, write_json
 from moa.files.checkpoint_files import BaseFiles, read_base
-from moa.merging.export.folder import check_out, copy_other_files, write_report, write_weights
+from moa.merging.export.folder import check_out, write_checkpoint
 from moa.merging.settings import Slice
 
 Models = Mapping[str, BaseFiles]
-MANIFEST = "manifest.json"
 DEPTH, KINDS = "num_hidden_layers", "layer_types"  # keys of a config
 LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
 
@@ -69,19 +66,6 @@ def write_stack(
     origins, files = stacked.origins, stacked.files
     manifest = {key: {"model": source.model, "key": source.key} for key, source in origins.items()}
     slices = [{"model": part.model, "layers": list(part.layers)} for part in stacked.slices]
-    report = {"kind": "checkpoint", "method": "passthrough", "slices": slices}
-    first = stacked.slices[0].model
-    card = {
-        "name": Path(out).name,
-        "kind": "checkpoint",
-        "about": "Layers of checkpoints stacked into a model of another depth; it needs training.",
-        "base": first,
-        "fingerprint": base_fingerprint(first),
-        "rows": [
-            (f"slice {number}", f"layers {part.layers[0]} to {part.layers[1] - 1}", part.model)
-            for number, part in enumerate(stacked.slices)
-        ],
-    }
 
     def tensors(keys: Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
         for key in keys:
@@ -94,11 +78,14 @@ def write_stack(
         source = origins[key]
         return source.files.folder / source.files.files[source.key], source.key
 
-    with atomic_folder(out) as folder:
-        write_weights(folder, files, tensors, None, max_shard_gb, origin=place)
-        copy_other_files(files.folder, folder, None)
-        write_json(folder / "config.json", files.config)
-        write_report(folder, report, {MANIFEST: manifest}, card)
+    report = {"method": "passthrough", "slices": slices}
+    rows = [
+        (f"slice {number}", f"layers {part.layers[0]} to {part.layers[1] - 1}", part.model)
+        for number, part in enumerate(stacked.slices)
+    ]
+    text = "Layers of checkpoints stacked into a model of another depth; it needs training."
+    card = {"about": text, "rows": rows}
+    write_checkpoint(out, files, tensors, report, manifest, card, max_shard_gb=max_shard_gb, origin=place)
     return manifest
 
 
@@ -161,12 +148,12 @@ def _stacked(models: Models, slices: Sequence[Slice], stack: str) -> dict[str, O
 def stacked_config(models: Models, slices: Sequence[Slice], stack: str) -> dict[str, Any]:
     """The first model's config with the new depth, and with each layer's own kind where layers have kinds."""
     config = models[slices[0].model].config
-    name = _part_of(config, stack)
+    parts = "vision_config" in config and "text_config" in config
+    name = ("vision_config" if "vision" in stack else "text_config") if parts else None
     part = config[name] if name else config
     depth = depth_of(models[slices[0].model], stack)
     if part.get(DEPTH, depth) != depth:
-        where = name or "the config"
-        raise ValueError(f"stack: {stack} has {depth} layers, but {where} has {part[DEPTH]}")
+        raise ValueError(f"stack: {stack} has {depth} layers, but {name or 'the config'} has {part[DEPTH]}")
     changes: dict[str, Any] = {DEPTH: sum(p.layers[1] - p.layers[0] for p in slices)}
     if part.get(KINDS):
         own = {key: f.config[name] if name else f.config for key, f in models.items()}
@@ -176,10 +163,3 @@ def stacked_config(models: Models, slices: Sequence[Slice], stack: str) -> dict[
     # Older CLIP configs hold a part twice, and the copy wins when transformers loads it.
     copies = [key for key in (name, f"{name}_dict") if isinstance(config.get(key), dict)]
     return {**config, **{key: {**config[key], **changes} for key in copies}}
-
-
-def _part_of(config: Mapping[str, Any], stack: str) -> str | None:
-    """The part of a composite config that describes a stack; None where the config has no parts."""
-    if "vision_config" not in config or "text_config" not in config:
-        return None
-    return "vision_config" if "vision" in stack else "text_config"

@@ -84,8 +84,7 @@ def export_adapter(
     report = {"kind": "adapter", "dtype": dtype_name(stored), "keys_written": len(tensors)}
     card = {"base": config[BASE], "rows": rows_of(experts, merged)} | about.pop("card", {})
     with atomic_folder(out) as folder:
-        own = card.get("fingerprint")
-        write_expert(folder, tensors, config, name=out, base_fingerprint=own)
+        write_expert(folder, tensors, config, name=out, base_fingerprint=card.get("fingerprint"))
         return _finish(folder, Path(out).name, report, card, written, verify, **about)
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moa.backbones.fingerprint import base_fingerprint
 from moa.card import CARD, Card
 from moa.cli.command import note
-from moa.files.atomic import write_file, write_json
-from moa.files.checkpoint_files import INDEX_FILE, BaseFiles
+from moa.files.atomic import atomic_folder, write_file, write_json
+from moa.files.checkpoint_files import INDEX_FILE, BaseFiles, config_parts
 from moa.files.shards import write_shard
 
-REPORT_FILE = "export_report.json"
+REPORT_FILE, MANIFEST = "export_report.json", "manifest.json"
 # Of a base: what loads it, and its license. Not its weights, card, recipe, logs or reports, which are about the base.
 COPIED = re.compile(
     r"(?!adapter_).*config\.json|.*(tokenizer|tokens|processor).*\.json|(vocab|merges)\..*|chat_template\..*"
@@ -32,7 +33,7 @@ def write_weights(
     tensors: Callable[[Sequence[str]], Iterator[tuple[str, Iterable[Tensor]]]],
     cast: torch.dtype | None,
     max_shard_gb: float,
-    **options: Any,
+    origin: Callable[[str], tuple[Path, str]] | None = None,
 ) -> None:
     """All keys of `files` in shards, as transformers names them: `tensors(keys)` has each key's blocks of rows."""
     shards = plan_shards(files, cast, max_shard_gb * 1e9)
@@ -40,11 +41,34 @@ def write_weights(
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = ["model.safetensors"] if count == 1 else names
     for name, keys in zip(names, shards, strict=True):
-        write_shard(out / name, files, keys, tensors(keys), cast, **options)
+        write_shard(out / name, files, keys, tensors(keys), cast, origin)
     if count > 1:
         where = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         total = sum(_bytes(files, key, cast) for key in files.files)
         write_json(out / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def write_checkpoint(
+    out: str | Path,
+    files: BaseFiles,
+    tensors: Callable[[Sequence[str]], Iterator[tuple[str, Iterable[Tensor]]]],
+    report: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    card: Mapping[str, Any],
+    *,
+    cast: torch.dtype | None = None,
+    max_shard_gb: float = 5.0,
+    origin: Callable[[str], tuple[Path, str]] | None = None,
+) -> None:
+    """A folder of all keys of `files`, with what else its base has; `origin` as in `write_shard`."""
+    about = {"name": Path(out).name, "kind": "checkpoint", "base": str(files.folder)}
+    about["fingerprint"] = base_fingerprint(files.folder)
+    with atomic_folder(out) as folder:
+        write_weights(folder, files, tensors, cast, max_shard_gb, origin=origin)
+        copy_other_files(files.folder, folder, cast)
+        if origin is not None:  # layers from elsewhere have a config of their own
+            write_json(folder / "config.json", files.config)
+        write_report(folder, {"kind": "checkpoint", **report}, {MANIFEST: manifest}, {**about, **card})
 
 
 def plan_shards(source: BaseFiles, cast: torch.dtype | None, max_bytes: float) -> list[list[str]]:
@@ -83,7 +107,7 @@ def copy_other_files(source: Path, out: Path, cast: torch.dtype | None) -> None:
             note(f"warning: base: {file} is a link out of its folder, and is not copied")
     if cast is not None:
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for part in config_parts(config):
             for key in ("dtype", "torch_dtype"):
                 if key in part:
                     part[key] = dtype_name(cast)

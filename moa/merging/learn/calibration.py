@@ -219,14 +219,11 @@ def perturbed_answers(
         rows = []
         for run in range(runs):
             generator = torch.Generator().manual_seed(seed + run)
-            noisy = (_noisy(batch, noise * (run > 0), generator) for batch in batches)
-            logits = [model(batch, gates(batch)).logits[:, 0] for batch in noisy]
+            logits = []
+            for batch in batches:
+                pixels = batch.pixel_values
+                added = torch.randn(pixels.shape, generator=generator) * (noise * (run > 0)) * pixels.std()
+                logits.append(model(replace(batch, pixel_values=pixels + added), gates(batch)).logits[:, 0])
             rows.append(torch.cat(logits).softmax(-1))
         found[name] = torch.stack(rows)
     return found
-
-
-def _noisy(batch: Batch, noise: float, generator: torch.Generator) -> Batch:
-    pixels = batch.pixel_values
-    added = torch.randn(pixels.shape, generator=generator) * noise * pixels.std()
-    return replace(batch, pixel_values=pixels + added)

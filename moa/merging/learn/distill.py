@@ -9,18 +9,18 @@ Both share the base: the student is one more expert of the teacher's bank, and e
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.batch import Batch
 from moa.files.peft import site_keys
 from moa.model import MixtureModel, MixtureOutput
+from moa.statistics.gather import watch_outputs
 
 STUDENT = "_student"  # its name in the bank
 BLOCK = re.compile(r".*?\.\d+(?=\.)")  # of a site's path: the layer of the stack that it is in
@@ -127,13 +127,7 @@ def hidden_states(model: MixtureModel, wanted: bool) -> Iterator[dict[str, Tenso
     blocks = dict.fromkeys(m[0] for site in texts if (m := BLOCK.match(site))) if wanted else {}
     if wanted and not blocks:
         raise ValueError("hidden: no block of the language model has experts; use hidden=0")
-
-    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        found[name] = output[0] if isinstance(output, tuple) else output
-
-    with ExitStack() as hooks:
-        for name in blocks:
-            hooks.enter_context(model.model.get_submodule(name).register_forward_hook(partial(keep, name)))
+    with watch_outputs(model.model, blocks, found.__setitem__):
         yield found
 
 

@@ -6,11 +6,10 @@ The answers are what each expert itself generates for its own samples. Triplets 
 not matter how an expert is factored; the released TARA weighs the ranks as they are stored.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,7 +24,7 @@ from moa.merging.learn.gradient import descend, frozen, mean_entropy
 from moa.merging.learn.least_squares import blocks_of
 from moa.merging.site_plan import find_depths, layer_of
 from moa.model import MixtureModel, MixtureOutput
-from moa.statistics.gather import is_text, own_gates, watch_inputs
+from moa.statistics.gather import is_text, own_gates, watch_inputs, watch_outputs
 
 Batches = Mapping[str, Sequence[Batch]]  # by expert, with its answers; a shared expert has none
 Place = tuple[str, str]  # site, expert
@@ -40,6 +39,7 @@ class Weighed:
     model: MixtureModel
     experts: Sequence[Expert]
     batches: Batches
+    tick: Callable[[int, float], None] = lambda step, loss: None
 
     @cached_property
     def triplets(self) -> dict[Place, tuple[Tensor, Tensor]]:
@@ -90,6 +90,10 @@ class Weighed:
         """An expert on its own samples, with the shared ones."""
         return self.model(batch, own_gates(self.model, name)(batch))
 
+    def descend(self, parameters: Iterable[Tensor], loss: Callable[[int], Tensor], steps: int, lr: float) -> None:
+        with frozen(self.model):
+            descend(parameters, loss, steps=steps, lr=lr, on_step=self.tick)
+
     def turn(self, step: int) -> Iterator[tuple[str, Batch]]:
         """Each expert's batch of a step, taken in turn."""
         return ((name, own[step % len(own)]) for name, own in self.batches.items())
@@ -110,23 +114,21 @@ class Weighed:
         return [weighed(expert) if expert.name in self.batches else expert for expert in self.experts]
 
 
-Step = Callable[[int, float], None]
-
-
-def tara(live: Weighed, *, steps: int, lr: float, on_step: Step) -> Scales:
+def tara(live: Weighed, *, steps: int = 100, lr: float = 0.01) -> Scales:
     """TARA-A (2603.26299): the soft maximum over experts of how much less sure the merge is than each, from 0.4."""
     scales = live.raw(0.4)
 
     def gap(name: str, batch: Batch) -> Tensor:
         return answer_entropy(live.merged(batch, scales)) - answer_entropy(live.alone(name, batch))
 
-    with frozen(live.model):
-        gaps = lambda step: torch.stack([gap(*pair) for pair in live.turn(step)]).logsumexp(0)  # noqa: E731
-        descend(scales.values(), gaps, steps=steps, lr=lr, on_step=on_step)
+    def gaps(step: int) -> Tensor:
+        return torch.stack([gap(*pair) for pair in live.turn(step)]).logsumexp(0)
+
+    live.descend(scales.values(), gaps, steps, lr)
     return scales
 
 
-def adarank(live: Weighed, *, steps: int, lr: float, on_step: Step) -> Scales:
+def adarank(live: Weighed, *, steps: int = 100, lr: float = 0.01) -> Scales:
     """AdaRank (2503.22178): which triplets stay, and a weight of each site and expert from 0.3, by the merge's entropy.
 
     The mask is 0 or 1 forward, and sigmoid(m / 10) backward.
@@ -141,8 +143,7 @@ def adarank(live: Weighed, *, steps: int, lr: float, on_step: Step) -> Scales:
     def loss(step: int) -> Tensor:
         return torch.stack([answer_entropy(live.merged(batch, scales())) for _, batch in live.turn(step)]).mean()
 
-    with frozen(live.model):
-        descend([*weights.values(), *masks.values()], loss, steps=steps, lr=lr, on_step=on_step)
+    live.descend([*weights.values(), *masks.values()], loss, steps, lr)
     return scales()
 
 
@@ -151,7 +152,7 @@ def answer_entropy(out: MixtureOutput) -> Float[Tensor, ""]:
     return mean_entropy(out.logits[out.labels != -100])
 
 
-def expert_merging(live: Weighed, *, steps: int, lr: float, on_step: Step) -> Scales:
+def expert_merging(live: Weighed, *, steps: int = 100, lr: float = 0.05) -> Scales:
     """Expert Merging (2509.25712): a weight in (0, 1) of each site and expert, so that the merge does as each expert.
 
     Per expert KL of the answer's tokens at temperature 3, and 0.1 of the hidden states' distance; 0.1 of the weights'
@@ -174,12 +175,11 @@ def expert_merging(live: Weighed, *, steps: int, lr: float, on_step: Step) -> Sc
             each.append(divergence(expert.logits, out.logits, out.labels, 3.0).mean() + 0.1 * apart.mean())
         return torch.stack(each).mean() + 0.1 * (torch.cat([*scales.values()]) - start).abs().mean()
 
-    with frozen(live.model):
-        descend(raw.values(), loss, steps=steps, lr=lr, on_step=on_step)
+    live.descend(raw.values(), loss, steps, lr)
     return {place: own.sigmoid() for place, own in raw.items()}
 
 
-def prodistill(live: Weighed, *, steps: int, lr: float, on_step: Step) -> Scales:
+def prodistill(live: Weighed, *, steps: int = 50, lr: float = 0.01) -> Scales:
     """ProDistill (2502.12706), by triplet from 0.3: block by block, outputs as each expert's on its own path."""
     scales = live.raw(0.3)
 
@@ -194,17 +194,16 @@ def prodistill(live: Weighed, *, steps: int, lr: float, on_step: Step) -> Scales
         # a block that no sample of the step reaches has nothing to learn
         return torch.stack(each).mean() if each else 0.0 * torch.cat(own).sum()
 
-    with frozen(live.model):
-        for sites in blocks_of(live.model, live.batches):
-            own = [scale for (site, _), scale in scales.items() if site in sites]
-            if own:
-                descend(own, partial(loss, layer_of(sites[0]), own), steps=steps, lr=lr, on_step=on_step)
-            for scale in own:
-                scale.requires_grad_(False)
+    for sites in blocks_of(live.model, live.batches):
+        own = [scale for (site, _), scale in scales.items() if site in sites]
+        if own:
+            live.descend(own, partial(loss, layer_of(sites[0]), own), steps, lr)
+        for scale in own:
+            scale.requires_grad_(False)
     return scales
 
 
-def nsc(live: Weighed, *, steps: int, lr: float, on_step: Step) -> Scales:
+def nsc(live: Weighed, *, steps: int = 100, lr: float = 0.01) -> Scales:
     """NSC (2603.26317): site weights from 0.4 that keep the merge's inputs where each expert reads, in the last layers.
 
     Mean over experts, sites of the last quarter, and tokens of (1 - |P z|^2 / |z|^2)^(1/2), P on the rows of A_k.
@@ -221,8 +220,7 @@ def nsc(live: Weighed, *, steps: int, lr: float, on_step: Step) -> Scales:
                 live.merged(batch, raw)
         return torch.stack(each).mean()
 
-    with frozen(live.model):
-        descend(raw.values(), loss, steps=steps, lr=lr, on_step=on_step)
+    live.descend(raw.values(), loss, steps, lr)
     return raw
 
 
@@ -239,13 +237,10 @@ def outputs_of(model: MixtureModel, blocks: Sequence[str], batch: Batch) -> Iter
     found: dict[str, Tensor] = {}
     real = batch.token_samples() >= 0
 
-    def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        rows = output[0] if isinstance(output, tuple) else output
+    def keep(name: str, rows: Tensor) -> None:
         found[name] = rows[real] if is_text(model, name) and rows.shape[:2] == real.shape else rows.flatten(0, -2)
 
-    with ExitStack() as hooks:
-        for name in dict.fromkeys(blocks):
-            hooks.enter_context(model.model.get_submodule(name).register_forward_hook(partial(keep, name)))
+    with watch_outputs(model.model, blocks, keep):
         yield found
 
 

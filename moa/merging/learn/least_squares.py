@@ -9,7 +9,6 @@ All end in the merging method `regmean`, from experts with the moments of their 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -126,18 +125,13 @@ def input_pairs(model: MixtureModel, expert: str, batches: Sequence[Batch]) -> d
     """Of every site of an expert, on its own batches."""
     sites: dict[str, nn.Module] = sites_of(model, expert)
     pairs = {site: InputPairs(merged=InputSums()) for site in sites}
+    kept: dict[str, Tensor] = {}
     for batch in batches:
-        kept: dict[str, Tensor] = {}
         with watch_inputs(model, sites, batch, kept.__setitem__):
             model(batch, own_gates(model, expert)(batch))
-        both = partial(_add_pair, pairs, kept)
-        with watch_inputs(model, sites, batch, both):
+        with watch_inputs(model, sites, batch, lambda site, rows: pairs[site].add(kept[site], rows)):
             model(batch, own_gates(model, MERGED)(batch))
     return pairs
-
-
-def _add_pair(pairs: Mapping[str, InputPairs], own: Mapping[str, Tensor], site: str, merged: Tensor) -> None:
-    pairs[site].add(own[site], merged)
 
 
 def restate(expert: Expert, pairs: Mapping[str, InputPairs], ridge: float) -> Expert:

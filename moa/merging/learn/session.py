@@ -64,7 +64,7 @@ class Session:
         """The experts with weights on what they do, and their own samples with their own answers."""
         length, size = self.config.eval.max_new_tokens, self.batch_size
         batches = calibration.answers_of_experts(self.model, self.data, self.names, size, length)
-        return guided.Weighed(model=self.model, experts=self.experts, batches=batches)
+        return guided.Weighed(model=self.model, experts=self.experts, batches=batches, tick=self.tick)
 
     @cached_property
     def scored_batches(self) -> dict[str, list[Batch]]:
@@ -74,6 +74,14 @@ class Session:
     def names(self) -> list[str]:
         """The experts that are merged."""
         return [name for name in self.model.bank.names if name not in self.shared]
+
+    @property
+    def rank(self) -> int | str:
+        """Of a merge that the learner makes itself."""
+        return self.merge.get("rank", "sum")
+
+    def add_up(self, experts: Sequence[Expert]) -> dict[str, MergedSite]:
+        return merge(experts, method="task_arithmetic", rank=self.rank, added=self.shared)
 
     def value(self, merged: Merged) -> float:
         """The metric of a merge."""
@@ -126,15 +134,13 @@ def _descended(session: Session, batches: Sequence[Batch], **options: Any) -> Le
 
 
 def lora_soups(session: Session, *, steps: int = 100, lr: float = 0.05, per_site: bool = True) -> Learned:
-    batches = session.data.batches(session.batch_size)
-    return _descended(session, batches, steps=steps, lr=lr, per_site=per_site)
+    return _descended(session, session.data.batches(session.batch_size), steps=steps, lr=lr, per_site=per_site)
 
 
 def adamerging(session: Session, *, steps: int = 100, lr: float = 0.05, per_site: bool = True) -> Learned:
     length, size = session.config.eval.max_new_tokens, session.batch_size
     batches = calibration.own_answers(session.model, session.data, size, 0.3, length)
-    options: dict[str, Any] = {"objective": "entropy", "steps": steps, "lr": lr}
-    return _descended(session, batches, per_site=per_site, **options)
+    return _descended(session, batches, objective="entropy", steps=steps, lr=lr, per_site=per_site)
 
 
 def lorahub(
@@ -161,18 +167,11 @@ def uq_merge(session: Session, *, runs: int = 4, noise: float = 0.2) -> Learned:
     return _by_weights(session, search.prefix_soup(session.scorer(), order), order=order)
 
 
-def nsc(session: Session, *, steps: int = 100, lr: float = 0.01) -> Learned:
-    return _by_sites(session, guided.nsc(session.live, steps=steps, lr=lr, on_step=session.tick))
-
-
-def expert_merging(session: Session, *, steps: int = 100, lr: float = 0.05) -> Learned:
-    return _by_sites(session, guided.expert_merging(session.live, steps=steps, lr=lr, on_step=session.tick))
-
-
-def _by_sites(session: Session, scales: guided.Scales) -> Learned:
+def by_sites(learner: Callable[..., guided.Scales], session: Session, **options: Any) -> Learned:
+    """By a learner of guided.py whose weights are of a site and an expert."""
     zero = dict.fromkeys(session.names, 0.0) | dict.fromkeys(session.shared, 1.0)
     weights = {site: dict(zero) for site in all_sites(session.experts)}
-    for (site, name), scale in scales.items():
+    for (site, name), scale in learner(session.live, **options).items():
         weights[site][name] = float(scale)
     return _by_weights(session, weights)
 
@@ -202,8 +201,8 @@ GRID = [{"nondiagonal": n, "ridge": r} for n in (0.9, 0.95, 1.0) for r in (1e-4,
 
 
 def _regmean_by(session: Session, **options: Any) -> least_squares.Merge:
-    rank = session.merge.get("rank", "sum")
-    return lambda experts: merge(experts, method="regmean", options=options, rank=rank, added=session.shared)
+    how: dict[str, Any] = {"method": "regmean", "options": options, "rank": session.rank, "added": session.shared}
+    return lambda experts: merge(experts, **how)
 
 
 def regmean(
@@ -244,27 +243,13 @@ def ziplora(session: Session, *, steps: int = 100, lr: float = 0.01, similarity:
     options: dict[str, Any] = {"steps": steps, "lr": lr, "similarity": similarity}
     mergers = learn_mergers(session.model, batches, on_step=session.tick, **options)
     experts = apply_mergers(session.experts, mergers)
-    rank = session.merge.get("rank", "sum")
-    return Learned(merged=merge(experts, method="task_arithmetic", rank=rank), experts=experts)
+    return Learned(merged=session.add_up(experts), experts=experts)
 
 
-def _by_triplets(session: Session, learner: Callable[..., guided.Scales], steps: int, lr: float) -> Learned:
-    experts = session.live.apply(learner(session.live, steps=steps, lr=lr, on_step=session.tick))
-    rank = session.merge.get("rank", "sum")
-    merged = merge(experts, method="task_arithmetic", rank=rank, added=session.shared)
-    return Learned(merged=merged, experts=experts)
-
-
-def tara(session: Session, *, steps: int = 100, lr: float = 0.01) -> Learned:
-    return _by_triplets(session, guided.tara, steps, lr)
-
-
-def adarank(session: Session, *, steps: int = 100, lr: float = 0.01) -> Learned:
-    return _by_triplets(session, guided.adarank, steps, lr)
-
-
-def prodistill(session: Session, *, steps: int = 50, lr: float = 0.01) -> Learned:
-    return _by_triplets(session, guided.prodistill, steps, lr)
+def by_triplets(learner: Callable[..., guided.Scales], session: Session, **options: Any) -> Learned:
+    """By a learner of guided.py whose weights are of a triplet each: experts whose plain sum is the merge."""
+    experts = session.live.apply(learner(session.live, **options))
+    return Learned(merged=session.add_up(experts), experts=experts)
 
 
 def fresh_lora(session: Session, *, size: int = 8, steps: int = 100, lr: float = 0.001) -> Learned:
@@ -276,6 +261,6 @@ def fresh_lora(session: Session, *, size: int = 8, steps: int = 100, lr: float =
         loss = lambda step: lesson.losses(batches[step % len(batches)]).mean()  # noqa: E731
         gradient.descend(model.bank.parameters(STUDENT), loss, steps=steps, lr=lr, on_step=session.tick)
         new = expert_from_tensors(STUDENT, model.bank.state(STUDENT), model.bank.peft_config(STUDENT))
-        return Learned(merged=merge([new], rank=session.merge.get("rank", "sum")), experts=[new])
+        return Learned(merged=merge([new], rank=session.rank), experts=[new])
     finally:
         model.bank.remove(STUDENT)

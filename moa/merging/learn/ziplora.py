@@ -66,8 +66,7 @@ def expert_outputs(
     with frozen(model):
         for index, name in enumerate(model.bank.names):
             if not batches.get(name) or any(batch.labels is None for batch in batches[name]):
-                rule = "none with answers; ZipLoRA needs every expert's own"
-                raise ValueError(f"batches.{name}: {rule}")
+                raise ValueError(f"batches.{name}: none with answers; ZipLoRA needs every expert's own")
             alone = torch.eye(len(model.bank.names))[index]
             for batch in batches[name]:
                 gates = alone.to(batch.input_ids.device).expand(len(batch), -1)

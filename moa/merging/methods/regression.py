@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moa.merging.methods.linear import Matrix, Weights
 from moa.merging.methods.method import check_share
 from moa.merging.methods.stack import Stack
 
-Weights = Float[Tensor, " expert"]
-Matrix = Float[Tensor, "rows cols"]
 ROUNDS = 20  # of worst-task weights
 TINY = 1e-300
 

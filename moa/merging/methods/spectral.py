@@ -5,6 +5,7 @@ reconstruction most directions are rounding, and a method that counts or flatten
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -23,9 +24,9 @@ def tsv_m(stack: Stack, weights: Weights, *, share: float = 1.0) -> Matrix:
     """Each expert's leading singular directions (the share of its rank), made orthogonal between experts and added."""
     check_share("share", share)
     parts = [leading(m, _count(share, r)) for m, r in zip(stack.whole(), stack.ranks, strict=True)]
-    u, v = torch.cat([p[0] for p in parts], 1), torch.cat([p[2] for p in parts], 1)
+    u, v = _frames(parts)
     s = torch.cat([w * p[1] for w, p in zip(weights, parts, strict=True)])
-    return (polar(u) * s) @ polar(v).T
+    return (u * s) @ v.T
 
 
 def iso_c(stack: Stack, weights: Weights) -> Matrix:
@@ -48,9 +49,8 @@ def iso_cts(stack: Stack, weights: Weights, *, common: float = 0.8) -> Matrix:
     parts = [part for part in (*parts[1:], parts[0]) if part[1].numel()]
     if not parts:
         return linear(stack, weights)
-    u, s, v = (torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts]),
-               torch.cat([p[2] for p in parts], 1))  # fmt: skip
-    return s.mean() * polar(u) @ polar(v).T
+    u, v = _frames(parts)
+    return torch.cat([p[1] for p in parts]).mean() * u @ v.T
 
 
 def wudi(
@@ -102,9 +102,9 @@ def pico(stack: Stack, weights: Weights, *, then: str = "linear") -> Matrix:
     count = int((matrices.square().sum((1, 2)) > 0).sum())
     left = 1 / (1 + (count - 1) * energy.clamp(min=0) / energy.sum())
     even = (axes * left) @ axes.T @ matrices
-    inner = stack_of(site=stack.site, experts=stack.experts, matrices=even, ranks=stack.ranks)
     if then == "ties":
-        return elect(trim(even, inner.thresholds(0.2)), weights, inner.rounding)
+        return _voted(stack, even, weights, 0.2)
+    inner = stack_of(site=stack.site, experts=stack.experts, matrices=even, ranks=stack.ranks)
     return tsv_m(inner, weights) if then == "tsv_m" else linear(inner, weights)
 
 
@@ -133,7 +133,7 @@ def score(stack: Stack, weights: Weights, *, share: float = 1.0, deviations: flo
     check_share("share", share)
     matrices = stack.whole()
     parts = [leading(m, _count(share, r)) for m, r in zip(matrices, stack.ranks, strict=True)]
-    u, v = polar(torch.cat([p[0] for p in parts], 1)), polar(torch.cat([p[2] for p in parts], 1))
+    u, v = _frames(parts)
     inside = u.T @ matrices @ v  # [expert, direction, direction]
     own = torch.eye(inside.shape[1], dtype=torch.bool)
     spread = inside[:, ~own].square().mean(1).sqrt() if len(own) > 1 else inside.new_zeros(len(inside))
@@ -145,12 +145,11 @@ def dc_merge(stack: Stack, weights: Weights, *, smooth: str = "mean", density: f
     """Level each expert's singular values, meet in one space that covers all experts, and vote there as TIES does."""
     check_choice("smooth", smooth, ("mean", "linear", "none"))
     parts = [leading(m, r) for m, r in zip(stack.whole(), stack.ranks, strict=True)]
-    u, v = polar(torch.cat([p[0] for p in parts], 1)), polar(torch.cat([p[2] for p in parts], 1))
+    u, v = _frames(parts)
     if not u.shape[1]:
         return linear(stack, weights)  # nothing but zeros
     covered = torch.stack([u.T @ (p[0] * _levelled(p[1], smooth)) @ p[2].T @ v for p in parts])
-    inner = stack_of(site=stack.site, experts=stack.experts, matrices=covered)
-    merged = elect(trim(covered, inner.thresholds(density)), weights, inner.rounding)
+    merged = _voted(stack, covered, weights, density)
     # Only entries between directions of one expert remain: those between two are interference.
     own = torch.block_diag(*[torch.ones(p[1].numel(), p[1].numel()) for p in parts])
     return u @ (merged * own.to(merged.dtype)) @ v.T
@@ -194,11 +193,15 @@ def ctm(
         v = v_next
         if moved < RANK_TOLERANCE:
             break
-    inside = u.T @ matrices @ v
-    inner = stack_of(site=stack.site, experts=stack.experts, matrices=inside)
-    kept = trim(inside, inner.thresholds(density))
-    merged = elect(kept, weights, inner.rounding, reduce=reduce)
-    return u @ merged @ v.T
+    return u @ _voted(stack, u.T @ matrices @ v, weights, density, reduce) @ v.T
+
+
+def _voted(
+    stack: Stack, matrices: Float[Tensor, "expert rows cols"], weights: Weights, density: float, reduce: str = "mean"
+) -> Matrix:
+    """TIES on other matrices of the stack's experts."""
+    inner = stack_of(site=stack.site, experts=stack.experts, matrices=matrices)
+    return elect(trim(matrices, inner.thresholds(density)), weights, inner.rounding, reduce=reduce)
 
 
 def _principal(matrices: Float[Tensor, "expert size cols"], count: int) -> Float[Tensor, "size _"]:
@@ -220,6 +223,11 @@ def polar(vectors: Float[Tensor, "size count"]) -> Float[Tensor, "size count"]:
     u, s, v = torch.linalg.svd(vectors, full_matrices=False)
     live = s > RANK_TOLERANCE * s.max() if s.numel() else s > 0
     return u[:, live] @ v[live]
+
+
+def _frames(parts: Sequence[Triplets]) -> tuple[Float[Tensor, "rows _"], Float[Tensor, "cols _"]]:
+    """All experts' left and right directions side by side, made orthogonal to each other."""
+    return polar(torch.cat([p[0] for p in parts], 1)), polar(torch.cat([p[2] for p in parts], 1))
 
 
 def _count(share: float, rank: int) -> int:

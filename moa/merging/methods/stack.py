@@ -57,14 +57,12 @@ class Stack:
             if merged is None:
                 merged = rows.new_empty(self.shape)
             merged[start : start + len(rows)] = rows
-        if merged is None:
-            raise AssertionError(f"{self.site} has no rows")
+        assert merged is not None, f"{self.site} has no rows"
         return merged
 
     def moments(self, expert: int) -> Float[Tensor, "cols cols"]:
         """The second moments of an expert's inputs; the plan sees to it that a method which reads them has them."""
-        if self.inputs is None:
-            raise AssertionError(f"{self.site}: no inputs")
+        assert self.inputs is not None, f"{self.site}: no inputs"
         return self.inputs(expert)
 
     def thresholds(self, density: float) -> Float[Tensor, " expert"]:
@@ -75,12 +73,8 @@ class Stack:
         """Uniform numbers in [0, 1) for some rows, keyed by (seed, expert's name, site, row)."""
         name = f"{seed}\0{self.experts[expert]}\0{self.site}".encode()
         key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
-        rows = [
-            np.random.Generator(np.random.Philox(key=key, counter=[0, row, 0, 0])).random(
-                self.shape[1], dtype=np.float32
-            )
-            for row in range(start, start + count)
-        ]
+        streams = (np.random.Philox(key=key, counter=[0, row, 0, 0]) for row in range(start, start + count))
+        rows = [np.random.Generator(stream).random(self.shape[1], dtype=np.float32) for stream in streams]
         return torch.from_numpy(np.stack(rows))
 
 

@@ -95,8 +95,7 @@ def find_method(name: str, space: str | None = None) -> Method:
         near = difflib.get_close_matches(name, METHODS, n=3) or "none"
         raise ValueError(f"method: no such method {name!r}; near: {near}; method=list prints all")
     if space is not None and space not in METHODS[name].spaces:
-        choices = list(METHODS[name].spaces)
-        raise ValueError(f"space: method {name} is not defined in {space!r}; choices: {choices}")
+        raise ValueError(f"space: method {name} is not defined in {space!r}; choices: {[*METHODS[name].spaces]}")
     return METHODS[name]
 
 
@@ -105,12 +104,10 @@ def check_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     known = METHODS[method].options
     for key, value in options.items():
         if key not in known:
-            choices = sorted(known) or "none"
-            raise ValueError(f"options.{key}: method {method} has no such option; it has {choices}")
+            raise ValueError(f"options.{key}: method {method} has no such option; it has {sorted(known) or 'none'}")
         number = isinstance(known[key], float) and isinstance(value, int | float)
         if not number and type(value) is not type(known[key]):
-            kind = type(known[key]).__name__
-            raise ValueError(f"options.{key}: must be a {kind}, got {value!r}")
+            raise ValueError(f"options.{key}: must be a {type(known[key]).__name__}, got {value!r}")
         if number and not -sys.float_info.max <= value <= sys.float_info.max:  # NaN is not
             raise ValueError(f"options.{key}: must be finite, got {str(value)[:40]}")
     return {**known, **options}

@@ -103,22 +103,20 @@ def agreement_line(report: dict[str, Any]) -> str | None:
     key = next((key for key in MODELS if key in found), None)
     if key is None:
         return None
-    share = found[key]["greedy_token_agreement"]
     of = f"{MODELS[key]} ({report['probe']['samples']} prompts)"
-    return f"{share:.0%} of the merge's greedy tokens are those of {of}."
+    return f"{found[key]['greedy_token_agreement']:.0%} of the merge's greedy tokens are those of {of}."
 
 
 def advice(report: dict[str, Any]) -> str | None:
     """What to try first where the merge answers differently from the model that it replaces."""
-    line = agreement_line(report)
     found = report.get("comparisons", {})
-    row = found.get("routed_model") or found.get("live_mixture")
-    if row is None or row["greedy_token_agreement"] >= LOW_AGREEMENT:
+    shares = [found[key]["greedy_token_agreement"] for key in MODELS if key in found]
+    if not shares or shares[0] >= LOW_AGREEMENT:
         return None
+    line = f"advice: {agreement_line(report)} Expect low scores; try "
     if "distill" in report:
-        return f"advice: {line} Expect low scores; try more steps, another lr, start=MERGED, or a larger rank"
-    return (
-        f"advice: {line} Expect low scores; try rank=sum where the rank is lower, then weights "
-        "learned from a little data (scripts.learn_weights method=lora_soups), then compare "
-        "methods with scripts.compare_merges"
+        return line + "more steps, another lr, start=MERGED, or a larger rank"
+    return line + (
+        "rank=sum where the rank is lower, then weights learned from a little data (scripts.learn_weights "
+        "method=lora_soups), then compare methods with scripts.compare_merges"
     )

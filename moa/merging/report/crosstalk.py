@@ -7,39 +7,15 @@ With E[x x^T] = L L^T + rest I of moa/statistics, and without a matrix of the ou
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from moa.cli.command import note
-from moa.files.peft import STATISTICS_FILE
 from moa.merging.adapters import Expert
 from moa.merging.core import Factors, inner_product
-from moa.merging.source import Source
 from moa.statistics.moments import Moments
-from moa.statistics.stored import read_statistics
 
 Table = list[list[float | None]]
-
-
-def with_inputs(source: Source) -> Source:
-    """With the statistics of the experts' inputs, where every one that is not shared has them; a note where they belong
-    to other weights."""
-    routed = [f for e, f in zip(source.experts, source.folders, strict=True) if e.name not in source.shared]
-    if not all((folder / STATISTICS_FILE).is_file() for folder in routed):
-        return source
-    way_out = "so the report has no crosstalk; python -m scripts.statistics writes it anew"
-    try:
-        experts = [
-            replace(expert, inputs=read_statistics(folder, way_out)) if folder in routed else expert
-            for expert, folder in zip(source.experts, source.folders, strict=True)
-        ]
-    except ValueError as error:
-        note(f"warning: {error}")
-        return source
-    return replace(source, experts=experts)
 
 
 def output_energy(update: Factors, moments: Moments) -> float:
@@ -90,7 +66,7 @@ def site_crosstalk(
                 table[k][j] = output_energy(other, moments) / energy if other is not None else 0.0
         if merged is not None:
             whole = joined([own, *always])
-            error = output_energy(difference(_like(merged, own[0]), whole), moments)
+            error = output_energy(difference((merged[0].to(own[0]), merged[1].to(own[0])), whole), moments)
             residual[k] = error / output_energy(whole, moments)
     return {"crosstalk": table} | ({} if merged is None else {"residual": residual})
 
@@ -111,7 +87,3 @@ def mean(values: Sequence[float | None]) -> float | None:
     """Of the values that there are."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def _like(factors: Factors, tensor: Tensor) -> Factors:
-    return factors[0].to(tensor), factors[1].to(tensor)

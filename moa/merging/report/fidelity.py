@@ -75,7 +75,8 @@ def measure_site(
         "sign_conflict": interference.sign_conflict(entries),
         "cross_terms": site_cross_terms(experts, site, factors, weights),
         "singular_values": [s.tolist() for _, s, _ in parts],
-        "zero_rows": [None if p is None else _zero_rows(p) for p in factors],
+        # ranks that do nothing: their row of A or their column of B is zero
+        "zero_rows": [p and int(((p[0] == 0).all(1) | (p[1] == 0).all(0)).sum()) for p in factors],
     }
     result = None if merged is None else (merged.lora_a, merged.lora_b)
     record |= site_crosstalk(experts, site, factors, result, shared)
@@ -115,11 +116,6 @@ def mean_cross_terms(experts: Sequence[Expert], weights: Mapping[str, Float[Tens
     found = (site_cross_terms(experts, s, factors_of(experts, s), w) for s, w in weights.items())
     known = [ratio for ratio in found if ratio is not None]
     return sum(known) / len(known) if known else 0.0
-
-
-def _zero_rows(pair: Factors) -> int:
-    """Ranks that do nothing: their row of A or their column of B is zero."""
-    return int(((pair[0] == 0).all(1) | (pair[1] == 0).all(0)).sum())
 
 
 def _outcome(updates: CoreUpdates, merged: MergedSite) -> Record:
@@ -163,7 +159,6 @@ def _over_sites(rows: Sequence[Record]) -> Record:
 
     disagreement, met = mean("sign_disagreement", product.sum(0)).tolist(), product.sum(0).tolist()
     weighed = list(zip(rows, energy.sum(1).tolist(), strict=True))
-    crossings = [(row["cross_terms"], e) for row, e in weighed]
     record: Record = {
         "norms": whole.tolist(),
         "cosine": mean("cosine", torch.outer(whole, whole)).tolist(),
@@ -172,8 +167,8 @@ def _over_sites(rows: Sequence[Record]) -> Record:
         "sign_disagreement": [
             [v if m else None for v, m in zip(*pair, strict=True)] for pair in zip(disagreement, met, strict=True)
         ],
-        "sign_conflict": _mean([(row["sign_conflict"], e) for row, e in weighed]),
-        "cross_terms": _mean([(crossed, e) for crossed, e in crossings if crossed is not None]),
+        "sign_conflict": _mean(weighed, "sign_conflict"),
+        "cross_terms": _mean([(row, e) for row, e in weighed if row["cross_terms"] is not None], "cross_terms"),
         "zero_rows": [sum(row["zero_rows"][i] or 0 for row in rows) for i in range(len(whole))],
     }
     record |= over_sites(rows)
@@ -182,11 +177,11 @@ def _over_sites(rows: Sequence[Record]) -> Record:
     return record
 
 
-def _mean(values: Sequence[tuple[float, float]]) -> float | None:
-    """Of (value, weight); None of nothing."""
-    if not values:
+def _mean(weighed: Sequence[tuple[Record, float]], key: str) -> float | None:
+    """Of (row, weight); None of nothing."""
+    if not weighed:
         return None
-    return sum(value * weight for value, weight in values) / max(sum(w for _, w in values), TINY)
+    return sum(row[key] * weight for row, weight in weighed) / max(sum(w for _, w in weighed), TINY)
 
 
 def _merged_over_sites(rows: Sequence[Record], energy: Tensor) -> Record:
@@ -202,10 +197,7 @@ def _merged_over_sites(rows: Sequence[Record], energy: Tensor) -> Record:
         "rank": [min(ranks), max(ranks)],
         "retention": kept("retention"),
         "energy_in_span": kept("energy_in_span"),
-        **{
-            name: _mean([(row[name], e) for row, e in zip(rows, own, strict=True)])
-            for name in ("cut_by_rank", "outside_span")
-        },
+        **{name: _mean(list(zip(rows, own, strict=True)), name) for name in ("cut_by_rank", "outside_span")},
     }
 
 
