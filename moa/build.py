@@ -30,7 +30,7 @@ from moa.files.targets import ALL_LINEAR, select
 from moa.model import LanguageMixture, MixtureModel
 from moa.routing.losses import OF_EXPERTS
 from moa.routing.roles import WITH
-from moa.routing.scores import ARROW
+from moa.routing.scores import ARROW, ATTENTION
 from moa.statistics.moments import Moments
 from moa.statistics.null_space import null_space_rows
 from moa.statistics.stored import read_statistics
@@ -165,6 +165,7 @@ def token_routing(config: RunConfig) -> dict[str, Any]:
         "thresholds": int(router.learned_threshold),
         "share": router.share,
         "arrow": router.score == ARROW,
+        "attention": router.hidden if router.score == ATTENTION else 0,
         "biased": router.bias_rate is not None,
         "mixed": router.granularity == "both",
         "noisy": router.learned_noise,

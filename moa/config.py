@@ -31,7 +31,7 @@ from moa.routing import kinds
 from moa.routing.losses import OF_EXPERTS, GateLosses
 from moa.routing.roles import CHOSEN, LEFT_OVER, NONE, check_roles
 from moa.routing.schedule import GateSchedule
-from moa.routing.scores import ARROW, SCORES
+from moa.routing.scores import ARROW, ATTENTION, SCORES
 
 Precision = Literal["fp32", "bf16", "fp16"]
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class RouterConfig:
     granularity: Literal["sample", "token", "both"] = "sample"
     # how features are compared with each expert's weights; table: no features, a learned logit per task and expert;
     # cluster: the same for each of the `clusters` of samples; arrow: of granularity token, weights that are computed
-    # from the experts and do not learn
+    # from the experts and do not learn; attention: of granularity token, a token's query with keys of experts' answers
     score: Score = "linear"
     # of granularity token and both: sites that one router serves, at the input of the first. input: q, k and v; gate
     # and up. module: an attention, an MLP, the projector. block: a layer
@@ -165,7 +165,7 @@ class RouterConfig:
     # of softmax and top_k: one choice more, no expert at all, for samples of `expert: none`
     null_expert: bool = False
     temperature: Positive = 1.0  # divides the logits
-    hidden: Annotated[Size, OF_RUN] = 64  # width inside the router
+    hidden: Annotated[Size, OF_RUN] = 64  # width inside the router, and of the queries and keys of score attention
     # over the tokens of one kind of evidence
     pooling: Annotated[Literal["attention", "mean"], OF_RUN] = "attention"
     per_site: bool = False  # a learned offset of the logits for each wrapped layer
@@ -221,7 +221,7 @@ class RouterConfig:
             for key, usual in (("pool", "none"), ("per_site", False), ("bias_rate", None)):
                 check(getattr(self, key) == usual, key, "needs another granularity than both")
             check(
-                self.score in SCORES and self.score != ARROW,
+                self.score in SCORES and self.score not in (ARROW, ATTENTION),
                 "score",
                 f"{self.score} needs another granularity than both",
             )
@@ -251,13 +251,15 @@ class RouterConfig:
     def _check_noise(self) -> None:
         fits = self.score == "linear" or self.row.learns == "gradient"
         check(fits, "score", f"has no effect with router.kind={self.kind}")
-        if self.score == ARROW:
-            check(self.granularity == "token", "score", "arrow needs granularity token")
-            check(not self.learned_threshold, "threshold", "needs a number with router.score=arrow, which learns none")
+        if self.score == ATTENTION:
+            check(self.share == "site", "share", "must be site: the answers of a layer's experts are its own")
+        if self.score in (ARROW, ATTENTION):
+            check(self.granularity == "token", "score", f"{self.score} needs granularity token")
         if self.score in (kinds.TABLE, kinds.CLUSTER):
             check(self.granularity == "sample", "score", f"{self.score} needs granularity sample")
             fits = self.score == kinds.CLUSTER or self.evidence == ["task"]
             check(fits, "evidence", f"must be [task] with router.score=table; got {self.evidence}")
+        if self.score in (kinds.TABLE, kinds.CLUSTER, ARROW, ATTENTION):
             rule = f"needs a number with router.score={self.score}, which learns none"
             check(not self.learned_threshold, "threshold", rule)
             check(not self.learned_noise, "noise", f"learned needs another score than {self.score}")
@@ -460,6 +462,9 @@ def check_experts(config: RunConfig) -> None:
     rule = f"is for updates B A, and experts.{', '.join(adapters)} is none"
     check(not (adapters and router.score == ARROW), "router.score", f"{router.score} {rule}")
     check(not (adapters and router.root_gradient), "router.root_gradient", rule)
+    hidden = [*ranked, *(name for name, expert in config.experts.items() if expert.kind == "sparse")]
+    rule = f"{router.score} has keys of answers B A x, and experts.{', '.join(hidden)} has others"
+    check(not (hidden and router.score == ATTENTION), "router.score", rule)
     whole = not router.row.below_one and (router.renormalize or not router.row.hard)
     rest = [name for name in rest if gates[name] == "rest" and whole]
     rule = (

@@ -51,11 +51,8 @@ def router_state(model: MixtureModel) -> dict[str, Tensor]:
 
 
 def site_routers(model: MixtureModel) -> Parameters:
-    tokens, ranks = model.bank.token_routers(), model.bank.rank_gates()
-    found = {f"token_router.{site}": p for site, p in tokens.items()}
-    found |= {f"token_noise.{site}": p for site, p in model.bank.token_noises().items()}
-    found |= {f"depth.{site}": p for site, p in model.bank.depths().items()}
-    return found | {f"rank_gates.{key}": p for key, p in ranks.items()}
+    ranks = {f"rank_gates.{key}": p for key, p in model.bank.rank_gates().items()}
+    return model.bank.site_routers() | ranks
 
 
 def projector_parameters(model: MixtureModel) -> Parameters:

@@ -48,9 +48,12 @@ class AdapterSite(ExpertLinear):
         a, b = concatenate(*self._factors(state), out.dtype)
         gates = widen(self._gates(source, state), ranks.place, ranks.scaling)
         own = self._own_rank_gates(source, state, drop=self.training)
-        hidden = ACTIVATIONS[self.activation](chosen(F.linear(source.to(out.dtype), a), ranks.spread))
+        hidden = self.activate(chosen(F.linear(source.to(out.dtype), a), ranks.spread))
         hidden = hidden * (gates if own is None else gates * own).to(hidden.dtype)
         return out + F.linear(chosen(hidden, ranks.gather), b)
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](hidden)
 
     @property
     def shape(self) -> tuple[int, int]:

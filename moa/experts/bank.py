@@ -24,7 +24,7 @@ from moa.experts.lora import ExpertLinear
 from moa.experts.rank_gates import RankGates
 from moa.experts.starts import hashed
 from moa.experts.ties import FACTORS, Place, Ties, tied_places
-from moa.experts.token_routers import Pooling, TokenSite, leaders
+from moa.experts.token_routers import LEARNED, Pooling, TokenSite, leaders
 from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites
 from moa.files.targets import ALL_LINEAR, select
 
@@ -410,6 +410,7 @@ class ExpertBank:
         biased: bool = False,
         noisy: bool = False,
         mixed: bool = False,
+        attention: int = 0,
         seed: int = 0,
         std: float | int = 0.02,
     ) -> None:
@@ -419,7 +420,8 @@ class ExpertBank:
         moa/experts/token_routers.py. `arrow`: they are computed from the experts and not learned.
         `biased`: each has a bias of zeros, see `moa.routing.gating.balanced_bias`. `noisy`: and rows of zeros, which
         give the scale of its noise in training. `mixed`: and the weight of a sample's decision beside it, which begins
-        at sigmoid(-2) in the first router and at sigmoid(2) in the last.
+        at sigmoid(-2) in the first router and at sigmoid(2) in the last. `attention`: not 0, each site has queries and
+        keys of this width in the place of a router.
         """
         everyone = self.names if choices is None else choices
         own = {
@@ -429,16 +431,21 @@ class ExpertBank:
         }
         for name, leader in leaders(own, self.streams, share).items():
             site, some = self.sites[name], own[name] if len(own[name]) < len(everyone) else None
-            compared = tuple(everyone[place] for place in own[name]) if arrow else ()
+            compared = tuple(everyone[place] for place in own[name]) if arrow or attention else ()
             site.routed = TokenSite(leader=leader, choices=some, compared=compared)
             if leader != name or not own[name] or arrow:
                 continue
-            generator = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}"))
-            weight = torch.randn((len(own[name]) + thresholds, site.shape[1]), generator=generator)
-            site.token_router = nn.Parameter((weight * std).to(site.weight.device))
+            generator, device = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}")), site.weight.device
+
+            def drawn(*shape: int, by: torch.Generator = generator, on: torch.device = device) -> nn.Parameter:
+                return nn.Parameter((torch.randn(shape, generator=by) * std).to(on))
+
+            if attention:
+                site.token_query, site.token_key = drawn(attention, site.shape[1]), drawn(attention, site.shape[0])
+            else:
+                site.token_router = drawn(len(own[name]) + thresholds, site.shape[1])
             if noisy:
-                zeros = torch.zeros(len(own[name]), site.shape[1])
-                site.token_noise = nn.Parameter(zeros.to(site.token_router.device))
+                site.token_noise = nn.Parameter(torch.zeros(len(own[name]), site.shape[1], device=device))
             if biased:
                 self.token_biases[name] = torch.zeros(len(own[name]))
         deciding = [*self.token_routers()] if mixed else []
@@ -487,14 +494,10 @@ class ExpertBank:
         assert self.context.state is not None
         self.context.state.samples = by_stream(logits, owners, segments)
 
-    def depths(self) -> dict[str, nn.Parameter]:
-        """Site that decides -> the weight of a sample's decision there, where there is one."""
-        return {name: site.depth for name, site in self.sites.items() if site.depth is not None}
-
-    def token_noises(self) -> dict[str, nn.Parameter]:
-        """Site that decides -> the rows of its noise's scale, where that is learned."""
-        pairs = ((name, site.token_noise) for name, site in self.sites.items())
-        return {name: noise for name, noise in pairs if noise is not None}
+    def site_routers(self) -> dict[str, nn.Parameter]:
+        """`<kind>.<site>` -> all that sites learn to decide by, of the kinds of `moa.experts.token_routers.LEARNED`."""
+        own = {f"{kind}.{name}": getattr(site, kind) for kind in LEARNED for name, site in self.sites.items()}
+        return {key: learned for key, learned in own.items() if learned is not None}
 
     def token_choices(self) -> dict[str, tuple[int, ...] | None]:
         """Site with a token router -> the places of its experts among the choices; None: all."""
@@ -505,8 +508,8 @@ class ExpertBank:
 
     def token_routers(self) -> dict[str, nn.Parameter]:
         """Site that decides -> token router [choice, in]; empty where gates are decided per sample."""
-        pairs = ((name, site.token_router) for name, site in self.sites.items())
-        return {name: router for name, router in pairs if router is not None}
+        own = {name: site.token_router for name, site in self.sites.items()}
+        return {name: router for name, router in own.items() if router is not None}
 
     def _spec(self, name: str) -> ExpertSpec:
         if name not in self.experts:

@@ -22,7 +22,7 @@ from moa.experts.crosstalk import Watch, output_energies
 from moa.experts.lora_product import Ranks, add_mixture, concatenate, mix, widen
 from moa.experts.penalties import LINEAR, PAIRED, PENALTIES
 from moa.experts.rank_gates import RankGates, side_by_side, token_rank_gates
-from moa.experts.token_routers import TokenSite
+from moa.experts.token_routers import LEARNED, TokenSite
 from moa.files.peft import site_keys
 
 FACTORS = ("A", "B")
@@ -53,6 +53,8 @@ class ExpertLinear(nn.Module):
     token_router: nn.Parameter | None
     token_noise: nn.Parameter | None
     depth: nn.Parameter | None
+    token_query: nn.Parameter | None
+    token_key: nn.Parameter | None
     kind = "lora"
     factors: tuple[str, ...] = FACTORS  # that an expert here learns
     activation = ""  # between A and B: none
@@ -63,9 +65,8 @@ class ExpertLinear(nn.Module):
         self.name = name
         self.context = context
         self.scalings: dict[str, float] = {}  # expert -> alpha / rank or alpha / sqrt(rank)
-        self.register_parameter("token_router", None)  # also where another site's decides
-        self.register_parameter("token_noise", None)  # [choice, in], where its noise has a learned scale
-        self.register_parameter("depth", None)  # [1]: a sample's decision counts sigmoid(depth) beside a token's here
+        for learned in LEARNED:  # by tokens here
+            self.register_parameter(learned, None)
         self.routed: TokenSite | None = None  # None: its own router, if any, with every choice
         self.starts: set[str] = set()  # experts that hold one
         self.ranked: dict[str, RankGates] = {}  # expert -> what decides the gates of its ranks
@@ -302,7 +303,24 @@ class ExpertLinear(nn.Module):
                 watch.values.setdefault(name, []).append(value)
 
     def _gates(self, x: Tensor, state: GateState) -> Tensor:
-        return state.gates_at(self.name, x, self._router(state), self.routed, self.depth)
+        attends = self.token_query is not None and state.gates is None
+        features, router = self._attention(x) if attends else (x, self._router(state))
+        return state.gates_at(self.name, features, router, self.routed, self.depth)
+
+    def _attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's query [*lead, width] and the keys of the experts' answers to it [*lead, expert, width]."""
+        query, key, keys = self.token_query, self.token_key, list[Tensor]()
+        assert query is not None and key is not None and self.routed is not None
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            for expert in self.routed.compared:
+                a, b = (factor.float() for factor in self.whole(expert))
+                keys.append(F.linear(self.activate(F.linear(x, a)), self.scalings[expert] * (key.float() @ b)))
+            return F.linear(x, query.float()), torch.stack(keys, dim=-2)
+
+    def activate(self, hidden: Tensor) -> Tensor:
+        """What is between A and B."""
+        return hidden
 
     def _router(self, state: GateState) -> Tensor | None:
         """What decides for tokens here: the learned router, or one that is computed from the experts, once for all

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+LEARNED = ("token_router", "token_noise", "depth", "token_query", "token_key")  # what a site learns to decide by
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FIRST = tuple(names[0] for names in SAME_INPUT)  # they run first, whatever the order in their module
 BLOCK = re.compile(r"(.*\.\d+)\.")
@@ -35,7 +36,8 @@ BLOCK = re.compile(r"(.*\.\d+)\.")
 class TokenSite:
     """Whose router decides at a site, and the places of the site's own experts among the choices; None: all.
 
-    `compared` are the names of these experts where the router is computed from them, see moa/experts/arrow.py.
+    `compared` are the names of these experts where the router is computed from them, see moa/experts/arrow.py, or their
+    answers have keys.
     """
 
     leader: str

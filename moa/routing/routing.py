@@ -165,12 +165,12 @@ class Routing(nn.Module):
         return ids if self.null_expert else ids.masked_fill(ids == len(self.roles.choices), -1)
 
     def token_logits(
-        self, features: Float[Tensor, "*lead width"], weight: Float[Tensor, "column width"]
+        self, features: Float[Tensor, "*lead width"], weight: Float[Tensor, "*_ column width"]
     ) -> Float[Tensor, "*lead column"]:
         """What a token router gives, before the temperature: the scores, and linear what else it learns: a threshold,
         the scales of its noise."""
-        count = self._num_choices(len(weight))
-        if count == len(weight):
+        count = self._num_choices(weight.shape[-2])
+        if count == weight.shape[-2]:
             return self.score(features, weight)
         return torch.cat([self.score(features, weight[:count]), F.linear(features, weight[count:])], dim=-1)
 

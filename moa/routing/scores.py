@@ -5,6 +5,8 @@
                 cosine router of GMoE (arXiv 2206.04046, eq. 8) and DG-MoA, whose learned t is a number of its own
     ln_cosine   LN(w_e) LN(x) / sqrt(width), layer norms without parameters: PHATGOOSE (arXiv 2402.05859, section 3.2)
     arrow       |w_e x|, where w_e is no parameter but computed from the expert: moa/experts/arrow.py
+    attention   w_e x, where x is a token's query and w_e the key of what the expert answers to this token:
+                AdapterFusion (arXiv 2005.00247, section 3.2)
 
 The last layer of a sample's router and the token routers of the sites read this table, and so does the config: torch is
 imported in functions alone.
@@ -50,10 +52,17 @@ def arrow(features: Features, weight: Weight) -> Logits:
     return linear(features, weight).abs()
 
 
-ARROW = "arrow"
+def attention(features: Features, weight: Float[Tensor, "*#lead expert width"]) -> Logits:
+    import torch
+
+    return torch.einsum("...w,...ew->...e", features, weight)
+
+
+ARROW, ATTENTION = "arrow", "attention"
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear": linear,
     "cosine": cosine,
     "ln_cosine": ln_cosine,
     ARROW: arrow,
+    ATTENTION: attention,
 }

@@ -97,7 +97,7 @@ def learns(model: MixtureModel, config: RunConfig, loss: torch.Tensor, aux: dict
     weights = dataclasses.asdict(config.losses)
     (loss + sum(weights[key] * value for key, value in aux.items())).backward()
     routers = [*(model.router.parameters() if model.router is not None else ())]
-    tokens = [*model.bank.token_routers().values()]
+    tokens = [p for key, p in model.bank.site_routers().items() if not key.startswith(("token_noise", "depth"))]
     if config.router.row.learns == "gradient" and config.router.score != "arrow":
         assert any(p.grad is not None and bool(p.grad.any()) for p in [*routers, *tokens])
         assert all(p.grad is not None and bool(p.grad.any()) for p in tokens)

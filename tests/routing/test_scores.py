@@ -24,7 +24,7 @@ def centred(row: list[float]) -> list[float]:
 
 
 def by_loops(score: str, x: list[float], rows: list[list[float]]) -> list[float]:
-    if score == "linear":
+    if score in ("linear", "attention"):
         return [dot(x, row) for row in rows]
     if score == "arrow":
         return [abs(dot(x, row)) for row in rows]
