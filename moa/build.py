@@ -180,7 +180,7 @@ def places_of_adapters(config: RunConfig, model: nn.Module) -> dict[str, tuple[s
         if expert.kind not in ADAPTERS:
             continue
         for path in select(expert.targets or [], modules, f"experts.{name}.targets"):
-            own = expert.kind, expert.activation or "gelu"
+            own = expert.kind, expert.activation or ("softmax" if expert.kind == "prompt" else "gelu")
             if found.setdefault(path, own) != own:
                 theirs = f"experts.{first[path]} is {' '.join(found[path])} at {path}"
                 raise ValueError(

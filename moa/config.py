@@ -40,7 +40,7 @@ else:
     RouterKind = Literal[tuple(kinds.KINDS)]
     Score = Literal[(*SCORES, kinds.TABLE, kinds.CLUSTER)]
 RANK, ALPHA = 8, 16.0  # of a fresh expert whose config names none
-ADAPTERS = ("adapter", "serial_adapter")  # kinds of expert around a module
+ADAPTERS = ("adapter", "serial_adapter", "prompt")  # kinds of expert around a module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,9 @@ class ExpertConfig:
     alpha: Positive | None = None
     use_rslora: bool | None = None  # rank-stabilised scaling; null: false, or that of the folder
     # lora; adapter: a bottleneck with an activation, parallel to each of its `targets`, serial_adapter: behind it;
+    # prompt: `rank` keys and values that each token attends to, parallel to each of its `targets`;
     # sparse: as many numbers of the weight as a LoRA of the rank has, at random places (SHiRA)
-    kind: Literal["lora", "adapter", "serial_adapter", "sparse"] = "lora"
+    kind: Literal["lora", "adapter", "serial_adapter", "prompt", "sparse"] = "lora"
     activation: Literal["gelu", "relu", "silu"] | None = None  # of an adapter; null: gelu
     # a subset of model.targets; null: all of them. Of an adapter: modules, such as MLPs or the projector
     targets: list[str] | None = None
@@ -127,7 +128,8 @@ class ExpertConfig:
         fits = self.active_ranks is None or self.rank_gates == "token"
         check(fits, "active_ranks", f"has no effect with rank_gates={self.rank_gates}")
         is_adapter = self.kind in ADAPTERS
-        check(is_adapter or self.activation is None, "activation", f"has no effect with kind={self.kind}")
+        activates = is_adapter and self.kind != "prompt"
+        check(activates or self.activation is None, "activation", f"has no effect with kind={self.kind}")
         if self.kind == "sparse":
             for key in OF_FACTORS:
                 unset = getattr(self, key) == type(self).__dataclass_fields__[key].default
@@ -137,6 +139,8 @@ class ExpertConfig:
         check(not is_adapter or bool(self.targets), "targets", f"names no module, which kind={self.kind} is around")
         rule = f"{self.init} is of a layer's weight or inputs, and kind={self.kind} has none"
         check(not is_adapter or not self.init.startswith(("svd", "null")), "init", rule)
+        rule = "random_b subtracts its start, which kind=prompt would have in its softmax"
+        check(self.kind != "prompt" or self.init != "random_b", "init", rule)
         check(not self.frozen or not self.dropout, "dropout", "has no use with frozen: true, which learns nothing")
 
 

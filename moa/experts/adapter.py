@@ -1,18 +1,24 @@
-"""Bottleneck adapters as experts, around any module with a tensor in and one out: an MLP, a projector, a linear layer.
+"""Bottleneck adapters as experts, around any module that gives a tensor, or one first: MLP, projector, attention.
 
     parallel   y = f(x) + sum_e gate_e scaling_e B_e act(A_e x)           (arXiv 2110.04366, DM-Adapter)
     serial     y = f(x) + sum_e gate_e scaling_e B_e act(A_e f(x))        (arXiv 1902.00751, TC-MoA)
+    prompt     y = f(x) + sum_e gate_e scaling_e B_e softmax(A_e x)
+
+A prompt expert has as many prompts as its rank: the rows of A are their keys, in which the layer's own map of queries
+is contained, and the columns of B their values. So a token attends to prompts ahead of the sequence, by one head, as
+arXiv 2110.04366 (eq. 7) rewrites prefix tuning, and beside the layer's attention rather than inside of its softmax, as
+in LLaMA-Adapter (arXiv 2303.16199): the sequence stays as long as it is, and a start of B = 0 changes nothing.
 
 The down projection A and the up projection B, which starts at zero, are the factors of a LoRA expert, and all that the
 bank does with these it does with them. But an activation lies between: the sum of two such experts is no third one, and
 none is an update of a weight, so that they are not merged.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from moa.experts.context import GateContext
@@ -35,12 +41,14 @@ class AdapterSite(ExpertLinear):
         self.in_width = self.out_width if self.serial else layers[0].in_features
         self._last = [last]  # in a list: it is a part of the module already
 
-    def forward(self, x: Float[Tensor, "*lead in"], *args: Any, **kwargs: Any) -> Tensor:
-        """The module's output, plus each adapter's times its gate and scaling."""
-        out = self.base_layer(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, or the first of several, plus each adapter's times its gate and scaling."""
+        whole = self.base_layer(*args, **kwargs)
         state = self._state()
         if state is None:
-            return out
+            return whole
+        x, several = next(iter((*args, *kwargs.values()))), isinstance(whole, tuple)
+        out = whole[0] if several else whole
         source = out if self.serial else x
         self._check(source, out)
         self._penalise(source, state)
@@ -48,12 +56,16 @@ class AdapterSite(ExpertLinear):
         a, b = concatenate(*self._factors(state), out.dtype)
         gates = widen(self._gates(source, state), ranks.place, ranks.scaling)
         own = self._own_rank_gates(source, state, drop=self.training)
-        hidden = self.activate(chosen(F.linear(source.to(out.dtype), a), ranks.spread))
+        sizes = [self.ranks[expert] for _, expert in self._pairs(state)]
+        hidden = self.activate(chosen(F.linear(source.to(out.dtype), a), ranks.spread), sizes)
         hidden = hidden * (gates if own is None else gates * own).to(hidden.dtype)
-        return out + F.linear(chosen(hidden, ranks.gather), b)
+        mixed = out + F.linear(chosen(hidden, ranks.gather), b)
+        return (mixed, *whole[1:]) if several else mixed
 
-    def activate(self, hidden: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](hidden)
+    def activate(self, hidden: Tensor, ranks: Sequence[int]) -> Tensor:
+        if self.kind != "prompt":
+            return ACTIVATIONS[self.activation](hidden)
+        return torch.cat([own.softmax(-1) for own in hidden.split(list(ranks), dim=-1)], dim=-1)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,7 +79,7 @@ class AdapterSite(ExpertLinear):
         """ValueError for a module that an adapter cannot be around."""
         if not isinstance(out, Tensor):
             raise ValueError(
-                f"{self.name}: gives a {type(out).__name__}; an adapter is around a module with one tensor out"
+                f"{self.name}: gives a {type(out).__name__}; an adapter is around a module with a tensor out"
             )
         found = source.shape[-1], out.shape[-1]
         if found != (self.in_width, self.out_width) or source.shape[:-1] != out.shape[:-1]:

@@ -9,6 +9,7 @@ A new kind is a file like lora.py with its state, and a row. Its layer gets gate
     sparse           at a linear layer, some numbers of its weight: moa/experts/sparse.py
     adapter          parallel to a module, with an activation: moa/experts/adapter.py
     serial_adapter   behind a module, with an activation
+    prompt           parallel to a module, such as an attention: keys and values that each token attends to
 """
 
 from collections.abc import Callable, Mapping
@@ -62,6 +63,9 @@ KINDS |= {
     )
     for name in ("adapter", "serial_adapter")
 }
+KINDS["prompt"] = replace(
+    KINDS["adapter"], about="{r} prompts for each of its layers, from a mixture, which its run loads and PEFT does not."
+)
 KINDS["sparse"] = replace(
     KINDS["lora"],
     layer=SparseLinear,

@@ -7,7 +7,7 @@ start, `start_A_<expert>` and `start_B_<expert>` of its rank, which take part li
 It may have gates of its single ranks, `rank_gates_<expert>`: moa/experts/rank_gates.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -315,11 +315,12 @@ class ExpertLinear(nn.Module):
             x = x.float()
             for expert in self.routed.compared:
                 a, b = (factor.float() for factor in self.whole(expert))
-                keys.append(F.linear(self.activate(F.linear(x, a)), self.scalings[expert] * (key.float() @ b)))
+                hidden = self.activate(F.linear(x, a), [len(a)])
+                keys.append(F.linear(hidden, self.scalings[expert] * (key.float() @ b)))
             return F.linear(x, query.float()), torch.stack(keys, dim=-2)
 
-    def activate(self, hidden: Tensor) -> Tensor:
-        """What is between A and B."""
+    def activate(self, hidden: Tensor, ranks: Sequence[int]) -> Tensor:
+        """What is between A and B, of experts with these ranks."""
         return hidden
 
     def _router(self, state: GateState) -> Tensor | None:

@@ -217,7 +217,7 @@ def test_a_preset_is_a_row_of_the_page_starts_as_its_base_and_its_router_learns(
         fill(model.bank)
         calls = dict[str, tuple[torch.Tensor, torch.Tensor]]()
         for path, site in model.bank.sites.items():
-            site.register_forward_hook(lambda m, args, out, path=path: calls.update({path: (args[0], out)}))
+            site.register_forward_hook(lambda m, args, out, path=path: calls.update({path: ((*args, None)[0], out)}))
         if model.router is not None and hasattr(model.router, "table"):
             torch.nn.init.normal_(model.router.table)
         out = model(batch)

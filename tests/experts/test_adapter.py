@@ -18,6 +18,8 @@ from tests.test_train import run_killed, run_once
 
 MLP, PROJECTOR = r"model\.language_model\.layers\.\d+\.mlp", "model.multi_modal_projector"
 PARALLEL = {"kind": "adapter", "rank": 3, "alpha": 6, "targets": [MLP, PROJECTOR]}
+ATTENTION = [r"model\.language_model\.layers\.\d+\.self_attn", r"model\.vision_tower\.encoder\.layers\.[01]\.self_attn"]
+PROMPT = {"kind": "prompt", "rank": 3, "alpha": 6, "targets": ATTENTION}
 SERIAL = {**PARALLEL, "kind": "serial_adapter", "activation": "relu"}
 
 
@@ -43,13 +45,16 @@ def loop(bank, holder, x, gates, kind, activation):
     inside = layer.base_layer(hidden) + gates[..., 2:] * 2 * lora
     read, out = (inside if kind == "serial_adapter" else x), inside
     for number, name in enumerate("xy"):
-        bottleneck = getattr(F, activation)(read @ adapters.lora_A[name].T)
+        scores = read @ adapters.lora_A[name].T
+        bottleneck = scores.softmax(-1) if activation == "softmax" else getattr(F, activation)(scores)
         out = out + gates[..., number : number + 1] * 2 * (bottleneck @ adapters.lora_B[name].T)
     return out
 
 
 @pytest.mark.parametrize("ties", [{}, {"x": Ties(share_a="one"), "y": Ties(share_a="one")}], ids=["own", "shared"])
-@pytest.mark.parametrize(("kind", "activation"), [("adapter", "gelu"), ("serial_adapter", "relu")])
+@pytest.mark.parametrize(
+    ("kind", "activation"), [("adapter", "gelu"), ("serial_adapter", "relu"), ("prompt", "softmax")]
+)
 def test_adapters_and_their_gradients_equal_a_plain_loop(kind, activation, ties):
     bank, holder = mlp_with(kind, activation, ties)
     x = torch.randn(2, 4, 6, dtype=torch.double, requires_grad=True)
@@ -79,7 +84,7 @@ def batch_of(**options):
     return tiny_batch(tiny_family("llava").processor, **options)
 
 
-@pytest.mark.parametrize("expert", [PARALLEL, SERIAL], ids=["parallel", "serial"])
+@pytest.mark.parametrize("expert", [PARALLEL, SERIAL, PROMPT], ids=["parallel", "serial", "prompt"])
 def test_fresh_adapters_leave_the_backbone_alone_and_samples_do_not_know_each_other(tmp_path, expert):
     config = toy_config(tmp_path, experts={"vqa": expert, "grounding": {"rank": 2}})
     model = build_model(config).eval()
@@ -109,13 +114,14 @@ def test_a_run_of_adapters_and_a_lora_resumes_exactly_and_is_not_merged(tmp_path
     stages = {"experts": {"steps": 1}, "joint": {"copy_of": "vqa", "steps": 3}}
     changes = {"experts": experts, "stages": stages, "train__save_every": 1, "train__gradient_checkpointing": True}
     experts["grounding"] = experts["vqa"]
+    experts["look"] = {**PROMPT, "gate": "with:vqa"}
     whole = toy_config(tmp_path, out=str(tmp_path / "whole"), **changes)
     broken = toy_config(tmp_path, out=str(tmp_path / "broken"), **changes)
     run_once(whole)
     run_killed(broken, 3, monkeypatch)
     assert read_log(broken.out) == read_log(whole.out)
     model = load_model(whole.out)[0]
-    assert all(t.any() for t in model.bank.state("grounding").values())
+    assert all(t.any() for name in ("grounding", "look") for t in model.bank.state(name).values())
     with pytest.raises(ValueError, match=r"experts\.vqa\.kind=adapter: it has an activation between its projections"):
         open_run(whole.out)
     folder = step_folder(whole.out) / "experts"
@@ -134,6 +140,8 @@ def test_a_run_of_adapters_and_a_lora_resumes_exactly_and_is_not_merged(tmp_path
     [
         ({"kind": "adapter", "rank": 2}, "experts.vqa.targets: names no module, which kind=adapter is around"),
         ({"rank": 2, "activation": "relu"}, "experts.vqa.activation: has no effect with kind=lora"),
+        ({**PROMPT, "activation": "relu"}, "experts.vqa.activation: has no effect with kind=prompt"),
+        ({**PROMPT, "init": "random_b"}, "experts.vqa.init: random_b subtracts its start"),
         ({**PARALLEL, "init": "svd_top"}, "experts.vqa.init: svd_top is of a layer's weight"),
     ],
 )
