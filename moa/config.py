@@ -101,8 +101,9 @@ class ExpertConfig:
     init_own_statistics: FilePath | None = None
     factors: list[Literal["A", "B"]] = field(default_factory=lambda: ["A", "B"])  # that are trained
     # gates of its single ranks beside its own, learned with the router. task: a factor for each task, rank and layer;
-    # token: each token keeps some of the ranks at each layer
-    rank_gates: Literal["none", "task", "token"] = "none"
+    # token: each token keeps some of the ranks at each layer; core: a matrix between lora_A and lora_B, so that experts
+    # may have both in common
+    rank_gates: Literal["none", "task", "token", "core"] = "none"
     active_ranks: Size | None = None  # that a token keeps, of rank_gates token; null: an eighth of them
     dropout: ShareBelowOne = 0.0  # in training, on what lora_A gives, for each expert by itself
 
@@ -464,8 +465,10 @@ def check_experts(config: RunConfig) -> None:
     check(not (dropped and router.root_gradient), "router.root_gradient", rule)
     adapters = [name for name, expert in config.experts.items() if expert.kind != "lora"]
     rule = f"is for updates B A, and experts.{', '.join(adapters)} is none"
-    check(not (adapters and router.score == ARROW), "router.score", f"{router.score} {rule}")
     check(not (adapters and router.root_gradient), "router.root_gradient", rule)
+    bent = [*adapters, *(name for name in ranked if name not in adapters)]
+    rule = f"{ARROW} is for updates B A, and experts.{', '.join(bent)} is none"
+    check(not (bent and router.score == ARROW), "router.score", rule)
     hidden = [*ranked, *(name for name, expert in config.experts.items() if expert.kind == "sparse")]
     rule = f"{router.score} has keys of answers B A x, and experts.{', '.join(hidden)} has others"
     check(not (hidden and router.score == ATTENTION), "router.score", rule)
@@ -514,8 +517,10 @@ def check_ties(config: RunConfig) -> None:
     seen = set[tuple[str, str]]()
     for name, expert in experts.items():
         if expert.share_a is not None and expert.share_b is not None:
-            rule = "another expert has this lora_A and this lora_B too, so that they are one; share one of the two"
-            check((expert.share_a, expert.share_b) not in seen, f"experts.{name}.share_b", rule)
+            rule = "another expert has this lora_A and this lora_B too, so that they are one; share one of the two, or "
+            rule += "give them rank_gates: core"
+            alone = (expert.share_a, expert.share_b) not in seen or expert.rank_gates == "core"
+            check(alone, f"experts.{name}.share_b", rule)
             seen.add((expert.share_a, expert.share_b))
 
 

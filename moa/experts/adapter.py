@@ -52,7 +52,7 @@ class AdapterSite(ExpertLinear):
         source = out if self.serial else x
         self._check(source, out)
         self._penalise(source, state)
-        ranks = self.layout(state)[0]
+        ranks = self._with_cores(state)
         a, b = concatenate(*self._factors(state), out.dtype)
         gates = widen(self._gates(source, state), ranks.place, ranks.scaling)
         own = self._own_rank_gates(source, state, drop=self.training)

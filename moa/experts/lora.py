@@ -87,7 +87,7 @@ class ExpertLinear(nn.Module):
             # Each factor goes in by itself, so that each gets its own gradient, also from gate 0.
             self.context.forget()  # the step that follows changes the factors
             gates = self._gates(x, state)  # [batch, 1, expert], or by token [batch, seq, expert]
-            ranks = self.layout(state)[0]
+            ranks = self._with_cores(state)
             own = self._own_rank_gates(x, state, drop=self.training)
             if own is not None:  # then every rank has a gate of its own
                 gates = gates.index_select(-1, ranks.place) * own
@@ -96,7 +96,7 @@ class ExpertLinear(nn.Module):
         # A generation calls this at each token under the same gates: its rank gates, A and B are
         # put together at the first one. `out` is fresh, so that the product is added into it.
         rank_gates, a, b_t = self._prepared(x, state, out.dtype)
-        ranks = self.layout(state)[0]
+        ranks = self._with_cores(state)
         return add_mixture(out, x, rank_gates, a, b_t, ranks.spread, ranks.gather)
 
     @property
@@ -309,7 +309,8 @@ class ExpertLinear(nn.Module):
 
     def _attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's query [*lead, width] and the keys of the experts' answers to it [*lead, expert, width]."""
-        query, key, keys = self.token_query, self.token_key, list[Tensor]()
+        query, key = self.token_query, self.token_key
+        keys: list[Tensor] = []
         assert query is not None and key is not None and self.routed is not None
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
@@ -336,6 +337,19 @@ class ExpertLinear(nn.Module):
             state.prepared[key] = directions(a, b)
         found: Tensor = state.prepared[key]
         return found
+
+    def _with_cores(self, state: GateState) -> Ranks:
+        """What the ranks are, with the cores of experts in S, so that it gives core A x."""
+        ranks, of = self.layout(state)[0], self.ranks
+        if not any(own.kind == "core" for own in self.ranked.values()):
+            return ranks
+        blocks: list[Tensor] = []
+        for _, expert in self._pairs(state):
+            own, core = self.ranked.get(expert, RankGates()), self.learned_rank_gates(expert)
+            one = torch.eye(of[expert], device=self.weight.device)
+            blocks.append(one if core is None or own.kind != "core" else core.t())
+        cores = torch.block_diag(*blocks)
+        return replace(ranks, spread=cores if ranks.spread is None else ranks.spread.to(cores) @ cores)
 
     def _rank_gates(self, x: Tensor, state: GateState, dtype: torch.dtype) -> Tensor:
         ranks, own = self.layout(state)[0], self._own_rank_gates(x, state)

@@ -7,6 +7,8 @@ experts, static shapes, unequal ranks for free, and every parameter used in ever
 A factor that several experts have in common (HydraLoRA, arXiv 2404.19245: one A, a B each) stands in A or B once:
 
     y = base + (((x A^T) S) * rank_gates) T B^T     S, T of zeros and ones, None where nothing is shared
+
+An expert's core C is in S too, as C^T where the ones of its ranks are, and S is differentiable.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ class Ranks:
 
     place: Int[Tensor, " rank"]  # of its expert among the gates
     scaling: Float[Tensor, " rank"]
-    spread: Float[Tensor, "rows rank"] | None = None  # S: 1 where a row of A is the rank's
+    spread: Float[Tensor, "rows rank"] | None = None  # S: 1 where a row of A is the rank's, or cores
     gather: Float[Tensor, "rank columns"] | None = None  # T: 1 where a column of B is the rank's
 
 
@@ -116,15 +118,17 @@ class _Mix(torch.autograd.Function):
         a, b = concatenate(factors_a, factors_b, grad.dtype)
         rank_gates, flat = widen(gates, place, scaling), grad.reshape(-1, grad.shape[-1])
         learned = widen(gates.clamp(min=0).sqrt(), place, scaling) if ctx.root else rank_gates
-        weights, hidden = learned.to(grad.dtype), chosen(hidden, spread)  # [.., rank]
+        weights, rows, hidden = learned.to(grad.dtype), hidden, chosen(hidden, spread)  # [.., rank]
 
         grad_gated = chosen(flat @ b, transposed(gather)).view(hidden.shape)
-        grad_x = grad_gates = None
+        grad_x = grad_gates = grad_spread = None
         if needs_gates:  # summed over tokens in the gates' own precision
             wide = (grad_gated * hidden).to(gates.dtype).sum_to_size(rank_gates.shape)
             wide = (wide * scaling).to(gates.dtype)
             grad_gates = torch.zeros_like(gates).index_add_(-1, place, wide)
         grad_hidden = grad_gated.mul_(weights).flatten(0, -2)
+        if spread is not None and ctx.needs_input_grad[5]:
+            grad_spread = (rows.flatten(0, -2).t() @ grad_hidden).to(spread.dtype)
         grad_hidden = chosen(grad_hidden, transposed(spread))  # [tokens, rows]
         grads_a: Sequence[Tensor | None] = [None] * number
         grads_b: Sequence[Tensor | None] = [None] * len(factors_b)
@@ -136,7 +140,7 @@ class _Mix(torch.autograd.Function):
             gated = chosen((hidden * weights).flatten(0, -2), gather)
             grads_b = _per_expert_transposed(gated.t() @ flat, factors_b)
         base_grad = grad if needs_base else None
-        return grad_x, base_grad, grad_gates, *[None] * 6, *grads_a, *grads_b
+        return grad_x, base_grad, grad_gates, None, None, grad_spread, *[None] * 3, *grads_a, *grads_b
 
 
 def transposed(map: Tensor | None) -> Tensor | None:

@@ -4,6 +4,8 @@ task      a learned lambda per task and layer, 1 at first; the tasks' mean where
           MTL-LoRA's Lambda_t (arXiv 2410.09437)
 token     each token keeps some of the ranks at each layer (SMoRA, arXiv 2501.15103), as many as `keep`:
           lambda = R w / sum of w over the kept ones, w = sigmoid(W_g x), 0 for the others; with all kept alike it is 1
+core      a learned matrix C [rank, rank] per layer, the identity at first, in the place of lambda: B C A x. Experts of
+          one A and one B are their cores alone (CoMoL, arXiv 2603.00573)
 dropout   in training every lambda of a token is 0 by that chance, and else divided by 1 - dropout: on the expert's own
           copy of A x, so that experts with one A see different parts of it (R-LoRA, arXiv 2502.15455)
 """
@@ -28,7 +30,9 @@ class RankGates:
     dropout: float = 0.0
 
     def start(self, rank: int, width: int, seed: str) -> Tensor | None:
-        """The learned tensor of a layer: [task, rank] of ones, or [rank, in]."""
+        """The learned tensor of a layer: [task, rank] of ones, [rank, rank], or [rank, in]."""
+        if self.kind == "core":
+            return torch.eye(rank)
         if self.kind == "task":
             return torch.ones(self.num_tasks, rank)
         if self.kind == "token":

@@ -19,6 +19,9 @@ from tests.test_train import run_killed, run_once
 
 TASKS = {"x": RankGates(kind="task", num_tasks=2), "y": RankGates(kind="task", num_tasks=2)}
 TOKENS = {"y": RankGates(kind="token", keep=2)}
+CORES = {"x": RankGates(kind="core"), "y": RankGates(kind="core")}
+ONE_A = {name: Ties(share_a="one") for name in "xy"}
+SAME = {name: Ties(share_a="one", share_b="one") for name in "xy"}
 
 
 def layer_with(ranked: dict[str, RankGates], ties: dict[str, Ties] | None = None, held: bool = False):
@@ -43,21 +46,30 @@ def loop(site, x, gates, tasks, ranked):
         for t in range(x.shape[1]):
             for e, name in enumerate("xyz"):
                 learned = site.learned_rank_gates(name)
-                own = torch.ones(3, dtype=torch.double)
-                if name in ranked and ranked[name].kind == "task":
+                own, core = torch.ones(3, dtype=torch.double), torch.eye(3, dtype=torch.double)
+                if name in ranked and ranked[name].kind == "core":
+                    core = learned.double()
+                elif name in ranked and ranked[name].kind == "task":
                     own = learned.double()[tasks[b]] if tasks[b] >= 0 else learned.double().mean(0)
                 elif name in ranked:
                     scores = (learned @ x[b, t].float()).sigmoid()
                     kept = [r for r in range(3) if r != int(scores.argmin())]
                     own = torch.stack([3 * scores[r] / scores[kept].sum() * (r in kept) for r in range(3)]).double()
                 for r in range(3):
-                    a, c = site.lora_A[name][r], site.lora_B[name][:, r]
+                    a, c = core[r] @ site.lora_A[name], site.lora_B[name][:, r]
                     out[b, t] = out[b, t] + gates[b, 0, e] * 2.0 * own[r] * (a @ x[b, t]) * c
     return out
 
 
-@pytest.mark.parametrize("ties", [{}, {"x": Ties(share_a="one"), "y": Ties(share_a="one")}], ids=["own", "shared"])
-@pytest.mark.parametrize("ranked", [TASKS, TOKENS, {**TASKS, **TOKENS}], ids=["task", "token", "both"])
+@pytest.mark.parametrize(
+    ("ranked", "ties"),
+    [
+        *((ranked, ties) for ranked in (TASKS, TOKENS, {**TASKS, **TOKENS}) for ties in ({}, ONE_A)),
+        (CORES, {}),
+        (CORES, SAME),
+        ({**TASKS, **CORES, "x": TASKS["x"]}, ONE_A),
+    ],
+)
 def test_gated_ranks_and_their_gradients_equal_a_loop_over_ranks(ranked, ties):
     bank, site = layer_with(ranked, ties)
     x = torch.randn(3, 4, 6, dtype=torch.double, requires_grad=True)
@@ -82,7 +94,7 @@ def test_a_token_keeps_as_many_ranks_as_asked_for_with_mean_one():
 
 
 def test_dropout_is_of_each_expert_by_itself_and_of_training_alone():
-    bank, site = layer_with({"x": RankGates(dropout=0.5)}, {"x": Ties(share_a="one"), "y": Ties(share_a="one")})
+    bank, site = layer_with({"x": RankGates(dropout=0.5)}, ONE_A)
     x = torch.randn(2, 500, 6, dtype=torch.double)
     bank.set_gates(torch.ones(2, 1, 3, dtype=torch.double))
     plain = site.eval()(x)
