@@ -357,7 +357,7 @@ class TrainConfig:
     keep_last: Count = 2  # newest checkpoints kept, besides the best
     keep_best: Count = 1  # checkpoints kept of the stage's lowest validation losses
     # samples of each expert whose inputs are summed up in stats.safetensors beside it when training ends, for merges
-    # that use statistics (docs/merging.md); 0: none
+    # that use statistics (docs/merging_learned.md); 0: none
     statistics: CountOrZero = 0
     # a loss or gradient that is not finite: stop the run, or update nothing at that step, and count
     on_non_finite: Literal["stop", "skip"] = "stop"

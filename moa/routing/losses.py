@@ -35,7 +35,7 @@ class GateLosses:
     # cross-entropy of the router with the sample's expert, at the first step
     guidance: NotNegative = 1.0
     guidance_end: NotNegative = 0.1  # its weight at the last step of the stage; linear between
-    # how strongly experts answer to each other's samples, in stages that train experts; docs/merging.md
+    # how strongly experts answer to each other's samples, in stages that train experts; docs/merging_learned.md
     crosstalk: NotNegative = 0.0
     crosstalk_end: NotNegative | None = None  # its weight at the last step of the stage; null: the same
     orthogonality: NotNegative = 0.0  # of the routed experts' lora_A: each reads other directions (O-LoRA)

@@ -1,6 +1,6 @@
 """What must hold for every merging method in core space, whatever the experts: properties over random ones.
 
-A method that breaks an identity by its definition is listed with the reason, and docs/merging.md says so.
+A method that breaks an identity by its definition is listed with the reason, and docs/merging_methods.md says so.
 """
 
 from dataclasses import replace
