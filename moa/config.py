@@ -399,7 +399,7 @@ class EvalConfig:
 class LoggingConfig:
     every: Count = 10  # steps between console lines; log.jsonl and the trackers get every step
     progress: bool = True  # progress bar where the console is a terminal
-    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)  # by Accelerate
+    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)  # of train.py and eval.py
     project: str = "moa"  # name at the trackers
 
 
