@@ -118,8 +118,9 @@ def board_table(writer: Any, name: str, rows: Rows, step: int) -> None:
 def wandb_start(config: RunConfig, run: Path, job: str) -> Any:
     import wandb
 
-    about = {"project": config.logging.project, "name": f"{run.name} {job}", "group": run.name, "job_type": job}
-    return wandb.init(dir=str(run), config=yaml.safe_load(to_yaml(config)), **about)
+    about: dict[str, Any] = {"name": f"{run.name} {job}", "group": run.name, "job_type": job}
+    about |= {"dir": str(run), "config": yaml.safe_load(to_yaml(config))}
+    return wandb.init(project=config.logging.project, **about)
 
 
 def wandb_numbers(run: Any, numbers: Mapping[str, float], step: int) -> None:
