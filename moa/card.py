@@ -1,6 +1,7 @@
 """README.md of what is handed over: what it is, its base, what it was made of, how to prompt and to load it.
 
-The front matter is that of the Hugging Face hub. What is unknown is left out; the license is the base's own.
+The front matter is that of the Hugging Face hub. What is unknown or was not measured is left out; the license is the
+base's own. eval.py puts the scores of an export into its card.
 """
 
 import json
@@ -16,7 +17,7 @@ from data.config import SourceConfig
 from moa.backbones.fingerprint import base_fingerprint
 from moa.config import RunConfig
 
-CARD = "README.md"
+CARD, REPORT_FILE = "README.md", "export_report.json"  # of an export
 LICENSE_KEYS = ("license", "license_name", "license_link")
 IMAGE_TEXT, DUAL = "AutoModelForImageTextToText", "AutoModel"
 LOAD = {
@@ -39,6 +40,7 @@ tokenizer = open_clip.get_tokenizer("local-dir:" + {folder!r})""",
 model, collator, config = load_model({folder!r})""",
 }
 CHECKED = "Reloaded in a fresh process: the largest logit difference, and the share of equal greedy tokens,"
+OF_RUN = "Of the run that this comes from, as its router mixes the experts. This export itself was not scored."
 LIBRARY = {"adapter": "peft", "checkpoint": "transformers", "open_clip": "open_clip"}
 
 
@@ -55,6 +57,8 @@ class Card:
     config: RunConfig | None = None  # of the run that it comes from
     sources: Sequence[SourceConfig] = ()  # that it was trained on
     checks: Sequence[str] = field(default_factory=list)
+    gates: Sequence[Sequence[str]] = ()  # by task, the head first, of the run
+    scores: Sequence[Sequence[str]] = ()  # of the run, as `with_scores` takes them
 
     def text(self) -> str:
         base = hub_name(self.base) if self.base else "BASE"
@@ -67,13 +71,23 @@ class Card:
             f"## Base\n\n`{base}`{known}. Another base, or other weights of it, give other answers.",
             _table("experts", ("name", "weight", "from"), self.rows),
             _table("data", ("source", "task", "split", "from"), data),
+            _table("gates of the run, by task", self.gates[0], self.gates[1:]) if self.gates else "",
             _prompt_lines(self.config) if self.config else "",
             "\n".join(["## Checked\n", CHECKED, "", *checks]) if checks else "",
             "## Load\n\n```python\n"
             + LOAD[self.kind].format(auto=auto_class(self.base), base=base, folder=self.name)
             + "\n```",
         ]
-        return "\n\n".join(filter(None, parts)) + "\n"
+        text = "\n\n".join(filter(None, parts)) + "\n"
+        return with_scores(text, OF_RUN, self.scores) if self.scores else text
+
+
+def with_scores(card: str, whose: str, rows: Sequence[Sequence[str]]) -> str:
+    """A card with these scores in place of those that it may have: data set, metric, score, questions."""
+    head = ("data set", "metric", "per cent (95 % interval)", "questions")
+    section = _table("scores", head, rows).replace("\n\n", f"\n\n{whose}\n\n", 1)
+    rest = re.sub(r"^## Scores\n.*?(?=^## )", "", card, flags=re.M | re.S)
+    return rest.replace("## Load\n", f"{section}\n\n## Load\n", 1)
 
 
 def hub_name(base: str) -> str:

@@ -7,11 +7,13 @@ import pytest
 from peft import PeftModel
 
 from moa.backbones.fingerprint import base_fingerprint
-from moa.card import CARD, Card, hub_name
+from moa.card import CARD, REPORT_FILE, Card, hub_name
 from moa.checkpoint import CONFIG, step_folder
 from moa.config import RouterConfig, load_config
+from moa.evaluation.card_parts import measured_of, put_scores
 from scripts import average_checkpoints
 from scripts import merge as script
+from tests.evaluation.test_runs import make_run as make_scored
 from tests.merging.test_export import make_adapter
 from tests.merging.test_merge_script import make_run
 from tests.support.tiny import tiny_llava
@@ -108,6 +110,29 @@ def test_a_name_of_the_hub_is_the_base_model_of_the_front_matter_also_from_its_c
         text = Card(name="x", kind="adapter", about="A.", base=base).text()
         assert "base_model: org/model-7b\n" in text
     assert "base_model" not in Card(name="x", kind="adapter", about="A.", base="/disk/base").text()
+
+
+def test_scores_of_a_run_are_named_as_such_until_the_export_has_its_own(tmp_path):
+    run, out = make_scored(tmp_path / "run", value=0.5), tmp_path / "out"
+    measured = measured_of(step_folder(run))
+    row = ["vqa", "vqa_accuracy", "50.0 (30.4 to 69.6)", "-"]
+    assert [[cell.replace("\xa0", " ") for cell in line] for line in measured["scores"]] == [row]
+    gates = {"gates": [["task", "a"], ["vqa", "0.75"]]}
+    card = Card(name="x", kind="adapter", about="A.", base="org/b", **(measured | gates)).text()
+    assert "| vqa | 0.75 |" in card and card.count("## Scores") == 1 and "export itself was not scored" in card
+    out.mkdir()
+    (out / CARD).write_text(card)
+    record = {"name": "vqa", "score": {"value": 0.25, "se": None}, "n": 8, "tasks": {"vqa": {"primary": "m"}}}
+    put_scores(out, [record])
+    assert (out / CARD).read_text() == card  # no export
+    (out / REPORT_FILE).write_text("{}")
+    for _ in range(2):
+        put_scores(out, [record])
+        text = (out / CARD).read_text()
+        assert "| vqa | m | 25.0 | 8 |" in text and "50.0" not in text and text.count("## Scores") == 1
+    assert text.split("## Scores")[0] == card.split("## Scores")[0] and text.endswith(card[card.index("## Load") :])
+    (run / "checkpoints" / "step-000012" / "manifest.json").write_text('{"other": {"sha256": "weights"}}')
+    assert measured_of(step_folder(run)) == {"scores": [], "gates": []}  # of other weights
 
 
 def test_a_damaged_front_matter_is_no_license(tmp_path):

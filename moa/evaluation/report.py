@@ -19,6 +19,7 @@ from moa.analysis.routing import delta_cosines, summary
 from moa.benchmarks.table import benchmark_called, submission_rows
 from moa.checkpoint import versions
 from moa.config import RunConfig
+from moa.evaluation.card_parts import put_scores
 from moa.evaluation.fingerprints import digest, settings_digest
 from moa.evaluation.gates_file import PARTIAL, ROUTING
 from moa.evaluation.models import EvaluatedModel
@@ -58,6 +59,8 @@ def report(
             line = f"{result.name}: {count} are conversations: only the first question is scored"
             show(line)
     show(f"scores: {folder}/*.json")
+    if model.kind != "run" and not variant:
+        put_scores(Path(model.path), (result.record() for result in results))
     routing = routing_record(network, config, results, trained_tasks(config, model.folder))
     if routing is not None:
         full = full and not routing["missing_tasks"]

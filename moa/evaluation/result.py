@@ -19,6 +19,7 @@ ScoresByName = Mapping[str, Score]  # by data set
 Rows = Sequence[Mapping[str, Any]]  # of a NAME.jsonl
 ASKED = ("id", "image_id", "task", "source", "expert", "question")  # of a sample, in a row
 WIDTH = 80  # of a terminal
+NORMAL = 1.96  # standard errors on either side of a 95 % interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +204,18 @@ def cell(score: Score | None, sign: str = "") -> str:
         return "-"
     error = "" if score["se"] is None else f"±{100 * score['se']:.0f}"
     return f"{100 * (score['value'] or 0):{sign}.0f}{error}"
+
+
+def interval(score: Score | None, sign: str = "") -> str:
+    """`71.2 (65.0 to 77.4)`; a score, which has no sign, lies between 0 and 100, and so does its interval."""
+    if score is None or score.get("value") is None:
+        return "-"
+    value, error = 100 * float(score["value"] or 0), score.get("se")
+    if error is None:
+        return f"{value:{sign}.1f}"
+    low, high = (value + side * NORMAL * 100 * error for side in (-1, 1))
+    low, high = (low, high) if sign else (max(low, 0.0), min(high, 100.0))
+    return f"{value:{sign}.1f} ({low:{sign}.1f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high:{sign}.1f})"
 
 
 def differences(rows: Mapping[str, Mapping[str, Rows]]) -> dict[str, dict[str, Score]]:

@@ -15,13 +15,12 @@ import yaml
 from moa.analysis import fidelity_page, html
 from moa.analysis.plots import client_heat_map, gate_heat_map, layer_heat_map, loss_curves
 from moa.evaluation.gates_file import PARTIAL, ROUTING, read_routing
-from moa.evaluation.result import Score, paired_difference
+from moa.evaluation.result import Score, interval, paired_difference
 from moa.evaluation.runs import FEDERATION, RunFolder, read_results, read_run, weights_of
 from moa.evaluation.sample_cards import STYLE, samples_section
 from moa.files.atomic import write_file
 
 TRAINED, BASE = "as trained", "base"
-NORMAL = 1.96  # standard errors on either side of a 95 % interval
 ROUNDS = 20  # of a federation, that its table has at most
 Parts = list[str]
 
@@ -131,18 +130,6 @@ def other_models(run: RunFolder) -> dict[str, dict[str, Score]]:
         same = {n: r["score"] for n, r in results.items() if own.get(n) in (None, r["fingerprints"].get("data"))}
         found |= {place.parent.name: same} if same else {}
     return found
-
-
-def interval(score: Score | None, sign: str = "") -> str:
-    """`71.2 (65.0 to 77.4)`; a score, which has no sign, lies between 0 and 100, and so does its interval."""
-    if score is None or score.get("value") is None:
-        return "-"
-    value, error = 100 * float(score["value"] or 0), score.get("se")
-    if error is None:
-        return f"{value:{sign}.1f}"
-    low, high = (value + side * NORMAL * 100 * error for side in (-1, 1))
-    low, high = (low, high) if sign else (max(low, 0.0), min(high, 100.0))
-    return f"{value:{sign}.1f} ({low:{sign}.1f}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high:{sign}.1f})"
 
 
 def trained_section(run: RunFolder) -> Parts:

@@ -34,6 +34,7 @@ from moa.build import check_adapter
 from moa.checkpoint import load_model, step_folder, weights_fingerprint
 from moa.cli.command import progress_bar
 from moa.config import RunConfig, StageConfig
+from moa.evaluation.card_parts import measured_of
 from moa.evaluation.models import pick_device
 from moa.evaluation.predict import gate_rule, prompt_collator
 from moa.evaluation.settings import check_gates
@@ -383,6 +384,7 @@ def export(
         "rows": [(e.name, "taught", str(folder)) for e, folder in zip(source.experts, source.folders, strict=True)],
         "config": source.config,
         "sources": [source.config.data.sources[name] for name in used],
+        **(measured_of(source.step) if source.step else {}),
     }
     files: dict[str, Any] = {"distill_report.json": report}
     if settings.steps:

@@ -18,6 +18,7 @@ from moa.backbones.opening import open_backbone
 from moa.backbones.shapes import layer_shapes
 from moa.card import Card, local_fingerprint
 from moa.cli.command import progress_bar
+from moa.evaluation.card_parts import measured_of
 from moa.evaluation.gates_file import read_routing, routing_file
 from moa.files.checkpoint_files import match_sites, read_base
 from moa.files.spool import open_spool
@@ -274,6 +275,7 @@ def card_of(source: Source, merged: Merged, settings: MergeExperts) -> dict[str,
         "rows": exports.rows_of(source.experts, merged, source.folders),
         "config": source.config,
         "sources": [s for s in sources if s.expert in experts],
+        **(measured_of(source.step) if source.step else {}),
     }
 
 

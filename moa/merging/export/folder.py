@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from moa.backbones.fingerprint import base_fingerprint
-from moa.card import CARD, Card
+from moa.card import CARD, REPORT_FILE, Card
 from moa.cli.command import note
 from moa.files.atomic import atomic_folder, write_file, write_json
 from moa.files.checkpoint_files import INDEX_FILE, BaseFiles, config_parts
 from moa.files.shards import write_shard
 
-REPORT_FILE, MANIFEST = "export_report.json", "manifest.json"
+MANIFEST = "manifest.json"
 # Of a base: what loads it, and its license. Not its weights, card, recipe, logs or reports, which are about the base.
 COPIED = re.compile(
     r"(?!adapter_).*config\.json|.*(tokenizer|tokens|processor).*\.json|(vocab|merges)\..*|chat_template\..*"
