@@ -46,7 +46,7 @@ class Audit:
     name: str
     rows: int = 0
     found: dict[str, Finding] = field(default_factory=dict)  # by rule
-    # of readable rows, [rows] uint64 each
+    # of the images of readable rows, [images] uint64 each
     numbers: np.ndarray = column()
     ids: np.ndarray = column()
     image_ids: np.ndarray = column()
@@ -71,7 +71,7 @@ class LengthCheck:
 
     def __init__(self, collator: Collator):
         self.collator = collator
-        self.fixed: dict[tuple[tuple[int, int] | None, bool], int] = {}
+        self.fixed: dict[tuple[tuple[tuple[int, int], ...], bool], int] = {}
 
     def __call__(self, sample: Sample) -> BadSampleError | None:
         collator = self.collator
@@ -87,8 +87,7 @@ class LengthCheck:
         return BadSampleError(name_of(sample), "too long", detail)
 
     def _bound(self, sample: Sample) -> int:
-        size = None if sample.image is None else sample.image.size
-        kind = size, bool(sample.system)
+        kind = tuple(image.size for image in sample.images), bool(sample.system)
         if kind not in self.fixed:
             bare = replace(sample, question="?", answers=("?",), ocr=None, instruction="")
             self.fixed[kind] = self.collator.num_tokens(bare)
@@ -107,20 +106,20 @@ def audit_rows(rows: range, source: Source, name: str, collator: Collator) -> Au
         error = collator.error_of(item) or too_long(item)
         if error is not None:
             audit.note(error.rule, [str(error)])
-        readable.append((index, *hashes_of(item)))
+        readable += [(index, *hashes) for hashes in hashes_of(item)]
     table = np.array(readable, dtype=np.uint64).reshape(-1, 4).T
     audit.numbers, audit.ids, audit.image_ids, audit.contents = table
     return audit
 
 
-def hashes_of(sample: Sample) -> tuple[int, int, int]:
-    """Of the id, the image's id and the image's pixels; text alone has the image of no other."""
+def hashes_of(sample: Sample) -> list[tuple[int, int, int]]:
+    """Of the id, the image's id and the pixels of each image; text alone has the image of no other."""
+    name, image_id = hash64(sample.id.encode()), hash64(sample.image_id.encode())
     if sample.image is None:
         own = hash64(f"{sample.source}:{sample.id}".encode())
-        return hash64(sample.id.encode()), own, own
-    width, height = sample.image.size
-    pixels = f"{width}x{height}:".encode() + sample.image.tobytes()
-    return hash64(sample.id.encode()), hash64(sample.image_id.encode()), hash64(pixels)
+        return [(name, own, own)]
+    pixels = [f"{image.width}x{image.height}:".encode() + image.tobytes() for image in sample.images]
+    return [(name, image_id, hash64(content)) for content in pixels]
 
 
 def hash64(data: bytes) -> int:
@@ -158,9 +157,11 @@ def audit_source(
 
 def find_duplicates(audit: Audit) -> None:
     """Note the rows whose id an earlier row has; samples are counted from 1, as lines are."""
-    order = np.argsort(audit.ids, kind="stable")
-    same = audit.ids[order][1:] == audit.ids[order][:-1]
-    pairs = [audit.numbers[order[at : at + 2]] + 1 for at in np.flatnonzero(same)[:KEPT]]
+    numbers, first = np.unique(audit.numbers, return_index=True)
+    ids = audit.ids[first]
+    order = np.argsort(ids, kind="stable")
+    same = ids[order][1:] == ids[order][:-1]
+    pairs = [numbers[order[at : at + 2]] + 1 for at in np.flatnonzero(same)[:KEPT]]
     examples = [f"source {audit.name!r}, samples {a} and {b}: {DUPLICATE}" for a, b in pairs]
     if examples:
         audit.note(DUPLICATE, examples, int(same.sum()))
@@ -172,10 +173,11 @@ def find_leaks(training: Sequence[Audit], held_out: Audit) -> None:
         for trained in training:
             leaked = np.isin(getattr(held_out, key), getattr(trained, key))
             examples = []
-            for place in np.flatnonzero(leaked)[:KEPT]:
+            rows, first = np.unique(held_out.numbers[leaked], return_index=True)
+            for place in np.flatnonzero(leaked)[first][:KEPT]:
                 other = np.argmax(getattr(trained, key) == getattr(held_out, key)[place])
                 leak = f"source {held_out.name!r}, sample {int(held_out.numbers[place]) + 1}: {rule}"
                 seen = f"sample {int(trained.numbers[other]) + 1} of {trained.name!r}"
                 examples.append(f"{leak}: {seen}")
             if examples:
-                held_out.note(rule, examples, int(leaked.sum()))
+                held_out.note(rule, examples, len(rows))

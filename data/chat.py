@@ -10,10 +10,13 @@ one begins if generation sees another prompt. Without a template (PaliGemma) the
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
+
+from data.sample import PLACE
 
 GENERATION_MARK = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 EDGE = "\ufdd0"  # no character: marks the ends of a mark in a rendered chat
@@ -55,6 +58,21 @@ class Dialogue:
     end: int
 
 
+@dataclass
+class Written:
+    """A tokenizer that keeps the texts that it was last given."""
+
+    tokenizer: Any
+    texts: list[str] = field(default_factory=list)
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        self.texts = [*text]
+        return self.tokenizer(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
 @dataclass(frozen=True)
 class ChatEncoder:
     """`stops` are ids that end generation besides the tokenizer's own end token."""
@@ -67,10 +85,14 @@ class ChatEncoder:
 
         `prompts`: up to the first answer, without masks.
         """
+        chats = [self._placed(chat) for chat in chats]
         if prompts:
             return self._encode_prompts([self._prompt(opening_of(c)) for c in chats], images)
         dialogues = [self.dialogue(chat) for chat in chats]
-        encoded = self._encode_prompts([d.exchanges[0][0] for d in dialogues], images)
+        if any(self._image_token in asked for d in dialogues for asked, _ in d.exchanges[1:]):
+            encoded, dialogues = self._encode_dialogues(dialogues, images)
+        else:
+            encoded = self._encode_prompts([d.exchanges[0][0] for d in dialogues], images)
         replies = [self.replies(dialogue) for dialogue in dialogues]
         pairs = list(zip(encoded["input_ids"], replies, strict=True))
         encoded["assistant_masks"] = [[0] * len(p) + mask for p, (_, mask) in pairs]
@@ -79,15 +101,56 @@ class ChatEncoder:
 
     def _encode_prompts(self, texts: list[str], images: Sequence[Sequence[Any]]) -> dict[str, Any]:
         """The prompts' ids, exactly as generation will see them, and the images."""
-        begin = self.processor.tokenizer.bos_token
-        begun = begin is not None and all(text.startswith(begin) for text in texts)
-        once = {"add_special_tokens": False} if begun else {}  # or the text would begin twice
         shown = list(images) if any(images) else None
         # padding: PaliGemma's processor cannot do without
-        encoded = self.processor(text=texts, images=shown, padding=True, **once)
+        encoded = self.processor(text=texts, images=shown, padding=True, **self._once(texts))
         rows = zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
         ids = [[token for token, real in zip(*row, strict=True) if real] for row in rows]
         return {**encoded, "input_ids": ids}
+
+    def _encode_dialogues(
+        self, dialogues: list[Dialogue], images: Sequence[Sequence[Any]]
+    ) -> tuple[dict[str, Any], list[Dialogue]]:
+        """The same of dialogues with images behind the first answer, and the dialogues with all tokens of the images.
+
+        The processor writes these tokens into the texts between answers, which are joined for it.
+        """
+        written = Written(self.processor.tokenizer)
+        processor = copy(self.processor)
+        processor.tokenizer = written
+        texts = [EDGE.join(asked for asked, _ in dialogue.exchanges) for dialogue in dialogues]
+        encoded = {**processor(text=texts, images=list(images), padding=True)}
+        whole = []
+        for text, dialogue in zip(written.texts, dialogues, strict=True):
+            pairs = zip(text.split(EDGE), dialogue.exchanges, strict=True)
+            whole.append(Dialogue([(asked, answer) for asked, (_, answer) in pairs], dialogue.end))
+        openings = [dialogue.exchanges[0][0] for dialogue in whole]
+        encoded["input_ids"] = self.processor.tokenizer(openings, **self._once(openings))["input_ids"]
+        return encoded, whole
+
+    def _once(self, texts: list[str]) -> dict[str, bool]:
+        """Options of a tokenizer for texts that may have their begin token already."""
+        begin = self.processor.tokenizer.bos_token
+        begun = begin is not None and all(text.startswith(begin) for text in texts)
+        return {"add_special_tokens": False} if begun else {}
+
+    @property
+    def _image_token(self) -> str:
+        """What a template writes for an image, and the processor reads as one."""
+        return getattr(self.processor, "image_token", EDGE)
+
+    def _placed(self, chat: Chat) -> Chat:
+        """The chat; images among the text of a message are written into it where the template would move them ahead."""
+        kinds = ["".join(part["type"][0] for part in message["content"]) for message in chat]
+        if not any("ti" in kind for kind in kinds) or not self._moves_images:
+            return chat
+        return [written_out(m, self._image_token) if "ti" in k else m for m, k in zip(chat, kinds, strict=True)]
+
+    @cached_property
+    def _moves_images(self) -> bool:
+        text = {"type": "text", "text": MARKER}
+        written = self._render([{"role": "user", "content": [text, {"type": "image"}, text]}])[0]
+        return self._image_token not in written.split(MARKER)[1]
 
     def replies(self, dialogue: Dialogue) -> tuple[list[int], list[int]]:
         """Ids of everything behind the opening prompt, and 1 at answers and their ends."""
@@ -214,8 +277,24 @@ class ChatEncoder:
         return tokenizer.eos_token_id, ""
 
 
-def message(role: str, text: str, image: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    return {"role": role, "content": [*image, {"type": "text", "text": text}]}
+def message(role: str, text: str, images: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """A message with its images at their places in the text, ahead of a text without any."""
+    first, *pieces = text.split(PLACE) if PLACE in text else [""] * len(images) + [text]
+    parts = [[image, {"type": "text", "text": piece}] for image, piece in zip(images, pieces, strict=True)]
+    content = [{"type": "text", "text": first}, *chain.from_iterable(parts)]
+    return {"role": role, "content": [part for part in content if part.get("text") != ""] or content}
+
+
+def images_of(chat: Chat) -> list[Any]:
+    return [part["image"] for message in chat for part in message["content"] if part["type"] == "image"]
+
+
+def written_out(message: dict[str, Any], token: str) -> dict[str, Any]:
+    """The message with images behind its first text as tokens in one text."""
+    content = message["content"]
+    start = next(i for i, part in enumerate(content) if part["type"] == "text")
+    text = "".join(part.get("text", token) for part in content[start:])
+    return {**message, "content": [*content[:start], {"type": "text", "text": text}]}
 
 
 def opening_of(chat: Chat) -> Chat:

@@ -12,12 +12,12 @@ from typing import Literal
 from jinja2 import TemplateError
 
 from data.boxes import check_box
-from data.sample import OcrWord, Sample
+from data.sample import MARK, PLACE, OcrWord, Sample
 
 Rule = Literal[
     "unreadable row", "missing image", "broken image", "image outside folder", "image too large",
     "empty question", "empty answer", "unknown task", "unknown expert", "unknown class",
-    "box outside image", "box hidden by crop", "broken OCR word",
+    "box outside image", "box hidden by crop", "box without image", "broken OCR word", "image places", "several images",
     "image token in text", "special token in text", "refused by processor", "too long",
 ]  # fmt: skip
 # What processors and templates raise for a sample that they cannot take.
@@ -71,12 +71,12 @@ def check_sample(
     `tasks` and `experts` are the known names; None allows every name.
     """
     where = where or name_of(sample)
-    if not sample.question.strip():
+    if not has_words(sample.question):
         raise BadSampleError(where, "empty question")
     if needs_answer and not sample.boxes and not any(a.strip() for a in sample.answers):
         raise BadSampleError(where, "empty answer", f"answers={sample.answers!r} and no box")
     for number, turn in enumerate(sample.turns, start=2):  # the first is question and answers
-        if not turn.question.strip():
+        if not has_words(turn.question):
             raise BadSampleError(where, "empty question", f"turn {number}")
         if not turn.answer.strip():
             raise BadSampleError(where, "empty answer", f"turn {number}")
@@ -84,17 +84,31 @@ def check_sample(
         raise BadSampleError(where, "unknown task", f"{sample.task!r}; choices: {[*tasks]}")
     if experts is not None and sample.expert is not None and sample.expert not in experts:
         raise BadSampleError(where, "unknown expert", f"{sample.expert!r}; choices: {[*experts]}")
+    asked = [sample.question, *(turn.question for turn in sample.turns)]
+    count, places = len(sample.images), "".join(asked).count(PLACE)
+    if places not in (0, count):
+        raise BadSampleError(where, "image places", f"{places} times {MARK} for {count} images")
+    if (sample.boxes or sample.box_image) and sample.box_image not in range(count):
+        detail = f"boxes lie in one of {count} images, given by its number from 0; got {sample.box_image}"
+        raise BadSampleError(where, "box without image", detail)
     for box in sample.boxes:
         try:
             check_box(box, *sample.size)
         except ValueError as error:
             raise BadSampleError(where, "box outside image", str(error)) from None
-    check_words(sample.ocr or (), where)
+    check_words(sample.ocr or (), where, count)
 
 
-def check_words(words: Sequence[OcrWord], where: str) -> None:
-    """Raise BadSampleError for a box that is not finite, or a confidence outside [0, 1]."""
+def has_words(question: str) -> bool:
+    return bool(question.replace(PLACE, "").strip())
+
+
+def check_words(words: Sequence[OcrWord], where: str, num_images: int) -> None:
+    """Raise BadSampleError for a box that is not finite, a confidence outside [0, 1], or an image that is not there."""
     for word in words:
+        if word.image not in range(max(1, num_images)):
+            detail = f"{word.text!r:.40}: image must be the number of one of {num_images}, from 0, got {word.image}"
+            raise BadSampleError(where, "broken OCR word", detail)
         if not all(map(math.isfinite, word.box)):
             detail = f"{word.text!r:.40}: box must be four finite numbers, got {word.box}"
             raise BadSampleError(where, "broken OCR word", detail)

@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.batch import Batch
-from data.chat import ChatEncoder, check_parts
+from data.chat import ChatEncoder, check_parts, images_of
 from data.checks import BadSampleError, RefusedError, name_of, refusals
 from data.pack import fill_rows, joined, pad
 from data.prompt import Evidence, Prompt
-from data.sample import Sample
+from data.sample import PLACE, Sample
 
 IGNORED = -100  # label of a token that is not supervised
 # What a processor gives of the text; everything else is of the images.
 TEXT_INPUTS = {
-    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "assistant_masks", "labels",
+    "input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "assistant_masks", "labels", "num_images",
 }  # fmt: skip
 
 
@@ -129,12 +129,13 @@ class ChatCollator(Prompt, Collator):
         return ChatEncoder(self.processor, self.stops)
 
     def encode(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Token ids and assistant masks as lists of unequal length, and the images."""
+        """Token ids and assistant masks as lists of unequal length, the images, and the number of each sample's."""
         encoder = self._encoder
         chats = [self.conversation(sample) for sample in samples]
-        images = [[image] if (image := self.image(s)) is not None else [] for s in samples]
+        images = [images_of(chat) for chat in chats]
         with refusals():
-            return encoder.encode(chats, images, prompts=self.for_generation)
+            encoded = encoder.encode(chats, images, prompts=self.for_generation)
+        return {**encoded, "num_images": [*map(len, images)]}
 
     def batch(self, samples: list[Sample], encoded: dict[str, Any]) -> Batch:
         tokenizer, tokens = self.processor.tokenizer, encoded["input_ids"]
@@ -150,26 +151,27 @@ class ChatCollator(Prompt, Collator):
         if packs:
             numbers = [[i] * len(row) for i, row in enumerate(tokens)]
             segments, _ = pad(joined(numbers, rows), -1)
-        questions = tokenizer([s.question for s in samples], add_special_tokens=False)["input_ids"]
+        asked = [sample.question.replace(PLACE, "") for sample in samples]
+        questions = tokenizer(asked, add_special_tokens=False)["input_ids"]
         text_ids, text_mask = pad(questions, tokenizer.pad_token_id)
         text: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
         text |= {"segments": segments, "text_ids": text_ids, "text_mask": text_mask}
-        return Batch(**text, **self._images(samples, encoded), **evidence_of(self, samples))
+        return Batch(**text, **self._images(encoded), **evidence_of(self, samples))
 
-    def _images(self, samples: list[Sample], encoded: dict[str, Any]) -> dict[str, Any]:
+    def _images(self, encoded: dict[str, Any]) -> dict[str, Any]:
         """What the processor made of the images, and the sample of each.
 
         A batch without any gets a blank one that is in no prompt: vision layers that learn must
         take part on every rank.
         """
-        seen = torch.tensor([sample.image is not None for sample in samples])
-        if not seen.any():
+        counts = torch.tensor(encoded["num_images"])
+        if not counts.any():
             blank = new_image("RGB", (64, 64), "gray")
             encoded = self.processor(text=[self.processor.image_token], images=[[blank]])
         kept = {k: v for k, v in encoded.items() if k not in TEXT_INPUTS and v is not None}
         inputs = {name: stack_images(value) for name, value in kept.items()}
         found = {"pixel_values": inputs.pop("pixel_values"), "image_inputs": inputs}
-        return {**found, "image_index": seen.nonzero()[:, 0], "image_mask": seen}
+        return {**found, "image_index": torch.arange(len(counts)).repeat_interleave(counts), "image_mask": counts > 0}
 
 
 def evidence_of(collator: Evidence, samples: list[Sample]) -> dict[str, Any]:
@@ -188,11 +190,11 @@ def evidence_of(collator: Evidence, samples: list[Sample]) -> dict[str, Any]:
     for row, (sample, found) in enumerate(zip(samples, words, strict=True)):
         count, stop = len(found), start + len(found)
         if found:
-            framed = collator.framing(sample)
-            size = torch.tensor([*framed.size, *framed.size])
+            frames = [collator.framing(*image.size) for image in sample.images]
+            size = torch.tensor([2 * frames[w.image].size for w in found])
             out["ocr_ids"][row, :count] = char_ids[start:stop]
             out["ocr_char_mask"][row, :count] = char_mask[start:stop]
-            out["ocr_boxes"][row, :count] = torch.tensor([framed.to_frame(w.box) for w in found]) / size
+            out["ocr_boxes"][row, :count] = torch.tensor([frames[w.image].to_frame(w.box) for w in found]) / size
             out["ocr_confidence"][row, :count] = torch.tensor([w.confidence for w in found])
             out["ocr_mask"][row, :count] = True
         start = stop

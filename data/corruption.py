@@ -65,18 +65,16 @@ def misread(sample: Sample, chance: float, rng: random.Random) -> Sample:
 
 
 def noise(sample: Sample, deviation: float, rng: random.Random) -> Sample:
-    if sample.image is None:
-        return sample
-    pixels = np.asarray(sample.image, np.float32)
-    drawn = np.random.default_rng(rng.getrandbits(63)).standard_normal(pixels.shape, np.float32)
-    spoilt = np.clip(np.rint(pixels + 255 * deviation * drawn), 0, 255).astype(np.uint8)
-    return replace(sample, image=Image.fromarray(spoilt))
+    def noisy(image: Image.Image) -> Image.Image:
+        pixels = np.asarray(image, np.float32)
+        drawn = np.random.default_rng(rng.getrandbits(63)).standard_normal(pixels.shape, np.float32)
+        return Image.fromarray(np.clip(np.rint(pixels + 255 * deviation * drawn), 0, 255).astype(np.uint8))
+
+    return sample.with_images([noisy(image) for image in sample.images])
 
 
 def blur(sample: Sample, share: float, rng: random.Random) -> Sample:
-    if sample.image is None:
-        return sample
-    return replace(sample, image=sample.image.filter(ImageFilter.GaussianBlur(share * min(sample.image.size))))
+    return sample.with_images([i.filter(ImageFilter.GaussianBlur(share * min(i.size))) for i in sample.images])
 
 
 @dataclass(frozen=True, kw_only=True)

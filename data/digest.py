@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from data.checks import BadSampleError
 from data.config import DataConfig, SourceConfig
@@ -62,10 +63,17 @@ def digest_sample(sample: Sample | BadSampleError) -> str:
     for item in fields(sample):
         value = getattr(sample, item.name)
         if item.name == "image" and value is not None:
-            value = (value.mode, value.size, sha256(value.tobytes()).hexdigest())
-        if item.name not in ("ocr", "expert", "source"):
+            value = pixels_digest(value)
+        if item.name == "more_images":
+            value = [*map(pixels_digest, value)]
+        several = item.name not in ("more_images", "box_image") or sample.more_images
+        if several and item.name not in ("ocr", "expert", "source"):
             digest.update(f"{item.name}={value!r};".encode(errors="backslashreplace"))
     return digest.hexdigest()[:16]
+
+
+def pixels_digest(image: Image) -> tuple[str, tuple[int, int], str]:
+    return image.mode, image.size, sha256(image.tobytes()).hexdigest()
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

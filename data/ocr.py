@@ -10,8 +10,8 @@ readings are equal: the engine already rounds to what the Parquet file stores.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,14 @@ def content_hash(image: Image) -> str:
     digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode())
     digest.update(rgb.tobytes())
     return digest.hexdigest()
+
+
+def words_on(images: Sequence[Image], ocr: OcrSource) -> Words | None:
+    """The words of several images with their image's number; None where none was read."""
+    found = [ocr(image) for image in images]
+    if all(words is None for words in found):
+        return None
+    return tuple(replace(word, image=n) if n else word for n, words in enumerate(found) for word in words or ())
 
 
 class OcrCache:

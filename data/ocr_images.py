@@ -52,7 +52,7 @@ class SourceImages:
     """The images of a data set, each once; a worker opens the files for itself."""
 
     source: SourceConfig
-    positions: tuple[int, ...]  # of the first sample of each image
+    positions: tuple[tuple[int, int], ...]  # the first sample of each image, and its number there
 
     @cached_property
     def dataset(self) -> RecordDataset:
@@ -62,9 +62,9 @@ class SourceImages:
         return len(self.positions)
 
     def __getitem__(self, index: int) -> Image.Image:
-        record, where = self.dataset.records.read(self.positions[index])
-        assert record.image is not None  # first_samples has left those out
-        return open_image(record.image, where)
+        row, number = self.positions[index]
+        record, where = self.dataset.records.read(row)
+        return open_image(record.images[number], where)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"source": self.source, "positions": self.positions}
@@ -81,18 +81,18 @@ def source_images(config: RunConfig, name: str | None) -> SourceImages:
     return SourceImages(source, first_samples(open_records(source, None)))
 
 
-def first_samples(dataset: RecordDataset) -> tuple[int, ...]:
-    """The first sample of each image; rows that cannot be read stay, to be counted as failed."""
-    first: dict[object, int] = {}
+def first_samples(dataset: RecordDataset) -> tuple[tuple[int, int], ...]:
+    """The first sample of each image, and its number there; rows that cannot be read stay, to be counted as failed."""
+    first: dict[object, tuple[int, int]] = {}
     for index in track(range(len(dataset)), "images", transient=True):
         try:
             record, _ = dataset.records.read(index)
         except BadSampleError:
-            first[index] = index
+            first[index] = index, 0
             continue
-        if record.image is not None:
-            key = record.image if isinstance(record.image, Path) else record.image_id
-            first.setdefault(key, index)
+        for number, image in enumerate(record.images):
+            key = image if isinstance(image, Path) else (record.image_id, number)
+            first.setdefault(key, (index, number))
     return tuple(first.values())
 
 

@@ -50,6 +50,9 @@ class PairCollator(Collator):
             return error
         if sample.image is None:
             return BadSampleError(name_of(sample), "missing image", "a pair needs an image")
+        if sample.more_images:
+            detail = f"has {len(sample.images)}, and a CLIP compares one image with a text; make a row of each"
+            return BadSampleError(name_of(sample), "several images", detail)
         answer = sample.answers[0] if sample.answers else ""
         if not answer.strip():
             return BadSampleError(name_of(sample), "empty answer", "a pair needs a text")

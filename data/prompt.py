@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 from zlib import crc32
 
@@ -19,18 +20,19 @@ from data.chat import message, special_tokens
 from data.checks import BadSampleError, check_sample, name_of
 from data.config import PromptConfig
 from data.geometry import Geometry, seen_by
-from data.sample import OcrWord, Sample
+from data.sample import PLACE, OcrWord, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
 class Intake:
     """What data needs from a base: its processor, how it writes boxes (a name in CODECS, None if
-    unknown), whether it takes text alone, the ids that end generation, and for a dual encoder the
-    tokens that its text tower reads."""
+    unknown), whether it takes text alone, why it takes no more than one image a sample (empty where
+    it does), the ids that end generation, and for a dual encoder the tokens that its text tower reads."""
 
     processor: Any
     box_codec: str | None = None
     text_only: bool = True
+    one_image: str = ""
     stops: tuple[int, ...] = ()
     context_length: int | None = None
 
@@ -62,19 +64,24 @@ class Evidence:
         return self.codec
 
     def geometry(self, sample: Sample) -> Geometry:
-        """Where the sample's image goes on its way to the model."""
-        framed = self.framing(sample)
+        """Where the image that boxes lie in goes on its way to the model."""
+        return self.way(*sample.size)
+
+    def way(self, width: int, height: int) -> Geometry:
+        """Where an image goes on its way to the model."""
+        framed = self.framing(width, height)
         return framed.then(seen_by(self.processor.image_processor, *framed.size))
 
-    def framing(self, sample: Sample) -> Geometry:
-        """Where it goes in its frame of words, see data/border.py."""
-        return bordered(*sample.size, self.settings.border)
+    def framing(self, width: int, height: int) -> Geometry:
+        """Where an image goes in its frame of words, see data/border.py."""
+        return bordered(width, height, self.settings.border)
 
-    def image(self, sample: Sample) -> Image.Image | None:
+    def images(self, sample: Sample) -> list[Image.Image]:
         """What the processor gets."""
-        if sample.image is None or not self.settings.border:
-            return sample.image
-        return draw_border(sample.image, self.settings.border, sample.question, self.task_id(sample))
+        if not self.settings.border:
+            return [*sample.images]
+        words = sample.question.replace(PLACE, ""), self.task_id(sample)
+        return [draw_border(image, self.settings.border, *words) for image in sample.images]
 
     def target(self, sample: Sample) -> str:
         """What the model learns to answer: the most frequent answer (the first of equals), or the boxes."""
@@ -143,9 +150,10 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt(Evidence):
-    """Samples as conversations. Without `text_only` a sample needs an image."""
+    """Samples as conversations. Without `text_only` a sample needs an image; `one_image` is why it has one at most."""
 
     text_only: bool = True
+    one_image: str = ""
 
     def error_of(self, sample: Sample) -> BadSampleError | None:
         if error := super().error_of(sample):
@@ -153,6 +161,9 @@ class Prompt(Evidence):
         if sample.image is None and not self.text_only:
             detail = "this base reads no text without an image"
             return BadSampleError(name_of(sample), "missing image", detail)
+        if sample.more_images and self.one_image:
+            detail = f"has {len(sample.images)}, and {self.one_image}"
+            return BadSampleError(name_of(sample), "several images", detail)
         return self._hidden_box(sample)
 
     def _hidden_box(self, sample: Sample) -> BadSampleError | None:
@@ -168,10 +179,11 @@ class Prompt(Evidence):
         return BadSampleError(name_of(sample), "box hidden by crop", detail)
 
     def prompt(self, sample: Sample) -> str:
-        """The text of the user's turn; every word that the language model reads but the answer."""
+        """The text of the user's turn, with places of images: every word that the model reads but the answer."""
         settings, text = self.settings, sample.question
         if settings.task_in_prompt and not self.withholds(sample):
-            text = settings.task_template.format(task=sample.task) + text
+            question = text.lstrip(PLACE)
+            text = text.removesuffix(question) + settings.task_template.format(task=sample.task) + question
         words = settings.ocr_separator.join(word.text for word in self.words(sample))
         if settings.ocr_in_prompt and words:
             text += settings.ocr_template.format(words=words)
@@ -182,15 +194,22 @@ class Prompt(Evidence):
         return sample.system + self.prompt(sample) + self.target(sample)
 
     def conversation(self, sample: Sample) -> list[dict[str, Any]]:
-        """The whole conversation to learn from, or its first question to answer."""
-        image = [] if sample.image is None else [{"type": "image", "image": sample.image}]
+        """The whole conversation to learn from, or its first question to answer, with its images."""
+        shown = iter({"type": "image", "image": image} for image in self.images(sample))
+
+        def user(text: str) -> dict[str, Any]:
+            return message("user", text, [*islice(shown, text.count(PLACE))])
+
+        prompt = self.prompt(sample)
+        if PLACE not in "".join([prompt, *(turn.question for turn in sample.turns)]):
+            prompt = PLACE * len(sample.images) + prompt
         system = [message("system", sample.system)] if sample.system else []
-        opening = [*system, message("user", self.prompt(sample), image)]
+        opening = [*system, user(prompt)]
         if self.for_generation:
             return opening
         answered = [*opening, message("assistant", self.target(sample).strip())]
         for turn in sample.turns:
-            answered += [message("user", turn.question), message("assistant", turn.answer.strip())]
+            answered += [user(turn.question), message("assistant", turn.answer.strip())]
         return answered
 
 

@@ -82,5 +82,5 @@ def make_collator(config: RunConfig, intake: Intake, **changes: Any) -> Any:
             raise ValueError("train.pack_length: has no effect on a dual encoder (it reads pairs)")
         return PairCollator(**fields, context_length=intake.context_length, **changes)
     codec = intake.box_codec if config.prompt.box_codec == "auto" else config.prompt.box_codec
-    fields |= {"text_only": intake.text_only, "stops": intake.stops}
+    fields |= {"text_only": intake.text_only, "one_image": intake.one_image, "stops": intake.stops}
     return ChatCollator(**fields, codec=None if codec is None else CODECS[codec], **changes)

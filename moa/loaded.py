@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from data.ocr import OcrCache
+from data.ocr import OcrCache, words_on
 from data.pairs import fill, only_images
-from data.sample import Sample
+from data.sample import Sample, placed
 from data.sources import open_ocr
 from moa.build import build_model, only_adapters
 from moa.clip_model import ClipMixture
@@ -72,7 +72,7 @@ class LoadedModel:
 
     def ask(
         self,
-        image: ImageLike,
+        image: ImageLike | Sequence[ImageLike],
         question: str,
         task: str | None = None,
         *,
@@ -83,6 +83,8 @@ class LoadedModel:
     ) -> Prediction:
         """The answer to a question about an image: a path, a PIL image, or an array [height, width, 3] of bytes.
 
+        For bases that take several, `image` may be a list of them. Each has an `<image>` in the question, or all
+        stand before it.
         Without a task neither prompt nor router gets one. `gates` is router, uniform, ensemble, off (the base), the
         name of an expert (it alone), without:NAME, or a mapping from experts to gates, where an expert that it lacks
         has gate 0. Lengths are by default those of the run's `eval`. `on_text` is called with the answer as far as it
@@ -93,7 +95,7 @@ class LoadedModel:
 
     def ask_all(
         self,
-        pairs: Sequence[tuple[ImageLike, str]],
+        pairs: Sequence[tuple[ImageLike | Sequence[ImageLike], str]],
         task: str | None = None,
         *,
         gates: GateRule = "router",
@@ -172,10 +174,16 @@ class LoadedModel:
         else:
             gates_by_name(self.experts, gates)
 
-    def _sample(self, given: ImageLike, question: str, task: str | None, name: str = "0") -> Sample:
-        image = read_image(given)
-        words = self.ocr(image) if self.ocr is not None else None
-        about: dict[str, Any] = {"id": name, "image_id": name, "image": image, "question": question, "ocr": words}
+    def _sample(
+        self, given: ImageLike | Sequence[ImageLike], question: str, task: str | None, name: str = "0"
+    ) -> Sample:
+        listed = isinstance(given, list | tuple)
+        images = [read_image(image) for image in (given if listed else [given])]
+        if not images:
+            raise ValueError("image: the list is empty")
+        about: dict[str, Any] = {"id": name, "image_id": name, "question": placed(question) if listed else question}
+        about |= {"image": images[0], "more_images": tuple(images[1:]), "box_image": None if images[1:] else 0}
+        about |= {"ocr": words_on(images, self.ocr) if self.ocr is not None else None}
         return Sample(**about, answers=(), task=task or "", source="predict")
 
 

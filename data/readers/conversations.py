@@ -5,8 +5,9 @@
     {"images": ["1.jpg"], "messages": [{"role": "user", "content": "<image>Q"},
                                        {"role": "assistant", "content": "A"}, ...]}
 
-A file is a JSON list (scanned, never held whole), one object a line, or Parquet. The image is put
-before the first question, wherever `<image>` stood in it; rows without an image are text alone.
+A file is a JSON list (scanned, never held whole), one object a line, or Parquet. Images stand where
+their `<image>` is, in any question; the only one of a row is put before the first question, wherever
+it stood in it. Rows without an image are text alone.
 `system` may stand beside the conversation. A key of CHANGES that holds something is refused; any other
 key is left out.
 """
@@ -21,11 +22,10 @@ from data.readers.fields import field, name, text
 from data.readers.record import Record, Records
 from data.readers.rows import Row, json_rows
 from data.readers.table import FILE, reads
-from data.readers.tables import TableRows, image_of, open_table
-from data.sample import Turn
+from data.readers.tables import TableRows, fields_of, image_of, names_of, open_table
+from data.sample import MARK, Turn, placed
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-PLACE = "<image>"
 IMAGE_KEYS = ("image", "path", "url", "image_url")  # in which a part of a message names its image
 UNREAD = ("<bbox>", "<ref-object>", "<video>", "<audio>")  # placeholders of what is not read here
 # Keys of a row or a message without which it means something else
@@ -53,15 +53,16 @@ def parse_conversation(row: Row, images: str | None) -> Record:
     messages, found = messages_of(row.value)
     system, turns = turns_of(messages, row.value.get("system"))
     check_places(turns, len(found))
-    (question, answer), *later = [(clean(q), a) for q, a in turns]
+    alone = len(found) == 1 and MARK in turns[0][0]
+    (question, answer), *later = [(placed(q.replace(MARK, "") if alone else q).strip(), a) for q, a in turns]
     if any(a is None for _, a in later):
         raise ValueError("ends with a question without an answer")
-    image, named = found[0] if found else None, row.value.get("id") is not None
+    named, names = row.value.get("id") is not None, names_of(found)
     own: dict[str, Any] = {"question": question, "answers": () if answer is None else (answer,)}
     own |= {"id": name(row.value, "id") if named else row.where.rpartition("/")[2]}
-    own |= {"image_id": coco_number(image) if isinstance(image, str) else row.where}
+    own |= {"image_id": " ".join(map(coco_number, names)) or row.where}
     own |= {"turns": tuple(Turn(question=q, answer=a or "") for q, a in later)}
-    return Record(image=image_of(image, images), system=system, **own)
+    return Record(**fields_of([image_of(image, images) for image in found]), system=system, **own)
 
 
 def turns_of(messages: list[tuple[str, str]], beside: str | None) -> tuple[str, list[tuple[str, str | None]]]:
@@ -132,7 +133,7 @@ def words_of(message: Any, images: list[Any]) -> str:
         if kind == "text":
             words.append(text(part, "text"))
         elif kind in ("image", "image_url"):
-            words.append(PLACE)
+            words.append(MARK)
             named = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
             images.extend(n["url"] if isinstance(n, dict) and "url" in n else n for n in named)
         else:
@@ -141,19 +142,13 @@ def words_of(message: Any, images: list[Any]) -> str:
 
 
 def check_places(turns: list[tuple[str, str | None]], num_images: int) -> None:
-    """The number of places for images must be that of images, and one at the most."""
+    """The number of places for images must be that of images, all of them in questions."""
     words = [part for turn in turns for part in turn if part is not None]
-    places = sum(part.count(PLACE) for part in words)
+    places = sum(part.count(MARK) for part in words)
     if places != num_images:
-        raise ValueError(f"has {places} times {PLACE} for {num_images} images")
-    if num_images > 1:
-        raise ValueError(f"has {num_images} images; a sample has one at the most")
-    if places and PLACE not in turns[0][0]:
-        raise ValueError(f"has its {PLACE} behind the first question")
+        raise ValueError(f"has {places} times {MARK} for {num_images} images")
+    if any(MARK in (answer or "") for _, answer in turns):
+        raise ValueError(f"has {MARK} in an answer, where no image can stand")
     for mark in UNREAD:
         if any(mark in part for part in words):
             raise ValueError(f"has {mark}, which is not read from this format")
-
-
-def clean(question: str) -> str:
-    return question.replace(PLACE, "").strip()

@@ -155,6 +155,15 @@ def frame_of(value: Any, boxes: Sequence[Box], words: Sequence[OcrWord] = ()) ->
     return None
 
 
+def number_of(value: Any, key: str) -> int | None:
+    """The number of an image, from 0; None where there is none."""
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, str) and value.isdecimal():  # a cell of a CSV
+        return int(value)
+    raise ValueError(f"{key!r} must be the number of an image, from 0, got {value!r:.60}")
+
+
 def tags_of(row: dict[str, Any], *keys: str) -> tuple[str, ...]:
     """The texts that the row has under `keys`, for scores by kind."""
     return tuple(row[key] for key in keys if isinstance(row.get(key), str) and row[key])

@@ -8,13 +8,13 @@ BadSampleError that names the file and the row.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data.checks import BadSampleError, check_sample, check_words
 from data.config import SourceConfig
 from data.images import StoredImage, find_image, open_image
-from data.ocr import OcrSource
+from data.ocr import OcrSource, words_on
 from data.readers.fields import name, text
 from data.readers.rows import Row, Rows
 from data.sample import Box, OcrWord, Sample, Turn
@@ -24,7 +24,7 @@ SAME = ("id", "image_id", "answers", "system", "turns", "tags", "choices")
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """A sample but for its image; the fields are Sample's.
+    """A sample but for its images; the fields are Sample's.
 
     `frame` is the width and height that boxes and OCR boxes are given in, None for the image's
     own pixels: (1, 1) for shares of the image, or the size that the annotators saw. A box may stick
@@ -46,6 +46,12 @@ class Record:
     turns: tuple[Turn, ...] = ()
     tags: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
+    more_images: tuple[StoredImage, ...] = ()
+    box_image: int | None = None  # needed where there are several images
+
+    @property
+    def images(self) -> tuple[StoredImage, ...]:
+        return () if self.image is None else (self.image, *self.more_images)
 
 
 def asked(source: SourceConfig, row: Row, *files: str, **more: Any) -> Record:
@@ -152,23 +158,25 @@ class RecordDataset:
         record, _ = self.records.read(index)
         said = [record.system, record.question, max(record.answers, key=len, default="")]
         said += [words for turn in record.turns for words in (turn.question, turn.answer)]
-        return int(record.image is not None), sum(map(len, said))
+        return len(record.images), sum(map(len, said))
 
     def _sample(self, record: Record, where: str) -> Sample:
-        image = None if record.image is None else open_image(record.image, where)
-        size = image.size if image is not None else (1, 1)
-        frame = record.frame or size
-        check_words(record.ocr or (), where)  # before they are cut at the edges
-        ocr = None if record.ocr is None else tuple(fitted(w, frame, size) for w in record.ocr)
-        if ocr is None and self.ocr is not None and image is not None:
-            ocr = self.ocr(image)
-        boxes = [clip_if_near(scaled(b, frame, size), size, record.slack) for b in record.boxes]
+        images = [open_image(stored, where) for stored in record.images]
+        sizes = [image.size for image in images] or [(1, 1)]
+        check_words(record.ocr or (), where, len(images))  # before they are cut at the edges
+        ocr = None if record.ocr is None else tuple(fitted(w, record.frame, sizes[w.image]) for w in record.ocr)
+        if ocr is None and self.ocr is not None:
+            ocr = words_on(images, self.ocr)
+        boxed = 0 if record.box_image is None and not record.more_images else record.box_image
+        size = dict(enumerate(sizes)).get(boxed or 0, sizes[0])  # a number of no image is refused with the sample
+        boxes = [clip_if_near(scaled(b, record.frame or size, size), size, record.slack) for b in record.boxes]
         own: dict[str, Any] = {key: getattr(record, key) for key in SAME}
         own |= {key: getattr(self, key) for key in ("source", "expert", "instruction")}
         own |= {"question": self.prompt.replace("{question}", record.question)}
         own |= {"task": self.task or record.task or self.default_task}
         own |= {"split": record.split or self.split}
-        return Sample(image=image, boxes=tuple(boxes), ocr=ocr, **own)
+        own |= {"more_images": tuple(images[1:]), "box_image": boxed}
+        return Sample(image=images[0] if images else None, boxes=tuple(boxes), ocr=ocr, **own)
 
 
 def scaled(box: Box, frame: tuple[float, float], size: tuple[int, int]) -> Box:
@@ -193,7 +201,6 @@ def clipped(box: Box, size: tuple[int, int]) -> Box:
             min(float(width), max(0.0, x1)), min(float(height), max(0.0, y1)))  # fmt: skip
 
 
-def fitted(word: OcrWord, frame: tuple[float, float], size: tuple[int, int]) -> OcrWord:
-    """The word in the image's pixels, its box cut at the edges: engines read past them."""
-    box = clipped(scaled(word.box, frame, size), size)
-    return OcrWord(text=word.text, box=box, confidence=word.confidence)
+def fitted(word: OcrWord, frame: tuple[float, float] | None, size: tuple[int, int]) -> OcrWord:
+    """The word in its image's pixels, its box cut at the edges: engines read past them."""
+    return replace(word, box=clipped(scaled(word.box, frame or size, size), size))

@@ -2,10 +2,13 @@
 
 `columns` maps a sample's fields to the table's columns: {question: query, answers: label, ...}. Without
 it a column is read by a field's own name. open_clip's CSV is {image: filepath, answers: title}.
+A cell of `image` may be a list of images, in a CSV one that JSON writes.
 CSV and JSON are read here, since `datasets` guesses what their cells mean: 007 becomes 7.
 """
 
+import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,12 +18,13 @@ from typing import Any
 from data.checks import BadSampleError
 from data.config import SourceConfig
 from data.images import StoredImage, named_image
-from data.readers.fields import boxes_of, cell_text, cell_texts, frame_of
+from data.readers.fields import boxes_of, cell_text, cell_texts, frame_of, number_of
 from data.readers.record import Record, Records, reason
 from data.readers.rows import CsvRows, Row, Rows, json_rows, require_file
 from data.readers.table import FILE, reads
+from data.sample import placed
 
-FIELDS = ("id", "image_id", "image", "question", "answers", "boxes", "frame", "task", "split")
+FIELDS = ("id", "image_id", "image", "question", "answers", "boxes", "box_image", "frame", "task", "split")
 SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves in a folder
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 # Columns that hold images, by the names that are in use; one that is not read is a slip
@@ -99,7 +103,7 @@ def read_table(source: SourceConfig) -> Records:
     rows, found, features = table_rows(source.path, source.split)
     columns = check_columns(source, found)
     folder = source.images or (source.path if Path(source.path).is_dir() else None)
-    parse = partial(parse_table, columns=columns, features=features, images=folder)
+    parse = partial(parse_table, columns=columns, features=features, folder=folder)
     return Records(rows=rows, parse=parse)
 
 
@@ -168,24 +172,49 @@ def labelled(value: Any, feature: Any) -> Any:
     return value
 
 
-def parse_table(row: Row, columns: dict[str, str], features: dict[str, Any], images: str | None) -> Record:
+def parse_table(row: Row, columns: dict[str, str], features: dict[str, Any], folder: str | None) -> Record:
     if not isinstance(row.value, dict):
         raise ValueError(f"a row must be an object, got {row.value!r:.60}")
     found = {f: labelled(row.value.get(c), features.get(c)) for f, c in columns.items()}
-    image, boxes = found.get("image"), boxes_of(found.get("boxes"))
+    cell, boxes = cell_of_images(found.get("image")), boxes_of(found.get("boxes"))
+    images = listed(cell)
     there = [f for f in ("id", "image_id", "question", "task", "split") if found.get(f) is not None]
     said = {field: cell_text(found[field], columns[field]) for field in there}
     number = re.findall(r"\d+", row.where)[-1]
-    own: dict[str, Any] = {"id": number, "image_id": image if isinstance(image, str) else number}
     answers = cell_texts(found.get("answers"), columns.get("answers", "answers"))
-    own |= {"image": image_of(image, images), "frame": frame_of(found.get("frame"), boxes)}
-    return Record(answers=answers, boxes=boxes, **own | said)
+    own: dict[str, Any] = {"id": number, "image_id": " ".join(names_of(images)) or number}
+    own |= {"frame": frame_of(found.get("frame"), boxes), "box_image": number_of(found.get("box_image"), "box_image")}
+    if isinstance(cell, list) and "question" in said:
+        said["question"] = placed(said["question"])
+    return Record(
+        answers=answers, boxes=boxes, **fields_of([image_of(image, folder) for image in images]), **own | said
+    )
 
 
-def image_of(value: Any, images: str | None) -> StoredImage | None:
-    """The image of a cell: a name in the folder `images`, or as `datasets` stores it, or nothing."""
-    if value is None:
-        return None
+def cell_of_images(value: Any) -> Any:
+    """An image, a list of images, or nothing; a text may be a list that JSON writes."""
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(ValueError):  # else a name like another
+            return json.loads(value)
+    return value
+
+
+def listed(cell: Any) -> list[Any]:
+    return [] if cell is None else cell if isinstance(cell, list) else [cell]
+
+
+def fields_of(images: Sequence[StoredImage]) -> dict[str, Any]:
+    """The images as fields of a record."""
+    return {"image": images[0] if images else None, "more_images": tuple(images[1:])}
+
+
+def names_of(images: Sequence[Any]) -> list[str]:
+    """The images' names; none where one of them has none."""
+    return [*images] if all(isinstance(image, str) for image in images) else []
+
+
+def image_of(value: Any, images: str | None) -> StoredImage:
+    """An image of a cell: a name in the folder `images`, or as `datasets` stores it."""
     if isinstance(value, dict) and value.get("bytes"):
         return bytes(value["bytes"])
     name = value.get("path") if isinstance(value, dict) else value

@@ -61,7 +61,8 @@ def draw_image(axes: Axes, card: Card) -> None:
     task = sample.task
     axes.set_title(task if sample.source == task else f"{sample.source} ({task})", fontsize=9)
     for word in sample.ocr or ():
-        _box(axes, word.box, READ, linewidth=0.9)
+        if word.image == (sample.box_image or 0):
+            _box(axes, word.box, READ, linewidth=0.9)
     for box in sample.boxes:
         _box(axes, box, "white", linewidth=3.4)
         _box(axes, box, TRUE, linewidth=2)
@@ -81,7 +82,7 @@ def draw_words(axes: Axes, card: Card) -> None:
     sample, found, box = card.response.sample, card.response.text, card.response.box
     if box is not None:
         found = f"a box, IoU {best_iou(box, sample.boxes):.2f}"
-    lines = [(sample.question, INK, "bold", 2), (f"{mark} {found or '(nothing)'}", ink, "normal", 3)]
+    lines = [(sample.asked, INK, "bold", 2), (f"{mark} {found or '(nothing)'}", ink, "normal", 3)]
     if (truth := " / ".join(dict.fromkeys(sample.answers))) and card.score < 1:
         lines.append((f"true: {truth}", MUTED, "normal", 2))
     if sample.ocr:

@@ -1,6 +1,6 @@
 """Samples as a run sees them, on one HTML page.
 
-Each card has the image as it reaches the vision tower, with its boxes (true ones, and those in the
+Each card has its images as they reach the vision tower, with their boxes (true ones, and those in the
 target's text), the OCR words, and the whole sequence with the supervised tokens in colour.
 """
 
@@ -44,9 +44,10 @@ def card(item: Sample | BadSampleError, collator: Collator) -> str:
     batch, rejected = collator.split([item])
     if batch is None or isinstance(item, BadSampleError):
         return html.element("section", str(rejected[0]), "bad")
-    image, size = image_html(item, batch, collator)
+    shown = [image_html(item, number, batch, collator) for number in range(len(item.images))]
+    sizes = ", ".join(size for _, size in shown) or "text alone"
     words = " ".join(word.text for word in collator.words(item))
-    about = f"task {item.task}, expert {item.expert or 'unknown'}, {size}, "
+    about = f"task {item.task}, expert {item.expert or 'unknown'}, {sizes}, "
     tokens = (html.element("span", text, kind) for kind, text in tokens_of(batch, collator))
     parts = [
         html.element("h2", f"{item.source} / {item.id}"),
@@ -54,39 +55,38 @@ def card(item: Sample | BadSampleError, collator: Collator) -> str:
         html.element("p", f"OCR: {words or 'none'}", "read"),
         f"<p class=tokens>{''.join(tokens)}</p>",
     ]
-    return f"<section>{image}<div>{''.join(parts)}</div></section>"
+    return f"<section>{''.join(image for image, _ in shown)}<div>{''.join(parts)}</div></section>"
 
 
-def image_html(sample: Sample, batch: Batch, collator: Collator) -> tuple[str, str]:
-    """The image with its boxes, and its sizes in words; nothing to show for text alone."""
-    if sample.image is None:
-        return "", "text alone"
-    geometry, file = collator.geometry(sample), io.BytesIO()
-    drawn(frame_of(sample, batch, collator, geometry), sample, collator).save(file, "PNG")
-    words = "{} x {} pixels, seen as {} x {}".format(*sample.image.size, *geometry.size)
+def image_html(sample: Sample, number: int, batch: Batch, collator: Collator) -> tuple[str, str]:
+    """One of the sample's images with its boxes, and its sizes in words."""
+    size = sample.images[number].size
+    geometry, file = collator.way(*size), io.BytesIO()
+    drawn(frame_of(sample, number, batch, collator, geometry), sample, number, collator).save(file, "PNG")
+    words = "{} x {} pixels, seen as {} x {}".format(*size, *geometry.size)
     return html.image(file.getvalue()), words
 
 
-def frame_of(sample: Sample, batch: Batch, collator: Collator, geometry: Geometry) -> Image.Image:
+def frame_of(sample: Sample, number: int, batch: Batch, collator: Collator, geometry: Geometry) -> Image.Image:
     """The input of the vision tower; drawn by the geometry where that is tiles or flat patches."""
     pixels, processor = batch.pixel_values, collator.processor.image_processor
-    if pixels.dim() == 4 and tuple(pixels.shape[:1:-1]) == geometry.size:
-        return seen_image(pixels[0], processor.image_mean, processor.image_std)
-    image = collator.image(sample)
-    assert image is not None
+    whole = pixels.dim() == 4 and len(pixels) == len(sample.images)
+    if whole and tuple(pixels.shape[:1:-1]) == geometry.size:
+        return seen_image(pixels[number], processor.image_mean, processor.image_std)
+    image = collator.images(sample)[number]
     return seen_by(processor, *image.size).pixels(image)
 
 
-def drawn(frame: Image.Image, sample: Sample, collator: Collator) -> Image.Image:
-    """The frame, enlarged where it is small, with the sample's boxes and words on it."""
-    geometry = collator.geometry(sample)
+def drawn(frame: Image.Image, sample: Sample, number: int, collator: Collator) -> Image.Image:
+    """The frame, enlarged where it is small, with the image's boxes and words on it."""
+    geometry, boxes = collator.way(*sample.images[number].size), sample.boxes if sample.box_image == number else ()
     zoom = max(1, -(-SHORTEST // min(frame.size)))
     image = frame.resize((frame.width * zoom, frame.height * zoom), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(image)
-    target = collator.box_codec.decode(collator.target(sample), geometry) if sample.boxes else None
-    outlines = [(box, TRUE, 4) for box in sample.boxes]
+    target = collator.box_codec.decode(collator.target(sample), geometry) if boxes else None
+    outlines = [(box, TRUE, 4) for box in boxes]
     outlines += [(target, TARGET, 2)] if target is not None else []
-    outlines += [(w.box, READ, 1) for w in collator.words(sample)]
+    outlines += [(w.box, READ, 1) for w in collator.words(sample) if w.image == number]
     for box, colour, width in outlines:
         pen.rectangle(zoomed(geometry.to_frame(box), zoom), outline=colour, width=width)
     return image

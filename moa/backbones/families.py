@@ -30,6 +30,7 @@ class Family:
     first_position: int | None = 0  # of a prompt's tokens; None: the model counts in three axes
     softcap: bool = False  # final_logit_softcapping of the language model's config holds
     text_only: bool = True  # a prompt may come without an image
+    several_images: bool = True  # a prompt may have more than one
     box_codec: str | None = None  # the convention of data/boxes.py that it was trained with
 
 
@@ -66,7 +67,7 @@ QWEN: dict[str, Any] = {
     "first_position": None,
 }
 FAMILIES: dict[str, Family] = {  # by model_type of config.json
-    "llava": Family(**LLAVA, box_codec="llava"),
+    "llava": Family(**LLAVA, several_images=False, box_codec="llava"),
     "llava_next": Family(**LLAVA, rows="tiles", box_codec="llava"),
     "llava_onevision": Family(**LLAVA, rows="tiles"),
     "qwen2_vl": Family(
@@ -86,6 +87,7 @@ FAMILIES: dict[str, Family] = {  # by model_type of config.json
         first_position=1,
         softcap=True,
         text_only=False,
+        several_images=False,
         box_codec="paligemma",
     ),
     "internvl": Family(**LLAVA | {"image_width": shuffled_size}, box_codec="internvl"),

@@ -292,10 +292,14 @@ def _inside(name: str, *prefixes: str) -> bool:
 
 
 def intake_of(processor: Any, family: Family, generation: Any) -> Intake:
+    name = next((kind for kind, row in FAMILIES.items() if row is family), "base")
+    choices = ", ".join(kind for kind, row in FAMILIES.items() if row.several_images)
+    one = "" if family.several_images else f"a {name} was trained on one a sample; bases that take several: {choices}"
     return Intake(
         processor=processor,
         box_codec=box_convention(family, processor.tokenizer),
         text_only=family.text_only,
+        one_image=one,
         stops=stops_of(generation),
     )
 

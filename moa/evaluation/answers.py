@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def score_answers(
         else:
             unanswered.append(key)
         text, box = answers.found.get(key, ("", None))
-        response = Response(sample=replace(item, image=None), text=text.strip(), box=box)
+        response = Response(sample=item.with_images([]), text=text.strip(), box=box)
         by_task.setdefault(benchmark or item.task, []).append(response)
     if skipped and (on_bad_sample == "error" or not by_task):
         raise skipped[0]

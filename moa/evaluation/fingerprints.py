@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.checks import BadSampleError
+from data.digest import pixels_digest
 from data.sample import Sample
 
 # Settings that change no answer: what fits into memory, and an example for the reader.
@@ -25,10 +26,13 @@ def sample_digest(item: Sample | BadSampleError) -> str:
     """Of a sample's texts, boxes and pixels; of a bad one, of its error."""
     if isinstance(item, BadSampleError):
         return digest(str(item))
-    rest = {f.name: getattr(item, f.name) for f in fields(item) if f.name != "image"}
+    rest = {f.name: getattr(item, f.name) for f in fields(item) if f.name not in ("image", "more_images", "box_image")}
     pixels = "" if item.image is None else hashlib.sha256(item.image.tobytes()).hexdigest()
     size = None if item.image is None else (item.image.mode, item.image.size)
-    return digest(f"{rest} {size} {pixels}")
+    more: list[Any] = [pixels_digest(image) for image in item.more_images]
+    if more:  # the digest of one image is what it always was
+        more += [item.box_image, *(word.image for word in item.ocr or ())]
+    return digest(f"{rest} {size} {pixels}{more or ''}")
 
 
 def data_digest(samples: Iterable[str]) -> str:

@@ -26,7 +26,10 @@ ImageLike = Any  # a path, a PIL image, or an array [height, width, 3] of bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The text, its box in pixels of the given image, and each expert's mean gate; None where tokens differ."""
+    """The text, its box in pixels of the given image, and each expert's mean gate; None where tokens differ.
+
+    The box of an answer about several images names none of them, and is None.
+    """
 
     text: str
     box: Box | None
@@ -50,7 +53,7 @@ def read_image(image: ImageLike) -> Image:
 
 def prediction_of(network: MixtureModel, collator: ChatCollator, response: Response) -> Prediction:
     box, gates = response.box, None
-    if collator.codec is not None:
+    if collator.codec is not None and response.sample.images and response.sample.box_image is not None:
         box = collator.codec.decode(response.text, collator.geometry(response.sample))
     if response.gates is not None:
         means = (sum(column) / len(response.gates) for column in zip(*response.gates, strict=True))

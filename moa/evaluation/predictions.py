@@ -21,7 +21,7 @@ from rich.progress import track
 from data.checks import BadSampleError
 from data.config import MADE, SourceConfig
 from data.mixture import Source, read_sample
-from data.ocr import OcrCache
+from data.ocr import OcrCache, words_on
 from data.readers.folders import open_images
 from data.readers.record import RecordDataset
 from data.readers.table import open_records
@@ -64,9 +64,9 @@ class Questions:
     def file(self, row: int, error: BadSampleError) -> str:
         """The image file of a row, or where else its error is."""
         with suppress(BadSampleError):
-            stored = self.dataset.records.read(row)[0].image
-            if isinstance(stored, Path):
-                return str(stored)
+            stored = self.dataset.records.read(row)[0].images
+            if len(stored) == 1 and isinstance(stored[0], Path):
+                return str(stored[0])
         return error.where
 
 
@@ -165,15 +165,15 @@ def about_of(
 
 def with_words(sample: Sample, ocr: OcrCache | None) -> Sample:
     """The sample with the run's OCR words, where it has none of its own."""
-    if ocr is None or sample.ocr is not None or sample.image is None:
+    if ocr is None or sample.ocr is not None:
         return sample
-    return replace(sample, ocr=ocr(sample.image))
+    return replace(sample, ocr=words_on(sample.images, ocr))
 
 
 def answer_row(sample: Sample, found: Prediction, asked: str) -> dict[str, Any]:
     """A line of the file, with the keys that scripts.score reads."""
     gates = None if found.gates is None else {name: round(gate, 5) for name, gate in found.gates.items()}
-    own = {key: getattr(sample, key) for key in ("id", "image_id", "task", "question")}
+    own = {"id": sample.id, "image_id": sample.image_id, "task": sample.task, "question": sample.asked}
     box = None if found.box is None else list(found.box)
     return {**own, "answer": found.text, "predicted_box": box, "gates": gates, ASKED: asked}
 

@@ -104,6 +104,7 @@ def response_record(response: Response, score: float) -> dict[str, Any]:
         means = [round(sum(column) / len(gates), 5) for column in zip(*gates, strict=True)]
     return {
         **{key: getattr(sample, key) for key in ASKED},
+        "question": sample.asked,
         "answers": list(sample.answers),
         "prediction": response.text,
         "score": score,

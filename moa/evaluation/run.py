@@ -184,7 +184,7 @@ def first_images(count: int, benchmark: str | None = None) -> Callable[[Sample],
     def keep(sample: Sample) -> Sample:
         task = benchmark or sample.task
         seen[task] += 1
-        return sample if seen[task] <= count else replace(sample, image=None)
+        return sample if seen[task] <= count else sample.with_images([])
 
     return keep
 

@@ -72,7 +72,7 @@ def images_of(
                 sample = read_sample(dataset, index, name)
                 if isinstance(sample, BadSampleError):
                     continue
-                key = (sample.id, sample.image_id, sample.question)
+                key = (sample.id, sample.image_id, sample.asked)
                 if key in wanted:
                     found[(name, *key)] = sample
                     wanted.discard(key)
@@ -86,8 +86,10 @@ def images_of(
 def card(name: str, row: Mapping[str, Any], sample: Sample | None, experts: Sequence[str]) -> str:
     """One question with its answer, boxes and gates."""
     parts = []
-    if sample is not None and sample.image is not None:
-        parts.append(sample_image(sample.image, row["boxes"], row["predicted_box"], str(row["question"])))
+    for image in sample.images if sample is not None else ():
+        boxed = sample is not None and image is sample.main_image
+        boxes, answered = (row["boxes"], row["predicted_box"]) if boxed else ([], None)
+        parts.append(sample_image(image, boxes, answered, str(row["question"])))
     task = row["task"] if row["task"] == name else f"{name} ({row['task']})"
     parts += [html.element("p", task), html.element("p", row["question"], "question")]
     right = row["score"] is not None and row["score"] >= 0.5

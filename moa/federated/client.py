@@ -19,7 +19,7 @@ from data.batch import Batch
 from data.collate import IGNORED
 from data.config import SourceConfig
 from data.mixture import Mixture, Source
-from data.sample import Sample
+from data.sample import PLACE, Sample
 from data.sources import draws_of
 from moa.config import RunConfig
 from moa.federated.assignment import Assignment, concerns, evidence_of
@@ -65,9 +65,12 @@ class ClientSource:
 
 def hide(sample: Sample, hidden: Collection[str]) -> Sample:
     """The sample without these modalities."""
-    values = {"ocr": {"ocr": None}, "image": {"image": None}}
-    changes: dict[str, Any] = {key: v for name in sorted(hidden) for key, v in values[name].items()}
-    return replace(sample, **changes) if changes else sample
+    if "ocr" in hidden:
+        sample = replace(sample, ocr=None)
+    if "image" in hidden:
+        turns = tuple(replace(turn, question=turn.question.replace(PLACE, "")) for turn in sample.turns)
+        sample = replace(sample.with_images([]), question=sample.question.replace(PLACE, ""), turns=turns)
+    return sample
 
 
 class ClientMixture(Mixture):

@@ -240,11 +240,13 @@ def prepare_verify(
     if not settings.verify:
         return None
     backbone = open_backbone(str(source.base()))
-    inputs, routed = None, None
+    probe = None
     if source.config is not None and source.step is not None:
-        inputs, routed = probe_of_run(source.step, source.config, settings.num_probes, settings.new_tokens)
-    if inputs is None:
-        inputs = probe_of_noise(backbone, settings.num_probes)
+        probe = probe_of_run(source.step, source.config, settings.num_probes, settings.new_tokens)
+    if probe is None:
+        noise = probe_of_noise(backbone, settings.num_probes)
+        probe = noise, backbone.owners_of(noise), None
+    inputs, owners, routed = probe
     with torch.no_grad():
         for name, tensor in source.projector.items():
             backbone.model.get_parameter(name).copy_(tensor)
@@ -257,7 +259,7 @@ def prepare_verify(
         exact=exact,
         routed=routed,
         stream_of=backbone.stream_of,
-        owners=backbone.owners_of(inputs),
+        owners=owners,
         new_tokens=settings.new_tokens,
     )
 

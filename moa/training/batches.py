@@ -67,7 +67,7 @@ def collate(collator: Collator, items: list[Sample | BadSampleError]) -> Collate
     """The samples lose their images: nothing reads them any more, and a worker's pipe would take long."""
     batch, rejected = collator.split(items)
     if batch is not None:
-        batch = replace(batch, samples=[replace(s, image=None) for s in batch.samples])
+        batch = replace(batch, samples=[s.with_images([]) for s in batch.samples])
     return batch, rejected
 
 

@@ -5,6 +5,7 @@ has no picture, where the architecture allows that.
 """
 
 import dataclasses
+import json
 from functools import cache
 from typing import Any
 
@@ -20,16 +21,17 @@ from data.batch import Batch
 from data.boxes import CODECS
 from data.collate import ChatCollator
 from data.config import PromptConfig
-from data.sample import OcrWord, Sample
+from data.sample import OcrWord, Sample, Turn, placed
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone, load_backbone
 from moa.checkpoint import load_model
 from moa.evaluation.report import seen_by_tower
 from moa.experts.bank import ExpertBank
+from moa.loaded import load
 from moa.merging.adapters import experts_of_bank
 from moa.merging.export import verify as verifying
 from moa.merging.export.export import export_adapter, export_checkpoint
-from moa.merging.export.probe import outputs_of, probe_inputs
+from moa.merging.export.probe import outputs_of, probe_inputs, probe_of_run
 from moa.merging.merge import merge
 from moa.model import LanguageMixture, MixtureModel
 from moa.parts import PARTS
@@ -37,7 +39,7 @@ from moa.routing.router import Router
 from moa.training.setup import make_accelerator, open_run
 from tests.support.families import NAMES, tiny_family
 from tests.support.tiny import random_image
-from tests.support.toy import toy_config
+from tests.support.toy import toy_config, write_rows
 from train import train
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -284,53 +286,69 @@ def test_a_batch_of_text_alone_is_answered_and_every_expert_takes_part(name):
     mixture.cache_clear()
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if FAMILIES[n].text_only])
+def conversation_of_three(name: str) -> list[Sample]:
+    """Two pictures amid the first question and one amid the second; a sample of one picture, and of none."""
+    one, two, _, text = samples_for(name)
+    first, *more = (random_image(10 + i, 40 + 9 * i, 30 + 20 * (i == 1)) for i in range(3))
+    turn = Turn(question=placed("where is <image>, then"), answer="a dog")
+    asked: dict[str, Any] = {"question": placed("is <image> like <image> now?"), "turns": (turn,)}
+    return [dataclasses.replace(one, image=first, more_images=tuple(more), **asked), two, text]
+
+
+each_of_several = pytest.mark.parametrize("name", [n for n in NAMES if FAMILIES[n].several_images])
+
+
+@each_of_several
+def test_images_stand_where_they_do_in_the_text_as_the_processor_alone_reads_it(name):
+    backbone = mixture(name).backbone
+    processor, samples = backbone.processor, conversation_of_three(name)
+
+    def said(role: str, *parts: str) -> dict[str, Any]:
+        content = [{"type": "text", "text": part} if part else {"type": "image"} for part in parts]
+        return {"role": role, "content": content}
+
+    chat = [said("user", "[caption] is ", "", " like ", "", " now?"), said("assistant", "red"),
+            said("user", "where is ", "", ", then"), said("assistant", "a dog")]  # fmt: skip
+    whole = processor(text=[processor.apply_chat_template(chat)], images=[[*samples[0].images]])["input_ids"][0]
+    batch = batch_of(backbone, samples)
+    found = batch.input_ids[0][batch.attention_mask[0].bool()].tolist()
+    assert found == list(whole)[: len(found)] and len(whole) - len(found) <= 1  # a line break behind the end token
+    learned = batch.input_ids[0][batch.labels[0] != -100] if batch.labels is not None else []
+    assert processor.tokenizer.decode(learned) == "red</s>a dog</s>"
+    assert batch.image_index.tolist() == [0, 0, 0, 1] and batch.image_mask.tolist() == [True, True, False]
+    prompts = batch_of(backbone, samples, for_generation=True)  # the third picture comes behind the first answer
+    assert prompts.image_index.tolist() == [0, 0, 1]
+
+
+@each_of_several
 @torch.no_grad()
-def test_several_pictures_in_a_sample_belong_to_it(name):
-    """The first sample has two pictures, the second one: turned round, gates and logits turn."""
-    model = mixture(name)
-    processor = model.backbone.processor
-    pictures = [random_image(i, 40 + 8 * i, 40) for i in range(3)]
-    words = [{"type": "text", "text": "which?"}]
+def test_several_images_are_their_samples_own_in_any_batch(name):
+    model, samples = mixture(name), conversation_of_three(name)
+    whole = model(batch_of(model.backbone, samples))
+    turned = model(batch_of(model.backbone, samples[::-1]))
+    close(turned.gates, whole.gates.flip(0))
+    close(turned.loss_per_sample, whole.loss_per_sample.flip(0))
+    alone = model(batch_of(model.backbone, samples[:1]))
+    close(alone.gates, whole.gates[:1])
+    close(alone.loss_per_sample, whole.loss_per_sample[:1])
+    second, third = samples[0].more_images
+    other = [dataclasses.replace(samples[0], more_images=(second.rotate(180), third)), *samples[1:]]
+    gates = model.compute_gates(batch_of(model.backbone, other)).gates
+    assert not torch.allclose(gates[0], whole.gates[0])  # the router sees every image
+    close(gates[1:], whole.gates[1:])
+    if FAMILIES[name].token_types is None:
+        packed = model(batch_of(model.backbone, samples, pack_length=400))
+        close(packed.gates, whole.gates)
+        close(packed.loss_per_sample, whole.loss_per_sample)
 
-    def gates_and_logits(groups: list[list]) -> tuple[torch.Tensor, torch.Tensor]:
-        texts = [
-            processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}] * len(group) + words}],
-                add_generation_prompt=True,
-            )
-            for group in groups
-        ]
-        found = processor(text=texts, images=groups, padding=True, padding_side="left",
-                          return_tensors="pt")  # fmt: skip
-        skip = {
-            "input_ids",
-            "attention_mask",
-            "pixel_values",
-            "mm_token_type_ids",
-            "token_type_ids",
-        }
-        blank = batch_of(model.backbone, samples_for(name)[:2], for_generation=True)
-        index = [i for i, group in enumerate(groups) for _ in group]
-        batch = dataclasses.replace(
-            blank,
-            input_ids=found["input_ids"],
-            attention_mask=found["attention_mask"],
-            pixel_values=found["pixel_values"],
-            image_inputs={n: torch.as_tensor(v) for n, v in found.items() if n not in skip},
-            image_index=torch.tensor(index),
-        )
-        same = dataclasses.replace(batch, text_ids=blank.text_ids[:1].expand(2, -1),
-                                   text_mask=blank.text_mask[:1].expand(2, -1),
-                                   task_ids=torch.zeros(2, dtype=torch.long),
-                                   ocr_mask=torch.zeros_like(blank.ocr_mask))  # fmt: skip
-        out = model(same)
-        return out.gates, out.logits[:, -1]
 
-    two_one = gates_and_logits([pictures[:2], pictures[2:]])
-    one_two = gates_and_logits([pictures[2:], pictures[:2]])
-    for straight, turned in zip(two_one, one_two, strict=True):
-        close(turned, straight.flip(0))
+@pytest.mark.parametrize("name", ["llava", "paligemma"])
+def test_a_family_of_one_image_refuses_several_with_those_that_take_them(name):
+    backbone = tiny_family(name)
+    sample = dataclasses.replace(samples_for(name)[0], more_images=(random_image(9),))
+    rule = f"source 'toy', sample 0: several images: has 2, and a {name} was trained on one a sample; bases that take"
+    with pytest.raises(ValueError, match=f"{rule} several: llava_next, .*gemma3"):
+        batch_of(backbone, [sample], one_image=backbone.intake.one_image)
 
 
 @pytest.fixture
@@ -417,6 +435,36 @@ def test_a_run_trains_projector_too_is_saved_reloaded_and_evaluated(name, tmp_pa
     assert not any(t.equal(backbone.model.get_parameter(n)) for n, t in moved.items())
     eval_script.main([f"run={config.out}", "eval.num_images=2", "eval.max_new_tokens=4"])
     assert (tmp_path / "run/pictures").is_dir()
+
+
+@pytest.mark.slow
+def test_a_run_on_several_images_is_trained_evaluated_asked_and_probed(tmp_path):
+    backbone = tiny_family("llava_next")  # whose rows are tiles, unequally many of an image
+    backbone.model.save_pretrained(tmp_path / "base")
+    backbone.processor.save_pretrained(tmp_path / "base")
+    config = toy_config(tmp_path, model__targets=[r"model\..*"], model__exclude=backbone.unused_sites(),
+                        stages={"joint": {"steps": 2}})  # fmt: skip
+    rows = tmp_path / "vqa.jsonl"
+    made = [json.loads(line) for line in rows.read_text().splitlines()]
+    for number, row in enumerate(made[::2]):
+        row |= {"image": [row["image"], "4.png"], "question": ("", "is <image> like <image>?")[number % 2] or "same?"}
+        row.pop("ocr", None)
+    write_rows(rows, made)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train(*open_run(config, make_accelerator(config)))
+    eval_script.main([f"run={config.out}", "eval.num_images=0", "eval.max_new_tokens=4", "eval.batch_size=3"])
+    asked = [json.loads(line) for line in (tmp_path / "run/eval/vqa.jsonl").read_text().splitlines()]
+    assert "is <image> like <image>?" in {row["question"] for row in asked}
+    model = load(config.out, device="cpu")
+    files = [tmp_path / "0.png", tmp_path / "4.png"]
+    answer = model.ask(files, "is <image> like <image>?", "vqa", max_new_tokens=4)
+    other = model.ask([files[0]] * 2, "is <image> like <image>?", "vqa", max_new_tokens=4)
+    assert answer.gates != other.gates and answer.box is None
+    with pytest.raises(ValueError, match="image places: 1 times <image> for 2 images"):
+        model.ask(files, "is <image> red?", "vqa")
+    step = next((tmp_path / "run").glob("step*"))
+    inputs, owners, routed = probe_of_run(step, config, 3, 3)
+    assert owners["image"].tolist().count(0) > owners["image"].tolist().count(1) and len(routed.tokens) == 3
 
 
 def test_another_architecture_is_refused_with_the_choices(tmp_path):

@@ -54,10 +54,13 @@ def test_a_batch_has_the_frame_in_pixels_words_boxes_and_targets():
     framed = ChatCollator(**options, settings=PromptConfig(border=0.25))
     width, height = sample.size
     side = border_of(sample.size, 0.25)
-    assert framed.image(sample).size == (width + 2 * side, height + 2 * side) and plain.image(sample) is sample.image
+    assert (
+        framed.images(sample)[0].size == (width + 2 * side, height + 2 * side)
+        and plain.images(sample)[0] is sample.image
+    )
     before, after = plain([sample]), framed([sample])
     assert not before.pixel_values.equal(after.pixel_values)
-    (x0, y0, x1, y1), frame = after.ocr_boxes[0, 0].tolist(), framed.image(sample).size
+    (x0, y0, x1, y1), frame = after.ocr_boxes[0, 0].tolist(), framed.images(sample)[0].size
     expected = [side / frame[0], side / frame[1], (side + 20) / frame[0], (side + 15) / frame[1]]
     assert [x0, y0, x1, y1] == pytest.approx(expected)
     assert framed.target(sample) != plain.target(sample)

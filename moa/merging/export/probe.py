@@ -50,19 +50,19 @@ def probe_inputs(processor: Any, images: Sequence[Image.Image], questions: Seque
 
 def probe_of_run(
     step: Path, config: RunConfig, count: int, new_tokens: int
-) -> tuple[dict[str, Tensor] | None, Outputs | None]:
-    """Prompts of the run's own data, one source after the other, and its routed answers."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Outputs | None] | None:
+    """Prompts of the run's own data, one source after the other, their owners, and its routed answers."""
     sources = config.eval.sources or config.data.validation or config.data.sources
     data = list(open_sources(sources.values(), config.data, open_ocr(config.data)).values())
     if not data:
-        return None, None
+        return None
     model, _, _ = load_model(step)
     samples = [data[i % len(data)][i // len(data) % len(data[i % len(data)])] for i in range(count)]
     options = {"for_generation": True, "allow_unknown_tasks": True}
     batch = make_collator(config, model.backbone.intake, **options)(samples)
     with torch.no_grad():
         logits, tokens = model.float().eval().probe(batch, **greedy(new_tokens))
-    return model.backbone.inputs_of(batch), Outputs(logits=logits, tokens=tokens)
+    return model.backbone.inputs_of(batch), model.backbone.owners(batch), Outputs(logits=logits, tokens=tokens)
 
 
 def probe_of_noise(backbone: Any, count: int) -> dict[str, Tensor]:
