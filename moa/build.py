@@ -30,6 +30,7 @@ from moa.files.targets import ALL_LINEAR, select
 from moa.model import LanguageMixture, MixtureModel
 from moa.routing.losses import OF_EXPERTS
 from moa.routing.roles import WITH
+from moa.routing.router import bank_numbers
 from moa.routing.scores import ARROW, ATTENTION
 from moa.statistics.moments import Moments
 from moa.statistics.null_space import null_space_rows
@@ -154,6 +155,7 @@ def sample_routing(config: RunConfig, bank: ExpertBank) -> dict[str, Any]:
         "weights": [router.weights.get(name, 0.0) for name in config.choices] if router.weights else None,
         "added_up": [site in added_up for site in bank.sites],
         "gates": [expert.gate for expert in config.experts.values()],
+        "banks": bank_numbers(config.banks),
     }
 
 
@@ -166,8 +168,9 @@ def token_routing(config: RunConfig) -> dict[str, Any]:
         "share": router.share,
         "arrow": router.score == ARROW,
         "attention": router.hidden if router.score == ATTENTION else 0,
+        "banks": bank_numbers(config.banks),
         "biased": router.bias_rate is not None,
-        "mixed": router.granularity == "both",
+        "mixed": router.granularity == "both" and not config.banks,
         "noisy": router.learned_noise,
     }
 
@@ -371,5 +374,6 @@ def build_router(config: RunConfig, bank: ExpertBank, dims: dict[str, int]) -> n
             dims=dims,
             num_tasks=len(config.data.tasks),
             **{name: getattr(router, name) for name in row.module_options},
+            **({"banks": config.banks} if config.banks else {}),
             **({} if router.clusters is None else {"centres": read_clusters(router.clusters, router.evidence)}),
         )

@@ -86,6 +86,9 @@ class ExpertConfig:
     # routed: by the router; always: 1, a shared expert; confidence: 1 - the largest gate; rest: 1 - their sum; joint:
     # in the router's softmax, exempt from top-k; with:NAME: the gate of another expert
     gate: str = "routed"
+    # of router.granularity both and score attention: the evidence that the router of this expert's bank reads, which
+    # chooses among experts of the same evidence; each token weighs the banks
+    bank: list[Literal["image", "text", "ocr", "task"]] | None = None
     # experts that name the same group have one lora_A at each site (one lora_B); null: a factor of their own
     share_a: str | None = None
     share_b: str | None = None  # the same for lora_B
@@ -226,7 +229,7 @@ class RouterConfig:
             for key, usual in (("pool", "none"), ("per_site", False), ("bias_rate", None)):
                 check(getattr(self, key) == usual, key, "needs another granularity than both")
             check(
-                self.score in SCORES and self.score not in (ARROW, ATTENTION),
+                self.score in SCORES and self.score != ARROW,
                 "score",
                 f"{self.score} needs another granularity than both",
             )
@@ -258,8 +261,10 @@ class RouterConfig:
         check(fits, "score", f"has no effect with router.kind={self.kind}")
         if self.score == ATTENTION:
             check(self.share == "site", "share", "must be site: the answers of a layer's experts are its own")
-        if self.score in (ARROW, ATTENTION):
-            check(self.granularity == "token", "score", f"{self.score} needs granularity token")
+            rule = "attention needs granularity token, or both with banks of experts"
+            check(self.granularity != "sample", "score", rule)
+        if self.score == ARROW:
+            check(self.granularity == "token", "score", "arrow needs granularity token")
         if self.score in (kinds.TABLE, kinds.CLUSTER):
             check(self.granularity == "sample", "score", f"{self.score} needs granularity sample")
             fits = self.score == kinds.CLUSTER or self.evidence == ["task"]
@@ -270,7 +275,8 @@ class RouterConfig:
             check(not self.learned_noise, "noise", f"learned needs another score than {self.score}")
         given = self.clusters is not None
         check(given == (self.score == kinds.CLUSTER), "clusters", "and router.score=cluster need each other")
-        fits = self.row.learns == "gradient" and self.granularity != "token" and self.score in SCORES
+        fits = self.row.learns == "gradient" and self.granularity != "token"
+        fits = fits and self.score in SCORES and self.score != ATTENTION
         rule = f"needs a learned router of samples that reads the task, and no score by a table; {self.score}, "
         rule += f"{self.kind}, {self.granularity}, {self.evidence}"
         check((fits and "task" in self.evidence) or not self.task_prior, "task_prior", rule)
@@ -399,7 +405,7 @@ class EvalConfig:
 class LoggingConfig:
     every: Count = 10  # steps between console lines; log.jsonl and the trackers get every step
     progress: bool = True  # progress bar where the console is a terminal
-    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)  # by Accelerate
+    trackers: list[Literal["wandb", "tensorboard"]] = field(default_factory=list)  # of train.py and eval.py
     project: str = "moa"  # name at the trackers
 
 
@@ -424,6 +430,12 @@ class RunConfig:
     def choices(self) -> list[str]:
         """The experts that the router chooses among."""
         return [name for name, expert in self.experts.items() if expert.gate in CHOSEN]
+
+    @property
+    def banks(self) -> list[list[str]]:
+        """The evidence of the bank of each choice; empty without banks."""
+        own = [self.experts[name].bank for name in self.choices]
+        return [list(bank) for bank in own if bank is not None]
 
     @property
     def routes(self) -> list[str]:
@@ -472,6 +484,7 @@ def check_experts(config: RunConfig) -> None:
     hidden = [*ranked, *(name for name, expert in config.experts.items() if expert.kind == "sparse")]
     rule = f"{router.score} has keys of answers B A x, and experts.{', '.join(hidden)} has others"
     check(not (hidden and router.score == ATTENTION), "router.score", rule)
+    check_banks(config)
     whole = not router.row.below_one and (router.renormalize or not router.row.hard)
     rest = [name for name in rest if gates[name] == "rest" and whole]
     rule = (
@@ -493,6 +506,32 @@ def check_experts(config: RunConfig) -> None:
     for name in router.weights or {}:
         rule = "no such routed expert"
         check(name in choices, f"router.weights.{name}", f"{rule}; choices: {choices}")
+
+
+def check_banks(config: RunConfig) -> None:
+    experts, router = config.experts, config.router
+    own = {name: expert.bank for name, expert in experts.items() if expert.bank is not None}
+    wanted = router.granularity == "both" and router.score == ATTENTION
+    first = next(iter(own or experts))
+    rule = f"and router.granularity=both with router.score={ATTENTION} need each other; "
+    check(wanted == bool(own), f"experts.{first}.bank", f"{rule}{router.granularity}, {router.score}")
+    if not own:
+        return
+    routed = [name for name, expert in experts.items() if expert.gate == "routed"]
+    check([*own] == routed == config.choices, f"experts.{first}.bank", f"is for all routed experts, {routed}, or none")
+    alike = all(experts[name].targets == experts[first].targets for name in own)
+    check(alike, f"experts.{first}.targets", "must be the same for all experts of banks")
+    kinds_of = {frozenset(bank or ()) for bank in own.values()}
+    check(len(kinds_of) > 1, f"experts.{first}.bank", "is the only one: nothing is to be weighed")
+    rule = f"must be what the banks read, {sorted(set().union(*kinds_of))}; got {router.evidence}"
+    check(set(router.evidence) == set().union(*kinds_of), "router.evidence", rule)
+    smallest = min(sum(set(bank or ()) == kind for bank in own.values()) for kind in kinds_of)
+    fits = "top_k" not in router.row.options or router.top_k <= smallest
+    check(fits, "router.top_k", f"is {router.top_k}, and the smallest bank has {smallest} experts")
+    guided = config.losses.guidance > 0 or config.losses.guidance_end > 0
+    check(
+        not guided, "losses.guidance", "must be 0 with banks of experts, as must guidance_end: a sample has one expert"
+    )
 
 
 def check_ties(config: RunConfig) -> None:

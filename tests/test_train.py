@@ -548,16 +548,3 @@ def test_a_step_has_the_same_samples_however_they_are_dealt(world, processes, mi
     dealt = [p for r in range(processes) for part in layout.positions(16, r) for p in part]
     assert sorted(dealt) == list(range(16, 24))
     assert isinstance(layout, Layout) and layout.accumulation * layout.micro_batch_size <= 8
-
-
-@pytest.mark.slow
-def test_trackers_work_without_an_account(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    config = toy_config(world, out=str(tmp_path / "run"), data__validation={},
-                        logging__trackers=["tensorboard", "wandb"],
-                        stages={"experts": {"steps": 2}})  # fmt: skip
-    run = run_once(config)
-    run.accelerator.end_training()
-    assert list(Path(config.out).rglob("events.out.tfevents.*"))
-    assert list(Path(config.out).rglob("offline-run-*"))

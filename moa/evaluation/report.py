@@ -23,10 +23,11 @@ from moa.evaluation.card_parts import put_scores
 from moa.evaluation.fingerprints import digest, settings_digest
 from moa.evaluation.gates_file import PARTIAL, ROUTING
 from moa.evaluation.models import EvaluatedModel
-from moa.evaluation.result import Result, table
+from moa.evaluation.result import Result, response_record, table, task_record
 from moa.evaluation.settings import chosen_sources, variant_of
 from moa.files.atomic import write_file, write_json
 from moa.model import MixtureModel
+from moa.training.trackers import Rows, send
 
 PARTIAL_GATES = " (not of all trained tasks and samples: weights=gates reads those of a full `eval.py` of the run)"
 
@@ -65,9 +66,17 @@ def report(
         full = full and not routing["missing_tasks"]
         file = write_routing(folder, routing, full, about)
         show(f"gates: {file}{'' if full else PARTIAL_GATES}")
-    if number := config.eval.num_images:
-        drawn = draw_images(model.folder, variant, network, results, routing, number)
+    cards, drawn = make_cards(network, results, config.eval.num_images), list[Path]()
+    if config.eval.num_images:
+        drawn = draw_images(model.folder, variant, network, cards, routing)
         show("images: " + " ".join(map(str, drawn)))
+    if config.logging.trackers and model.kind == "run":
+        numbers = {f"score/{result.name}": result.score["value"] or 0.0 for result in results}
+        tables = {"scores": score_rows(results), "samples": sample_rows(cards, network.bank.names)}
+        images, step = {file.stem: file for file in drawn}, Path(model.weights).name.rpartition("-")[2]
+        send(
+            config, model.folder, f"eval {variant}".strip(), int(step) if step.isdigit() else 0, numbers, images, tables
+        )
 
 
 def routing_record(
@@ -159,6 +168,28 @@ def write_submissions(folder: Path, result: Result) -> dict[str, str]:
     return made
 
 
+def score_rows(results: Sequence[Result]) -> Rows:
+    """The scores by data set and task as a table, its head first."""
+    rows: list[list[Any]] = [["data set", "task", "metric", "score", "standard error", "n"]]
+    for result in results:
+        for task, (responses, scores) in result.tasks.items():
+            score = task_record(responses, scores)["metrics"][scores.primary]
+            rows.append([result.name, task, scores.primary, score["value"], score["se"], len(responses)])
+    return rows
+
+
+def sample_rows(cards: Sequence[Card], experts: Sequence[str]) -> Rows:
+    """The samples of the gallery as a table, its head first."""
+    head = ["task", "question", "answer", "true", "score", "true boxes", "box", *(f"gate {name}" for name in experts)]
+    rows: list[list[Any]] = [head]
+    for card in cards:
+        row = response_record(card.response, card.score)
+        gates = row["gates"] or [None] * len(experts)
+        texts = row["task"], row["question"], row["prediction"], " / ".join(row["answers"])
+        rows.append([*texts, card.score, str(row["boxes"] or ""), str(row["predicted_box"] or ""), *gates])
+    return rows
+
+
 def make_cards(model: MixtureModel, results: Sequence[Result], count: int) -> list[Card]:
     """The first samples of each data set and task in turn, as the vision tower got them."""
     columns = [
@@ -190,14 +221,13 @@ def draw_images(
     run: Path,
     variant: str,
     model: MixtureModel,
-    results: Sequence[Result],
+    cards: Sequence[Card],
     routing: dict[str, Any] | None,
-    count: int,
 ) -> list[Path]:
     """The PNG files that were made."""
     folder, names = run / "pictures" / variant, model.bank.names
     made = [folder / "samples.png"]
-    gallery(made[0], make_cards(model, results, count), names, "What the model saw, and said")
+    gallery(made[0], cards, names, "What the model saw, and said")
     if routing is not None:
         made.append(folder / "gates.png")
         gate_heat_map(made[-1], routing, model.routing.null_expert)

@@ -411,6 +411,7 @@ class ExpertBank:
         noisy: bool = False,
         mixed: bool = False,
         attention: int = 0,
+        banks: Sequence[int] = (),
         seed: int = 0,
         std: float | int = 0.02,
     ) -> None:
@@ -421,7 +422,8 @@ class ExpertBank:
         `biased`: each has a bias of zeros, see `moa.routing.gating.balanced_bias`. `noisy`: and rows of zeros, which
         give the scale of its noise in training. `mixed`: and the weight of a sample's decision beside it, which begins
         at sigmoid(-2) in the first router and at sigmoid(2) in the last. `attention`: not 0, each site has queries and
-        keys of this width in the place of a router.
+        keys of this width in the place of a router. `banks`: the bank of each choice, all at the same sites; each site
+        has a row for each bank in its place.
         """
         everyone = self.names if choices is None else choices
         own = {
@@ -431,8 +433,8 @@ class ExpertBank:
         }
         for name, leader in leaders(own, self.streams, share).items():
             site, some = self.sites[name], own[name] if len(own[name]) < len(everyone) else None
-            compared = tuple(everyone[place] for place in own[name]) if arrow or attention else ()
-            site.routed = TokenSite(leader=leader, choices=some, compared=compared)
+            compared = tuple(everyone[place] for place in own[name]) if arrow or attention or banks else ()
+            site.routed = TokenSite(leader=leader, choices=some, compared=compared, banks=tuple(banks))
             if leader != name or not own[name] or arrow:
                 continue
             generator, device = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}")), site.weight.device
@@ -440,7 +442,9 @@ class ExpertBank:
             def drawn(*shape: int, by: torch.Generator = generator, on: torch.device = device) -> nn.Parameter:
                 return nn.Parameter((torch.randn(shape, generator=by) * std).to(on))
 
-            if attention:
+            if banks:
+                site.token_key = drawn(max(banks) + 1, site.shape[0])
+            elif attention:
                 site.token_query, site.token_key = drawn(attention, site.shape[1]), drawn(attention, site.shape[0])
             else:
                 site.token_router = drawn(len(own[name]) + thresholds, site.shape[1])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moa.experts.crosstalk import Watch
 from moa.experts.token_routers import Pooling, TokenSite
-from moa.routing.gating import mixed_logits
+from moa.routing.gating import fused_logits, mixed_logits
 
 # logits [.., choice], the places of these choices among all or None, where there is one a bias -> gates [.., expert]
 Decide = Callable[..., Tensor]
@@ -125,10 +125,13 @@ class GateState:
                 logits = x.new_zeros(*x.shape[:-1], 0, dtype=torch.float32)
             else:
                 logits = self.score(x.float(), token_router.float()) / self.temperature
-            if depth is not None:
+            if self.samples:
                 sample = self._fitted(site, x, self.samples[self.streams[site]])
                 sample = sample if routed.choices is None else sample[..., list(routed.choices)]
-                logits = mixed_logits(logits, sample, depth.float())
+                if routed.banks:
+                    logits = fused_logits(logits, sample, routed.banks)
+                elif depth is not None:
+                    logits = mixed_logits(logits, sample, depth.float())
             if self.pooling is not None:
                 logits = self.pooling.logits(site, self._of_samples(site, logits))
             bias = {"bias": self.biases[site].to(x.device)} if site in self.biases else {}

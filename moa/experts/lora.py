@@ -303,22 +303,25 @@ class ExpertLinear(nn.Module):
                 watch.values.setdefault(name, []).append(value)
 
     def _gates(self, x: Tensor, state: GateState) -> Tensor:
-        attends = self.token_query is not None and state.gates is None
+        attends = self.token_key is not None and state.gates is None
         features, router = self._attention(x) if attends else (x, self._router(state))
         return state.gates_at(self.name, features, router, self.routed, self.depth)
 
     def _attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's query [*lead, width] and the keys of the experts' answers to it [*lead, expert, width]."""
-        query, key = self.token_query, self.token_key
+        """Each token's query [*lead, width] and the keys of the experts' answers to it [*lead, expert, width]; with
+        banks 1, and a key of one number by the row of its bank."""
+        query, key, routed = self.token_query, self.token_key, self.routed
         keys: list[Tensor] = []
-        assert query is not None and key is not None and self.routed is not None
+        assert key is not None and routed is not None
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            for expert in self.routed.compared:
+            for place, expert in enumerate(routed.compared):
                 a, b = (factor.float() for factor in self.whole(expert))
+                own = key[routed.banks[place]][None] if routed.banks else key
                 hidden = self.activate(F.linear(x, a), [len(a)])
-                keys.append(F.linear(hidden, self.scalings[expert] * (key.float() @ b)))
-            return F.linear(x, query.float()), torch.stack(keys, dim=-2)
+                keys.append(F.linear(hidden, self.scalings[expert] * (own.float() @ b)))
+            ones = x.new_ones(*x.shape[:-1], 1)
+            return ones if query is None else F.linear(x, query.float()), torch.stack(keys, dim=-2)
 
     def activate(self, hidden: Tensor, ranks: Sequence[int]) -> Tensor:
         """What is between A and B, of experts with these ranks."""

@@ -9,7 +9,8 @@
 The site that runs first holds the router and decides by its own input; the others read its gates. These are an
 activation, so that no module uses another's parameter: ZeRO-3 gathers what the running module itself owns.
 
-Where samples are routed too, a weight sigmoid(depth) that each router learns mixes the shares of both.
+Where samples are routed too, a weight sigmoid(depth) that each router learns mixes the shares of both. Where these
+choose in banks of experts, tokens weigh the banks: by w_b y_b, a learned row for each and what the bank answers.
 
     pool           logits of a sample from those l_t of its prompt's tokens
     prompt_mean    mean_t l_t, which a linear router gives for the mean of its inputs
@@ -37,12 +38,13 @@ class TokenSite:
     """Whose router decides at a site, and the places of the site's own experts among the choices; None: all.
 
     `compared` are the names of these experts where the router is computed from them, see moa/experts/arrow.py, or their
-    answers have keys.
+    answers have keys; `banks` is that of each, where tokens weigh banks.
     """
 
     leader: str
     choices: tuple[int, ...] | None = None
     compared: tuple[str, ...] = ()
+    banks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

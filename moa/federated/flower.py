@@ -40,8 +40,9 @@ from moa.federated.simulate import Delivery, Federation, federate
 from moa.federated.start import differences, make_federation, open_federation
 from moa.federated.store import KEPT, Arrival, apart, joined, round_name
 from moa.files.atomic import atomic_folder, remove_folder, write_file
-from moa.training.report import LOG, flatten
+from moa.training.report import LOG
 from moa.training.setup import make_accelerator
+from moa.training.trackers import flatten
 
 POLL = 1.0  # seconds between two looks for answers
 ORDER, TENSORS, COUNTS, PARTITION = "order", "tensors", "counts", "partition"  # records of a message

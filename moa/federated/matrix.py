@@ -29,6 +29,7 @@ from moa.federated.partition import Client
 from moa.federated.pieces import Piece
 from moa.federated.simulate import Federation
 from moa.files.atomic import write_json
+from moa.training.trackers import send_images
 
 GLOBAL, FILE = "global", "federated.json"
 MODALITIES = ("image", "ocr")
@@ -202,5 +203,7 @@ def report(federation: Federation) -> None:
     if record := score_clients(federation):
         show(table(record))
         show(line_of(record))
+        image = {"clients": federation.folder / "pictures" / "clients.png"}
+        send_images(federation.accelerator, federation.run, image, federation.step)
     rounds = federation.config.federated.rounds
     show(f"\ndone: {rounds} rounds, {federation.step} steps of clients, in {federation.folder}")

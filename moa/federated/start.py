@@ -50,9 +50,10 @@ from moa.model import MixtureModel
 from moa.parts import PARTS
 from moa.training.batches import make_layout
 from moa.training.distributed.strategy import place
-from moa.training.report import Reporter, flatten, start_trackers
+from moa.training.report import Reporter
 from moa.training.run_folder import WAY_OUT, begin, claim, same_data
 from moa.training.setup import check_evaluation, filled
+from moa.training.trackers import flatten, start_trackers
 
 
 def open_federation(

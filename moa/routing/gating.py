@@ -3,7 +3,7 @@
 Gates are `[..., expert]`. Top-k, a missing expert and an oracle are all a gate tensor with zeros in it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -137,6 +137,19 @@ def mixed_logits(
     kind that chooses (HMoRA, ICLR 2025)."""
     one, other = F.logsigmoid(depth) + sample.log_softmax(-1), F.logsigmoid(-depth) + token.log_softmax(-1)
     return torch.logaddexp(one, other)
+
+
+def fused_logits(
+    scores: Float[Tensor, "*lead choice"], gates: Float[Tensor, "*#lead choice"], banks: Sequence[int]
+) -> Float[Tensor, "*lead choice"]:
+    """log(share of its bank x gate in its bank), with the logarithms of `gates` and the bank of each choice.
+
+    Shares are a softmax over banks of what the bank's answer scores: the sum of its experts' scores, each times its
+    gate (SMoLoRA, arXiv 2411.13949).
+    """
+    member = F.one_hot(torch.tensor(banks, device=scores.device)).to(scores.dtype)  # [choice, bank]
+    shares = ((scores * gates.exp()) @ member).log_softmax(-1)
+    return shares @ member.t() + gates
 
 
 def straight_through(

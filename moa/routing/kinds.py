@@ -107,8 +107,10 @@ def fixed(*, expert_ids: Any, weights: Any, mask: Any, **_: Any) -> "Decided":
 
 
 def learned_router(**options: Any) -> "nn.Module":
-    from moa.routing.router import ClusterRouter, Router, TableRouter
+    from moa.routing.router import BankRouter, ClusterRouter, Router, TableRouter
 
+    if "banks" in options:
+        return BankRouter(**options)
     if options.get("score") == CLUSTER:
         return ClusterRouter(**{key: options[key] for key in (*TABLE_OPTIONS, "evidence", "centres")})
     if options.get("score") == TABLE:

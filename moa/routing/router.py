@@ -154,6 +154,34 @@ class Router(KeepsPrecision):
         return torch.where(present[:, None], vector, self.missing[kind]), present
 
 
+class BankRouter(KeepsPrecision):
+    """A router for each bank of experts, by the bank's own evidence; logits in the order of the choices.
+
+    `banks` are the evidence of each choice's bank; the other options are those of `Router`.
+    """
+
+    def __init__(
+        self, *, experts: int, banks: Sequence[Sequence[str]], evidence: Sequence[str], **options: Any
+    ) -> None:
+        super().__init__()
+        self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
+        numbers = bank_numbers(banks)
+        self.order = sorted(range(experts), key=lambda choice: numbers[choice])
+        each = [[choice for choice in self.order if numbers[choice] == number] for number in range(max(numbers) + 1)]
+        made = [Router(experts=len(own), evidence=banks[own[0]], **options) for own in each]
+        self.routers = nn.ModuleList(made)
+
+    def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch 1 choice"]:
+        logits = torch.cat([router(evidence, withhold) for router in self.routers], dim=-1)
+        return logits[..., [self.order.index(choice) for choice in range(len(self.order))]]
+
+
+def bank_numbers(banks: Sequence[Sequence[str]]) -> list[int]:
+    """The number of each choice's bank, counted as they come; choices of the same evidence are of one."""
+    first = list(dict.fromkeys(frozenset(own) for own in banks))
+    return [first.index(frozenset(own)) for own in banks]
+
+
 def some_hidden(present: Bool[Tensor, " batch"], share: float | int) -> Bool[Tensor, " batch"]:
     """Without those that training hides by chance. One stream of random numbers on the CPU: the same on all devices."""
     kept = torch.rand(present.shape) >= share

@@ -18,7 +18,7 @@ from moa.routing.gating import apply_availability, draw_noise, one_hot_gates, st
 from moa.routing.kinds import KINDS
 from moa.routing.losses import gate_losses
 from moa.routing.roles import Roles
-from moa.routing.router import Evidence
+from moa.routing.router import NEVER, Evidence
 from moa.routing.schedule import GateDraws
 from moa.routing.scores import SCORES, linear
 
@@ -46,7 +46,8 @@ class Routing(nn.Module):
     together, see moa/experts/token_routers.py. "both": the logits of `router` take part at the sites. null_expert: one
     choice more, which adds nothing to the backbone, so that a sample's gates may sum to less than one. noise: a name
     of `NOISES`, of scale `noise_scale`. top_p, threshold, normalize, renormalize, straight_through, bias_rate: see
-    moa/routing/gating.py. added_up: for each site whether all choices have the gate 1 there.
+    moa/routing/gating.py. added_up: for each site whether all choices have the gate 1 there. banks: of granularity
+    "both", the bank of each choice; samples choose in each bank by itself, and tokens between banks.
     """
 
     weights: Tensor
@@ -75,13 +76,14 @@ class Routing(nn.Module):
         score: str = "linear",
         bias_rate: float | int | None = None,
         added_up: Sequence[bool] | None = None,
+        banks: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.options = {"top_k": top_k, "top_p": top_p, "threshold": threshold}
         self.options |= {"normalize": normalize, "renormalize": renormalize}
         self.noise, self.noise_scale = noise, 1.0 if noise_scale is None else noise_scale
         self.straight_through, self.score = straight_through, SCORES.get(score, linear)
-        self.bias_rate = bias_rate or 0.0
+        self.bias_rate, self.banks = bias_rate or 0.0, tuple(banks)
         self.learned_threshold = KINDS[kind].learned_threshold and threshold is None
         self.kind, self.granularity, self.null_expert = KINDS[kind], granularity, null_expert
         self.router, self.top_k, self.temperature, self.pool = router, top_k, temperature, pool
@@ -139,7 +141,8 @@ class Routing(nn.Module):
         if self.granularity != "sample":
             if available is not None:
                 raise ValueError("available: token routing uses all experts; give gates instead")
-            return Gates(logits=None if self.router is None else self.router(evidence, withhold) / self.temperature)
+            logits = None if self.router is None else self.router(evidence, withhold) / self.temperature
+            return Gates(logits=logits if logits is None or not self.banks else self._in_banks(logits))
         rows = None if available is None else _rows(available, self.weights)
         more: dict[str, Any] = {}
         logits, mask = None, None if rows is None else self.roles.among_choices(rows)
@@ -158,6 +161,16 @@ class Routing(nn.Module):
             chosen = torch.where(self.added_up[:, None], torch.ones_like(chosen), chosen)
         gates = self.roles.assemble(chosen)
         return Gates(gates=gates if rows is None else gates * rows, logits=logits, probs=probs)
+
+    def _in_banks(self, logits: Float[Tensor, "batch 1 choice"]) -> Float[Tensor, "batch 1 choice"]:
+        """The logarithm of each choice's gate, decided in its bank alone; `NEVER` for a gate of 0."""
+        found = torch.full_like(logits, NEVER)
+        for bank in range(max(self.banks) + 1):
+            own = tuple(choice for choice, number in enumerate(self.banks) if number == bank)
+            gates = self._gates(logits[..., own], choices=own, draw=self.training)[0]
+            logs = torch.where(gates > 0, gates.clamp(min=torch.finfo(gates.dtype).tiny).log(), NEVER)
+            found = found.index_copy(-1, torch.tensor(own, device=logits.device), logs)
+        return found
 
     def targets(self, expert_ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """The choice that each sample is meant to get, -1 where it has none: unknown, or of a shared expert alone."""
@@ -205,6 +218,8 @@ class Routing(nn.Module):
     ) -> Float[Tensor, "*lead choice"]:
         """The same of the choices at the site alone."""
         logits, more = self._split(logits, self.temperature)
+        if self.banks:  # these are decided already
+            return logits.exp()
         return self._gates(logits, **more, choices=choices, draw=draw and self.training, bias=bias)[0]
 
     def token_losses(
@@ -217,7 +232,7 @@ class Routing(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         """The losses on the decisions of tokens, at sites with these choices; empty where none of them is routed."""
         logits, more = self._split(logits, self.temperature)
-        probs = self._gates(logits, **more, choices=choices)[1]
+        probs = logits.exp() if self.banks else self._gates(logits, **more, choices=choices)[1]
         assert probs is not None  # kinds that route tokens have logits
         return self._losses(logits, probs, expert_ids, task_ids, mask, choices)
 

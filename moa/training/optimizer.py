@@ -97,7 +97,7 @@ def parameter_table(model: MixtureModel, groups: Mapping[str, Parameters], rates
     if shared := [p for p in model.bank.parameters() if holders[id(p)] > 1]:
         add_row(table, "shared by experts", shared, rates.experts, "")
     router = [*PARTS["router"].parameters(model).values()]
-    sites = str(len(model.bank.token_routers()) or "")
+    sites = str(len(model.bank.token_choices()) or "")
     add_row(table, "router", router, rates.router, sites)
     projector = [*groups.get("projector", {}).values()]
     if projector:

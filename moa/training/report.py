@@ -5,24 +5,27 @@ A line of log.jsonl is flat: `step`, `stage`, and metrics named `loss/<task>`, `
 """
 
 import json
-import os
 import resource
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from data.mixture import Mixture
-from moa.cli.settings import to_yaml
+from moa.analysis.routing import mutual_information
 from moa.config import RunConfig
 from moa.files.atomic import write_file
+from moa.training.trackers import send_images
 
 LOG = "log.jsonl"
+RECENT = 50  # steps whose mean gates a map shows
 
 
 class Reporter:
@@ -36,6 +39,7 @@ class Reporter:
         self.bar: Progress | None = None
         self.file: Any = None
         self.seconds = self.waited = 0.0  # of this process's steps, validation and saving aside
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)  # lines of steps
 
     def start(self, step: int, total: int) -> None:
         """Open the log after its line of `step`; later lines came from a run that was cut off."""
@@ -83,6 +87,7 @@ class Reporter:
 
     def step(self, line: dict[str, Any]) -> None:
         self.record(line)
+        self.recent.append(line)
         self.seconds += line["step_s"]
         self.waited += line["data_wait_s"]
         if self.bar is not None:
@@ -98,8 +103,32 @@ class Reporter:
     def validation(self, line: dict[str, Any]) -> None:
         self.record(line)
         sources = "  ".join(f"{k[11:]} {v:.3f}" for k, v in line.items() if "/" in k)
-        place, mean = f"{line['stage']} {line['step']}", line["validation"]
-        self.print(f"{place}  validation {mean:.4f}  ({sources})")
+        place, value = f"{line['stage']} {line['step']}", line["validation"]
+        self.print(f"{place}  validation {value:.4f}  ({sources})")
+        if self.main and self.config.logging.trackers:
+            self.show_gates(line["step"])
+
+    def show_gates(self, step: int) -> None:
+        """The mean gates of the last steps by task, as an image to the trackers."""
+        from moa.analysis.plots import gate_heat_map
+
+        file = self.path.parent / "pictures" / "gates_in_training.png"
+        if routing := mean_gates(self.recent, [*self.config.experts]):
+            gate_heat_map(file, routing)
+            send_images(self.accelerator, self.config, {"gates": file}, step)
+
+
+def mean_gates(lines: Iterable[Mapping[str, Any]], experts: Sequence[str]) -> dict[str, Any]:
+    """Gates by task as a map of them takes them, the mean over lines of steps that have the task; empty without one."""
+    tasks = dict.fromkeys(key[5:] for line in lines for key in line if key.startswith("loss/"))
+    found = {
+        task: [mean(line[key] for line in lines if (key := f"gates/{task}/{name}") in line) for name in experts]
+        for task in tasks
+    }
+    if not found:
+        return {}
+    information = mutual_information(torch.tensor([*found.values()]), [*found])
+    return {"experts": experts, "per_kind": found, "held_out": [], "mutual_information": information}
 
 
 def step_text(line: dict[str, Any]) -> str:
@@ -141,28 +170,6 @@ def mixture_table(mixture: Mixture, draws: int) -> Table:
         each = f"{share.draws:,}", f"{share.passes:.2f}"
         table.add_row(share.name, f"{share.size:,}", weight, *each, f"{passes:.2f}")
     return table
-
-
-def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    """Without a key in the environment wandb writes offline, so that it works without an account."""
-    if "wandb" in config.logging.trackers and "WANDB_API_KEY" not in os.environ:
-        os.environ.setdefault("WANDB_MODE", "offline")
-    kinds, settings = bool | int | float | str, flatten(yaml.safe_load(to_yaml(config)))
-    plain = {key: v if isinstance(v, kinds) else str(v) for key, v in settings.items()}
-    options = {"wandb": {"name": Path(config.out).name, "dir": config.out}}
-    accelerator.init_trackers(config.logging.project, config=plain, init_kwargs=options)
-
-
-def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as `key.0.sub: value`."""
-    pairs = enumerate(values) if isinstance(values, list) else values.items()
-    flat: dict[str, Any] = {}
-    for key, value in pairs:
-        if isinstance(value, dict | list) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def memory_gib(device: torch.device) -> float:

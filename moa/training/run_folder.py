@@ -33,7 +33,8 @@ from moa.checkpoint import (
 from moa.cli.settings import anchor_at, to_yaml, visit
 from moa.config import RunConfig, load_config
 from moa.files.atomic import write_json
-from moa.training.report import LOG, flatten
+from moa.training.report import LOG
+from moa.training.trackers import flatten
 
 T = TypeVar("T")
 DATA, LOCK = "data.json", ".lock"

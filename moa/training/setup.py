@@ -24,10 +24,11 @@ from moa.evaluation.settings import check_gates, check_sources
 from moa.training.batches import make_layout
 from moa.training.distributed import zero
 from moa.training.distributed.strategy import asked_for, check_sharding, is_zero_3, kind_of, whole
-from moa.training.report import Reporter, mixture_table, start_trackers
+from moa.training.report import Reporter, mixture_table
 from moa.training.run import Run
 from moa.training.run_folder import begin, claim, on_main, stages_begun
 from moa.training.stages import check_starts
+from moa.training.trackers import start_trackers
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 SETTLED = ("rank", "alpha", "use_rslora")  # of an expert, where its config leaves them out

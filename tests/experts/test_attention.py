@@ -6,6 +6,7 @@ from torch import nn
 
 from moa.build import build_model
 from moa.checkpoint import load_model
+from moa.parts import PARTS
 from tests.experts.test_adapter import MLP
 from tests.support.families import tiny_family
 from tests.support.tiny import tiny_batch
@@ -24,10 +25,10 @@ def batch_of(**options):
     return tiny_batch(tiny_family("llava").processor, tasks=[0, 1, 0, 1], experts=[0, 1, 0, 1], **options)
 
 
-def attending(tmp_path, experts, **changes):
-    model = build_model(toy_config(tmp_path, experts=experts, **ROUTER, **changes)).eval()
+def filled(model, number):
+    """Everything random, after a look that fresh experts leave the base alone."""
     with torch.no_grad():
-        assert torch.equal(model(batch_of()).logits, model(batch_of(), torch.zeros(4, 1, 2)).logits)  # as the base
+        assert torch.equal(model(batch_of()).logits, model(batch_of(), torch.zeros(4, 1, number)).logits)
     torch.manual_seed(0)
     for parameter in [*model.bank.parameters(), *model.bank.site_routers().values()]:
         nn.init.normal_(parameter, std=0.2)
@@ -51,7 +52,8 @@ def loop(site, x, out, k):
 @pytest.mark.slow
 @pytest.mark.parametrize(("experts", "kind"), [(LORA, "softmax"), (LORA, "top_k"), (ADAPTERS, "softmax")])
 def test_tokens_attend_to_answers_as_a_loop_does_and_samples_do_not_know_each_other(tmp_path, experts, kind):
-    model = attending(tmp_path, experts, router__kind=kind, router__top_k=1)
+    changes = {"experts": experts, **ROUTER, "router__kind": kind, "router__top_k": 1}
+    model = filled(build_model(toy_config(tmp_path, **changes)).eval(), 2)
     calls = {}
     for name, site in model.bank.sites.items():
         if site.experts:
@@ -82,3 +84,80 @@ def test_a_run_learns_to_attend_to_frozen_adapters_and_resumes_exactly(tmp_path,
     assert read_log(broken.out) == read_log(whole.out)
     first, learned = build_model(whole).bank.site_routers(), load_model(whole.out)[0].bank.site_routers()
     assert learned.keys() == first.keys() and all((learned[key] != first[key]).any() for key in first)
+
+
+BANKS = {
+    **{name: {**own, "bank": ["image"]} for name, own in LORA.items()},
+    **{f"{name}_asked": {**own, "bank": ["text"]} for name, own in LORA.items()},
+}
+TWO_BANKS = {"router__granularity": "both", "router__score": "attention", "router__evidence": ["image", "text"]}
+TOP_1 = {"router__kind": "top_k", "router__top_k": 1, "router__straight_through": True}
+UNGUIDED = {"losses__guidance": 0, "losses__guidance_end": 0, "losses__z": 0}
+
+
+def weighed(site, x, chosen):
+    """Of each bank the chosen expert's answer, and a softmax over banks of w . answer."""
+    answers, scores = [], []
+    for bank, experts in enumerate((site.experts[:2], site.experts[2:])):
+        each = [site.scalings[e] * (x @ site.lora_A[e].T) @ site.lora_B[e].T for e in experts]
+        answers.append(torch.stack([each[place][row] for row, place in enumerate(chosen[bank])]))
+        scores.append(answers[-1] @ site.token_key[bank])
+    shares = torch.stack(scores, -1).softmax(-1)
+    return site.base_layer(x) + sum(shares[..., bank, None] * answer for bank, answer in enumerate(answers))
+
+
+@pytest.mark.slow
+def test_samples_choose_in_each_bank_by_its_evidence_and_tokens_weigh_the_banks_as_a_loop_does(tmp_path):
+    config = toy_config(tmp_path, experts=BANKS, **TWO_BANKS, **TOP_1, **UNGUIDED)
+    model = filled(build_model(config).eval(), 4)
+    for router in model.router.routers:
+        nn.init.normal_(router.head[-1].weight, std=3)
+    calls, batch = {}, batch_of()
+    for name, site in model.bank.sites.items():
+        site.register_forward_hook(lambda m, args, out, name=name: calls.update({name: (args[0], out)}))
+    whole, evidence = model(batch), model.evidence(batch)
+    with torch.no_grad():
+        chosen = [router(evidence)[:, 0].argmax(-1).tolist() for router in model.router.routers]
+        for name, (x, out) in calls.items():
+            torch.testing.assert_close(out, weighed(model.bank.sites[name], x, chosen), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(whole.gates.sum(-1), torch.ones(4, 1))
+        torch.testing.assert_close(model(batch_of(pad=3)).loss_per_sample, whole.loss_per_sample)
+        torch.testing.assert_close(model(rows(batch_of(), [2])).loss_per_sample, whole.loss_per_sample[2:3])
+        other = model(batch_of(images=[9, 8, 7, 6]))
+        asked = [place for place, name in enumerate(model.bank.names) if name.endswith("_asked")]
+        assert torch.equal(other.router_logits[..., asked], whole.router_logits[..., asked])
+    (whole.loss_per_sample.sum() + sum(whole.aux.values())).backward()
+    learned = [*model.bank.site_routers().values(), *(router.head[-1].weight for router in model.router.routers)]
+    assert all(p.grad is not None and bool(p.grad.any()) for p in learned)
+    prompt = batch_of(answers=None, left=True)
+    cached, uncached = (model.generate(prompt, max_new_tokens=4, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+@pytest.mark.slow
+def test_a_run_with_two_banks_recomputes_activations_and_is_loaded_as_it_was_trained(tmp_path):
+    stages = {"joint": {"steps": 2, "lr": {"experts": 0.05, "router": 0.05}}}
+    changes = {"experts": BANKS, "stages": stages, **TWO_BANKS, **TOP_1, **UNGUIDED}
+    config = toy_config(tmp_path, train__gradient_checkpointing=True, **changes)
+    run_once(config)
+    fresh, loaded = build_model(config).eval(), load_model(config.out)[0].eval()
+    before, after = (PARTS["router"].state(model) for model in (fresh, loaded))
+    assert before.keys() == after.keys() and any("routers.1.head.3.weight" in key for key in after)
+    assert all((after[key] != before[key]).any() for key in after if "head.3" in key)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"router__granularity": "token"}, "experts.vqa.bank: and router.granularity=both"),
+        ({"experts__vqa__bank": None}, "experts.grounding.bank: is for all routed experts"),
+        ({"router__evidence": ["image", "text", "ocr"]}, "router.evidence: must be what the banks read"),
+        ({"router__kind": "top_k", "router__top_k": 3}, "router.top_k: is 3, and the smallest bank has 2"),
+        ({"losses__guidance": 1}, "losses.guidance: must be 0 with banks"),
+        ({"experts__vqa__targets": [r".*layers\.0\.mlp.*"]}, "experts.vqa.targets: must be the same"),
+    ],
+)
+def test_banks_that_cannot_work_are_refused_by_their_key(tmp_path, changes, message):
+    with pytest.raises(ValueError) as caught:
+        toy_config(tmp_path, **{"experts": {k: dict(v) for k, v in BANKS.items()}, **TWO_BANKS, **UNGUIDED, **changes})
+    assert message in str(caught.value)
