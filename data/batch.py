@@ -26,9 +26,9 @@ class Batch:
     at work on every rank. `segments` names the sample of each token where rows are packed (-1 at
     padding); then samples are numbered in the order in which they stand. `text_ids` is the question
     alone: no OCR words, no task prefix, no answer. `ocr_boxes` are x0 y0 x1 y1 in 0..1 of the
-    image. `task_ids` is -1 where the task is unknown or withheld, `expert_ids` -1 where it
-    is unknown. Masks are True where there is something; a sample without OCR evidence has an all-False
-    `ocr_mask`.
+    image. `task_ids` is -1 where there is no task or it is withheld, `UNKNOWN_TASK` where it is none of the run's;
+    `expert_ids` is -1 where it is unknown. Masks are True where there is something; a sample without OCR evidence has
+    an all-False `ocr_mask`.
     """
 
     input_ids: Tensor  # [rows, seq] int64

@@ -20,7 +20,7 @@ from data.chat import message, special_tokens
 from data.checks import BadSampleError, check_sample, name_of
 from data.config import PromptConfig
 from data.geometry import Geometry, seen_by
-from data.sample import PLACE, OcrWord, Sample
+from data.sample import PLACE, UNKNOWN_TASK, OcrWord, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Evidence:
         """What the processor gets."""
         if not self.settings.border:
             return [*sample.images]
-        words = sample.question.replace(PLACE, ""), self.task_id(sample)
+        words = sample.question.replace(PLACE, ""), max(self.task_id(sample), -1)
         return [draw_border(image, self.settings.border, *words) for image in sample.images]
 
     def target(self, sample: Sample) -> str:
@@ -108,7 +108,9 @@ class Evidence:
         return crc32(sample.id.encode()) % 1000 < 1000 * self.settings.task_dropout
 
     def task_id(self, sample: Sample) -> int:
-        return -1 if self.withholds(sample) else position(self.tasks, sample.task)
+        if self.withholds(sample) or not sample.task:
+            return -1
+        return self.tasks.index(sample.task) if sample.task in self.tasks else UNKNOWN_TASK
 
     def expert_id(self, sample: Sample) -> int:
         return position(self.experts, sample.expert)

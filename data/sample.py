@@ -11,6 +11,8 @@ from typing import Self
 
 from PIL.Image import Image
 
+UNKNOWN_TASK = -2  # among ids of tasks: one that is none of the run's; -1: no task, or withheld
+
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of the original image
 MARK = "<image>"  # the place of an image, as files write it
 PLACE = "\ufdd1"  # the same in a sample's questions; no character, so that no text has it by chance

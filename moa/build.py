@@ -149,6 +149,7 @@ def sample_routing(config: RunConfig, bank: ExpertBank) -> dict[str, Any]:
     """The settings of `Routing` in a config."""
     router = config.router
     same = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through", "score"]
+    same += ["unknown_task"]
     same += ["top_k", "top_p", "threshold", "normalize", "renormalize", "pool", "bias_rate"]
     added_up = select(router.added_up, bank.sites, "router.added_up")
     return {name: getattr(router, name) for name in same} | {

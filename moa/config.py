@@ -178,6 +178,9 @@ class RouterConfig:
     pooling: Annotated[Literal["attention", "mean"], OF_RUN] = "attention"
     per_site: bool = False  # a learned offset of the logits for each wrapped layer
     task_prior: bool = False  # a learned offset of the logits for each task, where the task is known
+    # gates of a sample that names a task outside of data.tasks: route: by the other evidence, as without a task; mean:
+    # all experts alike, as one merged adapter; none: no routed expert, the base answers
+    unknown_task: Literal["route", "mean", "none"] = "route"
     # chance in training that one kind of evidence is hidden
     modality_dropout: Annotated[ShareBelowOne, OF_RUN] = 0.1
     weights: dict[str, float] | None = None  # of kind fixed: routed expert -> gate; null: all equal
@@ -252,6 +255,9 @@ class RouterConfig:
         rule = f"needs a kind whose gates learn; got {self.kind}"
         check(self.row.learns == "gradient" or not self.root_gradient, "root_gradient", rule)
         check(not by_token or not self.added_up, "added_up", f"needs granularity sample; {got}")
+        reads = self.row.router is not None and not by_token and "task" in self.evidence
+        rule = f"{self.unknown_task} needs granularity sample and a router that sees the task; {got}, {self.evidence}"
+        check(reads or self.unknown_task == "route", "unknown_task", rule)
         hard = kinds.names(lambda kind: kind.hard)
         check(self.renormalize or self.row.hard, "renormalize", f"false needs kind {hard}; got {self.kind}")
         self._check_noise()

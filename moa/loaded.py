@@ -165,7 +165,8 @@ class LoadedModel:
         return merge_experts(MergeExperts(**source, **settings), Console(file=io.StringIO()))
 
     def _check(self, task: str | None, gates: GateRule) -> None:
-        if task is not None and task not in self.config.data.tasks:
+        known = task is None or task in self.config.data.tasks or self.config.router.unknown_task != "route"
+        if not known:
             raise ValueError(f"task={task}: unknown; choices: {', '.join(self.config.data.tasks)}")
         if isinstance(gates, str):
             check_gates(gates, self.experts, self.network.routing.granularity)

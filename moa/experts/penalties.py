@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 TINY = 1e-12
-PADDING = -2  # the task of a token that is none
+PADDING = -3  # the task of a token that is none
 
 
 def orthogonality(

@@ -58,7 +58,7 @@ class Evidence:
     ocr_boxes: Float[Tensor, "batch word 4"] | None = None
     ocr_confidence: Float[Tensor, "batch word"] | None = None
     ocr_mask: Bool[Tensor, "batch word"] | None = None
-    task_ids: Int[Tensor, " batch"] | None = None
+    task_ids: Int[Tensor, " batch"] | None = None  # -1: none, or withheld; below: none of the run's
 
 
 def axes_of(key: str) -> tuple[str, ...]:

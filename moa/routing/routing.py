@@ -46,8 +46,9 @@ class Routing(nn.Module):
     together, see moa/experts/token_routers.py. "both": the logits of `router` take part at the sites. null_expert: one
     choice more, which adds nothing to the backbone, so that a sample's gates may sum to less than one. noise: a name
     of `NOISES`, of scale `noise_scale`. top_p, threshold, normalize, renormalize, straight_through, bias_rate: see
-    moa/routing/gating.py. added_up: for each site whether all choices have the gate 1 there. banks: of granularity
-    "both", the bank of each choice; samples choose in each bank by itself, and tokens between banks.
+    moa/routing/gating.py. unknown_task: what samples get that name a task outside of the run's. added_up: for each
+    site whether all choices have the gate 1 there. banks: of granularity "both", the bank of each choice; samples
+    choose in each bank by itself, and tokens between banks.
     """
 
     weights: Tensor
@@ -75,6 +76,7 @@ class Routing(nn.Module):
         straight_through: bool = False,
         score: str = "linear",
         bias_rate: float | int | None = None,
+        unknown_task: str = "route",
         added_up: Sequence[bool] | None = None,
         banks: Sequence[int] = (),
     ) -> None:
@@ -84,6 +86,7 @@ class Routing(nn.Module):
         self.noise, self.noise_scale = noise, 1.0 if noise_scale is None else noise_scale
         self.straight_through, self.score = straight_through, SCORES.get(score, linear)
         self.bias_rate, self.banks = bias_rate or 0.0, tuple(banks)
+        self.unknown_task = unknown_task
         self.learned_threshold = KINDS[kind].learned_threshold and threshold is None
         self.kind, self.granularity, self.null_expert = KINDS[kind], granularity, null_expert
         self.router, self.top_k, self.temperature, self.pool = router, top_k, temperature, pool
@@ -156,6 +159,8 @@ class Routing(nn.Module):
         more["draw"] = self.training
         chosen, probs = self._gates(logits, mask, self.roles.choice_ids(expert_ids), **more)
         chosen = chosen[..., :-1] if self.null_expert else chosen
+        if self.unknown_task != "route" and "task" not in withhold:
+            chosen = self._of_unknown_tasks(chosen, evidence, None if rows is None else self.roles.among_choices(rows))
         chosen = chosen if draws is None else draws.apply(chosen)
         if self.added_up is not None:
             chosen = torch.where(self.added_up[:, None], torch.ones_like(chosen), chosen)
@@ -171,6 +176,15 @@ class Routing(nn.Module):
             logs = torch.where(gates > 0, gates.clamp(min=torch.finfo(gates.dtype).tiny).log(), NEVER)
             found = found.index_copy(-1, torch.tensor(own, device=logits.device), logs)
         return found
+
+    def _of_unknown_tasks(
+        self, chosen: Float[Tensor, "batch site choice"], evidence: Evidence, available: Tensor | None
+    ) -> Float[Tensor, "batch site choice"]:
+        """Those of `unknown_task` in the place of what was decided for a sample whose task is none of the run's."""
+        ids: Any = evidence.task_ids
+        alike = torch.ones_like(chosen) if available is None else available.expand_as(chosen).to(chosen)
+        alike = alike / alike.sum(-1, keepdim=True).clamp(min=1) if self.unknown_task == "mean" else 0 * alike
+        return torch.where((ids < -1)[:, None, None], alike, chosen)
 
     def targets(self, expert_ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """The choice that each sample is meant to get, -1 where it has none: unknown, or of a shared expert alone."""

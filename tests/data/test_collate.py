@@ -10,7 +10,7 @@ from data.chat import ChatEncoder
 from data.checks import BadSampleError
 from data.collate import IGNORED, ChatCollator
 from data.config import PromptConfig
-from data.sample import OcrWord, Sample, Turn
+from data.sample import UNKNOWN_TASK, OcrWord, Sample, Turn
 from tests.support.tiny import random_image, tiny_processor
 
 CODEC = CODECS["location_tokens"]
@@ -189,7 +189,7 @@ def test_bad_samples_are_split_off_and_the_good_ones_keep_their_encoding():
 def test_a_held_out_task_is_allowed_where_asked_for():
     collate = replace(COLLATE, allow_unknown_tasks=True)
     batch = collate([sample(task="count")])
-    assert batch.task_ids.tolist() == [-1] and "[count]" in prompt_of(batch)
+    assert batch.task_ids.tolist() == [UNKNOWN_TASK] and "[count]" in prompt_of(batch)
 
 
 def unmarked(processor):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data.sample import UNKNOWN_TASK
 from moa.routing.losses import load_balancing_loss, task_guidance_loss
 from moa.routing.roles import Roles, check_roles
 from moa.routing.router import Evidence
@@ -69,6 +70,21 @@ def test_where_experts_are_added_up_each_has_the_gate_one_and_elsewhere_the_rout
     assert model.oracle(torch.tensor([1])).tolist() == [[[0, 1, 1]]]  # what trains experts apart is as it was
     few = decided(model, available=torch.tensor([True, False, True])).gates
     assert few[0].tolist() == [[1, 0, 1], [1, 0, 1]]
+
+
+def test_a_task_that_is_none_of_the_runs_gets_all_experts_alike_or_none_of_them():
+    logits = [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]
+    told = Evidence(task_ids=torch.tensor([0, -1, UNKNOWN_TASK]))  # a task of the run, none or withheld, another
+    ids = torch.full((3,), -1)
+    routed, shared = [P, Q, 1], {"mean": [0.5, 0.5, 1], "none": [0, 0, 1], "route": [P, Q, 1]}
+    for rule, expected in shared.items():
+        model = routing("routed routed always", logits, unknown_task=rule)
+        torch.testing.assert_close(model.decide(told, ids).gates[:, 0], torch.tensor([routed, routed, expected]))
+        hidden = model.decide(told, ids, withhold=["task"]).gates[:, 0]
+        torch.testing.assert_close(hidden, torch.tensor([routed] * 3))
+    model = routing("routed routed always", logits, unknown_task="mean")
+    few = model.decide(told, ids, available=torch.tensor([True, False, True])).gates[:, 0]
+    assert few.tolist() == [[1, 0, 1]] * 3
 
 
 def test_a_joint_expert_shares_the_softmax_takes_no_place_of_top_k_and_is_not_balanced():

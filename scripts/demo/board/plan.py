@@ -40,6 +40,7 @@ class RowConfig:
     at: Count | None = None  # the step whose checkpoint answers; null: the last one
     gates: str = "router"  # as eval.gates
     withhold_task: bool = False  # as eval.withhold_task
+    unknown_task: Literal["mean", "none"] | None = None  # of the router in place of the run's own
     seeds: Count | None = None  # only so many of the command's seeds, the first ones; null: all
     tune_as: str | None = None  # the row whose learning rate it takes; null: its own
     scored: bool = True  # false: only other rows start from it

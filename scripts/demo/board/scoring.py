@@ -34,6 +34,7 @@ def score(plan: Plan, cell: Cell) -> None:
     board, row = read_board(cell.board), read_board(cell.board).rows[cell.row]
     evaluated, columns, files = model_of(plan, cell), plan.columns(cell.board), score_files(plan, cell)
     model = open_model(evaluated, "cpu")
+    model.routing.unknown_task = row.unknown_task or model.routing.unknown_task
     for name, file in files.items():
         if read_scores(plan.out / "scores" / file) is None:
             withheld = row.withhold_task or name in board.withhold_task
@@ -58,6 +59,7 @@ def score_files(plan: Plan, cell: Cell) -> dict[str, str]:
     for name, column in plan.columns(cell.board).items():
         withheld = row.withhold_task or name in board.withhold_task
         about = [weights, row.gates, withheld, given(column), prompt_of(evaluated.config)]
+        about += [row.unknown_task] if row.unknown_task else []
         files[name] = f"{digest(json.dumps(about))}.json"
     return files
 
