@@ -19,6 +19,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL.Image import Image
 from rich.progress import track
 
+from data.sample import MARK
 from moa.loaded import load
 
 KNOWN = {"max_new_tokens", "num_beams", "until", "do_sample", "temperature", "top_p"}
@@ -92,12 +93,14 @@ class Moa(lmms):
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         raise ValueError("moa answers one question at a time; choose output_type generate_until")
 
-    def pair(self, request: Instance) -> tuple[Image, str]:
-        """The request's one image and its question; ValueError for several images, a video, none."""
+    def pair(self, request: Instance) -> tuple[Image | list[Image], str]:
+        """The request's image or images and its question; ValueError for a video, and for none."""
         context, _, doc_to_visual, doc_id, task, split = request.args
         visuals = doc_to_visual(self.task_dict[task][split][doc_id])
-        if len(visuals) != 1 or not isinstance(visuals[0], Image):
+        if not visuals or not all(isinstance(visual, Image) for visual in visuals):
             kinds = [type(visual).__name__ for visual in visuals]
-            raise ValueError(f"{task}, {doc_id}: moa reads one image a question, got {kinds}")
+            raise ValueError(f"{task}, {doc_id}: moa reads questions about images, got {kinds}")
         image_token = self.model.network.backbone.processor.image_token
-        return visuals[0], context.replace(image_token, "").strip()
+        if len(visuals) == 1:
+            return visuals[0], context.replace(image_token, "").strip()
+        return [*visuals], context.replace(image_token, MARK).strip()

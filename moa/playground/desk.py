@@ -137,8 +137,8 @@ class Desk:
                 sample = read_sample(dataset, min(number, len(dataset) - 1), source.name)
             except (ValueError, OSError, ModuleNotFoundError):
                 continue
-            if not isinstance(sample, BadSampleError) and sample.image is not None:
-                found.append((sample.image, sample))
+            if not isinstance(sample, BadSampleError) and len(sample.images) == 1:
+                found.append((sample.images[0], sample))
         return found
 
     @property

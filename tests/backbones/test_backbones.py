@@ -24,7 +24,7 @@ from data.config import PromptConfig
 from data.sample import OcrWord, Sample, Turn, placed
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone, load_backbone
-from moa.checkpoint import load_model
+from moa.checkpoint import load_model, step_folder
 from moa.evaluation.report import seen_by_tower
 from moa.experts.bank import ExpertBank
 from moa.loaded import load
@@ -462,8 +462,7 @@ def test_a_run_on_several_images_is_trained_evaluated_asked_and_probed(tmp_path)
     assert answer.gates != other.gates and answer.box is None
     with pytest.raises(ValueError, match="image places: 1 times <image> for 2 images"):
         model.ask(files, "is <image> red?", "vqa")
-    step = next((tmp_path / "run").glob("step*"))
-    inputs, owners, routed = probe_of_run(step, config, 3, 3)
+    inputs, owners, routed = probe_of_run(step_folder(config.out), config, 3, 3)
     assert owners["image"].tolist().count(0) > owners["image"].tolist().count(1) and len(routed.tokens) == 3
 
 

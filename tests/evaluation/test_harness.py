@@ -78,7 +78,13 @@ def test_what_a_run_cannot_answer_is_said(run, monkeypatch):
     model = harnessed(monkeypatch, f"run={run}")
     with pytest.raises(ValueError, match="no likelihoods"):
         model.loglikelihood([])
-    several = Instance("generate_until", ("what?", {}, lambda doc: [], 0, "toy", "test"), 0,
-                       {"task": "toy", "doc_id": 0, "repeats": 1})  # fmt: skip
-    with pytest.raises(ValueError, match="reads one image a question"):
-        model.pair(several)
+
+    def about(images: list) -> Instance:
+        return Instance("generate_until", ("<image> or <image>?", {}, lambda doc: images, 0, "toy", "test"), 0,
+                        {"task": "toy", "doc_id": 0, "repeats": 1})  # fmt: skip
+
+    with pytest.raises(ValueError, match="toy, 0: moa reads questions about images, got \\[\\]"):
+        model.pair(about([]))
+    images = [doc["image"] for doc in DOCS["toy"]["test"]]
+    assert model.pair(about(images[:1])) == (images[0], "or ?")
+    assert model.pair(about(images)) == (images, "<image> or <image>?")
