@@ -49,8 +49,7 @@ class Contender:
 
     def stepper(self) -> Callable[[], None]:
         """One optimiser step: forward, backward, AdamW."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
         def step() -> None:
             self.forward().backward()
@@ -105,8 +104,7 @@ def tokens(setting: Setting) -> Contender:
 def frozen(setting: Setting) -> Contender:
     model = without_bank(backbone_of(setting))
     probe = nn.Parameter(torch.zeros((), device=setting.device))
-    embed = model.model.get_input_embeddings()
-    embed.register_forward_hook(lambda m, args, out: out + probe.to(out.dtype))
+    model.model.get_input_embeddings().register_forward_hook(lambda m, args, out: out + probe.to(out.dtype))
     model.register_parameter("embedding_probe", probe)
     return _plain(model, setting)
 

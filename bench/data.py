@@ -115,8 +115,7 @@ def read_rows(folder: Path) -> tuple[float, float, float]:
         samples.lengths(index)
         if index % 10_000 == 0:
             peak = max(peak, process_kib("VmRSS") / 1e3)
-    rate = len(samples) / (time.perf_counter() - began)
-    return before, max(peak, process_kib("VmRSS") / 1e3), rate
+    return before, max(peak, process_kib("VmRSS") / 1e3), len(samples) / (time.perf_counter() - began)
 
 
 def many_rows(results: dict[str, Any], count: int) -> None:

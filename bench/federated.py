@@ -45,9 +45,6 @@ class Settings:
     layers: Size = 32  # of a 7B LLaVA
 
 
-# A round against plain training ------------------------------------------------------------------------
-
-
 def open_demo(folder: Path, rounds: int) -> "Federation":
     """The demo without what is measured and not trained: validation, and the table at the end."""
     from moa.cli.settings import load
@@ -95,9 +92,6 @@ def round_over_plain(rounds: int, turns: int) -> float:
             ratios.append((between - began) / (clock("cpu") - between))
             print(f"{federation.step} steps of clients over as many of plain training: {ratios[-1]:.3f}", flush=True)
     return median(ratios[1:])
-
-
-# Aggregation of files ----------------------------------------------------------------------------------
 
 
 def factors(settings: Settings) -> "dict[str, Tensor]":

@@ -104,8 +104,7 @@ def argsort_ties(updates: Tensor, density: float) -> Tensor:
         flat = update.flatten()
         order = flat.abs().argsort(descending=True)[: int(density * flat.numel()) + 1]
         own.view(-1)[order] = flat[order]
-    sign = kept.sum(0).sign()
-    agrees = (kept.sign() == sign) & (kept != 0)
+    agrees = (kept.sign() == kept.sum(0).sign()) & (kept != 0)
     return torch.where(agrees, kept, 0.0).sum(0) / agrees.sum(0).clamp(min=1)
 
 
@@ -161,8 +160,8 @@ def merge_adapters(paths: list[Path], out: Path, settings: dict[str, Any]) -> tu
     dtype = torch.float32  # factors in 16 bits carry less
 
     def run() -> None:
-        with open_spool(out.parent, stored_dtype(experts)) as spool:
-            export_adapter(out, merge(experts, dtype=dtype, keep=spool.keep, **settings), experts)
+        with open_spool(out.parent, stored_dtype(experts)) as keep:
+            export_adapter(out, merge(experts, dtype=dtype, keep=keep, **settings), experts)
 
     return timed(run)[0], process_kib("VmHWM") * 1024 / 1e9
 

@@ -86,8 +86,7 @@ def run(settings: Settings, console: Console) -> None:
         setting = replace(settings.at(size, count), checkpointing=settings.checkpointing)
         layer[count], layer_ratio[count] = measure_layer(setting, settings.rounds)
         print_rows(f"layer, {count} experts", layer[count])
-        names = settings.chosen(count)
-        step[count], step_ratio[count] = measure_step(names, setting, settings.rounds, peak)
+        step[count], step_ratio[count] = measure_step(settings.chosen(count), setting, settings.rounds, peak)
         print_rows(f"step, {count} experts", step[count])
         print_rows(f"{count} experts, ours over", {"theirs": step_ratio[count]})
     dtype = f"_{settings.dtype}" if settings.dtype != "fp32" else ""

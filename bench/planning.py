@@ -2,10 +2,9 @@
 
     python -m bench.planning [size=small|large] [device=cpu|cuda] [dtype=fp32|bf16]
 
-A random LLaVA with its experts and router takes a training step, with and without gradient
-checkpointing. The plan comes from a copy of the model without data; what is measured is the peak of
-torch's allocator: the profiler's on a CPU, max_memory_allocated on a GPU. Ratios are planned over
-measured. Writes results/bench_planning.json.
+A random LLaVA with its experts and router takes a training step, with and without gradient checkpointing. The plan
+comes from a copy of the model without data; what is measured is the peak of torch's allocator: the profiler's on a CPU,
+max_memory_allocated on a GPU. Ratios are planned over measured. Writes results/bench_planning.json.
 """
 
 import copy
@@ -117,8 +116,7 @@ def run(settings: Settings, console: Console) -> None:
     for count, checkpointing in product(settings.experts, (False, True)):
         setting = settings.at(size, count)
         train = TrainConfig(precision=settings.dtype, gradient_checkpointing=checkpointing)
-        backbone = make_backbone(size, device, setting.dtype)
-        model = make_mixture(backbone, count, setting.rank, device).train()
+        model = make_mixture(make_backbone(size, device, setting.dtype), count, setting.rank, device).train()
         plan = planned(model, train, batch)
         if checkpointing:
             model.enable_gradient_checkpointing()
@@ -128,8 +126,7 @@ def run(settings: Settings, console: Console) -> None:
         peaks = f"planned {plan.peak / 2**20:.1f} MiB, measured {peak / 2**20:.1f} MiB"
         print(f"{label}: {peaks}; {moments}")
         found[label] = {"peak": plan.peak / peak, "optimizer": plan.optimizer / states}
-    where = settings.where(settings.size)
-    write_results("planning", {"where": where, "planned_over_measured": found})
+    write_results("planning", {"where": settings.where(settings.size), "planned_over_measured": found})
 
 
 if __name__ == "__main__":

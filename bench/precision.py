@@ -2,10 +2,9 @@
 
     python -m bench.precision [size=small|slice7b|...] [experts=[8]] [device=cpu|cuda]
 
-Training steps of ours and of PEFT LoRA of the same total rank: fp32, bf16 (frozen weights in bf16,
-autocast, experts and router in fp32, as train.precision=bf16 has it), and with gradient
-checkpointing. Then one decoding step of all expert layers, with the factors' concatenation kept and
-made anew. Writes results/bench_precision_<size>.json.
+Training steps of ours and of PEFT LoRA of the same total rank: fp32, bf16 (frozen weights in bf16, autocast, experts
+and router in fp32, as train.precision=bf16 has it), and with gradient checkpointing. Then one decoding step of all
+expert layers, with the factors' concatenation kept and made anew. Writes results/bench_precision_<size>.json.
 """
 
 import warnings
@@ -95,8 +94,7 @@ def run(settings: Settings, console: Console) -> None:
             for name, value in rows.items():
                 print(f"{count} experts, {title:9s} {name:36s} {value:6.3f}")
         found[count] = tables
-    where = settings.where(settings.size)
-    write_results(f"precision_{settings.size}", {"where": where, "experts": found})
+    write_results(f"precision_{settings.size}", {"where": settings.where(settings.size), "experts": found})
 
 
 if __name__ == "__main__":

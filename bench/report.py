@@ -31,8 +31,7 @@ def transposed(table: Table) -> dict[str, dict[str, float]]:
 
 def mixture(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     steps = {f"step, over {name}": c for name, c in transposed(found["step_ours_over"]).items()}
-    layer = {"layer, over lora": found["layer_ours_over_lora"]}
-    yield "Our time over theirs, by experts:", steps | layer
+    yield "Our time over theirs, by experts:", steps | {"layer, over lora": found["layer_ours_over_lora"]}
     kept = {
         count: {f"step, {n}": r["MiB"] for n, r in step.items() if n != "frozen" and "MiB" in r}
         for count, step in found["step"].items()
@@ -42,8 +41,7 @@ def mixture(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
 
 def generation(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     for count, batches in found["tokens_over_merged"].items():
-        caption = f"{count} experts, tokens/s over those of the merged model, by batch:"
-        yield caption, transposed(batches)
+        yield f"{count} experts, tokens/s over those of the merged model, by batch:", transposed(batches)
 
 
 def every_number(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
@@ -114,8 +112,7 @@ def draw_charts() -> None:
 
 
 def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    argparse.ArgumentParser(description=__doc__, formatter_class=raw).parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     head = ["# Benchmarks", "", "`make bench` takes these numbers; docs/LOG.md explains them."]
     lines = [*head, *(line for name in SECTIONS for line in section(name))]
     write_file(RESULTS / "benchmarks.md", "\n".join(lines) + "\n")

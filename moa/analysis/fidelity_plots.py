@@ -69,8 +69,7 @@ def draw_where(path: Path, record: Record) -> None:
         left.set_title("cosine of a pair" + ", those that meet most" * (len(pairs) == MANY_PAIRS))
         _table(left, np.array(values), [short(name) for name in layers], heads, "cosine")
         right.set_title("mass that cancels")
-        shares = [row["sign_conflict"] for row in layers.values()]
-        right.barh(range(len(layers)), shares, color=MUTED, height=0.6)
+        right.barh(range(len(layers)), [row["sign_conflict"] for row in layers.values()], color=MUTED, height=0.6)
         right.set(xlim=(0, 1), xlabel="share, in a plain sum of all")
 
 
@@ -84,8 +83,7 @@ def draw_layers(path: Path, record: Record) -> None:
     with page(path, width, 1.8 + 0.27 * len(layers), title, "by layer") as figure:
         panels = figure.subplots(1, 2 if merged else 1, sharey=True, squeeze=False)[0]
         panels[0].set_title("norm of the update")
-        norms = np.array([row["norms"] for row in layers.values()])
-        _table(panels[0], norms, rows, names, "norms")
+        _table(panels[0], np.array([row["norms"] for row in layers.values()]), rows, names, "norms")
         if merged:
             kept = [row["merged"]["retention"] for row in layers.values()]
             panels[1].set_title("retention")

@@ -55,9 +55,6 @@ def color(index: int) -> str:
     return PALETTE[index % len(PALETTE)]
 
 
-# -- Gates ----------------------------------------------------------------------------------------
-
-
 def gate_heat_map(path: str | Path, routing: Mapping[str, Any], null_expert: bool = False) -> None:
     """Task, split where it has several experts, x expert; with a null expert the last column is its weight."""
     experts, per_task = routing["experts"], routing["per_kind"]
@@ -124,9 +121,6 @@ def layer_groups(sites: Sequence[str]) -> dict[str, list[int]]:
     return groups
 
 
-# -- Losses ---------------------------------------------------------------------------------------
-
-
 def loss_curves(path: str | Path, rows: Iterable[Mapping[str, Any]], experts: Sequence[str] = ()) -> None:
     """Loss per task over steps, pale, their running mean strong; a task called as an expert has its colour."""
     rows = [row for row in rows if any(key.startswith("loss/") for key in row)]
@@ -181,9 +175,6 @@ def mark_stages(axes: Axes, stages: Sequence[str]) -> None:
             axes.axvline(start, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
         axes.annotate(f" {stages[start]}", (start, 1.01), xycoords=("data", "axes fraction"),
                       color=MUTED, va="bottom")  # fmt: skip
-
-
-# -- Boards ---------------------------------------------------------------------------------------
 
 
 def board_chart(path: str | Path, board: Mapping[str, Any]) -> None:

@@ -49,8 +49,7 @@ def mean(values: Sequence[float]) -> float:
 
 def with_error(values: Sequence[float], samples: Sequence[Sample]) -> dict[str, float | None]:
     """The mean and its standard error, clustered by image."""
-    clusters = [sample.image_id for sample in samples]
-    return {"value": mean(values), "se": clustered_standard_error(values, clusters)}
+    return {"value": mean(values), "se": clustered_standard_error(values, [sample.image_id for sample in samples])}
 
 
 def empty_answers(responses: Sequence[Response]) -> dict[str, list[int]]:

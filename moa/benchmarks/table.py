@@ -81,8 +81,7 @@ def submission_rows(make: Row, responses: Sequence[Response]) -> list[dict[str, 
     """The rows of all responses; ValueError for an id that no server takes, or that is not unique."""
     rows = [*map(make, responses)]
     keys = Counter(next(iter(made.values())) for made in rows)
-    twice = [key for key, count in keys.items() if count > 1]
-    if twice:
+    if twice := [key for key, count in keys.items() if count > 1]:
         name = next(iter(rows[0]))
         raise ValueError(f"{len(twice)} values of {name} are not unique, such as {twice[0]}")
     return rows

@@ -108,8 +108,7 @@ def read_header(path: str | Path, peft_type: str = LORA) -> ExpertHeader:
     shapes, metadata = _read_shapes(folder / WEIGHTS_FILE)
     ranks, sizes = _check_keys(folder / WEIGHTS_FILE, shapes, config)
     _check_sites(folder / CONFIG_FILE, config, ranks)
-    spelled = {site: site for site in ranks}
-    return ExpertHeader(folder, config, ranks, sizes, spelled, metadata.get(FINGERPRINT))
+    return ExpertHeader(folder, config, ranks, sizes, {site: site for site in ranks}, metadata.get(FINGERPRINT))
 
 
 def read_tensors(header: ExpertHeader) -> dict[str, Tensor]:
@@ -180,8 +179,7 @@ def rename_sites(header: ExpertHeader, names: Mapping[str, str]) -> ExpertHeader
 def keep_sites(header: ExpertHeader, sites: Sequence[str]) -> ExpertHeader:
     """The header with some of its sites alone."""
     config = {key: value for key, value in header.config.items() if key not in NARROWING}
-    kept = {site: site for site in sites}
-    return _with_sites(header, kept, {**config, "target_modules": list(sites)})
+    return _with_sites(header, {site: site for site in sites}, {**config, "target_modules": list(sites)})
 
 
 def _with_sites(header: ExpertHeader, names: Mapping[str, str], config: dict[str, Any]) -> ExpertHeader:

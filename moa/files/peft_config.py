@@ -54,8 +54,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and -1e30 < value < 1e30  # NaN is not
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30  # NaN is not
 
 
 def _is_mapping(value: Any, rule: Callable[[Any], bool]) -> bool:

@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the output's
 SECONDS = 2.0  # for one path: an honest expression takes microseconds
+_compiled: Any = lru_cache(4096)(regex.compile)
 
 
 def fits(pattern: str, path: str, where: str) -> bool:
@@ -30,11 +31,6 @@ def fits(pattern: str, path: str, where: str) -> bool:
 def finds(pattern: str, path: str, where: str) -> bool:
     """Whether a regular expression matches anywhere in a path."""
     return fits(f".*(?:{pattern}).*", path, where)
-
-
-@lru_cache(4096)
-def _compiled(pattern: str) -> Any:
-    return regex.compile(pattern)
 
 
 def is_target(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -125,8 +125,7 @@ def _orthonormal(columns: Float[Tensor, "size columns"]) -> tuple[Basis, Float[T
         values, vectors = torch.linalg.eigh(gram)
         if values[-1] < values[0] * torch.finfo(columns.dtype).eps ** (-1 / 3):
             root = values.sqrt()
-            turn = vectors / root / length[:, None]
-            return Basis(columns=columns, turn=turn), (vectors * root).T * length
+            return Basis(columns=columns, turn=vectors / root / length[:, None]), (vectors * root).T * length
     q, r = torch.linalg.qr(columns)
     return Basis(columns=q, turn=torch.eye(q.shape[1], dtype=q.dtype)), r
 

@@ -189,8 +189,7 @@ def learn(
     prompts = open_prompts(settings, config, model, ocr)
     length = settings.max_new_tokens or config.eval.max_new_tokens
     if settings.answers == "teacher":
-        found = teacher_answers(lesson, prompts, length, work / ANSWERS, console)
-        prompts = replace(prompts, answers=found)
+        prompts = replace(prompts, answers=teacher_answers(lesson, prompts, length, work / ANSWERS, console))
     held_out = held_out_batches(settings, config, lesson, length, ocr)
     add_student(model, settings.rank, settings.alpha or settings.rank, settings.seed, start_of(settings, config, model))
     if not (work / "before.json").is_file():
@@ -255,8 +254,7 @@ def held_out_batches(
         samples = [sample for sample in samples if settings.gates != "oracle" or sample.expert]
         texts = greedy_answers(lesson.model, data.prompts, samples, size, length, lesson.gates)
         answered[name] = [with_answer(sample, text) for sample, text in zip(samples, texts, strict=True) if text]
-    found = replace(data, samples={name: samples for name, samples in answered.items() if samples})
-    return found.by_source(size)
+    return replace(data, samples={name: samples for name, samples in answered.items() if samples}).by_source(size)
 
 
 def compare(lesson: Lesson, batches: dict[str, list[Batch]]) -> dict[str, dict[str, float]]:
@@ -287,8 +285,7 @@ def descend(settings: DistillConfig, lesson: Lesson, prompts: Prompts, work: Pat
     """All steps that are left, by Adam; the state is stored every so often and at the end."""
     if settings.steps == 0:
         return
-    bank = lesson.model.bank
-    own = dict(bank.named_parameters(STUDENT))
+    own = dict(lesson.model.bank.named_parameters(STUDENT))
     optimizer = torch.optim.Adam(own.values(), lr=settings.lr, betas=BETAS)
     done = restore(work / STATE, own, optimizer)
     lines = (work / LOG).read_text().splitlines()[:done] if (work / LOG).is_file() else []
@@ -323,8 +320,7 @@ def distill_step(
     optimizer.zero_grad()
     for first in range(0, len(samples), size):
         part = slice(first, first + size)
-        batch = prompts.collator(samples[part]).to(parameters[0].device)
-        losses = lesson.losses(batch)
+        losses = lesson.losses(prompts.collator(samples[part]).to(parameters[0].device))
         share = torch.tensor(shares[part], device=losses.device)
         loss = over_tasks(losses, tasks, "worst") if settings.reduction == "worst" else (losses * share).sum()
         with lesson.model.bank.only([STUDENT]):  # checkpointed layers run again

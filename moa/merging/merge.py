@@ -151,8 +151,7 @@ def merge_site(job: Job, site: str, opened: OpenSite, dtype: torch.dtype) -> Mer
     weights = job.weights[site].to(dtype)
     low, relation = (_merged if job.others is None else _and_added)(job, site, opened, weights)
     energy = float(low.singular_values.square().sum())
-    shared: dict[str, Any] = {"lora_a": low.lora_a, "lora_b": low.lora_b}
-    shared |= {"kept": low.kept, "lost": low.lost}
+    shared: dict[str, Any] = {name: getattr(low, name) for name in ("lora_a", "lora_b", "kept", "lost")}
     result = MergedSite(weights=weights, energy=energy, experts=relation, **shared)
     return result if job.scale[site] == 1 else result.scaled(job.scale[site])
 
@@ -176,8 +175,7 @@ def _and_added(job: Job, site: str, opened: OpenSite, weights: Tensor) -> tuple[
     parts = [(pair[0], weight * pair[1]) for name, pair, weight in zip(job.names, opened.factors, weights, strict=True)
              if pair is not None and name in job.added]  # fmt: skip
     if job.others is not None and opened.others is not None:
-        own = job.others.weights[site].to(weights.dtype)
-        low, _ = _merged(job.others, site, opened.others, own)
+        low, _ = _merged(job.others, site, opened.others, job.others.weights[site].to(weights.dtype))
         parts.append((low.lora_a, low.lora_b))
     updates = core.to_core(parts, canonical=False)
     low = _cut(job, site, weights, updates, updates.cores.sum(0))
@@ -268,8 +266,7 @@ def open_stack(job: Job, site: str, dtype: torch.dtype) -> Stack:
         matrices = updates.cores if job.space == "core" else updates.cores @ updates.q_a.T
         return stack_of(matrices=matrices, **job.about(site))
     if job.space == "dense":
-        factors = lru_cache(1)(lambda: factors_of(job.experts, site, dtype))
-        return dense_stack(job, site, factors, dtype)
+        return dense_stack(job, site, lru_cache(1)(lambda: factors_of(job.experts, site, dtype)), dtype)
     raise ValueError("options.scope: 'model' has no meaning in space factor; use scope=tensor")
 
 

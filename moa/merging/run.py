@@ -88,11 +88,10 @@ def merge_experts(settings: MergeExperts, console: Console) -> dict[str, Any]:
         shapes = {site: shape for expert in source.experts for site, shape in expert.shapes.items()}
         match_sites(shapes, read_base(source.base()))
     warn_of_factors(plan, console)
-    dtype = "float32" if settings.merged else settings.dtype
-    kept = exports.stored_dtype(source.experts, dtype)
-    with open_spool(Path(settings.out).parent, kept) as spool:
+    kept = exports.stored_dtype(source.experts, "float32" if settings.merged else settings.dtype)
+    with open_spool(Path(settings.out).parent, kept) as keep:
         with progress_bar("merging", len(plan.sites), console) as advance:
-            merged = run_plan(plan, keep=spool.keep, on_site=advance)
+            merged = run_plan(plan, keep=keep, on_site=advance)
         summary = summarise(source.experts, merged)
         console.print(*summary_tables(summary), sep="\n")
         if settings.metric == "inputs":
@@ -123,8 +122,7 @@ def identify_base(source: Source, needs_base: bool, other_base: bool) -> Source:
     base = source.base_name if needs_base else None
     if base is not None and not is_open_clip(base):
         base = str(source.base())
-    found = adapters.common_fingerprint(source.experts, base, other_base)
-    return replace(source, base_fingerprint=found)
+    return replace(source, base_fingerprint=adapters.common_fingerprint(source.experts, base, other_base))
 
 
 def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan:
@@ -202,8 +200,7 @@ def warn_of_factors(plan: Plan, console: Console) -> None:
     if not jobs:
         return
     line = "A and B are merged apart, so the result depends on how each expert is factored"
-    sums = {site: row for job in jobs if not job.method.joint for site, row in job.weights.items()}
-    if sums:
+    if sums := {site: row for job in jobs if not job.method.joint for site, row in job.weights.items()}:
         ratio = mean_cross_terms(jobs[0].experts, sums)
         line += f", and holds {ratio:.1f} times the wanted update in products of one expert's B with another's A"
     console.print(f"warning: {line}; space=core, where a method has it, does not", soft_wrap=True)
@@ -305,21 +302,12 @@ def export(
         record = measure(source.experts, merged, shared=source.shared)
         files["fidelity.json"] = {**about, **record}
         files["fidelity.html"] = lambda p, r: write_page(p, record, about, agreement_line(r))
-    merge = {**about, "kept": summary["total"]}
-    report = {"merge": merge, "base_fingerprint": card["fingerprint"]}
-    shared: dict[str, Any] = {"dtype": settings.dtype, "verify": verify}
-    shared |= {"report": report, "files": files, "card": card}
+    shared: dict[str, Any] = {"dtype": settings.dtype, "verify": verify, "files": files, "card": card}
+    shared["report"] = {"merge": {**about, "kept": summary["total"]}, "base_fingerprint": card["fingerprint"]}
     out = str(settings.out)
     if not settings.merged:
         base = settings.base or (source.config.model.name if source.config else None)
         return exports.export_adapter(out, merged, source.experts, base=base, **shared)
-    return exports.export_checkpoint(
-        out,
-        merged,
-        source.experts,
-        base=source.base(),
-        max_shard_gb=settings.max_shard_gb,
-        processor=source.step and source.step / "processor",
-        replaced=source.projector,
-        **shared,
-    )
+    shared |= {"processor": source.step and source.step / "processor", "replaced": source.projector}
+    shared["max_shard_gb"] = settings.max_shard_gb
+    return exports.export_checkpoint(out, merged, source.experts, base=source.base(), **shared)

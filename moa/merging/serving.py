@@ -84,8 +84,7 @@ def write_serving(settings: ServingConfig, console: Console) -> None:
     names, sites = [*model.bank.names], [*model.bank.sites]
     with atomic_folder(out) as folder:
         for expert, own in zip(source.experts, source.folders, strict=True):
-            ignored = shutil.ignore_patterns(STATISTICS_FILE)
-            shutil.copytree(own, folder / "experts" / expert.name, ignore=ignored)
+            shutil.copytree(own, folder / "experts" / expert.name, ignore=shutil.ignore_patterns(STATISTICS_FILE))
         (folder / "vectors").mkdir()
         rows = []
         for number, vector in enumerate(vectors):

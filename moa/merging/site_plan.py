@@ -101,7 +101,8 @@ def make_plan(
         numbers[index] = None
         if sites and not (rule and rule.drop):
             numbers[index] = len(jobs)
-            jobs.append(_job(experts, sites, _over(own, rule) if rule else own, metric, norm, frozenset(added)))
+            settings = _over(own, rule) if rule else own
+            jobs.append(_job(experts, sites, settings, frozenset(added), metric=metric, norm=norm))
     if metric == "inputs" and all(job.rank == "sum" and job.space != "dense" for job in jobs):
         raise ValueError("metric: inputs has no effect with rank=sum, which cuts nothing; give rank=8, say")
     find_method(method, space)  # even where rules decide every site
@@ -111,24 +112,18 @@ def make_plan(
 def _over(own: SiteRule, rule: SiteRule) -> SiteRule:
     """A rule with the merge's own settings where it has none; another method has its own options and space."""
     same = rule.method in (None, own.method)
-    return SiteRule(
-        match=rule.match,
+    return replace(
+        rule,
         method=rule.method or own.method,
         options={**own.options, **rule.options} if same else rule.options,
         weights=own.weights if rule.weights is None else rule.weights,
         rank=own.rank if rule.rank is None else rule.rank,
         space=rule.space or (own.space if same else None),
-        scale=rule.scale,
     )
 
 
 def _job(
-    experts: Sequence[Expert],
-    sites: Sequence[str],
-    settings: SiteRule,
-    metric: Metric,
-    norm: Norm,
-    added: frozenset[str],
+    experts: Sequence[Expert], sites: Sequence[str], settings: SiteRule, added: frozenset[str], **about: Any
 ) -> Job:
     name = str(settings.method)
     row = find_method(name, settings.space)
@@ -142,9 +137,8 @@ def _job(
         weights=weight_table(experts, settings.weights, row.weights, sites, added),
         scale={site: _along(settings.scale, depths[site]) for site in sites},
         depths=depths,
-        metric=metric,
-        norm=norm,
         added=added,
+        **about,
     )
     if not added:
         return job

@@ -75,9 +75,6 @@ def chosen(names: Sequence[str], drop: Sequence[str]) -> list[str]:
     return found
 
 
-# A LoRA -------------------------------------------------------------------------------------------------
-
-
 def transplant_adapter(settings: TransplantConfig, vlm: BaseFiles, language: str, console: Console) -> None:
     """A PEFT folder of the VLM, verified as every export."""
     folder = Path(str(settings.adapter))
@@ -115,9 +112,6 @@ def fit_adapter(expert: Expert, vlm: Path, language: str, drop: Sequence[str]) -
     ranks, shapes = {site: expert.ranks[site] for site in names}, {site: expert.shapes[site] for site in names}
     plain = replace(expert, ranks=ranks, shapes=shapes, config={**expert.config, "task_type": None})
     return rename_sites(plain, names)
-
-
-# A whole model ------------------------------------------------------------------------------------------
 
 
 def transplant_model(settings: TransplantConfig, vlm: BaseFiles, language: str, console: Console) -> None:
@@ -186,14 +180,9 @@ def difference(model: BaseFiles, text: BaseFiles, key: str, shape: Sequence[int]
     """W_model - W_text as a matrix of the VLM's shape, vectors as one row; rows of tokens that one lacks are zero."""
     one, other = (mapped(files, key) for files in (model, text))
     rows = min(len(one), len(other), shape[0])
-    found = torch.zeros(torch.Size(shape), dtype=COMPUTE)
-    own, base = (finite(tensor[:rows].to(COMPUTE), *about) for tensor, about in
-                 ((one, ("model", model, key)), (other, ("text", text, key))))  # fmt: skip
-    found[:rows] = own - base
+    found, own = torch.zeros(torch.Size(shape), dtype=COMPUTE), finite(one[:rows].to(COMPUTE), "model", model, key)
+    found[:rows] = own - finite(other[:rows].to(COMPUTE), "text", text, key)
     return found.view(shape[0] if len(shape) > 1 else 1, -1)
-
-
-# What the two bases have in common ------------------------------------------------------------------------
 
 
 def compare_bases(text: Path | None, vlm: BaseFiles, settings: TransplantConfig) -> list[str]:

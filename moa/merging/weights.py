@@ -90,8 +90,7 @@ def gates_of(report: dict[str, Any], experts: Sequence[Expert], task: str | None
     if sorted(report["experts"]) != sorted(names):
         raise ValueError(f"weights: the gates are of {report['experts']}, the experts are {names}")
     if "per_site" not in report:
-        rows = [report["per_task"][name] for name in tasks]
-        return dict(zip(report["experts"], _mean(rows), strict=True)), line
+        return dict(zip(report["experts"], _mean([report["per_task"][name] for name in tasks]), strict=True)), line
     stacks = [dict(zip(report["sites"], report["per_site"][n], strict=True)) for n in tasks]
     sites = all_sites(experts)
     if lacking := [site for site in sites if site not in stacks[0]]:

@@ -16,9 +16,6 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     return float(_plain(prediction).rstrip(".") in {_plain(a).rstrip(".") for a in answers})
 
 
-# -- ANLS -----------------------------------------------------------------------------------------
-
-
 def levenshtein(first: str, second: str) -> int:
     """The least number of insertions, deletions and substitutions between two strings."""
     row = list(range(len(second) + 1))
@@ -45,9 +42,6 @@ def _similarity(first: str, second: str) -> float:
     return 1.0 if longest == 0 else 1 - levenshtein(_plain(first), _plain(second)) / longest
 
 
-# -- ChartQA --------------------------------------------------------------------------------------
-
-
 def relaxed_accuracy(prediction: str, answers: Sequence[str], tolerance: float = 0.05) -> float:
     """1 if the prediction is within 5 % of a numeric answer, or equals an answer up to case.
 
@@ -72,15 +66,10 @@ def _number(text: str) -> float | None:
         return None
 
 
-# -- GQA ------------------------------------------------------------------------------------------
-
-
 def gqa_match(prediction: str, answer: str) -> float:
     """1 if the prediction, without final periods and in lower case as LLaVA converts it, is the answer."""
     return float(prediction.rstrip(".").lower() == answer)
 
-
-# -- ScienceQA ------------------------------------------------------------------------------------
 
 LETTERS = ("A", "B", "C", "D", "E")
 
@@ -96,9 +85,6 @@ def option_letter(prediction: str, num_options: int = len(LETTERS)) -> str | Non
         found = re.findall(r"The answer is ([A-Z]).", prediction)
         letter = found[0] if len(found) == 1 else ""
     return letter if letter in LETTERS[:num_options] else None
-
-
-# -- POPE -----------------------------------------------------------------------------------------
 
 
 def yes_or_no(prediction: str) -> str:

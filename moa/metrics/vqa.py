@@ -39,9 +39,6 @@ RESTORED = {
 }
 
 
-# -- Normalisation --------------------------------------------------------------------------------
-
-
 def normalize_vqa(text: str) -> str:
     """The official answer processing: punctuation, then numbers, articles and contractions."""
     return _words(_punctuation(text))
@@ -69,9 +66,6 @@ def _punctuation(text: str) -> str:
 def _words(text: str) -> str:
     words = [NUMBERS.get(word, word) for word in text.lower().split()]
     return " ".join(RESTORED.get(word, word) for word in words if word not in ARTICLES)
-
-
-# -- Accuracy -------------------------------------------------------------------------------------
 
 
 def vqa_official(prediction: str, answers: Sequence[str]) -> float:

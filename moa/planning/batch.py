@@ -50,8 +50,7 @@ def blank_images(base: Any, model: ModelConfig, count: int) -> dict[str, Any]:
     vision = base.vision_config
     if FAMILIES[base.model_type].rows == "patches":
         side = patches_per_side(base, model)
-        channels = getattr(vision, "in_channels", 3)
-        width = channels * vision.temporal_patch_size * vision.patch_size**2
+        width = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
         grid = torch.tensor([[1, side, side]] * count)
         pixels = torch.zeros(count * side**2, width)
         return {"pixel_values": pixels, "image_inputs": {"image_grid_thw": grid}}

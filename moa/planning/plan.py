@@ -53,8 +53,7 @@ class Traced:
     def costs(self, samples: int) -> StepCosts:
         """Of a micro-batch of so many."""
         steps = (samples - self.samples) / self.samples
-        names = ("kept", "peak", "flops")
-        grown = {n: round(getattr(self.low, n) + steps * self.growth(n)) for n in names}
+        grown = {n: round(getattr(self.low, n) + steps * self.growth(n)) for n in ("kept", "peak", "flops")}
         return replace(self.low, **grown)
 
     def growth(self, name: str) -> int:
@@ -115,8 +114,7 @@ class FakeRun:
         by_kind = {stage.kind: stage for stage in config.stages.values()}
         found = [by_kind[kind] for kind in ("joint", "experts", "router") if kind in by_kind]
         self.stage = found[0] if found else StageConfig(name="joint", steps=1)
-        groups = parameter_groups(self.model, config)
-        self.groups = set_trainable(self.model, groups, self.stage)
+        self.groups = set_trainable(self.model, parameter_groups(self.model, config), self.stage)
         if not self.groups:
             raise ValueError(f"router.kind={config.router.kind}: no stage trains anything")
         if config.train.gradient_checkpointing:
@@ -197,8 +195,7 @@ def plan_run(config: RunConfig, backbones: Sequence[str], machines: Sequence[Mac
     samples = min(layout.micro_batch_size for layout in layouts)
     quantized, plans = config.model.quantization is not None, list[Plan]()
     for name in backbones:
-        own = config.model.name if name == "config" else name
-        traced = trace(config, own, samples, **options)
+        traced = trace(config, config.model.name if name == "config" else name, samples, **options)
         pairs = zip(machines, layouts, strict=True)
         plans += [make_plan(traced, layout, machine, quantized) for machine, layout in pairs]
     return plans

@@ -56,8 +56,7 @@ def input_sums(
             tick()
     model.train(training)
     if answer_share is not None:
-        none = InputSums()
-        others = {n: InputSums.mixed(answers.get(n, none), own, answer_share) for n, own in others.items()}
+        others = {n: InputSums.mixed(answers.get(n, InputSums()), own, answer_share) for n, own in others.items()}
     return others | {name: InputSums() for name in modules if name not in others}
 
 

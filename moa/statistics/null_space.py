@@ -37,8 +37,7 @@ def null_space_rows(
         raise ValueError(f"leaves {width - taken.shape[1]} of {width} directions to a rank of {rank}")
     rows = start.double().T
     if own is not None:
-        inside = own.root - taken @ (taken.T @ own.root)
-        leading, sizes, _ = torch.linalg.svd(inside, full_matrices=False)
+        leading, sizes, _ = torch.linalg.svd(own.root - taken @ (taken.T @ own.root), full_matrices=False)
         leading = leading[:, sizes > 1e-6 * sizes.max()][:, :rank]
         rows = torch.cat([leading, rows[:, : rank - leading.shape[1]]], dim=1)
     rows = rows - taken @ (taken.T @ rows)

@@ -115,8 +115,8 @@ def test_a_rule_that_makes_no_sense_is_refused(fields, message):
 
 
 def test_factors_in_a_spool_are_the_same_rounded_once(tmp_path):
-    with open_spool(tmp_path, torch.bfloat16) as spool:
-        kept = merge(experts(), keep=spool.keep)
+    with open_spool(tmp_path, torch.bfloat16) as keep:
+        kept = merge(experts(), keep=keep)
     for site, result in merge(experts()).items():
         assert torch.equal(kept[site].lora_a, result.lora_a.bfloat16())
         assert torch.equal(kept[site].lora_b, result.lora_b.bfloat16())

@@ -29,9 +29,6 @@ def run_tensor(model: nn.Module, batch: Any) -> object:
     return model(batch)
 
 
-# Matching ---------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def activation_matching(
     a: nn.Module, b: nn.Module, spec: Spec, batches: Iterable[Any], *, run: Run = run_tensor
@@ -87,8 +84,7 @@ def _makers(model: nn.Module, units: Units, name: str) -> list[str]:
     """The modules whose outputs are the units."""
     paths = [key.removesuffix(".weight") for key, axis in units.made if not axis]
     paths = [path for path in paths if not path.endswith(".bias")]
-    kinds = nn.Linear | nn.LayerNorm
-    found = [path for path in paths if isinstance(dict(model.named_modules()).get(path), kinds)]
+    found = [path for path in paths if isinstance(dict(model.named_modules()).get(path), nn.Linear | nn.LayerNorm)]
     if not found:
         raise ValueError(f"spec: no linear layer or LayerNorm outputs the units of {name}")
     return found
@@ -103,9 +99,6 @@ def _outputs(model: nn.Module, layers: Iterable[str], batch: Any, run: Run) -> d
     with watch_outputs(model, layers, keep):
         run(model, batch)
     return kept
-
-
-# Resetting --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

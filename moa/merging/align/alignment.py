@@ -199,8 +199,7 @@ def move(tensor: Tensor, axis: int, map: Tensor) -> Tensor:
     """The tensor with the units along an axis mapped."""
     if map.ndim == 1:
         return tensor.index_select(axis, map)
-    moved = torch.tensordot(map, tensor.float(), dims=([1], [axis]))
-    return moved.movedim(0, axis).to(tensor.dtype)
+    return torch.tensordot(map, tensor.float(), dims=([1], [axis])).movedim(0, axis).to(tensor.dtype)
 
 
 def check_pair(a: State, b: State, spec: Spec) -> None:

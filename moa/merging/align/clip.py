@@ -117,11 +117,9 @@ def similarities(model: Any, count: int = 4) -> Tensor:
     """Image-text similarities of noise and random words, the same for every model of one architecture."""
     generator = torch.Generator().manual_seed(0)
     text, vision = model.config.text_config, model.config.vision_config
-    length = min(16, text.max_position_embeddings)
-    words = torch.randint(text.vocab_size, (count, length), generator=generator)
+    words = torch.randint(text.vocab_size, (count, min(16, text.max_position_embeddings)), generator=generator)
     words[:, -1] = text.eos_token_id
-    size = (count, vision.num_channels, vision.image_size, vision.image_size)
-    images = torch.randn(size, generator=generator)
+    images = torch.randn((count, vision.num_channels, vision.image_size, vision.image_size), generator=generator)
     own = model.dtype
     found = model.float()(input_ids=words, pixel_values=images).logits_per_image
     model.to(own)

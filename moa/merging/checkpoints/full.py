@@ -103,8 +103,7 @@ def open_inputs(models: Mapping[str, str | Path], base: str | Path, rules: Rules
     kept = {key: "not floating: the base's" for key in root.files if key not in floating}
     dropped: dict[str, list[str]] = {}
     for name, model in opened.items():
-        lacking = [key for key in root.files if key not in model.keys]
-        _check_rule(name, "missing", lacking, rules)
+        _check_rule(name, "missing", [key for key in root.files if key not in model.keys], rules)
         _check_floats(name, model, root)
         _check_config(name, model, root, rules.config)
         shapes = {key: model.files.shapes[own] for key, own in model.keys.items()}
@@ -145,9 +144,8 @@ def _open_model(name: str, folder: str | Path, base: BaseFiles) -> Model:
 
 def _check_floats(name: str, model: Model, base: BaseFiles) -> None:
     """ValueError for packed weights, whose numbers mean nothing without their scales."""
-    floating = {key: own for key, own in model.keys.items() if base.dtypes[key].is_floating_point}
-    packed = [own for own in floating.values() if not model.files.dtypes[own].is_floating_point]
-    if packed:
+    floating = [own for key, own in model.keys.items() if base.dtypes[key].is_floating_point]
+    if packed := [own for own in floating if not model.files.dtypes[own].is_floating_point]:
         raise ValueError(
             f"models.{name}: {packed[0]} is not stored as {', '.join(FLOATS)} and is so in the base (and "
             f"{len(packed) - 1} others); save the model in one of these"
@@ -219,14 +217,9 @@ def difference_stack(inputs: Inputs, key: str, depth: float) -> Stack:
             torch.sub(finite(tensor[start:stop], *having[index]), own, out=block[index])
         return block
 
-    return Stack(
-        site=key,
-        experts=tuple(inputs.models),
-        ranks=(min(rows, cols),) * len(inputs.models),
-        shape=(rows, cols),
-        read=read,
-        depth=depth,
-    )
+    names = tuple(inputs.models)
+    ranks = (min(rows, cols),) * len(names)
+    return Stack(site=key, experts=names, ranks=ranks, shape=(rows, cols), read=read, depth=depth)
 
 
 def mapped(files: BaseFiles, key: str) -> Tensor:

@@ -60,9 +60,8 @@ def merge_parts(
     `runs` are as `read_parts` reads them, `grams` X^T X / tokens by run and linear layer, for `regmean`. Raises
     ValueError for a part without a rule, a rule for an unknown part or run, and for tensors that do not fit together.
     """
-    for part in rules:
-        if part not in BESIDE:
-            raise ValueError(f"parts.{part}: no such part; choices: {', '.join(BESIDE)}")
+    if unknown := [part for part in rules if part not in BESIDE]:
+        raise ValueError(f"parts.{unknown[0]}: no such part; choices: {', '.join(BESIDE)}")
     merged, reports = {}, {}
     for part in BESIDE:
         own = {run: parts[part] for run, parts in runs.items() if part in parts}
@@ -124,8 +123,7 @@ def _regression(part: str, own: ByRun, grams: ByRun) -> dict[str, Tensor]:
         inputs = [shrink(grams[run][layer].double(), 0.9) for run in own]
         matrices = torch.stack([run[name].double() for run in own.values()])
         alike = torch.ones(len(inputs), dtype=torch.float64)
-        found = least_squares(matrices, alike, inputs.__getitem__, ridge=1e-6, where=layer)
-        solved[name] = found.to(tensor.dtype)
+        solved[name] = least_squares(matrices, alike, inputs.__getitem__, ridge=1e-6, where=layer).to(tensor.dtype)
     if not solved:
         raise ValueError(f"parts.{part}: regmean needs inputs of its linear layers, and has none")
     return solved

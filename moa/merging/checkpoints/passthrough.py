@@ -17,16 +17,10 @@ from moa.files.checkpoint_files import BaseFiles, read_base
 from moa.merging.export.folder import check_out, write_checkpoint
 from moa.merging.settings import Slice
 
-Models = Mapping[str, BaseFiles]
+Models = Mapping[str, BaseFiles]  # as the user named them
+Origins = dict[str, tuple[str, str]]  # key of the result -> model, key there
 DEPTH, KINDS = "num_hidden_layers", "layer_types"  # keys of a config
 LAYER = re.compile(r"(?P<stack>.+?)\.(?P<index>\d+)\.(?P<rest>.+)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    model: str  # as the user named it
-    files: BaseFiles
-    key: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +28,9 @@ class Stacked:
     """The checkpoint to be: its headers and config, and where each tensor comes from."""
 
     slices: Sequence[Slice]
+    models: Models
     files: BaseFiles
-    origins: dict[str, Origin]
+    origins: Origins
 
 
 def plan_stack(slices: Sequence[Slice], stack: str | None = None) -> Stacked:
@@ -51,11 +46,11 @@ def plan_stack(slices: Sequence[Slice], stack: str | None = None) -> Stacked:
     path = stack or find_stack(first)
     origins = _origins(models, slices, path)
     tables: dict[str, Any] = {
-        name: {key: getattr(source.files, name)[source.key] for key, source in origins.items()}
+        name: {key: getattr(models[model], name)[own] for key, (model, own) in origins.items()}
         for name in ("files", "shapes", "dtypes")
     }
     files = replace(first, config=stacked_config(models, slices, path), **tables)
-    return Stacked(slices=slices, files=files, origins=origins)
+    return Stacked(slices=slices, models=models, files=files, origins=origins)
 
 
 def write_stack(
@@ -63,8 +58,7 @@ def write_stack(
 ) -> dict[str, Any]:
     """Write the stacked checkpoint; returns the manifest: key -> model, key there."""
     check_out(out)
-    origins, files = stacked.origins, stacked.files
-    manifest = {key: {"model": source.model, "key": source.key} for key, source in origins.items()}
+    manifest = {key: {"model": model, "key": own} for key, (model, own) in stacked.origins.items()}
     slices = [{"model": part.model, "layers": list(part.layers)} for part in stacked.slices]
 
     def tensors(keys: Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
@@ -75,8 +69,8 @@ def write_stack(
             on_key(key)
 
     def place(key: str) -> tuple[Path, str]:
-        source = origins[key]
-        return source.files.folder / source.files.files[source.key], source.key
+        model, own = stacked.origins[key]
+        return stacked.models[model].folder / stacked.models[model].files[own], own
 
     report = {"method": "passthrough", "slices": slices}
     rows = [
@@ -85,7 +79,7 @@ def write_stack(
     ]
     text = "Layers of checkpoints stacked into a model of another depth; it needs training."
     card = {"about": text, "rows": rows}
-    write_checkpoint(out, files, tensors, report, manifest, card, max_shard_gb=max_shard_gb, origin=place)
+    write_checkpoint(out, stacked.files, tensors, report, manifest, card, max_shard_gb=max_shard_gb, origin=place)
     return manifest
 
 
@@ -105,22 +99,22 @@ def depth_of(files: BaseFiles, stack: str) -> int:
     return 1 + max(int(match["index"]) for match in found)
 
 
-def _origins(models: Models, slices: Sequence[Slice], stack: str) -> dict[str, Origin]:
-    """Key of the result -> its source, the layers in the place where the first model has them."""
+def _origins(models: Models, slices: Sequence[Slice], stack: str) -> Origins:
+    """The layers in the place where the first model has them."""
     first = slices[0].model
     layers = _stacked(models, slices, stack)
-    origins: dict[str, Origin] = {}
+    origins: Origins = {}
     for key in models[first].files:
         match = LAYER.fullmatch(key)
         if match and match["stack"] == stack:
             origins |= layers  # all at the first layer's place; again is no change
         else:
-            origins[key] = Origin(model=first, files=models[first], key=key)
+            origins[key] = first, key
     return origins
 
 
-def _stacked(models: Models, slices: Sequence[Slice], stack: str) -> dict[str, Origin]:
-    layers: dict[str, Origin] = {}
+def _stacked(models: Models, slices: Sequence[Slice], stack: str) -> Origins:
+    layers: Origins = {}
     pattern: dict[str, Any] | None = None
     number = 0
     for part in slices:
@@ -140,7 +134,7 @@ def _stacked(models: Models, slices: Sequence[Slice], stack: str) -> dict[str, O
                     f"layer taken it is {pattern.get(odd[0], 'missing')}; stacked layers must be alike"
                 )
             for rest, key in own.items():
-                layers[f"{stack}.{number}.{rest}"] = Origin(model=part.model, files=files, key=key)
+                layers[f"{stack}.{number}.{rest}"] = part.model, key
             number += 1
     return layers
 

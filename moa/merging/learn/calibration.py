@@ -63,8 +63,7 @@ class CalibrationData:
         return found
 
     def _cut(self, samples: Sequence[Sample], size: int) -> list[Batch]:
-        starts = range(0, len(samples), size)
-        return [self.collator(samples[start : start + size]) for start in starts]
+        return [self.collator(samples[start : start + size]) for start in range(0, len(samples), size)]
 
 
 def read_calibration(
@@ -78,8 +77,7 @@ def read_calibration(
     collator = make_collator(config, intake, allow_unknown_tasks=True)
     samples, skipped = {}, 0
     for name, source in open_sources(config.data.validation.values(), config.data, ocr).items():
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(source), generator=generator)[:num_samples].tolist()
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:num_samples].tolist()
         read = [read_sample(source, index, name) for index in order]
         read = [s if isinstance(s, BadSampleError) else collator.error_of(s) or s for s in read]
         bad = [item for item in read if isinstance(item, BadSampleError)]
@@ -113,8 +111,7 @@ def load_unrouted(run: str) -> tuple[MixtureModel, RunConfig]:
 @contextmanager
 def with_merged(model: MixtureModel, merged: Merged, experts: Sequence[Expert]) -> Iterator[None]:
     """Inside, the merged update is one more expert, called MERGED."""
-    config = adapter_config(merged, experts, None)
-    model.bank.import_expert(MERGED, tensors_of(merged, torch.float32), config)
+    model.bank.import_expert(MERGED, tensors_of(merged, torch.float32), adapter_config(merged, experts, None))
     try:
         yield
     finally:

@@ -35,8 +35,7 @@ class SiteFusion(nn.Module):
         self, x: Float[Tensor, "*tokens in"], outputs: Float[Tensor, "*tokens expert out"]
     ) -> Float[Tensor, "*tokens out"]:
         scores = torch.einsum("...d,...ed->...e", self.query(x), self.key(outputs))
-        mixed = torch.einsum("...e,...eo->...o", scores.softmax(-1), outputs)
-        return mixed @ self.value.T
+        return torch.einsum("...e,...eo->...o", scores.softmax(-1), outputs) @ self.value.T
 
     def distance(self) -> Float[Tensor, ""]:
         """Mean squared distance of W_v from the identity."""

@@ -59,10 +59,8 @@ def learn_weights(
         shape, device = (len(sites) if per_site else 1, len(experts)), batches[0].input_ids.device
         options: dict[str, Any] = {"steps": steps, "lr": lr, "device": device, "on_step": on_step}
         rows = gates_of(descend_weights(loss, shape, simplex=objective == "answers", **options))
-    return {
-        site: dict(zip(names, row, strict=True))
-        for site, row in zip(sites, rows.expand(len(sites), -1).tolist(), strict=True)
-    }
+    each = zip(sites, rows.expand(len(sites), -1).tolist(), strict=True)
+    return {site: dict(zip(names, row, strict=True)) for site, row in each}
 
 
 def descend(

@@ -68,14 +68,11 @@ class Weighed:
 
     @cached_property
     def _live(self) -> dict[Place, tuple[Tensor, Tensor]]:
-        sites = self.model.bank.sites
-        return {
-            (site, name): (
-                a.to(sites[site].lora_A[name]),
-                (b / sites[site].scalings[name]).to(sites[site].lora_B[name]),
-            )
-            for (site, name), (a, b) in self.triplets.items()
-        }
+        found = {}
+        for (site, name), (a, b) in self.triplets.items():
+            layer = self.model.bank.sites[site]
+            found[site, name] = a.to(layer.lora_A[name]), (b / layer.scalings[name]).to(layer.lora_B[name])
+        return found
 
     def merged(self, batch: Batch, scales: Scales) -> MixtureOutput:
         """All experts at gate 1, their triplets at these weights."""
@@ -107,9 +104,8 @@ class Weighed:
                 scale = scales[site, expert.name].detach().cpu().double()
                 return scale[:, None] * a, b / site_scaling(expert.config, site)
 
-            return replace(
-                expert, read=read, ranks={site: len(self.triplets[site, expert.name][0]) for site in expert.ranks}
-            )
+            ranks = {site: len(self.triplets[site, expert.name][0]) for site in expert.ranks}
+            return replace(expert, read=read, ranks=ranks)
 
         return [weighed(expert) if expert.name in self.batches else expert for expert in self.experts]
 
@@ -195,8 +191,7 @@ def prodistill(live: Weighed, *, steps: int = 50, lr: float = 0.01) -> Scales:
         return torch.stack(each).mean() if each else 0.0 * torch.cat(own).sum()
 
     for sites in blocks_of(live.model, live.batches):
-        own = [scale for (site, _), scale in scales.items() if site in sites]
-        if own:
+        if own := [scale for (site, _), scale in scales.items() if site in sites]:
             live.descend(own, partial(loss, layer_of(sites[0]), own), steps, lr)
         for scale in own:
             scale.requires_grad_(False)

@@ -44,10 +44,8 @@ def minimise(
         raise ValueError(f"optimizer: nevergrad has no {optimizer!r}; NGOpt and CMA are good ones")
     space = nevergrad.p.Array(init=[0.0] * size).set_bounds(-bound, bound)
     space.random_state.seed(seed)
-    best = nevergrad.optimizers.registry[optimizer](space, budget=budget).minimize(
-        lambda values: loss(list(map(float, values)))
-    )
-    return list(map(float, best.value))
+    chosen = nevergrad.optimizers.registry[optimizer](space, budget=budget)
+    return list(map(float, chosen.minimize(lambda values: loss(list(map(float, values)))).value))
 
 
 def prune(
@@ -78,8 +76,7 @@ def prune(
 
 def grid(score: Score, experts: Sequence[str], values: Sequence[float]) -> dict[str, float]:
     """One value for all experts, the best of `values`; the first of equals."""
-    best = max(values, key=lambda value: score({name: value for name in experts}))
-    return {name: best for name in experts}
+    return max(({name: value for name in experts} for value in values), key=score)
 
 
 def greedy_soup(score: Score, experts: Sequence[str]) -> dict[str, float]:
@@ -99,8 +96,7 @@ def greedy_soup(score: Score, experts: Sequence[str]) -> dict[str, float]:
 
 def prefix_soup(score: Score, order: Sequence[str]) -> dict[str, float]:
     """The uniform soup of the first experts of an order, as many as score best; the fewest of equals."""
-    prefixes = [soup(order[:count], order) for count in range(1, len(order) + 1)]
-    return max(prefixes, key=score)
+    return max((soup(order[:count], order) for count in range(1, len(order) + 1)), key=score)
 
 
 def soup(chosen: Sequence[str], experts: Sequence[str]) -> dict[str, float]:

@@ -214,8 +214,7 @@ def regmean(
     answer_share: float | None = None,
 ) -> Learned:
     """With `tune`, by the best of GRID on the validation samples instead; `answer_share` as in scripts.statistics."""
-    batches = session.own_batches
-    experts = least_squares.with_inputs(session.model, session.experts, batches, answer_share)
+    experts = least_squares.with_inputs(session.model, session.experts, session.own_batches, answer_share)
     options = {"nondiagonal": nondiagonal, "ridge": ridge}
     if tune:
         rate = session.rater()

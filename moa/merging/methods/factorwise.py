@@ -83,8 +83,7 @@ def aligned_linear(a: Stack, b: Stack, weights: Weights, *, align: str = "procru
         all_a, all_b = _balanced(all_a, all_b)
     for _ in range(sweeps):
         for own in range(len(weights)):
-            others = [i for i in range(len(weights)) if i != own]
-            if others:
+            if others := [i for i in range(len(weights)) if i != own]:
                 rest_a, rest_b = all_a[others].mean(0), all_b[others].mean(0)
                 r = turn(all_a[own] @ rest_a.T + all_b[own].T @ rest_b)
                 all_a[own], all_b[own] = r.T @ all_a[own], all_b[own] @ r

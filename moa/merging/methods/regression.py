@@ -54,8 +54,7 @@ def core_regmean(
     found: list[tuple[float, Matrix]] = []
     for _ in range(ROUNDS + 1 if worst else 1):
         merged = least_squares(matrices, weights, own, ridge=ridge, balance=balance, where=stack.site)
-        errors = relative_errors(matrices, moments, merged)
-        live = errors * (weights > 0)
+        live = relative_errors(matrices, moments, merged) * (weights > 0)
         found.append((float(live.max()), merged))
         weights = weights * (worst * (live - live.max())).exp()
     return min(found, key=lambda pair: pair[0])[1]

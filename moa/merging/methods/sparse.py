@@ -34,9 +34,6 @@ def thin_and_combine(
     return stack.map(lambda start, block: combine(thinned(start, block), weights, stack.rounding, **rest))
 
 
-# From thinned updates to one ------------------------------------------------------------------------
-
-
 def add(block: Block, weights: Weights, rounding: Tensor | None = None) -> Float[Tensor, "rows cols"]:
     """Take the weighted sum."""
     return torch.einsum("e,erc->rc", weights, block)
@@ -74,9 +71,6 @@ def elect(
         return kept.gather(0, kept.abs().argmax(0, keepdim=True))[0]
     total = torch.einsum("e,erc->rc", share, agrees.to(share.dtype))
     return kept.sum(0) / total.clamp(min=torch.finfo(total.dtype).tiny)
-
-
-# What is kept of each update --------------------------------------------------------------------------
 
 
 def largest(stack: Stack, *, density: float = 0.2, scope: str = "tensor", shared: Tensor | None = None) -> Thin:
@@ -158,9 +152,6 @@ def _l1_factor(stack: Stack, keep: Keep) -> Float[Tensor, " expert"]:
         after.append(torch.where(keep(start, block)[0], block, 0.0).abs().sum((1, 2)))
     left = torch.stack(after).sum(0)
     return torch.where(left > 0, torch.stack(before).sum(0) / left, 0.0)
-
-
-# By agreement ---------------------------------------------------------------------------------------
 
 
 def pcb(stack: Stack, weights: Weights, *, ratio: float = 0.1) -> Matrix:

@@ -117,8 +117,7 @@ def magnitudes_above(stacks: list[Stack], density: float) -> Float[Tensor, " exp
                 _count_digits(block, prefix, shift, width, counts)
         below = counts.cumsum(1)
         digit = (below < left[:, None]).sum(1)
-        before = torch.where(digit > 0, below.gather(1, (digit - 1).clamp(min=0)[:, None])[:, 0], 0)
-        left -= before
+        left -= torch.where(digit > 0, below.gather(1, (digit - 1).clamp(min=0)[:, None])[:, 0], 0)
         prefix = (prefix << 16) | digit
     return prefix.to(WHOLE[dtype]).view(dtype)
 

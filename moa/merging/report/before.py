@@ -27,16 +27,12 @@ def warnings_before(experts: Sequence[Expert], added: Mapping[str, float]) -> It
     count = len(experts)
     gram, common, sites = (torch.zeros(count, count, dtype=torch.float64) for _ in range(3))
     for site in all_sites(experts):
-        factors = factors_of(experts, site)
-        frames = [torch.linalg.qr(pair[0].T).Q if pair else None for pair in factors]
-        for i, (own, reads) in enumerate(zip(factors, frames, strict=True)):
-            for j in range(i, count):
-                other, also = factors[j], frames[j]
-                if own is None or other is None or reads is None or also is None:
-                    continue
-                gram[i, j] += inner_product(own, other)
-                common[i, j] += (reads.T @ also).square().sum() / min(reads.shape[1], also.shape[1])
-                sites[i, j] += 1
+        own = {i: (pair, torch.linalg.qr(pair[0].T).Q) for i, pair in enumerate(factors_of(experts, site)) if pair}
+        for i, j in itertools.combinations_with_replacement(own, 2):
+            (one, reads), (other, also) = own[i], own[j]
+            gram[i, j] += inner_product(one, other)
+            common[i, j] += (reads.T @ also).square().sum() / min(reads.shape[1], also.shape[1])
+            sites[i, j] += 1
     names, lengths = [expert.name for expert in experts], gram.diagonal().sqrt()
     live = lengths[lengths > 0]
     if len(live) and (ratio := float(live.max() / live.min())) > LENGTHS:

@@ -41,8 +41,7 @@ def interference_tables(record: dict[str, Any]) -> list[Table]:
         sizes = {layer: row["norms"][index] for layer, row in record["layers"].items()}
         sites = sum(row["norms"][index] > 0 for row in record["sites"].values())
         largest = _short(max(sizes, key=sizes.__getitem__))
-        idle = str(total["zero_rows"][index])
-        experts.add_row(name, str(sites), f"{total['norms'][index]:.3g}", largest, idle)
+        experts.add_row(name, str(sites), f"{total['norms'][index]:.3g}", largest, str(total["zero_rows"][index]))
     pairs = Table("pair", "cosine", "disagree", "overlap", "lowest in", title="pairs")
     both = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
     both.sort(key=lambda pair: -abs(total["cosine"][pair[0]][pair[1]]))
@@ -84,8 +83,7 @@ def report_lines(report: dict[str, Any], out: Path) -> list[str]:
     if not report["verified"]:
         return [*lines, "not verified (verify=false)"]
     lines.append("reloaded in a fresh process; largest logit difference, equal greedy tokens:")
-    lines += [f"  {line}" for line in comparison_lines(report)]
-    return [*lines, *filter(None, [advice(report)])]
+    return [*lines, *(f"  {line}" for line in comparison_lines(report)), *filter(None, [advice(report)])]
 
 
 def comparison_lines(report: dict[str, Any]) -> list[str]:

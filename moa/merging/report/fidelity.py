@@ -201,11 +201,8 @@ def _merged_over_sites(rows: Sequence[Record], energy: Tensor) -> Record:
     }
 
 
-# What a merge kept, for the console and merge_report.json: in total, by layer, by site ------------------
-
-
 def summarise(experts: Sequence[Expert], merged: Merged) -> dict[str, dict[str, Any]]:
-    """What a merge kept, for JSON: in total, per layer and per site, each with every expert."""
+    """What a merge kept, for the console and merge_report.json: in total, per layer and per site, of every expert."""
     layers: dict[str, dict[str, MergedSite]] = {}
     for site, result in merged.items():
         layers.setdefault(layer_of(site), {})[site] = result

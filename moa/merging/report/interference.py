@@ -42,8 +42,7 @@ def subspace_overlap(bases: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Pairwise
     table = bases[0][0].new_zeros(len(bases), len(bases))
     for i, (u_i, _, v_i) in enumerate(bases):
         for j, (u_j, _, v_j) in enumerate(bases[: i + 1]):
-            size = min(u_i.shape[1], u_j.shape[1])
-            if size:
+            if size := min(u_i.shape[1], u_j.shape[1]):
                 shared = (u_i.T @ u_j).square().sum() + (v_i.T @ v_j).square().sum()
                 table[i, j] = table[j, i] = shared / (2 * size)
     return table
