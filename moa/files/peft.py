@@ -62,6 +62,7 @@ NOT_GATHERED = (
     "DeepSpeed ZeRO-3 leaves such a file where the weights were not gathered; save it again inside "
     "deepspeed.zero.GatheredParameters, or with stage3_gather_16bit_weights_on_model_save"
 )
+Tensors = Mapping[str, Shaped[Tensor, "..."]]
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -207,11 +208,7 @@ def check_tensors(
 
 
 def save_expert(
-    path: str | Path,
-    tensors: Mapping[str, Shaped[Tensor, "..."]],
-    config: Mapping[str, Any],
-    *,
-    base_fingerprint: str | None = None,
+    path: str | Path, tensors: Tensors, config: Mapping[str, Any], *, base_fingerprint: str | None = None
 ) -> None:
     """Write one expert, whole or not at all, for plain `PeftModel.from_pretrained`; what is read is the same bits.
 
@@ -222,12 +219,7 @@ def save_expert(
 
 
 def write_expert(
-    folder: Path,
-    tensors: Mapping[str, Shaped[Tensor, "..."]],
-    config: Mapping[str, Any],
-    *,
-    name: str | Path,
-    base_fingerprint: str | None = None,
+    folder: Path, tensors: Tensors, config: Mapping[str, Any], *, name: str | Path, base_fingerprint: str | None = None
 ) -> None:
     """The two files of an expert into a folder that exists; `name` stands in error messages."""
     full = {"peft_type": LORA, "inference_mode": True, **config}

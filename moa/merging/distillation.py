@@ -194,7 +194,7 @@ def learn(
     add_student(model, settings.rank, settings.alpha or settings.rank, settings.seed, start_of(settings, config, model))
     if not (work / "before.json").is_file():
         write_json(work / "before.json", compare(lesson, held_out))
-    descend(settings, lesson, prompts, work, console)
+    descend(lesson, prompts, work, console)
     before, after = json.loads((work / "before.json").read_text()), compare(lesson, held_out)
     for name, now in after.items():
         kept = f"same likeliest token {before[name]['token_agreement']:.1%} -> {now['token_agreement']:.1%}"
@@ -281,8 +281,9 @@ def start_of(settings: DistillConfig, config: RunConfig, model: MixtureModel) ->
     return found
 
 
-def descend(settings: DistillConfig, lesson: Lesson, prompts: Prompts, work: Path, console: Console) -> None:
+def descend(lesson: Lesson, prompts: Prompts, work: Path, console: Console) -> None:
     """All steps that are left, by Adam; the state is stored every so often and at the end."""
+    settings = prompts.settings
     if settings.steps == 0:
         return
     own = dict(lesson.model.bank.named_parameters(STUDENT))
@@ -296,7 +297,7 @@ def descend(settings: DistillConfig, lesson: Lesson, prompts: Prompts, work: Pat
             advance("")
         for step in range(done + 1, settings.steps + 1):
             optimizer.param_groups[0]["lr"] = settings.lr * rate_factor(stage, step)
-            line = {"step": step, **distill_step(settings, lesson, prompts, step, optimizer, list(own.values()))}
+            line = {"step": step, **distill_step(lesson, prompts, step, optimizer, list(own.values()))}
             log.write(json.dumps(line) + "\n")
             log.flush()
             if step % settings.save_every == 0 or step == settings.steps:
@@ -305,15 +306,10 @@ def descend(settings: DistillConfig, lesson: Lesson, prompts: Prompts, work: Pat
 
 
 def distill_step(
-    settings: DistillConfig,
-    lesson: Lesson,
-    prompts: Prompts,
-    step: int,
-    optimizer: torch.optim.Optimizer,
-    parameters: list[Tensor],
+    lesson: Lesson, prompts: Prompts, step: int, optimizer: torch.optim.Optimizer, parameters: list[Tensor]
 ) -> dict[str, Any]:
     """One step, number 1, 2, ...: its loss, that of each task, and the gradient's norm; ValueError where not finite."""
-    began, samples = time.perf_counter(), prompts.samples(step - 1)
+    began, settings, samples = time.perf_counter(), prompts.settings, prompts.samples(step - 1)
     tasks = [sample.task for sample in samples]
     shares = [1 / (len(set(tasks)) * tasks.count(task)) for task in tasks]
     size, found = settings.micro_batch_size or len(samples), []

@@ -52,6 +52,7 @@ class MergedSite:
 
 
 Merged = Mapping[str, MergedSite]  # by site
+Keep, Tick = Callable[[Tensor], Tensor], Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +65,14 @@ class OpenSite:
 
 
 def merge(
-    experts: Sequence[Expert],
-    *,
-    dtype: torch.dtype = torch.float64,
-    keep: Callable[[Tensor], Tensor] = lambda factor: factor,
-    **settings: Any,
+    experts: Sequence[Expert], *, dtype: torch.dtype = torch.float64, keep: Keep = lambda a: a, **settings: Any
 ) -> dict[str, MergedSite]:
     """`run_plan` of the `settings`, which are those of `make_plan`."""
     return run_plan(make_plan(experts, **settings), dtype=dtype, keep=keep)
 
 
 def run_plan(
-    plan: Plan,
-    *,
-    dtype: torch.dtype = torch.float64,
-    keep: Callable[[Tensor], Tensor] = lambda factor: factor,
-    on_site: Callable[[str], None] = lambda site: None,
+    plan: Plan, *, dtype: torch.dtype = torch.float64, keep: Keep = lambda a: a, on_site: Tick = lambda site: None
 ) -> dict[str, MergedSite]:
     """The merged update of every site that some expert has and no rule drops, in the order of the sites.
 

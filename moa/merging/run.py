@@ -3,14 +3,12 @@
 source -> plan -> merged factors of each site, on the disk -> what was kept -> files, verified in a fresh process
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from moa.analysis.fidelity_page import write_page
 from moa.backbones.open_clip import export_open_clip, is_open_clip, load_open_clip
@@ -24,6 +22,7 @@ from moa.files.checkpoint_files import match_sites, read_base
 from moa.files.spool import open_spool
 from moa.merging import adapters
 from moa.merging.export import export as exports
+from moa.merging.export.export import Verify
 from moa.merging.export.folder import check_out
 from moa.merging.export.probe import probe_of_noise, probe_of_run
 from moa.merging.export.verify import make_verify
@@ -37,10 +36,11 @@ from moa.merging.site_plan import Plan, make_plan, sum_gates
 from moa.merging.source import Source, open_folders, open_run, with_known_statistics, with_statistics
 from moa.merging.weights import GATES, Weights, gates_of, parse_weights, read_weights
 
+Record = dict[str, Any]
 ROUNDING = 1e-12  # share of the energy below which nothing was cut
 
 
-def merge_experts(settings: MergeExperts, console: Console) -> dict[str, Any]:
+def merge_experts(settings: MergeExperts, console: Console) -> Record:
     """Merge by the settings, and write the result with its reports; the report of what was written.
 
     Raises ValueError for settings that do not fit each other, the experts or the base. Settings are checked before
@@ -101,7 +101,7 @@ def merge_experts(settings: MergeExperts, console: Console) -> dict[str, Any]:
             console.print(merge_into_open_clip(settings.out, source, merged, summary["total"], card), soft_wrap=True)
             return summary
         exact = summary["total"]["energy_kept"] > 1 - ROUNDING
-        verify = prepare_verify(source, settings, lambda: sum_gates(plan), exact)
+        verify = prepare_verify(source, settings, plan, exact)
         report = export(settings, source, merged, summary, card, verify)
     console.print(*report_lines(report, Path(settings.out)), sep="\n", soft_wrap=True)
     return report
@@ -218,7 +218,7 @@ def check_for_open_clip(merged: bool, verify: bool, dtype: str) -> None:
         raise ValueError(f"dtype: an open_clip checkpoint is written in float32, not {dtype}")
 
 
-def merge_into_open_clip(out: str, source: Source, merged: Merged, kept: dict[str, Any], card: dict[str, Any]) -> str:
+def merge_into_open_clip(out: str, source: Source, merged: Merged, kept: Record, card: Record) -> str:
     """Write the folder that plain open_clip loads, checked against the base with the update added; a line on it."""
     backbone = load_open_clip(str(source.base_name))
     deltas = {site: result.lora_b @ result.lora_a for site, result in merged.items()}
@@ -227,12 +227,7 @@ def merge_into_open_clip(out: str, source: Source, merged: Merged, kept: dict[st
     return f"checkpoint: {out}, for open_clip local-dir:{out}; reloaded features differ by {gap:.1e}"
 
 
-def prepare_verify(
-    source: Source,
-    settings: Verified,
-    gates: Callable[[], dict[str, Tensor] | None] = lambda: None,
-    exact: bool = False,
-) -> exports.Verify | None:
+def prepare_verify(source: Source, settings: Verified, plan: Plan | None = None, exact: bool = False) -> Verify | None:
     """The probe and the live models that the reloaded files are compared with; None with verify=false."""
     if not settings.verify:
         return None
@@ -252,7 +247,7 @@ def prepare_verify(
         inputs,
         experts=source.experts,
         base=source.base(),
-        gates=gates(),
+        gates=plan and sum_gates(plan),
         exact=exact,
         routed=routed,
         stream_of=backbone.stream_of,
@@ -261,7 +256,7 @@ def prepare_verify(
     )
 
 
-def card_of(source: Source, merged: Merged, settings: MergeExperts) -> dict[str, Any]:
+def card_of(source: Source, merged: Merged, settings: MergeExperts) -> Record:
     """The fields of the card that an export cannot fill by itself."""
     kind = "a checkpoint" if settings.merged else "one LoRA adapter"
     how = f"by `{settings.method}` at rank {settings.rank}"
@@ -279,13 +274,8 @@ def card_of(source: Source, merged: Merged, settings: MergeExperts) -> dict[str,
 
 
 def export(
-    settings: MergeExperts,
-    source: Source,
-    merged: Merged,
-    summary: dict[str, Any],
-    card: dict[str, Any],
-    verify: exports.Verify | None,
-) -> dict[str, Any]:
+    settings: MergeExperts, source: Source, merged: Merged, summary: Record, card: Record, verify: Verify | None
+) -> Record:
     about = {
         "method": settings.method,
         "options": check_options(settings.method, settings.options),
@@ -297,12 +287,12 @@ def export(
         "adapters": settings.adapters or settings.run,
         "beside": source.beside,
     }
-    files: dict[str, Any] = {"merge_report.json": {**about, "kept": summary["total"], **summary}}
+    files: Record = {"merge_report.json": {**about, "kept": summary["total"], **summary}}
     if settings.fidelity:
         record = measure(source.experts, merged, shared=source.shared)
         files["fidelity.json"] = {**about, **record}
         files["fidelity.html"] = lambda p, r: write_page(p, record, about, agreement_line(r))
-    shared: dict[str, Any] = {"dtype": settings.dtype, "verify": verify, "files": files, "card": card}
+    shared: Record = {"dtype": settings.dtype, "verify": verify, "files": files, "card": card}
     shared["report"] = {"merge": {**about, "kept": summary["total"]}, "base_fingerprint": card["fingerprint"]}
     out = str(settings.out)
     if not settings.merged:

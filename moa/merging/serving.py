@@ -33,13 +33,14 @@ from moa.merging.learn.calibration import read_calibration
 from moa.merging.merge import run_plan
 from moa.merging.run import prepare_verify
 from moa.merging.settings import ServingConfig
-from moa.merging.site_plan import make_plan, sum_gates
+from moa.merging.site_plan import make_plan
 from moa.merging.source import Source, open_run
 from moa.merging.weights import Weights
 from moa.model import MixtureModel
 
 REPORT = "serving.json"
 ROUNDING = 1e-9  # a gate below it is off
+Gates = Float[Tensor, "sample site expert"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Vector:
     spread: float  # the largest difference of a member's gate
 
 
-def frequent_vectors(gates: Float[Tensor, "sample site expert"], precision: float, most: int) -> list[Vector]:
+def frequent_vectors(gates: Gates, precision: float, most: int) -> list[Vector]:
     """Samples whose gates are alike when rounded to `precision`, the largest groups first."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, row in enumerate((gates / precision).round().long().flatten(1).tolist()):
@@ -109,7 +110,7 @@ def write_serving(settings: ServingConfig, console: Console) -> None:
 
 
 @torch.no_grad()
-def gates_of_samples(model: MixtureModel, batches: Sequence[Any]) -> Float[Tensor, "sample site expert"]:
+def gates_of_samples(model: MixtureModel, batches: Sequence[Any]) -> Gates:
     found = [model.compute_gates(batch).gates for batch in batches]
     assert all(gates is not None for gates in found)
     return torch.cat([gates.double() for gates in found if gates is not None])
@@ -138,7 +139,7 @@ def write_vector(
     plan = make_plan(experts, weights=weights)
     merged = run_plan(plan)
     live = Source(experts=experts, folders=[], base_name=source.base_name)
-    verify = prepare_verify(live, settings, lambda: sum_gates(plan), exact=True)
+    verify = prepare_verify(live, settings, plan, exact=True)
     about: dict[str, Any] = {"report": {"serving": {"weights": weights}}, "dtype": settings.dtype, "verify": verify}
     text = f"Experts of {settings.run} at gates that its router often gives."
     about["card"] = {"about": text, "fingerprint": local_fingerprint(source.base_name)}
@@ -146,12 +147,7 @@ def write_vector(
     return f"vectors/{folder.name}"
 
 
-def requests(
-    samples: Sequence[Sample],
-    gates: Float[Tensor, "sample site expert"],
-    vectors: Sequence[Vector],
-    names: Sequence[str],
-) -> str:
+def requests(samples: Sequence[Sample], gates: Gates, vectors: Sequence[Vector], names: Sequence[str]) -> str:
     """A line for each sample; weights are null where they differ between sites, which no engine's scales can."""
     vector_of = {number: f"v{place}" for place, vector in enumerate(vectors) for number in vector.members}
     lines, same = [], gates.shape[1] == 1

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from data.batch import Batch
@@ -66,12 +65,9 @@ def is_text(model: MixtureModel, name: str) -> bool:
 
 
 def watch_inputs(
-    model: MixtureModel,
-    modules: Mapping[str, nn.Module],
-    batch: Batch,
-    seen: Callable[[str, Float[Tensor, "token in"]], None],
+    model: MixtureModel, modules: Mapping[str, nn.Module], batch: Batch, seen: Callable[[str, Tensor], None]
 ) -> ExitStack:
-    """Inside, `seen(name, rows)` gets the inputs of each layer without padding, and without an image of no prompt."""
+    """Inside, `seen(name, rows)` gets a layer's inputs [token, in], without padding or an image of no prompt."""
     real, blank = batch.token_samples() >= 0, batch.is_blank
 
     def hook(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:

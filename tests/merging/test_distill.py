@@ -147,11 +147,11 @@ def test_steps_bring_the_student_nearer_and_a_killed_command_writes_the_same_fil
 
     whole, seen = distillation.distill_step, []
 
-    def killed(settings, lesson, prompts, step, *rest):
+    def killed(lesson, prompts, step, *rest):
         if step == 4 and not seen:
             seen.append(step)
             raise KeyboardInterrupt
-        return whole(settings, lesson, prompts, step, *rest)
+        return whole(lesson, prompts, step, *rest)
 
     monkeypatch.setattr(distillation, "distill_step", killed)
     out = tmp_path / "killed"

@@ -25,12 +25,14 @@ from moa.evaluation.predict import prompt_collator
 from moa.evaluation.run import evaluate
 from moa.merging.adapters import Expert
 from moa.merging.export.export import adapter_config, tensors_of
+from moa.merging.learn.distill import Gates
 from moa.merging.merge import Merged
 from moa.model import MixtureModel
 from moa.parts import PARTS
 from moa.statistics.gather import own_gates
 
 Batches = Mapping[str, Sequence[Batch]]  # by data set
+Shares = Callable[[Batch], torch.Tensor]  # gates of a batch
 MERGED = "merged-experts"  # name of the merged update among the live experts
 
 
@@ -165,12 +167,7 @@ def answers_of_experts(
 
 
 def answered_by(
-    model: MixtureModel,
-    data: CalibrationData,
-    samples: Sequence[Sample],
-    size: int,
-    max_new_tokens: int,
-    gates: Callable[[Batch], torch.Tensor],
+    model: MixtureModel, data: CalibrationData, samples: Sequence[Sample], size: int, max_new_tokens: int, gates: Shares
 ) -> list[Sample]:
     """The samples with what the model generates at these gates, where that is an answer."""
     texts = greedy_answers(model, data.prompts, samples, size, max_new_tokens, lambda batch: {"gates": gates(batch)})
@@ -179,12 +176,7 @@ def answered_by(
 
 
 def greedy_answers(
-    model: MixtureModel,
-    prompts: ChatCollator,
-    samples: Sequence[Sample],
-    size: int,
-    max_new_tokens: int,
-    gates: Callable[[Batch], Mapping[str, torch.Tensor]],
+    model: MixtureModel, prompts: ChatCollator, samples: Sequence[Sample], size: int, max_new_tokens: int, gates: Gates
 ) -> list[str]:
     """What the model generates for each sample, `size` at a time; `gates` are options of `generate`, by batch."""
     tokenizer, answering = prompts.processor.tokenizer, model.answering()

@@ -7,7 +7,7 @@ W_v starts as the identity and is held near it, as in the paper; W_q and W_k map
 itself at the start. Gates depend on the token, so no single adapter equals the result.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from moa.experts.bank import ExpertBank
 from moa.experts.lora import ExpertLinear
-from moa.merging.learn.gradient import descend, frozen
+from moa.merging.learn.gradient import Step, descend, frozen, quiet
 from moa.model import MixtureModel
 
 
@@ -79,7 +79,7 @@ def learn_fusion(
     identity: float = 0.01,
     dim: int = 16,
     seed: int = 0,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: Step = quiet,
 ) -> AdapterFusion:
     """Attentions that lower the answers' loss on `batches`, taken in turn; `identity` weighs W_v's distance from it."""
     if not batches or any(batch.labels is None for batch in batches):

@@ -18,6 +18,12 @@ from moa.merging.methods.method import check_choice
 from moa.merging.weights import Weights
 from moa.model import MixtureModel
 
+Step = Callable[[int, float], None]  # gets the number of a step and its loss
+
+
+def quiet(step: int, loss: float) -> None:
+    pass
+
 
 def learn_weights(
     model: MixtureModel,
@@ -28,7 +34,7 @@ def learn_weights(
     lr: float = 0.05,
     per_site: bool = True,
     fixed: Sequence[str] = (),
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: Step = quiet,
 ) -> Weights:
     """Weights of every expert, per site, by gradient descent through the live mixture; the experts stay as they are.
 
@@ -64,12 +70,7 @@ def learn_weights(
 
 
 def descend(
-    parameters: Iterable[Tensor],
-    loss: Callable[[int], Tensor],
-    *,
-    steps: int,
-    lr: float,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    parameters: Iterable[Tensor], loss: Callable[[int], Tensor], *, steps: int, lr: float, on_step: Step = quiet
 ) -> None:
     """Lower `loss(step)` by Adam; `on_step` gets each step's loss before its update."""
     optimizer = torch.optim.Adam(list(parameters), lr=lr)
@@ -89,7 +90,7 @@ def descend_weights(
     steps: int = 100,
     lr: float = 0.05,
     device: torch.device | str = "cpu",
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: Step = quiet,
 ) -> Float[Tensor, "site expert"]:
     """The weights where `loss(step, weights)` went down to, by Adam.
 

@@ -20,7 +20,7 @@ from data.batch import Batch
 from moa.files.peft_config import site_scaling
 from moa.merging.adapters import Expert
 from moa.merging.learn.distill import divergence
-from moa.merging.learn.gradient import descend, frozen, mean_entropy
+from moa.merging.learn.gradient import Step, descend, frozen, mean_entropy, quiet
 from moa.merging.learn.least_squares import blocks_of
 from moa.merging.site_plan import find_depths, layer_of
 from moa.model import MixtureModel, MixtureOutput
@@ -39,7 +39,7 @@ class Weighed:
     model: MixtureModel
     experts: Sequence[Expert]
     batches: Batches
-    tick: Callable[[int, float], None] = lambda step, loss: None
+    tick: Step = quiet
 
     @cached_property
     def triplets(self) -> dict[Place, tuple[Tensor, Tensor]]:

@@ -1,6 +1,7 @@
 """Weights of experts without a gradient: by a search, or one expert at a time. A score decides, by merging again."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,34 +11,30 @@ Score = Callable[[Mapping[str, float]], float]  # weights by expert -> the highe
 Pair = tuple[str, str]  # path of a module with sites, expert
 
 
-def search(
-    score: Score,
-    experts: Sequence[str],
-    *,
-    budget: int = 40,
-    bound: float = 1.5,
-    penalty: float = 0.05,
-    optimizer: str = "NGOpt",
-    seed: int = 0,
-) -> dict[str, float]:
+def search(score: Score, experts: Sequence[str], *, penalty: float = 0.05, **how: Any) -> dict[str, float]:
     """Weights without a gradient, from 0 in [-bound, bound]: the best score less `penalty` times their mean size.
 
     As LoraHub (Huang et al. 2024, equation 2) with its defaults, but `score` decides what is merged: on the updates,
-    or, as released, on the factors (method lorahub_factors). `optimizer` is any of nevergrad's names, such as CMA.
+    or, as released, on the factors (method lorahub_factors). `how` are options of `minimise`.
     """
 
     def loss(values: Sequence[float]) -> float:
         weights = dict(zip(experts, values, strict=True))
         return -score(weights) + penalty * sum(map(abs, weights.values())) / len(experts)
 
-    best = minimise(loss, len(experts), budget=budget, bound=bound, optimizer=optimizer, seed=seed)
-    return dict(zip(experts, best, strict=True))
+    return dict(zip(experts, minimise(loss, len(experts), **how), strict=True))
 
 
 def minimise(
-    loss: Callable[[list[float]], float], size: int, *, budget: int, bound: float, optimizer: str, seed: int
+    loss: Callable[[list[float]], float],
+    size: int,
+    *,
+    budget: int = 40,
+    bound: float = 1.5,
+    optimizer: str = "NGOpt",
+    seed: int = 0,
 ) -> list[float]:
-    """So many numbers in [-bound, bound], from 0, by one of nevergrad's optimizers."""
+    """So many numbers in [-bound, bound], from 0, by one of nevergrad's optimizers, such as CMA."""
     import nevergrad
 
     if optimizer not in nevergrad.optimizers.registry:
@@ -49,13 +46,7 @@ def minimise(
 
 
 def prune(
-    score: Callable[[frozenset[Pair]], float],
-    pairs: Sequence[Pair],
-    *,
-    share: float,
-    budget: int,
-    optimizer: str,
-    seed: int,
+    score: Callable[[frozenset[Pair]], float], pairs: Sequence[Pair], *, share: float, **how: Any
 ) -> frozenset[Pair]:
     """The (module, expert) pairs without which a merge scores best: the `share` of them that a search puts lowest.
 
@@ -70,7 +61,7 @@ def prune(
             found[chosen] = score(chosen)
         return -found[chosen]
 
-    minimise(loss, len(pairs), budget=budget, bound=1.5, optimizer=optimizer, seed=seed)
+    minimise(loss, len(pairs), **how)
     return max(found, key=found.__getitem__)
 
 

@@ -6,7 +6,7 @@ The merger m_i scales the columns of A_i, the input side, so the result is a set
 sum is the merge, exactly. The paper merges two experts of a diffusion model; here N experts of any mixture.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from data.batch import Batch
 from moa.merging.adapters import Expert
-from moa.merging.learn.gradient import descend, frozen
+from moa.merging.learn.gradient import Step, descend, frozen, quiet
 from moa.model import MixtureModel
 
 Mergers = dict[str, dict[str, Tensor]]  # site -> expert -> [in]
@@ -30,7 +30,7 @@ def learn_mergers(
     steps: int = 100,
     lr: float = 0.01,
     similarity: float = 0.01,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: Step = quiet,
 ) -> Mergers:
     """Mergers by gradient descent on `zip_loss`; the experts stay as they are.
 
