@@ -50,7 +50,6 @@ def sweeps(base: Setting) -> dict[str, dict[int, Setting]]:
 
 
 def measure(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
-    """The costs of each contender."""
     from bench.bench_model import race, saved_bytes
     from bench.contenders import CONTENDERS
 

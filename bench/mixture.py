@@ -34,7 +34,6 @@ class Settings(Sized):
     checkpointing: bool = False  # recompute each layer in the backward pass
 
     def chosen(self, num_experts: int) -> list[str]:
-        """The contenders that run with so many experts."""
         from bench.contenders import CONTENDERS
 
         names = [*CONTENDERS] if self.contenders is None else self.contenders

@@ -15,7 +15,6 @@ ROOT = Path(__file__).parent.parent
 
 
 def machine(device: str = "cpu") -> dict[str, str | int]:
-    """What ran a benchmark, and when."""
     import torch
 
     describe = ["git", "describe", "--always", "--dirty"]

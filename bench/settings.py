@@ -84,7 +84,6 @@ class Device:
         return Setting(size=size, num_experts=num_experts, rank=self.rank, device=device, dtype=dtype)
 
     def where(self, size: str) -> dict[str, str | int]:
-        """How the numbers were taken."""
         from bench.record import machine
 
         return machine(self.place) | {"size": size, "dtype": self.dtype, "rank": self.rank}

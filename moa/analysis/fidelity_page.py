@@ -182,7 +182,6 @@ Rows = Sequence[Sequence[str]]
 
 
 def expert_rows(record: Record) -> Rows:
-    """What became of each expert in the merge."""
     total, merged = record["total"], record["total"]["merged"]
     columns = (record["experts"], total["norms"], merged["retention"], merged["energy_in_span"])
     body = [(n, f"{size:.3g}", _share(kept), _share(span)) for n, size, kept, span in zip(*columns, strict=True)]
@@ -190,7 +189,6 @@ def expert_rows(record: Record) -> Rows:
 
 
 def _layer_rows(record: Record) -> Rows:
-    """What the method and the rank did in each layer."""
     head = ["layer", "mass that cancels", "cross terms of factor methods"]
     if "merged" in record["total"]:
         head += ["rank", "norm", "cut by the rank", "outside the span"]

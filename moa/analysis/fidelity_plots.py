@@ -18,7 +18,6 @@ WIDTH = 9.6  # inches; the page shows 150 dots per inch at up to 960 pixels
 
 
 def largest_site(record: Record) -> str:
-    """The site where the experts' updates are largest."""
     return max(record["sites"], key=lambda name: sum(n * n for n in record["sites"][name]["norms"]))
 
 
@@ -175,7 +174,6 @@ _SCALES: dict[str, Callable[[float], tuple[str, float, float, Callable[[float], 
 
 
 def _table(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], key: str) -> None:
-    """Numbers in coloured cells."""
     cmap, low, high, text = _SCALES[key](np.nan_to_num(np.abs(values)).max())
     axes.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")

@@ -175,9 +175,7 @@ def is_target(config: Mapping[str, Any], site: str) -> bool:
     """Whether `target_modules` alone names the site, without exclude_modules, layers_to_transform or "all-linear"."""
     targets = config["target_modules"]
     narrowed = config.get("exclude_modules") or config.get("layers_to_transform") is not None
-    if narrowed or targets == "all-linear":
-        return False
-    return is_named(targets, site)
+    return not narrowed and targets != "all-linear" and is_named(targets, site)
 
 
 def is_named(targets: str | Sequence[str], site: str) -> bool:

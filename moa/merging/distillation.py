@@ -175,7 +175,6 @@ def open_prompts(settings: DistillConfig, config: RunConfig, model: MixtureModel
 def learn(
     settings: DistillConfig, step: Path, config: RunConfig, work: Path, console: Console
 ) -> tuple[Factors, dict[str, Any]]:
-    """The student's factors and the report on them."""
     began = time.perf_counter()
     model, _, _ = load_model(step, pick_device(settings.device))
     ocr = open_ocr(config.data)

@@ -38,7 +38,6 @@ class MergedSite:
     experts: Relation
 
     def scaled(self, scale: float) -> "MergedSite":
-        """The update times a number."""
         root = abs(scale) ** 0.5
         return replace(
             self,

@@ -57,11 +57,8 @@ def frequent_vectors(gates: Gates, precision: float, most: int) -> list[Vector]:
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, row in enumerate((gates / precision).round().long().flatten(1).tolist()):
         groups.setdefault(tuple(row), []).append(number)
-    found = []
-    for members in sorted(groups.values(), key=len, reverse=True)[:most]:
-        mean = gates[members].mean(0)
-        found.append(Vector(members=members, gates=mean, spread=float((gates[members] - mean).abs().max())))
-    return found
+    frequent = [(own, gates[own].mean(0)) for own in sorted(groups.values(), key=len, reverse=True)[:most]]
+    return [Vector(members=own, gates=mean, spread=float((gates[own] - mean).abs().max())) for own, mean in frequent]
 
 
 def write_serving(settings: ServingConfig, console: Console) -> None:

@@ -51,7 +51,6 @@ class Traced:
     high: StepCosts
 
     def costs(self, samples: int) -> StepCosts:
-        """Of a micro-batch of so many."""
         steps = (samples - self.samples) / self.samples
         grown = {n: round(getattr(self.low, n) + steps * self.growth(n)) for n in ("kept", "peak", "flops")}
         return replace(self.low, **grown)

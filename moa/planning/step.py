@@ -82,9 +82,7 @@ def measure_step(
 
 def autocast(device: str, train: TrainConfig) -> AbstractContextManager[Any]:
     """As Accelerate does it for train.precision."""
-    if train.precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device, DTYPES[train.precision])
+    return nullcontext() if train.precision == "fp32" else torch.autocast(device, DTYPES[train.precision])
 
 
 @contextmanager

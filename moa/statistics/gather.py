@@ -116,7 +116,6 @@ def num_passes(modules: Mapping[str, nn.Module]) -> int:
 
 
 def sites_of(model: MixtureModel, expert: str) -> dict[str, nn.Module]:
-    """The layers that have an expert."""
     return {site: model.bank.sites[site] for site in model.bank.experts[expert].sites}
 
 

@@ -215,5 +215,4 @@ def check_pair(a: State, b: State, spec: Spec) -> None:
 
 
 def cut(matrix: Matrix, count: int) -> Float[Tensor, "i j a b"]:
-    """A matrix in count x count blocks."""
     return matrix.unflatten(0, (count, -1)).unflatten(2, (count, -1)).transpose(1, 2)

@@ -174,7 +174,6 @@ def _finish(
 
 
 def tensors_of(merged: Merged, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The factors by PEFT key."""
     pairs = ((site_keys(s), (found.lora_a, found.lora_b)) for s, found in merged.items())
     return {k: v.to(dtype) for keys, both in pairs for k, v in zip(keys, both, strict=True)}
 

@@ -35,7 +35,8 @@ def probe_inputs(processor: Any, images: Sequence[Image.Image], questions: Seque
     """Tensors of one batch of prompts, an image in each, padded on the left for generation."""
     prompts = []
     for question in questions:
-        message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        message = [{"role": "user", "content": content}]
         if processor.chat_template is None:
             prompts.append(processor.image_token + question)
         else:

@@ -3,7 +3,7 @@
 The sets are the run's `data.validation`, so that what is learned on them can be scored on the test sets.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
@@ -32,7 +32,6 @@ from moa.parts import PARTS
 from moa.statistics.gather import own_gates
 
 Batches = Mapping[str, Sequence[Batch]]  # by data set
-Shares = Callable[[Batch], torch.Tensor]  # gates of a batch
 MERGED = "merged-experts"  # name of the merged update among the live experts
 
 
@@ -137,42 +136,6 @@ def benchmark_score(model: MixtureModel, data: CalibrationData, config: RunConfi
     settings = EvalConfig(gates=expert, **sizes)
     results = [evaluate(model, samples, data.prompts, settings, name=name) for name, samples in data.samples.items()]
     return mean(float(result.score["value"] or 0.0) for result in results)
-
-
-def own_answers(
-    model: MixtureModel, data: CalibrationData, size: int, weight: float, max_new_tokens: int
-) -> list[Batch]:
-    """Mixed batches whose answers are what the model itself generates with this weight on every expert: no labels."""
-    gates = torch.full((len(model.bank.names),), weight)
-    answered = {
-        name: answered_by(model, data, samples, size, max_new_tokens, lambda batch: gates.expand(len(batch), -1))
-        for name, samples in data.samples.items()
-    }
-    if not any(answered.values()):
-        raise ValueError("adamerging: the model answers nothing, so there is no entropy to lower")
-    return replace(data, samples=answered).batches(size)
-
-
-def answers_of_experts(
-    model: MixtureModel, data: CalibrationData, experts: Sequence[str], size: int, max_new_tokens: int
-) -> dict[str, list[Batch]]:
-    """By expert: its own samples with the answers that it generates. ValueError for one without."""
-    found, samples = {}, data.of_experts()
-    for name in experts:
-        own = answered_by(model, data, samples.get(name, []), size, max_new_tokens, own_gates(model, name))
-        if not own:
-            raise ValueError(f"experts.{name}: answers none of the validation samples; it needs some of its own")
-        found[name] = replace(data, samples={name: own}).batches(size)
-    return found
-
-
-def answered_by(
-    model: MixtureModel, data: CalibrationData, samples: Sequence[Sample], size: int, max_new_tokens: int, gates: Shares
-) -> list[Sample]:
-    """The samples with what the model generates at these gates, where that is an answer."""
-    texts = greedy_answers(model, data.prompts, samples, size, max_new_tokens, lambda batch: {"gates": gates(batch)})
-    labelled = [with_answer(sample, text) for sample, text in zip(samples, texts, strict=True)]
-    return [s for s in labelled if s.answers[0] and data.collator.error_of(s) is None]
 
 
 def greedy_answers(

@@ -78,7 +78,6 @@ def _merged_below(model: MixtureModel, expert: str, merged: Mapping[str, Any]) -
 
 
 def _only(expert: Expert, sites: Sequence[str]) -> Expert:
-    """The expert at some sites alone."""
     ranks = {site: rank for site, rank in expert.ranks.items() if site in sites}
     return replace(expert, ranks=ranks, shapes={site: expert.shapes[site] for site in ranks})
 

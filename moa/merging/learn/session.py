@@ -8,11 +8,15 @@ control   fresh_lora, which merges nothing
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from data.batch import Batch
+from data.sample import Sample
 from moa.config import RunConfig
 from moa.merging.adapters import Expert, all_sites, expert_from_tensors, experts_of_bank
 from moa.merging.learn import calibration, gradient, guided, least_squares, search
@@ -22,7 +26,7 @@ from moa.merging.merge import Merged, MergedSite, cached_merge, merge
 from moa.merging.methods.table import find_method
 from moa.merging.weights import Weights, weight_table
 from moa.model import MixtureModel
-from moa.statistics.gather import shared_experts
+from moa.statistics.gather import own_gates, shared_experts
 
 Tick = Callable[[int, float], None]  # number of the step or trial, its loss or score
 
@@ -62,9 +66,20 @@ class Session:
     @cached_property
     def live(self) -> guided.Weighed:
         """The experts with weights on what they do, and their own samples with their own answers."""
-        length, size = self.config.eval.max_new_tokens, self.batch_size
-        batches = calibration.answers_of_experts(self.model, self.data, self.names, size, length)
+        batches, samples = {}, self.data.of_experts()
+        for name in self.names:
+            own = self.answered(samples.get(name, []), own_gates(self.model, name))
+            if not own:
+                raise ValueError(f"experts.{name}: answers none of the validation samples; it needs some of its own")
+            batches[name] = replace(self.data, samples={name: own}).batches(self.batch_size)
         return guided.Weighed(model=self.model, experts=self.experts, batches=batches, tick=self.tick)
+
+    def answered(self, samples: Sequence[Sample], gates: Callable[[Batch], Tensor]) -> list[Sample]:
+        """The samples with what the model generates at these gates, where that is an answer."""
+        place = self.model, self.data.prompts, samples, self.batch_size, self.config.eval.max_new_tokens
+        texts = calibration.greedy_answers(*place, lambda batch: {"gates": gates(batch)})
+        labelled = [calibration.with_answer(s, text) for s, text in zip(samples, texts, strict=True)]
+        return [s for s in labelled if s.answers[0] and self.data.collator.error_of(s) is None]
 
     @cached_property
     def scored_batches(self) -> dict[str, list[Batch]]:
@@ -77,14 +92,12 @@ class Session:
 
     @property
     def rank(self) -> int | str:
-        """Of a merge that the learner makes itself."""
         return self.merge.get("rank", "sum")
 
     def add_up(self, experts: Sequence[Expert]) -> dict[str, MergedSite]:
         return merge(experts, method="task_arithmetic", rank=self.rank, added=self.shared)
 
     def value(self, merged: Merged) -> float:
-        """The metric of a merge."""
         with calibration.with_merged(self.model, merged, self.experts):
             if self.metric == "loss":
                 return calibration.answers_loss(self.model, self.scored_batches)
@@ -138,8 +151,13 @@ def lora_soups(session: Session, *, steps: int = 100, lr: float = 0.05, per_site
 
 
 def adamerging(session: Session, *, steps: int = 100, lr: float = 0.05, per_site: bool = True) -> Learned:
-    length, size = session.config.eval.max_new_tokens, session.batch_size
-    batches = calibration.own_answers(session.model, session.data, size, 0.3, length)
+    """The answers are those that the model itself generates with 0.3 on every expert."""
+    start = torch.full((len(session.model.bank.names),), 0.3)
+    gates = lambda batch: start.expand(len(batch), -1)  # noqa: E731
+    answered = {name: session.answered(samples, gates) for name, samples in session.data.samples.items()}
+    if not any(answered.values()):
+        raise ValueError("adamerging: the model answers nothing, so there is no entropy to lower")
+    batches = replace(session.data, samples=answered).batches(session.batch_size)
     return _descended(session, batches, objective="entropy", steps=steps, lr=lr, per_site=per_site)
 
 

@@ -58,7 +58,6 @@ class Method:
 
     @property
     def about(self) -> str:
-        """What it does, in a line."""
         first, *then = [read_function(part)[0].rstrip(".") for part in self.parts]
         return ", then ".join([first, *(text[0].lower() + text[1:] for text in then)]) + "."
 

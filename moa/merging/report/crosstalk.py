@@ -30,11 +30,6 @@ def joined(updates: Sequence[Factors]) -> Factors:
     return torch.cat([a for a, _ in updates]), torch.cat([b for _, b in updates], dim=1)
 
 
-def difference(one: Factors, other: Factors) -> Factors:
-    """The factors of one update less another's."""
-    return joined([one, (other[0], -other[1])])
-
-
 def site_crosstalk(
     experts: Sequence[Expert],
     site: str,
@@ -56,9 +51,7 @@ def site_crosstalk(
         if own is None or expert.inputs is None or expert.name in shared:
             continue
         moments = expert.inputs(site)
-        if not moments.tokens:
-            continue
-        energy = output_energy(own, moments)
+        energy = output_energy(own, moments) if moments.tokens else 0.0
         if energy <= 0:
             continue
         for j, other in enumerate(factors):
@@ -66,7 +59,8 @@ def site_crosstalk(
                 table[k][j] = output_energy(other, moments) / energy if other is not None else 0.0
         if merged is not None:
             whole = joined([own, *always])
-            error = output_energy(difference((merged[0].to(own[0]), merged[1].to(own[0])), whole), moments)
+            less = whole[0], -whole[1]
+            error = output_energy(joined([(merged[0].to(own[0]), merged[1].to(own[0])), less]), moments)
             residual[k] = error / output_energy(whole, moments)
     return {"crosstalk": table} | ({} if merged is None else {"residual": residual})
 
