@@ -85,28 +85,27 @@ def make_plan(
     check_experts(experts)
     given: dict[str, Any] = {"method": method, "options": dict(options or {}), "weights": weights}
     own = SiteRule(match="", rank=rank, space=space, **given)
-    chosen: dict[str, int | None] = {}
-    for site in all_sites(experts):
-        fitting = (number for number, rule in enumerate(rules) if finds(rule.match, site, "sites.match"))
-        chosen[site] = next(fitting, None)
-    if all(index is not None and rules[index].drop for index in chosen.values()):
+    settings = [*(_over(own, rule) for rule in rules), own]  # the last one fits every site
+    chosen = {site: _first_match(settings, site) for site in all_sites(experts)}
+    if all(settings[index].drop for index in chosen.values()):
         raise ValueError("sites: the rules drop every site")
     jobs: list[Job] = []
-    numbers: dict[int | None, int | None] = {}
-    for index in (*range(len(rules)), None):
-        rule = None if index is None else rules[index]
+    numbers: dict[int, int] = {}
+    for index, rule in enumerate(settings):
         sites = [site for site, found in chosen.items() if found == index]
-        if rule is not None and not sites:
+        if not sites and rule is not own:
             raise ValueError(f"sites: {rule.match!r} decides no site; rules before it, or none, match")
-        numbers[index] = None
-        if sites and not (rule and rule.drop):
+        if sites and not rule.drop:
             numbers[index] = len(jobs)
-            settings = _over(own, rule) if rule else own
-            jobs.append(_job(experts, sites, settings, frozenset(added), metric=metric, norm=norm))
+            jobs.append(_job(experts, sites, rule, frozenset(added), metric=metric, norm=norm))
     if metric == "inputs" and all(job.rank == "sum" and job.space != "dense" for job in jobs):
         raise ValueError("metric: inputs has no effect with rank=sum, which cuts nothing; give rank=8, say")
     find_method(method, space)  # even where rules decide every site
-    return Plan(jobs=jobs, sites={site: numbers[index] for site, index in chosen.items()})
+    return Plan(jobs=jobs, sites={site: numbers.get(index) for site, index in chosen.items()})
+
+
+def _first_match(rules: Sequence[SiteRule], site: str) -> int:
+    return next(number for number, rule in enumerate(rules) if finds(rule.match, site, "sites.match"))
 
 
 def _over(own: SiteRule, rule: SiteRule) -> SiteRule:

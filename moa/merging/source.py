@@ -116,25 +116,25 @@ def with_known_statistics(source: Source) -> Source:
 def open_folders(adapters: Sequence[str], base: str | None = None, projector: str | None = None) -> Source:
     """The experts in some folders, and what the runs around them trained beside."""
     folders = adapter_folders(adapters)
-    steps = {folder.resolve().parent.parent for folder in folders}
-    steps = {step for step in steps if (step / CONFIG).is_file()}
-    for around in sorted(steps):
-        own = load_config(around / CONFIG)
-        names = [f.resolve().name for f in folders if f.resolve().parent.parent == around]
+    around = {folder.resolve().parent.parent for folder in folders}
+    steps = sorted(step for step in around if (step / CONFIG).is_file())
+    for step in steps:
+        own = load_config(step / CONFIG)
+        names = [f.resolve().name for f in folders if f.resolve().parent.parent == step]
         check_linear(own, [name for name in names if name in own.experts])
     experts = open_adapters(folders)
-    step = next(iter(steps)) if len(steps) == 1 else None
-    config = load_config(step / CONFIG) if step else None
+    only = steps[0] if len(steps) == 1 else None
+    config = load_config(only / CONFIG) if only else None
     named = [config.model.name if config else None]
     named += [expert.config.get("base_model_name_or_path") for expert in experts]
     return Source(
         experts=experts,
         folders=folders,
         base_name=base or next(filter(None, named), None),
-        step=step,
+        step=only,
         config=config,
         projector=load_tensors(Path(projector)) if projector else {},
-        beside=[*beside_lines(sorted(steps), projector), *lines_of_shared(folders, sorted(steps))],
+        beside=[*beside_lines(steps, projector), *lines_of_shared(folders, steps)],
     )
 
 

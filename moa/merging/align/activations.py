@@ -53,30 +53,22 @@ def activation_matching(
 
 
 class Covariance:
-    """Running sums of A's and B's values at one layer, and of their products."""
+    """Running sums over A's and B's values at one layer: their number, sums, squares, and products."""
 
-    count = 0
-    sum_a: Any = 0.0
-    sum_b: Any = 0.0
-    square_a: Any = 0.0
-    square_b: Any = 0.0
-    products: Any = 0.0
+    sums: tuple[Any, ...] = (0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
     def add(self, a: Values, b: Values) -> None:
-        self.count += len(a)
-        self.sum_a, self.sum_b = self.sum_a + a.sum(0), self.sum_b + b.sum(0)
-        self.square_a = self.square_a + a.square().sum()
-        self.square_b = self.square_b + b.square().sum()
-        self.products = self.products + a.T @ b
+        more = len(a), a.sum(0), b.sum(0), a.square().sum(), b.square().sum(), a.T @ b
+        self.sums = tuple(old + new for old, new in zip(self.sums, more, strict=True))
 
     def normalised(self) -> Matrix:
         """Covariance over the root of both layers' whole variances."""
-        if not self.count:
+        count, *sums = self.sums
+        if not count:
             raise ValueError("batches: matching needs at least one")
-        mean_a, mean_b = self.sum_a / self.count, self.sum_b / self.count
-        whole_a = self.square_a / self.count - mean_a.square().sum()
-        whole_b = self.square_b / self.count - mean_b.square().sum()
-        covariance = self.products / self.count - torch.outer(mean_a, mean_b)
+        mean_a, mean_b, square_a, square_b, product = (value / count for value in sums)
+        whole_a, whole_b = square_a - mean_a.square().sum(), square_b - mean_b.square().sum()
+        covariance = product - torch.outer(mean_a, mean_b)
         return (covariance / (whole_a * whole_b).clamp(min=SMALL**2).sqrt()).float()
 
 
