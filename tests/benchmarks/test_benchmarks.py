@@ -61,12 +61,7 @@ def test_grounding_lists_the_answers_without_a_box():
     scores = BENCHMARKS["grounding"].score(
         [prediction("?", boxes=[truth]), prediction("<loc>", boxes=[truth], box=truth)]
     )
-    assert dict(scores) == {
-        "Acc@0.5": 0.5,
-        "Acc@>0.5": 0.5,
-        "mean_IoU": 0.5,
-        "unparsable": 0.5,
-    }
+    assert dict(scores) == {"Acc@0.5": 0.5, "Acc@>0.5": 0.5, "mean_IoU": 0.5, "unparsable": 0.5}
     assert scores.failures == {"no readable box": [0]}
 
 

@@ -52,11 +52,7 @@ def test_each_benchmark_scores_by_its_own_rule(name, text, answers, expected):
 def test_gqa_parts_open_questions_from_those_with_two_answers():
     rows = [("red", "red", "query"), ("blue", "red", "query"), ("yes", "yes", "verify")]
     made = [with_id(prediction(said, [true]), said, tags=(kind, "attr")) for said, true, kind in rows]
-    assert dict(scored("gqa", made)) == {
-        "accuracy": pytest.approx(2 / 3),
-        "binary": 1.0,
-        "open": 0.5,
-    }
+    assert dict(scored("gqa", made)) == {"accuracy": pytest.approx(2 / 3), "binary": 1.0, "open": 0.5}
 
 
 def test_pope_reports_what_the_share_of_yes_hides():
@@ -143,12 +139,7 @@ def run(tmp_path_factory):
 
 def evaluate(run: Path, *overrides: str) -> dict:
     source = f"{{format: jsonl, path: {run.parent / 'text.jsonl'}, benchmark: textvqa}}"
-    options = [
-        "progress=false",
-        "eval.max_new_tokens=4",
-        "eval.num_images=0",
-        "eval.on_bad_sample=skip",
-    ]
+    options = ["progress=false", "eval.max_new_tokens=4", "eval.num_images=0", "eval.on_bad_sample=skip"]
     eval_script.main([f"run={run}", f"eval.sources={{text: {source}}}", *options, *overrides])
     return json.loads((run / "eval" / "text.json").read_text())
 

@@ -41,9 +41,7 @@ TEXTS = st.one_of(
                      "a" * 300, "\u2028", "\n", "[[1, 2, 3, 4]]", "NaN", "1e999", "\x1b[31m", "http://x/y.png"]),
 )  # fmt: skip
 NUMBERS = st.one_of(
-    st.integers(-3, 100),
-    st.floats(),
-    st.sampled_from([10**400, -(10**400), 2**63, 2**31, 1e308, 0.5, -0.0]),
+    st.integers(-3, 100), st.floats(), st.sampled_from([10**400, -(10**400), 2**63, 2**31, 1e308, 0.5, -0.0])
 )
 VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), NUMBERS, TEXTS),
@@ -211,21 +209,7 @@ def test_any_box_lies_in_its_image_or_is_named(boxes, frame, words):
         check_sample_of(dataset, 0, Path(place))
 
 
-FILES = (
-    "JPEG",
-    "BMP",
-    "PPM",
-    "ICO",
-    "TGA",
-    "PCX",
-    "JPEG2000",
-    "DDS",
-    "SGI",
-    "WEBP",
-    "GIF",
-    "TIFF",
-    "PNG",
-)
+FILES = ("JPEG", "BMP", "PPM", "ICO", "TGA", "PCX", "JPEG2000", "DDS", "SGI", "WEBP", "GIF", "TIFF", "PNG")
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -235,10 +235,7 @@ def test_a_full_disk_leaves_the_old_folder_as_it_was(folder, monkeypatch):
 def test_a_second_write_replaces_the_folder_whole(folder):
     (folder / "stale.txt").write_text("old")
     save_expert(folder, factors(SITES[:1]), config(target_modules=SITES[:1]))
-    assert {file.name for file in folder.iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     assert set(read_expert(folder)[0]) == set(site_keys(SITES[0]))
 
 
@@ -410,8 +407,7 @@ def test_any_config_is_read_or_refused_in_one_line(tmp_path_factory, changes):
     st.dictionaries(
         st.sampled_from([*factors(), "x"]) | st.text(alphabet="base_model.0AB", max_size=30),
         st.tuples(
-            st.sampled_from([torch.float32, torch.bfloat16, *OTHER_DTYPES]),
-            st.lists(st.integers(0, 4), max_size=3),
+            st.sampled_from([torch.float32, torch.bfloat16, *OTHER_DTYPES]), st.lists(st.integers(0, 4), max_size=3)
         ),
         max_size=5,
     )

@@ -81,10 +81,7 @@ def test_a_column_of_images_that_nothing_reads_is_refused(name, tmp_path):
 
 
 def test_a_column_image_beside_named_columns_that_leave_it_out_is_refused(tmp_path):
-    rows, columns = (
-        "image,query,answers\na.png,q,red\n",
-        {"question": "query", "answers": "answers"},
-    )
+    rows, columns = ("image,query,answers\na.png,q,red\n", {"question": "query", "answers": "answers"})
     with pytest.raises(ValueError, match=r"name it as columns\.image=image"):
         table(tmp_path, rows, columns=columns)
     named = table(tmp_path, rows, columns=columns | {"image": "image"})
@@ -103,8 +100,7 @@ def test_a_table_of_text_alone_is_read_and_an_ending_may_be_in_capitals(tmp_path
 
 
 @pytest.mark.parametrize(
-    "cell",
-    ['["red", "blue"]', "['red', 'blue']", '[{"answer": "red", "id": 1}]', "{'answer': 'red'}"],
+    "cell", ['["red", "blue"]', "['red', 'blue']", '[{"answer": "red", "id": 1}]', "{'answer': 'red'}"]
 )
 @pytest.mark.parametrize("name", ["t.csv", "t.json"])
 def test_a_list_of_answers_written_as_text_is_refused(cell, name, tmp_path):
@@ -142,10 +138,7 @@ def test_a_broken_row_of_a_csv_leaves_the_others(tmp_path):
 
 
 OBJECTS = {
-    "objects": (
-        [{"answer": "red", "answer_confidence": "yes"}, {"answer": "blue"}],
-        ("red", "blue"),
-    ),
+    "objects": ([{"answer": "red", "answer_confidence": "yes"}, {"answer": "blue"}], ("red", "blue")),
     "one object": ({"text": ["red"], "answer_start": [3]}, ("red",)),
     "numbers": ([7, "red"], ("7", "red")),
     "a long number": (12345678901234567890123, ("12345678901234567890123",)),
@@ -340,10 +333,7 @@ def test_only_a_line_feed_ends_a_line(mark, tmp_path):
     sentences.write_text(f"\ufeffA{mark} b [/EN#1/people Two{mark}guys] .\n", encoding="utf-8")
     rows = opened("flickr30k_entities", folder)
     assert len(rows) == 1 and f"Two{mark}guys" in rows[0].question
-    for rows in (
-        dump_of(tmp_path, f"q{mark}q"),
-        table(tmp_path, f"image,question\na.png,q{mark}q\n"),
-    ):
+    for rows in (dump_of(tmp_path, f"q{mark}q"), table(tmp_path, f"image,question\na.png,q{mark}q\n")):
         assert len(rows) == 1 and rows[0].question == f"q{mark}q"
 
 
@@ -435,12 +425,7 @@ def test_a_word_of_a_cache_that_is_not_finite_is_a_bad_sample(wrong, tmp_path):
                                    {"confidences": [None]}, {"words": ["a", "b"]}])  # fmt: skip
 def test_a_cache_whose_words_are_damaged_is_named_with_its_row(cells, tmp_path):
     write_table(tmp_path / "o.parquet", {}, {"engine": "x"})
-    row = {
-        "hash": "k",
-        "words": ["a"],
-        "boxes": [[1.0, 2.0, 3.0, 4.0]],
-        "confidences": [0.5],
-    } | cells
+    row = {"hash": "k", "words": ["a"], "boxes": [[1.0, 2.0, 3.0, 4.0]], "confidences": [0.5]} | cells
     metadata = pq.read_table(tmp_path / "o.parquet").schema.metadata
     damaged = pa.Table.from_pylist([row]).replace_schema_metadata(metadata)
     pq.write_table(damaged, tmp_path / "o.parquet")

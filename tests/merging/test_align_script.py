@@ -35,12 +35,7 @@ def world(tmp_path_factory):
 
 
 def settings(world, out, **more):
-    return [
-        f"model={world / 'b'}",
-        f"to={world / 'a'}",
-        f"out={out}",
-        *(f"{k}={v}" for k, v in more.items()),
-    ]
+    return [f"model={world / 'b'}", f"to={world / 'a'}", f"out={out}", *(f"{k}={v}" for k, v in more.items())]
 
 
 @pytest.mark.slow
@@ -89,19 +84,13 @@ def test_what_cannot_be_aligned_is_said(world, tmp_path, capsys):
     said = refused(align, [f"model={tmp_path / 'llava'}", f"to={world / 'a'}", f"out={tmp_path / 'o'}"], capsys)
     assert "is a 'llava'; only a 'clip' can be aligned" in said
     clip(0, width=16, vocab=400).save_pretrained(tmp_path / "narrow")
-    said = refused(
-        align,
-        [f"model={tmp_path / 'narrow'}", f"to={world / 'a'}", f"out={tmp_path / 'o'}"],
-        capsys,
-    )
+    said = refused(align, [f"model={tmp_path / 'narrow'}", f"to={world / 'a'}", f"out={tmp_path / 'o'}"], capsys)
     assert "in A and" in said and "equal widths" in said
     assert "data: goes with method=activations" in refused(
         align, settings(world, tmp_path / "o", method="activations"), capsys
     )
     assert "endpoints: two or more" in refused(
-        repair,
-        [f"model={world / 'a'}", f"data={world / 'captions.jsonl'}", f"out={tmp_path / 'o'}"],
-        capsys,
+        repair, [f"model={world / 'a'}", f"data={world / 'captions.jsonl'}", f"out={tmp_path / 'o'}"], capsys
     )
     (tmp_path / "bare.jsonl").write_text(
         json.dumps({"image": str(world / "0.png"), "question": "?", "task": "caption"})

@@ -7,27 +7,9 @@ import torch
 from torch import nn
 
 from moa.merging.align.activations import activation_matching, repair, run_tensor, unit_statistics
-from moa.merging.align.alignment import (
-    Symmetry,
-    Units,
-    align,
-    best_maps,
-    transport,
-    value_of,
-    weight_matching,
-)
+from moa.merging.align.alignment import Symmetry, Units, align, best_maps, transport, value_of, weight_matching
 from moa.merging.align.clip import clip_spec
-from tests.support.networks import (
-    NAMES,
-    average,
-    clip,
-    drawings,
-    grey,
-    mlp,
-    similarities,
-    train_mlp,
-    with_state,
-)
+from tests.support.networks import NAMES, average, clip, drawings, grey, mlp, similarities, train_mlp, with_state
 
 
 def mlp_spec(layers):

@@ -81,11 +81,7 @@ def test_a_rewritten_and_scaled_expert_is_found_as_a_duplicate():
 
 
 def test_the_summary_weighs_tasks_alike_and_names_the_sites_if_they_differ():
-    gates, tasks, experts = (
-        torch.cat([SORTED, SORTED[:1]])[:, None],
-        [*TASKS, "vqa"],
-        ["vqa", "line"],
-    )
+    gates, tasks, experts = (torch.cat([SORTED, SORTED[:1]])[:, None], [*TASKS, "vqa"], ["vqa", "line"])
     record = summary(gates, tasks, ["vqa"] * 5, experts)
     assert record["mean_gates"] == pytest.approx([0.5, 0.5])
     assert record["routing_accuracy"] == pytest.approx(3 / 5)

@@ -55,10 +55,7 @@ def test_the_average_loads_like_a_step(run, tmp_path):
     stored = tensors(tmp_path / "out")
     for key, tensor in model.bank.state(name).items():
         assert any(t.shape == tensor.shape and torch.equal(t, tensor) for t in stored.values()), key
-    assert json.loads((tmp_path / "out/average.json").read_text())["steps"] == [
-        "step-000001",
-        "step-000003",
-    ]
+    assert json.loads((tmp_path / "out/average.json").read_text())["steps"] == ["step-000001", "step-000003"]
     with pytest.raises(ValueError, match="holds other things"):
         average_steps(run, choose_steps(run, [1], None))
 

@@ -140,10 +140,7 @@ def test_a_checkpoint_has_the_keys_of_the_base_and_equals_the_live_mixture(world
     base = world / "base"
     report = export_checkpoint(tmp_path / "out", merged, experts, base=base, verify=verify)
     assert report["comparisons"]["live_mixture"]["max_abs_logit_diff"] < 1e-5
-    theirs, ours = (
-        load_file(base / "model.safetensors"),
-        load_file(tmp_path / "out/model.safetensors"),
-    )
+    theirs, ours = (load_file(base / "model.safetensors"), load_file(tmp_path / "out/model.safetensors"))
     assert set(theirs) == set(ours)
     changed = {key for key in theirs if not torch.equal(theirs[key], ours[key])}
     assert changed == set(report["keys_changed"]) and len(changed) == len(merged)

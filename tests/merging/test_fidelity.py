@@ -15,13 +15,7 @@ from moa.merging.adapters import expert_from_tensors
 from moa.merging.merge import merge
 from moa.merging.report.console import interference_tables, report_lines
 from moa.merging.report.fidelity import measure
-from moa.merging.report.interference import (
-    cross_terms,
-    prune,
-    sample_entries,
-    sign_conflict,
-    sign_disagreement,
-)
+from moa.merging.report.interference import cross_terms, prune, sample_entries, sign_conflict, sign_disagreement
 from moa.statistics.moments import InputSums
 from scripts import analyse
 from tests.merging.test_merge_identities import experts_of
@@ -177,11 +171,7 @@ def lone(name, site, value=1.0):
 
 def test_a_pair_that_shares_no_site_stays_blank():
     record = measure([lone("a", SITES[0]), lone("b", SITES[1]), lone("c", SITES[1], -2.0)])
-    assert record["total"]["sign_disagreement"] == [
-        [0.0, None, None],
-        [None, 0.0, 1.0],
-        [None, 1.0, 0.0],
-    ]
+    assert record["total"]["sign_disagreement"] == [[0.0, None, None], [None, 0.0, 1.0], [None, 1.0, 0.0]]
     blank = np.isnan(pairwise(record["total"], "cosine"))
     assert blank.tolist() == [[False, True, True], [True, False, False], [True, False, False]]
     assert np.isnan(pairwise(record["layers"]["layers.0"], "overlap")[1, 2])  # neither is there

@@ -67,19 +67,12 @@ def refused(capsys, main, *arguments):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-SLOW = (
-    "adamerging steps=2",
-    "enmp budget=3",
-    "lorahub budget=4 merge=ties",
-    "greedy_soup",
-    "uq_merge runs=2",
-)
+SLOW = ("adamerging steps=2", "enmp budget=3", "lorahub budget=4 merge=ties", "greedy_soup", "uq_merge runs=2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method",
-    ["lora_soups steps=2", *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW)],
+    "method", ["lora_soups steps=2", *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW)]
 )
 def test_what_is_learned_is_read_by_the_merge(world, tmp_path, method):
     out = tmp_path / "w.json"

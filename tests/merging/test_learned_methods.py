@@ -168,12 +168,7 @@ def test_entropy_is_that_of_a_known_distribution():
 
 def test_class_entropy_of_a_zero_shot_clip_goes_down_through_its_experts():
     torch.manual_seed(0)
-    text = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = {**text, "image_size": 16, "patch_size": 8}
     config = CLIPConfig(
         text_config={**text, "vocab_size": 20, "bos_token_id": 0, "eos_token_id": 19},

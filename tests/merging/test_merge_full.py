@@ -91,10 +91,7 @@ def test_the_size_of_a_block_changes_nothing(world, tmp_path, monkeypatch, metho
 
 def save_model(folder, **tensors):
     folder.mkdir()
-    save_file(
-        {key.replace("__", "."): tensor for key, tensor in tensors.items()},
-        folder / "model.safetensors",
-    )
+    save_file({key.replace("__", "."): tensor for key, tensor in tensors.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
     return folder
 
@@ -348,11 +345,7 @@ def test_a_model_that_is_cut_off_leaves_nothing_behind(world, tmp_path, capsys):
     (tmp_path / "cut" / "config.json").write_text("{}")
     with pytest.raises(SystemExit):
         script.main(
-            [
-                f"models=[{world / 'two'},{tmp_path / 'cut'}]",
-                f"base={world / 'base'}",
-                f"out={tmp_path / 'out'}",
-            ]
+            [f"models=[{world / 'two'},{tmp_path / 'cut'}]", f"base={world / 'base'}", f"out={tmp_path / 'out'}"]
         )
     assert "cut/model.safetensors is not readable" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -16,10 +16,7 @@ from scripts import merge as script
 
 SITES = ("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj")
 NAMES = ("plain", "with space", "lr=0.1,rank=2", "a#b", "k: v", "{x}", "[y]", "it's", "ü", "1e3")
-NUMBERS = st.one_of(
-    st.floats(-2, 2, allow_nan=False).map(lambda x: round(x, 3)),
-    st.sampled_from([0, 1, -1]),
-)
+NUMBERS = st.one_of(st.floats(-2, 2, allow_nan=False).map(lambda x: round(x, 3)), st.sampled_from([0, 1, -1]))
 ODD = st.sampled_from(["[]", "{}", "null", "true", "word", ".nan", ".inf", "[1]", "1e400", "'x'", "-3", "~", "{a: 1}"])
 KEYS = ("method", "options", "options.scale", "options.density", "weights", "rank", "space", "sites", "rules.missing",
         "dtype", "merged", "base", "run", "models", "slices", "stack", "routing", "projector", "max_shard_gb",

@@ -96,8 +96,7 @@ def test_the_order_of_experts_does_not_matter(method, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "space"),
-    [(n, s) for n in FUNCTIONS_OF_THE_UPDATES for s in METHODS[n].spaces if s != "factor"],
+    ("method", "space"), [(n, s) for n in FUNCTIONS_OF_THE_UPDATES for s in METHODS[n].spaces if s != "factor"]
 )
 @quick
 @given(seed=seeds)

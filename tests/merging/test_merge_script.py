@@ -226,10 +226,7 @@ def test_a_checkpoint_takes_the_runs_processor_and_the_bases_keys(world, tmp_pat
         (["adapters=[nowhere/*]", "out=x"], r"nowhere/\* matches no folder"),
         (["adapters=[ONE,TWO]", "weights=[1]", "out=x"], "weights: 1 for 2 experts"),
         (["adapters=[ONE]", "weights={vqa: 1}", "out=x"], "weights.vqa: no such expert; .*'one'"),
-        (
-            ["adapters=[ONE,TWO]", "weights={one: 1, two: 1, six: 1}", "out=x"],
-            "weights.six: no such",
-        ),
+        (["adapters=[ONE,TWO]", "weights={one: 1, two: 1, six: 1}", "out=x"], "weights.six: no such"),
         (["adapters=[ONE]", "weights=gates", "out=x"], "weights: gates need run="),
         (["adapters=[ONE]", "rank=big", "out=x"], "rank: must be a positive number, 'sum' or"),
         (["adapters=[ONE]", "dtype=int8", "out=x"], "dtype: .*float32"),
@@ -242,10 +239,7 @@ def test_a_checkpoint_takes_the_runs_processor_and_the_bases_keys(world, tmp_pat
         (["adapters=[/tmp]", "out=x"], "/tmp/adapter_config.json: missing"),
         (["adapters=[ONE]", "run=ONE", "out=x"], "adapters, run: give one of them"),
         (["adapters=[ONE]", "models=[ONE]", "out=x"], "adapters, models: give one of them"),
-        (
-            ["models=[ONE]", "rank=8", "out=x"],
-            "rank: has no effect with models=; it belongs to adapters= and run=",
-        ),
+        (["models=[ONE]", "rank=8", "out=x"], "rank: has no effect with models=; it belongs to adapters= and run="),
         (["models=[ONE]", "merged=true", "out=x"], "merged: has no effect with models="),
         (["models=[ONE]", "verify=false", "out=x"], "verify: has no effect with models="),
         (
@@ -254,10 +248,7 @@ def test_a_checkpoint_takes_the_runs_processor_and_the_bases_keys(world, tmp_pat
         ),
         (["adapters=[ONE]", "stack=a", "out=x"], "stack: has no effect with adapters="),
         (["adapters=[ONE]", "max_shard_gb=1", "out=x"], "max_shard_gb: .* on an adapter"),
-        (
-            ["adapters=[ONE]", "verify=false", "num_probes=1", "out=x"],
-            "num_probes: .* verify=false",
-        ),
+        (["adapters=[ONE]", "verify=false", "num_probes=1", "out=x"], "num_probes: .* verify=false"),
         (["adapters=[ONE]", "routing=x.json", "out=x"], "routing: has no effect without weights"),
         (["adapters=[ONE]", "approximate=true", "out=x"], "approximate: has no effect on experts that are not"),
         (["adapters=[ONE]", "method=list"], "method=list: prints the methods and does nothing else"),
@@ -364,18 +355,12 @@ BROKEN = {
         lambda f: edit_tensors(f, lambda t: t.pop(Q.format("B"))),
         WEIGHTS + Q.format("B") + " is missing, though its partner is there",
     ),
-    "DoRA": (
-        lambda f: edit_config(f, use_dora=True),
-        CONFIG + "use_dora=True is not supported" + CHECKPOINT,
-    ),
+    "DoRA": (lambda f: edit_config(f, use_dora=True), CONFIG + "use_dora=True is not supported" + CHECKPOINT),
     "hidden DoRA": (
         lambda f: edit_tensors(f, add_tensor(f"{SITE}.lora_magnitude_vector.weight")),
         WEIGHTS + r".*lora_magnitude_vector\.weight \(use_dora",
     ),
-    "lora_bias": (
-        lambda f: edit_config(f, lora_bias=True),
-        CONFIG + "lora_bias=True is not supported" + CHECKPOINT,
-    ),
+    "lora_bias": (lambda f: edit_config(f, lora_bias=True), CONFIG + "lora_bias=True is not supported" + CHECKPOINT),
     "hidden lora_bias": (
         lambda f: edit_tensors(f, add_tensor(f"{SITE}.lora_B.bias")),
         WEIGHTS + r".*lora_B\.bias \(lora_bias",
@@ -388,10 +373,7 @@ BROKEN = {
         lambda f: edit_tensors(f, add_tensor("lm_head.weight")),
         WEIGHTS + r".*lm_head\.weight \(modules_to_save",
     ),
-    "no JSON": (
-        lambda f: (f / "adapter_config.json").write_text("{"),
-        CONFIG + "not readable as JSON",
-    ),
+    "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), CONFIG + "not readable as JSON"),
 }
 
 
@@ -450,10 +432,7 @@ def test_a_routing_report_of_other_experts_is_refused(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"weights": "0" * 32, "checkpoint": "runs/old"},
-            "was measured on runs/old, whose weights",
-        ),
+        ({"weights": "0" * 32, "checkpoint": "runs/old"}, "was measured on runs/old, whose weights"),
         ({"missing_tasks": ["count"]}, "the trained tasks ['count'] were not evaluated"),
         ({"per_task": {"vqa": [float("nan"), 1], "caption": [1, 0]}}, "NaN is not a number"),
         ({"per_task": {"vqa": [1], "caption": [1, 0]}}, "its gates are not 2 numbers a row"),

@@ -239,24 +239,12 @@ def test_consensus_keeps_what_enough_experts_need():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        (
-            METHODS["ties"].function,
-            {"reduce": "median"},
-            r"options.reduce: must be one of \['mean'",
-        ),
+        (METHODS["ties"].function, {"reduce": "median"}, r"options.reduce: must be one of \['mean'"),
         (METHODS["ties"].function, {"vote": "all"}, "options.vote: must be one of"),
-        (
-            METHODS["dare_linear"].function,
-            {"density": 0.0},
-            r"options.density: must be in \(0, 1\], got 0.0",
-        ),
+        (METHODS["dare_linear"].function, {"density": 0.0}, r"options.density: must be in \(0, 1\], got 0.0"),
         (METHODS["dare_linear"].function, {"rescale": "l2"}, "options.rescale: must be one of"),
         (METHODS["della"].function, {"density": 0.9, "spread": 0.2}, "options.spread: must keep"),
-        (
-            METHODS["breadcrumbs"].function,
-            {"density": 0.9, "outliers": 0.2},
-            "options.outliers: must be in",
-        ),
+        (METHODS["breadcrumbs"].function, {"density": 0.9, "outliers": 0.2}, "options.outliers: must be in"),
         (METHODS["pcb"].function, {"ratio": 2.0}, "options.ratio: must be in"),
     ],
 )

@@ -166,10 +166,7 @@ def test_the_common_axes_of_nearly_parallel_experts_are_orthonormal_and_hold_the
     """Columns that differ by a share of 1e-7 are far from well conditioned, and their Gram matrix is far worse."""
     one, other = make_expert("one", 0), make_expert("two", 1)
     pairs = zip(one.factors("head", torch.float64), other.factors("head", torch.float64), strict=True)
-    factors = [
-        one.factors("head", torch.float64),
-        tuple(own + apart * noise for own, noise in pairs),
-    ]
+    factors = [one.factors("head", torch.float64), tuple(own + apart * noise for own, noise in pairs)]
     core = to_core(factors)
     for axes in (core.q_a, core.q_b):
         torch.testing.assert_close(axes.T @ axes, torch.eye(axes.shape[1]).double(), rtol=0, atol=1e-9)
@@ -223,10 +220,7 @@ def test_an_impossible_rank_is_refused_with_the_choices(rank):
     ("arguments", "message"),
     [
         ({"method": "tise"}, r"method: no such method 'tise'; near: \['ties'"),
-        (
-            {"space": "dense"},
-            r"space: method linear is not defined in 'dense'; choices: \['core', 'factor'\]",
-        ),
+        ({"space": "dense"}, r"space: method linear is not defined in 'dense'; choices: \['core', 'factor'\]"),
         ({"options": {"scale": 1.0}}, "options.scale: method linear has no such option; .* none"),
         ({"weights": {"one": 1}}, "weights.two: missing"),
         ({"weights": {"one": 1, "two": 1, "vqa": 1}}, r"weights.vqa: no such expert; .*'two'"),

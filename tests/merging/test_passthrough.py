@@ -45,10 +45,7 @@ def test_slices_of_two_models_become_one_deeper_model(world, tmp_path):
     assert config["num_hidden_layers"] == 6
     a, b, deep = (AutoModelForCausalLM.from_pretrained(f).eval() for f in (world / "a", world / "b", tmp_path / "out"))
     for number, (source, index) in enumerate([(a, 0), (a, 1), (a, 2), (b, 1), (b, 2), (b, 3)]):
-        wanted, found = (
-            source.model.layers[index].state_dict(),
-            deep.model.layers[number].state_dict(),
-        )
+        wanted, found = (source.model.layers[index].state_dict(), deep.model.layers[number].state_dict())
         assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
     assert torch.equal(deep.lm_head.weight, a.lm_head.weight)
     ids = torch.arange(3, 10)[None]

@@ -20,11 +20,7 @@ def test_iou_gives_hand_computed_values():
 
 
 def test_an_iou_of_just_a_half_is_a_hit_by_one_convention_and_a_miss_by_the_other():
-    truths = [
-        [(0.0, 0.0, 10.0, 10.0)],
-        [(0.0, 0.0, 10.0, 10.0), (50.0, 50.0, 60.0, 60.0)],
-        [(0.0, 0.0, 10.0, 10.0)],
-    ]
+    truths = [[(0.0, 0.0, 10.0, 10.0)], [(0.0, 0.0, 10.0, 10.0), (50.0, 50.0, 60.0, 60.0)], [(0.0, 0.0, 10.0, 10.0)]]
     predicted = [(0.0, 0.0, 10.0, 5.0), (50.0, 50.0, 60.0, 60.0), None]
     scores = grounding_scores(predicted, truths)
     assert scores["Acc@0.5"] == [1.0, 1.0, 0.0]

@@ -42,28 +42,14 @@ def test_captions_are_tokenised_as_ptb_does():
 
 def test_without_java_a_stand_in_is_used_and_named(monkeypatch):
     monkeypatch.setattr(captions.shutil, "which", lambda name: None)
-    lines = [
-        "A man's dog doesn't run, does it?",
-        "Red, green - and blue!",
-        "",
-        "two-seat (old) bike.",
-    ]
+    lines = ["A man's dog doesn't run, does it?", "Red, green - and blue!", "", "two-seat (old) bike."]
     tokens, name = tokenize_captions(lines)
-    expected = [
-        "a man 's dog does n't run does it",
-        "red green and blue",
-        "",
-        "two-seat -lrb- old -rrb- bike",
-    ]
+    expected = ["a man 's dog does n't run does it", "red green and blue", "", "two-seat -lrb- old -rrb- bike"]
     assert (tokens, name) == (expected, "stand-in (no working Java)")
 
 
 # values of pycocoevalcap 1.2 with its own PTBTokenizer, run as COCOEvalCap runs it
-PREDICTIONS = [
-    "A man's dog runs along the beach.",
-    "two red buses (parked) near a shop",
-    "A cat sits, on the grass!",
-]
+PREDICTIONS = ["A man's dog runs along the beach.", "two red buses (parked) near a shop", "A cat sits, on the grass!"]
 SEVERAL = [
     ["A dog is running along a beach.", "The man's dog runs on the beach"],
     ["Two red buses are parked near a shop.", "Red double-decker buses by a shop"],

@@ -136,8 +136,7 @@ def test_small_steps_foretell_large_ones(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "llama_2"),
-    [("llava-7b", 6_738_415_616), ("llava-13b", 13_015_864_320), ("llava-70b", 68_976_648_192)],
+    ("name", "llama_2"), [("llava-7b", 6_738_415_616), ("llava-13b", 13_015_864_320), ("llava-70b", 68_976_648_192)]
 )
 def test_the_named_sizes_have_the_parameters_of_llama_2_and_64_tokens_more(name, llama_2):
     config = find_shape(name)
@@ -238,10 +237,7 @@ def test_the_recommended_configuration_sends_least_and_has_room():
 @pytest.mark.slow
 def test_four_bits_take_a_quarter_of_the_linear_layers(tmp_path):
     whole = FakeRun(toy_config(tmp_path, model__dtype="bf16"), str(tmp_path / "base"))
-    quarter = FakeRun(
-        toy_config(tmp_path, model__dtype="bf16", model__quantization="4bit"),
-        str(tmp_path / "base"),
-    )
+    quarter = FakeRun(toy_config(tmp_path, model__dtype="bf16", model__quantization="4bit"), str(tmp_path / "base"))
     linear = [
         m for m in whole.model.model.modules() if isinstance(m, torch.nn.Linear) and m is not whole.model.model.lm_head
     ]
