@@ -51,8 +51,6 @@ def average_steps(out: str | Path, folders: Sequence[Path], *, decay: float = 1.
     Raises ValueError for a changed file, and for steps whose configs or tensors differ.
     """
     check_out(out, report=REPORT)
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay: must be above 0 and at most 1, got {decay}")
     for folder in folders:
         checkpoint.verify(folder)
     raw = torch.tensor([decay**age for age in reversed(range(len(folders)))], dtype=torch.float64)

@@ -28,8 +28,6 @@ from moa.merging.weights import Weights, weight_table
 from moa.model import MixtureModel
 from moa.statistics.gather import own_gates, shared_experts
 
-Tick = Callable[[int, float], None]  # number of the step or trial, its loss or score
-
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
@@ -42,7 +40,7 @@ class Session:
     metric: str = "loss"  # loss: of the answers; scores: mean primary metric of generated answers
     batch_size: int = 16
     seed: int = 0
-    tick: Tick = lambda number, value: None
+    tick: gradient.Step = gradient.quiet  # gets the number of a step or trial, and its loss or score
 
     @cached_property
     def experts(self) -> list[Expert]:
