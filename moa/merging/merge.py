@@ -51,7 +51,8 @@ class MergedSite:
 
 
 Merged = Mapping[str, MergedSite]  # by site
-Keep, Tick = Callable[[Tensor], Tensor], Callable[[str], None]
+Keep = Callable[[Tensor], Tensor]
+Tick = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
