@@ -358,7 +358,7 @@ def read_clusters(file: str, evidence: Sequence[str]) -> Tensor:
 def only_adapters(folders: Mapping[str, str | Path]) -> list[Override]:
     """Overrides that make PEFT folders by name, such as one merged adapter, a config's only experts, all on alike."""
     experts = {name: {"init_from": str(folder)} for name, folder in folders.items()}
-    alone: list[Override] = [("router", {"kind": "fixed"}), ("stages", {})]
+    alone: list[Override] = [("router", {"kind": "fixed"}), ("losses", {}), ("stages", {})]
     return [("data.expert", next(iter(experts))), *alone, ("experts", experts)]
 
 

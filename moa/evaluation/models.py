@@ -30,6 +30,7 @@ BASE_ONLY: tuple[Override, ...] = (
     ("data.expert", "base"),
     ("experts", {"base": {"rank": 1}}),
     ("router", {"kind": "fixed"}),
+    ("losses", {}),  # which may need another router
     ("stages", {}),
     ("model.fingerprint", None),  # it is another base than that of the config
 )

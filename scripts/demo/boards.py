@@ -229,16 +229,16 @@ STEP_SECONDS, QUESTION_SECONDS, START_SECONDS = 0.55, 0.018, 25.0  # on one thre
 
 def estimate(plan: "Plan", jobs: Sequence[Job], side_by_side: int) -> str:
     """How many jobs are left, and about how many minutes they take."""
-    from moa.config import load_config
     from scripts.demo.board.plan import read_board
+    from scripts.demo.board.training import config_of
 
     seconds = 0.0
     for job in jobs:
         board = read_board(job.cell.board)
         row = board.rows[job.cell.row]
         if row.trains:
-            config = load_config([*board.config, *row.config], [*row.settings.items()])
-            steps = plan.steps * sum(stage.steps for stage in config.stages.values())
+            stages = config_of(job.cell.board, job.cell.row, plan.overrides).stages
+            steps = plan.steps * sum(stage.steps for stage in stages.values())
             runs = len(board.tune.rates) * board.tune.steps if board.tune and job.what == "tune" else 1.0
             seconds += runs * steps * STEP_SECONDS + START_SECONDS
         if job.what == "row" and row.scored:

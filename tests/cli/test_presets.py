@@ -14,13 +14,14 @@ import yaml
 
 from moa.backbones.llava import Backbone
 from moa.backbones.opening import open_backbone
-from moa.build import build_mixture
+from moa.build import build_mixture, only_adapters
 from moa.cli.settings import load
 from moa.cli.strict_yaml import read_yaml
 from moa.config import ExpertConfig, LossConfig, RouterConfig, RunConfig
 from moa.experts.lora import ExpertLinear
 from moa.model import MixtureModel
 from scripts import presets
+from scripts.demo.board.plan import read_board
 from tests.support.banks import fill
 from tests.support.tiny import tiny_batch, tiny_llava
 from tests.support.tiny_clip import collator_of, pair, save_tiny
@@ -206,6 +207,7 @@ def test_a_preset_is_a_row_of_the_page_starts_as_its_base_and_its_router_learns(
     whole, base = presets.config_of(name), backbone()
     assert whole.out == f"runs/{name}"
     assert presets.row(name, whole) in Path("docs/presets.md").read_text().splitlines()
+    assert read_board("presets").presets[name] == presets.exportable(whole).split()[0]
     config = shrunk(whole)
     expected = plain_logits()
     model = build_mixture(config, base, {})
@@ -238,6 +240,7 @@ def test_a_preset_is_a_row_of_the_page_starts_as_its_base_and_its_router_learns(
 def test_a_preset_for_a_dual_encoder_starts_as_its_base_and_its_router_learns(name, tmp_path):
     config = presets.config_of(name)
     assert presets.row(name, config) in Path("docs/presets.md").read_text().splitlines()
+    assert read_board("presets_clip").presets[name] == presets.exportable(config).split()[0]
     base = open_backbone(str(save_tiny("clip", tmp_path / "base")))
     batch = collator_of(base)([pair(number) for number in range(4)])
     with torch.no_grad():
@@ -249,6 +252,12 @@ def test_a_preset_for_a_dual_encoder_starts_as_its_base_and_its_router_learns(na
     out = model(batch)
     learns(model, config, out.loss_per_sample.sum(), out.aux)
     assert torch.equal(lone_gates(model), torch.ones(3, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["dg_moa", "pilot_ct_moa"])
+def test_a_merge_answers_in_place_of_a_preset_whose_losses_need_its_router(name):
+    config = presets.config_of(name, overrides=only_adapters({"merged": "x"}))
+    assert config.router.kind == "fixed" and config.losses == LossConfig()
 
 
 def test_router_and_losses_are_those_of_the_preset_alone_over_a_run_that_has_set_every_one_otherwise(tmp_path):

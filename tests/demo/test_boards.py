@@ -15,7 +15,7 @@ from scripts.demo.board.kept import Kept, read_kept
 from scripts.demo.board.plan import PLACE, Cell, Plan, board_names, needed, read_board
 from scripts.demo.board.scoring import score
 from scripts.demo.board.table import write_board
-from scripts.demo.board.training import Making, making, shorter, training
+from scripts.demo.board.training import Making, config_of, making, shorter, training
 
 TINY = """
 title: Tiny
@@ -42,6 +42,7 @@ def tiny(tmp_path, monkeypatch):
     (tmp_path / "boards/tiny.yaml").write_text(TINY)
     monkeypatch.setattr(planning, "BOARDS", tmp_path / "boards")
     read_board.cache_clear()
+    config_of.cache_clear()
     yield Plan(out=tmp_path / "out", overrides=("train.batch_size=4", "data.validation={}"))
     read_board.cache_clear()
 
@@ -52,6 +53,8 @@ def test_every_row_of_a_board_is_a_run_that_can_be_trained_or_comes_from_one(nam
     board = read_board(name)
     for row in board.rows.values():
         cell = Cell(name, row.name, 0)
+        if row.name in board.presets:
+            continue  # tests/cli/test_presets.py
         if row.trains and not needed(cell):
             assert "train.py" in training(Plan(out=tmp_path), cell, tmp_path, [], share=0.5).command
         elif row.trains:
@@ -98,14 +101,14 @@ def test_a_share_of_the_steps_leaves_every_stage_one():
     assert steps == {"stages.experts.steps": 1} and shorter(config, 1.0) == []
 
 
-def write_scores(plan, row, seed, columns):
+def write_scores(plan, row, seed, columns, **costs):
     cell, files = Cell("tiny", row, seed), {}
     for column, scores in columns.items():
         file = plan.out / "scores" / f"{row}-{seed}-{column}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"scores": scores, "num_tokens": 8, "cpu_seconds": 2.0}))
         files[column] = file.name
-    record = {"files": files, "commit": "c0ffee", "experts": 100, "router": 0}
+    record = {"files": files, "commit": "c0ffee", "experts": 100, "router": 0, **costs}
     plan.record(cell).parent.mkdir(parents=True, exist_ok=True)
     plan.record(cell).write_text(json.dumps(record))
 
@@ -133,6 +136,32 @@ def test_claims_are_over_the_seeds_and_columns_of_both_rows(tiny, tmp_path):
     jobs = [boards.Job("row", cell), boards.Job("row", Cell("tiny", "base", 0))]
     assert boards.to_do(jobs, set(), {jobs[0]}) == jobs  # base answers with the weights of the first, which are gone
     assert boards.to_do(jobs, set(), set(jobs)) == []
+
+
+@pytest.mark.slow
+def test_a_preset_is_a_row_with_its_merge_behind_it_and_its_costs_beside_it(tiny, tmp_path):
+    (tmp_path / "boards/tiny.yaml").write_text(
+        f"{TINY}presets: {{hydralora: approximate, xlora: exact, smora: refused}}\n"
+    )
+    rows = read_board("tiny").rows
+    assert [*rows][3:] == ["hydralora", "hydralora@merged", "xlora", "xlora@merged", "smora"]
+    assert rows["hydralora"].config == ["configs/presets/hydralora.yaml"]
+    own = {row: command.split()[1:3] for row in rows if (command := rows[row].command) and row != "merged"}
+    assert own == {
+        "hydralora@merged": ["run={run:hydralora}", "approximate=True"],
+        "xlora@merged": ["run={run:xlora}", "approximate=False"],
+    }
+    jobs = boards.jobs_of(tiny, ["tiny"], boards.BoardsSettings(seeds=[0, 1, 2, 3], only=["smora", "xlora"]))
+    seeds = {row: [job.cell.seed for job in jobs if job.cell.row == row] for row in ("smora", "xlora", "xlora@merged")}
+    assert seeds == {"smora": [0, 1, 2], "xlora": [0, 1, 2], "xlora@merged": [0]}
+    scores = {"vqa": [1.0, 0.0], "caption": [0.5, 0.5]}
+    write_scores(tiny, "lora", 0, scores, step_s=0.5, memory_gib=2.0)
+    write_scores(tiny, "hydralora", 0, scores, step_s=0.8, memory_gib=2.5)
+    write_scores(tiny, "hydralora@merged", 0, {"vqa": [0.0, 0.0], "caption": [0.5, 0.5]})
+    table = write_board(tiny, "tiny", [0], tmp_path / "results").splitlines()
+    assert "| trained - lora | merged | step | memory | tokens/s | caption |" in table[2]
+    (line,) = [line for line in table if line.startswith("| `hydralora` ")]
+    assert "| +0.0 [+0.0, +0.0] | 25.0 | 1.60 | 1.25 | 4 | 50.0 |" in line
 
 
 @pytest.mark.slow

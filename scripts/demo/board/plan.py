@@ -24,6 +24,9 @@ from moa.cli.settings import check, load
 
 ROOT = Path(__file__).resolve().parents[3]
 BOARDS = ROOT / "configs/boards"
+EXPORTS = ("exact", "approximate", "refused")
+PRESETS, PRESET_SEEDS = Path("configs/presets"), 3
+MEAN = "method=linear rank=sum out={out} verify=false fidelity=false"  # settings of scripts.merge
 MADE = "made"  # what a command writes, in its row's folder
 PLACE = re.compile(r"\{(run|step|made|expert):([\w/-]+)(?::([\w-]+))?\}")
 
@@ -99,11 +102,16 @@ class BoardConfig:
     reference: str  # the row that others are compared with, and whose size is the measure
     tune: TuneConfig | None = None
     arrivals: list[str] = field(default_factory=list)  # columns of the skills that rows learn one after another
+    # rows that are a file of configs/presets over `config`, and whether one LoRA can hold each: exact, approximate or
+    # refused; behind a row that is not refused stands ROW@merged, the mean of its experts as one LoRA, at one seed
+    presets: dict[str, str] = field(default_factory=dict)
     rows: dict[str, RowConfig]
     claims: dict[str, ClaimConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self.reference in self.rows, "reference", f"no row {self.reference!r}; choices: {[*self.rows]}")
+        for name, export in self.presets.items():
+            check(export in EXPORTS, f"presets.{name}", f"no {export!r}; choices: {', '.join(EXPORTS)}")
         for name, columns in self.means.items():
             check(name not in self.columns, f"means.{name}", "is a column")
             unknown = [column for column in columns if column not in self.columns]
@@ -249,9 +257,15 @@ def arrived(row: str, skill: str) -> str:
     return f"{row}@{skill}"
 
 
+def merged(row: str) -> str:
+    """The name of a preset's row as one LoRA."""
+    return f"{row}@merged"
+
+
 @cache
 def read_board(name: str) -> BoardConfig:
-    """The board, with a row for every arrival of a row that has `arrivals`; its last one is the row itself."""
+    """The board with the rows of its presets, one for each of their merges, and one for every arrival of a row that has
+    `arrivals`; its last one is the row itself."""
     if name not in board_names():
         raise ValueError(f"board: no {name!r}; choices: all, {', '.join(board_names())}")
     board, rows = load(BoardConfig, BOARDS / f"{name}.yaml"), dict[str, RowConfig]()
@@ -260,4 +274,9 @@ def read_board(name: str) -> BoardConfig:
         for skill, step in [*zip(board.arrivals, row.arrivals or (), strict=False)][:-1]:
             same: dict[str, Any] = {"of": row.of or row.name, "gates": row.gates, "withhold_task": row.withhold_task}
             rows[arrived(row.name, skill)] = RowConfig(name=arrived(row.name, skill), at=step, **same)
+    for key, export in board.presets.items():
+        rows[key] = RowConfig(name=key, config=[str(PRESETS / f"{key}.yaml")], seeds=PRESET_SEEDS)
+        if export != "refused":
+            command = f"scripts.merge run={{run:{key}}} approximate={export == 'approximate'} {MEAN}"
+            rows[merged(key)] = RowConfig(name=merged(key), command=command, seeds=1)
     return replace(board, rows=rows)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from data.config import SourceConfig
@@ -15,7 +16,9 @@ from data.ocr import OcrCache, build_cache
 from data.ocr_engines import RapidOcr
 from data.sources import open_source
 from moa.checkpoint import git_commit, step_name
+from moa.clip_model import ClipMixture
 from moa.config import EvalConfig, RunConfig, load_config
+from moa.evaluation.dual_encoder import evaluate_pairs
 from moa.evaluation.fingerprints import digest
 from moa.evaluation.models import EvaluatedModel, find_models, open_model
 from moa.evaluation.predict import prompt_collator
@@ -25,6 +28,7 @@ from moa.files.atomic import write_file, write_json
 from moa.model import MixtureModel
 from moa.parts import PARTS
 from scripts.demo.board.plan import MADE, ROOT, Cell, Plan, needed, read_board
+from scripts.demo.board.training import config_of
 
 BATCH = 64
 
@@ -40,7 +44,8 @@ def score(plan: Plan, cell: Cell) -> None:
             withheld = row.withhold_task or name in board.withhold_task
             found = score_column(plan, model, evaluated.config, columns[name], row.gates, withheld)
             write_json(plan.out / "scores" / file, found)
-    write_json(plan.record(cell), {"files": files, "commit": git_commit()} | sizes(model, row.gates))
+    record = {"files": files, "commit": git_commit()} | sizes(model, row.gates)
+    write_json(plan.record(cell), record | (costs(plan.folder(cell)) if row.trains else {}))
 
 
 def is_scored(plan: Plan, cell: Cell) -> bool:
@@ -100,11 +105,15 @@ def read_scores(file: Path) -> dict[str, Any] | None:
 def score_column(
     plan: Plan, model: MixtureModel, config: RunConfig, column: SourceConfig, gates: str, withheld: bool
 ) -> dict[str, Any]:
-    dataset = open_source(column, column.expert, ocr_of(plan, config))
+    ocr = ocr_of(plan, config) if config.data.ocr_cache else None
+    dataset = open_source(column, column.expert, ocr)
     collator = prompt_collator(model, config, withhold_task=withheld)
     settings = EvalConfig(gates=gates, batch_size=BATCH, max_new_tokens=config.eval.max_new_tokens, num_images=0)
     began = time.process_time()
-    result = evaluate(model, dataset, collator, settings, name=column.name, benchmark=benchmark_of(column))
+    if isinstance(model, ClipMixture):
+        result = evaluate_pairs(model, dataset, collator, settings, name=column.name)
+    else:
+        result = evaluate(model, dataset, collator, settings, name=column.name, benchmark=benchmark_of(column))
     seconds = time.process_time() - began
     scores = [round(value, 6) for value in result.sample_scores]
     return {"column": column.name, "scores": scores, "num_tokens": result.num_tokens, "cpu_seconds": seconds}
@@ -115,6 +124,12 @@ def sizes(model: MixtureModel, gates: str) -> dict[str, int]:
     parts = {part: count(PARTS[part].parameters(model).values()) for part in ("experts", "router")}
     used = {"off": (), "router": ("experts", "router")}.get(gates, ("experts",))
     return {part: number if part in used else 0 for part, number in parts.items()}
+
+
+def costs(run: Path) -> dict[str, float]:
+    """Seconds of a training step, the median, and the most memory of its process."""
+    steps = [line for line in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "step_s" in line]
+    return {"step_s": median(line["step_s"] for line in steps), "memory_gib": max(line["memory_gib"] for line in steps)}
 
 
 def count(parameters: Any) -> int:
@@ -138,6 +153,9 @@ def engine_of(config: RunConfig) -> RapidOcr:
 
 def read_images(plan: Plan, boards: Sequence[str], num_workers: int) -> None:
     """Read the words of every image of columns and training once, before the rows share the cache."""
+    boards = [board for board in boards if load_config(read_board(board).config).data.ocr_engine]
+    if not boards:
+        return
     config = load_config(read_board(boards[0]).config)
     sources = {json.dumps(given(source)): source for board in boards for source in sources_of(plan, board)}
     wanted = digest(json.dumps(sorted(sources)))
@@ -164,5 +182,5 @@ def sources_of(plan: Plan, name: str) -> Iterator[SourceConfig]:
     yield from plan.columns(name).values()
     for row in board.rows.values():
         if row.trains:
-            config = load_config([*board.config, *row.config], [*row.settings.items(), *plan.overrides])
+            config = config_of(name, row.name, plan.overrides)
             yield from (*config.data.sources.values(), *config.data.validation.values())

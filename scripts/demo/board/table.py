@@ -13,12 +13,13 @@ from moa.checkpoint import git_commit
 from moa.files.atomic import atomic_file, write_file, write_json
 from moa.metrics.bootstrap import Kind, paired_interval
 from scripts.demo.board.kept import Kept, asked, read_kept
-from scripts.demo.board.plan import BoardConfig, Cell, ClaimConfig, Plan, arrived, board_names, read_board
+from scripts.demo.board.plan import BoardConfig, Cell, ClaimConfig, Plan, arrived, board_names, merged, read_board
 from scripts.demo.board.scoring import read_scores
 from scripts.demo.board.training import tune_file
 
 Scores = dict[str, np.ndarray]  # column -> [seed, question]
-ABOUT = ("experts", "router", "tokens_per_cpu_second", "commits")
+COSTS = ("step_s", "memory_gib")  # of rows that were trained since boards have them
+ABOUT = ("experts", "router", "tokens_per_cpu_second", *COSTS, "commits")
 SAME_SIZE = 0.03  # of the reference's parameters
 
 
@@ -69,14 +70,16 @@ def read_rows(plan: Plan, name: str, seeds: Sequence[int], kept: Kept) -> dict[s
             if record and columns:
                 parts[seed] = {column: np.array(own["scores"]) for column, own in columns.items()}
                 speed = [sum(own[key] for own in columns.values()) for key in ("num_tokens", "cpu_seconds")]
-                about |= {key: record[key] for key in ("experts", "router")}
+                about |= {key: record[key] for key in ("experts", "router", *COSTS) if key in record}
                 about["tokens_per_cpu_second"] = speed[0] / speed[1]
                 about["commits"] = sorted({*about.get("commits", ()), str(record["commit"])})
             elif kept.has(plan, cell):
                 parts[seed] = kept.scores[row, seed]
         if parts:
             scores = {column: np.stack([own[column] for own in parts.values()]) for column in read_board(name).columns}
-            about = {key: about[key] for key in ABOUT} | {"asked": {s: asked(plan, Cell(name, row, s)) for s in parts}}
+            about = {key: about[key] for key in ABOUT if key in about} | {
+                "asked": {s: asked(plan, Cell(name, row, s)) for s in parts}
+            }
             found[row] = Scored(seeds=[*parts], scores=scores, about=about)
     return found
 
@@ -162,7 +165,8 @@ def markdown(board: BoardConfig, record: Mapping[str, Any]) -> str:
     """Means with intervals, then columns, in per cent; below it the claims and what the marks mean."""
     rows, reference = record["rows"], record["reference"]
     means, columns = [*board.means], [*record["questions"]]
-    head = ["row", "seeds", "parameters", *means, *(f"{m} - {reference}" for m in means), *columns]
+    costs = ["merged", "step", "memory", "tokens/s"] if board.presets else []
+    head = ["row", "seeds", "parameters", *means, *(f"{m} - {reference}" for m in means), *costs, *columns]
     lines = [head, ["---"] * len(head)]
     for name, row in rows.items():
         if "@" in name:
@@ -171,6 +175,7 @@ def markdown(board: BoardConfig, record: Mapping[str, Any]) -> str:
         cells = [label, str(len(row["seeds"])), size_of(row, rows.get(reference))]
         cells += [f"**{row['means'][m]['difference']:.1f}**" for m in means]
         cells += [shown(row["against_reference"].get(m)) for m in means]
+        cells += costs_of(name, rows, reference, means[0]) if costs else []
         cells += [f"{100 * row['columns'][c]['mean']:.1f}" for c in columns]
         lines.append(cells)
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -180,7 +185,21 @@ def markdown(board: BoardConfig, record: Mapping[str, Any]) -> str:
         f"seeds together. `*`: experts more than {SAME_SIZE:.0%} larger or smaller than those of `{reference}`; "
         "a router's parameters stand behind `+`.\n"
     )
+    if costs:
+        notes += (
+            f"`merged`: {means[0]} of the mean of the row's experts as one LoRA, at one seed; `step`, `memory`: "
+            f"seconds of a training step and the process's peak, over those of `{reference}`; `tokens/s`: one core.\n"
+        )
     return f"# {board.title}\n\n{table}\n{notes}\n{claims}{arrival_tables(board, record)}"
+
+
+def costs_of(name: str, rows: Mapping[str, Any], reference: str, mean: str) -> list[str]:
+    """What is left of a row as one LoRA, and its costs over the reference's; blank where nothing was measured."""
+    row, other = rows[name], rows.get(reference, {})
+    plain = rows.get(merged(name))
+    ratios = [f"{row[key] / other[key]:.2f}" if key in row and key in other else "" for key in COSTS]
+    speed = f"{row['tokens_per_cpu_second']:.0f}" if row["tokens_per_cpu_second"] else ""
+    return [f"{plain['means'][mean]['difference']:.1f}" if plain else "", *ratios, speed]
 
 
 def arrival_tables(board: BoardConfig, record: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,15 @@ class Making:
         write_file(self.out / DONE, self.wanted)
 
 
+@cache
+def config_of(board: str, row: str, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Of a row's runs, whatever their seed and rate; the places in its settings are not filled."""
+    own = read_board(board).rows[row]
+    return load_config(
+        [*read_board(board).config, *own.config], [*own.settings.items(), *map(read_override, overrides)]
+    )
+
+
 def making(plan: Plan, cell: Cell) -> Making | None:
     """How the weights of a row are made; None where they are another row's."""
     row = read_board(cell.board).rows[cell.row]
@@ -79,7 +88,7 @@ def training(plan: Plan, cell: Cell, out: Path, changes: list[Setting], share: f
     board, row = read_board(cell.board), read_board(cell.board).rows[cell.row]
     files = [*board.config, *row.config]
     own = [*plan.settings(cell).items(), *changes, ("seed", cell.seed), *map(read_override, plan.overrides)]
-    config = load_config(files, own)
+    config = config_of(cell.board, cell.row, plan.overrides)
     own += shorter(config, share * plan.steps)
     sizes = {name: source.num_samples or 0 for name, source in config.data.validation.items()}
     if (most := plan.num_samples) is not None:
@@ -89,7 +98,8 @@ def training(plan: Plan, cell: Cell, out: Path, changes: list[Setting], share: f
     given = [(key, value) for key, value in own if key not in NOT_TRAINED_BY]
     base, start = base_fingerprint(config.model.name), weights_of(plan, cell)
     wanted = digest(json.dumps([asked, given, base, start], default=repr))  # an entry that a layer removes is no JSON
-    own += [("out", str(out)), ("data.ocr_cache", str(plan.ocr_file)), ("eval.every", 0), ("logging.progress", False)]
+    own += [("out", str(out)), ("eval.every", 0), ("logging.progress", False)]
+    own += [("data.ocr_cache", str(plan.ocr_file))] if config.data.ocr_cache else []
     arguments = [f"{key}={json.dumps(value)}" for key, value in own]
     layers = [text for file in files for text in ("--config", file)]
     return Making(out=out, command=[sys.executable, "train.py", *layers, "--resume", *arguments], wanted=wanted)
@@ -169,10 +179,8 @@ def first_rate(cell: Cell) -> float:
 
 def rates_of(cell: Cell) -> dict[str, float]:
     """The learning rate of experts in each stage that trains them."""
-    board = read_board(cell.board)
-    row = board.rows[cell.row]
-    config = load_config([*board.config, *row.config], [*row.settings.items()])
-    return {name: stage.lr.experts for name, stage in config.stages.items() if stage.kind != "router"}
+    stages = config_of(cell.board, cell.row).stages
+    return {name: stage.lr.experts for name, stage in stages.items() if stage.kind != "router"}
 
 
 def last_validation(run: Path) -> float:
