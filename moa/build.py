@@ -170,6 +170,7 @@ def token_routing(config: RunConfig) -> dict[str, Any]:
         "arrow": router.score == ARROW,
         "attention": router.hidden if router.score == ATTENTION else 0,
         "banks": bank_numbers(config.banks),
+        "num_tasks": len(config.data.tasks) if router.per_task else 0,
         "biased": router.bias_rate is not None,
         "mixed": router.granularity == "both" and not config.banks,
         "noisy": router.learned_noise,

@@ -183,6 +183,8 @@ class RouterConfig:
     unknown_task: Literal["route", "mean", "none"] = "route"
     # chance in training that one kind of evidence is hidden
     modality_dropout: Annotated[ShareBelowOne, OF_RUN] = 0.1
+    # of granularity token and score linear: each task has routers of its own, a token the one of its sample's task
+    per_task: bool = False
     weights: dict[str, float] | None = None  # of kind fixed: routed expert -> gate; null: all equal
     # of kind top_p: experts are kept until their probabilities reach it; null: 0.8
     top_p: ShareAboveZero | None = None
@@ -254,6 +256,12 @@ class RouterConfig:
         check(fits or self.bias_rate is None, "bias_rate", rule)
         rule = f"needs a kind whose gates learn; got {self.kind}"
         check(self.row.learns == "gradient" or not self.root_gradient, "root_gradient", rule)
+        plain = self.granularity == "token" and self.score == "linear" and self.pool == "none"
+        rule = f"needs granularity token, score linear and pool none; {got}, {self.score}, {self.pool}"
+        check(plain or not self.per_task, "per_task", rule)
+        learned = self.learned_threshold or self.learned_noise
+        rule = "needs a threshold and a noise that are not learned"
+        check(not (learned and self.per_task), "per_task", rule)
         check(not by_token or not self.added_up, "added_up", f"needs granularity sample; {got}")
         reads = self.row.router is not None and not by_token and "task" in self.evidence
         rule = f"{self.unknown_task} needs granularity sample and a router that sees the task; {got}, {self.evidence}"
@@ -509,6 +517,8 @@ def check_experts(config: RunConfig) -> None:
     check(smooth or not config.losses.load, "losses.load", rule)
     rule = "has no effect with router.pool=vote and router.granularity=both: logits are logarithms of shares"
     check(not votes, "losses.z", rule)
+    tasks = len(config.data.tasks) > 1 or not router.per_task
+    check(tasks, "router.per_task", f"has no effect, it needs two tasks; data.tasks is {config.data.tasks}")
     for name in router.weights or {}:
         rule = "no such routed expert"
         check(name in choices, f"router.weights.{name}", f"{rule}; choices: {choices}")

@@ -154,6 +154,8 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         (["router.score=arrow"], ["router.score", "granularity token"]),
         ([SOURCE, "router.granularity=token", "router.score=arrow", "stages={router: {steps: 2}}"],
          ["stages.router", "score=arrow learns nothing"]),
+        (["router.per_task=true"], ["router.per_task", "granularity token"]),
+        (["router.granularity=token", "router.per_task=true", "router.noise=learned"], ["router.per_task", "learned"]),
         (["router.score=attention"], ["router.score", "granularity token"]),
         (["router.granularity=token", "router.score=arrow", "router.noise=learned"], ["router.noise", "another score"]),
         (["router.granularity=token", "router.score=attention", "router.share=input"], ["router.share", "site"]),

@@ -22,9 +22,9 @@ from moa.experts.context import Decide, GateContext, GateState, Score
 from moa.experts.kinds import KINDS
 from moa.experts.lora import ExpertLinear
 from moa.experts.rank_gates import RankGates
-from moa.experts.starts import hashed
+from moa.experts.starts import normal
 from moa.experts.ties import FACTORS, Place, Ties, tied_places
-from moa.experts.token_routers import LEARNED, Pooling, TokenSite, leaders
+from moa.experts.token_routers import LEARNED, Pooling, TokenSite, leaders, router_shapes
 from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites
 from moa.files.targets import ALL_LINEAR, select
 
@@ -57,7 +57,7 @@ class ExpertBank:
     experts: dict[str, ExpertSpec] = field(default_factory=dict)
     # of top-k that is balanced without a loss: site with a token router -> float32 [choice], whatever the model's dtype
     token_biases: dict[str, Tensor] = field(default_factory=dict)
-    num_tasks: int = 0  # of gates of ranks by task; 0: no expert has such
+    num_tasks: int = 0  # of gates of ranks, or routers, by task; 0: there are none
 
     @classmethod
     def attach(
@@ -111,13 +111,15 @@ class ExpertBank:
         kind: str = "lora",
         targets: Sequence[str] | None = None,
         seed: int = 0,
+        routed: bool = True,
         **settings: Any,
     ) -> None:
         """A fresh, trainable expert at all sites of its kind or at `targets`; it changes no output yet.
 
+        One that token routers may choose comes before them; another is not `routed`.
         `settings` are those of the kind's fresh start, such as rank and alpha.
         """
-        self._check_new(name)
+        self._check_new(name, routed)
         able = {site: layer for site, layer in self.sites.items() if layer.kind == kind}
         chosen = able if targets is None else select(targets, able, f"{name}.targets")
         self._register(name, kind, KINDS[kind].fresh(chosen, name, seed=seed, **settings))
@@ -412,6 +414,7 @@ class ExpertBank:
         mixed: bool = False,
         attention: int = 0,
         banks: Sequence[int] = (),
+        num_tasks: int = 0,
         seed: int = 0,
         std: float | int = 0.02,
     ) -> None:
@@ -423,8 +426,9 @@ class ExpertBank:
         give the scale of its noise in training. `mixed`: and the weight of a sample's decision beside it, which begins
         at sigmoid(-2) in the first router and at sigmoid(2) in the last. `attention`: not 0, each site has queries and
         keys of this width in the place of a router. `banks`: the bank of each choice, all at the same sites; each site
-        has a row for each bank in its place.
+        has a row for each bank in its place. `num_tasks`: not 0, each task has a router of its own.
         """
+        self.num_tasks = max(self.num_tasks, num_tasks)
         everyone = self.names if choices is None else choices
         own = {
             name: tuple(place for place, expert in enumerate(everyone) if expert in site.scalings)
@@ -434,20 +438,15 @@ class ExpertBank:
         for name, leader in leaders(own, self.streams, share).items():
             site, some = self.sites[name], own[name] if len(own[name]) < len(everyone) else None
             compared = tuple(everyone[place] for place in own[name]) if arrow or attention or banks else ()
-            site.routed = TokenSite(leader=leader, choices=some, compared=compared, banks=tuple(banks))
+            about: dict[str, Any] = {"compared": compared, "banks": tuple(banks), "by_task": num_tasks > 0}
+            site.routed = TokenSite(leader=leader, choices=some, **about)
             if leader != name or not own[name] or arrow:
                 continue
-            generator, device = torch.Generator().manual_seed(hashed(f"{seed}/token_router/{name}")), site.weight.device
-
-            def drawn(*shape: int, by: torch.Generator = generator, on: torch.device = device) -> nn.Parameter:
-                return nn.Parameter((torch.randn(shape, generator=by) * std).to(on))
-
-            if banks:
-                site.token_key = drawn(max(banks) + 1, site.shape[0])
-            elif attention:
-                site.token_query, site.token_key = drawn(attention, site.shape[1]), drawn(attention, site.shape[0])
-            else:
-                site.token_router = drawn(len(own[name]) + thresholds, site.shape[1])
+            device, num_banks = site.weight.device, max(banks, default=-1) + 1
+            shapes = router_shapes(site.shape, len(own[name]), thresholds, attention, num_banks, num_tasks)
+            for learned, shape in shapes.items():
+                start = normal(shape, f"{seed}/{learned}/{name}") * std
+                setattr(site, learned, nn.Parameter(start.to(device)))
             if noisy:
                 site.token_noise = nn.Parameter(torch.zeros(len(own[name]), site.shape[1], device=device))
             if biased:
@@ -512,7 +511,9 @@ class ExpertBank:
 
     def token_routers(self) -> dict[str, nn.Parameter]:
         """Site that decides -> token router [choice, in]; empty where gates are decided per sample."""
-        own = {name: site.token_router for name, site in self.sites.items()}
+        own = {
+            n: site.task_router if site.token_router is None else site.token_router for n, site in self.sites.items()
+        }
         return {name: router for name, router in own.items() if router is not None}
 
     def _spec(self, name: str) -> ExpertSpec:
@@ -528,9 +529,9 @@ class ExpertBank:
         if name in self.experts:
             raise ValueError(f"there is an expert {name!r} already; choices: another name")
 
-    def _check_new(self, name: str) -> None:
+    def _check_new(self, name: str, routed: bool = True) -> None:
         self._check_name(name)
-        if self.token_choices():
+        if routed and self.token_choices():
             raise ValueError(f"expert {name}: add experts before the token routers")
 
     def _register(self, name: str, kind: str, settings: dict[str, Any]) -> None:

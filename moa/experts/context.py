@@ -125,6 +125,9 @@ class GateState:
                 logits = x.new_zeros(*x.shape[:-1], 0, dtype=torch.float32)
             else:
                 logits = self.score(x.float(), token_router.float()) / self.temperature
+            if routed.by_task:
+                shares = self.tasks_at(site, x)
+                logits = (logits.unflatten(-1, (shares.shape[-1], -1)) * shares[..., None]).sum(-2)
             if self.samples:
                 sample = self._fitted(site, x, self.samples[self.streams[site]])
                 sample = sample if routed.choices is None else sample[..., list(routed.choices)]

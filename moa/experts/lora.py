@@ -51,6 +51,7 @@ class ExpertLinear(nn.Module):
     """
 
     token_router: nn.Parameter | None
+    task_router: nn.Parameter | None
     token_noise: nn.Parameter | None
     depth: nn.Parameter | None
     token_query: nn.Parameter | None
@@ -328,8 +329,10 @@ class ExpertLinear(nn.Module):
         return hidden
 
     def _router(self, state: GateState) -> Tensor | None:
-        """What decides for tokens here: the learned router, or one that is computed from the experts, once for all
-        steps of a generation."""
+        """What decides for tokens here: the learned router, those of all tasks, or one that is computed from the
+        experts, once for all steps of a generation."""
+        if self.task_router is not None:
+            return self.task_router.flatten(0, 1)
         if self.token_router is not None and self.token_noise is not None:
             return torch.cat([self.token_router, self.token_noise])
         routed, key = self.routed, f"arrow/{self.name}"

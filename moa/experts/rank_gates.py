@@ -10,7 +10,6 @@ dropout   in training every lambda of a token is 0 by that chance, and else divi
           copy of A x, so that experts with one A see different parts of it (R-LoRA, arXiv 2502.15455)
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from moa.experts.starts import normal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,7 @@ class RankGates:
         if self.kind == "task":
             return torch.ones(self.num_tasks, rank)
         if self.kind == "token":
-            number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
-            return torch.randn(rank, width, generator=torch.Generator().manual_seed(number)) * 0.02
+            return normal((rank, width), seed) * 0.02
         return None
 
 

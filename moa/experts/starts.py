@@ -55,7 +55,7 @@ def lora(draw: Draw) -> Pair:
 
 def gaussian(draw: Draw) -> Pair:
     """A normal with deviation 1/rank, B zero: PEFT's `gaussian`."""
-    return _normal((draw.rank, draw.shape[1]), draw.seed) / draw.rank, zero_b(draw)
+    return normal((draw.rank, draw.shape[1]), draw.seed) / draw.rank, zero_b(draw)
 
 
 def orthogonal(draw: Draw) -> Pair:
@@ -68,7 +68,7 @@ def orthogonal(draw: Draw) -> Pair:
         raise ValueError(
             f"init=orthogonal: {draw.count} experts of rank {draw.rank} need {rows} inputs, it has {width}"
         )
-    basis, triangle = torch.linalg.qr(_normal((width, rows), draw.site_seed))
+    basis, triangle = torch.linalg.qr(normal((width, rows), draw.site_seed))
     basis = basis * triangle.diagonal().sign()  # one of the two signs, whatever the library
     return basis.t()[draw.place * draw.rank :][: draw.rank] / math.sqrt(3), zero_b(draw)
 
@@ -193,7 +193,7 @@ def uniform(shape: tuple[int, int], seed: str) -> Tensor:
     return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
 
 
-def _normal(shape: tuple[int, int], seed: str) -> Tensor:
+def normal(shape: tuple[int, ...], seed: str) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(hashed(seed)))
 
 

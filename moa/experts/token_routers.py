@@ -9,6 +9,9 @@
 The site that runs first holds the router and decides by its own input; the others read its gates. These are an
 activation, so that no module uses another's parameter: ZeRO-3 gathers what the running module itself owns.
 
+With a router for each task, the one of its sample's task decides for a token, and the mean of all where that is unknown
+(TC-MoA, CVPR 2024).
+
 Where samples are routed too, a weight sigmoid(depth) that each router learns mixes the shares of both. Where these
 choose in banks of experts, tokens weigh the banks: by w_b y_b, a learned row for each and what the bank answers.
 
@@ -27,7 +30,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-LEARNED = ("token_router", "token_noise", "depth", "token_query", "token_key")  # what a site learns to decide by
+# what a site learns to decide by
+LEARNED = ("token_router", "task_router", "token_noise", "depth", "token_query", "token_key")
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FIRST = tuple(names[0] for names in SAME_INPUT)  # they run first, whatever the order in their module
 BLOCK = re.compile(r"(.*\.\d+)\.")
@@ -45,6 +49,7 @@ class TokenSite:
     choices: tuple[int, ...] | None = None
     compared: tuple[str, ...] = ()
     banks: tuple[int, ...] = ()
+    by_task: bool = False  # a router for each task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,20 @@ class Pooling:
         rows = self.rows.get(self.streams[site])
         gates = gates if rows is None else gates[rows]
         return gates if gates.dim() == 3 else gates[:, None]
+
+
+def router_shapes(
+    shape: tuple[int, int], choices: int, thresholds: int, attention: int, banks: int, tasks: int
+) -> dict[str, tuple[int, ...]]:
+    """What a site of this shape [out, in] learns to decide by, where it holds a router."""
+    out, width = shape
+    if tasks:
+        return {"task_router": (tasks, choices, width)}
+    if banks:
+        return {"token_key": (banks, out)}
+    if attention:
+        return {"token_query": (attention, width), "token_key": (attention, out)}
+    return {"token_router": (choices + thresholds, width)}
 
 
 def pooling(

@@ -29,6 +29,7 @@ INPUTS = {
 # Tensor of a router or of a site's token router -> what its first axes run over.
 AXES = {
     r"token_(router|noise|bias)\..*": ("expert",),
+    r"task_router\..*": ("task", "expert"),
     r"rank_gates\.task\..*": ("task",),
     r"head\.3\.(weight|bias)": ("expert",),
     r"noise\.(weight|bias)": ("expert",),

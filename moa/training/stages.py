@@ -203,7 +203,7 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
     different = [f"router.{key}" for key in ours if ours[key] != theirs[key]]
     different += ["data.tasks"] if set(other.data.tasks) - set(config.data.tasks) else []
     both = [name for name in config.experts if name in other.experts]
-    for key in ("gate", "rank_gates", "active_ranks"):
+    for key in ("gate", "bank", "rank_gates", "active_ranks"):
         pairs = ((name, getattr(config.experts[name], key), getattr(other.experts[name], key)) for name in both)
         different += [f"experts.{name}.{key}" for name, ours, theirs in pairs if ours != theirs]
     if different:
@@ -225,7 +225,7 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
 def at_site(model: MixtureModel, key: str, names: Mapping[str, list[str]]) -> dict[str, list[str]]:
     """The names of a router's rows: a token router, its noise and bias have those of their site's experts alone."""
     kind, _, site = key.partition(".")
-    if kind not in ("token_router", "token_noise", "token_bias"):
+    if kind not in ("token_router", "task_router", "token_noise", "token_bias"):
         return dict(names)
     own = model.bank.experts
     return {**names, "expert": [name for name in names["expert"] if site in own[name].sites]}

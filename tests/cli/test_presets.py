@@ -39,7 +39,8 @@ OTHER = {
         "per_site": True, "task_prior": True, "modality_dropout": 0.2, "weights": {"vqa": 0.5}, "top_p": 0.5,
         "threshold": 0.1,
         "normalize": True, "renormalize": False, "noise": "gaussian", "bias_rate": 0.1, "root_gradient": True,
-        "added_up": ["x"], "noise_scale": 2.0, "straight_through": True, "clusters": "x", "unknown_task": "mean",
+        "added_up": ["x"], "per_task": True, "noise_scale": 2.0, "straight_through": True, "clusters": "x",
+        "unknown_task": "mean",
     },
     "losses": {
         **{field.name: 0.3 for field in dataclasses.fields(LossConfig)},

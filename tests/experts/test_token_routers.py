@@ -298,3 +298,35 @@ def test_a_router_of_samples_and_the_weights_of_layers_learn_beside_tokens():
     (out.loss_per_sample.sum() + out.aux["divergence"]).backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.bank.site_routers().values())
     assert bool(model.router.head[-1].weight.grad.any())
+
+
+@pytest.mark.slow
+def test_each_task_has_routers_of_its_own_and_an_unknown_one_the_mean_of_all():
+    model, calls = routed(), {}
+    for site in model.bank.sites.values():
+        site.token_router = None
+    model.bank.add_token_routers(share="input", std=1.0, num_tasks=3)
+    tasks = [0, 2, -1, 1]
+    for name, site in model.bank.sites.items():
+        site.register_forward_hook(lambda m, args, out, name=name: calls.update({name: (args[0], out)}))
+    batch = batch_of(model, tasks=tasks)
+    whole = model(batch)
+    with torch.no_grad():
+        for name, (x, y) in calls.items():
+            site = model.bank.sites[name]
+            leader = model.bank.sites[site.routed.leader]
+            if "language" not in name:
+                continue  # rows of images: their samples are not in this order
+            own = [leader.task_router.mean(0) if task < 0 else leader.task_router[task] for task in tasks]
+            read = calls[site.routed.leader][0]
+            gates = torch.stack([(read[row] @ router.T).softmax(-1) for row, router in enumerate(own)])
+            factors = site.lora_A.values(), site.lora_B.values()
+            close(y, plain_loop(x, site.base_layer(x), gates, [*site.scalings.values()], *factors))
+        close(model(rows(batch, [2])).loss_per_sample, whole.loss_per_sample[2:3])
+        other = model(batch_of(model, tasks=[1, 2, -1, 1])).loss_per_sample
+        assert other[0] != whole.loss_per_sample[0] and torch.equal(other[1:], whole.loss_per_sample[1:])
+    (whole.loss_per_sample.sum() + whole.aux["entropy"]).backward()
+    assert all(bool(p.grad.flatten(1).any(1).all()) for p in model.bank.site_routers().values())
+    prompt = batch_of(model, answers=None, left=True, tasks=tasks)
+    cached, again = (model.generate(prompt, use_cache=use, **GREEDY) for use in (True, False))
+    assert torch.equal(cached, again)

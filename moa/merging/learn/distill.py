@@ -140,12 +140,7 @@ def add_student(model: MixtureModel, rank: int, alpha: float | int, seed: int, s
     for site, (a, _) in start.items():
         if len(a) > rank:
             raise ValueError(f"rank: {rank}, and start has rank {len(a)} at {site}; raise it, or cut the start")
-    routers = bank.token_routers()  # of the teacher's experts alone
-    for site in routers:
-        bank.sites[site].token_router = None
-    bank.add(STUDENT, rank=rank, alpha=alpha, seed=seed)
-    for site, router in routers.items():
-        bank.sites[site].token_router = router
+    bank.add(STUDENT, rank=rank, alpha=alpha, seed=seed, routed=False)
     own = bank.state(STUDENT)
     for site, (a, b) in start.items():
         key_a, key_b = site_keys(site)
