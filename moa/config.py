@@ -111,6 +111,12 @@ class ExpertConfig:
     dropout: ShareBelowOne = 0.0  # in training, on what lora_A gives, for each expert by itself
 
     @property
+    def owns_b(self) -> bool:
+        """Whether its lora_B is its whole, and learns by itself."""
+        own = self.share_b is None and not self.tie_layers and "B" in self.factors and self.kind != "sparse"
+        return own and not self.init.startswith(("svd", "random"))
+
+    @property
     def shape(self) -> tuple[Any, ...]:
         """What experts must have in common for one to become a copy of the other."""
         made = self.rank or RANK, self.alpha or ALPHA, bool(self.use_rslora), self.targets or None, self.init
@@ -341,6 +347,9 @@ class StageConfig:
     # of experts that train, those that learn in this stage; the others take part. null: all
     only: list[str] | None = None
     copy_of: str | None = None  # before the first step every other routed expert becomes a copy of this one
+    # before the first step lora_B keeps so large a share of its numbers, the largest of all layers of an expert, and no
+    # others learn; null: all
+    kept_b: ShareAboveZero | None = None
     gates: GateSchedule = field(default_factory=GateSchedule)  # what training does to the gates
 
     @property
@@ -354,6 +363,7 @@ class StageConfig:
         check(inside, "warmup_steps", f"must be in 0..{self.steps}, got {self.warmup_steps}")
         check(self.expert is None or self.kind == "experts", "expert", "needs trains=experts: a router decides here")
         check(self.kind != "router" or self.copy_of is None, "copy_of", "needs a stage that trains experts")
+        check(self.kind != "router" or self.kept_b is None, "kept_b", "needs a stage that trains experts")
         check(self.kind != "router" or self.only is None, "only", "needs a stage that trains experts")
         for name in ("leak", "leak_end"):
             fits = not getattr(self.gates, name) or self.kind == "experts"
@@ -668,6 +678,9 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
     for name in stage.only or ():
         check(name in learn, f"{key}.only", f"no expert that learns is called {name!r}; choices: {learn}")
     check(stage.only is None or bool(stage.only), f"{key}.only", f"names none; choices: {learn}")
+    bound = [name for name in stage.only or learn if not experts[name].owns_b]
+    rule = f"needs a lora_B of each expert's own that starts at zero and is trained; not so: {', '.join(bound)}"
+    check(stage.kept_b is None or not bound, f"{key}.kept_b", rule)
     blends = gates.blend or gates.blend_end or gates.blend_to == "mean"
     check(bool(blends), f"{key}.gates.blend_to", f"{gates.blend_to} has no effect without {key}.gates.blend")
     granularity = config.router.granularity

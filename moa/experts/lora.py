@@ -185,6 +185,10 @@ class ExpertLinear(nn.Module):
         self.ranked[expert] = settings
         self.register_parameter(f"rank_gates_{expert}", learned)
 
+    def mask_b(self, expert: str, mask: Tensor | None) -> None:
+        """Let the numbers of an expert's B where `mask` is 0 be 0 and not learn; None: all learn."""
+        self.register_buffer(f"mask_lora_B_{expert}", mask, persistent=False)
+
     def learned_rank_gates(self, expert: str) -> nn.Parameter | None:
         return getattr(self, f"rank_gates_{expert}", None)
 
@@ -405,4 +409,6 @@ class ExpertLinear(nn.Module):
         """The different factors A and B of the experts that take part."""
         _, names_a, names_b = self.layout(state)
         parameters: Any = self._parameters  # getattr would search for each of them
-        return [parameters[name] for name in names_a], [parameters[name] for name in names_b]
+        masks = {name: self._buffers.get(f"mask_{name}") for name in names_b}
+        factors_b = [parameters[name] if mask is None else parameters[name] * mask for name, mask in masks.items()]
+        return [parameters[name] for name in names_a], factors_b

@@ -225,7 +225,7 @@ class FederateConfig(RunConfig):
             idle = [number for number in rounds if known and not any(here(name, number) for name in known)]
             check(not idle, f"federated.{first}", f"round {idle[:1]} has no {what}")
         for name, stage in self.stages.items():
-            for key in ("init_from", "sources"):
+            for key in ("init_from", "sources", "kept_b"):
                 rule = "has no effect in a federation: every round begins with what the server sends"
                 check(getattr(stage, key) is None, f"stages.{name}.{key}", rule)
             once = sum(federated.has(name, number) for number in rounds) == 1

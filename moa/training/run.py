@@ -31,6 +31,7 @@ from moa.training.signals import StopRequest
 from moa.training.stages import (
     crosstalk_sites,
     first_position,
+    keep_largest,
     parameter_groups,
     set_trainable,
     stage_gates,
@@ -102,12 +103,13 @@ class Run:
         """
         stage, config, accelerator = self.current, self.config, self.accelerator
         resumed = state if self.stage_step > 0 else None
+        with whole(self.model, config, write=True):
+            lines = start_weights(self.model, config, stage) if resumed is None else []
+            keep_largest(self.model, stage)
         if resumed is None:
             self.best = []
-            with whole(self.model, config, write=True):
-                lines = start_weights(self.model, config, stage)
-            for line in lines:
-                self.reporter.print(f"starts with {line}")
+        for line in lines:
+            self.reporter.print(f"starts with {line}")
         place(accelerator, self.model)
         if self.step == 0 and not is_zero_3(accelerator):  # whose weights are in pieces
             sources = self.mixture.sources

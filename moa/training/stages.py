@@ -97,6 +97,16 @@ def copy_expert(model: MixtureModel, stage: StageConfig) -> list[str]:
     return [f"experts {', '.join(copies)} as copies of {name}"]
 
 
+def keep_largest(model: MixtureModel, stage: StageConfig) -> None:
+    """Before the first step of a stage and where it is resumed: what of lora_B its experts learn, see `kept_b`."""
+    for name, spec in model.bank.experts.items():
+        learns = not spec.frozen and name in (stage.only or model.bank.names)
+        try:
+            model.bank.keep_largest(name, stage.kept_b if learns else None)
+        except ValueError as error:
+            raise ValueError(f"stages.{stage.name}.kept_b: {error}") from None
+
+
 def crosstalk_sites(model: MixtureModel, losses: LossConfig) -> frozenset[str]:
     """The sites where crosstalk is measured: none for a CLIP or a lone expert, and not the projector's.
 
