@@ -302,12 +302,12 @@ def settled(config: RunConfig) -> RunConfig:
     """The config with what its base and adapters decide: the base's fingerprint, and rank, alpha and rsLoRA of
     imported experts. ValueError for a base or a setting that contradicts them."""
     adapters = open_adapters(config)
-    experts = {name: _settled_expert(name, expert, adapters.get(name)) for name, expert in config.experts.items()}
+    experts = {name: settled_expert(name, expert, adapters.get(name)) for name, expert in config.experts.items()}
     model = replace(config.model, fingerprint=check_base(config.model))
     return replace(config, model=model, experts=experts)
 
 
-def _settled_expert(name: str, expert: ExpertConfig, header: ExpertHeader | None) -> ExpertConfig:
+def settled_expert(name: str, expert: ExpertConfig, header: ExpertHeader | None) -> ExpertConfig:
     if header is None:
         return replace(expert, **made_of(expert))
     own = header.config

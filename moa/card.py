@@ -6,7 +6,7 @@ base's own. eval.py puts the scores of an export into its card.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ model, collator, config = load_model({folder!r})""",
 }
 CHECKED = "Reloaded in a fresh process: the largest logit difference, and the share of equal greedy tokens,"
 OF_RUN = "Of the run that this comes from, as its router mixes the experts. This export itself was not scored."
+MIXES = ("expert", "version", "cosine", "crosstalk: on its samples", "on those of the other")
 LIBRARY = {"adapter": "peft", "checkpoint": "transformers", "open_clip": "open_clip"}
 
 
@@ -59,6 +60,8 @@ class Card:
     checks: Sequence[str] = field(default_factory=list)
     gates: Sequence[Sequence[str]] = ()  # by task, the head first, of the run
     scores: Sequence[Sequence[str]] = ()  # of the run, as `with_scores` takes them
+    license: Mapping[str, Any] | None = None  # keys of the front matter; None: the base's
+    mixes: Sequence[Sequence[str]] = ()  # with the experts of a store
 
     def text(self) -> str:
         base = hub_name(self.base) if self.base else "BASE"
@@ -66,7 +69,7 @@ class Card:
         data = [(s.name, s.task or "", s.split or "", s.path or s.format) for s in self.sources]
         checks = [f"- {line}" for line in self.checks]
         parts = [
-            _front_matter(self.kind, self.base),
+            _front_matter(self.kind, self.base, self.license),
             f"# {self.name}\n\n{self.about}",
             f"## Base\n\n`{base}`{known}. Another base, or other weights of it, give other answers.",
             _table("experts", ("name", "weight", "from"), self.rows),
@@ -74,6 +77,7 @@ class Card:
             _table("gates of the run, by task", self.gates[0], self.gates[1:]) if self.gates else "",
             _prompt_lines(self.config) if self.config else "",
             "\n".join(["## Checked\n", CHECKED, "", *checks]) if checks else "",
+            _table("beside other experts", MIXES, self.mixes),
             "## Load\n\n```python\n"
             + LOAD[self.kind].format(auto=auto_class(self.base), base=base, folder=self.name)
             + "\n```",
@@ -121,12 +125,12 @@ def auto_class(base: str | None) -> str:
     return DUAL if known.get("model_type") in ("clip", "siglip") else IMAGE_TEXT
 
 
-def _front_matter(kind: str, base: str | None) -> str:
+def _front_matter(kind: str, base: str | None, given: Mapping[str, Any] | None) -> str:
     matter: dict[str, Any] = {"library_name": LIBRARY[kind]} if kind in LIBRARY else {}
     name = hub_name(base) if base else ""
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).exists():
         matter["base_model"] = name
-    matter |= {"tags": ["lora", "merge"], **license_of(base)}
+    matter |= {"tags": ["lora", "merge"], **(license_of(base) if given is None else given)}
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
 
 

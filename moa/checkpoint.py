@@ -116,10 +116,9 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(ready, file)
 
 
-def manifest_of(folder: Path) -> dict[str, Any]:
-    """Of every file but statistics, which may come later, and name the weights that they belong to themselves."""
-    left_out = (MANIFEST, STATISTICS_FILE)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in left_out)
+def manifest_of(folder: Path, later: Collection[str] = (STATISTICS_FILE,)) -> dict[str, Any]:
+    """Of every file but those that may come `later`: statistics name the weights that they belong to themselves."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, *later))
     return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
 
 

@@ -56,6 +56,12 @@ def merge_experts(settings: MergeExperts, console: Console) -> Record:
         source = open_folders(settings.adapters, settings.base, settings.projector)
     else:
         source = open_run(settings.run, settings.base)
+    names = [expert.name for expert in source.experts]
+    if odd := [name for name in settings.added if name not in names] or (
+        names if set(names) <= {*settings.added} else []
+    ):
+        raise ValueError(f"added: {odd[0]}; choices: some, and not all, of {', '.join(names)}")
+    source = replace(source, added=settings.added)
     if source.projector and not settings.merged:
         raise ValueError(
             f"run: {settings.run} trained its projector, which no LoRA adapter can hold; use "
@@ -146,7 +152,7 @@ def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan
     rules = [replace(rule, weights=parse_weights(rule.weights, names)) for rule in settings.sites]
     own = {name: getattr(settings, name) for name in ("method", "options", "rank", "space", "metric", "norm")}
     if source.shared:
-        console.print(f"always on, so added to what the others merge to: {', '.join(source.shared)}", soft_wrap=True)
+        console.print(f"added to what the others merge to: {', '.join(source.shared)}", soft_wrap=True)
     return make_plan(source.experts, weights=weights, rules=rules, added=source.shared, **own)
 
 

@@ -66,6 +66,8 @@ class MergeExperts:
     norm: Norm = "own"
     # where the method works, null: its own; `method=list` prints the choices
     space: str | None = None
+    # experts that are not merged but added to the result at their weight, such as one that is subtracted from it
+    added: list[str] = field(default_factory=list)
     out: FilePath | None = None  # folder to write
     # trained projector for merged=true, such as PARTS/projector.safetensors of scripts.merge_parts
     projector: FilePath | None = None
@@ -243,6 +245,32 @@ class ServingConfig:
     verify: bool = True  # reload each adapter in a fresh process and compare
     num_probes: Count = 4  # prompts in that comparison
     new_tokens: Count = 8  # greedy tokens of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """A store of experts; which action reads which setting: scripts/store.py."""
+
+    store: FilePath = "store"  # folder, or hf:ORG/NAME, a repository of the hub
+    run: FilePath | None = None  # run or step folder: to publish its experts, or to equip a copy of it with one more
+    adapters: list[FilePath] = field(default_factory=list)  # to publish instead: PEFT folders; A/* means all in A
+    # NAME or NAME@VERSION of an expert; publish: of a single one, null: its folder's
+    name: str | None = None
+    license: str | None = None  # of what is published, as the hub calls it (apache-2.0); null: the base's
+    update: bool = False  # publish: other weights of a name become its next version
+    text: str | None = None  # find: in the name, a task or a data set
+    # find: experts of this base alone; compose: the base, null: the one that the experts name
+    base: FilePath | None = None
+    # equip: whose samples the expert gets, of a run whose router learned by gradient; null: those of its own task
+    task: str | None = None
+    expression: str | None = None  # compose: "caption + 2 * ocr_vqa - toxic"
+    method: str | None = None  # compose: one of scripts.merge, the signed numbers its weights; null: by what is known
+    rank: Any = "sum"  # compose: as in scripts.merge
+    verify: bool = True  # compose: reload in a fresh process and compare
+    out: FilePath | None = None  # folder to write
+
+    def __post_init__(self) -> None:
+        parse_rank(self.rank)
 
 
 Verified = MergeExperts | DistillConfig | TransplantConfig | ServingConfig  # whose exports are compared

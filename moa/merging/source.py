@@ -1,6 +1,6 @@
 """What is merged: the experts of a run or of folders, and what the runs around them trained beside."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -32,12 +32,14 @@ class Source:
     config: RunConfig | None = None
     projector: dict[str, Tensor] = field(default_factory=dict)  # trained; empty: the base's own
     beside: list[str] = field(default_factory=list)  # a line for each part that is not merged
+    added: Collection[str] = ()  # experts that are not merged, beside those that their run has always on
 
     @property
     def shared(self) -> list[str]:
-        """The experts that their run has always on."""
+        """The experts that are added to what the others merge to: by the settings, and what their run has always on."""
         known = self.config.experts if self.config else {}
-        return [e.name for e in self.experts if e.name in known and known[e.name].gate == "always"]
+        always = [name for name, expert in known.items() if expert.gate == "always"]
+        return [e.name for e in self.experts if e.name in always or e.name in self.added]
 
     def base(self) -> Path:
         """The base's folder; ValueError, with the way out, where none is named or it is not here."""

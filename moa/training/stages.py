@@ -210,6 +210,8 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
         load_strictly(projector.state(model), load_tensors(file), file)
     other = load_config(folder / CONFIG)
     ours, theirs = (dataclasses.asdict(c.router) for c in (config, other))
+    more = ours["task_prior"] and not theirs["task_prior"]  # whose start, zeros, changes no gate
+    theirs |= {"task_prior": True} if more else {}
     different = [f"router.{key}" for key in ours if ours[key] != theirs[key]]
     different += ["data.tasks"] if set(other.data.tasks) - set(config.data.tasks) else []
     both = [name for name in config.experts if name in other.experts]
@@ -221,12 +223,15 @@ def load_rest(model: MixtureModel, config: RunConfig, folder: Path) -> str:
     now, then = ({"expert": c.choices, "task": c.data.tasks} for c in (config, other))
     file, own = folder / router.file, router.state(model)
     found = dict[str, Tensor]()
+    of_ranks = {key: key.split(".")[2] for key in own if key.startswith("rank_gates.")}
     for key, tensor in load_tensors(file).items():
+        if key.startswith("rank_gates.") and key.split(".")[2] not in config.experts:
+            continue
         rows, old = (at_site(model, key, names) for names in (now, then))
-        places = {kind: [rows[kind].index(name) for name in names] for kind, names in old.items()}
+        places = {k: [rows[k].index(n) if n in rows[k] else None for n in names] for k, names in old.items()}
         found[key] = in_places(own.get(key, tensor), tensor, axes_of(key.removeprefix("router.")), places)
-    fresh_ranks = [key for key in own if key.startswith("rank_gates.") and key.split(".")[2] not in other.experts]
-    found |= {key: own[key].clone() for key in fresh_ranks}
+    fresh_keys = [key for key, name in of_ranks.items() if name not in other.experts]
+    found |= {key: own[key].clone() for key in [*fresh_keys, *(["router.prior"] if more else [])]}
     load_strictly(own, found, file)
     fresh = [f"{kind} {name}" for kind in now for name in now[kind] if name not in then[kind]]
     return f"router from {folder}" + (f", fresh for {', '.join(fresh)}" if fresh else "")
@@ -241,16 +246,20 @@ def at_site(model: MixtureModel, key: str, names: Mapping[str, list[str]]) -> di
     return {**names, "expert": [name for name in names["expert"] if site in own[name].sites]}
 
 
-def in_places(own: Tensor, found: Tensor, axes: Sequence[str], places: Mapping[str, Sequence[int]]) -> Tensor:
-    """`own` with `found` in the rows of the experts and tasks that the checkpoint has."""
+def in_places(own: Tensor, found: Tensor, axes: Sequence[str], places: Mapping[str, Sequence[int | None]]) -> Tensor:
+    """`own` with `found` in the rows of the experts and tasks that the checkpoint has; None: a row that is left out."""
     names = [*axes, *[""] * (found.dim() - len(axes))]
     sizes = zip(names, own.shape, found.shape, strict=False)
     if any(ours != theirs for name, ours, theirs in sizes if name not in places):
         return found  # of other sites or widths: load_strictly names it
-    rows = []
-    for name, size, ours in zip(names, found.shape, own.shape, strict=True):
-        placed = places.get(name, range(size))  # and last what belongs to no expert, such as a threshold
-        rows.append([*placed, *range(ours - size + len(placed), ours)])
+    ours, theirs = list[Tensor](), list[Tensor]()
+    for name, size, own_size in zip(names, found.shape, own.shape, strict=True):
+        placed = list[int | None](places.get(name, range(size)))
+        # and last what belongs to no expert, such as a threshold
+        placed += range(own_size - size + len(placed), own_size)
+        rows = [(place, row) for row, place in enumerate(placed) if place is not None]
+        ours.append(torch.tensor([place for place, _ in rows]))
+        theirs.append(torch.tensor([row for _, row in rows]))
     whole = own.clone()
-    whole[torch.meshgrid(*map(torch.tensor, rows), indexing="ij")] = found.to(whole)
+    whole[torch.meshgrid(*ours, indexing="ij")] = found[torch.meshgrid(*theirs, indexing="ij")].to(whole)
     return whole

@@ -37,12 +37,12 @@ def site_crosstalk(
     merged: Factors | None = None,
     shared: Collection[str] = (),
 ) -> dict[str, Any]:
-    """`crosstalk`, at [k][j], and `residual`, at [k], of one site; empty without statistics of the routed experts.
+    """`crosstalk`, at [k][j], and `residual`, at [k], of one site; empty without statistics of any routed expert.
 
-    None at k == j, for `shared` experts, which are always on, and where an expert has not the site, or does nothing
-    there, on its own samples.
+    None at k == j, for `shared` experts, which are always on, and where an expert has no statistics, has not the site,
+    or does nothing there, on its own samples.
     """
-    if any(expert.inputs is None for expert in experts if expert.name not in shared):
+    if all(expert.inputs is None for expert in experts if expert.name not in shared):
         return {}
     always = [f for e, f in zip(experts, factors, strict=True) if e.name in shared and f is not None]
     table: Table = [[None] * len(experts) for _ in experts]
