@@ -57,10 +57,8 @@ def merge_experts(settings: MergeExperts, console: Console) -> Record:
     else:
         source = open_run(settings.run, settings.base)
     names = [expert.name for expert in source.experts]
-    if odd := [name for name in settings.added if name not in names] or (
-        names if set(names) <= {*settings.added} else []
-    ):
-        raise ValueError(f"added: {odd[0]}; choices: some, and not all, of {', '.join(names)}")
+    if not set(settings.added) < set(names):
+        raise ValueError(f"added: {settings.added}; choices: some, and not all, of {', '.join(names)}")
     source = replace(source, added=settings.added)
     if source.projector and not settings.merged:
         raise ValueError(

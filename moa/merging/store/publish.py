@@ -23,10 +23,9 @@ from moa.files.atomic import write_file, write_json
 from moa.files.peft import STATISTICS_FILE, WEIGHTS_FILE
 from moa.files.peft_config import CONFIG_FILE
 from moa.merging.adapters import Expert, adapter_folders, respell
-from moa.merging.report.crosstalk import with_inputs
 from moa.merging.report.fidelity import measure
 from moa.merging.settings import StoreConfig
-from moa.merging.source import Source, open_folders
+from moa.merging.source import Source, open_folders, with_known_statistics
 from moa.merging.store.place import NAME, RECORD, Entry, Place, open_place
 from moa.merging.weights import digest
 from moa.parts import PARTS
@@ -47,7 +46,7 @@ def publish(settings: StoreConfig, console: Console) -> None:
         if names.count(name) > 1 or not re.fullmatch(NAME, name):
             why = "is the name of two" if names.count(name) > 1 else "must be letters, digits and _"
             raise ValueError(f"name: {name!r} {why}; publish adapters=[{folder}] by itself with name=OTHER")
-    sources = [with_inputs(open_folders([str(folder)])) for folder in folders]
+    sources = [with_known_statistics(open_folders([str(folder)])) for folder in folders]
     for source in sources:
         for site in source.experts[0].ranks:
             source.experts[0].read(site)  # refuses values that are not finite
@@ -129,7 +128,7 @@ def mixing(place: Place, name: str, expert: Expert) -> Iterator[dict[str, Any]]:
     if not same:
         return
     folders = [str(place.get(f"{entry.name}@{version}")[1]) for version, entry in same]
-    others = [with_inputs(open_folders([folder])).experts[0] for folder in folders]
+    others = [with_known_statistics(open_folders([folder])).experts[0] for folder in folders]
     total = measure(respell([replace(expert, name=name), *others], None))["total"]
     crosstalk = total.get("crosstalk") or [[None] * (len(same) + 1)] * (len(same) + 1)
     for j, (version, entry) in enumerate(same, start=1):
