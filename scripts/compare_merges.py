@@ -30,7 +30,7 @@ from moa.cli.ranges import Count, FilePath, Seed
 from moa.merging.learn.learners import LEARNERS
 from moa.merging.methods.table import METHODS, TUNED, find_method
 from moa.merging.rank import parse_rank
-from moa.metrics.bootstrap import Kind, paired_interval
+from moa.metrics.intervals import Kind, paired_interval
 
 # Two-expert methods have no meaning for a run of more; a uniform sum at full weight is task_arithmetic.
 LEFT_OUT = ("slerp", "sa_merge")

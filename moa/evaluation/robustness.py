@@ -1,7 +1,7 @@
 """How much a model's scores fall under typos, misread OCR words, noise and blur: the study of scripts.robustness.
 
 Every strength is scored on the same questions as the clean data set, so that differences are paired, and their
-intervals are those of moa/metrics/bootstrap.py: over the questions of each data set, for the mean over data sets.
+intervals are those of moa.metrics.intervals.py: over the questions of each data set, for the mean over data sets.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from data.corruption import CORRUPTIONS, spoilt
 from data.mixture import Source
 from data.sample import Sample
 from moa.evaluation.result import Result, plain_table
-from moa.metrics.bootstrap import Interval, paired_interval
+from moa.metrics.intervals import Interval, paired_interval
 
 FILE = "robustness.json"
 View = Callable[[Source], Source]

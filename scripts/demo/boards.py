@@ -1,7 +1,7 @@
 """Do mixtures pay? Train and score the rows of a board, and write its table, its picture and its claims.
 
     python -m scripts.demo.boards board=together out=runs/boards seeds=[0,1,2,3,4] jobs=2
-    python -m scripts.demo.boards board=all only=[lora,experts] steps=0.01 num_samples=4 seeds=[0]
+    python -m scripts.demo.boards board=all only=[lora,experts] steps=0.01 num_samples=4 seeds=[0] results=/tmp/dry
 
 configs/boards/NAME.yaml holds the rows of a board. Rows are trained and scored seed by seed, `jobs` at a time with one
 thread each. After each, results/board_NAME.md, .json, .png and .npz (scores by question) and results/boards.json
@@ -53,6 +53,9 @@ class BoardsSettings:
     def __post_init__(self) -> None:
         differ = len(set(self.seeds)) == len(self.seeds) and bool(self.seeds)
         check(differ, "seeds", f"must be some that all differ, got {self.seeds}")
+        whole = self.steps == 1 and self.num_samples is None and not self.overrides
+        rule = "holds whole runs; name another folder beside steps, num_samples or overrides"
+        check(whole or Path(self.results).resolve() != Path("results").resolve(), "results", rule)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

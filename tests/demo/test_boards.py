@@ -11,9 +11,9 @@ import pytest
 from moa.config import load_config
 from scripts.demo import boards
 from scripts.demo.board import plan as planning
-from scripts.demo.board.kept import Kept, read_kept
+from scripts.demo.board.kept import Kept, asked, read_kept
 from scripts.demo.board.plan import PLACE, Cell, Plan, board_names, needed, read_board
-from scripts.demo.board.scoring import score
+from scripts.demo.board.scoring import score, score_files
 from scripts.demo.board.table import write_board
 from scripts.demo.board.training import Making, config_of, making, shorter, training
 
@@ -95,10 +95,29 @@ def test_what_was_made_of_other_settings_is_neither_used_nor_overwritten(tmp_pat
 
 
 @pytest.mark.slow
+def test_a_dry_run_writes_no_published_results():
+    for given in ("steps=0.5", "num_samples=4", "overrides=[train.batch_size=8]"):
+        with pytest.raises(SystemExit):
+            boards.main(["board=together", given, "dry=true"])
+
+
+def test_results_that_were_cut_off_are_named(tmp_path):
+    (tmp_path / "board_tiny.json").write_text('{"rows": {}}')
+    (tmp_path / "board_tiny.npz").write_bytes(b"PK\x03\x04 cut")
+    with pytest.raises(ValueError, match=r"board_tiny\.npz: not readable .* restore it"):
+        read_kept(tmp_path, "tiny")
+
+
 def test_a_share_of_the_steps_leaves_every_stage_one():
     config = load_config("configs/demo.yaml")
     steps = {key: value for key, value in shorter(config, 0.005) if key.endswith("experts.steps")}
     assert steps == {"stages.experts.steps": 1} and shorter(config, 1.0) == []
+
+
+@pytest.fixture
+def by_records(monkeypatch):
+    """Scores that are written by hand belong to no weights."""
+    monkeypatch.setattr("scripts.demo.board.table.is_scored", lambda plan, cell: plan.record(cell).is_file())
 
 
 def write_scores(plan, row, seed, columns, **costs):
@@ -114,7 +133,7 @@ def write_scores(plan, row, seed, columns, **costs):
 
 
 @pytest.mark.slow
-def test_claims_are_over_the_seeds_and_columns_of_both_rows(tiny, tmp_path):
+def test_claims_are_over_the_seeds_and_columns_of_both_rows(tiny, tmp_path, by_records):
     for seed in (0, 1):
         write_scores(tiny, "lora", seed, {"vqa": [1.0, 1.0], "caption": [0.5, 0.5]})
     write_scores(tiny, "base", 1, {"vqa": [0.5, 0.5], "caption": [0.5, 0.5]})
@@ -129,7 +148,8 @@ def test_claims_are_over_the_seeds_and_columns_of_both_rows(tiny, tmp_path):
         assert arrays["lora|vqa"].tolist() == [[1.0, 1.0], [1.0, 1.0]] and arrays["base|seeds"].tolist() == [1]
     # another machine has the results alone: what was asked with the same settings is not made again
     shutil.rmtree(tiny.out)
-    assert write_board(tiny, "tiny", [0, 1], tmp_path / "results") == table
+    for seeds in ([0, 1], [0]):  # a command of fewer seeds takes no other away
+        assert write_board(tiny, "tiny", seeds, tmp_path / "results") == table
     kept, cell = read_kept(tmp_path / "results", "tiny"), Cell("tiny", "lora", 0)
     other = replace(tiny, overrides=("train.batch_size=8",))
     assert kept.has(tiny, cell) and not kept.has(other, cell)
@@ -139,7 +159,7 @@ def test_claims_are_over_the_seeds_and_columns_of_both_rows(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_preset_is_a_row_with_its_merge_behind_it_and_its_costs_beside_it(tiny, tmp_path):
+def test_a_preset_is_a_row_with_its_merge_behind_it_and_its_costs_beside_it(tiny, tmp_path, by_records):
     (tmp_path / "boards/tiny.yaml").write_text(
         f"{TINY}presets: {{hydralora: approximate, xlora: exact, smora: refused}}\n"
     )
@@ -179,6 +199,12 @@ def test_two_rows_are_trained_and_scored_and_not_again(tiny, tmp_path, monkeypat
     assert "| `lora` | 1 | 30,720 |" in table and (tmp_path / "results/board_tiny.png").stat().st_size > 5000
     monkeypatch.setattr("scripts.demo.board.scoring.score_column", lambda *_: pytest.fail("scored again"))
     score(tiny, cells[0])
+    asked_anew = TINY.replace("task: vqa, num_samples: 4", "task: vqa, num_samples: 4, seed: 1")
+    (tmp_path / "boards/tiny.yaml").write_text(asked_anew)  # other questions of the same number
+    for cached in (read_board, score_files, asked):
+        cached.cache_clear()
+    assert not boards.is_done(tiny, boards.Job("row", cells[0]), Kept())
+    assert write_board(tiny, "tiny", [0], tmp_path / "results") == "tiny: nothing is scored yet\n"
 
 
 SEQUENCE = TINY.replace("reference:", "arrivals: [caption, vqa]\nreference:").replace(
@@ -187,7 +213,7 @@ SEQUENCE = TINY.replace("reference:", "arrivals: [caption, vqa]\nreference:").re
 
 
 @pytest.mark.slow
-def test_what_is_forgotten_is_the_loss_of_a_skill_since_it_arrived(tiny, tmp_path):
+def test_what_is_forgotten_is_the_loss_of_a_skill_since_it_arrived(tiny, tmp_path, by_records):
     claim = "  lost: {kind: forgetting, first: lora}\n"
     (tmp_path / "boards/tiny.yaml").write_text(SEQUENCE + claim)
     row = read_board("tiny").rows["lora@caption"]

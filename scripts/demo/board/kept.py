@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -40,7 +41,11 @@ def read_kept(results: Path, name: str) -> Kept:
     if record is None or not arrays.is_file():
         return Kept()
     kept = Kept(rows=record["rows"])
-    with np.load(arrays, allow_pickle=False) as file:
+    try:
+        opened = np.load(arrays, allow_pickle=False)
+    except (BadZipFile, ValueError, EOFError) as error:
+        raise ValueError(f"{arrays}: not readable ({error}); restore it, or delete it with board_{name}.json") from None
+    with opened as file:
         for row, own in record["rows"].items():
             seeds = [int(seed) for seed in file[f"{row}|seeds"]] if f"{row}|seeds" in file else []
             if seeds != own["seeds"]:
@@ -59,6 +64,7 @@ def asked(plan: Plan, cell: Cell) -> str:
     files: dict[str, Any] = reduce(laid_over, map(read_yaml, [*board.config, *row.config]))
     trained = {key: value for key, value in files.items() if key not in NOT_TRAINED_BY}
     own = {key: getattr(row, key) for key in ANSWERS}
+    own |= {"unknown_task": row.unknown_task} if row.unknown_task else {}
     tuning = asdict(board.tune) if board.tune else None
     columns = {name: given(column) for name, column in plan.columns(cell.board).items()}
     base = base_fingerprint(load_config(board.config).model.name)

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,11 +52,15 @@ def score(plan: Plan, cell: Cell) -> None:
 def is_scored(plan: Plan, cell: Cell) -> bool:
     """Whether the row's record is of these weights, gates and questions, and whole."""
     record = read_scores(plan.record(cell))
-    if record is None or record["files"] != score_files(plan, cell):
+    try:
+        if record is None or record.get("files") != score_files(plan, cell):
+            return False
+    except FileNotFoundError:  # the weights are gone, and nothing says whose scores these are
         return False
     return all((plan.out / "scores" / file).is_file() for file in record["files"].values())
 
 
+@cache  # the weights of a row that is trained do not change
 def score_files(plan: Plan, cell: Cell) -> dict[str, str]:
     """The file of each column, named by all that its scores belong to."""
     board, row, evaluated = read_board(cell.board), read_board(cell.board).rows[cell.row], model_of(plan, cell)
@@ -97,9 +102,10 @@ def prompt_of(config: RunConfig) -> list[Any]:
 def read_scores(file: Path) -> dict[str, Any] | None:
     """None where there is none, or one that was cut off."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+    return found if isinstance(found, dict) and found else None
 
 
 def score_column(

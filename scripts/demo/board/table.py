@@ -11,10 +11,10 @@ import numpy as np
 
 from moa.checkpoint import git_commit
 from moa.files.atomic import atomic_file, write_file, write_json
-from moa.metrics.bootstrap import Kind, paired_interval
+from moa.metrics.intervals import Kind, paired_interval
 from scripts.demo.board.kept import Kept, asked, read_kept
 from scripts.demo.board.plan import BoardConfig, Cell, ClaimConfig, Plan, arrived, board_names, merged, read_board
-from scripts.demo.board.scoring import read_scores
+from scripts.demo.board.scoring import is_scored, read_scores
 from scripts.demo.board.training import tune_file
 
 Scores = dict[str, np.ndarray]  # column -> [seed, question]
@@ -59,13 +59,14 @@ def write_board(plan: Plan, name: str, seeds: Sequence[int], results: Path) -> s
 
 
 def read_rows(plan: Plan, name: str, seeds: Sequence[int], kept: Kept) -> dict[str, Scored]:
-    """The rows that are scored at one of the seeds or more, in the board's order: here, or in the results before."""
+    """The rows that are scored at one of the seeds or more, in the board's order: here, or in the results before, whose
+    other seeds stay. Scores of other settings or questions than the row has now do not count."""
     found = {}
     for row in read_board(name).rows:
         parts, about = dict[int, Scores](), dict(kept.rows.get(row, {}))
-        for seed in seeds:
+        for seed in sorted({*seeds, *(seed for other, seed in kept.scores if other == row)}):
             cell = Cell(name, row, seed)
-            record = read_scores(plan.record(cell))
+            record = read_scores(plan.record(cell)) if is_scored(plan, cell) else None
             columns = read_columns(plan, record["files"]) if record else None
             if record and columns:
                 parts[seed] = {column: np.array(own["scores"]) for column, own in columns.items()}

@@ -1,0 +1,93 @@
+"""How sure a difference between two rows of a table is, over questions and seeds together.
+
+Scores are [seed, question]: the same seeds and questions for both rows, so that differences are paired. Seeds and
+questions are crossed random factors (Brennan 2001, Generalizability Theory, chapter 3): the variance of the mean is
+that of the seeds' means, plus that of the questions' means, less what both of them have of single answers. Each part
+has Student's factor of its own (Cochran 1964), so that few seeds that differ much give the wide interval that they
+deserve: percentiles of a bootstrap over five of them hold the truth in 86 % of the cases and not in 95. With one seed
+the interval is over its questions alone.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from scipy.stats import t as student
+
+Array = np.ndarray
+Kind = Literal["difference", "ratio"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A value with the ends of its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def paired_interval(
+    first: Sequence[Float[Array, "seed _"]],
+    second: Sequence[Float[Array, "seed _"]],
+    *,
+    kind: Kind = "difference",
+    level: float = 0.95,
+) -> Interval:
+    """Of `first` - `second`, or `first` / `second`, each the mean of the means of its columns.
+
+    Entry i of both is one column of questions: [seed, question], the same questions and seeds in both. Columns are
+    questions of their own, the seeds are alike in all of them. A ratio is linear in small changes (the delta method).
+    ValueError where the shapes differ.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"needs the same columns in both, got {len(first)} and {len(second)}")
+    for ours, theirs in zip(first, second, strict=True):
+        if ours.shape != theirs.shape or not ours.size or len(ours) != len(first[0]):
+            raise ValueError(f"needs the same seeds and questions in both, got {ours.shape} and {theirs.shape}")
+    ours, theirs = grand_mean(first), grand_mean(second)
+    value, scale, size = ours - theirs, 1.0, 1.0
+    if kind == "ratio":
+        if not theirs:
+            return Interval(value=math.nan if not ours else math.inf, low=math.nan, high=math.nan)
+        value = scale = ours / theirs
+        size = theirs
+    changes = [(a - scale * b) / size for a, b in zip(first, second, strict=True)]
+    half = half_width(changes, level)
+    return Interval(value=value, low=value - half, high=value + half)
+
+
+def half_width(columns: Sequence[Float[Array, "seed _"]], level: float) -> float:
+    """Half the width of the interval around the mean of the columns' means."""
+    seeds, number = len(columns[0]), len(columns)
+    by_seed = np.mean([scores.mean(1) for scores in columns], axis=0)
+    of_seeds = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
+    of_questions = sum(variance_of_mean(scores.mean(0)) for scores in columns) / number**2
+    answers = sum(of_answers(scores) for scores in columns) / number**2 if seeds > 1 else 0.0
+    parts = (of_seeds, seeds - 1), (max(of_questions - answers, 0.0), questions_of(columns))
+    return sum(student.ppf((1 + level) / 2, max(freedom, 1)) ** 2 * variance for variance, freedom in parts) ** 0.5
+
+
+def questions_of(columns: Sequence[Float[Array, "seed _"]]) -> int:
+    """Degrees of freedom of the questions."""
+    return max(sum(scores.shape[1] - 1 for scores in columns), 1)
+
+
+def variance_of_mean(values: Float[Array, " unit"]) -> float:
+    return float(values.var(ddof=1)) / len(values) if len(values) > 1 else 0.0
+
+
+def of_answers(scores: Float[Array, "seed question"]) -> float:
+    """What single answers, which neither seed nor question explains, add to the variance of the mean."""
+    seeds, questions = scores.shape
+    if questions == 1:
+        return 0.0
+    rest = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
+    return float((rest**2).sum()) / ((seeds - 1) * (questions - 1)) / (seeds * questions)
+
+
+def grand_mean(columns: Sequence[Float[Array, "seed _"]]) -> float:
+    return float(np.mean([scores.mean() for scores in columns]))
