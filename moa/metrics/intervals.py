@@ -48,13 +48,13 @@ def paired_interval(
     for ours, theirs in zip(first, second, strict=True):
         if ours.shape != theirs.shape or not ours.size or len(ours) != len(first[0]):
             raise ValueError(f"needs the same seeds and questions in both, got {ours.shape} and {theirs.shape}")
-    ours, theirs = grand_mean(first), grand_mean(second)
-    value, scale, size = ours - theirs, 1.0, 1.0
+    above, below = grand_mean(first), grand_mean(second)
+    value, scale, size = above - below, 1.0, 1.0
     if kind == "ratio":
-        if not theirs:
-            return Interval(value=math.nan if not ours else math.inf, low=math.nan, high=math.nan)
-        value = scale = ours / theirs
-        size = theirs
+        if not below:
+            return Interval(value=math.inf if above else math.nan, low=math.nan, high=math.nan)
+        value = scale = above / below
+        size = below
     changes = [(a - scale * b) / size for a, b in zip(first, second, strict=True)]
     half = half_width(changes, level)
     return Interval(value=value, low=value - half, high=value + half)
