@@ -6,43 +6,12 @@ accelerate launch train.py --config configs/demo.yaml [--config OVER_IT.yaml] [k
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from moa.cli.command import mistakes_in_one_line, settings_parser
 from moa.config import RunConfig, load_config
-
-if TYPE_CHECKING:
-    from moa.checkpoint import TrainState
-    from moa.training.run import Run
+from moa.training.loop import train
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # worker processes are forked
-
-
-def train(run: "Run", state: "TrainState | None") -> None:
-    """Run all stages, or what a checkpoint's `state` leaves of them, until they are done or a signal stops the run.
-
-    Raises TrainingError, BadSampleError or OSError where it cannot continue; the last checkpoint is whole.
-    """
-    from moa.training.step import train_step
-
-    with run.reporting():
-        while not run.done and not run.stopping:
-            # weights to start from -> trainable groups -> optimiser -> one process, DDP, ZeRO or FSDP2
-            trainer = run.begin_stage(state)
-            state = None
-            for micro_batches in run.steps():
-                # forward, backward, check, clip, update
-                result = train_step(trainer, micro_batches, run.stage_step, stop=run.stop.is_set)
-                run.log(result)
-                improved = run.validation_due and run.validate()
-                run.end_stage()
-                if improved or run.save_due:
-                    run.save(trainer, improved)
-                if run.stopping:
-                    break
-            if run.done:
-                run.write_statistics()
-            trainer.close()
 
 
 def main() -> None:
@@ -59,7 +28,7 @@ def main() -> None:
         run, state = open_run(config, accelerator, resume=arguments.resume, overwrite=arguments.overwrite)
     try:
         with run.stop.on_signals():
-            train(run, state)
+            train(run, state)  # stages of steps, each logged, validated and saved where due
     except (TrainingError, BadSampleError, OSError) as error:
         sys.exit(f"error: {error}\n{run.resume_hint()}")
     accelerator.end_training()

@@ -1,4 +1,4 @@
-"""A model in Python: ask it, mix its experts by hand, merge them at these gates.
+"""A model in Python: ask it, mix its experts by hand, merge them at these gates, add or train one more.
 
 from moa import load
 
@@ -7,10 +7,11 @@ found = model.ask("street.png", "what is written on the sign?", task="ocr_vqa")
 found.text    # "exit"
 found.gates   # {"vqa": 0.04, "ocr_vqa": 0.93, ...}
 model.merge("mix", {"vqa": 0.3, "ocr_vqa": 0.7})  # one PEFT adapter
+model = model.train(rows, "runs/more", expert="count")  # a new expert, from samples in memory
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from moa.merging.adapters import adapter_folders, open_adapters
 from moa.merging.run import merge_experts
 from moa.merging.settings import MergeExperts
 from moa.model import MixtureModel
+from moa.training.further import further_config, store_rows
+from moa.training.loop import train_here
 
 GateRule = str | Mapping[str, float | int]  # router, off, ... or the gate of each expert by hand
 
@@ -64,6 +67,7 @@ class LoadedModel:
     ocr: OcrCache | None
     run: str | None = None  # step folder of the weights
     adapters: tuple[str, ...] = ()  # where they are no run's: folder of each expert
+    like: str | None = None  # beside adapters: the run with the prompt and the base
 
     @property
     def experts(self) -> list[str]:
@@ -164,6 +168,45 @@ class LoadedModel:
         source = {"run": self.run, "adapters": [*self.adapters], "out": str(out), "weights": weights}
         return merge_experts(MergeExperts(**source, **settings), Console(file=io.StringIO()))
 
+    def add(self, folder: str | Path) -> "LoadedModel":
+        """This model with a PEFT adapter as one more expert, called as its folder; all are on alike.
+
+        There is no router, which would not know it: mix by `gates` and `weights`, or let `train` make a router.
+        """
+        if self.run is None and not self.adapters:
+            raise ValueError("add: a base has no run whose prompt it is asked with; load(run, adapters=[...])")
+        own = [str(Path(self.run) / "experts" / name) for name in self.experts] if self.run else [*self.adapters]
+        return load(self.run or str(self.like), adapters=[*own, str(folder)], device=str(self._device))
+
+    def train(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        out: str | Path,
+        expert: str,
+        *,
+        task: str | None = None,
+        steps: int = 100,
+        settings: Mapping[str, Any] | None = None,
+    ) -> "LoadedModel":
+        """Train one expert further, or a new one, on samples in memory, in the new run folder `out`; its model.
+
+        A row has `image` (a path, a PIL image or an array), `question`, `answers` (a text or several) or `boxes`, and
+        may have the other keys of format jsonl (docs/data.md); `task` is theirs where they name none, by default the
+        expert's name. The other experts stay as they are. A router that learns has half of the steps after that, on
+        these rows and some of the run's own samples. `settings` are of train.py: {"train.batch_size": 8}.
+        """
+        if self.run is None:
+            raise ValueError("train: needs a run, whose prompt, data and router it continues")
+        if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+            raise ValueError(f"out: {out} holds other things; name a new folder")
+        stored = store_rows(rows, Path(out) / "rows", task or expert)
+        train_here(further_config(Path(self.run), self.config, Path(out), stored, expert, steps, settings or {}))
+        return load(out, device=str(self._device))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
     def _check(self, task: str | None, gates: GateRule) -> None:
         known = task is None or task in self.config.data.tasks or self.config.router.unknown_task != "route"
         if not known:
@@ -204,10 +247,10 @@ def load(
         config = load_config(config_file(str(run)), only_adapters(folders))
         network = build_model(config).to(device).eval()
         check_weights(network, config, "adapters")
-        own: dict[str, Any] = {"adapters": tuple(folders.values())}
+        own: dict[str, Any] = {"adapters": tuple(folders.values()), "like": str(run)}
     else:
         (model,) = find_models([str(run)], None if like is None else str(like))
         network, config = open_model(model, device), model.config
         own = {"run": model.weights} if model.kind == "run" else {}
-        own |= {"adapters": (model.weights,)} if model.kind == "adapter" else {}
+        own |= {"adapters": (model.weights,), "like": str(like)} if model.kind == "adapter" else {}
     return LoadedModel(network=network, config=config, ocr=open_ocr(config.data), **own)

@@ -1,5 +1,6 @@
 """One question about one image: the answer, box and gates that the evaluation of the run has."""
 
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests import ROOT
 from tests.evaluation.test_eval import make_run
 from tests.support.tiny import random_image
 from tests.support.tiny_clip import EXPERTS, save_tiny
+from tests.test_train import same_expert
 from tests.training.test_clip_training import clip_world
 
 
@@ -133,6 +135,32 @@ def test_adapters_take_the_place_of_a_runs_experts(run, model):
 
 
 @pytest.mark.slow
+def test_an_expert_learns_from_samples_in_memory_and_the_others_stay(run, model, tmp_path):
+    pixels = [random_image(n) for n in range(2)]
+    rows = [{"image": pixels[n % 2], "question": f"how many? {n}", "answers": "two"} for n in range(5)]
+    rows[0]["image"] = run.parent / "0.png"
+    settings = {"train.batch_size": 4, "experts.count.rank": 1}
+    grown = model.train(rows, tmp_path / "more", "count", steps=4, settings=settings)
+    assert grown.experts == ["vqa", "grounding", "count"] and grown.config.data.tasks == ["vqa", "grounding", "count"]
+    assert all(same_expert(model.network, grown.network, name) for name in model.experts)
+    assert grown.config.experts["count"].rank == 1 and sum(grown.ask(pixels[0], "how many?").gates.values()) > 0.99
+    log = [json.loads(line) for line in (tmp_path / "more" / "log.jsonl").read_text().splitlines()]
+    assert [(row["stage"], "source_loss/vqa" in row) for row in log if "loss" in row][:4] == [("experts", False)] * 4
+    assert sum(row["stage"] == "router" for row in log if "loss" in row) == 2
+    assert len([*(tmp_path / "more" / "rows").glob("*.png")]) == 2  # one is a file already, others are stored once
+    both = model.add(tmp_path / "more" / "checkpoints" / "step-000006" / "experts" / "count")
+    assert both.experts == grown.experts and both.ask(pixels[0], "how many?").gates["count"] == pytest.approx(1 / 3)
+    alone = both.ask(pixels[0], "how many?", gates="count")
+    assert alone.text == grown.ask(pixels[0], "how many?", gates="count").text
+    with pytest.raises(ValueError, match="more holds other things"):
+        model.train(rows, tmp_path / "more", "count")
+    with pytest.raises(ValueError, match="rows: there are none"):
+        model.train([], tmp_path / "none", "count")
+    with pytest.raises(ValueError, match="train: needs a run"):
+        both.train(rows, tmp_path / "none", "count")
+
+
+@pytest.mark.slow
 def test_the_page_on_python_runs_as_it_is_written(run, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
     (tmp_path / "runs").mkdir()
@@ -146,6 +174,22 @@ def test_the_page_on_python_runs_as_it_is_written(run, tmp_path, monkeypatch, ca
     assert len(capsys.readouterr().out.splitlines()) >= 3 and isinstance(names["answer"].text, str)
     assert names["merged"].text == names["by_hand"].text
     assert names["report"]["comparisons"]["live_mixture"]["max_abs_logit_diff"] < 1e-4
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_cell_by_cell(run, tmp_path, monkeypatch):
+    cells = json.loads((ROOT / "docs" / "python.ipynb").read_text())["cells"]
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in cells:
+        assert not cell.get("outputs")
+        if cell["cell_type"] == "code":
+            source = "".join(cell["source"]).replace("steps=100", "steps=1").replace('"train", 400', '"train", 4')
+            exec(source, names)
+    assert names["both"].experts == names["grown"].experts == ["vqa", "grounding", "count"]
+    assert names["answer"].gates and len(names["rows"]) == 4
 
 
 @pytest.mark.slow
