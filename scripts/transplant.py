@@ -2,10 +2,12 @@
 
     python -m scripts.transplant adapter=TEXT_LORA vlm=VLM out=OUT
     python -m scripts.transplant model=TEXT_TUNED text=TEXT_BASE vlm=VLM weight=0.5 out=OUT
+    python -m scripts.transplant adapter=TEXT_LORA text=TEXT_BASE vlm=VLM carry=activations texts=TEXTS.txt out=OUT
 
 Layers are found by the VLM family's own names and must have the same shapes; vision tower and projector stay as they
-are. A vocabulary with other ids, or a config that computes otherwise, is refused. The first writes a PEFT folder, which
-plain PEFT loads and scripts.merge takes with others of the VLM; the second a checkpoint with manifest.json.
+are. A vocabulary with other ids, or a config that computes otherwise, is refused; `carry` takes a LoRA to a VLM that
+was made from another base of the family. An adapter becomes a PEFT folder, which plain PEFT loads and scripts.merge
+takes with others of the VLM; a model becomes a checkpoint with manifest.json.
 """
 
 from collections.abc import Sequence

@@ -4,9 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moa.backbones.clip import ClipBackbone, is_clip, load_clip
+from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone, load_backbone
+from moa.backbones.loading import load_weights, read_any_config
 from moa.backbones.open_clip import OpenClipBackbone, is_open_clip, load_open_clip
 
 AnyBackbone = Backbone | ClipBackbone
@@ -36,3 +40,12 @@ def open_backbone(
         rule = f"{quantization} is for language models; a CLIP is small"
         raise ValueError(f"model.quantization: {rule}")
     return load_open_clip(name, dtype) if kind is OpenClipBackbone else load_clip(name, dtype)
+
+
+def open_decoder(name: str) -> nn.Module:
+    """What turns `input_ids` into hidden states: the decoder of a text model, or that inside a VLM."""
+    kind = read_any_config(name).model_type
+    if kind in FAMILIES:
+        model = load_weights(AutoModelForImageTextToText, name, dtype="auto")
+        return model.get_submodule(FAMILIES[kind].language).eval()
+    return load_weights(AutoModelForCausalLM, name, dtype="auto").base_model.eval()

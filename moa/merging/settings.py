@@ -218,6 +218,11 @@ class TransplantConfig:
     weight: float = 1.0  # of the update; below 0 subtracts it
     # regular expressions: layers (of an adapter) or weights (of a model) that stay behind, such as score or lm_head
     drop: list[str] = field(default_factory=list)
+    # of an adapter whose text base is another one of the family than the VLM's: by what both do on the same texts, or
+    # by the singular vectors of their weights
+    carry: Literal["activations", "frames"] | None = None
+    texts: FilePath | None = None  # of carry=activations: file with a text in each line, hundreds of them
+    max_error: ShareAboveZero = 0.5  # of carry: the largest mean of the layers' errors
     other_base: bool = False  # allow another config or other ids of tokens than the VLM's language model has
     dtype: Dtype = "auto"  # auto: as the adapter, or the VLM
     max_shard_gb: Positive = 5.0  # largest file of a checkpoint
@@ -228,6 +233,12 @@ class TransplantConfig:
     def __post_init__(self) -> None:
         if self.weight == 0:
             raise ValueError("weight: 0 moves nothing")
+        if self.carry and self.model:
+            raise ValueError("carry: is of an adapter; a whole model's difference has a place in its own base alone")
+        if (self.carry == "activations") != (self.texts is not None):
+            raise ValueError("texts: and carry=activations need each other")
+        if self.carry is None and self.max_error != type(self).max_error:
+            raise ValueError("max_error: has no effect without carry; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,25 +8,30 @@ model does not have. A task vector is W_vlm + weight (W_model - W_text), as Ilha
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from moa.backbones.families import FAMILIES
 from moa.backbones.fingerprint import base_fingerprint, computing
+from moa.backbones.opening import open_decoder
 from moa.backbones.shapes import layer_shapes
-from moa.files.checkpoint_files import BaseFiles, local_base, match_parameters, read_base
+from moa.files.checkpoint_files import BaseFiles, local_base, match_parameters, match_sites, read_base
 from moa.files.peft_config import read_json_object
 from moa.files.spelling import match_spelling
 from moa.files.targets import finds
 from moa.merging.adapters import Expert, expert_from_folder, rename_sites
+from moa.merging.align.carry import SiteMaps, activation_maps, frame_maps
 from moa.merging.checkpoints.full import COMPUTE, differences, finite, mapped, updated
+from moa.merging.core import Factors
 from moa.merging.export import export as exports
 from moa.merging.export import folder as export_folder
 from moa.merging.merge import merge
@@ -78,16 +83,23 @@ def chosen(names: Sequence[str], drop: Sequence[str]) -> list[str]:
 def transplant_adapter(settings: TransplantConfig, vlm: BaseFiles, language: str, console: Console) -> None:
     """A PEFT folder of the VLM, verified as every export."""
     folder = Path(str(settings.adapter))
-    expert = fit_adapter(expert_from_folder(folder), vlm.folder, language, settings.drop)
+    expert = fit_adapter(expert_from_folder(folder), vlm.folder, language, settings)
     named = settings.text or str(expert.config.get("base_model_name_or_path") or "")
     text = local_base(named, "text") if settings.text or Path(named).is_dir() else None
     console.print(*compare_bases(text, vlm, settings), sep="\n", soft_wrap=True)
+    errors: dict[str, float] = {}
+    if settings.carry:
+        expert, errors = carried(expert, text, vlm, language, settings)
+        worst = max(errors, key=lambda site: errors[site])
+        known = f"mean error {mean(errors.values()):.3f}, worst {errors[worst]:.3f} at {worst}"
+        console.print(f"carried by {settings.carry}: {known}", soft_wrap=True)
     fingerprint = base_fingerprint(vlm.folder)
     expert = replace(expert, base_fingerprint=fingerprint)
     source = Source(experts=[expert], folders=[folder], base_name=str(vlm.folder), base_fingerprint=fingerprint)
     merged = merge([expert], weights={expert.name: settings.weight})
     verify = prepare_verify(source, settings)
     about = {"weight": settings.weight, "adapter": str(folder), "language": language, "dropped": settings.drop}
+    about |= {"carry": settings.carry, "errors": errors} if errors else {}
     card = {"base": str(vlm.folder), "fingerprint": fingerprint, "about": "A text LoRA on the language model of a VLM."}
     out = str(settings.out)
     export_folder.check_out(out, [folder, vlm.folder])
@@ -98,12 +110,13 @@ def transplant_adapter(settings: TransplantConfig, vlm: BaseFiles, language: str
     )
 
 
-def fit_adapter(expert: Expert, vlm: Path, language: str, drop: Sequence[str]) -> Expert:
-    """The expert with its sites as the VLM spells them; ValueError for one that is not there, or of another shape."""
-    names = {site: place_of(site, language) for site in chosen([*expert.ranks], drop)}
+def fit_adapter(expert: Expert, vlm: Path, language: str, settings: TransplantConfig) -> Expert:
+    """The expert with its sites as the VLM spells them; ValueError for one that is not there, or of another shape that
+    is not carried."""
+    names = {site: place_of(site, language) for site in chosen([*expert.ranks], settings.drop)}
     layers = layer_shapes(str(vlm)) or {}
     for site, place in names.items():
-        if layers.get(place) != expert.shapes[site]:
+        if layers.get(place) != expert.shapes[site] and not (settings.carry and place in layers):
             there = f"is {list(layers[place])} there" if place in layers else "is not there"
             raise ValueError(
                 f"adapter: {site} is [out, in] {list(expert.shapes[site])}, and {place} {there}; the language model of "
@@ -112,6 +125,52 @@ def fit_adapter(expert: Expert, vlm: Path, language: str, drop: Sequence[str]) -
     ranks, shapes = {site: expert.ranks[site] for site in names}, {site: expert.shapes[site] for site in names}
     plain = replace(expert, ranks=ranks, shapes=shapes, config={**expert.config, "task_type": None})
     return rename_sites(plain, names)
+
+
+def carried(
+    expert: Expert, text: Path | None, vlm: BaseFiles, language: str, settings: TransplantConfig
+) -> tuple[Expert, dict[str, float]]:
+    """The expert for another base of its family, and the error of each site; ValueError where it is too large."""
+    if text is None:
+        raise ValueError("text: names no folder; carry compares the base that the adapter was trained on with the VLM")
+    if outside := [site for site in expert.ranks if not site.startswith(f"{language}.")]:
+        raise ValueError(f"carry: {outside[0]} is outside of the language model; drop=[...] leaves it out")
+    factors, errors = dict[str, Factors](), dict[str, float]()
+    for site, maps in maps_by_site(expert, text, vlm, language, settings):
+        factors[site], errors[site] = maps.carry(expert.read(site))
+    if (error := mean(errors.values())) > settings.max_error:
+        rule = f"max_error={settings.max_error:g}: the two bases have too little in common"
+        raise ValueError(f"carry: the mean error of the layers' maps is {error:.3f}, above {rule}")
+    shapes = {site: (len(b), a.shape[1]) for site, (a, b) in factors.items()}
+    return replace(expert, shapes=shapes, read=factors.__getitem__), errors
+
+
+def maps_by_site(
+    expert: Expert, text: Path, vlm: BaseFiles, language: str, settings: TransplantConfig
+) -> Iterator[tuple[str, SiteMaps]]:
+    layers = layer_shapes(str(vlm.folder)) or {}
+    if settings.texts is not None:
+        shapes = {site.removeprefix(f"{language}."): layers[site] for site in expert.ranks}
+        decoders = open_decoder(str(text)), open_decoder(str(vlm.folder))
+        for name, maps in activation_maps(*decoders, shapes, token_rows(text, Path(settings.texts))):
+            yield f"{language}.{name}", maps
+        return
+    source = read_base(text, "text")
+    keys = match_sites(expert.shapes, source)
+    targets = match_sites({site: layers[site] for site in expert.ranks}, vlm)
+    for site, key in keys.items():
+        yield site, frame_maps(mapped(source, key), mapped(vlm, targets[site]))
+
+
+def token_rows(folder: Path, file: Path) -> list[Tensor]:
+    """The ids of each line of a file, by a base's tokenizer."""
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(f"text: {folder} has no tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rows = [tokenizer.encode(line).ids for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(rows) < 2:
+        raise ValueError(f"texts: {file} has {len(rows)} lines; give at least two, better hundreds")
+    return [torch.tensor([row]) for row in rows if row]
 
 
 def transplant_model(settings: TransplantConfig, vlm: BaseFiles, language: str, console: Console) -> None:
@@ -199,8 +258,9 @@ def compare_bases(text: Path | None, vlm: BaseFiles, settings: TransplantConfig)
     if moved:
         token, before, after = moved[0]
         lines.append(f"text: token {token!r} has id {before}, and {after} in the VLM (and {len(moved) - 1} others)")
-    if lines and not settings.other_base:
-        raise ValueError(f"{lines[0]}; other_base=true moves the update all the same")
+    wrong = lines[-1:] if moved else [] if settings.carry else lines
+    if wrong and not settings.other_base:
+        raise ValueError(f"{wrong[0]}; other_base=true moves the update all the same")
     if common:
         lines.append(
             f"vocabulary: {common} tokens have the same id in both; {lacking} of the text model's are not in the VLM"

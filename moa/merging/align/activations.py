@@ -62,14 +62,17 @@ class Covariance:
         self.sums = tuple(old + new for old, new in zip(self.sums, more, strict=True))
 
     def normalised(self) -> Matrix:
-        """Covariance over the root of both layers' whole variances."""
+        return self.exact().float()
+
+    def exact(self) -> Matrix:
+        """Covariance over the root of both layers' whole variances, in double precision."""
         count, *sums = self.sums
         if not count:
             raise ValueError("batches: matching needs at least one")
         mean_a, mean_b, square_a, square_b, product = (value / count for value in sums)
         whole_a, whole_b = square_a - mean_a.square().sum(), square_b - mean_b.square().sum()
         covariance = product - torch.outer(mean_a, mean_b)
-        return (covariance / (whole_a * whole_b).clamp(min=SMALL**2).sqrt()).float()
+        return covariance / (whole_a * whole_b).clamp(min=SMALL**2).sqrt()
 
 
 def _makers(model: nn.Module, units: Units, name: str) -> list[str]:

@@ -1,0 +1,133 @@
+"""A LoRA carried to another base: maps of each layer's inputs and outputs, B <- P_out B and A <- A P_in^T.
+
+activations   x_T ~ P_in x_S, y_T ~ P_out y_S on the same tokens: orthogonal Procrustes, the form of Theseus
+frames        u_i, v_i of W_T for those of W_S, by the order of their singular values, without data (as Cross-LoRA,
+              arXiv 2508.05232). A pair's sign is that of the side on which the two bases agree
+
+A map has orthonormal rows or columns, and so carries between widths. It maps what the two bases do: directions that no
+text or weight reaches stay where the bases agree, so that one base gives the identity, and else are left out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moa.merging.align.activations import Covariance
+from moa.merging.core import Factors, inner_product
+
+Map = Float[Tensor, "target source"]
+AGREES = 0.9  # mean cosine of directions from which two bases are taken to have one frame
+ROUNDING = 1e-9  # of the largest singular value
+GROUP_BYTES = 4e9  # of the sums that one pass over the texts makes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteMaps:
+    """Of one layer; `error` is the share of the target's variance that the worse one of the maps does not explain."""
+
+    inputs: Map
+    outputs: Map
+    error: float
+
+    def carry(self, update: Factors) -> tuple[Factors, float]:
+        """A P_in^T and P_out B; and the error, which is no less than the share of the update that is left out."""
+        a, b = (factor.double() for factor in update)
+        moved = a @ self.inputs.T, self.outputs @ b
+        kept, whole = (float(inner_product(pair, pair)) for pair in (moved, (a, b)))
+        error = max(self.error, 1 - kept / whole) if whole else 0.0
+        return (moved[0].to(update[0]), moved[1].to(update[1])), max(error, 0.0)
+
+
+def frame_map(own: Float[Tensor, "source k"], theirs: Float[Tensor, "target k"], shares: Float[Tensor, " k"]) -> Map:
+    """From the orthonormal directions of the source to those of the target; the rest stays where these agree."""
+    found = theirs @ own.T
+    if own.shape == theirs.shape and shares @ (theirs * own).sum(0) >= AGREES * shares.sum():
+        whole = torch.eye(len(own), dtype=own.dtype)
+        found += (whole - theirs @ theirs.T) @ (whole - own @ own.T)
+    return found
+
+
+def svd(matrix: Float[Tensor, "rows columns"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Left vectors [rows, k], singular values that are more than rounding, right vectors [columns, k]."""
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    live = s > ROUNDING * s.max()
+    return u[:, live], s[live], v[live].T
+
+
+def procrustes(cross: Float[Tensor, "target source"]) -> Map:
+    """The map P with orthonormal rows or columns of the largest <P, cross> (Schönemann 1966)."""
+    u, s, v = svd(cross)
+    return frame_map(v, u, s)
+
+
+def frame_maps(source: Float[Tensor, "out_s in_s"], target: Float[Tensor, "out_t in_t"]) -> SiteMaps:
+    """From the weights of a layer; ValueError where no side has one width in both, so that no sign is known.
+
+    Exact where the target's inputs, or its outputs, are those of the source in a rotated frame. The error is that of
+    the side that is compared: 1 - c^2, c the mean |cosine| of its vectors by their singular values.
+    """
+    (u, s, v), (u_t, s_t, v_t) = svd(source), svd(target)
+    count = min(len(s), len(s_t))
+    u, v, u_t, v_t = (vectors[:, :count] for vectors in (u, v, u_t, v_t))
+    shares = s[:count] * s_t[:count]
+    agree = [(theirs * own).sum(0) for own, theirs in ((u, u_t), (v, v_t)) if own.shape == theirs.shape]
+    if not agree:
+        raise ValueError(f"carry: a layer is {list(source.shape)} in one base and {list(target.shape)} in the other; "
+                         "frames need one side of the same width")  # fmt: skip
+    cosines = max(agree, key=lambda found: float(shares @ found.abs()))
+    signs = torch.where(cosines < 0, -1.0, 1.0)
+    maps = {"inputs": frame_map(v, v_t * signs, shares), "outputs": frame_map(u, u_t * signs, shares)}
+    return SiteMaps(**maps, error=1 - float(shares @ cosines.abs() / shares.sum()) ** 2)
+
+
+@torch.no_grad()
+def activation_maps(
+    source: nn.Module, target: nn.Module, layers: Mapping[str, tuple[int, int]], texts: Sequence[Any]
+) -> Iterator[tuple[str, SiteMaps]]:
+    """Of layers, with their shapes in the target, that both models have; from what both do on the same texts.
+
+    Every other text decides the maps, and the rest how well they fit: with fewer tokens than units any two models fit.
+    """
+    for group in groups(layers):
+        sums = {(name, side, half): Covariance() for name in group for side in (0, 1) for half in (0, 1)}
+        for number, ids in enumerate(texts):
+            theirs, own = (seen_at(model, group, ids) for model in (target, source))
+            for name in group:
+                for side in (0, 1):
+                    sums[name, side, number % 2].add(theirs[name][side], own[name][side])
+        for name in group:
+            fitted, held_out = ([sums[name, side, half].exact() for side in (0, 1)] for half in (0, 1))
+            maps = [procrustes(cross) for cross in fitted]
+            fits = [float((map * cross).sum()) for map, cross in zip(maps, held_out, strict=True)]
+            yield name, SiteMaps(inputs=maps[0], outputs=maps[1], error=1 - max(min(fits), 0.0) ** 2)
+
+
+def seen_at(model: nn.Module, layers: Sequence[str], ids: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and outputs [token, unit] of the layers, for the ids of one text."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[name] = inputs[0].double().flatten(0, -2), output.double().flatten(0, -2)
+
+    with ExitStack() as hooks:
+        for name in layers:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(keep, name)))
+        model(input_ids=ids, use_cache=False)
+    return seen
+
+
+def groups(layers: Mapping[str, tuple[int, int]]) -> Iterator[list[str]]:
+    group, size = list[str](), 0.0
+    for name, (out, width) in layers.items():
+        needed = 16.0 * (out**2 + width**2)
+        if group and size + needed > GROUP_BYTES:
+            yield group
+            group, size = [], 0.0
+        group, size = [*group, name], size + needed
+    yield group
