@@ -21,10 +21,7 @@ PAD, IMAGE, BEGIN, END = range(4)
 
 
 def make_backbone(size: Size, device: str, dtype: torch.dtype, *, shared: bool = False) -> Backbone:
-    """A random frozen LLaVA, the same weights every time.
-
-    `shared`: in memory once, for models that are never written to.
-    """
+    """A random frozen LLaVA, always the same; `shared` weights are in memory once, for models never written to."""
     torch.manual_seed(0)
     model = _make_model(size, device, dtype)
     if shared:  # strict: every weight is replaced, and the model's own are freed

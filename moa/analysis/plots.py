@@ -249,10 +249,7 @@ def robustness_chart(path: str | Path, record: Mapping[str, Any]) -> None:
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's log.jsonl, if there is one; a last line cut short by a kill is left out.
-
-    ValueError for any other line that is not an object.
-    """
+    """The rows of a run's log.jsonl, if any, without a last line that a kill cut short; ValueError for others."""
     rows = []
     lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
     for number, line in enumerate(lines, start=1):

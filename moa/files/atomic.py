@@ -81,10 +81,7 @@ def system_error(error: Exception) -> tuple[int, str] | None:
 
 @contextmanager
 def _beside(path: str | Path, kind: str, make: Callable[[Path], None]) -> Iterator[tuple[Path, Path]]:
-    """Where `path` leads to, and a new hidden file or folder beside it that is gone in the end.
-
-    Raises OSError that names `path` for whatever the system refuses inside.
-    """
+    """Where `path` leads to, and a new hidden file or folder beside it, gone in the end; OSError names `path`."""
     target = Path(os.path.realpath(path))  # a link stays, and what it names is replaced
     if target.exists() and target.is_dir() != (kind == "folder"):
         other = "file" if kind == "folder" else "folder"

@@ -56,10 +56,7 @@ class Expert:
 
 
 def expert_from_folder(path: str | Path, name: str | None = None) -> Expert:
-    """An expert that is read lazily from its PEFT folder; named after the folder by default.
-
-    Raises ValueError as `peft_io.read_header` does.
-    """
+    """An expert read lazily from its PEFT folder, called after it by default; ValueError as of `read_header`."""
     header = peft_io.read_header(path)
 
     def read(site: str) -> tuple[Tensor, Tensor]:
@@ -120,10 +117,7 @@ def adapter_folders(patterns: Sequence[str]) -> list[Path]:
 
 
 def open_adapters(folders: Sequence[str | Path]) -> list[Expert]:
-    """The experts in the given folders, called after them; of two with one name the later gets a number.
-
-    Raises ValueError as `peft_io.read_header` does.
-    """
+    """The experts in the given folders, called after them; of two with one name the later gets a number."""
     experts: list[Expert] = []
     for folder in map(Path, folders):
         stem = re.sub(r"[^\w-]", "_", folder.resolve().name)
@@ -151,10 +145,7 @@ def respell(experts: Sequence[Expert], layers: Iterable[str] | None) -> list[Exp
 
 
 def common_fingerprint(experts: Sequence[Expert], base: str | Path | None, other_base: bool) -> str | None:
-    """The fingerprint of the experts' base: the base's own where it is on this machine, else what they record.
-
-    Raises ValueError where an expert was trained on another base, unless `other_base`.
-    """
+    """Of the experts' base: its own where it is here, else as recorded; ValueError for another, unless `other_base`."""
     own = base_fingerprint(base) if base is not None else None
     recorded = {e.name: e.base_fingerprint for e in experts if e.base_fingerprint is not None}
     wanted = own or next(iter(recorded.values()), None)

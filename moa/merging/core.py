@@ -67,10 +67,7 @@ class CoreUpdates:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """An update B A with balanced factors: the singular values are shared, half in each.
-
-    So both factors keep their precision in 16 bits, and further training sees one scale.
-    """
+    """An update B A, each singular value shared by both factors: they keep their precision in 16 bits, at one scale."""
 
     lora_a: Float[Tensor, "rank in"]
     lora_b: Float[Tensor, "out rank"]

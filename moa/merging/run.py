@@ -214,9 +214,8 @@ def check_for_open_clip(merged: bool, verify: bool, dtype: str) -> None:
     """open_clip's packed attention has no place for an adapter in a plain environment."""
     if not merged and verify:
         raise ValueError(
-            "verify: plain PEFT cannot put an adapter into open_clip's packed attention; use "
-            "merged=true for a checkpoint that open_clip loads, or verify=false for an adapter that "
-            "this project loads"
+            "verify: plain PEFT cannot put an adapter into open_clip's packed attention; use merged=true for a "
+            "checkpoint that open_clip loads, or verify=false for an adapter that this project loads"
         )
     if dtype not in ("auto", "float32"):
         raise ValueError(f"dtype: an open_clip checkpoint is written in float32, not {dtype}")

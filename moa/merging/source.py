@@ -66,10 +66,7 @@ def check_linear(config: RunConfig, names: Iterable[str]) -> None:
 
 
 def open_run(run: str | Path, base: str | None = None, *, to_merge: bool = True) -> Source:
-    """All experts of a run or step folder, and its projector where it trained one.
-
-    ValueError, where they are `to_merge`, for experts that are more than factors.
-    """
+    """All experts of a run or step folder, and its trained projector; ValueError for more than factors `to_merge`."""
     step = step_folder(run)
     config = load_config(step / CONFIG)
     if to_merge:

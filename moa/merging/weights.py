@@ -111,10 +111,7 @@ def weight_table(
     added: Collection[str] = (),
     where: str = "weights",
 ) -> dict[str, Float[Tensor, " expert"]]:
-    """Site -> weight of each expert, float64; ValueError names a missing, unknown or odd weight, and `where` it is.
-
-    By default `added` experts have weight 1, and have no part in a mean.
-    """
+    """Site -> weight of each expert, float64, 1 by default of `added` ones; ValueError names an odd one and `where`."""
     names = [expert.name for expert in experts]
     sites = all_sites(experts) if sites is None else sites
     if weights is None or not any(isinstance(value, Mapping) for value in weights.values()):

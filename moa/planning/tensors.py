@@ -37,10 +37,7 @@ class RealMasks(TorchDispatchMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, each once, as an allocator would.
-
-    What an operator needs inside itself is not seen, nor are the allocator's rounding and gaps.
-    """
+    """Counts the bytes of all live storages, each once; not what is inside an operator, nor the allocator's gaps."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         """`tensors` are there from the beginning."""
@@ -72,10 +69,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Flops(TorchDispatchMode):
-    """Counts floating-point operations by torch's own formulas, forward and backward alike.
-
-    torch.utils.flop_counter.FlopCounterMode would keep the tensors of recomputed layers alive.
-    """
+    """Counts operations by torch's own formulas; FlopCounterMode would keep the tensors of recomputed layers alive."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -147,9 +147,7 @@ def shared_experts(model: MixtureModel) -> list[str]:
 def expert_moments(
     model: MixtureModel, batches: Mapping[str, Sequence[Batch]], answer_share: float | None = None
 ) -> dict[str, dict[str, Moments]]:
-    """Expert -> site -> moments of what it gets on the expert's own batches, that being on; exact.
-
-    `answer_share` as in `input_sums`.
+    """Expert -> site -> exact moments of what it gets on its own batches; `answer_share` as in `input_sums`.
 
     Raises ValueError for an expert without batches, and for one with a site that no token reaches.
     """

@@ -96,16 +96,13 @@ class InputSums:
 def leading_directions(
     matrix: Float[Tensor, "in in"], count: int
 ) -> tuple[Float[Tensor, "in direction"], Float[Tensor, " direction"]]:
-    """The leading eigenvectors and eigenvalues of a positive semidefinite matrix, at most `count`.
-
-    By subspace iteration (Halko et al. 2011) where the matrix is large and few are wanted.
-    """
+    """The leading eigenvectors and eigenvalues of a positive semidefinite matrix, at most `count`."""
     size = len(matrix)
     if size <= EXACT_EIGEN or count > size // 4:
         values, vectors = torch.linalg.eigh(matrix)
         values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
     else:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):  # subspace iteration (Halko et al. 2011)
             torch.manual_seed(0)  # the same input gives the same file
             vectors, values, _ = torch.svd_lowrank(matrix, q=count + 16, niter=6)
         values, vectors = values[:count], vectors[:, :count]

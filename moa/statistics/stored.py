@@ -42,10 +42,7 @@ def write_statistics(expert: str | Path, moments: Mapping[str, Moments], num_sam
 
 
 def read_statistics(expert: str | Path, way_out: str) -> Callable[[str], Moments]:
-    """The moments by site, each read when it is asked for.
-
-    ValueError, with the `way_out`, where the file is missing, is not readable, or belongs to other weights.
-    """
+    """The moments by site, each read when asked for; ValueError, with the `way_out`, for a missing or unfit file."""
     header = read_header(expert)
     file = header.path / STATISTICS_FILE
     if not file.is_file():

@@ -145,10 +145,7 @@ def agreement(a: State, b: State, spec: Spec, maps: Maps, name: str) -> list[Mat
 
 
 def best_maps(agreements: list[Matrix], symmetry: Symmetry) -> tuple[list[Tensor], float]:
-    """The maps of all groups with the greatest agreement, and that agreement.
-
-    Exact: every pair of blocks is scored by its own best inner maps, and blocks are then assigned.
-    """
+    """The maps of all groups of greatest agreement, and that: exact, blocks being assigned by their best inner maps."""
     count = symmetry.blocks
     inner = [_best(cut(matrix, count), symmetry.rotate) for matrix in agreements]
     scores = sum((values for _, values in inner), start=torch.zeros(count, count))

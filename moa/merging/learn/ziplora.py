@@ -32,10 +32,7 @@ def learn_mergers(
     similarity: float = 0.01,
     on_step: Step = quiet,
 ) -> Mergers:
-    """Mergers by gradient descent on `zip_loss`; the experts stay as they are.
-
-    `batches` are each expert's own, with answers, taken in turn. Raises ValueError for an expert without.
-    """
+    """Mergers by gradient descent on `zip_loss`; `batches` are each expert's own, with answers, taken in turn."""
     targets = expert_outputs(model, batches)
     mergers = unit_mergers(model)
     parameters = [m.requires_grad_() for site in mergers.values() for m in site.values()]

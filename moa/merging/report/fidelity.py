@@ -35,11 +35,10 @@ def measure(
     shared: Collection[str] = (),
     on_site: Callable[[str], None] = lambda site: None,
 ) -> Record:
-    """The fidelity record of experts, and of what they were merged to, for JSON.
+    """The fidelity record of experts, and of what they were merged to, for JSON; `shared` names always-on experts.
 
-    `shared` names always-on experts. The record has `sites`, their means over `modules` (a site's parent), `layers` and
-    in `total`, the names of the `experts`, and `views` of the values in each layer's site of the largest updates, which
-    cost more than all else.
+    The record has `sites`, their means over `modules` (a site's parent), `layers` and in `total`, the names of the
+    `experts`, and `views` of the values in each layer's site of the largest updates, which cost more than all else.
     """
     sites = {}
     for site in merged or all_sites(experts):  # dropped sites have no outcome

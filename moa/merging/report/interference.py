@@ -35,10 +35,7 @@ def decompose(core: Float[Tensor, "rows cols"]) -> tuple[Tensor, Tensor, Tensor]
 
 
 def subspace_overlap(bases: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Pairwise:
-    """Share of directions that two experts have in common: mean of |U_i^T U_j|^2 / min rank over outputs and inputs.
-
-    Of each expert's `decompose`.
-    """
+    """Share of directions in common: mean of |U_i^T U_j|^2 / min rank over outputs and inputs, by `decompose`."""
     table = bases[0][0].new_zeros(len(bases), len(bases))
     for i, (u_i, _, v_i) in enumerate(bases):
         for j, (u_j, _, v_j) in enumerate(bases[: i + 1]):
