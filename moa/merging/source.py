@@ -66,7 +66,7 @@ def check_linear(config: RunConfig, names: Iterable[str]) -> None:
 
 
 def open_run(run: str | Path, base: str | None = None, *, to_merge: bool = True) -> Source:
-    """All experts of a run or step folder, and its trained projector; ValueError for more than factors `to_merge`."""
+    """All experts of a run or step folder, and its trained projector; `to_merge` refuses those beyond factors."""
     step = step_folder(run)
     config = load_config(step / CONFIG)
     if to_merge:
@@ -141,10 +141,8 @@ def beside_lines(steps: Sequence[Path], projector: str | None) -> Iterator[str]:
     """One line for each part that a run trained: whether the merge has it."""
     for step in steps:
         for part in read_parts(step):
-            if part == "projector" and projector:
-                fate = f"replaced by {projector}"
-            else:
-                fate = "not in the result; scripts.merge_parts merges it"
+            replaced = part == "projector" and projector
+            fate = f"replaced by {projector}" if replaced else "not in the result; scripts.merge_parts merges it"
             yield f"{part} of {run_of(step).name}: {fate}"
 
 
