@@ -178,16 +178,21 @@ def mark_stages(axes: Axes, stages: Sequence[str]) -> None:
 
 
 def board_chart(path: str | Path, board: Mapping[str, Any]) -> None:
-    """The means of a results/board_NAME.json: every row's dot with its interval, and its seeds beside it."""
-    reference = board["reference"]
-    rows = {name: row for name, row in board["rows"].items() if "@" not in name}  # not those of arrivals
-    means = [*next(iter(rows.values()))["means"]]
-    seeds = max(len(row["seeds"]) for row in rows.values())
+    """The means of a board's JSON: each row's dot with its interval, its seeds beside it; partition by partition."""
+    reference, parts = board["reference"], dict[str, dict[str, Any]]()
+    for name, row in board["rows"].items():
+        if (part := name.partition("@")[2]) in (board.get("partitions") or [""]):  # not rows of arrivals
+            parts.setdefault(part, {})[name] = row
+    sizes, rows = [len(rows) for rows in parts.values()], [row for rows in parts.values() for row in rows.values()]
+    means, seeds = [*rows[0]["means"]], max(len(row["seeds"]) for row in rows)
     note = f"per cent; 95 % intervals over questions and up to {seeds} seeds; small dots: seeds; dashed: {reference}"
-    with page(path, 2.6 + 2.6 * len(means), 1.5 + 0.27 * len(rows), board["title"], note) as figure:
-        panels = figure.subplots(1, len(means), sharey=True, squeeze=False)[0]
-        for number, (axes, name) in enumerate(zip(panels, means, strict=True)):
-            draw_mean(axes, name, rows, reference, color(number))
+    height = 0.9 + 0.6 * len(parts) + 0.27 * sum(sizes)
+    with page(path, 2.6 + 2.6 * len(means), height, board["title"], note) as figure:
+        panels = figure.subplots(len(parts), len(means), sharey="row", squeeze=False, height_ratios=sizes)
+        for (part, rows_of), line in zip(parts.items(), panels, strict=True):
+            for number, (axes, name) in enumerate(zip(line, means, strict=True)):
+                draw_mean(axes, name, rows_of, f"{reference}@{part}" if part else reference, color(number))
+                axes.set_title(f"{name} ({part})".replace("_", " ") if part else name.replace("_", " "))
 
 
 def draw_mean(axes: Axes, name: str, rows: Mapping[str, Any], reference: str, ink: str) -> None:
@@ -205,7 +210,6 @@ def draw_mean(axes: Axes, name: str, rows: Mapping[str, Any], reference: str, in
     axes.set(xlim=(low - 2, high + 0.22 * (high - low) + 4), ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(places, [row["about"] or key for key, row in rows.items()])
     axes.tick_params(axis="y", labelcolor=INK)
-    axes.set_title(name.replace("_", " "))
     axes.grid(axis="x")
 
 

@@ -8,7 +8,7 @@ forgotten   where data sources come and go: the best score that a row has had wh
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from data.mixture import Source
 from data.sample import Sample
 from moa.analysis.plots import client_heat_map
 from moa.config import RunConfig
-from moa.evaluation.result import plain_table
+from moa.evaluation.result import Result, plain_table
 from moa.evaluation.settings import chosen_sources, with_eval
 from moa.evaluation.sources import score_sources
 from moa.federated.aggregate import digest_of
@@ -94,7 +94,11 @@ def mean_of(values: Mapping[str, float] | Iterable[float]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def score_rows(federation: Federation, round_: int) -> dict[str, Any]:
+def value_of(result: Result) -> float:
+    return result.score["value"] or 0.0
+
+
+def score_rows(federation: Federation, round_: int, read: Callable[[Result], Any] = value_of) -> dict[str, Any]:
     """The scores of the global model and of each client's, and shares of the data sets like what it had up to a round.
 
     What several clients have alike is scored once. The model then has the global values again. Clients on machines of
@@ -107,7 +111,7 @@ def score_rows(federation: Federation, round_: int) -> dict[str, Any]:
     server = federation.state.server.tensors
     nothing, idle = frozenset[str](), federation.idle
     seen = {client.name: client for client in federation.seen(round_)}
-    rows: dict[str, Any] = {GLOBAL: {"scores": score(federation, config, server, nothing, idle), "own": {}}}
+    rows: dict[str, Any] = {GLOBAL: {"scores": score(federation, config, server, nothing, idle, read=read), "own": {}}}
     found = {(digest_of(server), nothing, idle, tuple[Piece, ...]()): rows[GLOBAL]["scores"]}
     elsewhere = any(role.keep for role in federation.roles) and not federation.state.kept
     for client in federation.clients if not elsewhere else ():
@@ -117,7 +121,7 @@ def score_rows(federation: Federation, round_: int) -> dict[str, Any]:
         absent, above = (idle, ()) if own is None else (own.absent, own.above)
         key = digest_of(tensors), hidden, absent, above
         if key not in found:
-            found[key] = score(federation, config, tensors, hidden, absent, above)
+            found[key] = score(federation, config, tensors, hidden, absent, above, read=read)
         shares = own_of(seen.get(client.name, client), config)
         rows[client.name] = {"scores": found[key], "own": shares, "held_out": client.held_out}
     federation.show(server)
@@ -131,13 +135,15 @@ def score(
     hidden: frozenset[str],
     absent: frozenset[str],
     above: Sequence[Piece] = (),
-) -> dict[str, float]:
-    """The score of each data set, without the modalities, experts and ranks that a client lacks."""
+    *,
+    read: Callable[[Result], Any],
+) -> dict[str, Any]:
+    """What `read` takes of each data set's result, without the modalities, experts and ranks that a client lacks."""
     federation.show(tensors, above)
     federation.model.eval()
     with without(federation.model, absent):
         results = score_sources(federation.model, config, view=lambda dataset: Seen(dataset=dataset, hidden=hidden))
-    return {result.name: result.score["value"] or 0.0 for result in results}
+    return {result.name: read(result) for result in results}
 
 
 def own_of(client: Client, config: RunConfig) -> dict[str, float]:

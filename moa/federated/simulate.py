@@ -272,7 +272,7 @@ class Federation:
     def idle(self) -> frozenset[str]:
         """Experts of groups that no group has, once there are groups."""
         centres = self.state.groups.centres if self.grouped else {}
-        return frozenset(self.grouped) - centres.keys() if centres else frozenset()
+        return frozenset(self.grouped).difference(centres) if centres else frozenset()  # minus dict keys is a set
 
     def evidence_sums(self) -> AnchorRouter:
         """Sums of the evidence of a client's samples, none so far."""

@@ -63,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_boards(settings: BoardsSettings, console: Console) -> None:
+    from scripts.demo.board.federated import score_federation
     from scripts.demo.board.kept import read_kept
     from scripts.demo.board.plan import Cell, Plan, board_names, read_board
     from scripts.demo.board.scoring import score
@@ -78,7 +79,7 @@ def run_boards(settings: BoardsSettings, console: Console) -> None:
         if weights := making(plan, cell):
             weights.do()
         if read_board(board).rows[row].scored:
-            score(plan, cell)
+            (score_federation if read_board(board).partitions else score)(plan, cell)
         return None
     boards = board_names() if settings.board == "all" else [settings.board]
     jobs = jobs_of(plan, boards, settings)
@@ -145,9 +146,12 @@ def jobs_of(plan: "Plan", boards: Sequence[str], settings: BoardsSettings) -> li
     """All jobs in the order of their start: tuning first, then seed by seed; each after those that it needs."""
     from scripts.demo.board.plan import Cell, read_board, with_needed
 
+    def names_of(board: str, row: str) -> set[str]:
+        return {own if whole else f"{board}/{own}" for own in (row, row.partition("@")[0]) for whole in (True, False)}
+
     for row in settings.only or ():
-        known = [name for board in boards for row in read_board(board).rows for name in (row, f"{board}/{row}")]
-        check(row in known, "only", f"no row {row!r}; choices: {', '.join(dict.fromkeys(known))}")
+        known = {name for board in boards for row in read_board(board).rows for name in names_of(board, row)}
+        check(row in known, "only", f"no row {row!r}; choices: {', '.join(sorted(known))}")
     wanted = [
         Cell(board, row, seed)
         for number, seed in enumerate(settings.seeds)
@@ -155,7 +159,7 @@ def jobs_of(plan: "Plan", boards: Sequence[str], settings: BoardsSettings) -> li
         for row, own in read_board(board).rows.items()
         if (own.seeds is None or number < own.seeds)
         and (own.scored or own.arrivals)
-        and (settings.only is None or not {row.split("@")[0], f"{board}/{row.split('@')[0]}"}.isdisjoint(settings.only))
+        and (settings.only is None or not names_of(board, row).isdisjoint(settings.only))
     ]
     found: dict[Job, None] = {}
     for cell in with_needed(wanted):
@@ -227,11 +231,13 @@ def is_done(plan: "Plan", job: Job, kept: "Kept") -> bool:
     return (weights is None or weights.is_done()) and (not row.scored or is_scored(plan, job.cell))
 
 
-STEP_SECONDS, QUESTION_SECONDS, START_SECONDS = 0.55, 0.018, 25.0  # on one thread of the machine that made results/
+# On one thread of the machine that made results/; a step is one of 24 samples.
+STEP_SECONDS, QUESTION_SECONDS, START_SECONDS, BATCH = 0.55, 0.018, 25.0, 24
 
 
 def estimate(plan: "Plan", jobs: Sequence[Job], side_by_side: int) -> str:
     """How many jobs are left, and about how many minutes they take."""
+    from moa.federated.config import FederateConfig
     from scripts.demo.board.plan import read_board
     from scripts.demo.board.training import config_of
 
@@ -240,8 +246,11 @@ def estimate(plan: "Plan", jobs: Sequence[Job], side_by_side: int) -> str:
         board = read_board(job.cell.board)
         row = board.rows[job.cell.row]
         if row.trains:
-            stages = config_of(job.cell.board, job.cell.row, plan.overrides).stages
-            steps = plan.steps * sum(stage.steps for stage in stages.values())
+            config = config_of(job.cell.board, job.cell.row, plan.overrides)
+            steps = plan.steps * sum(stage.steps for stage in config.stages.values())
+            if isinstance(config, FederateConfig) and not row.pooled:
+                steps *= config.federated.rounds * config.federated.drawn
+            steps *= config.train.batch_size / BATCH
             runs = len(board.tune.rates) * board.tune.steps if board.tune and job.what == "tune" else 1.0
             seconds += runs * steps * STEP_SECONDS + START_SECONDS
         if job.what == "row" and row.scored:

@@ -11,6 +11,7 @@ import pytest
 from moa.config import load_config
 from scripts.demo import boards
 from scripts.demo.board import plan as planning
+from scripts.demo.board.federated import views_of
 from scripts.demo.board.kept import Kept, asked, read_kept
 from scripts.demo.board.plan import PLACE, Cell, Plan, board_names, needed, read_board
 from scripts.demo.board.scoring import score, score_files
@@ -50,13 +51,16 @@ def tiny(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", board_names())
 def test_every_row_of_a_board_is_a_run_that_can_be_trained_or_comes_from_one(name, tmp_path):
-    board = read_board(name)
+    board, parts = read_board(name), {row.partition("@")[2] for row in read_board(name).rows}
+    script = "federate.py" if board.partitions else "train.py"
     for row in board.rows.values():
         cell = Cell(name, row.name, 0)
         if row.name in board.presets:
             continue  # tests/cli/test_presets.py
-        if row.trains and not needed(cell):
-            assert "train.py" in training(Plan(out=tmp_path), cell, tmp_path, [], share=0.5).command
+        if board.partitions and row.name.partition("@")[2] != min(parts) and not row.of:
+            assert row.settings.keys() == board.rows[f"{row.name.partition('@')[0]}@{min(parts)}"].settings.keys()
+        elif row.trains and not needed(cell):
+            assert script in training(Plan(out=tmp_path), cell, tmp_path, [], share=0.5).command
         elif row.trains:
             load_config([*board.config, *row.config], [*row.settings.items()])
         else:
@@ -205,6 +209,91 @@ def test_two_rows_are_trained_and_scored_and_not_again(tiny, tmp_path, monkeypat
         cached.cache_clear()
     assert not boards.is_done(tiny, boards.Job("row", cells[0]), Kept())
     assert write_board(tiny, "tiny", [0], tmp_path / "results") == "tiny: nothing is scored yet\n"
+
+
+FEDERATED = """
+title: Tiny
+file: tiny
+config: [configs/federated/demo.yaml]
+settings: {federated.rounds: 2}
+partitions: {even: {clients: 2, how: even}, apart: {clients: 5, how: by_source}}
+reference: mean
+means: {global: [vqa, caption]}
+columns:
+  vqa: {split: test, task: vqa, num_samples: 2}
+  caption: {split: test, task: caption, num_samples: 2}
+  count: {split: test, task: count, num_samples: 2}
+rows:
+  base: {of: mean, gates: "off"}
+  mean: {settings: {train.batch_size: 4}}
+  central: {pooled: true, settings: {federated.rounds: 1}}
+claims:
+  better: {first: mean, second: base, over: personal, at: apart}
+"""
+
+
+@pytest.fixture
+def federated(tiny, tmp_path):
+    (tmp_path / "boards/tiny.yaml").write_text(FEDERATED)
+    return tiny
+
+
+def test_a_board_with_partitions_has_each_row_once_for_each_and_pools_once(federated, tmp_path):
+    board = read_board("tiny")
+    assert [*board.rows] == [f"{row}@{part}" for part in ("even", "apart") for row in ("base", "mean", "central")]
+    assert (board.rows["base@apart"].of, board.rows["central@apart"].of) == ("mean@apart", "central@even")
+    settings = board.rows["mean@apart"].settings
+    assert settings == {"federated.rounds": 2, "train.batch_size": 4, "federated.partition": board.partitions["apart"]}
+    assert board.pairs(board.claims["better"])[0] == ("mean@apart", "base@apart", "personal/vqa")
+    jobs = boards.jobs_of(federated, ["tiny"], boards.BoardsSettings(seeds=[0], only=["base@apart", "tiny/central"]))
+    names = ["mean@apart", "base@apart", "central@even", "central@apart"]
+    assert sorted(str(job) for job in jobs) == sorted(f"tiny/{row} seed 0" for row in names)
+    (tmp_path / "boards/tiny.yaml").write_text(FEDERATED.replace("at: apart", "at: odd"))
+    read_board.cache_clear()
+    with pytest.raises(ValueError, match=r"claims.better.at: no partition 'odd'; choices: \['even', 'apart'\]"):
+        read_board("tiny")
+
+
+def test_views_are_means_over_clients_of_what_each_has_and_lacks():
+    def row(scores, own, held_out=False):
+        return {"scores": scores, "own": own, "held_out": held_out}
+
+    rows = {
+        "global": {"scores": {"a": [0, 0], "b": [0, 0], "c": [0, 0]}, "own": {}},
+        "one": row({"a": [1, 1], "b": [0.2, 0.4], "c": [0, 0.4]}, {"a": 1.0}),
+        "two": row({"a": [0, 1], "b": [0.6, 0.8], "c": [0.8, 0.8]}, {"a": 0.5, "b": 0.5}),
+        "other": row({"a": [0.4, 0.2], "b": [0.1, 0.1], "c": [0, 0]}, {"b": 1.0}, held_out=True),
+    }
+    views = views_of(rows, ["a", "b", "c"], trained=["a", "b"])
+    values = {view: float(np.mean([own.mean() for own in columns.values()])) for view, columns in views.items()}
+    wanted = {"personal": (1 + 0.6) / 2, "worst_client": 0.6, "unseen_task": 0.3, "unseen_client": 0.1, "kept": 0.5}
+    assert values == pytest.approx(wanted)
+    assert views["personal"]["b"].tolist() == pytest.approx([3 * 0.5 * 0.6 / 2, 3 * 0.5 * 0.8 / 2])
+
+
+@pytest.mark.slow
+def test_a_federations_costs_are_what_it_sent_forgot_and_the_round_that_was_enough(federated, tmp_path, by_records):
+    board, results = read_board("tiny"), tmp_path / "results"
+    for row, kept, rounds in (("base", 1.0, [0.0]), ("mean", 0.7, [0.5, 0.96]), ("central", 0.9, [1.0])):
+        columns = {name: [0.5, 0.5] for name in board.scored} | {"kept/count": [3 * kept, 3 * kept]}
+        columns |= {name: [0.0, 0.0] for name in ("kept/vqa", "kept/caption")}
+        columns |= {"facts/megabytes": [2.5], "facts/by_round": rounds}
+        found = {name: {"scores": s, "num_tokens": 8, "cpu_seconds": 2.0} for name, s in columns.items()}
+        file, record = federated.out / "scores" / f"{row}.json", federated.record(Cell("tiny", f"{row}@apart", 0))
+        for parent in (file.parent, record.parent):
+            parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"columns": found}))
+        about = {"commit": "c0ffee", "experts": 100, "router": 0}
+        record.write_text(json.dumps(about | {"files": {"all": file.name}}))
+    table = write_board(federated, "tiny", [0], results)
+    rows = json.loads((results / "tiny.json").read_text())["rows"]
+    assert rows["mean@apart"]["rounds_to_central"] == [2] and rows["mean@apart"]["megabytes"] == 2.5
+    assert rows["mean@apart"]["forgotten"]["difference"] == pytest.approx(30)
+    assert "## apart" in table and "| +30.0 [+30.0, +30.0] | 2.5 | 2.0 |" in table
+    assert json.loads((results / "boards.json").read_text())["rows"]["tiny"]["mean@apart"] == {
+        "vqa": 50.0, "caption": 50.0, "count": 50.0,
+    }  # fmt: skip
+    assert read_kept(results, "tiny").has(federated, Cell("tiny", "mean@apart", 0))
 
 
 SEQUENCE = TINY.replace("reference:", "arrivals: [caption, vqa]\nreference:").replace(

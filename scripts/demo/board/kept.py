@@ -12,10 +12,9 @@ import numpy as np
 from moa.backbones.fingerprint import base_fingerprint
 from moa.cli.settings import laid_over
 from moa.cli.strict_yaml import read_yaml
-from moa.config import load_config
 from moa.evaluation.fingerprints import digest
 from moa.files.atomic import write_json
-from scripts.demo.board.plan import Cell, Plan, needed, read_board
+from scripts.demo.board.plan import Cell, Plan, load_run, needed, read_board, results_file
 from scripts.demo.board.scoring import given, read_scores
 from scripts.demo.board.training import NOT_TRAINED_BY, is_tuned, tune_file, tuning_runs
 
@@ -37,7 +36,7 @@ class Kept:
 
 def read_kept(results: Path, name: str) -> Kept:
     """Of results/board_NAME.json and .npz; empty where they are not there, or not of one writing."""
-    record, arrays = read_scores(results / f"board_{name}.json"), results / f"board_{name}.npz"
+    record, arrays = read_scores(results_file(results, name, "json")), results_file(results, name, "npz")
     if record is None or not arrays.is_file():
         return Kept()
     kept = Kept(rows=record["rows"])
@@ -67,9 +66,10 @@ def asked(plan: Plan, cell: Cell) -> str:
     own |= {"unknown_task": row.unknown_task} if row.unknown_task else {}
     tuning = asdict(board.tune) if board.tune else None
     columns = {name: given(column) for name, column in plan.columns(cell.board).items()}
-    base = base_fingerprint(load_config(board.config).model.name)
+    base = base_fingerprint(load_run(board).model.name)
     before = [asked(plan, other) for other in needed(cell)]
     about = [trained, own, tuning, columns, board.withhold_task, base, before, cell.seed, plan.steps, plan.overrides]
+    about += [row.pooled, board.partitions[cell.row.partition("@")[2]]] if board.partitions else []
     return digest(json.dumps(about, default=repr))
 
 

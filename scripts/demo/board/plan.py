@@ -1,7 +1,8 @@
 """A board as data: its rows, its columns of questions, and the claims that it decides.
 
 configs/boards/NAME.yaml lists the rows. A row is a training run (`config`, `settings`), or the weights of another row
-(`of`) answering in another way (`gates`, `at`, `withhold_task`), or what a command makes of other rows (`command`). In
+(`of`) answering in another way (`gates`, `at`, `withhold_task`), or what a command makes of other rows (`command`).
+With `partitions` each row is a federation for each of them, ROW@PARTITION (scripts/demo/board/federated.py). In
 `settings` and `command` stand for folders of the same seed:
 
     {run:ROW}   {step:ROW}   {expert:ROW:NAME}   a run, its last checkpoint, the PEFT folder of an expert in it
@@ -12,7 +13,7 @@ ROW of another board is BOARD/ROW.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import Any, Literal
 
 from data.config import SourceConfig
 from moa.cli.ranges import Count, FilePath, Positive, Seed, ShareAboveZero
-from moa.cli.settings import check, load
+from moa.cli.settings import Override, check, load
+from moa.config import RunConfig
+from moa.federated.config import FederateConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 BOARDS = ROOT / "configs/boards"
@@ -28,6 +31,10 @@ EXPORTS = ("exact", "approximate", "refused")
 PRESETS, PRESET_SEEDS = Path("configs/presets"), 3
 MEAN = "method=linear rank=sum out={out} verify=false fidelity=false"  # settings of scripts.merge
 MADE = "made"  # what a command writes, in its row's folder
+# Means over clients, see scripts/demo/board/federated.py; and no scores: megabytes sent, the global model by round.
+VIEWS = ("personal", "worst_client", "unseen_task", "unseen_client", "kept")
+FACTS = (SENT := "facts/megabytes", BY_ROUND := "facts/by_round")
+BASE, CENTRAL = "base", "central"  # rows of such a board that others are measured by
 PLACE = re.compile(r"\{(run|step|made|expert):([\w/-]+)(?::([\w-]+))?\}")
 
 
@@ -49,6 +56,7 @@ class RowConfig:
     scored: bool = True  # false: only other rows start from it
     # steps after which it is scored too, one for each of the board's `arrivals`
     arrivals: list[Count] | None = None
+    pooled: bool = False  # of a board with `partitions`: one client has the data of all, so it trains once
 
     @property
     def trains(self) -> bool:
@@ -81,6 +89,7 @@ class ClaimConfig:
     first: str | None = None  # row
     second: str | None = None  # row
     over: str | None = None  # name of a mean or column
+    at: str | None = None  # partition of a board that has some
     pairs: list[list[str]] = field(default_factory=list)  # instead of the three: [first, second, column] each
 
     def __post_init__(self) -> None:
@@ -95,7 +104,10 @@ class ClaimConfig:
 @dataclass(frozen=True, kw_only=True)
 class BoardConfig:
     title: str  # above table and picture
+    file: str | None = None  # of its results, without ending; null: board_NAME
     config: list[FilePath]  # of every row's run
+    settings: dict[str, Any] = field(default_factory=dict)  # of every row's run, below the row's own
+    partitions: dict[str, dict[str, Any]] = field(default_factory=dict)  # each a whole `federated.partition`
     columns: dict[str, SourceConfig]  # what every row is scored on, by name
     withhold_task: list[str] = field(default_factory=list)  # columns where no row gets the task
     means: dict[str, list[str]]  # of columns, by name; the first is what rows are ordered by
@@ -109,13 +121,16 @@ class BoardConfig:
     claims: dict[str, ClaimConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check(self.reference in self.rows, "reference", f"no row {self.reference!r}; choices: {[*self.rows]}")
+        names = {row.partition("@")[0] for row in self.rows}
+        check(self.reference in names, "reference", f"no row {self.reference!r}; choices: {sorted(names)}")
         for name, export in self.presets.items():
             check(export in EXPORTS, f"presets.{name}", f"no {export!r}; choices: {', '.join(EXPORTS)}")
         for name, columns in self.means.items():
             check(name not in self.columns, f"means.{name}", "is a column")
-            unknown = [column for column in columns if column not in self.columns]
+            unknown = [column for column in columns if column not in self.scored]
             check(not unknown, f"means.{name}", f"no column {unknown}; choices: {[*self.columns]}")
+        fits = not self.partitions or not (self.tune or self.arrivals or self.withhold_task)
+        check(fits, "partitions", "has no effect on tune, arrivals and withhold_task; leave them out")
         unknown = [column for column in self.arrivals if column not in self.columns]
         check(not unknown, "arrivals", f"no column {unknown}; choices: {[*self.columns]}")
         for row in self.rows.values():
@@ -128,10 +143,12 @@ class BoardConfig:
                 fits = claim.first in self.rows and self.rows[claim.first].arrivals is not None
                 check(fits, f"claims.{claim.name}.first", f"no row with arrivals {claim.first!r}")
                 continue
+            fits = claim.at in self.partitions if self.partitions else claim.at is None
+            check(fits, f"claims.{claim.name}.at", f"no partition {claim.at!r}; choices: {[*self.partitions]}")
             for first, second, column in self.pairs(claim):
-                for name in (first, second):
-                    check(name in self.rows, f"claims.{claim.name}", f"no row {name!r}; choices: {[*self.rows]}")
-                known = column in self.columns
+                for name in (first.partition("@")[0], second.partition("@")[0]):
+                    check(name in names, f"claims.{claim.name}", f"no row {name!r}; choices: {sorted(names)}")
+                known = column in self.scored
                 check(known, f"claims.{claim.name}", f"no column {column!r}; choices: {[*self.columns]}")
         known_rates = {row.name for row in self.rows.values() if row.trains and row.tune_as is None}
         for row in self.rows.values():
@@ -142,9 +159,24 @@ class BoardConfig:
         """(row after its arrival, row at the end, skill) for every skill but the last."""
         return [(arrived(row, skill), row, skill) for skill in self.arrivals[:-1]]
 
+    @property
+    def views(self) -> dict[str, list[str]]:
+        """The columns of each mean over clients, which have the models that they have, of a board with partitions."""
+        return {view: [f"{view}/{c}" for c in self.columns] for view in VIEWS} if self.partitions else {}
+
+    @property
+    def scored(self) -> list[str]:
+        """All columns of a row's scores."""
+        own = [column for columns in self.views.values() for column in columns]
+        return [*self.columns, *own, *(FACTS if self.partitions else ())]
+
+    def beside(self, row: str) -> str:
+        """The reference of a row: that of its partition, if it has one."""
+        return f"{self.reference}@{row.partition('@')[2]}" if self.partitions else self.reference
+
     def columns_of(self, name: str) -> list[str]:
         """The columns of a mean, or the one of this name."""
-        return self.means.get(name, [name])
+        return (self.means | self.views).get(name, [name])
 
     def pairs(self, claim: ClaimConfig) -> list[tuple[str, str, str]]:
         """(first row, second row, column) of everything that a claim is a mean over."""
@@ -153,7 +185,8 @@ class BoardConfig:
         if claim.pairs:
             return [(first, second, column) for first, second, column in claim.pairs]
         assert claim.first and claim.second and claim.over  # checked by ClaimConfig
-        return [(claim.first, claim.second, column) for column in self.columns_of(claim.over)]
+        rows = [f"{row}@{claim.at}" if claim.at else row for row in (claim.first, claim.second)]
+        return [(rows[0], rows[1], column) for column in self.columns_of(claim.over)]
 
 
 @dataclass(frozen=True)
@@ -252,6 +285,11 @@ def board_names() -> list[str]:
     return sorted(file.stem for file in BOARDS.glob("*.yaml"))
 
 
+def results_file(results: Path, board: str, ending: str) -> Path:
+    own = read_board(board).file if board in board_names() else None
+    return results / f"{own or f'board_{board}'}.{ending}"
+
+
 def arrived(row: str, skill: str) -> str:
     """The name of a row as it is when a skill has just been learned."""
     return f"{row}@{skill}"
@@ -269,8 +307,10 @@ def read_board(name: str) -> BoardConfig:
     if name not in board_names():
         raise ValueError(f"board: no {name!r}; choices: all, {', '.join(board_names())}")
     board, rows = load(BoardConfig, BOARDS / f"{name}.yaml"), dict[str, RowConfig]()
+    if board.partitions:
+        return replace(board, rows=by_partition(board), means=board.means | board.views)
     for row in board.rows.values():
-        rows[row.name] = row
+        rows[row.name] = replace(row, settings=board.settings | row.settings) if row.trains else row
         for skill, step in [*zip(board.arrivals, row.arrivals or (), strict=False)][:-1]:
             same: dict[str, Any] = {"of": row.of or row.name, "gates": row.gates, "withhold_task": row.withhold_task}
             rows[arrived(row.name, skill)] = RowConfig(name=arrived(row.name, skill), at=step, **same)
@@ -280,3 +320,26 @@ def read_board(name: str) -> BoardConfig:
             command = f"scripts.merge run={{run:{key}}} approximate={export == 'approximate'} {MEAN}"
             rows[merged(key)] = RowConfig(name=merged(key), command=command, seeds=1)
     return replace(board, rows=rows)
+
+
+def by_partition(board: BoardConfig) -> dict[str, RowConfig]:
+    """A row for each partition; a pooled one trains for the first, and its weights are scored for the others."""
+    rows, first = dict[str, RowConfig](), next(iter(board.partitions))
+    for partition, recipe in board.partitions.items():
+        for row in board.rows.values():
+            own: dict[str, Any] = {"name": f"{row.name}@{partition}"}
+            if row.of is not None:
+                own["of"] = f"{row.of}@{partition}"
+            elif row.pooled and partition != first:
+                own |= {"of": f"{row.name}@{first}", "config": [], "settings": {}}
+            else:
+                own["settings"] = board.settings | row.settings | {"federated.partition": recipe}
+            rows[own["name"]] = replace(row, **own)
+    return rows
+
+
+def load_run(board: BoardConfig, row: RowConfig | None = None, changes: Sequence[Override] = ()) -> RunConfig:
+    """The settings of a row's run, a federation's on a board with partitions; without a row what all have in common."""
+    files, own = (row.config, row.settings) if row else ([], board.settings)
+    kind = FederateConfig if board.partitions else RunConfig
+    return load(kind, [*board.config, *files], [*own.items(), *changes])

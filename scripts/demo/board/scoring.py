@@ -6,7 +6,7 @@ Rows that answer with the same weights and gates share the file, in whatever boa
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -18,18 +18,19 @@ from data.ocr_engines import RapidOcr
 from data.sources import open_source
 from moa.checkpoint import git_commit, step_name
 from moa.clip_model import ClipMixture
-from moa.config import EvalConfig, RunConfig, load_config
+from moa.config import EvalConfig, RunConfig
 from moa.evaluation.dual_encoder import evaluate_pairs
 from moa.evaluation.fingerprints import digest
 from moa.evaluation.models import EvaluatedModel, find_models, open_model
 from moa.evaluation.predict import prompt_collator
 from moa.evaluation.run import evaluate
 from moa.evaluation.settings import benchmark_of
+from moa.federated.config import FederateConfig
 from moa.files.atomic import write_file, write_json
 from moa.model import MixtureModel
 from moa.parts import PARTS
-from scripts.demo.board.plan import MADE, ROOT, Cell, Plan, needed, read_board
-from scripts.demo.board.training import config_of
+from scripts.demo.board.plan import MADE, ROOT, Cell, Plan, cell_at, load_run, needed, read_board
+from scripts.demo.board.training import DONE, config_of
 
 BATCH = 64
 
@@ -62,7 +63,12 @@ def is_scored(plan: Plan, cell: Cell) -> bool:
 
 @cache  # the weights of a row that is trained do not change
 def score_files(plan: Plan, cell: Cell) -> dict[str, str]:
-    """The file of each column, named by all that its scores belong to."""
+    """The file of each column, named by all that its scores belong to; of a federation one file."""
+    if read_board(cell.board).partitions:
+        config, row = federation_of(plan, cell), read_board(cell.board).rows[cell.row]
+        made, columns = (plan.folder(cell) / DONE).read_text(), {n: given(c) for n, c in config.eval.sources.items()}
+        asked = [config.federated.partition, config.federated.num_questions]
+        return {"all": f"{digest(repr([made, row.gates, columns, asked]))}.json"}
     board, row, evaluated = read_board(cell.board), read_board(cell.board).rows[cell.row], model_of(plan, cell)
     weights = evaluated.config.model.fingerprint if row.gates == "off" else evaluated.fingerprint()
     files = {}
@@ -72,6 +78,20 @@ def score_files(plan: Plan, cell: Cell) -> dict[str, str]:
         about += [row.unknown_task] if row.unknown_task else []
         files[name] = f"{digest(json.dumps(about))}.json"
     return files
+
+
+def federation_of(plan: Plan, cell: Cell) -> FederateConfig:
+    """The settings of the federation that answers, with the partition of the row and the board's data sets."""
+    board, own = read_board(cell.board), cell
+    while (of := board.rows[own.row].of) is not None:
+        own = cell_at(of, own)
+    changes = [("seed", cell.seed), ("out", str(plan.folder(cell))), ("data.ocr_cache", str(plan.ocr_file))]
+    partition = ("federated.partition", board.partitions[cell.row.partition("@")[2]])
+    config = load_run(board, board.rows[own.row], [*changes, *plan.overrides, partition])
+    assert isinstance(config, FederateConfig)
+    number = min(config.federated.num_questions, plan.num_samples or config.federated.num_questions)
+    federated = replace(config.federated, num_questions=number)
+    return replace(config, federated=federated, eval=replace(config.eval, sources=plan.columns(cell.board)))
 
 
 def model_of(plan: Plan, cell: Cell) -> EvaluatedModel:
@@ -159,10 +179,10 @@ def engine_of(config: RunConfig) -> RapidOcr:
 
 def read_images(plan: Plan, boards: Sequence[str], num_workers: int) -> None:
     """Read the words of every image of columns and training once, before the rows share the cache."""
-    boards = [board for board in boards if load_config(read_board(board).config).data.ocr_engine]
+    boards = [board for board in boards if load_run(read_board(board)).data.ocr_engine]
     if not boards:
         return
-    config = load_config(read_board(boards[0]).config)
+    config = load_run(read_board(boards[0]))
     sources = {json.dumps(given(source)): source for board in boards for source in sources_of(plan, board)}
     wanted = digest(json.dumps(sorted(sources)))
     marker = plan.out / "images_read" / wanted

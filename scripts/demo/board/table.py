@@ -13,7 +13,21 @@ from moa.checkpoint import git_commit
 from moa.files.atomic import atomic_file, write_file, write_json
 from moa.metrics.intervals import Kind, paired_interval
 from scripts.demo.board.kept import Kept, asked, read_kept
-from scripts.demo.board.plan import BoardConfig, Cell, ClaimConfig, Plan, arrived, board_names, merged, read_board
+from scripts.demo.board.plan import (
+    BASE,
+    BY_ROUND,
+    CENTRAL,
+    SENT,
+    BoardConfig,
+    Cell,
+    ClaimConfig,
+    Plan,
+    arrived,
+    board_names,
+    merged,
+    read_board,
+    results_file,
+)
 from scripts.demo.board.scoring import is_scored, read_scores
 from scripts.demo.board.training import tune_file
 
@@ -21,6 +35,13 @@ Scores = dict[str, np.ndarray]  # column -> [seed, question]
 COSTS = ("step_s", "memory_gib")  # of rows that were trained since boards have them
 ABOUT = ("experts", "router", "tokens_per_cpu_second", *COSTS, "commits")
 SAME_SIZE = 0.03  # of the reference's parameters
+ENOUGH = 0.95  # of the central mixture's score
+FEDERATED = (
+    "personal: each client's own model on data sets like its own; worst_client: the lowest of these; unseen_task: on\n"
+    "the data sets of others; unseen_client: the global model at clients of another deal; kept: clients' models on\n"
+    "tasks that nobody trains; forgotten: what the base does better there. Rounds: until the global model has\n"
+    f"{ENOUGH:.0%} of the central mixture's score.\n\n"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +69,12 @@ def write_board(plan: Plan, name: str, seeds: Sequence[int], results: Path) -> s
         f"{row}|{column}": s.astype(np.float32) for row, own in found.items() for column, s in own.scores.items()
     }
     arrays |= {f"{row}|seeds": np.array(own.seeds) for row, own in found.items()}
-    with atomic_file(results / f"board_{name}.npz") as temporary, temporary.open("wb") as file:
+    with atomic_file(results_file(results, name, "npz")) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
     table = markdown(board, record)
-    write_json(results / f"board_{name}.json", record)
-    write_file(results / f"board_{name}.md", table)
-    board_chart(results / f"board_{name}.png", record)
+    write_json(results_file(results, name, "json"), record)
+    write_file(results_file(results, name, "md"), table)
+    board_chart(results_file(results, name, "png"), record)
     write_claims(results)
     return table
 
@@ -77,7 +98,7 @@ def read_rows(plan: Plan, name: str, seeds: Sequence[int], kept: Kept) -> dict[s
             elif kept.has(plan, cell):
                 parts[seed] = kept.scores[row, seed]
         if parts:
-            scores = {column: np.stack([own[column] for own in parts.values()]) for column in read_board(name).columns}
+            scores = {column: np.stack([own[column] for own in parts.values()]) for column in read_board(name).scored}
             about = {key: about[key] for key in ABOUT if key in about} | {
                 "asked": {s: asked(plan, Cell(name, row, s)) for s in parts}
             }
@@ -86,8 +107,10 @@ def read_rows(plan: Plan, name: str, seeds: Sequence[int], kept: Kept) -> dict[s
 
 
 def read_columns(plan: Plan, files: Mapping[str, str]) -> dict[str, Any] | None:
-    columns = {column: read_scores(plan.out / "scores" / file) for column, file in files.items()}
-    return None if None in columns.values() else columns
+    """Of a file for each column, or of one for all."""
+    found = {column: read_scores(plan.out / "scores" / file) for column, file in files.items()}
+    parts = [own.get("columns", {column: own}) for column, own in found.items() if own is not None]
+    return {column: own for part in parts for column, own in part.items()} if len(parts) == len(found) else None
 
 
 def record_of(
@@ -98,10 +121,11 @@ def record_of(
     for row, own in found.items():
         columns = {column: over_seeds(scores.mean(1)) for column, scores in own.scores.items()}
         shown = {m: interval_of(found, [(row, None, c) for c in cs]) for m, cs in board.means.items()}
+        reference = board.beside(row)
         against = {
-            m: interval_of(found, [(row, board.reference, c) for c in cs])
+            m: interval_of(found, [(row, reference, c) for c in cs])
             for m, cs in board.means.items()
-            if board.reference in found and row != board.reference
+            if reference in found and row != reference
         }
         by_seed = {
             m: [float(np.mean([own.scores[c][i].mean() for c in cs])) for i in range(len(own.seeds))]
@@ -111,6 +135,7 @@ def record_of(
         tuned = json.loads(file.read_text()) if board.rows[row].trains and file.is_file() else before.get(row)
         rows[row] = {"about": board.rows[row].about, "seeds": own.seeds, **own.about, "tuned": tuned}
         rows[row] |= {"columns": columns, "means": shown, "against_reference": against, "means_by_seed": by_seed}
+        rows[row] |= facts_of(board, found, row) if board.partitions else {}
     claims, forgotten = {}, {}
     for row in found:
         if board.rows[row].arrivals and all(first in found for first, _, _ in board.forgetting(row)):
@@ -123,7 +148,8 @@ def record_of(
     return {
         "title": board.title,
         "reference": board.reference,
-        "questions": {column: s.shape[1] for column, s in next(iter(found.values())).scores.items()},
+        "questions": {column: next(iter(found.values())).scores[column].shape[1] for column in board.columns},
+        "partitions": [*board.partitions],
         "rows": rows,
         "claims": claims,
         "arrivals": board.arrivals,
@@ -135,9 +161,9 @@ def record_of(
 def definition(claim: ClaimConfig) -> str:
     if claim.kind == "forgetting":
         return f"{claim.first}: after each arrival - at the end"
-    sign = {"difference": "-", "ratio": "/"}[claim.kind]
+    sign, at = {"difference": "-", "ratio": "/"}[claim.kind], f", {claim.at}" if claim.at else ""
     pairs = [f"{first} {sign} {second}: {column}" for first, second, column in claim.pairs]
-    return ", ".join(pairs) or f"{claim.first} {sign} {claim.second}: {claim.over}"
+    return ", ".join(pairs) or f"{claim.first} {sign} {claim.second}: {claim.over}{at}"
 
 
 def interval_of(
@@ -164,32 +190,20 @@ def over_seeds(values: Sequence[float]) -> dict[str, float | None]:
 
 def markdown(board: BoardConfig, record: Mapping[str, Any]) -> str:
     """Means with intervals, then columns, in per cent; below it the claims and what the marks mean."""
-    rows, reference = record["rows"], record["reference"]
-    means, columns = [*board.means], [*record["questions"]]
-    costs = ["merged", "step", "memory", "tokens/s"] if board.presets else []
-    head = ["row", "seeds", "parameters", *means, *(f"{m} - {reference}" for m in means), *costs, *columns]
-    lines = [head, ["---"] * len(head)]
-    for name, row in rows.items():
-        if "@" in name:
-            continue
-        label = f"`{name}`" + (f" {row['about']}" if row["about"] else "")
-        cells = [label, str(len(row["seeds"])), size_of(row, rows.get(reference))]
-        cells += [f"**{row['means'][m]['difference']:.1f}**" for m in means]
-        cells += [shown(row["against_reference"].get(m)) for m in means]
-        cells += costs_of(name, rows, reference, means[0]) if costs else []
-        cells += [f"{100 * row['columns'][c]['mean']:.1f}" for c in columns]
-        lines.append(cells)
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    reference = record["reference"]
+    tables = [f"## {partition}\n\n{row_table(board, record, partition)}\n" for partition in board.partitions]
+    table = "".join(tables) + FEDERATED if tables else row_table(board, record, "")
     claims = "".join(f"- `{name}` ({c['definition']}): {shown(c)}\n" for name, c in record["claims"].items())
     notes = (
         f"Scores in per cent. Differences to `{reference}` in points with 95 % intervals, paired, over questions and "
         f"seeds together. `*`: experts more than {SAME_SIZE:.0%} larger or smaller than those of `{reference}`; "
         "a router's parameters stand behind `+`.\n"
     )
-    if costs:
+    if board.presets:
         notes += (
-            f"`merged`: {means[0]} of the mean of the row's experts as one LoRA, at one seed; `step`, `memory`: "
-            f"seconds of a training step and the process's peak, over those of `{reference}`; `tokens/s`: one core.\n"
+            f"`merged`: {next(iter(board.means))} of the mean of the row's experts as one LoRA, at one seed; `step`, "
+            f"`memory`: seconds of a training step and the process's peak, over those of `{reference}`; `tokens/s`: "
+            "one core.\n"
         )
     return f"# {board.title}\n\n{table}\n{notes}\n{claims}{arrival_tables(board, record)}"
 
@@ -201,6 +215,46 @@ def costs_of(name: str, rows: Mapping[str, Any], reference: str, mean: str) -> l
     ratios = [f"{row[key] / other[key]:.2f}" if key in row and key in other else "" for key in COSTS]
     speed = f"{row['tokens_per_cpu_second']:.0f}" if row["tokens_per_cpu_second"] else ""
     return [f"{plain['means'][mean]['difference']:.1f}" if plain else "", *ratios, speed]
+
+
+def row_table(board: BoardConfig, record: Mapping[str, Any], partition: str) -> str:
+    """Of the rows of a partition, or of all that are no arrival; with a partition also what a federation costs."""
+    rows, reference = record["rows"], record["reference"]
+    means, columns = [*board.means], [*record["questions"]]
+    costs = ["merged", "step", "memory", "tokens/s"] if board.presets else []
+    head = ["row", "seeds", "parameters", *means, *(f"{m} - {reference}" for m in means), *costs, *columns]
+    head += ["forgotten", "MB sent", "rounds"] if partition else []
+    lines = [head, ["---"] * len(head)]
+    for name, row in rows.items():
+        own, _, part = name.partition("@")
+        if part != partition:
+            continue
+        label = f"`{own}`" + (f" {row['about']}" if row["about"] else "")
+        cells = [label, str(len(row["seeds"])), size_of(row, rows.get(board.beside(name)))]
+        cells += [f"**{row['means'][m]['difference']:.1f}**" for m in means]
+        cells += [shown(row["against_reference"].get(m)) for m in means]
+        cells += costs_of(name, rows, reference, means[0]) if costs else []
+        cells += [f"{100 * row['columns'][c]['mean']:.1f}" for c in columns]
+        if partition:
+            rounds = row["rounds_to_central"]
+            cells += [shown(row["forgotten"]), f"{row['megabytes']:.1f}" if row["megabytes"] else ""]
+            cells += ["" if not rounds else "never" if None in rounds else f"{mean(rounds):.1f}"]
+        lines.append(cells)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def facts_of(board: BoardConfig, found: Mapping[str, Scored], row: str) -> dict[str, Any]:
+    """What a federation forgot of what the base could do, what it sent, and by seed the first round in which its global
+    model had ENOUGH of what the central mixture has at the end (none: None)."""
+    partition, own = row.partition("@")[2], found[row]
+    base, central = f"{BASE}@{partition}", found.get(f"{CENTRAL}@{partition}")
+    lost = interval_of(found, [(base, row, c) for c in board.views["kept"]]) if base in found else None
+    rounds = list[int | None]()
+    if central is not None and own.scores[BY_ROUND].shape[1] > 1:
+        for seed in (seed for seed in own.seeds if seed in central.seeds):
+            enough = own.at([seed], BY_ROUND)[0] >= ENOUGH * central.at([seed], BY_ROUND)[0, -1]
+            rounds.append(int(enough.argmax()) + 1 if enough.any() else None)
+    return {"forgotten": lost, "megabytes": float(own.scores[SENT].mean()), "rounds_to_central": rounds}
 
 
 def arrival_tables(board: BoardConfig, record: Mapping[str, Any]) -> str:
@@ -236,11 +290,11 @@ def write_claims(results: Path) -> None:
     """boards.json: the claims of every board that has results."""
     claims, rows, commits = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     for name in board_names():
-        if (record := read_scores(results / f"board_{name}.json")) is not None:
+        if (record := read_scores(results_file(results, name, "json"))) is not None:
             claims |= record["claims"]
             commits[name] = record["commit"]
             rows[name] = {
-                row: {column: 100 * cell["mean"] for column, cell in own["columns"].items()}
+                row: {column: 100 * own["columns"][column]["mean"] for column in record["questions"]}
                 for row, own in record["rows"].items()
             }
     write_json(results / "boards.json", {"claims": claims, "rows": rows, "commit": git_commit(), "commits": commits})

@@ -13,10 +13,11 @@ from moa.backbones.fingerprint import base_fingerprint
 from moa.checkpoint import step_folder, weights_fingerprint
 from moa.cli.settings import laid_over, read_override
 from moa.cli.strict_yaml import read_yaml
-from moa.config import RunConfig, load_config
+from moa.config import RunConfig
 from moa.evaluation.fingerprints import digest
+from moa.federated.config import FederateConfig
 from moa.files.atomic import write_file, write_json
-from scripts.demo.board.plan import MADE, ROOT, Cell, Plan, needed, read_board
+from scripts.demo.board.plan import MADE, ROOT, Cell, Plan, load_run, needed, read_board
 
 Setting = tuple[str, Any]  # key and value, as on the command line
 # settings that change no weight; statistics can be written later too, by scripts.statistics
@@ -61,10 +62,7 @@ class Making:
 @cache
 def config_of(board: str, row: str, overrides: tuple[str, ...] = ()) -> RunConfig:
     """Of a row's runs, whatever their seed and rate; the places in its settings are not filled."""
-    own = read_board(board).rows[row]
-    return load_config(
-        [*read_board(board).config, *own.config], [*own.settings.items(), *map(read_override, overrides)]
-    )
+    return load_run(read_board(board), read_board(board).rows[row], overrides)
 
 
 def making(plan: Plan, cell: Cell) -> Making | None:
@@ -88,6 +86,8 @@ def training(plan: Plan, cell: Cell, out: Path, changes: list[Setting], share: f
     board, row = read_board(cell.board), read_board(cell.board).rows[cell.row]
     files = [*board.config, *row.config]
     own = [*plan.settings(cell).items(), *changes, ("seed", cell.seed), *map(read_override, plan.overrides)]
+    if row.pooled:
+        own.append(("federated.partition", {"clients": 1, "how": "even"}))
     config = config_of(cell.board, cell.row, plan.overrides)
     own += shorter(config, share * plan.steps)
     sizes = {name: source.num_samples or 0 for name, source in config.data.validation.items()}
@@ -100,9 +100,11 @@ def training(plan: Plan, cell: Cell, out: Path, changes: list[Setting], share: f
     wanted = digest(json.dumps([asked, given, base, start], default=repr))  # an entry that a layer removes is no JSON
     own += [("out", str(out)), ("eval.every", 0), ("logging.progress", False)]
     own += [("data.ocr_cache", str(plan.ocr_file))] if config.data.ocr_cache else []
+    own += [("federated.num_questions", 0)] if board.partitions else []  # scored here, beside the other rows
     arguments = [f"{key}={json.dumps(value)}" for key, value in own]
     layers = [text for file in files for text in ("--config", file)]
-    return Making(out=out, command=[sys.executable, "train.py", *layers, "--resume", *arguments], wanted=wanted)
+    script = "federate.py" if board.partitions else "train.py"
+    return Making(out=out, command=[sys.executable, script, *layers, "--resume", *arguments], wanted=wanted)
 
 
 def weights_of(plan: Plan, cell: Cell) -> list[str]:
@@ -122,6 +124,8 @@ def shorter(config: RunConfig, share: float) -> list[Setting]:
         steps = max(1, round(share * stage.steps))
         warmup = min(steps, round(share * stage.warmup_steps))
         found += [(f"stages.{name}.steps", steps), (f"stages.{name}.warmup_steps", warmup)]
+    if share != 1 and isinstance(config, FederateConfig) and (rounds := config.federated.rounds) > 2:
+        found.append(("federated.rounds", max(2, round(share * rounds))))  # some stages begin in the second
     return found
 
 
