@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, reduce
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from moa.backbones.fingerprint import base_fingerprint
 from moa.checkpoint import step_folder, weights_fingerprint
-from moa.cli.settings import laid_over, read_override
+from moa.cli.settings import apply_override, laid_over, read_override
 from moa.cli.strict_yaml import read_yaml
 from moa.config import RunConfig
 from moa.evaluation.fingerprints import digest
@@ -88,6 +89,7 @@ def training(plan: Plan, cell: Cell, out: Path, changes: list[Setting], share: f
     own = [*plan.settings(cell).items(), *changes, ("seed", cell.seed), *map(read_override, plan.overrides)]
     if row.pooled:
         own.append(("federated.partition", {"clients": 1, "how": "even"}))
+    own = written_through(own)
     config = config_of(cell.board, cell.row, plan.overrides)
     own += shorter(config, share * plan.steps)
     sizes = {name: source.num_samples or 0 for name, source in config.data.validation.items()}
@@ -105,6 +107,14 @@ def training(plan: Plan, cell: Cell, out: Path, changes: list[Setting], share: f
     layers = [text for file in files for text in ("--config", file)]
     script = "federate.py" if board.partitions else "train.py"
     return Making(out=out, command=[sys.executable, script, *layers, "--resume", *arguments], wanted=wanted)
+
+
+def written_through(settings: list[Setting]) -> list[Setting]:
+    """The same, where a mapping has what later settings change inside of it: runs that are alike look alike."""
+    settings, below = deepcopy(settings), dict[str, Any]()
+    for setting in settings:
+        apply_override(below, setting)  # it goes into the mappings of those before
+    return settings
 
 
 def weights_of(plan: Plan, cell: Cell) -> list[str]:
