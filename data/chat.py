@@ -85,7 +85,7 @@ class ChatEncoder:
 
         `prompts`: up to the first answer, without masks.
         """
-        chats = [self._placed(chat) for chat in chats]
+        chats = [self._in_place(chat) for chat in chats]
         if prompts:
             return self._encode_prompts([self._prompt(opening_of(c)) for c in chats], images)
         dialogues = [self.dialogue(chat) for chat in chats]
@@ -139,12 +139,12 @@ class ChatEncoder:
         """What a template writes for an image, and the processor reads as one."""
         return getattr(self.processor, "image_token", EDGE)
 
-    def _placed(self, chat: Chat) -> Chat:
+    def _in_place(self, chat: Chat) -> Chat:
         """The chat; images among the text of a message are written into it where the template would move them ahead."""
         kinds = ["".join(part["type"][0] for part in message["content"]) for message in chat]
         if not any("ti" in kind for kind in kinds) or not self._moves_images:
             return chat
-        return [written_out(m, self._image_token) if "ti" in k else m for m, k in zip(chat, kinds, strict=True)]
+        return [with_tokens(m, self._image_token) if "ti" in k else m for m, k in zip(chat, kinds, strict=True)]
 
     @cached_property
     def _moves_images(self) -> bool:
@@ -289,7 +289,7 @@ def images_of(chat: Chat) -> list[Any]:
     return [part["image"] for message in chat for part in message["content"] if part["type"] == "image"]
 
 
-def written_out(message: dict[str, Any], token: str) -> dict[str, Any]:
+def with_tokens(message: dict[str, Any], token: str) -> dict[str, Any]:
     """The message with images behind its first text as tokens in one text."""
     content = message["content"]
     start = next(i for i, part in enumerate(content) if part["type"] == "text")
