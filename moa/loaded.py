@@ -190,7 +190,7 @@ class LoadedModel:
     ) -> "LoadedModel":
         """Train one expert further, or a new one, on samples in memory, in the new run folder `out`; its model.
 
-        A row has `image` (a path, a PIL image or an array), `question`, `answers` (a text or several) or `boxes`, and
+        A row has `image` (as in `ask`), `question`, `answers` (a text or several) or `boxes`, and
         may have the other keys of format jsonl (docs/data.md); `task` is theirs where they name none, by default the
         expert's name. The other experts stay as they are. A router that learns has half of the steps after that, on
         these rows and some of the run's own samples. `settings` are of train.py: {"train.batch_size": 8}.

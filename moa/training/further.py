@@ -25,16 +25,21 @@ def store_rows(rows: Iterable[Mapping[str, Any]], folder: Path, task: str) -> tu
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines, tasks, known = list[str](), dict[str, None](), dict[int, tuple[Any, str]]()
-    for number, given in enumerate(rows):
-        row = {"task": task, **given}
-        image = row.get("image")
+
+    def stored(image: Any) -> Any:
+        if isinstance(image, list | tuple):
+            return [stored(one) for one in image]
         if isinstance(image, str | Path):
-            row["image"] = str(Path(image).expanduser().resolve())
-        elif image is not None:
-            if id(image) not in known:  # the image is kept: an id is of what is alive
-                known[id(image)] = image, f"{number}.png"
-                read_image(image).save(folder / f"{number}.png")
-            row["image"] = known[id(image)][1]
+            return str(Path(image).expanduser().resolve())
+        if image is not None and id(image) not in known:  # the image is kept: an id is of what is alive
+            known[id(image)] = image, f"{len(known)}.png"
+            read_image(image).save(folder / known[id(image)][1])
+        return None if image is None else known[id(image)][1]
+
+    for given in rows:
+        row = {"task": task, **given}
+        if "image" in row:
+            row["image"] = stored(row["image"])
         row |= {"answers": [row["answers"]]} if isinstance(row.get("answers"), str) else {}
         lines.append(json.dumps(row) + "\n")
         tasks[str(row["task"])] = None

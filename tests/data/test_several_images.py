@@ -27,6 +27,7 @@ from data.sample import PLACE, OcrWord, Sample, Turn, placed
 from moa.analysis.preview_page import preview_page
 from moa.evaluation.fingerprints import sample_digest
 from moa.federated.client import hide
+from moa.training.further import store_rows
 from tests.support.families import CONFIGS
 from tests.support.tiny import random_image, tiny_processor
 
@@ -260,3 +261,12 @@ def test_one_image_makes_the_batch_that_the_processor_makes():
     plain = processor(text=[prompt] * 2, images=[[one.image]] * 2, return_tensors="pt", add_special_tokens=False)
     assert torch.equal(batch.input_ids, plain["input_ids"]) and torch.equal(batch.pixel_values, plain["pixel_values"])
     assert batch.image_index.tolist() == [0, 1]
+
+
+def test_rows_in_memory_may_have_several_images_each_stored_once(tmp_path):
+    first, second = random_image(0, 40, 30), random_image(1, 20, 50)
+    row = {"question": "is <image> <image>?", "answers": "no"}
+    file, _ = store_rows([{**row, "image": [first, second]}, {**row, "image": (second, first)}], tmp_path, "vqa")
+    found = open_records(SourceConfig(name="mine", format="jsonl", path=str(file)), None)
+    assert [[image.size for image in found[i].images] for i in (0, 1)] == [[(40, 30), (20, 50)], [(20, 50), (40, 30)]]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["0.png", "1.png"]
