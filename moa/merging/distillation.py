@@ -41,7 +41,7 @@ from moa.evaluation.settings import check_gates
 from moa.files.atomic import atomic_file, remove_folder, write_file, write_json
 from moa.files.peft import read_header, read_site
 from moa.files.peft_config import LORA, site_scaling
-from moa.merging.adapters import expert_from_tensors
+from moa.merging.adapters import expert_from_folder, expert_from_tensors
 from moa.merging.core import Relation, inner_product
 from moa.merging.export.export import Verify, adapter_config, export_adapter, tensors_of
 from moa.merging.export.folder import check_out
@@ -52,6 +52,7 @@ from moa.merging.report.console import report_lines
 from moa.merging.run import prepare_verify
 from moa.merging.settings import ZERO, DistillConfig
 from moa.merging.source import Source, open_run
+from moa.merging.weights import digest
 from moa.model import MixtureModel
 from moa.training.optimizer import rate_factor
 
@@ -105,6 +106,7 @@ def begin(work: Path, settings: DistillConfig, step: Path) -> None:
     """Open the folder of what is not finished; ValueError where it was begun with other settings or another teacher."""
     own = {key: value for key, value in asdict(settings).items() if key not in FREE}
     own |= {"run": str(step), "teacher": weights_fingerprint(step)}
+    own["start_weights"] = None if settings.start == ZERO else digest(expert_from_folder(settings.start))
     if settings.overwrite and work.is_dir():
         remove_folder(work)
     if (work / SETTINGS).is_file():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from moa.build import build_model
 from moa.checkpoint import TrainState, load_model, save_checkpoint
 from moa.merging import distillation
 from moa.merging.learn.distill import STUDENT, Lesson, add_student, distance, divergence, over_tasks, student_factors
+from moa.merging.settings import DistillConfig
 from scripts import distill as script
 from scripts import merge as merge_script
 from tests.support.tiny import tiny_batch, tiny_processor
@@ -192,3 +194,15 @@ def test_what_cannot_be_taught_is_refused_by_name(world, tmp_path, capsys):
             script.main(arguments)
         assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_start_of_other_weights_under_the_same_name_is_refused(world, tmp_path):
+    step, start = world / "run/checkpoints/step-000001", tmp_path / "start"
+    shutil.copytree(step / "experts/vqa", start)
+    settings = DistillConfig(run=str(world / "run"), out="x", start=str(start))
+    distillation.begin(tmp_path / "work", settings, step)
+    distillation.begin(tmp_path / "work", settings, step)
+    shutil.copytree(step / "experts/grounding", start, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"start_weights: .*work was begun with \w+, and is now"):
+        distillation.begin(tmp_path / "work", settings, step)
