@@ -177,9 +177,12 @@ def choose_gates(model: MixtureModel, batch: Batch, rule: str | Mapping[str, flo
 
 
 def ensemble_members(model: MixtureModel) -> list[str]:
-    """The experts that answer alone, beside shared ones, and are averaged."""
+    """The experts that answer alone, beside shared ones, and are averaged; ValueError where there is none."""
     gates = model.routing.roles.gates
-    return [name for name, gate in zip(model.bank.names, gates, strict=True) if gate == "routed"]
+    found = [name for name, gate in zip(model.bank.names, gates, strict=True) if gate == "routed"]
+    if not found:
+        raise ValueError("gates=ensemble: no expert is routed (experts.NAME.gate), so that none answers alone")
+    return found
 
 
 def gates_of_members(model: MixtureModel, batch: Batch, members: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -76,6 +76,9 @@ def test_shared_experts_are_on_in_every_member_and_are_none(model):
     try:
         assert ensemble_members(network) == ["grounding"]
         found = gates_of_members(network, tiny_batch(network.backbone.processor), ["grounding"])["gates"]
+        network.routing = Routing(kind="fixed", roles=Roles(roles.experts, ("always", "always")))
+        with pytest.raises(ValueError, match="gates=ensemble: no expert is routed"):
+            ensemble_members(network)
     finally:
         network.routing = before
     assert found[:, 0].tolist() == [[1, 1]] * 4

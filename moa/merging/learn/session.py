@@ -57,9 +57,15 @@ class Session:
 
     @property
     def own_batches(self) -> dict[str, list[Batch]]:
-        """Of every expert that is merged, its own samples; empty for one without."""
+        """Of every expert that is merged, its own samples; ValueError for one without."""
         found = self.data.by_expert(self.batch_size)
-        return {name: found.get(name, []) for name in self.names}
+        if lacking := [name for name in self.names if name not in found]:
+            own = f"experts.{lacking[0]}.gate={self.config.experts[lacking[0]].gate}"
+            raise ValueError(
+                f"{own}: no sample of data.validation is its own (data.validation.NAME.expert), and the method needs "
+                "inputs of each expert; method=lora_soups and searches do not"
+            )
+        return {name: found[name] for name in self.names}
 
     @cached_property
     def live(self) -> guided.Weighed:
