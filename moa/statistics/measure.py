@@ -76,7 +76,7 @@ class Measurement:
     def write_one(self, folder: Path, sums: Mapping[str, InputSums], num_samples: int) -> Iterator[str]:
         header = read_header(folder)
         moments = {site: sums[site].sketch(shape[1], self.size(header, site)) for site, shape in header.shapes.items()}
-        file = write_statistics(folder, moments, num_samples)
+        file = write_statistics(folder, moments, num_samples, self.answer_share)
         yield f"{file}: {num_samples} samples, {file.stat().st_size / 1e6:.1f} MB"
         if idle := [site for site, own in moments.items() if not own.tokens]:
             yield f"{folder.name}: none of its samples reaches {len(idle)} of its sites, first {idle[0]}"

@@ -20,8 +20,13 @@ FORMAT, VERSION = "moa-input-statistics", "1"
 PARTS = ("vectors", "values", "mean", "rest", "tokens")
 
 
-def write_statistics(expert: str | Path, moments: Mapping[str, Moments], num_samples: int) -> Path:
-    """Write the file beside the expert's weights, whole or not at all; ValueError for sites that the expert lacks."""
+def write_statistics(
+    expert: str | Path, moments: Mapping[str, Moments], num_samples: int, answer_share: float | None = None
+) -> Path:
+    """Write the file beside the expert's weights, whole or not at all; ValueError for sites that the expert lacks.
+
+    `answer_share` is how tokens were weighed, see `moa.statistics.gather`.
+    """
     header = read_header(expert)
     if moments.keys() != header.ranks.keys():
         odd = sorted(moments.keys() ^ header.ranks.keys())
@@ -34,6 +39,7 @@ def write_statistics(expert: str | Path, moments: Mapping[str, Moments], num_sam
     if broken := [key for key, tensor in ready.items() if not all_finite(tensor)]:
         raise ValueError(f"{expert}: {broken[0]} of its inputs is not finite; nothing was written")
     metadata = {FORMAT: VERSION, "expert": _digest(header), "num_samples": str(num_samples)}
+    metadata["answer_share"] = "null" if answer_share is None else str(answer_share)
     target = header.path / STATISTICS_FILE
     with atomic_file(target) as temporary:
         save_file(ready, temporary, metadata=metadata)
@@ -70,6 +76,12 @@ def read_statistics(expert: str | Path, way_out: str) -> Callable[[str], Moments
         return Moments(**tensors, rest=float(rest), tokens=int(tokens))
 
     return read
+
+
+def share_of(expert: str | Path) -> str | None:
+    """The `answer_share` of the file beside an expert as text; None where it is not recorded."""
+    with safe_open(Path(expert) / STATISTICS_FILE, framework="pt") as handle:
+        return (handle.metadata() or {}).get("answer_share")
 
 
 def _digest(header: ExpertHeader) -> str:

@@ -1,5 +1,6 @@
 """Statistics beside the experts of a run: written by training and by the command, read by merges of these weights."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -98,7 +99,11 @@ def test_statistics_of_other_weights_are_refused_by_name(trained, tmp_path, caps
     (other / FILE).unlink()
     with pytest.raises(ValueError, match=r"stats.safetensors: missing; ask"):
         read_statistics(other, "ask")
-    moments = {site: read_statistics(vqa, "")(site) for site in [*header.ranks][:1]}
+    moments = {site: read_statistics(vqa, "")(site) for site in header.ranks}
+    write_statistics(other, {site: moments[site] for site in header.ranks}, 3)  # every token alike
+    message = refused(capsys, merge_script.main, adapters, "method=core_regmean", "verify=false", f"out={tmp_path}/out")
+    assert re.search(r"answer_share: statistics weigh tokens unlike, by \S+ in grounding, null in vqa", message)
+    moments = {site: moments[site] for site in [*header.ranks][:1]}
     with pytest.raises(ValueError, match="statistics must be of the expert's own sites"):
         write_statistics(vqa, moments, 3)
 
