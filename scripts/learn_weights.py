@@ -6,8 +6,9 @@
     python -m scripts.learn_weights method=list
 
 The data are `num_samples` of each of the run's validation sets. Most methods write the weight of every expert, per
-site where they learn it so, for `python -m scripts.merge run=runs/demo weights=weights.json`; regmean, regmean_pp,
-iteris and ziplora write the merged adapter. All print the score of a merge before (at its own weights) and after.
+site where they learn it so, for `python -m scripts.merge run=runs/demo weights=weights.json` by the same method;
+regmean, regmean_pp, iteris and ziplora write the merged adapter. All print the score of a merge before (at its own
+weights) and after.
 """
 
 import logging

@@ -73,6 +73,27 @@ def expert_from_folder(path: str | Path, name: str | None = None) -> Expert:
     )
 
 
+def sum_of(expert: Expert, others: Sequence[Expert]) -> Expert:
+    """The sum of their updates, with the expert's name, and its inputs where it has the site."""
+    parts = [expert, *others]
+    ranks = {site: sum(part.ranks.get(site, 0) for part in parts) for site in all_sites(parts)}
+    pattern = {f"^{re.escape(site)}": rank for site, rank in ranks.items()}
+    config = {**expert.config, "use_rslora": False, "rank_pattern": pattern, "alpha_pattern": pattern}
+    config |= {"target_modules": [*ranks], "exclude_modules": None, "layers_to_transform": None}
+
+    def read(site: str) -> tuple[Tensor, Tensor]:
+        here = [part for part in parts if site in part.ranks]
+        lora_a = torch.cat([part.read(site)[0] for part in here])
+        return lora_a, torch.cat([part.factors(site, torch.float64)[1] for part in here], dim=1)
+
+    def inputs(site: str) -> Moments:
+        return next(part for part in parts if site in part.ranks).moments(site)
+
+    shapes = {site: shape for part in parts for site, shape in part.shapes.items()}
+    known = None if expert.inputs is None else inputs
+    return replace(expert, config=config, ranks=ranks, shapes=shapes, read=read, inputs=known)
+
+
 def rename_sites(expert: Expert, names: Mapping[str, str]) -> Expert:
     if all(site == name for site, name in names.items()):
         return expert

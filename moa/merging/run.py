@@ -3,6 +3,7 @@
 source -> plan -> merged factors of each site, on the disk -> what was kept -> files, verified in a fresh process
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ from moa.merging.report.console import agreement_line, report_lines, summary_tab
 from moa.merging.report.fidelity import mean_cross_terms, measure, summarise
 from moa.merging.settings import MergeExperts, Verified
 from moa.merging.site_plan import Plan, make_plan, sum_gates
-from moa.merging.source import Source, open_folders, open_run, with_known_statistics, with_statistics
+from moa.merging.source import Source, fold_pairs, open_folders, open_run, with_known_statistics, with_statistics
 from moa.merging.weights import GATES, Weights, gates_of, parse_weights, read_weights
+from moa.routing.roles import LEFT_OVER
 
 Record = dict[str, Any]
 ROUNDING = 1e-12  # share of the energy below which nothing was cut
@@ -81,6 +83,10 @@ def merge_experts(settings: MergeExperts, console: Console) -> Record:
     elif settings.fidelity:
         source = with_known_statistics(source)
     source = replace(source, experts=adapters.respell(source.experts, layers))
+    if source.pairs and not weighs_apart(settings.weights, source):
+        lines = [f"{name}: added to {other}, whose gate it has" for name, other in source.pairs.items()]
+        console.print(*lines, sep="\n", soft_wrap=True)
+        source = fold_pairs(source)
     plan = plan_merge(settings, source, console)
     warn_of_few_tokens(plan, console)
     for line in warnings_before([e for e in source.experts if e.name not in source.shared], added_up(plan)):
@@ -129,6 +135,25 @@ def identify_base(source: Source, needs_base: bool, other_base: bool) -> Source:
     return replace(source, base_fingerprint=adapters.common_fingerprint(source.experts, base, other_base))
 
 
+def weighs_apart(weights: Any, source: Source) -> bool:
+    """Whether weights are given to experts that have the gate of another, as scripts.learn_weights does."""
+    by_name = isinstance(weights, Mapping) and not source.pairs.keys().isdisjoint(weights)
+    return by_name or (isinstance(weights, str) and weights.endswith(".json"))
+
+
+def check_own_weights(gates: Mapping[str, str], own: str, console: Console) -> None:
+    """ValueError for a share that the router decides, which a method's own weights are not; one of `rest` in a mean is
+    a warning. The mean has what a joint expert has where the router prefers none."""
+    for name, gate in gates.items():
+        if gate not in (*LEFT_OVER, "joint") or (gate == "joint" and own == "mean"):
+            continue
+        rule = f"experts.{name}.gate={gate} is a share that the router decides, and the method's own weights are not; "
+        rule += "give weights=gates (the mean gates of eval.py), or weights={NAME: NUMBER}"
+        if gate != "rest" or own != "mean":
+            raise ValueError(f"weights: {rule}")
+        console.print(f"warning: {rule}", soft_wrap=True)
+
+
 def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan:
     names = [expert.name for expert in source.experts]
     given = settings.weights if isinstance(settings.weights, str) else ""
@@ -144,13 +169,17 @@ def plan_merge(settings: MergeExperts, source: Source, console: Console) -> Plan
     if by_gates:
         weights: Weights | None = measured_gates(source, settings.routing, task, console)
     elif given.endswith(".json"):
-        weights = read_weights(given, source.experts)
+        weights = read_weights(given, source.experts, settings.method, settings.options)
     else:
         weights = parse_weights(settings.weights, names)
+    if weights is None and len(names) > 1:
+        gates = {name: gate for name, gate in source.gates.items() if name not in source.shared}
+        check_own_weights(gates, find_method(settings.method).weights, console)
     rules = [replace(rule, weights=parse_weights(rule.weights, names)) for rule in settings.sites]
     own = {name: getattr(settings, name) for name in ("method", "options", "rank", "space", "metric", "norm")}
-    if source.shared:
-        console.print(f"added to what the others merge to: {', '.join(source.shared)}", soft_wrap=True)
+    by_name = weights if weights is not None else {}
+    if added := [name for name in source.shared if by_name.get(name) != 0]:
+        console.print(f"added to what the others merge to: {', '.join(added)}", soft_wrap=True)
     return make_plan(source.experts, weights=weights, rules=rules, added=source.shared, **own)
 
 
@@ -159,7 +188,7 @@ def measured_gates(source: Source, routing: str | None, task: str | None, consol
     if routing is None and source.step is None:
         raise ValueError("weights: gates need run=, or routing= with a report of eval.py")
     file = Path(routing) if routing else routing_file(source.step or Path())
-    gates, line = gates_of(read_routing(file, source.step), source.experts, task)
+    gates, line = gates_of(read_routing(file, source.step), source.experts, task, source.folded)
     console.print(line, soft_wrap=True)
     return gates
 
@@ -192,9 +221,10 @@ def warn_of_few_tokens(plan: Plan, console: Console) -> None:
             unknown = width if job.space == "rows" else min(width, sum(expert.ranks[site] for expert in here))
             for expert in here:
                 if (tokens := expert.moments(site).tokens) < unknown:
-                    few.append(f"{expert.name} has {tokens} tokens for {unknown} unknowns at {site}")
+                    decides = "the ridge decides" if job.options.get("ridge", 0) else "nothing decides (ridge=0)"
+                    few.append(f"{expert.name} has {tokens} tokens for {unknown} unknowns at {site}; {decides} there")
     if few:
-        line = f"warning: {few[0]}; the ridge decides there"
+        line = f"warning: {few[0]}"
         console.print(line + (f", and at {len(few) - 1} others" if few[1:] else ""), soft_wrap=True)
 
 

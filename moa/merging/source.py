@@ -14,10 +14,11 @@ from moa.experts.kinds import KINDS
 from moa.files.checkpoint_files import local_base
 from moa.files.peft import STATISTICS_FILE
 from moa.files.peft_config import NO_LORA
-from moa.merging.adapters import Expert, adapter_folders, open_adapters
+from moa.merging.adapters import Expert, adapter_folders, open_adapters, sum_of
 from moa.merging.checkpoints.parts import read_parts
 from moa.parts import PARTS
-from moa.statistics.stored import read_statistics
+from moa.routing.roles import LEFT_OVER, WITH
+from moa.statistics.stored import read_statistics, share_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +34,24 @@ class Source:
     projector: dict[str, Tensor] = field(default_factory=dict)  # trained; empty: the base's own
     beside: list[str] = field(default_factory=list)  # a line for each part that is not merged
     added: Collection[str] = ()  # experts that are not merged, beside those that their run has always on
+    folded: frozenset[str] = frozenset()  # experts that became one with another, see `fold_pairs`
+
+    @property
+    def gates(self) -> dict[str, str]:
+        """Of the experts that are of the run of the config: experts.NAME.gate."""
+        known = self.config.experts if self.config else {}
+        return {e.name: known[e.name].gate for e in self.experts if e.name in known}
 
     @property
     def shared(self) -> list[str]:
         """The experts that are added to what the others merge to: by the settings, and what their run has always on."""
-        known = self.config.experts if self.config else {}
-        always = [name for name, expert in known.items() if expert.gate == "always"]
-        return [e.name for e in self.experts if e.name in always or e.name in self.added]
+        return [e.name for e in self.experts if self.gates.get(e.name) == "always" or e.name in self.added]
+
+    @property
+    def pairs(self) -> dict[str, str]:
+        """Expert -> the one whose gate it has, where both are here."""
+        found = {n: gate.removeprefix(WITH) for n, gate in self.gates.items() if gate.startswith(WITH)}
+        return {name: other for name, other in found.items() if other in self.gates and name not in self.added}
 
     def base(self) -> Path:
         """The base's folder; ValueError, with the way out, where none is named or it is not here."""
@@ -84,20 +96,31 @@ def open_run(run: str | Path, base: str | None = None, *, to_merge: bool = True)
 
 
 def with_statistics(source: Source, *, routed_alone: bool = False) -> Source:
-    """With the statistics of each expert's inputs; ValueError where a folder has none, or those of other weights.
+    """With the statistics of each expert's inputs; ValueError where a folder has none, or those of other weights, and
+    where two are of another `answer_share`.
 
     Those of an expert that is always on may be missing, as it is not merged, or are not wanted.
     """
-    experts = []
+    experts, shares = [], dict[str, str]()
     for expert, folder in zip(source.experts, source.folders, strict=True):
         if expert.name in source.shared and (routed_alone or not (folder / STATISTICS_FILE).is_file()):
             experts.append(expert)
             continue
+        if source.gates.get(expert.name) in LEFT_OVER and not (folder / STATISTICS_FILE).is_file():
+            raise ValueError(
+                f"experts.{expert.name}.gate={source.gates[expert.name]}: the expert has the gate 0 on every sample of "
+                "another, so that no statistics of its inputs are written; choose a method that reads none"
+            )
         step = folder.resolve().parent.parent
         known = (step / CONFIG).is_file()
         way_out = f"python -m scripts.statistics run={run_of(step) if known else 'RUN'} writes it"
         way_out += "" if known else ", where it was trained"
         experts.append(replace(expert, inputs=read_statistics(folder, way_out)))
+        if share := share_of(folder):  # unknown in an older file
+            shares[share] = expert.name
+    if len(shares) > 1:
+        found = ", ".join(f"{share} in {name}" for share, name in shares.items())
+        raise ValueError(f"answer_share: statistics weigh tokens unlike, by {found}; write all of them with one share")
     return replace(source, experts=experts)
 
 
@@ -110,6 +133,18 @@ def with_known_statistics(source: Source) -> Source:
         except ValueError as error:
             note(f"warning: the report has no crosstalk: {error}")
     return source
+
+
+def fold_pairs(source: Source) -> Source:
+    """With one expert in place of each and those that have its gate: the sum of their updates."""
+    pairs, named = source.pairs, {expert.name: expert for expert in source.experts}
+    kept = [place for place, name in enumerate(named) if name not in pairs]
+    experts = [source.experts[place] for place in kept]
+    for place, expert in enumerate(experts):
+        if own := [named[name] for name, other in pairs.items() if other == expert.name]:
+            experts[place] = sum_of(expert, own)
+    folders = [source.folders[place] for place in kept]
+    return replace(source, experts=experts, folders=folders, folded=frozenset(pairs))
 
 
 def open_folders(adapters: Sequence[str], base: str | None = None, projector: str | None = None) -> Source:

@@ -32,11 +32,14 @@ def parse_weights(raw: Any, names: Sequence[str]) -> dict[str, Any] | None:
     return dict(raw)
 
 
-def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
+def read_weights(
+    file: str | Path, experts: Sequence[Expert], method: str | None = None, options: Mapping[str, Any] | None = None
+) -> Weights:
     """The weights of a file that scripts.learn_weights wrote: by expert, or by site and expert.
 
     Raises ValueError, naming the file and the key, for another kind of file, for weights that were learned with other
-    experts, sites or values of the experts, and for a value that is not a finite number.
+    experts, sites or values of the experts, or for another `method` than the merge's or other `options` of it, and for
+    a value that is not a finite number.
     """
     file = Path(file)
     if not file.is_file():
@@ -48,6 +51,14 @@ def read_weights(file: str | Path, experts: Sequence[Expert]) -> Weights:
     if not isinstance(record, dict) or not isinstance(record.get("weights"), dict):
         raise ValueError(f"weights: {file} has no key `weights` with a mapping")
     check_digests(record.get("experts"), experts, file)
+    made, given = record.get("merge"), {"method": method, "options": options or {}}
+    if (
+        method is not None
+        and isinstance(made, dict)
+        and not all(made.get(key, own) == own for key, own in given.items())
+    ):
+        wanted = f"method={made.get('method')}" + (f" options={made['options']}" if made.get("options") else "")
+        raise ValueError(f"weights: {file} was learned for {wanted}; give this too, or the numbers by weights={{...}}")
     where, sites = f"{file}: weights", all_sites(experts)
     for key, value in record["weights"].items():
         if isinstance(value, dict) and key not in sites:
@@ -71,8 +82,12 @@ def digest(expert: Expert) -> str:
     return peft_io.digest(expert.config, expert.ranks, expert.read)
 
 
-def gates_of(report: dict[str, Any], experts: Sequence[Expert], task: str | None) -> tuple[Weights, str]:
+def gates_of(
+    report: dict[str, Any], experts: Sequence[Expert], task: str | None, folded: Collection[str] = ()
+) -> tuple[Weights, str]:
     """Mean gates of all trained tasks, or of one, of a report of `read_routing`, by site where it has them so; a line.
+
+    Those of `folded` experts are left out: each is those of another.
 
     Raises ValueError for a task that was not evaluated, and for a report of other experts or sites.
     """
@@ -87,20 +102,20 @@ def gates_of(report: dict[str, Any], experts: Sequence[Expert], task: str | None
     counts = ", ".join(f"{task} ({report['samples_per_task'][task]} samples)" for task in tasks)
     line = f"weights: the mean gates of {counts}, measured on {report.get('checkpoint')}"
     names = [expert.name for expert in experts]
-    if sorted(report["experts"]) != sorted(names):
+    if sorted(report["experts"]) != sorted([*names, *folded]):
         raise ValueError(f"weights: the gates are of {report['experts']}, the experts are {names}")
+
+    def mean(rows: Sequence[Sequence[float]]) -> dict[str, float]:
+        columns = zip(report["experts"], zip(*rows, strict=True), strict=True)
+        return {name: sum(column) / len(rows) for name, column in columns if name not in folded}
+
     if "per_site" not in report:
-        return dict(zip(report["experts"], _mean([report["per_task"][name] for name in tasks]), strict=True)), line
+        return mean([report["per_task"][name] for name in tasks]), line
     stacks = [dict(zip(report["sites"], report["per_site"][n], strict=True)) for n in tasks]
     sites = all_sites(experts)
     if lacking := [site for site in sites if site not in stacks[0]]:
         raise ValueError(f"weights: the gates have no site {lacking[0]}")
-    means = {site: _mean([stack[site] for stack in stacks]) for site in sites}
-    return {s: dict(zip(report["experts"], m, strict=True)) for s, m in means.items()}, line
-
-
-def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    return {site: mean([stack[site] for stack in stacks]) for site in sites}, line
 
 
 def weight_table(

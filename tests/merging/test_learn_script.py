@@ -74,7 +74,7 @@ SLOW = ("adamerging steps=2", "enmp budget=3", "lorahub budget=4 merge=ties", "g
 @pytest.mark.parametrize(
     "method", ["lora_soups steps=2", *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW)]
 )
-def test_what_is_learned_is_read_by_the_merge(world, tmp_path, method):
+def test_what_is_learned_is_read_by_the_merge(world, tmp_path, capsys, method):
     out = tmp_path / "w.json"
     script.main([f"run={world}/A", f"out={out}", "num_samples=2", *f"method={method}".split()])
     record = json.loads(out.read_text())
@@ -82,7 +82,11 @@ def test_what_is_learned_is_read_by_the_merge(world, tmp_path, method):
     assert set(record["score"]) == {"metric", "before", "after"}
     adapters = f"adapters=[{world}/A/checkpoints/step-000001/experts/*]"
     merged = tmp_path / "merged"
-    merge_script.main([f"weights={out}", adapters, "verify=false", "fidelity=false", f"out={merged}"])
+    options = [f"weights={out}", adapters, "verify=false", "fidelity=false", f"out={merged}"]
+    if "merge=ties" in method:
+        assert f"{out} was learned for method=ties; give this too" in refused(capsys, merge_script.main, *options)
+        options.append("method=ties")
+    merge_script.main(options)
     kept = json.loads((merged / "merge_report.json").read_text())["sites"]
     for site, row in kept.items():
         wanted = record["weights"].get(site, record["weights"])

@@ -18,6 +18,7 @@ from moa.build import build_model
 from moa.checkpoint import TrainState, save_checkpoint, weights_fingerprint
 from moa.config import ExpertConfig, ModelConfig, RouterConfig, RunConfig
 from moa.files.peft import site_keys
+from moa.merging.adapters import expert_from_folder
 from moa.merging.export import verify as verifying
 from moa.merging.export.probe import outputs_of
 from moa.merging.settings import COMMANDS, load_command
@@ -43,11 +44,11 @@ def world(tmp_path_factory):
     return folder
 
 
-def make_run(run, base, router):
-    """A trained run as training leaves it, with a routing report as evaluation does."""
+def make_run(run, base, router, **more):
+    """A trained run as training leaves it, with a routing report as evaluation does; `more` experts go with vqa."""
     config = RunConfig(
         model=ModelConfig(name=str(base), targets=TARGETS),
-        experts={name: ExpertConfig(rank=2, alpha=4.0) for name in ("vqa", "caption")},
+        experts={name: ExpertConfig(rank=2, alpha=4.0) for name in ("vqa", "caption")} | more,
         router=router,
         data=DataConfig(
             validation={"scenes": SourceConfig(name="scenes", split="validation", task="vqa", num_samples=4)}
@@ -62,7 +63,7 @@ def make_run(run, base, router):
     (run / "eval").mkdir()
     report = {
         "weights": weights_fingerprint(step),
-        "experts": ["vqa", "caption"],
+        "experts": [*config.experts],
         "sites": list(model.bank.sites),
         "mean_gates": [0.75, 0.25],
         "mean_over": ["vqa", "caption"],
@@ -70,6 +71,7 @@ def make_run(run, base, router):
         "samples_per_task": {"vqa": 9, "caption": 8, "count": 7},
         "per_task": {"vqa": [0.9, 0.1], "caption": [0.6, 0.4], "count": [0.5, 0.5]},
     }
+    report["per_task"] = {task: [*row, *row[:1] * len(more)] for task, row in report["per_task"].items()}
     (run / "eval" / "routing.json").write_text(json.dumps(report))
 
 
@@ -107,6 +109,40 @@ def test_two_folders_become_one_adapter(world, tmp_path):
     assert report["comparisons"]["live_mixture"]["max_abs_logit_diff"] < 1e-5
     kept = json.loads((out / "merge_report.json").read_text())
     assert set(kept["total"]["experts"]) == {"one", "two"} and kept["total"]["energy_kept"] == 1
+
+
+@pytest.mark.slow
+def test_an_expert_with_the_gate_of_another_is_one_expert_with_it(world, tmp_path, same_process):
+    run, out = tmp_path / "run", tmp_path / "out"
+    make_run(run, world / "base", RouterConfig(), pair=ExpertConfig(rank=3, alpha=9.0, gate="with:vqa"))
+    experts = {n: expert_from_folder(run / "checkpoints/step-000001/experts" / n) for n in ("vqa", "caption", "pair")}
+
+    def merged(*options):
+        script.main([f"run={run}", "fidelity=false", *options, f"out={out}"])
+        written = expert_from_folder(out)
+        found = {site: multiply(written, site) for site in written.ranks}
+        shutil.rmtree(out)
+        return found
+
+    def multiply(expert, site):
+        lora_a, lora_b = expert.factors(site, torch.float64)
+        return lora_b @ lora_a
+
+    for gates, (pair, other) in {("weights=gates", "verify=false"): (0.75, 0.25), (): (0.5, 0.5)}.items():
+        for site, update in merged(*gates).items():
+            vqa, caption, more = (multiply(expert, site) for expert in experts.values())
+            torch.testing.assert_close(update, pair * (vqa + more) + other * caption, rtol=1e-4, atol=1e-5)
+    apart = merged("weights={vqa: 1, caption: 0, pair: 0}", "verify=false")
+    for site, update in apart.items():
+        torch.testing.assert_close(update, multiply(experts["vqa"], site), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_share_that_the_router_decides_needs_weights(world, tmp_path, capsys):
+    make_run(tmp_path / "run", world / "base", RouterConfig(), common=ExpertConfig(rank=2, gate="confidence"))
+    options = [f"run={tmp_path / 'run'}", "method=ties", "verify=false", "fidelity=false", f"out={tmp_path / 'out'}"]
+    assert "weights: experts.common.gate=confidence is a share that the router decides" in refused(capsys, *options)
+    script.main([*options, "weights=gates"])
 
 
 @pytest.mark.slow
