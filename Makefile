@@ -51,6 +51,7 @@ check: lint  ## and the fast tests
 bench: setup  ## every speed and memory figure, its tables and charts: results/benchmarks.md; half an hour on one core
 	$(BENCH).mixture
 	$(BENCH).mixture size=slice7b rank=8 rounds=3
+	$(BENCH).mechanisms
 	$(BENCH).precision
 	$(BENCH).growth
 	$(BENCH).generation experts=[4,8,16]

@@ -39,6 +39,11 @@ def mixture(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     yield "MiB kept for the backward pass:", transposed(kept)
 
 
+def mechanisms(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
+    for count, table in found["over_lora"].items():
+        yield f"{count} experts, a step over one LoRA by PEFT of their total rank:", table
+
+
 def generation(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
     for count, batches in found["tokens_over_merged"].items():
         yield f"{count} experts, tokens/s over those of the merged model, by batch:", transposed(batches)
@@ -59,6 +64,7 @@ def every_number(found: Mapping[str, Any]) -> Iterator[tuple[str, Table]]:
 # File -> title and tables
 SECTIONS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Iterator[tuple[str, Table]]]]] = {
     **{f"mixture_{size}": (f"Training: {title}", mixture) for size, title in SIZES.items()},
+    "mechanisms_small": ("What each mechanism costs", mechanisms),
     "generation": ("Generation", generation),
     "precision_small": ("bf16, recomputation, kept factors", every_number),
     "data": ("Reading data", every_number),
