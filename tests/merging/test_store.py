@@ -139,7 +139,7 @@ def test_the_method_is_chosen_by_what_is_known():
 @pytest.mark.slow
 def test_an_expert_comes_out_as_it_went_in_and_its_record_holds_what_was_measured(world):
     place, step = open_place(f"{world}/store"), step_folder(world / "skills")
-    assert place.names == sorted(SKILLS)
+    assert [*place.versions] == sorted(SKILLS)
     found = {name: place.get(name) for name in SKILLS}
     for name, (entry, folder) in found.items():
         for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -171,16 +171,16 @@ def test_versions_are_kept_and_the_same_content_is_one(world, tmp_path, capsys):
     script.main(publish)
     script.main(publish)
     place = open_place(str(tmp_path / "store"))
-    [first] = place.versions("caption")
+    [first] = place.versions["caption"]
     assert place.get("caption")[0].license == {"license": "mit"}
     shutil.copytree(toxic, two / "caption")
     assert "has other weights of this name" in refused(capsys, "publish", store, f"adapters=[{two}/caption]")
     script.main(["publish", store, f"adapters=[{two}/caption]", "update=true"])
-    assert place.versions("caption")[0] == first != place.versions("caption")[1]
+    assert place.versions["caption"][0] == first != place.versions["caption"][1]
     assert place.get(f"caption@{first[:6]}")[0].digest != place.get("caption")[0].digest
     capsys.readouterr()
     script.main(["show", "caption", store])
-    assert f"versions: {', '.join(place.versions('caption'))}" in capsys.readouterr().out
+    assert f"versions: {', '.join(place.versions['caption'])}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -51,21 +51,18 @@ class Place:
     repository: str | None = None
 
     @property
-    def names(self) -> list[str]:
-        return sorted(p.name for p in (self.folder / NAMES).glob("*") if re.fullmatch(NAME, p.name))
-
-    def versions(self, name: str) -> list[str]:
-        """Of a name, the current one last; none of an unknown name."""
-        text = (self.folder / NAMES / name).read_text() if name in self.names else ""
-        return [line for line in text.split() if re.fullmatch(VERSION, line)]
+    def versions(self) -> dict[str, list[str]]:
+        """By name, the current one last."""
+        files = (file for file in sorted((self.folder / NAMES).glob("*")) if re.fullmatch(NAME, file.name))
+        return {file.name: re.findall(rf"^{VERSION}$", file.read_text(), re.M) for file in files}
 
     def get(self, term: str | None) -> tuple[Entry, Path]:
         """Record and PEFT folder of NAME or NAME@VERSION; ValueError for an unknown one, and for a torn file."""
         name, _, wanted = (term or "").partition("@")
-        known = self.versions(name)
+        known = self.versions.get(name, [])
         found = [version for version in known if version.startswith(wanted)] if wanted else known[-1:]
         if len(found) != 1:
-            choices = [f"{name}@{version}" for version in known] or self.names
+            choices = [f"{name}@{version}" for version in known] or [*self.versions]
             raise ValueError(f"{term or 'name'}: names no expert; choices: {', '.join(choices) or 'none yet'}")
         target, here = f"{OBJECTS}/{found[0]}/{name}", self.folder
         if self.repository is not None:
@@ -79,8 +76,8 @@ class Place:
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
         """Version and record of each name's current version; a note for one that is not readable."""
-        for name in self.names:
-            for version in self.versions(name)[-1:]:
+        for name, known in self.versions.items():
+            for version in known[-1:]:
                 try:
                     yield version, read_entry(self.folder / OBJECTS / version / name)
                 except ValueError as error:
@@ -90,7 +87,7 @@ class Place:
         """Store a folder as the current version of a name, whole or not at all; the version."""
         write_json(built / MANIFEST, manifest_of(built, later=()))
         version = version_of(built)
-        lines = "".join(f"{line}\n" for line in (*(v for v in self.versions(name) if v != version), version))
+        lines = "".join(f"{line}\n" for line in (*(v for v in self.versions.get(name, []) if v != version), version))
         target = f"{OBJECTS}/{version}/{name}"
         if self.repository is None:
             with atomic_folder(self.folder / target) as folder:

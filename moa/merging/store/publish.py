@@ -52,7 +52,7 @@ def publish(settings: StoreConfig, console: Console) -> None:
             source.experts[0].read(site)  # refuses values that are not finite
     place = open_place(settings.store, create=True)
     for name, source in zip(names, sources, strict=True):
-        known = place.versions(name)
+        known = place.versions.get(name)
         if known and not settings.update and place.get(name)[0].digest != digest(source.experts[0]):
             raise ValueError(f"{name}: the store has other weights of this name, version {known[-1]}; update=true "
                              "stores these as its next version, name=OTHER beside it")  # fmt: skip
@@ -67,42 +67,35 @@ def publish(settings: StoreConfig, console: Console) -> None:
 def store_one(place: Place, name: str, source: Source, license_: str | None) -> tuple[str, Entry]:
     """Put an expert in the store with all that is known of it; its version and record."""
     [expert], [origin] = source.experts, source.folders
+    base = expert.config.get("base_model_name_or_path") or None
+    data, samples = trained_on(source), None
+    if expert.inputs is not None:
+        with safe_open(origin / STATISTICS_FILE, framework="pt") as handle:
+            samples = int(handle.metadata()["num_samples"])
     with tempfile.TemporaryDirectory() as temporary:
         built = Path(temporary) / name
         built.mkdir()
         for file in (CONFIG_FILE, WEIGHTS_FILE, *([STATISTICS_FILE] if expert.inputs else [])):
             shutil.copyfile(origin / file, built / file)
-        anchors = write_anchors(built / ANCHORS_FILE, source)
-        entry = describe(place, name, source, license_, anchors)
+        entry = Entry(
+            name=name,
+            digest=digest(expert),
+            base=base,
+            base_fingerprint=expert.base_fingerprint,
+            rank=max(expert.ranks.values()),
+            num_sites=len(expert.ranks),
+            tasks=list(dict.fromkeys(s.task for s in data if s.task)),
+            data=[{"name": s.name, "task": s.task, "split": s.split, "from": s.path or s.format} for s in data],
+            license={"license": license_} if license_ else license_of(base),
+            statistics=samples,
+            anchors=write_anchors(built / ANCHORS_FILE, source),
+            scores=list(scores_alone(source.step, expert.name)) if source.step else [],
+            mixes=list(mixing(place, name, expert)),
+            beside=source.beside,
+        )
         write_json(built / RECORD, asdict(entry))
         write_file(built / CARD, card_of(entry, source))
         return place.put(name, built), entry
-
-
-def describe(place: Place, name: str, source: Source, license_: str | None, anchors: list[str]) -> Entry:
-    [expert], [folder] = source.experts, source.folders
-    base = expert.config.get("base_model_name_or_path") or None
-    data = trained_on(source)
-    samples = None
-    if expert.inputs is not None:
-        with safe_open(folder / STATISTICS_FILE, framework="pt") as handle:
-            samples = int(handle.metadata()["num_samples"])
-    return Entry(
-        name=name,
-        digest=digest(expert),
-        base=base,
-        base_fingerprint=expert.base_fingerprint,
-        rank=max(expert.ranks.values()),
-        num_sites=len(expert.ranks),
-        tasks=list(dict.fromkeys(s.task for s in data if s.task)),
-        data=[{"name": s.name, "task": s.task, "split": s.split, "from": s.path or s.format} for s in data],
-        license={"license": license_} if license_ else license_of(base),
-        statistics=samples,
-        anchors=anchors,
-        scores=list(scores_alone(source.step, expert.name)) if source.step else [],
-        mixes=list(mixing(place, name, expert)),
-        beside=source.beside,
-    )
 
 
 def trained_on(source: Source) -> list[SourceConfig]:

@@ -29,4 +29,4 @@ def show(settings: StoreConfig, console: Console) -> None:
     place = open_place(settings.store)
     entry, folder = place.get(settings.name)
     console.print((folder / CARD).read_text(), soft_wrap=True, highlight=False, markup=False)
-    console.print(f"versions: {', '.join(place.versions(entry.name))}\nfolder: {folder}", soft_wrap=True)
+    console.print(f"versions: {', '.join(place.versions[entry.name])}\nfolder: {folder}", soft_wrap=True)
