@@ -275,19 +275,17 @@ class ExpertBank:
                     self.factor((name, site, factor)).requires_grad_(factor in factors)
 
     @torch.no_grad()
-    def keep_largest(self, name: str, share: float | None) -> None:
+    def keep_largest(self, name: str, share: float | None) -> bool:
         """Let an expert's B have 0 everywhere but at its largest numbers, this share of those of all its layers, which
         alone learn from now on (LoRI-S, arXiv 2504.07448, section 3.2); None: all learn.
 
-        Again it changes nothing: what it left is all that is not 0. ValueError for a B of zeros.
+        Again it changes nothing: what it left is all that is not 0. Returns whether anything may learn: of a B of zeros
+        nothing is larger, and all stays 0.
         """
         factors = {site: self.factor((name, site, "B")) for site in self._spec(name).sites}
-        if share is None:
-            masks = dict.fromkeys(factors)
-        else:
+        masks: dict[str, Tensor | None] = dict.fromkeys(factors)
+        if share is not None:
             sizes = torch.cat([b.abs().flatten() for b in factors.values()])
-            if not sizes.any():
-                raise ValueError(f"lora_B of {name} is zero, so that no number is larger than others; train it before")
             kept = torch.zeros_like(sizes).scatter(0, sizes.topk(round(share * len(sizes))).indices, 1.0) * (sizes > 0)
             parts = kept.split([b.numel() for b in factors.values()])
             masks = {site: own.view_as(b) for (site, b), own in zip(factors.items(), parts, strict=True)}
@@ -295,6 +293,7 @@ class ExpertBank:
             mask = masks[site]
             self.sites[site].mask_b(name, mask)
             b.copy_(b if mask is None else b * mask)
+        return share is None or any(bool(b.any()) for b in factors.values())
 
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Those of frozen experts with the gates of their ranks, factors that an expert does not train, the starts."""

@@ -161,20 +161,17 @@ class BankRouter(KeepsPrecision):
     `banks` are the evidence of each choice's bank; the other options are those of `Router`.
     """
 
-    def __init__(
-        self, *, experts: int, banks: Sequence[Sequence[str]], evidence: Sequence[str], **options: Any
-    ) -> None:
+    def __init__(self, *, banks: Sequence[Sequence[str]], evidence: Sequence[str], **options: Any) -> None:
         super().__init__()
         self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
         numbers = bank_numbers(banks)
-        self.order = sorted(range(experts), key=lambda choice: numbers[choice])
-        each = [[choice for choice in self.order if numbers[choice] == number] for number in range(max(numbers) + 1)]
-        made = [Router(experts=len(own), evidence=banks[own[0]], **options) for own in each]
-        self.routers = nn.ModuleList(made)
+        self.places = [(bank, numbers[:choice].count(bank)) for choice, bank in enumerate(numbers)]
+        own = [{"experts": numbers.count(bank), "evidence": banks[numbers.index(bank)]} for bank in sorted({*numbers})]
+        self.routers = nn.ModuleList(Router(**options | its) for its in own)
 
     def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch 1 choice"]:
-        logits = torch.cat([router(evidence, withhold) for router in self.routers], dim=-1)
-        return logits[..., [self.order.index(choice) for choice in range(len(self.order))]]
+        each = [router(evidence, withhold) for router in self.routers]
+        return torch.stack([each[bank][..., place] for bank, place in self.places], dim=-1)
 
 
 def bank_numbers(banks: Sequence[Sequence[str]]) -> list[int]:

@@ -105,7 +105,7 @@ class Run:
         resumed = state if self.stage_step > 0 else None
         with whole(self.model, config, write=True):
             lines = start_weights(self.model, config, stage) if resumed is None else []
-            keep_largest(self.model, stage)
+            lines += keep_largest(self.model, stage)
         if resumed is None:
             self.best = []
         for line in lines:

@@ -97,14 +97,15 @@ def copy_expert(model: MixtureModel, stage: StageConfig) -> list[str]:
     return [f"experts {', '.join(copies)} as copies of {name}"]
 
 
-def keep_largest(model: MixtureModel, stage: StageConfig) -> None:
-    """Before the first step of a stage and where it is resumed: what of lora_B its experts learn, see `kept_b`."""
+def keep_largest(model: MixtureModel, stage: StageConfig) -> list[str]:
+    """Before the first step of a stage and where it is resumed: what of lora_B its experts learn, see `kept_b`; a line
+    for one that nothing trained before."""
+    lines = []
     for name, spec in model.bank.experts.items():
         learns = not spec.frozen and name in (stage.only or model.bank.names)
-        try:
-            model.bank.keep_largest(name, stage.kept_b if learns else None)
-        except ValueError as error:
-            raise ValueError(f"stages.{stage.name}.kept_b: {error}") from None
+        if not model.bank.keep_largest(name, stage.kept_b if learns else None):
+            lines.append(f"expert {name} as nothing: its lora_B is zero, of which kept_b keeps nothing that learns")
+    return lines
 
 
 def crosstalk_sites(model: MixtureModel, losses: LossConfig) -> frozenset[str]:

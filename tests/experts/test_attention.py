@@ -10,9 +10,9 @@ from moa.parts import PARTS
 from tests.experts.test_adapter import MLP
 from tests.support.families import tiny_family
 from tests.support.tiny import tiny_batch
-from tests.support.toy import read_log, toy_config
+from tests.support.toy import toy_config
 from tests.test_model import rows
-from tests.test_train import run_killed, run_once
+from tests.test_train import run_once
 
 LORA = {"vqa": {"rank": 2, "alpha": 4}, "grounding": {"rank": 3, "alpha": 3}}
 ADAPTERS = {
@@ -73,19 +73,6 @@ def test_tokens_attend_to_answers_as_a_loop_does_and_samples_do_not_know_each_ot
     assert torch.equal(cached, uncached)
 
 
-@pytest.mark.slow
-def test_a_run_learns_to_attend_to_frozen_adapters_and_resumes_exactly(tmp_path, monkeypatch):
-    stages = {"experts": {"steps": 2, "lr": {"experts": 0.05}}, "router": {"steps": 3, "lr": {"router": 0.05}}}
-    changes = {"experts": ADAPTERS, "stages": stages, "train__save_every": 1, **ROUTER}
-    whole = toy_config(tmp_path, out=str(tmp_path / "whole"), **changes)
-    broken = toy_config(tmp_path, out=str(tmp_path / "broken"), **changes)
-    run_once(whole)
-    run_killed(broken, 3, monkeypatch)
-    assert read_log(broken.out) == read_log(whole.out)
-    first, learned = build_model(whole).bank.site_routers(), load_model(whole.out)[0].bank.site_routers()
-    assert learned.keys() == first.keys() and all((learned[key] != first[key]).any() for key in first)
-
-
 BANKS = {
     **{name: {**own, "bank": ["image"]} for name, own in LORA.items()},
     **{f"{name}_asked": {**own, "bank": ["text"]} for name, own in LORA.items()},
@@ -134,30 +121,39 @@ def test_samples_choose_in_each_bank_by_its_evidence_and_tokens_weigh_the_banks_
     assert torch.equal(cached, uncached)
 
 
+LATE = {"steps": 1, "lr": {"experts": 0.05, "router": 0.05}}
+
+
 @pytest.mark.slow
-def test_a_run_with_two_banks_recomputes_activations_and_is_loaded_as_it_was_trained(tmp_path):
-    stages = {"joint": {"steps": 2, "lr": {"experts": 0.05, "router": 0.05}}}
-    changes = {"experts": BANKS, "stages": stages, **TWO_BANKS, **TOP_1, **UNGUIDED}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"experts": ADAPTERS, **ROUTER, "stages": {"experts": {**LATE, "steps": 2}, "router": LATE}},
+        {"experts": BANKS, **TWO_BANKS, **TOP_1, **UNGUIDED, "stages": {"joint": {**LATE, "steps": 2}}},
+    ],
+    ids=["adapters", "banks"],
+)
+def test_a_run_recomputes_activations_and_is_loaded_as_it_was_trained(tmp_path, changes):
     config = toy_config(tmp_path, train__gradient_checkpointing=True, **changes)
     run_once(config)
-    fresh, loaded = build_model(config).eval(), load_model(config.out)[0].eval()
-    before, after = (PARTS["router"].state(model) for model in (fresh, loaded))
-    assert before.keys() == after.keys() and any("routers.1.head.3.weight" in key for key in after)
-    assert all((after[key] != before[key]).any() for key in after if "head.3" in key)
+    fresh, loaded = (PARTS["router"].state(model) for model in (build_model(config), load_model(config.out)[0]))
+    assert fresh.keys() == loaded.keys() and any("token_key" in key for key in loaded)
+    learned = [key for key in loaded if "token_" in key or "head.3" in key]
+    assert all((loaded[key] != fresh[key]).any() for key in learned)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+@pytest.mark.slow
+def test_banks_that_cannot_work_are_refused_by_their_key(tmp_path):
+    plain = {"experts": BANKS, **TWO_BANKS, **UNGUIDED}
+    toy_config(tmp_path, **plain)
+    for changes, message in (
         ({"router__granularity": "token"}, "experts.vqa.bank: and router.granularity=both"),
         ({"experts__vqa__bank": None}, "experts.grounding.bank: is for all routed experts"),
         ({"router__evidence": ["image", "text", "ocr"]}, "router.evidence: must be what the banks read"),
         ({"router__kind": "top_k", "router__top_k": 3}, "router.top_k: is 3, and the smallest bank has 2"),
         ({"losses__guidance": 1}, "losses.guidance: must be 0 with banks"),
         ({"experts__vqa__targets": [r".*layers\.0\.mlp.*"]}, "experts.vqa.targets: must be the same"),
-    ],
-)
-def test_banks_that_cannot_work_are_refused_by_their_key(tmp_path, changes, message):
-    with pytest.raises(ValueError) as caught:
-        toy_config(tmp_path, **{"experts": {k: dict(v) for k, v in BANKS.items()}, **TWO_BANKS, **UNGUIDED, **changes})
-    assert message in str(caught.value)
+    ):
+        with pytest.raises(ValueError) as caught:
+            toy_config(tmp_path, **plain | changes)
+        assert message in str(caught.value)
