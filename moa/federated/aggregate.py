@@ -25,6 +25,7 @@ from moa.federated.privacy import Privacy
 
 Tensors = Mapping[str, Tensor]
 ByRole = Mapping[str, Sequence[Piece]]
+SCAFFOLD = rules.SCAFFOLD
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 MERGE = "merge:"
 STREAMED = ("mean", "sum")
@@ -52,7 +53,8 @@ class Update:
     round: int
     base: str  # of the server's state that it trained from
     values: Tensors  # by piece, on the CPU
-    counts: Mapping[str, Mapping[str, float | int]]  # role -> samples_of_role, samples, answer_tokens, gate_mass
+    # role -> samples_of_role, samples, answer_tokens, gate_mass; with server=scaffold also `Piece.rates`
+    counts: Mapping[str, Mapping[str, float | int]]
     tasks: tuple[str, ...] = ()
     modalities: tuple[str, ...] = ()
     group: str = ""
@@ -119,6 +121,8 @@ def check_roles(roles: Sequence[Role], pieces: Sequence[Piece]) -> None:
             raise ValueError(f"{where}.weight: {role.rule} reads no weights; must be uniform, got {role.weight!r}")
         if role.server not in SERVERS:
             raise ValueError(f"{where}.server: must be one of {(*SERVERS,)}, got {role.server!r}")
+        if role.server == SCAFFOLD and (role.clients, role.rule, role.scope) != ("all", "mean", "global"):
+            raise ValueError(f"{where}.server: scaffold is of a mean over all clients: clients=all, scope=global")
         if is_paired(role) and role.server != "none":
             raise ValueError(f"{where}.server: {role.server} steps along a change; {role.rule} makes new factors")
         if (role.into != "") != (role.rule in FOLDING):
@@ -196,9 +200,10 @@ def carrying(role: Role, factor: Piece) -> str:
 class _Total:
     """The contributions to one role in one scope: a sum of each piece, or all values where the rule needs them."""
 
-    def __init__(self, role: Role, scope: str, pieces: Sequence[Piece], start: Tensors, private: Privacy | None):
-        self.role, self.scope, self.pieces = role, scope, pieces
-        self.start, self.private = start, private  # the values before, by piece
+    def __init__(self, role: Role, scope: str, pieces: Sequence[Piece], server: Server, private: Privacy | None):
+        self.role, self.scope, self.pieces, self.server, self.private = role, scope, pieces, server, private
+        self.start = _values(server, pieces, scope)  # the values before, by piece
+        self.changes: dict[str, Tensor] = {}  # of control variates, added up
         self.clients: list[str] = []
         self.weights: list[float] = []
         self.sums: dict[str, Tensor] = {}
@@ -212,6 +217,12 @@ class _Total:
         self.clients.append(update.client)
         self.weights.append(weight)
         own = self.of(update)
+        for piece in self.pieces if self.role.server == SCAFFOLD else ():
+            rates, start, end = update.counts[self.role.name][piece.rates], self.start[piece.name], own[piece.name]
+            change = self.changes.setdefault(piece.name, torch.zeros(piece.shape, dtype=torch.float64))
+            if rates and not torch.equal(start, end):
+                before = self.state(piece.name).get("c", 0)
+                change += rules.next_variate(start.double(), end.double(), before, 0, rates)
         if self.role.clip is not None:
             norm, largest = norm_of(own, self.start), self.role.clip
             if norm > self.role.clip:
@@ -225,6 +236,10 @@ class _Total:
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
             self.sums[name].add_(value, alpha=weight)
+
+    def state(self, piece: str) -> dict[str, Tensor]:
+        """Of the server's optimiser, in float64."""
+        return {k: value.double() for k, value in self.server.state.get(f"{self.scope}/{piece}", {}).items()}
 
     def ordered(self) -> tuple[list[dict[str, Tensor]], list[float]]:
         """Values and weights by the name of the client, whatever the order in which they came."""
@@ -250,22 +265,22 @@ class _Total:
             found |= {piece.name: part.view(piece.shape) for piece, part in zip(together, parts, strict=True)}
         return found
 
-    def finish(self, server: Server) -> tuple[dict[str, Tensor], dict[str, Tensors], dict[str, Tensor], RoleReport]:
+    def finish(self) -> tuple[dict[str, Tensor], dict[str, Tensors], dict[str, Tensor], RoleReport]:
         """The new values by piece, the optimiser's state, other tensors that changed, and the report."""
         state: dict[str, Tensors] = {}
         more: dict[str, Tensor] = {}
         facts: dict[str, float] = {}
         if is_paired(self.role):
-            values, more, facts = self.paired(server.tensors)
+            values, more, facts = self.paired(self.server.tensors)
         else:
             values = self.mean()
         for name, value in values.items():
             before = self.start[name]
             if self.role.server != "none":
-                key = f"{self.scope}/{name}"
-                own = {k: v.double() for k, v in server.state.get(key, {}).items()}
+                own = self.state(name) | ({"change": self.changes[name]} if name in self.changes else {})
                 step, own = SERVERS[self.role.server](value - before.double(), own, **self.role.server_options)
-                value, state[key] = before.double() + step, {k: v.to(before.dtype) for k, v in own.items()}
+                value = before.double() + step
+                state[f"{self.scope}/{name}"] = {k: v.to(before.dtype) for k, v in own.items()}
             values[name] = value.to(before.dtype)
         change = [float((values[n] - self.start[n]).double().square().sum()) for n in values]
         size = [float(self.start[n].double().square().sum()) for n in values]
@@ -361,8 +376,7 @@ def aggregate(
 
     def total_of(role: Role, scope: str) -> _Total:
         if (role.name, scope) not in totals:
-            own = by_role[role.name]
-            totals[role.name, scope] = _Total(role, scope, own, _values(server, own, scope), private)
+            totals[role.name, scope] = _Total(role, scope, by_role[role.name], server, private)
         return totals[role.name, scope]
 
     if private is not None:
@@ -393,7 +407,7 @@ def aggregate(
         if private is None and len(t.clients) < rules.least_clients(t.role.rule, t.role.options)
     }
     for name, scope in sorted(totals.keys() - few):
-        values, own_state, more, reports[name, scope] = totals.pop((name, scope)).finish(server)
+        values, own_state, more, reports[name, scope] = totals.pop((name, scope)).finish()
         tensors |= more
         state |= own_state
         if scope == GLOBAL:
@@ -440,6 +454,8 @@ def accept(
                 rule = "is kept local" if role.keep else f"is trained by {role.clients} alone"
                 raise ValueError(f"{name} {rule}")
             scope_of(role, update)
+            for count in {piece.rates for piece in by_role[name]} if role.server == SCAFFOLD else ():
+                _count(role, counts, count)
             accepted.append((role, weight))
     expected = {piece.name: piece for name in update.counts for piece in by_role[name]}
     if missing := sorted(expected.keys() - update.values.keys()):
@@ -465,11 +481,15 @@ def is_finite(value: Tensor) -> bool:
 
 def _weight(role: Role, counts: Mapping[str, float | int]) -> float:
     """Of a client in a role; 0 where it has no samples of it."""
-    measure = "samples_of_role" if role.weight == "uniform" else role.weight
+    found = _count(role, counts, "samples_of_role" if role.weight == "uniform" else role.weight)
+    return 1.0 if role.weight == "uniform" and found else found
+
+
+def _count(role: Role, counts: Mapping[str, float | int], measure: str) -> float:
     found = counts.get(measure, math.nan)
     if not (isinstance(found, int | float) and math.isfinite(found) and found >= 0):
         raise ValueError(f"{role.name} needs a count of {measure} that is 0 or more, got {counts.get(measure)}")
-    return 1.0 if role.weight == "uniform" and found else float(found)
+    return float(found)
 
 
 def _values(server: Server, pieces: Sequence[Piece], scope: str) -> dict[str, Tensor]:

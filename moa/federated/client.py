@@ -6,7 +6,7 @@ What a client may not train (moa/federated/assignment.py) gets no gradient there
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -25,6 +25,7 @@ from moa.config import RunConfig
 from moa.federated.assignment import Assignment, concerns, evidence_of
 from moa.federated.partition import Client, Row
 from moa.federated.pieces import Piece, Role
+from moa.federated.rules import SCAFFOLD, next_variate
 from moa.model import MixtureModel
 from moa.parts import trained_parts
 from moa.routing.router import AnchorRouter
@@ -173,6 +174,56 @@ def proximal(values: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
 TERMS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {"prox": proximal}
 
 
+# Its control variates ---------------------------------------------------------------------------------
+
+SERVER_VARIATE, OWN_VARIATE = "c of ", "c_k of "  # before the names of pieces: received, and kept here
+
+
+def with_variates(roles: Iterable[Role], pieces: Iterable[Piece]) -> list[Piece]:
+    """The pieces whose clients step along a control variate."""
+    chosen = {role.name for role in roles if role.server == SCAFFOLD}
+    return [piece for piece in pieces if piece.role in chosen]
+
+
+@dataclass(kw_only=True)
+class Drift:
+    """The control variates of what a client trains and sends: it steps along c - c_k too (SCAFFOLD, equation 3)."""
+
+    variates: Sequence[tuple[Piece, Tensor, Tensor]]  # of a piece c, and c_k
+    free: Tensors
+    rates: Counter[str] = field(default_factory=Counter)  # the sum of learning rates, by `Piece.rates`
+
+    def step(self, parameters: Tensors, metrics: Mapping[str, float]) -> None:
+        """Correct a step of the optimiser, at its rates."""
+        now = {f"rates of {key.removeprefix('lr/')}": rate for key, rate in metrics.items() if key.startswith("lr/")}
+        self.rates.update(now)
+        with torch.no_grad():
+            for piece, server, own in self.variates:
+                if piece.key in parameters:
+                    correction = (server - own) * piece.of(self.free).to(own.device)
+                    piece.of(parameters).sub_(now[piece.rates] * correction)
+
+    def next(self, start: Tensors, now: Tensors) -> dict[str, Tensor]:
+        """Every c_k after the round; that of a piece which did not move stays."""
+        found = {}
+        for piece, server, own in self.variates:
+            before, after, rates = piece.of(start), piece.of(now), self.rates[piece.rates]
+            moved = rates and not torch.equal(before, after)
+            own = next_variate(before, after, server, own, rates) if moved else own
+            found[f"{OWN_VARIATE}{piece.name}"] = own.cpu().clone()
+        return found
+
+
+def drift_of(received: Tensors, assignment: Assignment, pieces: Sequence[Piece], start: Tensors) -> Drift:
+    rows = []
+    for piece in with_variates(assignment.sends, pieces):
+        like = piece.of(start)
+        both = (received.get(f"{whose}{piece.name}") for whose in (SERVER_VARIATE, OWN_VARIATE))
+        server, own = (torch.zeros_like(like) if value is None else value.to(like) for value in both)
+        rows.append((piece, server, own))
+    return Drift(variates=rows, free=assignment.free)
+
+
 # A round ----------------------------------------------------------------------------------------------
 
 
@@ -216,6 +267,7 @@ def client_update(
     model, config, work = run.model, run.config, Work()
     receive(model, config, received, assignment.above)
     start = {key: tensor.clone() for key, tensor in tensors_of(model, config).items()}
+    drift = drift_of(received, assignment, pieces, start)
     routed = {n for n, g in zip(model.bank.names, model.routing.roles.gates, strict=True) if g == "routed"}
     counts: Counts = {role.name: defaultdict(float) for role in roles}
     while not run.done:
@@ -228,6 +280,8 @@ def client_update(
                 term = extra_loss(parameters, start, assignment, pieces, losses)
                 for micro_batches in run.steps():
                     result = train_step(trainer, micro_batches, run.stage_step, extra_loss=term)
+                    if result.problem is None:
+                        drift.step(parameters, result.metrics)
                     hold(model, config, start, assignment.free)
                     _log(run, result.metrics, result.problem, work, log)
                     for batch, _ in micro_batches:
@@ -245,6 +299,9 @@ def client_update(
     for names, values in ((assignment.sends, work.values), (assignment.keeps, work.kept)):
         chosen = {role.name for role in names if role.keep or counts[role.name]["samples_of_role"]}
         values |= {p.name: p.of(now).detach().cpu().clone() for p in pieces if p.role in chosen}
+    work.kept |= drift.next(start, now)
+    for piece, *_ in drift.variates:
+        counts[piece.role][piece.rates] = drift.rates[piece.rates]
     sent = {role.name for role in assignment.sends if counts[role.name]["samples_of_role"]}
     work.counts = {name: dict(found) for name, found in counts.items() if name in sent}
     return work

@@ -154,6 +154,11 @@ class FederatedConfig:
         number = self.partition.clients - self.partition.held_out
         rule = f"{self.participation:g} of {number} clients is none; it must leave one or more"
         check(self.drawn >= 1, "participation", rule)
+        for role in (role for role in self.roles if role.server == "scaffold"):
+            rule = "scaffold reads single clients, and no groups of them"
+            check(
+                self.groups.by is None and self.privacy.clip is None, f"roles.{role.name}.server", f"{rule} or privacy"
+            )
         per_group = [role.name for role in self.roles if role.scope == "per_group"]
         given = [name for name, client in self.clients.items() if client.group is not None]
         for name in given:

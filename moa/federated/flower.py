@@ -31,6 +31,7 @@ from moa.checkpoint import load_tensors, save_tensors
 from moa.cli.settings import as_mapping, load
 from moa.config import RunConfig
 from moa.federated.aggregate import Update, digest_of
+from moa.federated.client import OWN_VARIATE, with_variates
 from moa.federated.config import FederateConfig
 from moa.federated.groups import Member
 from moa.federated.matrix import report
@@ -130,6 +131,7 @@ class Node:
         last, round_ = order["kept"], order["round"]
         kept = load_tensors(self.folder / round_name(last) / KEPT) if last else {}
         received = join(self.federation.pieces, kept, tensors)
+        received |= {name: value for name, value in kept.items() if name.startswith(OWN_VARIATE)}
         member = Member(group=order["group"], first=order["first"], lacks=frozenset(order["lacks"]))
         delivery = Delivery(tensors=received, member=member, **{key: order[key] for key in DELIVERY})
         lines: list[str] = []
@@ -287,7 +289,7 @@ class Fleet:
         """What a client receives, without what its node has from the last round that was accepted."""
         delivery, kept = federation.delivery(client), {role.name for role in federation.roles if role.keep}
         rounds = [line["round"] for line in federation.state.history if client.name in line["clients"]]
-        last = max(rounds, default=0) if kept else 0
+        last = max(rounds, default=0) if kept or with_variates(federation.roles, federation.pieces) else 0
         own = {piece.key for piece in federation.pieces if last and piece.role in kept and piece.axis is None}
         record = {key: getattr(delivery, key) for key in DELIVERY} | {"kept": last, "settings": self.settings}
         member = delivery.member

@@ -157,9 +157,14 @@ def own_of(client: Client, config: RunConfig) -> dict[str, float]:
     return {name: number / total for name, number in found.items() if number}
 
 
+def own_score(row: Mapping[str, Any]) -> float | None:
+    """Of a client on data sets like its own; None for one that has none, and for the global model."""
+    return sum(share * row["scores"][name] for name, share in row["own"].items()) if row["own"] else None
+
+
 def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers at the head of this module, and the mean of clients that never trained."""
-    own = {n: sum(share * row["scores"][m] for m, share in row["own"].items()) for n, row in rows.items() if row["own"]}
+    own = {name: value for name, row in rows.items() if (value := own_score(row)) is not None}
     training = {name: value for name, value in own.items() if not rows[name]["held_out"]}
     unseen = [value for name, value in own.items() if rows[name]["held_out"]]
     worst = min(training, key=lambda name: training[name]) if training else None
@@ -174,14 +179,16 @@ def summary(rows: Mapping[str, Any]) -> dict[str, Any]:
 def table(record: Mapping[str, Any]) -> Table:
     """A row for the global model and for each client, and what the global one has forgotten."""
     grid = plain_table()
-    grid.title = "scores in per cent; * a tenth or more of what the client trains on"
+    grid.title = "scores in per cent; * a tenth or more of what the client trains on; own: the mean of that, by samples"
     grid.add_column("", no_wrap=True)
-    for name in record["data_sets"]:
+    for name in (*record["data_sets"], "own"):
         grid.add_column(name, justify="right", no_wrap=True)
     for name, row in record["rows"].items():
         cells = [
             f"{100 * row['scores'][n]:.0f}{'*' if row['own'].get(n, 0) >= MARKED else ' '}" for n in record["data_sets"]
         ]
+        own = own_score(row)
+        cells.append("" if own is None else f"{100 * own:.0f}")
         grid.add_row(name + (" held out" if row.get("held_out") else ""), *cells)
     if lost := record.get("forgotten", {}).get(GLOBAL):
         grid.add_row("forgotten", *(f"{100 * lost[n]:.0f} " if n in lost else "" for n in record["data_sets"]))

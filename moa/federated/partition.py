@@ -79,7 +79,8 @@ class Client:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How samples are dealt. At most one of `missing`, `missing_at_client` and `single` is given."""
+    """How samples are dealt; the ranges of numbers are those of `moa.federated.config.PartitionConfig`. At most one of
+    `missing`, `missing_at_client` and `single` is given."""
 
     clients: int
     how: str = "even"
@@ -105,17 +106,6 @@ class Recipe:
             raise ValueError(
                 f"alpha: is of dirichlet_tasks, _sources, _sizes and _labels, got {self.alpha} for how={self.how}"
             )
-        least = {"clients": 1, "min_samples": 1, "held_out": 0, "zipf": 0, "single": 0}
-        for key, value in least.items():
-            if getattr(self, key) is not None and not getattr(self, key) >= value:
-                raise ValueError(f"{key}: must be {value} or more, got {getattr(self, key)}")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"alpha: must be more than 0, got {self.alpha}")
-        if self.ocr_share is not None and not 0 < self.ocr_share <= 1:
-            raise ValueError(f"ocr_share: must be in (0, 1], got {self.ocr_share}")
-        for key in ("test", "missing", "missing_at_client"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key}: must be in [0, 1), got {getattr(self, key)}")
         if self.held_out >= self.clients:
             raise ValueError(f"held_out: must be less than clients={self.clients}, got {self.held_out}")
         if self.single is not None and self.single > self.clients:

@@ -50,6 +50,11 @@ class Piece:
     def numel(self) -> int:
         return prod(self.shape)
 
+    @property
+    def rates(self) -> str:
+        """The name of a count: the sum of the learning rates of the steps that its part did."""
+        return f"rates of {self.key.partition('.')[0]}"
+
     def of(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The piece of its tensor, a view."""
         whole = tensors[self.key]

@@ -52,6 +52,15 @@ def with_ratios(roles: Sequence[Role], pieces: Sequence[Piece], scalings: Sequen
     return found
 
 
+def with_numbers(roles: Sequence[Role], clients: int) -> list[Role]:
+    """The roles with the `clients` of scaffold, where none are given: all that train."""
+    given = [{"clients": clients, **role.server_options} for role in roles]
+    return [
+        replace(role, server_options=own) if role.server == rules.SCAFFOLD else role
+        for role, own in zip(roles, given, strict=True)
+    ]
+
+
 def check_carry(
     roles: Sequence[Role],
     pieces: Sequence[Piece],

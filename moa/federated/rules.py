@@ -25,6 +25,7 @@ from moa.merging.methods.table import check_options, find_method
 State = dict[str, Tensor]
 Number = float | int
 READ_DEPTH = ("lines",)
+SCAFFOLD = "scaffold"
 
 
 # Server optimisers: the change of the mean client -> the step of the server, and the state of the piece.
@@ -65,34 +66,32 @@ def _adaptive(delta: Tensor, state: State, v: Tensor, lr: Number, beta1: Number,
     return lr * m / (v.sqrt() + tau), {"m": m, "v": v}
 
 
+def scaffold(delta: Tensor, state: State, *, clients: Number) -> tuple[Tensor, State]:
+    """SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378, equation 5): the mean itself, and the control variate
+    c + change / clients; `change` of the state is the sum of c_k' - c_k over the round's, `clients` are all.
+
+    A client steps by -rate (c - c_k) after each step of its optimiser (equation 3).
+    """
+    return delta, {"c": state.get("c", torch.zeros_like(delta)) + state["change"] / clients}
+
+
+def next_variate(
+    start: Tensor, end: Tensor, server: Tensor | float | int, client: Tensor | float | int, lr_sum: Number
+) -> Tensor:
+    """The client's next control variate: c_k - c + (start - end) / (sum of its learning rates) (equation 4, II).
+
+    The mean of its gradients, as the optimiser makes steps of them: with SGD the paper's.
+    """
+    return client - server + (start - end) / lr_sum
+
+
 SERVERS: dict[str, Callable[..., tuple[Tensor, State]]] = {
     "momentum": momentum,
     "adam": adam,
     "yogi": yogi,
     "adagrad": adagrad,
+    SCAFFOLD: scaffold,
 }
-
-
-# SCAFFOLD (Karimireddy et al. 2020, arXiv 1910.06378), for SGD.
-
-
-def corrected(gradient: Tensor, server: Tensor, client: Tensor) -> Tensor:
-    """The gradient that a client steps along: g + c - c_k (equation 3)."""
-    return gradient + server - client
-
-
-def next_variate(start: Tensor, end: Tensor, server: Tensor, client: Tensor, lr_sum: Number) -> Tensor:
-    """The client's next control variate: c_k - c + (start - end) / (sum of its learning rates) (equation 4, II).
-
-    The mean corrected gradient of its steps, less c - c_k. Under Adam it is approximate: the divisor is not the sum of
-    the steps.
-    """
-    return client - server + (start - end) / lr_sum
-
-
-def next_server_variate(server: Tensor, changes: Sequence[Tensor], clients: int) -> Tensor:
-    """c + sum_k (c_k' - c_k) / K over all K clients, of which some take part (equation 5)."""
-    return server + sum(changes, start=torch.zeros_like(server)) / clients
 
 
 # One client's update bounded, and means that a few wrong clients do not move far.
@@ -185,9 +184,9 @@ RANGES = {
     **dict.fromkeys(("beta", "beta1", "beta2"), Range(0, below=1)),
     "share": Range(0, below=0.5),
     "wrong": Range(0),
-    **dict.fromkeys(("chosen", "steps"), Range(1)),
+    **dict.fromkeys(("chosen", "steps", "clients"), Range(1)),
 }
-WHOLE = ("wrong", "chosen", "steps")
+WHOLE = ("wrong", "chosen", "steps", "clients")
 
 
 def check_values(options: Mapping[str, Any]) -> None:

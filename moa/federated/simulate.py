@@ -23,7 +23,16 @@ from moa.checkpoint import TrainState, prune, save_checkpoint
 from moa.config import RunConfig, StageConfig
 from moa.federated.aggregate import CLIENT, RoundReport, Update, aggregate, deliver
 from moa.federated.assignment import Assignment, assign, modalities_of, tasks_of
-from moa.federated.client import client_mixture, client_update, learning, receive, trainable
+from moa.federated.client import (
+    OWN_VARIATE,
+    SERVER_VARIATE,
+    client_mixture,
+    client_update,
+    learning,
+    receive,
+    trainable,
+    with_variates,
+)
 from moa.federated.config import ClientConfig, FederateConfig, FederatedConfig, stages_of
 from moa.federated.groups import EVIDENCE, Groups, Member, alone, mean_evidence, regroup, roles_of
 from moa.federated.partition import Client
@@ -212,18 +221,11 @@ class Federation:
         """What is stored of a round, as JSON."""
         failed = {a.client: a.failed for a in self.arrivals.values() if a.failed}
         silent = [client.name for client, sends in self.drawn(report.round) if not sends]
-        numbers = {piece.name: piece.numel for piece in self.pieces}
-        sent = sum(
-            numbers[name]
-            for a in self.arrivals.values()
-            if a.update is not None
-            for name in a.update.values
-            if name in numbers
-        )
-        sent += sum(a.update.values[EVIDENCE].numel() for a in self.arrivals.values()
-                    if a.update is not None and EVIDENCE in a.update.values)  # fmt: skip
+        updates = [arrival.update for arrival in self.arrivals.values() if arrival.update is not None]
+        sent = sum(value.numel() for update in updates for value in update.values.values())
         kept = {role.name for role in self.roles if role.keep}
         received = sum(piece.numel for piece in self.pieces if piece.role not in kept)
+        received += sum(variate.numel() for variate in self.variates().values())
         settings = self.config.federated
         noise, delta = settings.privacy.noise, settings.privacy.delta
         privacy = {} if noise is None else {"epsilon": spent(noise, settings.participation, report.round, delta)}
@@ -370,7 +372,15 @@ class Federation:
         server, place = self.state.server, [own.name for own in self.training].index(client.name)
         base, tensors, member = server.base(), self.delivered(client), self.member(client, trains=True)
         tensors |= self.slot if member.first else {}
+        own = self.state.kept.get(client.name, {})
+        tensors |= self.variates() | {name: value for name, value in own.items() if name.startswith(OWN_VARIATE)}
         return Delivery(client=client.name, place=place, round=server.round, base=base, tensors=tensors, member=member)
+
+    def variates(self) -> dict[str, torch.Tensor]:
+        """The server's control variates, which every client receives; none before a round."""
+        state = self.state.server.state
+        names = [piece.name for piece in with_variates(self.roles, self.pieces) if f"/{piece.name}" in state]
+        return {f"{SERVER_VARIATE}{name}": state[f"/{name}"]["c"] for name in names}
 
     def delivered(self, client: Client) -> dict[str, torch.Tensor]:
         """What a client begins with: the server's values for it, and those that never left it."""

@@ -34,6 +34,7 @@ from moa.federated.refusals import (
     check_senders,
     check_weights,
     common_factors,
+    with_numbers,
     with_ratios,
 )
 from moa.federated.simulate import ITEMSIZE, Federation, routed
@@ -284,7 +285,8 @@ def table_of(config: FederateConfig, model: MixtureModel, run: RunConfig) -> tup
         shapes = trainable(model, run)
         pieces = pieces_of(shapes, roles, names)
         scalings = [site.scalings for site in model.bank.sites.values()]
-        roles = with_ratios(roles, pieces, scalings)
+        number = config.federated.partition.clients - config.federated.partition.held_out
+        roles = with_numbers(with_ratios(roles, pieces, scalings), number)
         check_roles(roles, pieces)
         check_products(roles, pieces, run.experts)
         own = {name: [*model.bank.named_parameters(name)] for name in model.bank.names}

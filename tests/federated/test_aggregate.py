@@ -83,6 +83,27 @@ def test_one_client_is_itself(rule):
     assert torch.equal(new.tensors[A], randoms(104)[A])
 
 
+def test_a_control_variate_moves_by_what_the_clients_steps_were_over_all_clients():
+    roles = (replace(PAIRS[0], server="scaffold", server_options={"clients": 4}), PAIRS[1])
+    start, c = server(), torch.randn(2, 7)
+    start = replace(start, state={f"/{A}": {"c": c}})
+    own = [update(k, roles, ("vqa",)) for k in range(2)]
+    rates = [{"samples_of_role": 1, "rates of experts": rate} for rate in (0.5, 0.2)]
+    own = [replace(u, counts={"vqa": counts}) for u, counts in zip(own, rates, strict=True)]
+    new, report = run(own, roles, start)
+    ends = [randoms(100 + k)[A] for k in range(2)]
+    changes = [(start.tensors[A] - end) / rate - c for end, rate in zip(ends, (0.5, 0.2), strict=True)]
+    torch.testing.assert_close(new.state[f"/{A}"]["c"], c + (changes[0] + changes[1]) / 4)
+    torch.testing.assert_close(new.tensors[A], (ends[0] + ends[1]) / 2)
+    assert f"/{B}" in new.state and not report.refused
+    idle = replace(own[0], counts={"vqa": rates[0] | {"rates of experts": 0.0}})  # it did no step of the part
+    assert torch.equal(run([idle], roles, start)[0].state[f"/{A}"]["c"], c)
+    _, report = run([replace(own[0], counts={"vqa": {"samples_of_role": 1}})], roles, start)
+    assert report.refused == (("c0", "vqa needs a count of rates of experts that is 0 or more, got None"),)
+    with pytest.raises(ValueError, match="roles.vqa.server: scaffold is of a mean over all clients"):
+        run(own, (replace(roles[0], clients="owners"), roles[1]), start)
+
+
 @pytest.mark.parametrize("weight", ["samples_of_role", "uniform"])
 @pytest.mark.parametrize("rule", ["mean", "geometric_median", "svd"])
 def test_the_order_of_clients_does_not_matter(rule, weight):

@@ -1,12 +1,14 @@
 """What a client trains and counts: by roles, factors and ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from data.config import SourceConfig
 from moa.federated.assignment import assign, concerns, ranks_above
-from moa.federated.client import client_mixture, gate_mass, only_free, proximal, without
+from moa.federated.client import client_mixture, drift_of, gate_mass, only_free, proximal, without
 from moa.federated.partition import Client, Row, Tag
 from moa.federated.pieces import Names, Role, pieces_of
 from tests.test_model import batch_of, make_model
@@ -129,6 +131,25 @@ def test_the_proximal_term_is_half_the_squared_distance():
     now = [torch.tensor([1.0, 2.0]), torch.tensor([3.0])]
     then = [torch.tensor([0.0, 4.0]), torch.tensor([3.0])]
     assert proximal(now, then) == 2.5
+
+
+def test_each_step_is_corrected_by_the_variates_and_the_clients_becomes_the_mean_of_its_own_steps():
+    who = assigned(client("vqa"), replace(EXPERTS, clients="all", server="scaffold"), ROUTER, factors="freeze_a")
+    start = {key: torch.randn(shape) for key, shape in SHAPES.items()}
+    c, own = torch.randn(5, 4), torch.randn(5, 4)
+    received = start | {f"c of {B}": c, f"c_k of {B}": own, f"c of {A}": torch.ones(4, 7)}
+    pieces = pieces_of(SHAPES, (EXPERTS, ROUTER), NAMES)
+    drift, now = drift_of(received, who, pieces, start), {key: tensor.clone() for key, tensor in start.items()}
+    steps, rates = torch.randn(2, 5, 4), (0.1, 0.3)
+    for step, rate in zip(steps, rates, strict=True):
+        now[B] -= rate * step  # of the optimiser
+        drift.step(now, {"lr/experts": rate})
+    torch.testing.assert_close(now[B], start[B] - 0.1 * steps[0] - 0.3 * steps[1] - 0.4 * (c - own))
+    assert torch.equal(now[A], start[A]) and torch.equal(now["router.head.3.weight"], start["router.head.3.weight"])
+    assert drift.rates["rates of experts"] == pytest.approx(0.4)
+    torch.testing.assert_close(
+        drift.next(start, now)[f"c_k of {B}"], (0.1 * steps[0] + 0.3 * steps[1]) / 0.4, atol=1e-5, rtol=1e-5
+    )
 
 
 class Numbers:

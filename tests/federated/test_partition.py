@@ -164,11 +164,7 @@ def test_a_client_without_data_and_an_expert_without_an_owner_are_named(more, ex
     [
         ({"how": "random"}, "how: must be one of"),
         ({"alpha": 1}, "alpha: is of dirichlet_tasks"),
-        ({"how": "dirichlet_sizes", "alpha": 0}, "alpha: must be more than 0"),
-        ({"clients": 0}, "clients: must be 1 or more"),
         ({"held_out": 8}, "held_out: must be less than clients=8"),
-        ({"test": 1}, r"test: must be in \[0, 1\)"),
-        ({"ocr_share": 0}, r"ocr_share: must be in \(0, 1\]"),
         ({"single": 9}, "single: must be at most clients=8"),
         ({"missing": 0.1, "single": 2}, "missing: hides modalities, and so does single"),
     ],

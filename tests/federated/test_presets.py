@@ -11,6 +11,7 @@ from moa.routing.router import AnchorRouter, Router
 from tests import ROOT
 
 FOLDER = ROOT / "configs/federated"
+SCAFFOLD = {"server": "scaffold"}
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "demo")
 
 
@@ -85,6 +86,8 @@ def test_rates_fall_by_a_cosine_over_rounds_from_all_of_them():
         ({"federated__roles": [{"name": "x", "match": ["rest"], "clients": "some"}]}, "clients: must be one of"),
         ({"federated__roles": [{"name": "x", "match": ["rest"], "of": "some"}]}, "of"),
         ({"federated__roles": [{"name": "x", "match": []}]}, "match: is empty"),
+        ({"federated__groups__by": "lora_B", "federated__roles": [{"name": "x", "match": ["rest"], **SCAFFOLD}]},
+         "federated.roles.x.server: scaffold reads"),
         ({"stages__experts__copy_of": "vqa"}, "stages.experts.copy_of: is of a stage in one round"),
         ({"stages__experts__init_from": "x"}, "stages.experts.init_from: has no effect in a federation"),
         ({"stages__experts__only": ["x"]}, "stages.experts.only: no expert that learns is called 'x'"),

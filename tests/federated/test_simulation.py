@@ -39,7 +39,7 @@ ROLES = [
     {"name": "router ocr", "match": ["router:evidence=ocr"], "clients": "has:ocr", "elsewhere": "frozen"},
     {"name": "router", "match": ["router:rest"], "server": "momentum", "server_options": {"beta": 0.5}},
     {"name": "vqa", "match": ["experts:vqa"], "keep": True},
-    {"name": "grounding", "match": ["experts:grounding"], "clients": "owners"},
+    {"name": "grounding", "match": ["experts:grounding"], "server": "scaffold"},
 ]
 SHORT = {"rounds": 2, "partition": {"clients": 2, "how": "even", "ocr_share": 0.5}, "roles": ROLES, "num_questions": 0}
 
@@ -148,6 +148,19 @@ def test_one_client_with_all_data_is_plain_training(world, tmp_path):
     assert all(torch.equal(tensor, other[key]) for key, tensor in own.items())
     losses = [[line["loss"] for line in read_log(out) if "loss" in line] for out in (config.out, plain.out)]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_one_client_has_no_drift_to_correct(world, tmp_path):
+    one = {**SHORT, "partition": {"clients": 1, "how": "even"}}
+    roles = {"plain": [], "scaffold": [{"name": "all", "match": ["rest"], "server": "scaffold"}]}
+    found = {n: finished(settings(world, tmp_path / n, federated=one | {"roles": r})) for n, r in roles.items()}
+    plain, corrected = (found[name].state.server.tensors for name in roles)
+    assert all(torch.allclose(tensor, corrected[key], atol=1e-6) for key, tensor in plain.items())
+    state = found["scaffold"].state
+    own = {name.removeprefix("c_k of "): value for name, value in state.kept["client-0"].items()}
+    assert own and all(torch.allclose(v, state.server.state[f"/{name}"]["c"], atol=1e-5) for name, v in own.items())
+    assert any(value.any() for value in own.values())
 
 
 def sgd(model, groups, rates, train):
