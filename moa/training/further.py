@@ -3,6 +3,7 @@
 As configs/new_expert.yaml: the other experts are frozen, and the router learns from new and from some old samples.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,20 +22,23 @@ KEPT = 400  # old samples a source, for the router alone
 def store_rows(rows: Iterable[Mapping[str, Any]], folder: Path, task: str) -> tuple[Path, list[str]]:
     """Rows as docs/data.md has them, of `task` where they name none, as a file of format jsonl; its tasks too.
 
-    An image that is no path is stored beside it, as PNG; one answer need not be a list.
+    An image that is no path is stored beside it once, as PNG by a hash of its pixels; one answer need not be a list.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines, tasks, known = list[str](), dict[str, None](), dict[int, tuple[Any, str]]()
+    lines, tasks = list[str](), dict[str, None]()
 
     def stored(image: Any) -> Any:
         if isinstance(image, list | tuple):
             return [stored(one) for one in image]
         if isinstance(image, str | Path):
             return str(Path(image).expanduser().resolve())
-        if image is not None and id(image) not in known:  # the image is kept: an id is of what is alive
-            known[id(image)] = image, f"{len(known)}.png"
-            read_image(image).save(folder / known[id(image)][1])
-        return None if image is None else known[id(image)][1]
+        if image is None:
+            return None
+        pixels = read_image(image)
+        file = folder / f"{hashlib.sha256(str(pixels.size).encode() + pixels.tobytes()).hexdigest()[:32]}.png"
+        if not file.exists():
+            pixels.save(file)
+        return file.name
 
     for given in rows:
         row = {"task": task, **given}
