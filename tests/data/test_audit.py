@@ -198,4 +198,4 @@ def test_the_data_of_a_clip_is_checked_and_shown_too(tmp_path):
     console = script().Console(file=io.StringIO())
     assert script().check(settings, config, known, console) == 0
     script().preview(settings, config, known, console)
-    assert "a kind of " in page.read_text() and page.read_text().count("<img") == 4  # of two sources
+    assert "a kind of " in page.read_text() and page.read_text().count("<img") == 6  # of three sources
