@@ -336,7 +336,7 @@ def check_for_clip(config: RunConfig) -> None:
         raise ValueError("router.granularity: a CLIP is routed by sample; choices: sample")
     if config.prompt.border:
         raise ValueError("prompt.border: is for questions, and a CLIP gets none")
-    if names := [name for name in OF_EXPERTS if getattr(config.losses, name)]:
+    if names := [name for name in (*OF_EXPERTS, "crosstalk", "crosstalk_end") if getattr(config.losses, name)]:
         raise ValueError(f"losses.{names[0]}: is of a language model's experts, and has no effect on a CLIP")
     if config.losses.reduction == "token":
         raise ValueError("losses.reduction=token: a CLIP answers with no tokens; choices: sample")

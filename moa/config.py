@@ -29,7 +29,7 @@ from moa.cli.ranges import (
 from moa.cli.settings import Override, Wrong, check, load
 from moa.routing import kinds
 from moa.routing.losses import OF_EXPERTS, GateLosses
-from moa.routing.roles import CHOSEN, LEFT_OVER, NONE, check_roles
+from moa.routing.roles import CHOSEN, LEFT_OVER, NONE, WITH, check_roles
 from moa.routing.schedule import GateSchedule
 from moa.routing.scores import ARROW, ATTENTION, SCORES
 
@@ -516,6 +516,14 @@ def check_experts(config: RunConfig) -> None:
     )
     check(not rest, f"experts.{', '.join(rest)}.gate", rule)
     choices = config.choices
+    joint = [name for name in names if gates[name] == "joint"]
+    one = len(choices) == 1 and router.kind not in ("sigmoid", "fixed")
+    one = one or router.row.by_expert or ("top_k" in router.row.options and router.top_k == 1)
+    doubtful = [name for name, gate in gates.items() if gate == "confidence" and one and whole and not joint]
+    rule = f"confidence would be 0, as one gate of router.kind={router.kind} is always 1"
+    check(not doubtful, f"experts.{', '.join(doubtful)}.gate", rule)
+    rule = f"joint is a logit that learns, and router.kind={router.kind} has means of each expert's own samples"
+    check(not joint or router.row.learns != "means", f"experts.{', '.join(joint)}.gate", rule)
     wants = bool(choices) or router.row.learns is None
     check(wants, "router.kind", f"{router.kind} has nothing to choose: no expert is routed; use router.kind=fixed")
     routed = [name for name in names if gates[name] == "routed"]
@@ -625,6 +633,12 @@ def check_stages(config: RunConfig) -> None:
     trained = any(stage.kind != "router" for stage in config.stages.values()) or not config.stages
     check(trained or not penalised, "losses.crosstalk", "no stage trains experts")
     routed = [name for name, expert in config.experts.items() if expert.gate == "routed"]
+    key = "losses.crosstalk" if config.losses.crosstalk else "losses.crosstalk_end"
+    rule = f"has no effect, it needs two routed experts; got {routed}"
+    check(len(routed) > 1 or not (config.losses.crosstalk or config.losses.crosstalk_end), key, rule)
+    reads = any("A" in config.experts[name].factors and not config.experts[name].frozen for name in routed)
+    rule = f"is of lora_A, which no routed expert trains (factors, frozen): {routed}"
+    check(reads or not config.losses.orthogonality, "losses.orthogonality", rule)
     for loss in OF_EXPERTS:
         if getattr(config.losses, loss):
             check(trained, f"losses.{loss}", "no stage trains experts")
@@ -651,7 +665,8 @@ def check_stages(config: RunConfig) -> None:
             check(not nobody, f"data.sources.{', '.join(nobody)}.expert", rule)
         if stage.kind == "experts":
             reached = {one or s.expert for s in sources} - {NONE}
-            reached |= {name for name, expert in config.experts.items() if expert.gate == "always"}
+            reached |= {name for name, expert in config.experts.items() if expert.gate in ("always", "joint")}
+            check_reached(config, stage, reached)
             frozen = all(name in config.experts and config.experts[name].frozen for name in reached)
             rule = f"its samples are of frozen experts alone: {sorted(map(str, reached))}"
             learns = config.model.train_projector or not (reached and frozen)
@@ -659,6 +674,16 @@ def check_stages(config: RunConfig) -> None:
         if isinstance(stage.init_from, dict):
             for name in stage.init_from:
                 check(name in config.experts, f"{key}.init_from.{name}", "no such expert")
+
+
+def check_reached(config: RunConfig, stage: StageConfig, reached: set[str | None]) -> None:
+    """ValueError where no sample of the stage reaches one of `only`, by its gate or by a factor that it shares."""
+    gates, own = stage.gates, {name: config.experts[name] for name in stage.only or ()}
+    if None in reached or gates.leak or gates.leak_end or gates.blend or gates.blend_end:
+        return  # samples that name their experts by themselves, and gates that reach all
+    learns = any(n in reached or e.gate.removeprefix(WITH) in reached or e.share_a or e.share_b for n, e in own.items())
+    rule = f"{[*own]} learns nothing: the stage's samples are of {sorted(map(str, reached))}"
+    check(learns or not own, f"stages.{stage.name}.only", rule)
 
 
 def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> None:
@@ -674,6 +699,14 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
             check(expert.shape == own.shape or expert.gate != "routed" or expert.frozen, f"{key}.copy_of", rule)
         rule = f"{stage.copy_of} is of kind=sparse, and each such expert has places of its own"
         check(own.kind != "sparse", f"{key}.copy_of", rule)
+        rule = f"{stage.copy_of} has the gate {own.gate}, which is no share of 1: with it the copies are more than it"
+        sharing = [name for name, expert in experts.items() if expert.gate in ("joint", *LEFT_OVER)]
+        check(own.gate == "routed" or stage.copy_of in sharing, f"{key}.copy_of", rule)
+        beside = [name for name in sharing if name != stage.copy_of]
+        rule = f"{', '.join(beside)} has a share of the gates, and is no copy: together they are not {stage.copy_of}"
+        check(not beside, f"{key}.copy_of", rule)
+        rule = "would overwrite the lora_A that init: null_space holds for each expert"
+        check(own.init != "null_space", f"{key}.copy_of", rule)
     learn = [name for name, expert in experts.items() if not expert.frozen]
     for name in stage.only or ():
         check(name in learn, f"{key}.only", f"no expert that learns is called {name!r}; choices: {learn}")
@@ -686,6 +719,9 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
     granularity = config.router.granularity
     rule = f"have no effect with router.granularity={granularity}"
     check(gates.is_empty or granularity == "sample", f"{key}.gates", rule)
+    counts = stage.kind == "router" and config.router.row.learns == "means"
+    rule = f"have no effect with router.kind={config.router.kind}, which learns from evidence alone"
+    check(gates.is_empty or not counts, f"{key}.gates", rule)
     shared = any(expert.gate in ("always", *LEFT_OVER) for expert in experts.values())
     rule = "leaves samples without any expert: none is shared (experts.NAME.gate=always)"
     check(shared or not (gates.dropout or gates.dropout_end), f"{key}.gates.dropout", rule)

@@ -23,6 +23,8 @@ from scripts.merge_parts import PartsConfig
 EXPERTS = "experts={a: {rank: 2}, b: {rank: 3}}"
 SOURCE = "data.sources={s: {task: vqa, num_samples: 4, expert: a}}"
 
+COPIES = [SOURCE, "experts.b.rank=2", "stages={experts: {steps: 2, expert: a}, joint: {steps: 2, copy_of: a}}"]
+
 
 def error_of(*overrides: str, path: Path | None = None) -> str:
     with pytest.raises(ValueError) as error:
@@ -181,6 +183,26 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         (["router.null_expert=true", "router.kind=sigmoid"], ["router.null_expert", "sigmoid"]),
         ([SOURCE, "data.sources.s.expert=none"], ["s.expert", "with router.null_expert=true"]),
         (["experts={none: {}}"], ["experts.none", "no expert"]),
+        ([SOURCE, "stages.experts={steps: 2, expert: a, only: [b]}"],
+         ["stages.experts.only: ['b'] learns nothing", "['a']"]),
+        ([SOURCE, "stages.experts={steps: 2, only: [b]}"], ["stages.experts.only: ['b'] learns nothing"]),
+        (["router.kind=one_hot", "experts.c.gate=confidence"], ["experts.c.gate", "would be 0", "one_hot"]),
+        (["router.kind=top_k", "router.top_k=1", "experts.c.gate=confidence"], ["experts.c.gate", "would be 0"]),
+        (["experts.b.gate=confidence"], ["experts.b.gate", "would be 0", "softmax"]),
+        (["router.kind=anchors", "experts.b.gate=joint"], ["experts.b.gate", "joint", "anchors"]),
+        (["experts.b=null", "losses.crosstalk=0.1"], ["losses.crosstalk: ", "two routed"]),
+        (["experts.b=null", "losses.crosstalk_end=0.1"], ["losses.crosstalk_end", "two routed"]),
+        (["experts.a.factors=[B]", "experts.b.factors=[B]", "losses.orthogonality=1"],
+         ["losses.orthogonality", "no routed expert trains"]),
+        ([SOURCE, "router.kind=anchors", "stages.router={steps: 2, gates: {blend: 0.5}}"],
+         ["stages.router.gates", "no effect", "anchors"]),
+        ([*COPIES, "experts.a.gate=always"], ["stages.joint.copy_of: a has the gate always"]),
+        ([*COPIES, "experts.a.gate=with:b"], ["stages.joint.copy_of: a has the gate with:b"]),
+        ([*COPIES, "experts.c.gate=joint"], ["stages.joint.copy_of: c has a share"]),
+        ([*COPIES, "experts.c.gate=confidence", "stages.experts.gates.leak=0.3"],
+         ["stages.joint.copy_of: c has a share"]),
+        ([*COPIES, *(f"experts.{n}={{rank: 2, init: null_space, factors: [B], init_statistics: [x]}}" for n in "ab")],
+         ["stages.joint.copy_of: would overwrite"]),
     ],
 )  # fmt: skip
 def test_an_impossible_pair_is_refused_with_its_rule(overrides, expected):

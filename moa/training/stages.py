@@ -160,6 +160,10 @@ def check_starts(model: MixtureModel, config: RunConfig, begun: int) -> None:
     stages = [*config.stages.values()][begun:]
     if all(stage.init_from is None and stage.copy_of is None for stage in stages):
         return
+    first = stages[0]
+    if first.copy_of is not None and not (begun or first.init_from or config.experts[first.copy_of].init_from):
+        rule = f"{first.copy_of} is fresh in the first stage: give it init_from, or train it in a stage before"
+        raise ValueError(f"stages.{first.name}.copy_of: {rule}")
     own = [part.state(model) for part in trained_parts(config).values()]
     kept = [{key: tensor.clone() for key, tensor in state.items()} for state in own]
     for stage in stages:

@@ -57,6 +57,13 @@ def test_upcycling_trains_one_expert_on_all_samples_and_copies_it_into_the_other
         assert all(torch.equal(one[key], copy[key]) for key in one)
 
 
+@pytest.mark.slow
+def test_a_copy_of_a_fresh_expert_is_refused(world, tmp_path):
+    config = toy_config(world, out=str(tmp_path / "run"), experts=EQUAL, stages__experts__copy_of="vqa")
+    with pytest.raises(ValueError, match=r"stages\.experts\.copy_of: vqa is fresh in the first stage"):
+        run_once(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
