@@ -20,7 +20,7 @@ from bench.record import write_results
 from bench.settings import SIZES, Sized
 from moa.cli.command import run_command
 from moa.cli.ranges import Count
-from moa.config import StageConfig, TrainConfig
+from moa.sections import StageConfig, TrainConfig
 
 if TYPE_CHECKING:
     from data.batch import Batch

@@ -18,7 +18,7 @@ from moa.backbones.opening import AnyBackbone, class_of, open_backbone
 from moa.cli.command import note
 from moa.cli.settings import Override
 from moa.clip_model import ClipMixture
-from moa.config import ADAPTERS, ALPHA, RANK, ExpertConfig, ModelConfig, RunConfig
+from moa.config import RunConfig
 from moa.experts.bank import ExpertBank
 from moa.experts.kinds import KINDS, kind_of
 from moa.experts.rank_gates import RankGates
@@ -32,6 +32,7 @@ from moa.routing.losses import OF_EXPERTS
 from moa.routing.roles import WITH
 from moa.routing.router import bank_numbers
 from moa.routing.scores import ARROW, ATTENTION
+from moa.sections import ADAPTERS, ALPHA, RANK, ExpertConfig, ModelConfig
 from moa.statistics.moments import Moments
 from moa.statistics.null_space import null_space_rows
 from moa.statistics.stored import read_statistics

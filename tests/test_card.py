@@ -9,8 +9,9 @@ from peft import PeftModel
 from moa.backbones.fingerprint import base_fingerprint
 from moa.card import CARD, REPORT_FILE, Card, hub_name
 from moa.checkpoint import CONFIG, step_folder
-from moa.config import RouterConfig, load_config
+from moa.config import load_config
 from moa.evaluation.card_parts import measured_of, put_scores
+from moa.sections import RouterConfig
 from scripts import average_checkpoints
 from scripts import merge as script
 from tests.evaluation.test_runs import make_run as make_scored

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from moa.cli.settings import describe, load, settings, to_yaml
 from moa.cli.strict_yaml import parse_yaml, read_yaml
-from moa.config import LossConfig, RouterConfig, RunConfig, load_config
+from moa.config import RunConfig, load_config
 from moa.evaluation.settings import EvalCommand
 from moa.federated.config import FederatedConfig
 from moa.merging.settings import MergeExperts, StackLayers
+from moa.sections import LossConfig, RouterConfig
 from scripts.align import AlignConfig
 from scripts.average_checkpoints import AverageConfig
 from scripts.data import Settings as DataSettings

@@ -13,7 +13,7 @@ from tests import ROOT
 LEVELS = (
     ("moa.cli", "moa.metrics", "moa.packing", "moa.contrastive", "moa.routing"),
     ("data.sample", "data.batch", "data.readers.names"),
-    ("data.config", "moa.config", "moa.files"),
+    ("data.config", "moa.sections", "moa.config", "moa.files"),
     ("moa.statistics.moments", "moa.statistics.null_space", "moa.statistics.stored"),
     ("moa.experts",),
     ("data",),
@@ -52,6 +52,7 @@ MATH = (
 )
 NOT_IN_MATH = (
     "moa.config",
+    "moa.sections",
     "moa.cli.settings",
     "moa.cli.command",
     "logging",
@@ -151,7 +152,7 @@ def test_data_knows_no_model():
         for module in sources()
         if inside(module, "data")
         for other in imports(module)
-        if inside(other, "moa") and not inside(other, "moa.config", "moa.files.atomic", "moa.cli")
+        if inside(other, "moa") and not inside(other, "moa.config", "moa.sections", "moa.files.atomic", "moa.cli")
         if other in sources() and other != "moa"
     ]
     assert not strays, "\n".join(strays)

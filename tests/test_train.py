@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from data.checks import BadSampleError
 from moa.build import build_model
 from moa.checkpoint import load_model, manifest_of, pointed
-from moa.config import RunConfig, StageConfig
+from moa.config import RunConfig
 from moa.files.atomic import write_json
 from moa.files.peft import save_expert
 from moa.merging.adapters import expert_from_folder
 from moa.merging.export.export import export_adapter
 from moa.merging.merge import merge
+from moa.sections import StageConfig
 from moa.training import run as run_module
 from moa.training.batches import Layout, make_layout
 from moa.training.optimizer import rate_factor

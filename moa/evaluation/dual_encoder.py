@@ -22,7 +22,6 @@ from data.mixture import Source, read_sample
 from data.pairs import PairCollator, fill, only_images, only_texts, templates
 from data.sample import Sample
 from moa.clip_model import CHUNK, ClipMixture
-from moa.config import EvalConfig
 from moa.evaluation.embedding import classify, retrieve
 from moa.evaluation.fingerprints import data_digest, sample_digest
 from moa.evaluation.predict import check_finite, choose_gates
@@ -30,6 +29,7 @@ from moa.evaluation.processes import ALONE, Processes
 from moa.evaluation.result import Result
 from moa.evaluation.run import first_images, rows_of_batches, without_unknown_expert
 from moa.evaluation.settings import check_gates
+from moa.sections import EvalConfig
 
 Group = tuple[str, tuple[str, ...]]  # the question and the choices of samples
 

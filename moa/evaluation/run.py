@@ -17,13 +17,13 @@ from data.mixture import Source, read_sample
 from data.sample import Sample
 from moa.benchmarks.scores import Response, Scores, unscored
 from moa.benchmarks.table import BENCHMARKS, benchmark_called
-from moa.config import EvalConfig
 from moa.evaluation.fingerprints import data_digest, sample_digest
 from moa.evaluation.predict import respond
 from moa.evaluation.processes import ALONE, Processes
 from moa.evaluation.result import Result
 from moa.evaluation.settings import check_gates
 from moa.model import MixtureModel
+from moa.sections import EvalConfig
 
 ANSWERING = ("gates", "batch_size", "max_new_tokens", "num_beams")
 PROMPT = ("task_in_prompt", "ocr_in_prompt", "task_template", "ocr_template", "border")

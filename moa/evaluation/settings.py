@@ -11,7 +11,8 @@ from moa.benchmarks.table import BENCHMARKS, BY_FORMAT
 from moa.cli.ranges import FilePath
 from moa.cli.settings import laid_over, load, read_override
 from moa.cli.strict_yaml import read_yaml
-from moa.config import EvalConfig, RunConfig
+from moa.config import RunConfig
+from moa.sections import EvalConfig
 
 GATE_RULES = ("router", "oracle", "uniform", "ensemble", "off")
 

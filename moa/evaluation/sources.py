@@ -16,7 +16,7 @@ from data.sample import Sample
 from data.sources import open_ocr, open_sources
 from moa.checkpoint import versions
 from moa.clip_model import ClipMixture
-from moa.config import EvalConfig, RunConfig
+from moa.config import RunConfig
 from moa.evaluation.dual_encoder import evaluate_pairs
 from moa.evaluation.fingerprints import data_digest, read_result, sample_digest, settings_digest
 from moa.evaluation.predict import prompt_collator
@@ -25,6 +25,7 @@ from moa.evaluation.result import Measured, Result, measured
 from moa.evaluation.run import asked_of, evaluate
 from moa.evaluation.settings import benchmark_of, chosen_sources
 from moa.model import MixtureModel
+from moa.sections import EvalConfig
 
 
 def score_sources(

@@ -16,9 +16,10 @@ from moa.cli.ranges import (
     Size,
 )
 from moa.cli.settings import Wrong, check
-from moa.config import RunConfig, StageConfig
+from moa.config import RunConfig
 from moa.federated.partition import Recipe
 from moa.federated.role import Role
+from moa.sections import StageConfig
 
 RATES = ("experts", "router", "projector")
 EACH = "{expert}"  # in a role's name and match: a role for each expert that no other role names

@@ -10,12 +10,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from moa.config import ExpertConfig, RunConfig
+from moa.config import RunConfig
 from moa.experts.starts import STARTS
 from moa.federated import rules
 from moa.federated.aggregate import FOLDING, carrying, is_paired
 from moa.federated.config import ClientConfig, GroupsConfig
 from moa.federated.pieces import Names, Piece, Role, Shape, in_rest, is_rest, select
+from moa.sections import ExpertConfig
 
 Experts = Mapping[str, ExpertConfig]
 Clients = Mapping[str, ClientConfig]

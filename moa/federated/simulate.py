@@ -20,7 +20,7 @@ from data.collate import Collator
 from data.mixture import Source
 from moa.analysis.plots import read_log
 from moa.checkpoint import TrainState, prune, save_checkpoint
-from moa.config import RunConfig, StageConfig
+from moa.config import RunConfig
 from moa.federated.aggregate import CLIENT, RoundReport, Update, aggregate, deliver
 from moa.federated.assignment import Assignment, assign, modalities_of, tasks_of
 from moa.federated.client import (
@@ -48,6 +48,7 @@ from moa.federated.store import (
 )
 from moa.model import MixtureModel
 from moa.routing.router import AnchorRouter
+from moa.sections import StageConfig
 from moa.training.batches import Layout, TrainingError
 from moa.training.report import LOG, Reporter
 from moa.training.run import COUNTERS, Run

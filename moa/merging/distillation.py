@@ -33,7 +33,7 @@ from moa.backbones.opening import class_of
 from moa.build import check_adapter
 from moa.checkpoint import load_model, step_folder, weights_fingerprint
 from moa.cli.command import progress_bar
-from moa.config import RunConfig, StageConfig
+from moa.config import RunConfig
 from moa.evaluation.card_parts import measured_of
 from moa.evaluation.models import pick_device
 from moa.evaluation.predict import gate_rule, prompt_collator
@@ -54,6 +54,7 @@ from moa.merging.settings import ZERO, DistillConfig
 from moa.merging.source import Source, open_run
 from moa.merging.weights import digest
 from moa.model import MixtureModel
+from moa.sections import StageConfig
 from moa.training.optimizer import rate_factor
 
 BETAS, CLIP = (0.9, 0.99), 1.0  # of Adam; largest norm of the whole gradient

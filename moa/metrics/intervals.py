@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import t as student
 
 Array = np.ndarray
 Kind = Literal["difference", "ratio"]
@@ -62,13 +61,15 @@ def paired_interval(
 
 def half_width(columns: Sequence[Float[Array, "seed _"]], level: float) -> float:
     """Half the width of the interval around the mean of the columns' means."""
+    from scipy.special import stdtrit  # Student's quantiles; late, as commands print their help without scipy
+
     seeds, number = len(columns[0]), len(columns)
     by_seed = np.mean([scores.mean(1) for scores in columns], axis=0)
     of_seeds = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
     of_questions = sum(variance_of_mean(scores.mean(0)) for scores in columns) / number**2
     answers = sum(of_answers(scores) for scores in columns) / number**2 if seeds > 1 else 0.0
     parts = (of_seeds, seeds - 1), (max(of_questions - answers, 0.0), questions_of(columns))
-    return sum(student.ppf((1 + level) / 2, max(freedom, 1)) ** 2 * variance for variance, freedom in parts) ** 0.5
+    return sum(float(stdtrit(max(freedom, 1), (1 + level) / 2)) ** 2 * variance for variance, freedom in parts) ** 0.5
 
 
 def questions_of(columns: Sequence[Float[Array, "seed _"]]) -> int:

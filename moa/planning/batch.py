@@ -9,7 +9,8 @@ from torch import Tensor
 from data.batch import Batch
 from moa.backbones.families import FAMILIES
 from moa.backbones.llava import Backbone
-from moa.config import ModelConfig, RunConfig
+from moa.config import RunConfig
+from moa.sections import ModelConfig
 
 OCR_CHARS = 8  # tokens of an OCR word
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from moa.backbones.shapes import find_shape, random_backbone
 from moa.build import DTYPES, build_mixture, open_adapters
-from moa.config import RunConfig, StageConfig
+from moa.config import RunConfig
 from moa.experts.bank import ExpertBank
 from moa.experts.kinds import KINDS, kind_of
 from moa.files.peft import ExpertHeader
@@ -20,6 +20,7 @@ from moa.planning.shape import ModelShape, shape_of
 from moa.planning.step import StepCosts, measure_step
 from moa.planning.strategies import Memory, Traffic, memory, offered, traffic
 from moa.planning.tensors import fake_mode
+from moa.sections import StageConfig
 from moa.training.batches import Layout, make_layout
 from moa.training.stages import parameter_groups, set_trainable
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from data.batch import Batch
 from moa.build import DTYPES
-from moa.config import StageConfig, TrainConfig
 from moa.model import MixtureModel
 from moa.parts import Parameters
 from moa.planning.tensors import Flops, LiveBytes, RealMasks
+from moa.sections import StageConfig, TrainConfig
 from moa.training.optimizer import make_optimizer
 from moa.training.stages import stage_gates
 

@@ -19,7 +19,7 @@ from data.checks import BadSampleError
 from data.collate import Collator
 from data.mixture import Mixture, Source, read_sample
 from data.sample import Sample
-from moa.config import TrainConfig
+from moa.sections import TrainConfig
 from moa.training.signals import leave_to_parent
 
 Collated = tuple[Batch | None, list[BadSampleError]]

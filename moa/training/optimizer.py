@@ -9,9 +9,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from moa.config import RateConfig, StageConfig, TrainConfig
 from moa.model import MixtureModel
 from moa.parts import PARTS, Parameters
+from moa.sections import RateConfig, StageConfig, TrainConfig
 
 
 def make_optimizer(

@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from data.collate import Collator
 from data.mixture import Mixture, Source
 from moa.checkpoint import TrainState, point, pointed, prune, save_checkpoint, step_name
-from moa.config import RunConfig, StageConfig
+from moa.config import RunConfig
 from moa.model import MixtureModel
+from moa.sections import StageConfig
 from moa.statistics.measure import Measurement
 from moa.training.batches import Collated, Layout, TrainingError, dead_worker, training_loader
 from moa.training.distributed.strategy import is_zero_3, kind_of, make_strategy, place, whole

@@ -19,8 +19,9 @@ from data.digest import digest_sources
 from data.sources import make_collator, open_mixture, open_ocr, open_sources
 from moa.build import build_model, check_base, settled
 from moa.checkpoint import CONFIG, TrainState, load_train_state, restore_model
-from moa.config import RunConfig, TrainConfig, load_config
+from moa.config import RunConfig, load_config
 from moa.evaluation.settings import check_gates, check_sources
+from moa.sections import TrainConfig
 from moa.training.batches import make_layout
 from moa.training.distributed import zero
 from moa.training.distributed.strategy import asked_for, check_sharding, is_zero_3, kind_of, whole

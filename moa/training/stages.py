@@ -18,7 +18,7 @@ from torch import Tensor
 from data.batch import Batch
 from moa.build import check_adapter
 from moa.checkpoint import CONFIG, load_strictly, load_tensors, step_folder, verify
-from moa.config import LossConfig, RunConfig, StageConfig, load_config
+from moa.config import RunConfig, load_config
 from moa.experts.kinds import KINDS
 from moa.files.peft import read_header, read_tensors
 from moa.files.peft_config import site_scaling
@@ -27,6 +27,7 @@ from moa.model import LanguageMixture, MixtureModel
 from moa.parts import PARTS, Parameters, trained_parts
 from moa.routing.router import axes_of
 from moa.routing.schedule import GateDraws
+from moa.sections import LossConfig, StageConfig
 
 TRAINED = {
     "experts": ("experts", "projector"),

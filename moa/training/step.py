@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from data.batch import Batch
 from data.checks import BadSampleError, Rule
 from data.collate import IGNORED
-from moa.config import LossConfig, StageConfig, TrainConfig
 from moa.experts.crosstalk import Watch
 from moa.model import MixtureModel, MixtureOutput
 from moa.parts import Parameters
 from moa.routing.losses import OF_EXPERTS, weights_at
 from moa.routing.schedule import draw_gates
+from moa.sections import LossConfig, StageConfig, TrainConfig
 from moa.training.batches import Collated, TrainingError
 from moa.training.distributed.plain import Plain
 from moa.training.metrics import Metrics, non_finite

@@ -17,9 +17,10 @@ from moa.backbones.opening import open_backbone
 from moa.build import build_mixture, only_adapters
 from moa.cli.settings import load
 from moa.cli.strict_yaml import read_yaml
-from moa.config import ExpertConfig, LossConfig, RouterConfig, RunConfig
+from moa.config import RunConfig
 from moa.experts.lora import ExpertLinear
 from moa.model import MixtureModel
+from moa.sections import ExpertConfig, LossConfig, RouterConfig
 from scripts import presets
 from scripts.demo.board.plan import read_board
 from tests.support.banks import fill

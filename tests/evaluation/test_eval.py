@@ -29,7 +29,7 @@ from moa.checkpoint import (
     write_run_header,
 )
 from moa.cli.settings import load
-from moa.config import EvalConfig, load_config
+from moa.config import load_config
 from moa.evaluation.gates_file import read_routing, routing_file
 from moa.evaluation.models import models_of
 from moa.evaluation.predict import choose_gates, prompt_collator
@@ -44,6 +44,7 @@ from moa.evaluation.settings import (
     with_eval,
 )
 from moa.evaluation.sources import score_sources
+from moa.sections import EvalConfig
 from scripts.summary import gains, names_of_rows, score_all
 from tests.support.tiny import random_image
 from tests.support.toy import toy_world, write_rows

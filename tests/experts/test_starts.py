@@ -9,10 +9,11 @@ from torch import nn
 
 from moa.build import build_model
 from moa.checkpoint import load_model, step_folder
-from moa.config import ExpertConfig, load_config
+from moa.config import load_config
 from moa.experts.bank import ExpertBank
 from moa.experts.starts import STARTS, Starts
 from moa.experts.ties import Ties
+from moa.sections import ExpertConfig
 from moa.training.stages import check_starts, parameter_groups
 from tests.support.peft import read_expert
 from tests.support.toy import toy_config

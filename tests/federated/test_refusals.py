@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moa.config import ExpertConfig
 from moa.federated import matrix
 from moa.federated.assignment import Assignment
 from moa.federated.config import ClientConfig
@@ -22,6 +21,7 @@ from moa.federated.refusals import (
     with_ratios,
 )
 from moa.federated.simulate import Federation
+from moa.sections import ExpertConfig
 
 KEYS = [f"experts.{name}.q.lora_{factor}.weight" for name in ("vqa", "line", "all") for factor in "AB"]
 SHAPES = {key: (4, 7) if "lora_A" in key else (5, 4) for key in KEYS}

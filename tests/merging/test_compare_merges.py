@@ -8,8 +8,9 @@ import pytest
 from data.config import DataConfig, SourceConfig
 from data.sample import Sample
 from moa.benchmarks.scores import Response, Scores
-from moa.config import ExpertConfig, RunConfig
+from moa.config import RunConfig
 from moa.evaluation.result import Result
+from moa.sections import ExpertConfig
 from scripts.compare_merges import markdown, summarise, trained_sets
 
 

@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 from data.config import DataConfig, SourceConfig
 from moa.build import build_model
 from moa.checkpoint import TrainState, save_checkpoint
-from moa.config import EvalConfig, ExpertConfig, ModelConfig, RunConfig
+from moa.config import RunConfig
 from moa.evaluation.predict import gate_rule
 from moa.merging.adapters import expert_from_folder, experts_of_bank
 from moa.merging.learn.calibration import MERGED, load_unrouted, read_calibration, with_merged
 from moa.merging.learn.least_squares import with_inputs
 from moa.merging.merge import merge
+from moa.sections import EvalConfig, ExpertConfig, ModelConfig
 from scripts import compare_merges as compare_script
 from scripts import learn_weights as script
 from scripts import merge as merge_script

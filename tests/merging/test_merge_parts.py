@@ -5,9 +5,10 @@ import torch
 
 from moa.build import build_model
 from moa.checkpoint import TrainState, save_checkpoint
-from moa.config import ExpertConfig, ModelConfig, RunConfig
+from moa.config import RunConfig
 from moa.merging.checkpoints.parts import merge_parts, part_line, read_parts, split_router
 from moa.parts import PARTS
+from moa.sections import ExpertConfig, ModelConfig
 from tests.support.families import tiny_family
 
 LAYER = "model.multi_modal_projector.linear_1"

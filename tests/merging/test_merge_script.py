@@ -16,13 +16,14 @@ from transformers import AutoModelForImageTextToText
 from data.config import DataConfig, SourceConfig
 from moa.build import build_model
 from moa.checkpoint import TrainState, save_checkpoint, weights_fingerprint
-from moa.config import ExpertConfig, ModelConfig, RouterConfig, RunConfig
+from moa.config import RunConfig
 from moa.files.peft import site_keys
 from moa.merging.adapters import expert_from_folder
 from moa.merging.export import verify as verifying
 from moa.merging.export.probe import outputs_of
 from moa.merging.settings import COMMANDS, load_command
 from moa.merging.weights import parse_weights, weight_row
+from moa.sections import ExpertConfig, ModelConfig, RouterConfig
 from scripts import merge as script
 from tests.merging.test_export import make_adapter
 from tests.support.tiny import tiny_llava

@@ -12,12 +12,13 @@ from rich.console import Console
 from data.config import DataConfig, SourceConfig
 from moa.build import build_model
 from moa.checkpoint import TrainState, load_model, save_checkpoint, step_folder
-from moa.config import EvalConfig, ExpertConfig, ModelConfig, RouterConfig, RunConfig
+from moa.config import RunConfig
 from moa.merging import serving
 from moa.merging.learn.calibration import read_calibration
 from moa.merging.serving import frequent_vectors
 from moa.merging.settings import ServingConfig
 from moa.merging.source import open_run
+from moa.sections import EvalConfig, ExpertConfig, ModelConfig, RouterConfig
 from scripts import serving as script
 from tests.support.tiny import tiny_llava
 

@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from data.config import DataConfig, SourceConfig
 from moa.build import build_model
 from moa.checkpoint import TrainState, load_model, save_checkpoint, step_folder, weights_fingerprint
-from moa.config import ExpertConfig, ModelConfig, RouterConfig, RunConfig
+from moa.config import RunConfig
 from moa.evaluation.fingerprints import digest
 from moa.files.peft import read_header
 from moa.merging.adapters import expert_from_folder
 from moa.merging.core import inner_product
 from moa.merging.store.compose import choose, parse
 from moa.merging.store.place import Entry, open_place
+from moa.sections import ExpertConfig, ModelConfig, RouterConfig
 from moa.statistics.moments import Moments
 from moa.statistics.stored import write_statistics
 from scripts import store as script

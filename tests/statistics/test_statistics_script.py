@@ -10,11 +10,11 @@ from accelerate.state import AcceleratorState
 
 from moa.build import build_model
 from moa.checkpoint import load_model, stored, verify, weights_fingerprint
-from moa.config import ExpertConfig
 from moa.files.peft import read_header, read_tensors, save_expert
 from moa.merging.adapters import expert_from_folder, experts_of_bank
 from moa.merging.learn.least_squares import with_inputs
 from moa.merging.merge import merge
+from moa.sections import ExpertConfig
 from moa.statistics.measure import own_samples, served
 from moa.statistics.stored import read_statistics, write_statistics
 from moa.training.setup import make_accelerator, open_run

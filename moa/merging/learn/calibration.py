@@ -20,7 +20,7 @@ from data.sample import Sample
 from data.sources import make_collator, open_sources
 from moa.build import build_model
 from moa.checkpoint import CONFIG, load_strictly, load_tensors, step_folder, verify
-from moa.config import EvalConfig, RunConfig, load_config
+from moa.config import RunConfig, load_config
 from moa.evaluation.predict import prompt_collator
 from moa.evaluation.run import evaluate
 from moa.merging.adapters import Expert
@@ -29,6 +29,7 @@ from moa.merging.learn.distill import Gates
 from moa.merging.merge import Merged
 from moa.model import MixtureModel
 from moa.parts import PARTS
+from moa.sections import EvalConfig
 from moa.statistics.gather import own_gates
 
 Batches = Mapping[str, Sequence[Batch]]  # by data set

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from moa.build import build_mixture, open_base, settled_expert
 from moa.checkpoint import CONFIG, TrainState, load_tensors, save_checkpoint, step_folder, verify, write_run_header
-from moa.config import ExpertConfig, RunConfig, load_config
+from moa.config import RunConfig, load_config
 from moa.experts.kinds import KINDS
 from moa.files.peft import STATISTICS_FILE, read_header
 from moa.merging.settings import StoreConfig
@@ -27,6 +27,7 @@ from moa.merging.store.place import Entry, open_place
 from moa.merging.store.publish import ANCHORS_FILE, TASKS
 from moa.model import MixtureModel
 from moa.routing.router import NEVER
+from moa.sections import ExpertConfig
 from moa.training.stages import load_rest
 
 T = TypeVar("T")

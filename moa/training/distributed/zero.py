@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from moa.build import DTYPES
-from moa.config import TrainConfig
+from moa.sections import TrainConfig
 from moa.training.batches import Layout, TrainingError
 from moa.training.distributed.plain import Plain
 

@@ -18,7 +18,7 @@ from data.ocr_engines import RapidOcr
 from data.sources import open_source
 from moa.checkpoint import git_commit, step_name
 from moa.clip_model import ClipMixture
-from moa.config import EvalConfig, RunConfig
+from moa.config import RunConfig
 from moa.evaluation.dual_encoder import evaluate_pairs
 from moa.evaluation.fingerprints import digest
 from moa.evaluation.models import EvaluatedModel, find_models, open_model
@@ -29,6 +29,7 @@ from moa.federated.config import FederateConfig
 from moa.files.atomic import write_file, write_json
 from moa.model import MixtureModel
 from moa.parts import PARTS
+from moa.sections import EvalConfig
 from scripts.demo.board.plan import MADE, ROOT, Cell, Plan, cell_at, load_run, needed, read_board
 from scripts.demo.board.training import DONE, config_of
 
