@@ -120,7 +120,7 @@ def gates_of(
 
 def weight_table(
     experts: Sequence[Expert],
-    weights: Weights | None,
+    weights: Mapping[str, Any] | None,  # `Weights`, once they are checked here
     default: str = "ones",
     sites: Sequence[str] | None = None,
     added: Collection[str] = (),

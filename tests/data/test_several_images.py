@@ -269,4 +269,4 @@ def test_rows_in_memory_may_have_several_images_each_stored_once(tmp_path):
     file, _ = store_rows([{**row, "image": [first, second]}, {**row, "image": (second, first)}], tmp_path, "vqa")
     found = open_records(SourceConfig(name="mine", format="jsonl", path=str(file)), None)
     assert [[image.size for image in found[i].images] for i in (0, 1)] == [[(40, 30), (20, 50)], [(20, 50), (40, 30)]]
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["0.png", "1.png"]
+    assert len([*tmp_path.glob("*.png")]) == 2

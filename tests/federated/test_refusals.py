@@ -138,7 +138,7 @@ def test_the_table_at_the_end_has_each_client_at_its_own_rank(monkeypatch, tmp_p
     row, seen = Row(tag=Tag(source="vqa", index=0, image="", task="vqa")), []
     for name in ("with_eval", "own_of", "summary", "write_json", "client_heat_map"):
         monkeypatch.setattr(matrix, name, lambda *arguments, **options: {})
-    monkeypatch.setattr(matrix, "score", lambda *arguments: seen.append(arguments[5:]) or {"vqa": float(len(seen))})
+    monkeypatch.setattr(matrix, "score", lambda *given, read: seen.append(given[5:]) or {"vqa": float(len(seen))})
     federation = object.__new__(Federation)
     vars(federation).update(
         run=SimpleNamespace(eval=SimpleNamespace(sources={"vqa": None}), out=str(tmp_path)),

@@ -124,8 +124,11 @@ def test_what_is_no_expression_is_shown(expression, message):
 
 
 def test_the_method_is_chosen_by_what_is_known():
-    blank = dict.fromkeys(Entry.__dataclass_fields__)
-    entries = {n: Entry(**{**blank, "statistics": number}) for n, number in (("a", 7), ("b", 7), ("c", None))}
+    lists = {key: [] for key in ("tasks", "data", "anchors", "scores", "mixes", "beside")}
+    blank = {"name": "x", "digest": "", "base": None, "base_fingerprint": None, "rank": 8, "num_sites": 1}
+    entries = {
+        n: Entry(**blank, **lists, license={}, statistics=number) for n, number in (("a", 7), ("b", 7), ("c", None))
+    }
     assert choose({"a": 2.0, "c": -1.0}, entries)[0] == {"method": "linear", "weights": {"a": 2, "c": -1}}
     weights = {"a": 0.75, "b": 0.25, "c": -1}
     assert choose({"a": 3.0, "b": 1.0, "c": -1.0}, entries)[0] == {

@@ -71,7 +71,10 @@ def test_a_copy_of_a_fresh_expert_is_refused(world, tmp_path):
         ({"stages__experts__gates__dropout": 0.5}, "stages.experts.gates.dropout: leaves samples without any expert"),
         ({"stages__joint__gates__leak": 0.5}, "stages.joint.gates.leak: needs trains=experts"),
         ({"stages__joint__expert": "vqa"}, "stages.joint.expert: needs trains=experts"),
-        ({"experts__vqa__gate": "confidence"}, "stages.experts.gates.leak: experts.vqa has the gate 0 here"),
+        (
+            {"experts__third": {"rank": 2}, "experts__vqa__gate": "confidence"},
+            "stages.experts.gates.leak: experts.vqa has the gate 0 here",
+        ),
         ({"experts__vqa__gate": "with:other"}, "experts.vqa.gate: no such expert 'other'"),
         ({"stages__experts__copy_of": "grounding"}, "vqa has another rank, alpha, targets, init or rank_gates"),
         ({"experts": {"one": {"gate": "always"}}, "data__expert": "one"}, "router.kind: softmax has nothing to choose"),

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moa.merging.align.alignment import Maps, Matrix, Spec, Units, best_maps
+from moa.merging.align.alignment import Maps, Spec, Units, best_maps
 from moa.statistics.gather import watch_outputs
 
 Run = Callable[[nn.Module, Any], object]  # (model, batch): one forward pass
@@ -57,14 +57,14 @@ class Covariance:
 
     sums: tuple[Any, ...] = (0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
-    def add(self, a: Values, b: Values) -> None:
+    def add(self, a: Float[Tensor, "values a_units"], b: Float[Tensor, "values b_units"]) -> None:
         more = len(a), a.sum(0), b.sum(0), a.square().sum(), b.square().sum(), a.T @ b
         self.sums = tuple(old + new for old, new in zip(self.sums, more, strict=True))
 
-    def normalised(self) -> Matrix:
+    def normalised(self) -> Float[Tensor, "a_units b_units"]:
         return self.exact().float()
 
-    def exact(self) -> Matrix:
+    def exact(self) -> Float[Tensor, "a_units b_units"]:
         """Covariance over the root of both layers' whole variances, in double precision."""
         count, *sums = self.sums
         if not count:

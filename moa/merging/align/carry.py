@@ -32,7 +32,7 @@ class SiteMaps:
     """Of one layer; `error` is the share of the target's variance that the worse one of the maps does not explain."""
 
     inputs: Map
-    outputs: Map
+    outputs: Float[Tensor, "target_out source_out"]
     error: float
 
     def carry(self, update: Factors) -> tuple[Factors, float]:

@@ -225,7 +225,9 @@ def polar(vectors: Float[Tensor, "size count"]) -> Float[Tensor, "size count"]:
     return u[:, live] @ v[live]
 
 
-def _frames(parts: Sequence[Triplets]) -> tuple[Float[Tensor, "rows _"], Float[Tensor, "cols _"]]:
+def _frames(
+    parts: Sequence[tuple[Tensor, Tensor, Tensor]],
+) -> tuple[Float[Tensor, "rows all"], Float[Tensor, "cols all"]]:
     """All experts' left and right directions side by side, made orthogonal to each other."""
     return polar(torch.cat([p[0] for p in parts], 1)), polar(torch.cat([p[2] for p in parts], 1))
 
