@@ -197,16 +197,18 @@ def board_chart(path: str | Path, board: Mapping[str, Any]) -> None:
 
 def draw_mean(axes: Axes, name: str, rows: Mapping[str, Any], reference: str, ink: str) -> None:
     found = [row["means"][name] for row in rows.values()]
-    places = range(len(rows))
+    places, ends = range(len(rows)), list[float]()
     for place, (interval, row) in enumerate(zip(found, rows.values(), strict=True)):
-        axes.plot([interval["low"], interval["high"]], [place, place], color=ink, linewidth=1.6, alpha=0.6)
+        sure = max(interval["low"], 0.0), min(interval["high"], 100.0)
+        axes.plot(sure, [place, place], color=ink, linewidth=1.6, alpha=0.6)
         of_seeds = [100 * value for value in row["means_by_seed"][name]]
         axes.scatter(of_seeds, [place] * len(of_seeds), s=6, color=MUTED, alpha=0.6, linewidths=0)
-        axes.text(interval["high"], place, f"  {interval['difference']:.1f}", va="center", fontsize=7.5)
+        ends += [*sure, *of_seeds]
+        axes.text(max(sure[1], *of_seeds), place, f"  {interval['difference']:.1f}", va="center", fontsize=7.5)
     axes.scatter([interval["difference"] for interval in found], places, s=26, color=ink, zorder=3)
     if reference in rows:
         axes.axvline(rows[reference]["means"][name]["difference"], color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
-    low, high = min(i["low"] for i in found), max(i["high"] for i in found)
+    low, high = min(ends), max(ends)
     axes.set(xlim=(low - 2, high + 0.22 * (high - low) + 4), ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(places, [row["about"] or key for key, row in rows.items()])
     axes.tick_params(axis="y", labelcolor=INK)

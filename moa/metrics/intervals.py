@@ -69,7 +69,8 @@ def half_width(columns: Sequence[Float[Array, "seed _"]], level: float) -> float
     of_questions = sum(variance_of_mean(scores.mean(0)) for scores in columns) / number**2
     answers = sum(of_answers(scores) for scores in columns) / number**2 if seeds > 1 else 0.0
     parts = (of_seeds, seeds - 1), (max(of_questions - answers, 0.0), questions_of(columns))
-    return sum(float(stdtrit(max(freedom, 1), (1 + level) / 2)) ** 2 * variance for variance, freedom in parts) ** 0.5
+    squares = [float(stdtrit(max(freedom, 1), (1 + level) / 2)) ** 2 * float(part) for part, freedom in parts]
+    return sum(squares) ** 0.5
 
 
 def questions_of(columns: Sequence[Float[Array, "seed _"]]) -> int:

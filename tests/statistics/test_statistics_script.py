@@ -100,9 +100,9 @@ def test_statistics_of_other_weights_are_refused_by_name(trained, tmp_path, caps
     with pytest.raises(ValueError, match=r"stats.safetensors: missing; ask"):
         read_statistics(other, "ask")
     moments = {site: read_statistics(vqa, "")(site) for site in header.ranks}
-    write_statistics(other, {site: moments[site] for site in header.ranks}, 3)  # every token alike
+    write_statistics(other, {site: moments[site] for site in header.ranks}, 3, answer_share=0.25)
     message = refused(capsys, merge_script.main, adapters, "method=core_regmean", "verify=false", f"out={tmp_path}/out")
-    assert re.search(r"answer_share: statistics weigh tokens unlike, by \S+ in grounding, null in vqa", message)
+    assert re.search(r"answer_share: statistics weigh tokens unlike, by \S+ in grounding, 0.25 in vqa", message)
     moments = {site: moments[site] for site in [*header.ranks][:1]}
     with pytest.raises(ValueError, match="statistics must be of the expert's own sites"):
         write_statistics(vqa, moments, 3)
