@@ -18,7 +18,7 @@ from moa.merging.export.probe import outputs_of, probe_inputs
 from moa.merging.export.verify import fresh_outputs, make_verify
 from moa.merging.merge import merge
 from moa.merging.site_plan import make_plan, sum_gates
-from tests.support.tiny import random_image, tiny_llava
+from tests.support.tiny import random_image, save_tiny_llava, tiny_llava
 
 TARGETS = r".*(language_model.*\.(q_proj|down_proj)|encoder.layers.0.*v_proj|projector.linear_1)"
 WEIGHTS = {"one": 0.7, "two": 0.5}
@@ -39,9 +39,7 @@ def make_adapter(path, seed, **config):
 def world(tmp_path_factory):
     """A base in the hub's old key layout, and two experts that differ in rank and scaling."""
     folder = tmp_path_factory.mktemp("world")
-    model, processor = tiny_llava()
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    save_tiny_llava(folder / "base")
     file = folder / "base" / "model.safetensors"
     hub = {k.replace("vision_tower.", "vision_tower.vision_model."): v
            for k, v in load_file(file).items()}  # fmt: skip

@@ -20,7 +20,7 @@ from scripts import compare_merges as compare_script
 from scripts import learn_weights as script
 from scripts import merge as merge_script
 from scripts import merge_parts as parts_script
-from tests.support.tiny import tiny_llava
+from tests.support.tiny import save_tiny_llava
 
 TARGETS = [r"model\.language_model\.layers\.0\.self_attn\.(q|v)_proj"]
 NAMES = ("vqa", "caption")
@@ -30,9 +30,7 @@ STEP = "A/checkpoints/step-000001/experts"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    model, processor = tiny_llava()
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    save_tiny_llava(folder / "base")
     for seed, name in enumerate(("A", "B")):
         make_run(folder / name, folder / "base", seed)
     return folder

@@ -26,7 +26,7 @@ from moa.merging.weights import parse_weights, weight_row
 from moa.sections import ExpertConfig, ModelConfig, RouterConfig
 from scripts import merge as script
 from tests.merging.test_export import make_adapter
-from tests.support.tiny import tiny_llava
+from tests.support.tiny import save_tiny_llava, tiny_llava
 
 CONFIGS = sorted(Path("configs/merge").glob("*.yaml"))
 TARGETS = [r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"]
@@ -35,9 +35,7 @@ TARGETS = [r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    model, processor = tiny_llava()
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    save_tiny_llava(folder / "base")
     make_adapter(folder / "adapters" / "one", 1, r=2, lora_alpha=3)
     make_adapter(folder / "adapters" / "two", 2, r=3, lora_alpha=2, use_rslora=True)
     for name, changes in (("sample", {}), ("token", {"granularity": "token"})):

@@ -20,7 +20,7 @@ from moa.merging.settings import ServingConfig
 from moa.merging.source import open_run
 from moa.sections import EvalConfig, ExpertConfig, ModelConfig, RouterConfig
 from scripts import serving as script
-from tests.support.tiny import tiny_llava
+from tests.support.tiny import save_tiny_llava, tiny_llava
 
 NAMES = ("vqa", "caption", "line")
 TARGETS = [r"model\.language_model\.layers\.0\.self_attn\.(q|v)_proj"]
@@ -29,9 +29,7 @@ TARGETS = [r"model\.language_model\.layers\.0\.self_attn\.(q|v)_proj"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    model, processor = tiny_llava()
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    save_tiny_llava(folder / "base")
     sets = {n: SourceConfig(name=n, split="validation", task=n, expert=n, num_samples=4) for n in NAMES[:2]}
     config = RunConfig(
         model=ModelConfig(name=str(folder / "base"), targets=TARGETS),

@@ -26,7 +26,7 @@ from moa.statistics.stored import write_statistics
 from scripts import store as script
 from tests import ROOT
 from tests.support.hub import serve_hub
-from tests.support.tiny import tiny_batch, tiny_llava
+from tests.support.tiny import save_tiny_llava, tiny_batch, tiny_llava
 
 TARGETS = [r"model\.language_model\.layers\.0\.self_attn\.(q|v)_proj"]
 SKILLS, OWN = ("caption", "ocr_vqa", "toxic"), ("vqa", "grounding")
@@ -68,9 +68,7 @@ def isotropic(folder, variance):
 def world(tmp_path_factory):
     """A base, a run of three skills of which two have statistics and one a score, and another run."""
     folder = tmp_path_factory.mktemp("world")
-    model, processor = tiny_llava()
-    model.save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    save_tiny_llava(folder / "base")
     step = make_run(folder / "skills", folder / "base", SKILLS, 1)
     for name in SKILLS[:2]:
         isotropic(step / "experts" / name, 2.0)

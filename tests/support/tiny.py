@@ -5,6 +5,7 @@ the last vision layer unused, as in the LLaVA checkpoints people have.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -127,6 +128,12 @@ def tiny_llava(
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
     return model.eval(), processor
+
+
+def save_tiny_llava(folder: Path) -> None:
+    """The same as a base on the disk."""
+    for part in tiny_llava():
+        part.save_pretrained(folder)
 
 
 def random_image(seed: int, width: int = 40, height: int = 30) -> Image.Image:
