@@ -175,14 +175,12 @@ _SCALES: dict[str, Callable[[float], tuple[str, float, float, Callable[[float], 
 
 def _table(axes: Axes, values: np.ndarray, rows: Sequence[str], columns: Sequence[str], key: str) -> None:
     cmap, low, high, text = _SCALES[key](np.nan_to_num(np.abs(values)).max())
-    axes.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto")
+    image = axes.imshow(values, cmap=cmap, vmin=low, vmax=high, aspect="auto")
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.spines[:].set_visible(False)
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            far = abs((value - low) / (high - low) - 0.5) if cmap != "Greys" else 0.0
-            dark = far > 0.33 and not (cmap == "Blues" and value < 0.5 * high)
-            shown = text(float(value))
-            axes.text(j, i, shown, ha="center", va="center", fontsize=8,
-                      color="white" if dark else INK)  # fmt: skip
+            bright = float(np.dot(image.to_rgba(value)[:3], (0.2126, 0.7152, 0.0722)))  # luma, ITU-R BT.709
+            ink = INK if bright > 0.5 else "white"
+            axes.text(j, i, text(float(value)), ha="center", va="center", fontsize=8, color=ink)
