@@ -16,7 +16,7 @@ from scripts.demo.board.kept import Kept, asked, read_kept
 from scripts.demo.board.plan import PLACE, Cell, Plan, board_names, needed, read_board
 from scripts.demo.board.scoring import score, score_files
 from scripts.demo.board.table import write_board
-from scripts.demo.board.training import Making, config_of, making, shorter, training
+from scripts.demo.board.training import Making, config_of, making, rates_of, shorter, training
 
 TINY = """
 title: Tiny
@@ -65,6 +65,7 @@ def test_every_row_of_a_board_is_a_run_that_can_be_trained_or_comes_from_one(nam
             load_config([*board.config, *row.config], [*row.settings.items()])
         else:
             assert needed(cell), row.name
+        assert not (row.trains and board.tune) or rates_of(cell), f"{row.name} has no rate to tune"
 
 
 def test_no_two_boards_claim_under_one_name():

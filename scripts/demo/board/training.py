@@ -184,7 +184,7 @@ def tuned_rate(plan: Plan, cell: Cell) -> list[Setting]:
 
 
 def times_rates(cell: Cell, factor: float) -> list[Setting]:
-    return [(f"stages.{name}.lr.experts", rate * factor) for name, rate in rates_of(cell).items()]
+    return [(key, rate * factor) for key, rate in rates_of(cell).items()]
 
 
 def first_rate(cell: Cell) -> float:
@@ -192,9 +192,12 @@ def first_rate(cell: Cell) -> float:
 
 
 def rates_of(cell: Cell) -> dict[str, float]:
-    """The learning rate of experts in each stage that trains them."""
+    """The learning rate of experts in each stage that trains them; of the router where it alone is trained."""
     stages = config_of(cell.board, cell.row).stages
-    return {name: stage.lr.experts for name, stage in stages.items() if stage.kind != "router"}
+    of_experts = {
+        f"stages.{name}.lr.experts": stage.lr.experts for name, stage in stages.items() if stage.kind != "router"
+    }
+    return of_experts or {f"stages.{name}.lr.router": stage.lr.router for name, stage in stages.items()}
 
 
 def last_validation(run: Path) -> float:
