@@ -63,6 +63,18 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         _sync(target.parent)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process is inside this block for the folder, which is made; a process that ends leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder that must not be seen half deleted: its name goes first."""
     hidden = folder.with_name(f".{folder.name}.deleted")

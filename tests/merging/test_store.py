@@ -1,6 +1,7 @@
 """A store of experts: what is put in comes out bit by bit, what it claims was measured, and skills compose as text."""
 
 import json
+import multiprocessing
 import re
 import shlex
 import shutil
@@ -221,6 +222,64 @@ def test_what_is_torn_or_wrong_is_one_line(world, tmp_path, capsys):
     )
     for arguments, message in cases:
         assert message in refused(capsys, *arguments), message
+
+
+# Several writers --------------------------------------------------------------------------------------
+
+
+def together(work, numbers):
+    """Run `work` in one process each, all begun at once; their exit codes."""
+    fork = multiprocessing.get_context("fork")
+    gate = fork.Barrier(len(numbers))
+
+    def run(number):
+        gate.wait(60)
+        work(number)
+
+    workers = [fork.Process(target=run, args=(number,)) for number in numbers]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    return [worker.exitcode for worker in workers]
+
+
+@pytest.mark.slow
+def test_writers_in_several_processes_lose_nothing(world, tmp_path):
+    place, entry = open_place(f"{tmp_path}/store", create=True), world / "store" / "objects"
+    [source] = entry.glob("*/toxic")
+
+    def put(number):
+        for turn in range(4):
+            for name in ("same", f"own_{number}"):
+                built = tmp_path / f"built-{number}"
+                shutil.rmtree(built, ignore_errors=True)
+                shutil.copytree(source, built)
+                (built / "README.md").write_text(f"{name} {number} {turn}")
+                with place.writing():
+                    place.put(name, built)
+
+    assert together(put, range(4)) == [0] * 4
+    assert {name: len(known) for name, known in place.versions.items()} == {
+        "same": 16, **{f"own_{number}": 4 for number in range(4)}
+    }  # fmt: skip
+    cards = {(place.get(f"same@{v}")[1] / "README.md").read_text() for v in place.versions["same"]}
+    assert cards == {f"same {number} {turn}" for number in range(4) for turn in range(4)}
+    assert not [*(tmp_path / "store").rglob("*.tmp")]
+
+
+@pytest.mark.slow
+def test_of_two_that_publish_one_name_at_once_the_second_is_refused(world, tmp_path):
+    for name in ("caption", "toxic"):
+        [folder] = (world / "store" / "objects").glob(f"*/{name}")
+        shutil.copytree(folder, tmp_path / name / "skill")
+
+    def publish(name):
+        torch.set_num_threads(1)  # threads do not survive a fork
+        script.main(["publish", f"store={tmp_path}/store", f"adapters=[{tmp_path}/{name}/skill]"])
+
+    assert sorted(together(publish, ("caption", "toxic"))) == [0, 2]
+    assert len(open_place(f"{tmp_path}/store").versions["skill"]) == 1
 
 
 # Compose ----------------------------------------------------------------------------------------------

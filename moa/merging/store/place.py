@@ -11,13 +11,14 @@ STORE/objects/3f2a9c0d51be7a44/caption/              a PEFT folder that never ch
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from moa.checkpoint import MANIFEST, check_there, manifest_of, read_json, sha256, verify
 from moa.cli.command import note
-from moa.files.atomic import atomic_folder, write_file, write_json
+from moa.files.atomic import atomic_folder, locked, write_file, write_json
 
 HUB, NAMES, OBJECTS, RECORD = "hf:", "names", "objects", "card.json"
 NAME, VERSION = r"[A-Za-z_]\w*", r"[0-9a-f]{16}"
@@ -83,8 +84,12 @@ class Place:
                 except ValueError as error:
                     note(f"warning: {error}")
 
+    def writing(self) -> AbstractContextManager[None]:
+        """One writer after the other, each with what all before it stored; the hub refuses a second one itself."""
+        return locked(self.folder) if self.repository is None else nullcontext()
+
     def put(self, name: str, built: Path) -> str:
-        """Store a folder as the current version of a name, whole or not at all; the version."""
+        """Store a folder as the current version of a name, whole or not at all, while `writing`; the version."""
         write_json(built / MANIFEST, manifest_of(built, later=()))
         version = version_of(built)
         lines = "".join(f"{line}\n" for line in (*(v for v in self.versions.get(name, []) if v != version), version))

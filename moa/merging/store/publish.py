@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,17 @@ def publish(settings: StoreConfig, console: Console) -> None:
         for site in source.experts[0].ranks:
             source.experts[0].read(site)  # refuses values that are not finite
     place = open_place(settings.store, create=True)
-    for name, source in zip(names, sources, strict=True):
+    with place.writing():
+        store_all(place, dict(zip(names, sources, strict=True)), settings, console)
+
+
+def store_all(place: Place, sources: Mapping[str, Source], settings: StoreConfig, console: Console) -> None:
+    for name, source in sources.items():
         known = place.versions.get(name)
         if known and not settings.update and place.get(name)[0].digest != digest(source.experts[0]):
             raise ValueError(f"{name}: the store has other weights of this name, version {known[-1]}; update=true "
                              "stores these as its next version, name=OTHER beside it")  # fmt: skip
-    for name, source in zip(names, sources, strict=True):
+    for name, source in sources.items():
         version, entry = store_one(place, name, source, settings.license)
         unknown = [key for key in ("base_fingerprint", "data", "statistics", "scores") if not getattr(entry, key)]
         about = f"{name} {version}: rank {entry.rank} at {entry.num_sites} layers, beside {len(entry.mixes)} others"
