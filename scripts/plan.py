@@ -37,6 +37,7 @@ class Settings:
     backbone: list[str] = field(default_factory=lambda: ["llava-7b", "llava-13b", "llava-70b"])
     tokens: Count | None = None  # of a sample; null: prompt.max_length
     answer: Count = 256  # of them supervised
+    images: Count = 1  # of a sample
     reserve: NotNegative = 2.0  # GiB of each GPU to leave free
     bandwidth: Positive = 50.0  # GB/s that a GPU sends to others
     host_bandwidth: Positive = 25.0  # GB/s to and from its host
@@ -56,7 +57,7 @@ def show(settings: Settings, run_overrides: Sequence[str], laid_over: Sequence[s
     sizes = [(size, count) for size in settings.gpu_memory for count in settings.gpus]
     machines = [Machine(num_devices=count, memory=size, **speeds) for size, count in sizes]
     config = load_config([settings.config, *laid_over], run_overrides)
-    lengths = {"tokens": settings.tokens, "answer": settings.answer}
+    lengths = {name: getattr(settings, name) for name in ("tokens", "answer", "images")}
     with Console(stderr=True).status("") as status:
         plans = plan_run(config, settings.backbone, machines, note=status.update, **lengths)
     # rich takes what is not a terminal to be 80 columns wide, where the table would break inside words

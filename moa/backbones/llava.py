@@ -292,16 +292,20 @@ def _inside(name: str, *prefixes: str) -> bool:
 
 
 def intake_of(processor: Any, family: Family, generation: Any) -> Intake:
-    name = next((kind for kind, row in FAMILIES.items() if row is family), "base")
-    choices = ", ".join(kind for kind, row in FAMILIES.items() if row.several_images)
-    one = "" if family.several_images else f"a {name} was trained on one a sample; bases that take several: {choices}"
     return Intake(
         processor=processor,
         box_codec=box_convention(family, processor.tokenizer),
         text_only=family.text_only,
-        one_image=one,
+        one_image=only_one_image(family),
         stops=stops_of(generation),
     )
+
+
+def only_one_image(family: Family) -> str:
+    """Why a sample has one image at most; empty for a family that takes several."""
+    name = next((kind for kind, row in FAMILIES.items() if row is family), "base")
+    choices = ", ".join(kind for kind, row in FAMILIES.items() if row.several_images)
+    return "" if family.several_images else f"a {name} was trained on one a sample; bases that take several: {choices}"
 
 
 def stops_of(generation: Any) -> tuple[int, ...]:

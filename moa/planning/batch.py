@@ -17,22 +17,26 @@ OCR_CHARS = 8  # tokens of an OCR word
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """What a sample is taken to be: an image, a question, an answer, in tokens together."""
+    """What a sample is taken to be: images, a question, an answer, in tokens together."""
 
-    tokens: int  # of prompt, image and answer
+    tokens: int  # of prompt, images and answer
     answer: int  # of them supervised
-    image: int  # of them the image's
+    image: int  # of them those of one image
+    images: int = 1
     pack: int | None = None  # tokens of a row that several samples share
 
     def __post_init__(self) -> None:
-        rest = self.tokens - self.image - self.answer
-        if self.answer < 1 or rest < 1:
+        if self.answer < 1 or self.question < self.images:  # a token stands behind each image
             raise ValueError(
-                f"length: {self.tokens} tokens leave {rest} for the question, after {self.image} of "
-                f"the image and {self.answer} of the answer"
+                f"length: {self.tokens} tokens leave {self.question} for the question, after {self.images} x "
+                f"{self.image} of the image and {self.answer} of the answer"
             )
         if self.pack is not None and self.pack < self.tokens:
             raise ValueError(f"length: {self.tokens} must fit train.pack_length={self.pack}")
+
+    @property
+    def question(self) -> int:
+        return self.tokens - self.images * self.image - self.answer
 
 
 @torch.no_grad()
@@ -73,16 +77,16 @@ def patches_per_side(base: Any, model: ModelConfig) -> int:
 
 
 def example_batch(config: RunConfig, base: Any, lengths: Lengths, num_samples: int) -> Batch:
-    """Samples of equal length, an image each, in rows; the last row is one token short.
+    """Samples of equal length in rows; the last row is one token short.
 
     A single padded token makes attention keep a mask, as a real batch does. `base` is the backbone's config.
     """
     image, count, words = base.image_token_id, num_samples, config.prompt.max_ocr_words
     sample = torch.full((lengths.tokens,), 2 if image != 2 else 3)
-    sample[: lengths.image] = image
+    for start in range(0, lengths.images * (lengths.image + 1), lengths.image + 1):
+        sample[start : start + lengths.image] = image
     labels = torch.full_like(sample, -100)
     labels[-lengths.answer :] = sample[-1]
-    question = lengths.tokens - lengths.image - lengths.answer
     ids, targets, segments = in_rows(sample, labels, count, lengths.pack)
     mask = (segments >= 0).long()
     if lengths.pack is None and count > 1:
@@ -92,10 +96,10 @@ def example_batch(config: RunConfig, base: Any, lengths: Lengths, num_samples: i
         attention_mask=mask,
         labels=targets,
         segments=segments if lengths.pack is not None else None,
-        **blank_images(base, config.model, count),
-        image_index=torch.arange(count),
-        text_ids=torch.full((count, question), int(sample[-1])),
-        text_mask=torch.ones(count, question, dtype=torch.bool),
+        **blank_images(base, config.model, count * lengths.images),
+        image_index=torch.arange(count).repeat_interleave(lengths.images),
+        text_ids=torch.full((count, lengths.question), int(sample[-1])),
+        text_mask=torch.ones(count, lengths.question, dtype=torch.bool),
         ocr_ids=torch.full((count, words, OCR_CHARS), int(sample[-1])),
         ocr_char_mask=torch.ones(count, words, OCR_CHARS, dtype=torch.bool),
         ocr_boxes=torch.zeros(count, words, 4),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moa.backbones.llava import only_one_image
 from moa.backbones.shapes import find_shape, random_backbone
 from moa.build import DTYPES, build_mixture, open_adapters
 from moa.config import RunConfig
@@ -122,6 +123,13 @@ class FakeRun:
         self.model.train()
         self.shape = shape_of(self.model, config.model.quantization)
 
+    def lengths(self, *, tokens: int | None = None, answer: int = 256, images: int = 1) -> Lengths:
+        """Of a sample of `tokens` (default: prompt.max_length), of which `images` images and the answer are a part."""
+        if images > 1 and (rule := only_one_image(self.model.backbone.family)):
+            raise ValueError(f"images={images}: {rule}")
+        tokens, pack = tokens or self.config.prompt.max_length, self.config.train.pack_length
+        return Lengths(tokens=tokens, answer=answer, image=self.image_tokens, images=images, pack=pack)
+
     def measure(self, lengths: Lengths, num_samples: int) -> StepCosts:
         batch = example_batch(self.config, self.model.model.config, lengths, num_samples)
         return measure_step(self.model, self.groups, self.stage, self.config.train, batch)
@@ -140,18 +148,14 @@ def trace(
     backbone: str,
     samples: int,
     *,
-    tokens: int | None = None,
-    answer: int = 256,
     note: Callable[[str], Any] = lambda line: None,
+    **about: Any,
 ) -> Traced:
-    """Run the steps of a config with a backbone, around a micro-batch of `samples`.
-
-    A sample has `tokens` tokens (default: prompt.max_length), image and answer included. ValueError where they misfit.
-    """
+    """Run the steps of a config with a backbone, around a micro-batch of `samples`, which are of
+    `FakeRun.lengths(**about)`."""
     note(f"{backbone}: building")
     run = FakeRun(config, backbone)
-    tokens, pack = tokens or config.prompt.max_length, config.train.pack_length
-    lengths = Lengths(tokens=tokens, answer=answer, image=run.image_tokens, pack=pack)
+    lengths = run.lengths(**about)
     samples = max(samples, 2)  # one alone has no padding, and so no mask
     note(f"{backbone}: steps of {samples} and {2 * samples} samples")
     low, high = (run.measure(lengths, count) for count in (samples, 2 * samples))

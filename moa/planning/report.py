@@ -42,7 +42,7 @@ def describe_plan(plan: Plan) -> Iterator[str]:
     shape, lengths, layout, machine = plan.shape, plan.lengths, plan.layout, plan.machine
     yield (
         f"{shape.numbers / 1e6:,.1f}M parameters, {shape.trained_numbers / 1e6:.1f}M trained; "
-        f"{lengths.tokens:,} tokens a sample ({lengths.image} image, {lengths.answer} answer)"
+        f"{lengths.tokens:,} tokens a sample ({lengths.images} x {lengths.image} image, {lengths.answer} answer)"
         + (f", rows of {lengths.pack:,}" if lengths.pack else "")
     )
     yield (

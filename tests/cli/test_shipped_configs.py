@@ -6,7 +6,6 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from moa.config import RunConfig, load_config
-from moa.planning.batch import Lengths
 from moa.planning.plan import FakeRun
 from moa.training.setup import make_accelerator, open_run
 from tests.planning.test_plan import real_step
@@ -44,7 +43,7 @@ def on_tiny(name: str, folder) -> RunConfig:
 def test_a_run_for_a_real_backbone_is_planned_and_trains_on_a_tiny_one(name, tmp_path):
     config = on_tiny(name, tmp_path)
     planned = FakeRun(config, config.model.name)
-    lengths = Lengths(tokens=64, answer=8, image=planned.image_tokens)
+    lengths = planned.lengths(tokens=64, answer=8, images=2 if name == "qwen2_5_vl_3b" else 1)
     assert planned.measure(lengths, 3) == real_step(config, lengths, 3)
     AcceleratorState._reset_state(reset_partial_state=True)
     run, state = open_run(config, make_accelerator(config))

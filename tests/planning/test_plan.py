@@ -122,6 +122,15 @@ def test_live_bytes_count_each_storage_once_and_only_while_it_lives():
     assert 400 + 2 * 200 <= peak <= 400 + 2 * 200 + 8  # ones, their sum, one number
 
 
+def test_each_image_of_a_sample_has_its_tokens_and_its_pixels(tmp_path):
+    config = toy_config(tmp_path)
+    base = find_shape(config.model.name)
+    batch = example_batch(config, base, Lengths(tokens=12, answer=2, image=3, images=2), 2)
+    assert (batch.input_ids == base.image_token_id).int().tolist() == [[1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 0]] * 2
+    assert batch.image_index.tolist() == [0, 0, 1, 1] and len(batch.pixel_values) == 4
+    assert batch.text_ids.shape == (2, 4)
+
+
 @pytest.mark.slow
 def test_small_steps_foretell_large_ones(tmp_path):
     config = toy_config(tmp_path)
@@ -252,6 +261,7 @@ def test_four_bits_take_a_quarter_of_the_linear_layers(tmp_path):
     [
         ({}, {"backbones": ["llava-8b"]}, "choices: llava-7b, llava-13b, llava-70b, a folder"),
         ({}, {"backbones": ["config"], "tokens": 10, "answer": 8}, "leave -2 for the question"),
+        ({}, {"backbones": ["config"], "images": 2}, "images=2: a llava was trained on one a sample; bases that take"),
         ({"train__batch_size": 3}, {"backbones": ["config"]}, "3 must divide by 2 processes"),
         ({"model__targets": ["nothing"]}, {"backbones": ["config"]}, "targets"),
     ],
