@@ -40,6 +40,7 @@ from moa.model import MixtureModel
 
 REPORT = "serving.json"
 ROUNDING = 1e-9  # a gate below it is off
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that its --max-lora-rank takes; an adapter above it is refused
 Gates = Float[Tensor, "sample site expert"]
 
 
@@ -89,8 +90,7 @@ def write_serving(settings: ServingConfig, console: Console) -> None:
             name = f"v{number}"
             row = {"name": name, "weights": weights_of(vector.gates, names, sites), "spread": vector.spread}
             row |= {"samples": len(vector.members), "share": len(vector.members) / len(samples)}
-            row["adapter"] = write_vector(folder / "vectors" / name, vector.gates, source, names, sites, settings)
-            rows.append(row)
+            rows.append(row | write_vector(folder / "vectors" / name, vector.gates, source, names, sites, settings))
             kept = ", ".join(f"{n} {float(g):.2f}" for n, g in zip(names, vector.gates.mean(0), strict=True) if g.any())
             console.print(f"{name}: {row['share']:.0%} of the samples; {kept or 'the base alone'}", soft_wrap=True)
         towers = [site for site in sites if model.backbone.stream_of(site) != "text"]
@@ -102,8 +102,20 @@ def write_serving(settings: ServingConfig, console: Console) -> None:
     console.print(
         f"{served} of {len(samples)} samples have one of {len(vectors)} vectors; written: {out}", soft_wrap=True
     )
+    if any(row["adapter"] for row in rows):
+        console.print(vllm_command(str(source.base_name), out, rows, bool(towers)), soft_wrap=True)
     if towers:
-        console.print(f"{len(towers)} sites are not of the language model; vLLM needs --enable-tower-connector-lora")
+        console.print(f"{len(towers)} sites are not of the language model; vLLM adapts them for some models alone")
+
+
+def vllm_command(base: str, out: Path, rows: Sequence[dict[str, Any]], towers: bool) -> str:
+    """It serves the adapters of these vectors, under their names."""
+    adapters = [f"{row['name']}={out / row['adapter']}" for row in rows if row["adapter"]]
+    most = max(row["rank"] for row in rows)
+    rank = next((rank for rank in VLLM_RANKS if rank >= most), most)
+    tower = " --enable-tower-connector-lora" if towers else ""
+    options = f"--enable-lora{tower} --max-lora-rank {rank} --max-loras {len(adapters)}"
+    return f"vllm serve {base} {options} --lora-modules {' '.join(adapters)}"
 
 
 @torch.no_grad()
@@ -126,12 +138,12 @@ def write_vector(
     names: Sequence[str],
     sites: Sequence[str],
     settings: ServingConfig,
-) -> str | None:
-    """One adapter of the experts that are on at these gates, exactly; None for the base alone."""
+) -> dict[str, Any]:
+    """One adapter of the experts that are on at these gates, exactly, and its largest rank; None for the base alone."""
     on = [name for name, column in zip(names, gates.T, strict=True) if column.abs().max() > ROUNDING]
     experts: list[Expert] = [expert for expert in source.experts if expert.name in on]
     if not experts:
-        return None
+        return {"adapter": None, "rank": 0}
     weights: Weights = weights_of(gates[:, [names.index(name) for name in on]], on, sites)
     plan = make_plan(experts, weights=weights)
     merged = run_plan(plan)
@@ -141,7 +153,7 @@ def write_vector(
     text = f"Experts of {settings.run} at gates that its router often gives."
     about["card"] = {"about": text, "fingerprint": local_fingerprint(source.base_name)}
     exports.export_adapter(folder, merged, experts, base=source.base_name, **about)
-    return f"vectors/{folder.name}"
+    return {"adapter": f"vectors/{folder.name}", "rank": max(len(site.lora_a) for site in merged.values())}
 
 
 def requests(samples: Sequence[Sample], gates: Gates, vectors: Sequence[Vector], names: Sequence[str]) -> str:

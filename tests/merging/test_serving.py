@@ -15,7 +15,7 @@ from moa.checkpoint import TrainState, load_model, save_checkpoint, step_folder
 from moa.config import RunConfig
 from moa.merging import serving
 from moa.merging.learn.calibration import read_calibration
-from moa.merging.serving import frequent_vectors
+from moa.merging.serving import frequent_vectors, vllm_command
 from moa.merging.settings import ServingConfig
 from moa.merging.source import open_run
 from moa.sections import EvalConfig, ExpertConfig, ModelConfig, RouterConfig
@@ -62,6 +62,7 @@ def test_both_ways_of_serving_through_plain_peft_are_the_live_model(run, tmp_pat
     script.main([f"run={run}", f"out={out}", "num_samples=3", "precision=0.001", "max_vectors=2", "verify=false"])
     record = json.loads((out / "serving.json").read_text())
     lines = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
+    assert [row["rank"] for row in record["vectors"]] == [4, 4]  # two experts of rank 2
     assert len(lines) == 6 and all(len(line["weights"]) == 2 for line in lines)
     model, _, config = load_model(run, "cpu")
     data = read_calibration(config, model, num_samples=3, seed=0, ocr=None)
@@ -84,6 +85,14 @@ def test_both_ways_of_serving_through_plain_peft_are_the_live_model(run, tmp_pat
                 torch.testing.assert_close(at, live.logits[0], rtol=1e-2, atol=1e-2)
                 seen.add(line["vector"])
     assert seen
+
+
+def test_the_command_for_vllm_has_the_next_rank_that_it_takes_and_leaves_out_the_base(tmp_path):
+    rows = [{"name": "v0", "adapter": "vectors/v0", "rank": 40}, {"name": "v1", "adapter": None, "rank": 0}]
+    rows.append({"name": "v2", "adapter": "vectors/v2", "rank": 8})
+    options = "--enable-lora --enable-tower-connector-lora --max-lora-rank 64 --max-loras 2"
+    adapters = f"v0={tmp_path}/vectors/v0 v2={tmp_path}/vectors/v2"
+    assert vllm_command("BASE", tmp_path, rows, True) == f"vllm serve BASE {options} --lora-modules {adapters}"
 
 
 @pytest.mark.parametrize("granularity", ["token", "both"])
