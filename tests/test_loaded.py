@@ -211,7 +211,7 @@ def test_a_clip_shares_out_names_as_its_own_logits_do_and_refuses_questions(tmp_
     alone = clip.classify(**asked, names=names, gates={"drawings": 1})
     assert alone == clip.classify(**asked, names=names, gates="drawings") and alone.shares != found.shares
     desk = Desk(model=clip, folder=tmp_path)
-    answer = desk.answer(random_image(0), "cat, bus\nsmall dog", None, "router")
+    answer = desk.answer([random_image(0)], "cat, bus\nsmall dog", None, "router")
     assert desk.compares and [*answer.shares] == names and answer.shares[answer.text] == max(answer.shares.values())
     with pytest.raises(ValueError, match="a dual encoder generates no text"):
         clip.ask(random_image(0), "what?")

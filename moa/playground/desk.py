@@ -19,6 +19,7 @@ from PIL import Image
 from data.checks import BadSampleError
 from data.images import open_image
 from data.mixture import read_sample
+from data.ocr import words_on
 from data.sample import Box, OcrWord, Sample
 from data.sources import open_sources
 from moa.clip_model import ClipMixture
@@ -28,6 +29,7 @@ from moa.loaded import GateRule, LoadedModel
 
 MOST_BYTES = 20 * 2**20  # of an uploaded file
 MOST_PIXELS = 25_000_000  # of an image
+MOST_IMAGES = 8  # of a question, where the base takes several
 MOST_CHARACTERS = 2000  # of a question, or of the names for a CLIP
 SHOWN = 720  # pixels of the longer side of the image on the page
 READ = "#0072B2"  # OCR words
@@ -69,9 +71,14 @@ class Desk:
         prompts = [source.prompt or "" for source in self.model.config.data.sources.values()]
         return next((prompt for prompt in prompts if "{}" in prompt), "a photo of a {}")
 
+    @property
+    def most_images(self) -> int:
+        """That one question may be about."""
+        return 1 if self.compares or self.model.network.backbone.intake.one_image else MOST_IMAGES
+
     def answer(
         self,
-        image: Image.Image,
+        images: Sequence[Image.Image],
         question: str,
         task: str | None,
         gates: GateRule,
@@ -81,19 +88,21 @@ class Desk:
         with self.busy:
             on_text("")
             if not self.compares:
-                found = self.model.ask(image, question, task, gates=gates, on_text=on_text)
+                found = self.model.ask(
+                    [*images] if len(images) > 1 else images[0], question, task, gates=gates, on_text=on_text
+                )
                 return Answer(text=found.text, box=found.box, gates=found.gates)
             names = question.replace(",", "\n").splitlines()
-            fits = self.model.classify(image, names, task, prompt=self.prompt, gates=gates)
+            fits = self.model.classify(images[0], names, task, prompt=self.prompt, gates=gates)
             best = max(fits.shares, key=lambda name: fits.shares[name])
             return Answer(text=best, shares=fits.shares, gates=fits.gates)
 
-    def words(self, image: Image.Image) -> Sequence[OcrWord] | None:
-        """What the run's OCR reads; None for a run without."""
+    def words(self, images: Sequence[Image.Image]) -> Sequence[OcrWord]:
+        """What the run's OCR reads; nothing for a run without."""
         if self.model.ocr is None:
-            return None
+            return ()
         with self.busy:
-            return self.model.ocr(image) or ()
+            return words_on(images, self.model.ocr) or ()
 
     def presets(self) -> dict[str, dict[str, float]]:
         """Gates to start from: by name those that any expert can have; a negated one is forgotten."""
@@ -124,9 +133,9 @@ class Desk:
         finally:
             self.merging.release()
 
-    def samples(self, most: int = 8) -> list[tuple[Image.Image, Sample]]:
-        """An image and its sample of each validation set, as far as its files are there."""
-        found: list[tuple[Image.Image, Sample]] = []
+    def samples(self, most: int = 8) -> list[Sample]:
+        """One with images of each validation set, as far as its files are there."""
+        found: list[Sample] = []
         try:
             sources = chosen_sources(self.model.config)[:most]
         except ValueError:
@@ -137,8 +146,8 @@ class Desk:
                 sample = read_sample(dataset, min(number, len(dataset) - 1), source.name)
             except (ValueError, OSError, ModuleNotFoundError):
                 continue
-            if not isinstance(sample, BadSampleError) and len(sample.images) == 1:
-                found.append((sample.images[0], sample))
+            if not isinstance(sample, BadSampleError) and 1 <= len(sample.images) <= self.most_images:
+                found.append(sample)
         return found
 
     @property

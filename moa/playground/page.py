@@ -5,6 +5,7 @@ The only room of NiceGUI. Nothing here computes: `Desk` does, in a thread, so th
 
 import asyncio
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from moa.loaded import GateRule
 from moa.playground.desk import (
     MISTAKES,
     MOST_BYTES,
+    MOST_IMAGES,
     WITHHELD,
     Answer,
     Desk,
@@ -57,6 +59,22 @@ document.addEventListener("paste", event => {
 """
 
 
+# What the camera sees after a second, when it has found its exposure, goes there too; its value is what went wrong.
+CAMERA = """
+try {
+  const stream = await navigator.mediaDevices.getUserMedia({video: {facingMode: "environment"}});
+  const video = Object.assign(document.createElement("video"), {srcObject: stream, muted: true, playsInline: true});
+  await video.play();
+  await new Promise(done => setTimeout(done, 1000));
+  const canvas = Object.assign(document.createElement("canvas"), {width: video.videoWidth, height: video.videoHeight});
+  canvas.getContext("2d").drawImage(video, 0, 0);
+  stream.getTracks().forEach(track => track.stop());
+  const blob = await new Promise(done => canvas.toBlob(done, "image/jpeg"));
+  getElement(ID).$refs.qRef.addFiles([new File([blob], "camera.jpg", {type: "image/jpeg"})]);
+} catch (error) { return String(error); }
+"""
+
+
 @dataclass(eq=False, kw_only=True)
 class Card:
     """One answer: what its gates are called, its color, and where it is shown."""
@@ -77,13 +95,15 @@ class Visit:
     """The page of one visitor: what is asked, and the elements that change."""
 
     desk: Desk
-    image: Image.Image | None = None
-    words: tuple[OcrWord, ...] = ()
+    images: list[Image.Image] = field(default_factory=list)
+    words: Sequence[OcrWord] = ()
     asked: bool = False
     cards: list[Card] = field(default_factory=list)
     sliders: dict[str, Any] = field(default_factory=dict)
     zips: list[Path] = field(default_factory=list)
-    seen: Any = None
+    seen: list[Any] = field(default_factory=list)  # an element for each image, in `shown`
+    shown: Any = None
+    adds: Any = None
     question: Any = None
     task: Any = None
     expert: Any = None
@@ -118,8 +138,7 @@ class Visit:
         return f"{experts} on {Path(self.desk.model.config.model.name).name}, {reads}"
 
     def build_question(self) -> None:
-        self.seen = ui.interactive_image().classes("w-full rounded")
-        self.seen.set_visibility(False)
+        self.shown = ui.element("div")
         upload = ui.upload(
             label="Image: choose, drop, or paste anywhere",
             auto_upload=True,
@@ -129,13 +148,14 @@ class Visit:
         )
         upload.props('accept="image/*" flat bordered')
         ui.timer(0.1, lambda: ui.run_javascript(PASTE.replace("ID", str(upload.id))), once=True)
-        samples = self.desk.samples()
-        if samples:
-            with ui.row().classes("gap-2"):
-                for image, sample in samples:
-                    picture = ui.image(data_url(image, 96)).classes("w-14 h-14 rounded cursor-pointer")
-                    picture.tooltip(sample.question).props("fit=cover")
-                    picture.on("click", lambda _, i=image, s=sample: self.take(i, s.question, s.task))
+        ui.button("Camera", on_click=lambda: self.photograph(upload)).props("flat dense no-caps")
+        if self.desk.most_images > 1:
+            self.adds = ui.switch("Beside the images above; <image> in the question is the place of one")
+        with ui.row().classes("gap-2"):
+            for sample in self.desk.samples():
+                picture = ui.image(data_url(sample.images[0], 96)).classes("w-14 h-14 rounded cursor-pointer")
+                picture.tooltip(sample.asked).props("fit=cover")
+                picture.on("click", lambda _, s=sample: self.take([*s.images], s.asked, s.task))
         label = "Names, by line or comma" if self.desk.compares else "Question"
         self.question = ui.textarea(label).props("autogrow outlined dense").classes("w-full")
         self.question.on("keydown.enter.prevent", self.ask)
@@ -198,12 +218,19 @@ class Visit:
             return self.complain(str(error))
         finally:
             cast(ui.upload, event.sender).reset()
+        before = self.images if self.adds is not None and self.adds.value else []
+        if len(before) >= MOST_IMAGES:
+            return self.complain(f"images: at most {MOST_IMAGES} in a question")
         if image is not None:  # None: the server ends
-            await self.take(image)
+            await self.take([*before, image])
 
-    async def take(self, image: Image.Image, question: str | None = None, task: str | None = None) -> None:
-        """Another image, and the question of a sample."""
-        self.image, self.words, self.asked = image, (), False
+    async def photograph(self, upload: ui.upload) -> None:
+        if mistake := await ui.run_javascript(CAMERA.replace("ID", str(upload.id)), timeout=60):
+            self.complain(f"camera: {mistake}")
+
+    async def take(self, images: list[Image.Image], question: str | None = None, task: str | None = None) -> None:
+        """Other images, and the question of a sample."""
+        self.images, self.seen, self.words, self.asked = images, [], (), False
         for card in self.cards:
             self.clear(card)
         if question is not None and not self.desk.compares:
@@ -212,19 +239,23 @@ class Visit:
             self.task.set_value(task)
         if self.expert is not None and task in self.desk.model.experts:
             self.expert.set_value(task)
-        self.seen.set_source(await run.io_bound(data_url, image))
-        self.seen.set_visibility(True)
-        self.draw()
+        addresses = await run.io_bound(lambda: [*map(data_url, images)])
+        if self.images is not images:
+            return
+        self.shown.clear()
+        self.shown.classes(replace=f"grid gap-2 w-full {'grid-cols-2' if len(images) > 1 else ''}")
+        with self.shown:
+            self.seen = [ui.interactive_image(address).classes("w-full rounded") for address in addresses or ()]
         try:
-            found = await run.io_bound(self.desk.words, image)
+            found = await run.io_bound(self.desk.words, images)
         except MISTAKES as error:
             return self.complain(f"OCR: {error}")
-        if self.image is image:
-            self.words = tuple(found or ())
+        if self.images is images:
+            self.words = found or ()
             self.draw()
 
     async def ask(self) -> None:
-        if self.image is None:
+        if not self.images:
             return self.complain("choose an image first")
         try:
             check_text(self.question.value)
@@ -305,9 +336,9 @@ class Visit:
                 raise SupersededError
             loop.call_soon_threadsafe(card.text.set_text, text or "...")
 
-        if self.image is None:
+        if not self.images:
             return
-        asked = self.image, self.question.value, None if task == WITHHELD else task, card.gates
+        asked = self.images, self.question.value, None if task == WITHHELD else task, card.gates
         try:
             answer = await run.io_bound(self.desk.answer, *asked, on_text)
         except SupersededError:
@@ -329,10 +360,13 @@ class Visit:
         self.draw()
 
     def draw(self) -> None:
-        if self.image is not None:
-            words = self.words if self.show_words is not None and self.show_words.value else ()
-            boxes = {card.color: card.answer.box for card in self.cards if card.answer and card.answer.box}
-            self.seen.set_content(overlay(self.image.size, words, boxes))
+        shows = self.show_words is not None and self.show_words.value
+        boxes = {card.color: card.answer.box for card in self.cards if card.answer and card.answer.box}
+        for number, (image, seen) in enumerate(
+            zip(self.images, self.seen, strict=False)
+        ):  # the second is empty until they are drawn
+            words = [word for word in self.words if shows and word.image == number]
+            seen.set_content(overlay(image.size, words, boxes))
 
     def complain(self, text: str) -> None:
         ui.notify(text[:500], type="negative", position="top", timeout=8000, close_button=True, multi_line=True)

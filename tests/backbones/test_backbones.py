@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from peft import PeftModel
+from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText
 
 import eval as eval_script
 from data.batch import Batch
@@ -31,13 +30,15 @@ from moa.loaded import load
 from moa.merging.adapters import experts_of_bank
 from moa.merging.export import verify as verifying
 from moa.merging.export.export import export_adapter, export_checkpoint
-from moa.merging.export.probe import outputs_of, probe_inputs, probe_of_run
+from moa.merging.export.probe import probe_inputs, probe_of_run
 from moa.merging.merge import merge
 from moa.model import LanguageMixture, MixtureModel
 from moa.parts import PARTS
+from moa.playground.desk import Desk
 from moa.routing.router import Router
 from moa.training.setup import make_accelerator, open_run
 from tests.support.families import NAMES, tiny_family
+from tests.support.peft import outputs_here
 from tests.support.tiny import random_image
 from tests.support.toy import toy_config, write_rows
 from train import train
@@ -353,16 +354,7 @@ def test_a_family_of_one_image_refuses_several_with_those_that_take_them(name):
 
 @pytest.fixture
 def same_process(monkeypatch):
-    """Reload here instead of in a fresh process, which costs seconds of imports."""
-
-    def reload(inputs, *, model, adapter=None, new_tokens):
-        loaded, info = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-        assert not info["missing_keys"] and not info["mismatched_keys"]
-        if adapter:
-            loaded = PeftModel.from_pretrained(loaded, adapter)
-        return outputs_of(loaded.eval(), inputs, new_tokens), {"consumed": None}
-
-    monkeypatch.setattr(verifying, "fresh_outputs", reload)
+    monkeypatch.setattr(verifying, "fresh_outputs", outputs_here)
 
 
 def some_slow(*fast: str) -> Any:
@@ -460,6 +452,10 @@ def test_a_run_on_several_images_is_trained_evaluated_asked_and_probed(tmp_path)
     answer = model.ask(files, "is <image> like <image>?", "vqa", max_new_tokens=4)
     other = model.ask([files[0]] * 2, "is <image> like <image>?", "vqa", max_new_tokens=4)
     assert answer.gates != other.gates and answer.box is None
+    desk = Desk(model=model, folder=tmp_path)
+    images = [Image.open(file).convert("RGB") for file in files]
+    assert desk.answer(images, "is <image> like <image>?", "vqa", "router").gates == answer.gates
+    assert [len(sample.images) for sample in desk.samples()] == [2, 1] and desk.most_images > 1
     with pytest.raises(ValueError, match="image places: 1 times <image> for 2 images"):
         model.ask(files, "is <image> red?", "vqa")
     inputs, owners, routed = probe_of_run(step_folder(config.out), config, 3, 3)

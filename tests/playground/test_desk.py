@@ -64,16 +64,17 @@ def test_an_answer_that_nobody_waits_for_ends_and_the_desk_goes_on(desk):
         if len(heard) == 2:
             raise SupersededError
 
-    asked = random_image(1), "what?", "vqa", "router"
+    image = random_image(1)
+    asked = [image], "what?", "vqa", "router"
     with pytest.raises(SupersededError):
         desk.answer(*asked, on_text)
     assert len(heard) == 2 and not desk.busy.locked()
-    assert desk.answer(*asked).gates == desk.model.ask(*asked[:3]).gates
+    assert desk.answer(*asked).gates == desk.model.ask(image, *asked[1:3]).gates
 
 
 @pytest.mark.slow
 def test_two_visitors_at_once_get_the_answers_that_each_gets_alone(desk):
-    asked = [(random_image(i), f"what is {i}?", None, gates) for i in range(2) for gates in ("router", {"vqa": -1.0})]
+    asked = [([random_image(i)], f"what is {i}?", None, gates) for i in range(2) for gates in ("router", {"vqa": -1.0})]
     alone, found = [desk.answer(*each) for each in asked], {}
     threads = [threading.Thread(target=lambda i=i: found.update({i: desk.answer(*asked[i])})) for i in range(4)]
     for thread in threads:
@@ -119,7 +120,8 @@ def test_words_and_boxes_are_drawn_at_the_images_size_on_the_page_and_quoted(des
 
 
 def test_samples_are_the_images_of_the_validation_sets(desk):
-    assert [(sample.task, image.size) for image, sample in desk.samples()] == [
-        ("vqa", (40, 30)),
-        ("grounding", (40, 30)),
+    assert [(s.task, s.size, len(s.images)) for s in desk.samples()] == [
+        ("vqa", (40, 30), 1),
+        ("grounding", (40, 30), 1),
     ]
+    assert desk.most_images == 1  # a LLaVA-1.5

@@ -114,8 +114,13 @@ def test_a_visitor_asks_moves_a_slider_and_takes_the_mix_home(served, tmp_path):
         slider.click(position={"x": place["width"] / 4, "y": place["height"] / 2})
         sync_api.expect(page.get_by_text("-0.50")).to_be_visible(timeout=600_000)
         assert wait_for_answers()[:3] == first[:3]  # the others have their answers
+        export, expert = page.get_by_role("button", name="Export this mix"), run / "checkpoints/step-000001/experts/vqa"
+        expert.rename(expert.with_name("gone"))
+        export.click()
+        complains("export: ")
+        expert.with_name("gone").rename(expert)
         with page.expect_download() as found:
-            page.get_by_role("button", name="Export this mix").click()
+            export.click()
         found.value.save_as(tmp_path / "mix.zip")
         page.get_by_text("reloaded in a fresh process by plain PEFT").wait_for()
         browser.close()
