@@ -315,8 +315,8 @@ class _Total:
                 if method == "svd":
                     low = rules.svd(pairs, weights, rank)
                 else:
-                    site = a.key.removesuffix(FACTORS[0])
-                    low = rules.merge(pairs, weights, rank, method=method, options=self.role.options, site=site)
+                    own: dict[str, Any] = {"options": self.role.options, "site": a.key.removesuffix(FACTORS[0])}
+                    low = rules.merge(pairs, weights, rank, method=method, start=like, **own)
                 pair = rules.padded(low, like)
             lost += low.lost
             values |= {a.name: pair[0], b.name: pair[1]}

@@ -13,7 +13,7 @@ from torch import Tensor
 from moa.config import RunConfig
 from moa.experts.starts import STARTS
 from moa.federated import rules
-from moa.federated.aggregate import FOLDING, carrying, is_paired
+from moa.federated.aggregate import FOLDING, MERGE, carrying, is_paired
 from moa.federated.config import ClientConfig, GroupsConfig
 from moa.federated.pieces import Names, Piece, Role, Shape, in_rest, is_rest, select
 from moa.sections import ExpertConfig
@@ -166,10 +166,15 @@ def check_weights(roles: Sequence[Role], *, compares: bool) -> None:
             raise ValueError(f"roles.{role.name}.weight: {rule}")
 
 
-def check_ranks(special: Clients, experts: Experts) -> None:
-    """ValueError for a client of a lower rank, where an expert subtracts a frozen start that has all ranks."""
+def check_ranks(special: Clients, experts: Experts, roles: Sequence[Role] = ()) -> None:
+    """ValueError for a client of a lower rank, where an expert subtracts a frozen start that has all ranks, or a merge
+    would take the ranks that the client lacks for a change to 0."""
+    merging = [role for role in roles if role.rule.startswith(MERGE)]
     held = [name for name, expert in experts.items() if STARTS[expert.init].held and not expert.frozen]
     for client, own in special.items():
+        if own.rank is not None and merging:
+            rule = f"roles.{merging[0].name}.rule={merging[0].rule} merges changes of all ranks; choose rule=svd"
+            raise ValueError(f"clients.{client}.rank: {rule}")
         if own.rank is not None and held:
             rule = f"experts.{held[0]}.init={experts[held[0]].init} subtracts a start of all ranks"
             raise ValueError(f"clients.{client}.rank: {rule}; choices: lora, gaussian, orthogonal, null_space")

@@ -280,7 +280,7 @@ def svd(pairs: Sequence[Factors], weights: Sequence[Number], rank: int) -> LowRa
     return fit([(a, p * b) for p, (a, b) in zip(shares_of(weights), pairs, strict=True)], rank)
 
 
-def fit(pairs: Sequence[Factors], rank: int) -> LowRank:
+def fit(pairs: Sequence[Factors], rank: int | str) -> LowRank:
     """The best approximation of the sum of updates at a rank."""
     updates = to_core(pairs, canonical=False)
     return compress(updates, updates.cores.sum(0), rank, sum(len(a) for a, _ in pairs))
@@ -328,20 +328,26 @@ def merge(
     options: Mapping[str, Any] | None = None,
     site: str = "",
     depth: float | None = None,
+    start: Factors | None = None,
 ) -> LowRank:
-    """One-shot federation: clients' updates merged once by a method of `moa.merging`, in core space.
+    """`start` and the clients' changes from it, merged by a method of `moa.merging` in core space; None: 0.
 
+    One round is a merge after training; more are rounds of train and merge (METIS, Im et al. 2026, arXiv 2606.16501).
     Weights are the shares of their sum, times the number of clients for a method that adds updates up with weight 1.
     `depth` is the site's place among the layers, 0 to 1.
     """
     row, own_options = check_merge(method, options or {}, depth)
     scale = len(pairs) if row.weights == "ones" else 1
-    updates = to_core(pairs, canonical=not row.is_sum)
+    since = start if start is not None and bool(start[1].any()) else None
+    updates = to_core(pairs, canonical=not row.is_sum, since=since)
     names = tuple(f"client {number}" for number in range(len(pairs)))
     stacked = stack_of(site=site, experts=names, matrices=updates.cores, depth=depth or 0.0)
     own = torch.tensor([scale * p for p in shares_of(weights)], dtype=updates.cores.dtype)
     merged = row.function(stacked, own, **own_options)
-    return compress(updates, merged, rank, sum(len(a) for a, _ in pairs))
+    if since is None:
+        return compress(updates, merged, rank, sum(len(a) for a, _ in pairs))
+    change = compress(updates, merged, "sum", max(merged.shape))
+    return fit([since, (change.lora_a, change.lora_b)], rank)
 
 
 def check_merge(method: str, options: Mapping[str, Any], depth: float | None = None) -> tuple[Method, dict[str, Any]]:

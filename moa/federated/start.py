@@ -184,7 +184,7 @@ def check_plans(federation: Federation) -> None:
     try:
         if settings.privacy.noise is not None:
             spent(settings.privacy.noise, settings.participation, settings.rounds, settings.privacy.delta)
-        check_ranks(federation.special, federation.run.experts)
+        check_ranks(federation.special, federation.run.experts, federation.roles)
         check_senders(federation.roles, senders, federation.config.federated.drawn)
     except ValueError as error:
         raise ValueError(f"federated.{error}") from None

@@ -86,13 +86,19 @@ class LowRank:
 
 
 def to_core(
-    factors: Sequence[Factors | None], *, canonical: bool = True, more: Float[Tensor, "in count"] | None = None
+    factors: Sequence[Factors | None],
+    *,
+    canonical: bool = True,
+    more: Float[Tensor, "in count"] | None = None,
+    since: Factors | None = None,
 ) -> CoreUpdates:
     """The core form of one site from each expert's (A, scaling * B).
 
     None is an expert without this site, whose core is zero; at least one must have it. Axes that are not `canonical`
     depend on the factoring, which a sum of the cores does not mind. The input axes span `more` vectors beside A's rows.
+    With `since` the cores are the changes from it.
     """
+    factors = [*factors, *([since] if since is not None else [])]
     present = [pair for pair in factors if pair is not None]
     rows = torch.cat([a for a, _ in present]).T
     a, r_a = _orthonormal(rows if more is None else torch.cat([rows, more.to(rows.dtype)], 1))  # r_a [cols, columns]
@@ -104,6 +110,7 @@ def to_core(
             own = slice(start, start + pair[0].shape[0])
             cores[index] = r_b[:, own] @ r_a[:, own].T
             start = own.stop
+    cores = cores if since is None else cores[:-1] - cores[-1]
     if not canonical:
         return CoreUpdates(b=b, a=a, cores=cores)
     turn_b, turn_a = _principal_axes(b, cores), _principal_axes(a, cores.mT)

@@ -352,6 +352,19 @@ def test_pairs_of_factors_by_the_table(rule):
     assert said.covariance == pytest.approx(float((exact - mean / 9).norm() / exact.norm()), rel=1e-5)
 
 
+@pytest.mark.parametrize("begun", [0.0, 1.0])
+def test_a_merge_by_the_mean_is_fedavg_where_all_share_a_factor(begun):
+    start = server(**{B: begun * randoms(0)[B]})
+    found = []
+    for rule in ("mean", "merge:linear"):
+        roles = (replace(PAIRS[0], rule=rule), PAIRS[1])
+        own = [update(k, roles, ("vqa", "other"), start) for k in range(3)]
+        own = [replace(u, values={**u.values, A: start.tensors[A]}) for u in own]
+        new, _ = run(own, roles, start)
+        found.append(new.tensors[B] @ new.tensors[A])
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 def test_carry_puts_the_covariance_into_a_frozen_expert():
     roles = (replace(PAIRS[0], rule="carry", into="carry", options={"ratio": 2}), PAIRS[1])
     keys = [key.replace("vqa", "carry") for key in (A, B)]

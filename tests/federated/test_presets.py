@@ -28,6 +28,7 @@ def shapes_of(config: FederateConfig) -> dict[str, tuple[int, ...]]:
     router = AnchorRouter(**shared) if config.router.row.learns == "means" else Router(**shared, sites=1, hidden=4)
     tensors = dict(router.named_parameters()) or dict(router.named_buffers())
     tensors = {"token_router.q": torch.zeros(len(names), 7)} if by_token else tensors
+    tensors = {} if config.router.row.router is None else tensors
     found = {f"router.{key}": tuple(value.shape) for key, value in tensors.items()}
     for name, expert in config.experts.items():
         if not expert.frozen:

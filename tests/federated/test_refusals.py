@@ -108,6 +108,8 @@ def test_a_client_of_a_lower_rank_has_no_expert_that_subtracts_a_start():
     for init in ("random_b", "svd_top"):
         with pytest.raises(ValueError, match=f"clients.client-1.rank: experts.x.init={init} subtracts a start"):
             check_ranks(special, {"x": ExpertConfig(init=init)})
+    with pytest.raises(ValueError, match=r"client-1.rank: roles.x.rule=merge:ties merges changes of all ranks"):
+        check_ranks(special, {}, [Role(name="x", match=("rest",), rule="merge:ties")])
 
 
 def test_answer_tokens_are_no_weight_of_a_model_that_compares():

@@ -129,6 +129,23 @@ def test_any_merge_of_one_site_in_one_shot(method):
         close(dense(low), exact(own) * (3 if METHODS[method].weights == "ones" else 1))
 
 
+def test_a_round_of_train_and_merge_adds_the_merged_changes_to_what_all_began_with():
+    (start,), own, r = pairs(2, seed=7), pairs(2, 2, 2), torch.tensor([[2.0, 1.0], [0.0, 0.5]], dtype=torch.float64)
+    change = exact(own) - dense(start)
+    for method, times in (("linear", 1), ("task_arithmetic", 3)):
+        close(dense(rules.merge(own, WEIGHTS, 7, method=method, start=start)), dense(start) + times * change)
+    close(dense(rules.merge(own, WEIGHTS, 2, method="linear", start=start)), dense(rules.svd(own, WEIGHTS, 2)))
+    ties = dense(rules.merge(own, WEIGHTS, 7, method="ties", start=start))
+    other = (torch.linalg.inv(r) @ start[0], start[1] @ r)
+    close(dense(rules.merge([*own], WEIGHTS, 7, method="ties", start=other)), ties)
+    for method in ("linear", "ties", "consensus"):  # nobody has moved
+        close(dense(rules.merge([other, start], [1, 1], 2, method=method, start=start)), dense(start))
+    empty = (start[0], torch.zeros_like(start[1]))
+    for method in ("linear", "ties"):  # as a merge after training
+        one = rules.merge(own, WEIGHTS, 4, method=method, start=empty)
+        assert torch.equal(one.lora_b, rules.merge(own, WEIGHTS, 4, method=method).lora_b)
+
+
 def test_a_merge_over_all_sites_is_named_and_depth_may_be_given():
     with pytest.raises(ValueError, match="merge:ties reads more"):
         rules.merge(pairs(2, 2), [1, 1], 2, method="ties", options={"scope": "model"})
