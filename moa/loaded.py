@@ -90,9 +90,9 @@ class LoadedModel:
         For bases that take several, `image` may be a list of them. Each has an `<image>` in the question, or all
         stand before it.
         Without a task neither prompt nor router gets one. `gates` is router, uniform, ensemble, off (the base), the
-        name of an expert (it alone), without:NAME, or a mapping from experts to gates, where an expert that it lacks
-        has gate 0. Lengths are by default those of the run's `eval`. `on_text` is called with the answer as far as it
-        is generated; what it raises ends the answer.
+        name of an expert (it alone), without:NAME, with:RUN (docs/evaluation.md), or a mapping from experts to gates,
+        where an expert that it lacks has gate 0. Lengths are by default those of the run's `eval`. `on_text` is called
+        with the answer as far as it is generated; what it raises ends the answer.
         """
         lengths = {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
         return self.ask_all([(image, question)], task, gates=gates, on_text=on_text, **lengths)[0]

@@ -404,7 +404,8 @@ class EvalConfig:
     num_samples: Count | None = None  # at most so many of each source; null: all
     score: bool = True  # false: only write the answers, for splits whose references are secret
     # what decides the gates: router, oracle, uniform, off (the base), the name of one expert, or without:NAME;
-    # ensemble: every expert answers alone, and each token is drawn from the mean of their probabilities
+    # ensemble: every expert answers alone, and each token is drawn from the mean of their probabilities;
+    # with:RUN or with:0.3*RUN: from the mean with another run's, which may have other tokens
     gates: str = "router"
     # further gates that eval.py scores beside these, in one table
     compare: list[str] = field(default_factory=list)

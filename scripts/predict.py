@@ -41,7 +41,7 @@ class PredictSettings:
     # of every row; null: each row's own, or its format's; images of a folder are asked without one
     task: str | None = None
     withhold_task: bool = False  # neither the prompt nor the router gets the task
-    gates: str = "router"  # router, uniform, ensemble, off (the base), the name of one expert, or without:NAME
+    gates: str = "router"  # router, uniform, ensemble, off (the base), the name of one expert, without:NAME or with:RUN
     batch_size: Size | None = None  # questions per forward; null: as in the run's eval
     max_new_tokens: Size | None = None  # of an answer; null: as in the run's eval
     num_beams: Size | None = None  # 1: greedy; null: as in the run's eval

@@ -5,9 +5,9 @@
     python -m scripts.transplant adapter=TEXT_LORA text=TEXT_BASE vlm=VLM carry=activations texts=TEXTS.txt out=OUT
 
 Layers are found by the VLM family's own names and must have the same shapes; vision tower and projector stay as they
-are. A vocabulary with other ids, or a config that computes otherwise, is refused; `carry` takes a LoRA to a VLM that
-was made from another base of the family. An adapter becomes a PEFT folder, which plain PEFT loads and scripts.merge
-takes with others of the VLM; a model becomes a checkpoint with manifest.json.
+are. A config that computes otherwise is refused; rows of tokens go to the same token, and `carry` takes a LoRA to a VLM
+that was made from another base of the family, with other tokens or not. An adapter becomes a PEFT folder, which plain
+PEFT loads and scripts.merge takes with others of the VLM; a model becomes a checkpoint with manifest.json.
 """
 
 from collections.abc import Sequence

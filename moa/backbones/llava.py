@@ -158,14 +158,15 @@ class Backbone:
     def generate(self, batch: Batch, features: Any, **kwargs: Any) -> Int[Tensor, "rows new"]:
         """New token ids alone; a row per sample and return sequence."""
         stops = {*stops_of(self.model.generation_config)}
-        if self._end not in stops:  # what is learned as the end of an answer ends it
-            kwargs.setdefault("eos_token_id", [*stops, self._end])
+        if self.end not in stops:  # what is learned as the end of an answer ends it
+            kwargs.setdefault("eos_token_id", [*stops, self.end])
         with self._with_features(features, batch):
             ids = self.model.generate(**self.inputs_of(batch), **kwargs)
         return ids[:, batch.input_ids.shape[1] :]
 
     @cached_property
-    def _end(self) -> int:
+    def end(self) -> int:
+        """The token that is learned as the end of an answer."""
         return ChatEncoder(self.processor, self.intake.stops).dialogue(PROBE).end
 
     def stream_of(self, site: str) -> str:

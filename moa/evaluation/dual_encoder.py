@@ -28,7 +28,7 @@ from moa.evaluation.predict import check_finite, choose_gates
 from moa.evaluation.processes import ALONE, Processes
 from moa.evaluation.result import Result
 from moa.evaluation.run import first_images, rows_of_batches, without_unknown_expert
-from moa.evaluation.settings import check_gates
+from moa.evaluation.settings import check_gates, mixes_answers
 from moa.sections import EvalConfig
 
 Group = tuple[str, tuple[str, ...]]  # the question and the choices of samples
@@ -58,8 +58,9 @@ def evaluate_pairs(
 ) -> Result:
     """Classify the images of a data set, or retrieve with them; the arguments are those of `evaluate`."""
     check_gates(settings.gates, model.bank.names)
-    if settings.gates == "ensemble":
-        raise ValueError("eval.gates=ensemble: averages probabilities of tokens, and a CLIP has none; choices: uniform")
+    if mixes_answers(settings.gates):
+        rule = "averages probabilities of tokens, and a CLIP has none; choices: uniform"
+        raise ValueError(f"eval.gates={settings.gates}: {rule}")
     model.eval()
     began, device = time.perf_counter(), model.backbone.model.logit_scale.device
     keep = first_images(settings.num_images)

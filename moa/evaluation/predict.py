@@ -19,6 +19,8 @@ from data.sample import Box, Sample
 from data.sources import make_collator
 from moa.benchmarks.scores import Response
 from moa.config import RunConfig
+from moa.evaluation.fusion import Fused
+from moa.evaluation.settings import mixes_answers, partner_of
 from moa.model import Gates, MixtureModel
 
 ImageLike = Any  # a path, a PIL image, or an array [height, width, 3] of bytes
@@ -85,11 +87,16 @@ def respond(
     `on_text` gets the first sample's answer as it grows.
     """
     logits, tokenizer = FiniteLogits(), collator.processor.tokenizer
-    members = ensemble_members(model) if gates == "ensemble" else []
+    members, other = ensemble_members(model) if gates == "ensemble" else [], partner_of(gates)
     copies = collator([s for s in batch.samples for _ in members]) if members else batch
-    watched = [logits, *([MeanProbabilities(len(members), len(batch))] if members else [])]
-    watched += [Growing(tokenizer, copies.input_ids.shape[1], on_text)] if on_text else []
     copies = copies.to(next(model.parameters()).device)
+    watched: list[Any] = [logits, *([MeanProbabilities(len(members), len(batch))] if members else [])]
+    if other is not None:
+        if num_beams > 1:
+            raise ValueError(f"num_beams: 1 with gates={gates}, got {num_beams}")
+        watched.append(Fused(model.answering(), copies, *other, withhold_task=collator.withhold_task))
+        gates = "router"
+    watched += [Growing(tokenizer, copies.input_ids.shape[1], on_text)] if on_text else []
     ids, decided = model.answering().generate_routed(
         copies,
         **(gates_of_members(model, copies, members) if members else gate_rule(model, copies, gates)),
@@ -211,8 +218,8 @@ def gate_rule(model: MixtureModel, batch: Batch, rule: str | Mapping[str, float 
     if not isinstance(rule, str):
         row = torch.tensor([*gates_by_name(names, rule).values()], device=device)
         return {"gates": row.expand(len(batch), -1)}
-    if rule == "ensemble":
-        raise ValueError("gates=ensemble: averages the probabilities of generated tokens, which no gates do")
+    if mixes_answers(rule):
+        raise ValueError(f"gates={rule}: averages the probabilities of generated tokens, which no gates do")
     if rule == "router":
         return {}
     if rule.startswith("without:"):

@@ -17,11 +17,12 @@ from data.mixture import Source, read_sample
 from data.sample import Sample
 from moa.benchmarks.scores import Response, Scores, unscored
 from moa.benchmarks.table import BENCHMARKS, benchmark_called
+from moa.checkpoint import step_folder, weights_fingerprint
 from moa.evaluation.fingerprints import data_digest, sample_digest
 from moa.evaluation.predict import respond
 from moa.evaluation.processes import ALONE, Processes
 from moa.evaluation.result import Result
-from moa.evaluation.settings import check_gates
+from moa.evaluation.settings import check_gates, partner_of
 from moa.model import MixtureModel
 from moa.sections import EvalConfig
 
@@ -133,7 +134,9 @@ def answer_batch(
 def asked_of(settings: EvalConfig, benchmark: str | None, collator: ChatCollator) -> dict[str, Any]:
     """What the answers depend on beside weights and data, as a record."""
     prompt = {key: getattr(collator.settings, key) for key in PROMPT if key != "border" or collator.settings.border}
+    other = partner_of(settings.gates)
     return {
+        **({"other": weights_fingerprint(step_folder(other[0]))} if other else {}),
         "benchmark": benchmark,
         "scored": settings.score,
         **{key: getattr(settings, key) for key in ANSWERING},

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 from data.config import SourceConfig
@@ -15,6 +16,7 @@ from moa.config import RunConfig
 from moa.sections import EvalConfig
 
 GATE_RULES = ("router", "oracle", "uniform", "ensemble", "off")
+WITH = re.compile(r"with:(?:(\d*\.?\d+)\*)?(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +87,30 @@ def benchmark_of(source: SourceConfig) -> str | None:
     return source.benchmark or BY_FORMAT.get(source.format)
 
 
+def partner_of(rule: Any) -> tuple[str, float] | None:
+    """Run and weight of with:RUN or with:0.3*RUN; None for gates of the model's own."""
+    match = WITH.fullmatch(rule) if isinstance(rule, str) else None
+    if match is None:
+        return None
+    weight = float(match[1] or 0.5)
+    if not 0 < weight <= 0.5:
+        raise ValueError(f"gates={rule}: the weight must be above 0 and at most 0.5; evaluate the run that weighs more")
+    return match[2], weight
+
+
+def mixes_answers(rule: Any) -> bool:
+    """Whether a rule averages what several models answer, which no gates do."""
+    return rule == "ensemble" or partner_of(rule) is not None
+
+
 def check_gates(rule: str, names: Sequence[str], granularity: str = "sample") -> None:
     """ValueError, with the choices, for a rule that these experts do not have."""
+    if other := partner_of(rule):
+        if not Path(other[0]).is_dir():
+            raise ValueError(f"eval.gates={rule}: {other[0]} is no folder of a run")
+        return
     if rule not in GATE_RULES and rule.removeprefix("without:") not in names:
-        choices = ", ".join([*GATE_RULES, *names, *(f"without:{name}" for name in names)])
+        choices = ", ".join([*GATE_RULES, *names, *(f"without:{name}" for name in names), "with:RUN"])
         raise ValueError(f"eval.gates={rule}: unknown; choices: {choices}")
     if rule.startswith("without:") and granularity != "sample":
         raise ValueError(f"eval.gates={rule}: has no meaning where every token is routed by itself")
@@ -96,5 +118,5 @@ def check_gates(rule: str, names: Sequence[str], granularity: str = "sample") ->
 
 def variant_of(settings: EvalConfig) -> str:
     """The folder below <run>/eval, empty for the model as it was trained."""
-    parts = [settings.gates.replace(":", "-")] if settings.gates != "router" else []
+    parts = [re.sub(r"[^\w.]+", "-", settings.gates)] if settings.gates != "router" else []
     return "_".join([*parts, *(["no_task"] if settings.withhold_task else [])])

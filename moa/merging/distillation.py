@@ -37,7 +37,7 @@ from moa.config import RunConfig
 from moa.evaluation.card_parts import measured_of
 from moa.evaluation.models import pick_device
 from moa.evaluation.predict import gate_rule, prompt_collator
-from moa.evaluation.settings import check_gates
+from moa.evaluation.settings import check_gates, mixes_answers
 from moa.files.atomic import atomic_file, remove_folder, write_file, write_json
 from moa.files.peft import read_header, read_site
 from moa.files.peft_config import LORA, site_scaling
@@ -91,8 +91,8 @@ def check_teacher(settings: DistillConfig, config: RunConfig) -> None:
     if config.model.train_projector:
         raise ValueError(f"run: {settings.run} trained its projector, which no LoRA adapter can hold")
     check_gates(settings.gates, list(config.experts), config.router.granularity)
-    if settings.gates == "ensemble":
-        raise ValueError("gates=ensemble: is no set of gates that a student's tokens could be compared with")
+    if mixes_answers(settings.gates):
+        raise ValueError(f"gates={settings.gates}: is no set of gates that a student's tokens could be compared with")
     known = list(config.data.sources)
     for name in settings.sources if settings.sources is not None else known:
         if name not in known:

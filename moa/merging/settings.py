@@ -222,7 +222,8 @@ class TransplantConfig:
     # by the singular vectors of their weights
     carry: Literal["activations", "frames"] | None = None
     texts: FilePath | None = None  # of carry=activations: file with a text in each line, hundreds of them
-    max_error: ShareAboveZero = 0.5  # of carry: the largest mean of the layers' errors
+    # of carry: the largest mean of the layers' errors; of a model: the largest error of its rows of tokens
+    max_error: ShareAboveZero = 0.5
     other_base: bool = False  # allow another config or other ids of tokens than the VLM's language model has
     dtype: Dtype = "auto"  # auto: as the adapter, or the VLM
     max_shard_gb: Positive = 5.0  # largest file of a checkpoint
@@ -237,8 +238,8 @@ class TransplantConfig:
             raise ValueError("carry: is of an adapter; a whole model's difference has a place in its own base alone")
         if (self.carry == "activations") != (self.texts is not None):
             raise ValueError("texts: and carry=activations need each other")
-        if self.carry is None and self.max_error != type(self).max_error:
-            raise ValueError("max_error: has no effect without carry; leave it out")
+        if self.carry is None and self.model is None and self.max_error != type(self).max_error:
+            raise ValueError("max_error: has no effect without carry or model; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

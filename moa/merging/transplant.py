@@ -2,13 +2,13 @@
 
     model.layers.3.mlp.up_proj   ->   model.language_model.layers.3.mlp.up_proj        (`language` of a family's row)
 
-Nothing else of the VLM changes: not its vision tower, not its projector, nor the rows of its embeddings that the text
-model does not have. A task vector is W_vlm + weight (W_model - W_text), as Ilharco et al. 2023 add one.
+Nothing else of the VLM changes: not its vision tower, not its projector, nor the rows of tokens that the text model
+does not have; rows go to the same token, whatever its id. A task vector is W_vlm + weight (W_model - W_text), as
+Ilharco et al. 2023 add one.
 """
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,13 @@ from moa.backbones.families import FAMILIES
 from moa.backbones.fingerprint import base_fingerprint, computing
 from moa.backbones.opening import open_decoder
 from moa.backbones.shapes import layer_shapes
+from moa.backbones.vocabulary import read_spellings
 from moa.files.checkpoint_files import BaseFiles, local_base, match_parameters, match_sites, read_base
 from moa.files.peft_config import read_json_object
 from moa.files.spelling import match_spelling
 from moa.files.targets import finds
 from moa.merging.adapters import Expert, expert_from_folder, rename_sites
-from moa.merging.align.carry import SiteMaps, activation_maps, frame_maps
+from moa.merging.align.carry import Seen, SiteMaps, activation_maps, frame_maps, token_maps
 from moa.merging.checkpoints.full import COMPUTE, differences, finite, mapped, updated
 from moa.merging.core import Factors
 from moa.merging.export import export as exports
@@ -133,7 +134,7 @@ def carried(
     """The expert for another base of its family, and the error of each site; ValueError where it is too large."""
     if text is None:
         raise ValueError("text: names no folder; carry compares the base that the adapter was trained on with the VLM")
-    if outside := [site for site in expert.ranks if not site.startswith(f"{language}.")]:
+    if outside := [site for site in expert.ranks if not site.startswith(f"{language}.") and site != HEAD]:
         raise ValueError(f"carry: {outside[0]} is outside of the language model; drop=[...] leaves it out")
     factors, errors = dict[str, Factors](), dict[str, float]()
     for site, maps in maps_by_site(expert, text, vlm, language, settings):
@@ -148,29 +149,52 @@ def carried(
 def maps_by_site(
     expert: Expert, text: Path, vlm: BaseFiles, language: str, settings: TransplantConfig
 ) -> Iterator[tuple[str, SiteMaps]]:
-    layers = layer_shapes(str(vlm.folder)) or {}
-    if settings.texts is not None:
-        shapes = {site.removeprefix(f"{language}."): layers[site] for site in expert.ranks}
+    layers, source = layer_shapes(str(vlm.folder)) or {}, read_base(text, "text")
+    shapes = {site: layers[site] for site in expert.ranks if site != HEAD}
+    if settings.texts is not None and shapes:
         decoders = open_decoder(str(text)), open_decoder(str(vlm.folder))
-        for name, maps in activation_maps(*decoders, shapes, token_rows(text, Path(settings.texts))):
+        named = {site.removeprefix(f"{language}."): shape for site, shape in shapes.items()}
+        for name, maps in activation_maps(*decoders, named, aligned_texts(text, vlm.folder, Path(settings.texts))):
             yield f"{language}.{name}", maps
-        return
-    source = read_base(text, "text")
-    keys = match_sites(expert.shapes, source)
-    targets = match_sites({site: layers[site] for site in expert.ranks}, vlm)
-    for site, key in keys.items():
-        yield site, frame_maps(mapped(source, key), mapped(vlm, targets[site]))
+    frames = [] if settings.texts is not None else [*shapes]
+    sites = [*frames, *(site for site in expert.ranks if site == HEAD)]
+    keys = match_sites({site: expert.shapes[site] for site in sites}, source)
+    targets = match_sites({site: layers[site] for site in sites}, vlm)
+    for site in sites:
+        weights = mapped(source, keys[site]), mapped(vlm, targets[site])
+        yield site, frame_maps(*weights) if site != HEAD else token_maps(*weights, shared_rows(text, vlm, *weights))
 
 
-def token_rows(folder: Path, file: Path) -> list[Tensor]:
-    """The ids of each line of a file, by a base's tokenizer."""
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"text: {folder} has no tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    rows = [tokenizer.encode(line).ids for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if len(rows) < 2:
-        raise ValueError(f"texts: {file} has {len(rows)} lines; give at least two, better hundreds")
-    return [torch.tensor([row]) for row in rows if row]
+def shared_rows(text: Path, vlm: BaseFiles, own: Tensor, theirs: Tensor) -> Tensor:
+    """[token, 2]: rows of the tokens that both vocabularies spell, and of what is no token in either."""
+    words, others = read_spellings(text), read_spellings(vlm.folder)
+    words, others = (words, others) if words and others else ({}, {})
+    named = {*words.values(), *others.values()}
+    pairs = [(number, others[word]) for word, number in words.items() if word in others]
+    pairs += [(number, number) for number in range(min(len(own), len(theirs))) if number not in named]
+    rows = torch.tensor(sorted(pairs), dtype=torch.long).view(-1, 2)
+    return rows[(rows[:, 0] < len(own)) & (rows[:, 1] < len(theirs))]
+
+
+def aligned_texts(text: Path, vlm: Path, file: Path) -> list[tuple[Seen, Seen]]:
+    """Each line of a file in the tokens of both, and where a token of each ends at the same letter."""
+    for key, folder in (("text", text), ("vlm", vlm)):
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{key}: {folder} has no tokenizer.json")
+    tokenizers = [Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (text, vlm)]
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(lines) < 2:
+        raise ValueError(f"texts: {file} has {len(lines)} lines; give at least two, better hundreds")
+    found = []
+    for line in lines:
+        encoded = [tokenizer.encode(line) for tokenizer in tokenizers]
+        ends = [{stop: place for place, (_, stop) in enumerate(one.offsets)} for one in encoded]
+        common = sorted(ends[0].keys() & ends[1].keys())
+        own, theirs = (
+            (torch.tensor([one.ids]), [end[c] for c in common]) for one, end in zip(encoded, ends, strict=True)
+        )
+        found.append((own, theirs))
+    return found
 
 
 def transplant_model(settings: TransplantConfig, vlm: BaseFiles, language: str, console: Console) -> None:
@@ -181,16 +205,22 @@ def transplant_model(settings: TransplantConfig, vlm: BaseFiles, language: str, 
     lines = compare_bases(text.folder, vlm, settings)
     places, resized = match_model(model, text, vlm, language, settings.drop)
     lines += [f"resized: {line}" for line in resized]
+    tokens = maps_of_tokens(places, (model, text, vlm), settings)
+    lines += [
+        f"{key}: rows of {int(maps.outputs._nnz())} tokens, error {error:.3f}" for key, (maps, error) in tokens.items()
+    ]
     console.print(*lines, sep="\n", soft_wrap=True)
     out, cast = str(settings.out), None if settings.dtype == "auto" else export_folder.DTYPES[settings.dtype]
     export_folder.check_out(out, [model.folder, text.folder, vlm.folder])
 
     def update(key: str) -> Tensor:
-        return settings.weight * difference(model, text, places[key], vlm.shapes[key])
+        found = difference(model, text, places[key])
+        return settings.weight * (moved_rows(tokens[key][0], found) if key in tokens else found)
 
     results = partial(updated, vlm, changed=places, update=update, cast=cast)
     report = {"weight": settings.weight, "model": str(model.folder), "text": str(text.folder)}
     report |= {"language": language, "moved": len(places), "resized": resized, "dropped": settings.drop}
+    report |= {"errors": {key: error for key, (_, error) in tokens.items()}}
     manifest = {key: {"from": places.get(key), "rule": "added" if key in places else "the VLM's"} for key in vlm.files}
     about = f"{model.folder.name} less {text.folder.name}, added to the language model."
     card = {"about": about, "rows": [(model.folder.name, f"{settings.weight:.4g}", str(model.folder))]}
@@ -225,8 +255,9 @@ def match_model(
             raise ValueError(f"text: {name} is {list(text.shapes[name])}, and {list(model.shapes[name])} in the model")
         if by_token and len(set(rows.values())) > 1:
             counts = ", ".join(f"{count} rows in the {part}" for part, count in rows.items())
-            resized.append(f"{place}: {counts}; the first {min(rows.values())} are added")
-            shapes[place] = (rows["vlm"], *model.shapes[name][1:])
+            resized.append(f"{place}: {counts}")
+        if by_token:  # rows and width may differ
+            shapes[place] = vlm.shapes[spelled[place]] if of_tokens(names) else (rows["vlm"], *model.shapes[name][1:])
         if place.startswith(HEAD) and place not in spelled:
             raise ValueError(
                 f"vlm: {vlm.folder} has no {place}: it ties its output to its embeddings; drop=[{HEAD}] leaves it out"
@@ -235,13 +266,53 @@ def match_model(
     return {found[place]: name for place, name in places.items()}, resized
 
 
-def difference(model: BaseFiles, text: BaseFiles, key: str, shape: Sequence[int]) -> Tensor:
-    """W_model - W_text as a matrix of the VLM's shape, vectors as one row; rows of tokens that one lacks are zero."""
+def of_tokens(names: Iterable[str]) -> bool:
+    """Whether all weights have a row for each token: these may move between bases that nothing else moves between."""
+    return all(name.endswith(EMBEDDINGS) for name in names)
+
+
+def difference(model: BaseFiles, text: BaseFiles, key: str) -> Tensor:
+    """W_model - W_text of the rows that both have; vectors as one row."""
     one, other = (mapped(files, key) for files in (model, text))
-    rows = min(len(one), len(other), shape[0])
-    found, own = torch.zeros(torch.Size(shape), dtype=COMPUTE), finite(one[:rows].to(COMPUTE), "model", model, key)
-    found[:rows] = own - finite(other[:rows].to(COMPUTE), "text", text, key)
-    return found.view(shape[0] if len(shape) > 1 else 1, -1)
+    rows = min(len(one), len(other))
+    found = finite(one[:rows].to(COMPUTE), "model", model, key) - finite(other[:rows].to(COMPUTE), "text", text, key)
+    return found.flatten(1) if found.dim() > 1 else found[None]
+
+
+def moved_rows(maps: SiteMaps, update: Tensor) -> Tensor:
+    """Each token's row at its place in the VLM, zeros elsewhere."""
+    return (maps.outputs @ update.double()).to(update) @ maps.inputs.T.to(update)
+
+
+def maps_of_tokens(
+    places: Mapping[str, str], files: tuple[BaseFiles, BaseFiles, BaseFiles], settings: TransplantConfig
+) -> dict[str, tuple[SiteMaps, float]]:
+    """Key of the VLM -> maps and error of each matrix with a row for each token.
+
+    Rows keep their frame where the two bases agree. Alone, without layers, which have a place in their own base alone,
+    they are turned to the VLM's. ValueError where rows go elsewhere and the error is too large.
+    """
+    model, text, vlm = files
+    found, alone = dict[str, tuple[SiteMaps, float]](), of_tokens(places.values())
+    for key, name in places.items():
+        if not name.endswith(EMBEDDINGS):
+            continue
+        update = difference(model, text, name)
+        own, theirs = mapped(text, name)[: len(update)], mapped(vlm, key)
+        shared = shared_rows(text.folder, vlm, own, theirs)
+        maps = token_maps(own, theirs, shared, turn=own.shape[1] != theirs.shape[1])
+        if alone and maps.error > settings.max_error:
+            maps = token_maps(own, theirs, shared)
+        moved = moved_rows(maps, update)
+        error = maps.with_lost(float(moved.square().sum()), float(update.square().sum()))
+        if error > settings.max_error and (alone or bool((shared[:, 0] != shared[:, 1]).any())):
+            rule = "" if alone else "; drop=[layers, norm] moves the rows of tokens alone, into the VLM's frame"
+            raise ValueError(
+                f"text: {name} has an error of {error:.3f}, above max_error={settings.max_error:g}: the two "
+                f"vocabularies or bases have too little in common{rule}"
+            )
+        found[key] = maps, error
+    return found
 
 
 def compare_bases(text: Path | None, vlm: BaseFiles, settings: TransplantConfig) -> list[str]:
@@ -251,41 +322,21 @@ def compare_bases(text: Path | None, vlm: BaseFiles, settings: TransplantConfig)
     own = computing(read_json_object(text / "config.json"))
     theirs = computing(vlm.config.get("text_config") or vlm.config)
     odd = [row for row in differences(own, theirs) if not re.search(r"vocab_size|token_id|model_type|tie_word", row[0])]
-    lines, (moved, lacking, common) = [], compare_vocabularies(vocabulary(text), vocabulary(vlm.folder))
+    lines, words, others = list[str](), read_spellings(text), read_spellings(vlm.folder)
+    moved = [(word, number, others[word]) for word, number in words.items() if others.get(word, number) != number]
     if odd:
         key, wanted, found = odd[0]
         lines.append(f"text: config.json has {key}={wanted!r}, and the VLM's language model {found!r}")
     if moved:
-        token, before, after = moved[0]
+        token, before, after = moved[0][0].decode(errors="replace"), *moved[0][1:]
         lines.append(f"text: token {token!r} has id {before}, and {after} in the VLM (and {len(moved) - 1} others)")
-    wrong = lines[-1:] if moved else [] if settings.carry else lines
+    wrong = [] if settings.carry else lines[: bool(odd)] if settings.model else lines[-1:]
     if wrong and not settings.other_base:
         raise ValueError(f"{wrong[0]}; other_base=true moves the update all the same")
-    if common:
-        lines.append(
-            f"vocabulary: {common} tokens have the same id in both; {lacking} of the text model's are not in the VLM"
-        )
+    if words and others:
+        both = len(words.keys() & others.keys())
+        rest = f"{len(words) - both} of the text model's are not in the VLM"
+        lines.append(f"vocabulary: {both} tokens are in both, {both - len(moved)} with the same id; {rest}")
     else:
         lines.append("vocabulary: not compared, as one of the two has no tokenizer.json")
     return lines
-
-
-def vocabulary(folder: Path) -> dict[str, int]:
-    """Token -> id of a folder's tokenizer.json; empty without one."""
-    if not (folder / "tokenizer.json").is_file():
-        return {}
-    record = read_json_object(folder / "tokenizer.json")
-    listed = record.get("model", {}).get("vocab", {})
-    pairs = listed if isinstance(listed, Mapping) else {row[0]: place for place, row in enumerate(listed)}
-    return {**pairs, **{row["content"]: row["id"] for row in record.get("added_tokens", [])}}
-
-
-def compare_vocabularies(
-    text: Mapping[str, int], vlm: Mapping[str, int]
-) -> tuple[list[tuple[str, int, int]], int, int]:
-    """Tokens of both with another id, the number that only the text model has, and of those that are the same."""
-    if not text or not vlm:
-        return [], 0, 0
-    counts = Counter("lacking" if t not in vlm else "same" if vlm[t] == i else "moved" for t, i in text.items())
-    moved = [(token, own, vlm[token]) for token, own in text.items() if vlm.get(token, own) != own]
-    return moved, counts["lacking"], counts["same"]

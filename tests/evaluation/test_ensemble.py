@@ -39,7 +39,7 @@ def test_the_mean_is_of_probabilities_and_within_a_sample_and_beam():
 @torch.no_grad()
 def uncached(network, batch, length):
     """Greedy tokens of the mean of two full forwards at each token, of a batch of one sample."""
-    stops = {network.backbone._end, network.model.generation_config.eos_token_id}
+    stops = {network.backbone.end, network.model.generation_config.eos_token_id}
     found = []
     for _ in range(length):
         probs = [network(batch, gates[None]).logits[:, -1].softmax(-1) for gates in torch.eye(2)]

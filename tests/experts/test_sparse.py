@@ -103,6 +103,13 @@ def test_a_run_resumes_exactly_and_plain_peft_computes_its_experts_from_their_fi
         answers = batch.labels[:, 1:] != -100
         for theirs in (peft, peft.merge_and_unload()):
             torch.testing.assert_close(theirs(**inputs).logits[:, :-1][answers], ours[model(batch).labels != -100])
+        both, sums = (
+            model(batch, gates=torch.tensor([[1.0, 1.0, 0.0]]).repeat(4, 1)),
+            open_backbone(whole.model.name).model,
+        )
+        for name in ("vqa", "grounding"):
+            sums = PeftModel.from_pretrained(sums, folder / name).merge_and_unload()
+        torch.testing.assert_close(sums(**inputs).logits[:, :-1][answers], both.logits[model(batch).labels != -100])
     with pytest.raises(
         ValueError, match=r"experts\.vqa\.kind=sparse: it is a sparse update of full rank.*merge_and_un"
     ):

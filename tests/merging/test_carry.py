@@ -64,7 +64,8 @@ class Reader(nn.Module):
 
 def test_activations_are_the_identity_for_one_base_and_exact_for_a_rotated_or_wider_one():
     embedding, up, down = random(40, 8), random(12, 8, seed=1), random(8, 12, seed=2)
-    texts = [torch.randint(0, 40, (1, 30), generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
+    rows = [torch.randint(0, 40, (1, 30), generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
+    texts = [((ids, [*range(30)]), (ids, [*range(30)])) for ids in rows]
     shapes, base = {"up": (12, 8), "down": (8, 12)}, Reader(embedding, up, down)
     read, write = (random(2, 8, seed=3), random(12, 2, seed=4)), (random(2, 12, seed=5), random(8, 2, seed=6))
     wide = rotation(10)[:, :8]  # a base of width 10 that does the same in 8 directions

@@ -3,6 +3,7 @@
 activations   x_T ~ P_in x_S, y_T ~ P_out y_S on the same tokens: orthogonal Procrustes, the form of Theseus
 frames        u_i, v_i of W_T for those of W_S, by the order of their singular values, without data (as Cross-LoRA,
               arXiv 2508.05232). A pair's sign is that of the side on which the two bases agree
+tokens        of embeddings and head: rows go to the same token, their width by Procrustes on the tokens of both
 
 A map has orthonormal rows or columns, and so carries between widths. It maps what the two bases do: directions that no
 text or weight reaches stay where the bases agree, so that one base gives the identity, and else are left out.
@@ -12,16 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moa.merging.align.activations import Covariance
 from moa.merging.core import Factors, inner_product
 
 Map = Float[Tensor, "target source"]
+Seen = tuple[Tensor, list[int]]  # ids [1, token] of a text, and positions in it
 AGREES = 0.9  # mean cosine of directions from which two bases are taken to have one frame
 ROUNDING = 1e-9  # of the largest singular value
 GROUP_BYTES = 4e9  # of the sums that one pass over the texts makes
@@ -32,16 +33,19 @@ class SiteMaps:
     """Of one layer; `error` is the share of the target's variance that the worse one of the maps does not explain."""
 
     inputs: Map
-    outputs: Float[Tensor, "target_out source_out"]
+    outputs: Float[Tensor, "target_out source_out"]  # sparse where rows go to other places
     error: float
 
     def carry(self, update: Factors) -> tuple[Factors, float]:
         """A P_in^T and P_out B; and the error, which is no less than the share of the update that is left out."""
         a, b = (factor.double() for factor in update)
         moved = a @ self.inputs.T, self.outputs @ b
-        kept, whole = (float(inner_product(pair, pair)) for pair in (moved, (a, b)))
-        error = max(self.error, 1 - kept / whole) if whole else 0.0
-        return (moved[0].to(update[0]), moved[1].to(update[1])), max(error, 0.0)
+        error = self.with_lost(*(float(inner_product(pair, pair)) for pair in (moved, (a, b))))
+        return (moved[0].to(update[0]), moved[1].to(update[1])), error
+
+    def with_lost(self, kept: float, whole: float) -> float:
+        """The error, or the lost share of the update's squared length where that is more."""
+        return max(self.error, 1 - kept / whole, 0.0) if whole else 0.0
 
 
 def frame_map(own: Float[Tensor, "source k"], theirs: Float[Tensor, "target k"], shares: Float[Tensor, " k"]) -> Map:
@@ -86,18 +90,44 @@ def frame_maps(source: Float[Tensor, "out_s in_s"], target: Float[Tensor, "out_t
     return SiteMaps(**maps, error=1 - float(shares @ cosines.abs() / shares.sum()) ** 2)
 
 
+def token_maps(
+    source: Float[Tensor, "source_tokens source_in"],
+    target: Float[Tensor, "target_tokens target_in"],
+    shared: Int[Tensor, "shared 2"],
+    *,
+    turn: bool = True,
+) -> SiteMaps:
+    """Of matrices with a row for each token; `shared` are the rows of a token in both.
+
+    Every other token decides the map of the width, and the rest how well it fits; without `turn` it is the identity.
+    ValueError for fewer than two tokens in each half.
+    """
+    if len(shared) < 4:
+        raise ValueError(f"tokens: the two vocabularies have {len(shared)} tokens in common")
+    own, theirs = shared.T
+    sums = Covariance(), Covariance()
+    for half, seen in enumerate(sums):
+        seen.add(target[theirs[half::2]].double(), source[own[half::2]].double())
+    fitted, held_out = (seen.exact() for seen in sums)
+    inputs = procrustes(fitted) if turn else torch.eye(*fitted.shape, dtype=fitted.dtype)
+    rows = torch.stack([theirs, own]), torch.ones(len(shared), dtype=torch.float64), (len(target), len(source))
+    error = 1 - max(float((inputs * held_out).sum()), 0.0) ** 2
+    return SiteMaps(inputs=inputs, outputs=torch.sparse_coo_tensor(*rows, check_invariants=False), error=error)
+
+
 @torch.no_grad()
 def activation_maps(
-    source: nn.Module, target: nn.Module, layers: Mapping[str, tuple[int, int]], texts: Sequence[Any]
+    source: nn.Module, target: nn.Module, layers: Mapping[str, tuple[int, int]], texts: Sequence[tuple[Seen, Seen]]
 ) -> Iterator[tuple[str, SiteMaps]]:
     """Of layers, with their shapes in the target, that both models have; from what both do on the same texts.
 
-    Every other text decides the maps, and the rest how well they fit: with fewer tokens than units any two models fit.
+    A text is its ids and the positions that are compared, for the source and for the target. Every other text decides
+    the maps, and the rest how well they fit: with fewer tokens than units any two models fit.
     """
     for group in groups(layers):
         sums = {(name, side, half): Covariance() for name in group for side in (0, 1) for half in (0, 1)}
-        for number, ids in enumerate(texts):
-            theirs, own = (seen_at(model, group, ids) for model in (target, source))
+        for number, (ours, other) in enumerate(texts):
+            own, theirs = seen_at(source, group, *ours), seen_at(target, group, *other)
             for name in group:
                 for side in (0, 1):
                     sums[name, side, number % 2].add(theirs[name][side], own[name][side])
@@ -108,12 +138,14 @@ def activation_maps(
             yield name, SiteMaps(inputs=maps[0], outputs=maps[1], error=1 - max(min(fits), 0.0) ** 2)
 
 
-def seen_at(model: nn.Module, layers: Sequence[str], ids: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Inputs and outputs [token, unit] of the layers, for the ids of one text."""
+def seen_at(
+    model: nn.Module, layers: Sequence[str], ids: Tensor, places: Sequence[int]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and outputs [place, unit] of the layers, at some places of one text."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[name] = inputs[0].double().flatten(0, -2), output.double().flatten(0, -2)
+        seen[name] = inputs[0].double().flatten(0, -2)[places], output.double().flatten(0, -2)[places]
 
     with ExitStack() as hooks:
         for name in layers:
