@@ -45,12 +45,12 @@ def input_sums(
 
     training = model.training
     model.eval()
-    for group in _groups(modules):
+    for group in groups(moment_bytes(modules)):
         for batch in batches:
             predicts = None
             if answer_share is not None and batch.labels is not None:
                 predicts = (next_labels(batch.labels, batch.segments) != -100)[batch.token_samples() >= 0]
-            with watch_inputs(model, group, batch, partial(add, predicts=predicts)):
+            with watch_inputs(model, {name: modules[name] for name in group}, batch, partial(add, predicts=predicts)):
                 model(batch, gates_of(batch))
             tick()
     model.train(training)
@@ -97,22 +97,24 @@ def watch_outputs(model: nn.Module, names: Iterable[str], seen: Callable[[str, T
     return hooks
 
 
-def _groups(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    group: dict[str, nn.Module] = {}
-    size = 0.0
-    for name, module in modules.items():
-        layer: Any = getattr(module, "base_layer", module)
-        needed = 8.0 * layer.in_features**2
-        if group and size + needed > GROUP_BYTES:
+def groups(needed: Mapping[str, float]) -> Iterator[list[str]]:
+    """The names in their order, as many together as fit `GROUP_BYTES`."""
+    group, size = list[str](), 0.0
+    for name, own in needed.items():
+        if group and size + own > GROUP_BYTES:
             yield group
-            group, size = {}, 0.0
-        group[name], size = module, size + needed
+            group, size = [], 0.0
+        group, size = [*group, name], size + own
     yield group
+
+
+def moment_bytes(modules: Mapping[str, Any]) -> dict[str, float]:
+    return {name: 8.0 * getattr(module, "base_layer", module).in_features ** 2 for name, module in modules.items()}
 
 
 def num_passes(modules: Mapping[str, nn.Module]) -> int:
     """How often `input_sums` reads the batches."""
-    return sum(1 for _ in _groups(modules))
+    return sum(1 for _ in groups(moment_bytes(modules)))
 
 
 def sites_of(model: MixtureModel, expert: str) -> dict[str, nn.Module]:

@@ -7,13 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlavaForConditionalGeneration
 
 from moa.backbones.families import FAMILIES
 from moa.merging.transplant import place_of
+from scripts import merge as merge_script
 from scripts import transplant as script
 from tests.support.families import tiny_family
-from tests.support.tiny import tiny_llava
+from tests.support.tiny import tiny_batch, tiny_llava
 
 LANGUAGE = "model.language_model"
 
@@ -95,6 +96,48 @@ def test_a_text_models_difference_changes_the_language_model_alone_and_its_first
     script.main([f"model={world}/tuned", f"text={world}/text", f"vlm={out}", "weight=-0.5", f"out={back}"])
     for key, value in load_file(back / "model.safetensors").items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_text_lora_and_a_projectors_merge_into_one_adapter_that_does_what_both_do(world, tmp_path):
+    script.main(
+        [f"adapter={world}/lora", f"text={world}/text", f"vlm={world}/vlm", f"out={tmp_path}/text", "verify=false"]
+    )
+    vlm, processor = tiny_llava()
+    lora = get_peft_model(vlm, LoraConfig(r=2, target_modules=r".*multi_modal_projector\.linear_\d"))
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    lora.save_pretrained(tmp_path / "projector")
+    adapters = f"adapters=[{tmp_path}/text,{tmp_path}/projector]"
+    about = [f"base={world}/vlm", f"out={tmp_path}/both", "verify=false"]
+    merge_script.main([adapters, "method=task_arithmetic", "weights=[1,1]", *about])
+    expected, inputs = tiny_llava()[0], tiny_batch(processor)
+    asked = {name: getattr(inputs, name) for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        before = expected(**asked).logits
+        for name in ("text", "projector"):
+            expected = PeftModel.from_pretrained(expected, tmp_path / name).merge_and_unload()
+        wanted, real = expected(**asked).logits, inputs.attention_mask.bool()
+        found = PeftModel.from_pretrained(tiny_llava()[0], tmp_path / "both").eval()(**asked).logits
+    torch.testing.assert_close(found[real], wanted[real], rtol=1e-4, atol=1e-5)
+    assert (wanted - before)[real].abs().max() > 0.01
+
+
+@pytest.mark.slow
+def test_a_reward_model_judges_in_the_vlm_as_alone(world, tmp_path):
+    reward, generator = LlamaForSequenceClassification.from_pretrained(world / "text", num_labels=1), torch.Generator()
+    with torch.no_grad():
+        for parameter in reward.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator.manual_seed(3))
+    reward.save_pretrained(tmp_path / "reward")
+    about = [f"model={tmp_path}/reward", f"text={world}/text", f"vlm={world}/vlm", f"out={tmp_path}/judge"]
+    script.main([*about, "drop=[score]"])
+    judge, ids = LlavaForConditionalGeneration.from_pretrained(tmp_path / "judge"), torch.arange(3, 9)[None]
+    with torch.no_grad():
+        hidden = judge.model.language_model(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(reward.score(hidden[:, -1]), reward(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

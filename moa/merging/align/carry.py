@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from moa.merging.align.activations import Covariance
 from moa.merging.core import Factors, inner_product
+from moa.statistics.gather import groups
 
 Map = Float[Tensor, "target source"]
 Seen = tuple[Tensor, list[int]]  # ids [1, token] of a text, and positions in it
 AGREES = 0.9  # mean cosine of directions from which two bases are taken to have one frame
 ROUNDING = 1e-9  # of the largest singular value
-GROUP_BYTES = 4e9  # of the sums that one pass over the texts makes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def activation_maps(
     A text is its ids and the positions that are compared, for the source and for the target. Every other text decides
     the maps, and the rest how well they fit: with fewer tokens than units any two models fit.
     """
-    for group in groups(layers):
+    for group in groups({name: 16.0 * (out**2 + width**2) for name, (out, width) in layers.items()}):
         sums = {(name, side, half): Covariance() for name in group for side in (0, 1) for half in (0, 1)}
         for number, (ours, other) in enumerate(texts):
             own, theirs = seen_at(source, group, *ours), seen_at(target, group, *other)
@@ -152,14 +152,3 @@ def seen_at(
             hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(keep, name)))
         model(input_ids=ids, use_cache=False)
     return seen
-
-
-def groups(layers: Mapping[str, tuple[int, int]]) -> Iterator[list[str]]:
-    group, size = list[str](), 0.0
-    for name, (out, width) in layers.items():
-        needed = 16.0 * (out**2 + width**2)
-        if group and size + needed > GROUP_BYTES:
-            yield group
-            group, size = [], 0.0
-        group, size = [*group, name], size + needed
-    yield group
