@@ -20,7 +20,7 @@ from rich.console import Console
 
 from bench.record import ROOT, in_own_process, machine, process_kib, write_results
 from data.config import SourceConfig
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -152,4 +152,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run_command(Settings, run, __doc__)
+    command(Settings, run, __doc__)()

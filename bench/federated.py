@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from bench.record import ROOT, in_own_process, machine, process_kib, write_results
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, Size
 
 if TYPE_CHECKING:
@@ -168,4 +168,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run_command(Settings, run, __doc__)
+    command(Settings, run, __doc__)()

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from bench.record import write_results
 from bench.settings import SIZES, TARGETS, Setting, Sized
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count
 
 Run = Callable[[Any], object]
@@ -118,4 +118,4 @@ def measure(settings: Settings, num_experts: int) -> dict[int, dict[str, float]]
 
 
 if __name__ == "__main__":
-    run_command(Settings, run, __doc__)
+    command(Settings, run, __doc__)()

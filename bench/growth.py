@@ -18,7 +18,7 @@ from rich.progress import track
 
 from bench.record import write_results
 from bench.settings import Device, Setting, Size
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count
 
 SIZE = Size(width=256, mlp=688, layers=4, heads=4, vocab=512, vision_width=64, vision_heads=4,
@@ -89,4 +89,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run_command(Settings, run, __doc__)
+    command(Settings, run, __doc__)()

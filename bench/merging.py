@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from bench.record import machine, write_results
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count
 
 
@@ -42,4 +42,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run_command(Settings, run, __doc__)
+    command(Settings, run, __doc__)()

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench.record import write_results
 from bench.settings import SIZES, Setting, Sized
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, CountOrZero
 
 SLOW = ("loop", "xlora", "per-sample")  # their time grows with the number of experts
@@ -95,4 +95,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run_command(Settings, run, __doc__)
+    command(Settings, run, __doc__)()

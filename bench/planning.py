@@ -18,7 +18,7 @@ from rich.console import Console
 
 from bench.record import write_results
 from bench.settings import SIZES, Sized
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count
 from moa.sections import StageConfig, TrainConfig
 
@@ -130,4 +130,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run_command(Settings, run, __doc__)
+    command(Settings, run, __doc__)()

@@ -11,14 +11,13 @@ joint space rotated): the same similarities, checked on a probe after reloading;
 {"image": "1.jpg", "question": "what is this?", "answers": ["a cat"], "task": "caption"}.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, FilePath, Seed
 
 BATCH = 32
@@ -38,10 +37,6 @@ class AlignConfig:
     def __post_init__(self) -> None:
         if (self.data is None) == (self.method == "activations"):
             raise ValueError("data: goes with method=activations, and that needs it")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(AlignConfig, run_align, __doc__, argv)
 
 
 def run_align(settings: AlignConfig, console: Console) -> None:
@@ -106,7 +101,6 @@ def load_clip(folder: str | Path) -> Any:
 
 
 def write_clip(out: Path, model: Any, like: str) -> None:
-    """A checkpoint with the processor and other files of the folder `like`."""
     from moa.files.checkpoint_files import local_base
     from moa.merging.export.folder import copy_other_files
 
@@ -139,6 +133,8 @@ def caption_batches(file: str, processor_of: str, num_samples: int) -> list[dict
         batches.append(dict(processor(text=texts, images=images, **settings)))
     return batches
 
+
+main = command(AlignConfig, run_align, __doc__)
 
 if __name__ == "__main__":
     main()

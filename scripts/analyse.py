@@ -14,13 +14,12 @@ Prints a table of the experts and one of the pairs that meet most. A folder give
     idle ranks         whose row of A or column of B is zero
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
-from moa.cli.command import progress_bar, run_command
+from moa.cli.command import command, progress_bar
 from moa.cli.ranges import FilePath
 from moa.files.atomic import write_json
 
@@ -29,10 +28,6 @@ from moa.files.atomic import write_json
 class AnalyseConfig:
     adapters: list[FilePath] = field(default_factory=list)  # PEFT folders; A/* means every one in A
     out: FilePath | None = None  # folder for fidelity.json and fidelity.html; null: print only
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(AnalyseConfig, analyse, __doc__, argv)
 
 
 def analyse(settings: AnalyseConfig, console: Console) -> None:
@@ -55,6 +50,8 @@ def analyse(settings: AnalyseConfig, console: Console) -> None:
         write_page(out / "fidelity.html", record, {"adapters": ", ".join(settings.adapters)})
         console.print(f"page: {out / 'fidelity.html'}", soft_wrap=True)
 
+
+main = command(AnalyseConfig, analyse, __doc__)
 
 if __name__ == "__main__":
     main()

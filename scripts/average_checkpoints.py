@@ -8,12 +8,11 @@ Experts, router and projector are averaged; OUT loads like any step folder. A ru
 `train.keep_last`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, CountOrZero, FilePath, ShareAboveZero
 
 
@@ -24,10 +23,6 @@ class AverageConfig:
     last: Count | None = None  # or the newest so many
     decay: ShareAboveZero = 1.0  # 1: the plain mean; below: a step weighs this much of the next one
     out: FilePath | None = None  # folder to write
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(AverageConfig, average, __doc__, argv)
 
 
 def average(settings: AverageConfig, console: Console) -> None:
@@ -41,6 +36,8 @@ def average(settings: AverageConfig, console: Console) -> None:
         console.print(f"{weight:.3f}  {step}")
     console.print(f"{len(report['files'])} files averaged: {settings.out}", soft_wrap=True)
 
+
+main = command(AverageConfig, average, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -8,14 +8,13 @@ k-means (k-means++ starts, the best of a few) over the base's embeddings of ques
 OCR words, and the tasks: the mean of each kind, of length 1, side by side. A sample's cluster is the nearest one.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
 
-from moa.cli.command import progress_bar, run_command
+from moa.cli.command import command, progress_bar
 from moa.cli.ranges import Count, FilePath, Seed, Size
 
 
@@ -67,9 +66,7 @@ def cluster(settings: ClusterSettings, console: Console) -> None:
     console.print(f"{settings.out}: {len(sizes)} clusters of {sum(sizes)} samples: {sizes}", soft_wrap=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(ClusterSettings, cluster, __doc__, argv)
-
+main = command(ClusterSettings, cluster, __doc__)
 
 if __name__ == "__main__":
     main()

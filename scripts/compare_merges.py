@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, FilePath, Seed
 from moa.merging.learn.learners import LEARNERS
 from moa.merging.methods.table import METHODS, TUNED, find_method
@@ -70,10 +70,6 @@ class CompareConfig:
             find_method(method)
         if unknown := set(self.learned) - set(LEARNED):
             raise ValueError(f"learned: no {sorted(unknown)}; choices: {', '.join(LEARNED)}")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(CompareConfig, compare, __doc__, argv)
 
 
 def compare(settings: CompareConfig, console: Console) -> None:
@@ -305,11 +301,12 @@ def last(row: Row) -> Row:
 
 
 def shown(found: Sequence[float] | None) -> str:
-    """A value with the ends of its interval."""
     if found is None:
         return "-"
     return f"{found[0]:.0f} [{found[1]:.0f}, {found[2]:.0f}]"
 
+
+main = command(CompareConfig, compare, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -10,18 +10,10 @@ often student and teacher agree on prompts of the validation sets, before and af
 one from its last saved step (OUT.steps).
 """
 
-import logging
-from collections.abc import Sequence
-
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.merging.settings import DistillConfig
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    run_command(DistillConfig, distill, __doc__, argv)
 
 
 def distill(settings: DistillConfig, console: Console) -> None:
@@ -29,6 +21,8 @@ def distill(settings: DistillConfig, console: Console) -> None:
 
     distillation.distill(settings, console)
 
+
+main = command(DistillConfig, distill, __doc__, quiet=True)
 
 if __name__ == "__main__":
     main()

@@ -11,16 +11,15 @@ regmean, regmean_pp, iteris and ziplora write the merged adapter. All print the 
 weights) and after.
 """
 
-import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
-from moa.cli.command import progress_bar, run_command
+from moa.cli.command import command, progress_bar
 from moa.cli.ranges import Count, FilePath, NotNegative, Positive, Seed, Share, ShareAboveZero, Size
 from moa.merging.learn.learners import LEARNERS
 from moa.merging.methods.table import check_options, find_method
@@ -69,11 +68,6 @@ class LearnConfig:
         parse_rank(self.rank)
         if self.values is not None and not self.values:
             raise ValueError("values: names none")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    run_command(LearnConfig, learn, __doc__, argv)
 
 
 def learn(settings: LearnConfig, console: Console) -> None:
@@ -156,8 +150,7 @@ def check_settings(settings: LearnConfig) -> dict[str, Any]:
 
         check_out(str(settings.out))
     elif not str(settings.out).endswith(".json"):
-        rule = f"{settings.method} writes weights to a file .json"
-        raise ValueError(f"out: {rule}, got {settings.out}")
+        raise ValueError(f"out: {settings.method} writes weights to a file .json, got {settings.out}")
     return {**learner.options, **given}
 
 
@@ -181,6 +174,8 @@ def learner_lines() -> Iterator[str]:
         options = ", ".join(f"{key}={value}" for key, value in learner.options.items())
         yield f"{name}: {learner.paper}" + (f"\n    {options}" if options else "")
 
+
+main = command(LearnConfig, learn, __doc__, quiet=True)
 
 if __name__ == "__main__":
     main()

@@ -79,7 +79,6 @@ def all_lines() -> Iterator[str]:
 
 
 def merge_models(settings: MergeModels, console: Console) -> None:
-    """Whole checkpoints instead of adapters."""
     from moa.files.checkpoint_files import local_base, read_base
     from moa.merging.checkpoints.full import merge_checkpoints
     from moa.merging.weights import parse_weights
@@ -101,7 +100,6 @@ def merge_models(settings: MergeModels, console: Console) -> None:
 
 
 def stack_layers(settings: StackLayers, console: Console) -> None:
-    """Layers of whole checkpoints, one slice on the other."""
     from moa.files.checkpoint_files import local_base
     from moa.merging.checkpoints.passthrough import plan_stack, write_stack
 

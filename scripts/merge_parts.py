@@ -8,8 +8,7 @@ The rules are mean, regmean (linear layers, by each run's own inputs on its vali
 part that some run has and no rule covers is an error. Writes PART.safetensors for each, and manifest.json.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, FilePath, Seed, Size
 
 
@@ -29,11 +28,6 @@ class PartsConfig:
     num_samples: Count = 32  # of each validation set, for the inputs of regmean
     batch_size: Size = 16
     seed: Seed = 0  # of the choice of samples
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    run_command(PartsConfig, run_merge, __doc__, argv)
 
 
 def run_merge(settings: PartsConfig, console: Console) -> None:
@@ -79,6 +73,8 @@ def projector_grams(run: str, settings: PartsConfig) -> dict[str, Any]:
     modules = {name: model.model.get_submodule(name) for name in layers}
     return {name: sums.gram for name, sums in input_sums(model, modules, data.batches(settings.batch_size)).items()}
 
+
+main = command(PartsConfig, run_merge, __doc__, quiet=True)
 
 if __name__ == "__main__":
     main()

@@ -13,14 +13,13 @@ images already in the file are not read again. Several machines each read a shar
 
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, FilePath, Processes, Seed, Share
 from moa.config import load_config
 
@@ -117,9 +116,7 @@ def report_lines(report: "BuildReport", out: Path) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(Settings, run, __doc__, argv)
-
+main = command(Settings, run, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -10,13 +10,12 @@ machine alone, unless `host` names another address: it has no passwords.
 """
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import FilePath, Port
 
 
@@ -46,9 +45,7 @@ def playground(settings: PlaygroundSettings, console: Console) -> None:
         serve(desk, settings.host, settings.port, show=settings.show)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(PlaygroundSettings, playground, __doc__, argv)
-
+main = command(PlaygroundSettings, playground, __doc__)
 
 if __name__ == "__main__":
     main()

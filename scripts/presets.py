@@ -81,7 +81,6 @@ def exportable(config: RunConfig) -> str:
 
 
 def row(name: str, config: RunConfig) -> str:
-    """The row of a preset in docs/presets.md."""
     preset = read_preset(name)
     link = f"[`{name}`](../configs/presets/{name}.yaml)"
     return f"| {link} | {preset.paper} | {preset.does} | {exportable(config)} | {preset.differs} |"

@@ -6,12 +6,11 @@ See scripts.align for where M and B_ALIGNED come from, and for the form of `data
 towers' blocks is reset; the projections, which have no bias, are not. OUT is a plain checkpoint.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, FilePath
 from scripts.align import caption_batches, load_clip, write_clip
 
@@ -25,10 +24,6 @@ class RepairConfig:
     data: FilePath | None = None  # jsonl file of images and captions
     num_samples: Count = 512  # at most so many of it
     out: FilePath | None = None  # folder to write
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(RepairConfig, run_repair, __doc__, argv)
 
 
 def run_repair(settings: RepairConfig, console: Console) -> None:
@@ -61,6 +56,8 @@ def run_repair(settings: RepairConfig, console: Console) -> None:
         write_json(temporary / REPORT_FILE, report)
     console.print(f"{len(layers)} layers reset; checkpoint: {settings.out}", soft_wrap=True)
 
+
+main = command(RepairConfig, run_repair, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -8,13 +8,12 @@ it cost; of a federation rounds, and scores by client. A section whose files are
 or belongs to other weights is named. eval.py writes the page too.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import FilePath
 
 
@@ -37,9 +36,7 @@ def report(settings: ReportSettings, console: Console) -> None:
         console.print(f"  {problem}", soft_wrap=True, markup=False)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(ReportSettings, report, __doc__, argv)
-
+main = command(ReportSettings, report, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, FilePath, Seed
 
 if TYPE_CHECKING:
@@ -70,9 +70,7 @@ def measure(settings: RobustnessSettings, console: Console) -> None:
     console.print(f"image: {folder / 'robustness.png'}", soft_wrap=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(RobustnessSettings, measure, __doc__, argv)
-
+main = command(RobustnessSettings, measure, __doc__)
 
 if __name__ == "__main__":
     main()

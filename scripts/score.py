@@ -8,7 +8,6 @@ prediction, caption, text or the like; of rows with two of these text_key= names
 may be the reference. A box is predicted_box, in pixels. OUT gets the files that eval.py writes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ from typing import Literal
 from rich.console import Console
 
 from data.config import DataConfig, SourceConfig
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import FilePath
 
 
@@ -67,9 +66,7 @@ def score(settings: ScoreSettings, console: Console) -> None:
     console.print(f"scores: {settings.out}/{source.name}.json", soft_wrap=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(ScoreSettings, score, __doc__, argv)
-
+main = command(ScoreSettings, score, __doc__)
 
 if __name__ == "__main__":
     main()

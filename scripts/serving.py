@@ -7,16 +7,10 @@ Routes the run's validation samples, and writes the experts as PEFT folders, the
 sample, and for each frequent vector of gates one exact adapter. vLLM, PEFT and others load all of them.
 """
 
-from collections.abc import Sequence
-
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.merging.settings import ServingConfig
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(ServingConfig, serve, __doc__, argv)
 
 
 def serve(settings: ServingConfig, console: Console) -> None:
@@ -24,6 +18,8 @@ def serve(settings: ServingConfig, console: Console) -> None:
 
     write_serving(settings, console)
 
+
+main = command(ServingConfig, serve, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -8,14 +8,12 @@ second moment of its inputs on the expert's own training samples, that expert be
 it holds sums over tokens, no sample. `train.statistics` writes the same at the end of a training.
 """
 
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 
-from moa.cli.command import progress_bar, run_command
+from moa.cli.command import command, progress_bar
 from moa.cli.ranges import Count, FilePath, ShareAboveZero, Size
 from moa.statistics import ANSWER_SHARE
 
@@ -36,11 +34,6 @@ class StatisticsConfig:
             raise ValueError(f"directions: must be 1 or more, full or null, got {self.directions!r}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    run_command(StatisticsConfig, write_statistics, __doc__, argv)
-
-
 def write_statistics(settings: StatisticsConfig, console: Console) -> None:
     if settings.run is None:
         raise ValueError("run: names no folder")
@@ -57,6 +50,8 @@ def write_statistics(settings: StatisticsConfig, console: Console) -> None:
         lines = measurement.write(step_folder(settings.run), tick=advance)
     console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
 
+
+main = command(StatisticsConfig, write_statistics, __doc__, quiet=True)
 
 if __name__ == "__main__":
     main()

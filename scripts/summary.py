@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import FilePath
 from moa.files.atomic import write_json
 
@@ -32,10 +32,6 @@ class SummarySettings:
     # runs on the same data to compare it with, such as one LoRA of the same size
     beside: list[FilePath] = field(default_factory=list)
     merged: list[FilePath] = field(default_factory=list)  # adapter folders of scripts.merge
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(SummarySettings, summarise, __doc__, argv)
 
 
 def summarise(settings: SummarySettings, console: Console) -> None:
@@ -102,10 +98,8 @@ def name_of_row(model: "EvaluatedModel") -> str:
 
 
 def gains(answers: "Mapping[str, Answers]", trained: Sequence[str]) -> list[str]:
-    """In words: what was gained on the trained data sets, and what is left of what only the base was taught.
-
-    A difference stands with its standard error, over the questions of this one run.
-    """
+    """In words: what was gained on the trained data sets, and what is left of what only the base was taught. A
+    difference stands with its standard error, over the questions of this one run."""
     routed, kept = answers[ROUTED], [name for name in answers[ROUTED] if name not in trained]
     parts = [("trained on", trained)] + ([("not trained on, only the base was", kept)] if kept else [])
     lines = []
@@ -157,6 +151,8 @@ def answers_of(results: "Sequence[Result]") -> "Answers":
 def by_name(results: "Sequence[Result]") -> dict[str, Any]:
     return {result.name: result.score for result in results}
 
+
+main = command(SummarySettings, summarise, __doc__)
 
 if __name__ == "__main__":
     main()

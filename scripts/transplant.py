@@ -10,16 +10,10 @@ that was made from another base of the family, with other tokens or not. An adap
 PEFT loads and scripts.merge takes with others of the VLM; a model becomes a checkpoint with manifest.json.
 """
 
-from collections.abc import Sequence
-
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.merging.settings import TransplantConfig
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(TransplantConfig, transplant, __doc__, argv)
 
 
 def transplant(settings: TransplantConfig, console: Console) -> None:
@@ -27,6 +21,8 @@ def transplant(settings: TransplantConfig, console: Console) -> None:
 
     run(settings, console)
 
+
+main = command(TransplantConfig, transplant, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -1,9 +1,10 @@
 """What every script of settings shares: `--config FILE key=value ...`, `--help`, one line for a user's mistake.
 
-def main(argv=None): run_command(Settings, run, __doc__, argv)
+main = command(Settings, run, __doc__)
 """
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +20,9 @@ from moa.cli.settings import describe, load
 def settings_parser(cls: type, about: str | None) -> argparse.ArgumentParser:
     """A parser of --config and overrides, whose help lists the fields of the dataclass `cls`."""
     parser = argparse.ArgumentParser(
-        description=about,
-        epilog=f"settings:\n{describe(cls)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=about, epilog=f"settings:\n{describe(cls)}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--config",
-        action="append",
-        help="YAML file of settings; a second one is laid over the first",
-    )
+    parser.add_argument("--config", action="append", help="YAML file of settings; a second one is laid over the first")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see the settings below")
     return parser
 
@@ -57,16 +52,20 @@ def mistakes_in_one_line() -> Iterator[None]:
         sys.exit(2)
 
 
-def run_command(
-    cls: type,
-    run: Callable[[Any, Console], None],
-    about: str | None,
-    argv: Sequence[str] | None = None,
-) -> None:
-    """Read the settings from the command line and call `run(settings, console)`."""
-    args = settings_parser(cls, about).parse_intermixed_args(argv)
-    with mistakes_in_one_line():
-        run(load(cls, args.config, args.overrides), Console())
+def command(
+    cls: type, run: Callable[[Any, Console], None], about: str | None, *, quiet: bool = False
+) -> Callable[..., None]:
+    """What reads the settings from the command line and calls `run(settings, console)`; `quiet`: without the warnings
+    of transformers."""
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        args = settings_parser(cls, about).parse_intermixed_args(argv)
+        if quiet:
+            logging.getLogger("transformers").setLevel(logging.ERROR)
+        with mistakes_in_one_line():
+            run(load(cls, args.config, args.overrides), Console())
+
+    return main
 
 
 def note(line: str) -> None:

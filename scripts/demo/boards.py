@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, CountOrZero, FilePath, Seed, ShareAboveZero
 from moa.cli.settings import check
 
@@ -56,10 +56,6 @@ class BoardsSettings:
         whole = self.steps == 1 and self.num_samples is None and not self.overrides
         rule = "holds whole runs; name another folder beside steps, num_samples or overrides"
         check(whole or Path(self.results).resolve() != Path("results").resolve(), "results", rule)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(BoardsSettings, run_boards, __doc__, argv)
 
 
 def run_boards(settings: BoardsSettings, console: Console) -> None:
@@ -307,6 +303,8 @@ def run_job(job: Job, settings: BoardsSettings) -> int:
     inherited = () if settings.lock is None else (settings.lock,)
     return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=inherited).returncode
 
+
+main = command(BoardsSettings, run_boards, __doc__)
 
 if __name__ == "__main__":
     main()

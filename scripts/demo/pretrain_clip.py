@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, FilePath, Positive, Seed
 from moa.files.atomic import atomic_folder, write_file
 
@@ -45,4 +45,4 @@ def run(args: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    run_command(Settings, run, __doc__)
+    command(Settings, run, __doc__)()

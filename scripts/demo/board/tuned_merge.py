@@ -6,14 +6,13 @@ The rule is that of moa/merging/learn/tuning.py, on the mean loss of the validat
 Questions of the test split are never seen.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from moa.cli.command import run_command
+from moa.cli.command import command
 from moa.cli.ranges import Count, FilePath, Positive
 from moa.cli.settings import check
 from moa.merging.methods.table import find_method
@@ -40,10 +39,6 @@ class TunedMerge:
         check(self.out is not None, "out", "names no folder")
         check(len(self.adapters) > 0, "adapters", "names none")
         check(len(self.grid) <= 1, "grid", f"is for one option, got {[*self.grid]}")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    run_command(TunedMerge, tune, __doc__, argv)
 
 
 def tune(settings: TunedMerge, console: Console) -> None:
@@ -86,6 +81,8 @@ def validation_batches(model: "MixtureModel", config: Any, num_samples: int) -> 
     sets = open_sources(sources, config.data, ocr).values()
     return [collator([dataset[index] for index in range(num_samples)]) for dataset in sets]
 
+
+main = command(TunedMerge, tune, __doc__)
 
 if __name__ == "__main__":
     main()
