@@ -8,24 +8,30 @@ No attention mask: transformers makes a block mask of restarting positions, and 
 given. A batch that is not packed has a sample a row, and takes the same path.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Tokens = Int[Tensor, "rows seq"]
+Segments = Tokens | None  # None: a row is a sample
+Owners = Mapping[str, Int[Tensor, " _"]]  # stream of sites -> the sample of each of its rows, -1 for none
 
-def restart_positions(segments: Int[Tensor, "rows seq"]) -> Int[Tensor, "rows seq"]:
+
+def restart_positions(segments: Tokens) -> Tokens:
     """Each token's place in its own run of one segment; padding is a run like any other."""
     places = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     return places - torch.where(begins(segments), places, 0).cummax(1).values
 
 
-def begins(segments: Int[Tensor, "rows seq"]) -> Bool[Tensor, "rows seq"]:
+def begins(segments: Tokens) -> Bool[Tensor, "rows seq"]:
     """Where a run of one segment begins."""
     return F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
 
 
-def prompt_samples(samples: Int[Tensor, "rows seq"], labels: Int[Tensor, "rows seq"] | None) -> Int[Tensor, "rows seq"]:
+def prompt_samples(samples: Tokens, labels: Tokens | None) -> Tokens:
     """The sample of each token ahead of its sample's first answer, -1 at all others; `samples` is -1 at padding."""
     if labels is None:
         return samples
@@ -35,7 +41,7 @@ def prompt_samples(samples: Int[Tensor, "rows seq"], labels: Int[Tensor, "rows s
     return samples.masked_fill(count > before, -1)
 
 
-def next_labels(labels: Int[Tensor, "rows seq"], segments: Int[Tensor, "rows seq"] | None) -> Int[Tensor, "rows seq"]:
+def next_labels(labels: Tokens, segments: Segments) -> Tokens:
     """The label that each position predicts, -100 where it predicts none; a segment's last position does not."""
     following = labels[:, 1:]
     if segments is not None:
@@ -44,10 +50,7 @@ def next_labels(labels: Int[Tensor, "rows seq"], segments: Int[Tensor, "rows seq
 
 
 def answer_positions(
-    hidden: Float[Tensor, "rows seq width"],
-    labels: Int[Tensor, "rows seq"],
-    segments: Int[Tensor, "rows seq"] | None,
-    num_samples: int,
+    hidden: Float[Tensor, "rows seq width"], labels: Tokens, segments: Segments, num_samples: int
 ) -> tuple[Float[Tensor, "batch answer width"], Int[Tensor, "batch answer"]]:
     """The hidden states that predict a sample's supervised tokens, and those tokens.
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moa.packing import Owners, Tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDecisions:
@@ -29,8 +31,8 @@ class TokenDecisions:
 def token_decisions(
     logits: Mapping[str, Float[Tensor, "*_ expert"]],
     streams: Mapping[str, str],
-    token_samples: Int[Tensor, "rows seq"],
-    owners: Mapping[str, Int[Tensor, " _"]],
+    token_samples: Tokens,
+    owners: Owners,
     choices: Mapping[str, tuple[int, ...] | None] | None = None,
     biases: Mapping[str, Float[Tensor, " _"]] | None = None,
 ) -> Iterator[TokenDecisions]:

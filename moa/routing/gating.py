@@ -10,25 +10,27 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Logits = Float[Tensor, "*lead expert"]
+Gates = Float[Tensor, "*lead expert"]
+Mask = Bool[Tensor, "*lead expert"] | None
+Joint = Bool[Tensor, " expert"] | None
+Sums = Float[Tensor, "expert feature"]
+Counts = Float[Tensor, " expert"]
 
-def softmax_gates(logits: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead expert"]:
-    """Every expert, weights summing to one."""
+
+def softmax_gates(logits: Logits) -> Gates:
     return torch.softmax(logits.float(), dim=-1)
 
 
-def sigmoid_gates(logits: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead expert"]:
+def sigmoid_gates(logits: Logits) -> Gates:
     """Every expert for itself, each weight in (0, 1), of any sum."""
     return torch.sigmoid(logits.float())
 
 
 def top_k_gates(
-    logits: Float[Tensor, "*lead expert"],
-    k: int,
-    mask: Bool[Tensor, "*lead expert"] | None = None,
-    joint: Bool[Tensor, " expert"] | None = None,
-    renormalize: bool = True,
+    logits: Logits, k: int, mask: Mask = None, joint: Joint = None, renormalize: bool = True,
     bias: Float[Tensor, "*#lead expert"] | None = None,
-) -> Float[Tensor, "*lead expert"]:
+) -> Gates:  # fmt: skip
     """The k best experts, softmax weights renormalised over them, exact zeros elsewhere.
 
     `mask` is False where an expert may not be used: it never takes one of the k places. With fewer
@@ -53,9 +55,7 @@ def top_k_gates(
     return softmax_over(logits, kept) if renormalize else softmax_over(logits, logits.isfinite()) * kept
 
 
-def balanced_bias(
-    bias: Float[Tensor, " expert"], load: Float[Tensor, " expert"], rate: float, joint: Bool[Tensor, " expert"] | None
-) -> Float[Tensor, " expert"]:
+def balanced_bias(bias: Counts, load: Counts, rate: float, joint: Joint) -> Counts:
     """A bias of `top_k_gates` after a step in which the experts were chosen `load` times: up by `rate` where that is
     below the mean, down where it is above (loss-free balancing, arXiv 2408.15664, algorithm 1). `joint` ones keep 0."""
     routed = torch.ones_like(load, dtype=torch.bool) if joint is None else ~joint
@@ -63,9 +63,7 @@ def balanced_bias(
     return bias + rate * (mean - load).sign() * routed
 
 
-def softmax_over(
-    logits: Float[Tensor, "*lead expert"], kept: Bool[Tensor, "*lead expert"]
-) -> Float[Tensor, "*lead expert"]:
+def softmax_over(logits: Logits, kept: Bool[Tensor, "*lead expert"]) -> Gates:
     """Softmax weights of the kept experts, exact zeros elsewhere, and in a row that keeps none."""
     # Not a division of probabilities, which may all be tiny; the floor is finite, because a row that
     # keeps none must not turn into NaN.
@@ -73,12 +71,8 @@ def softmax_over(
 
 
 def top_p_gates(
-    logits: Float[Tensor, "*lead expert"],
-    p: float | int,
-    mask: Bool[Tensor, "*lead expert"] | None = None,
-    joint: Bool[Tensor, " expert"] | None = None,
-    renormalize: bool = True,
-) -> Float[Tensor, "*lead expert"]:
+    logits: Logits, p: float | int, mask: Mask = None, joint: Joint = None, renormalize: bool = True
+) -> Gates:
     """The smallest set of experts whose probabilities reach `p`, weights renormalised over it, exact zeros elsewhere
     (Harder Tasks Need More Experts, arXiv 2403.07652, eq. 5). `mask`, `joint` and `renormalize` as in `top_k_gates`."""
     logits = logits.float()
@@ -92,15 +86,10 @@ def top_p_gates(
 
 
 def threshold_gates(
-    logits: Float[Tensor, "*lead expert"],
-    threshold: Float[Tensor, "*#lead 1"] | float | int,
-    mask: Bool[Tensor, "*lead expert"] | None = None,
-    joint: Bool[Tensor, " expert"] | None = None,
-) -> Float[Tensor, "*lead expert"]:
-    """What a probability is above the threshold, relu(p - t), divided by the row's sum; a row with none: zeros.
-
-    AdaMoLE (arXiv 2405.00361, eq. 6-8). The threshold of `joint` experts is 0; `mask` as in `top_k_gates`.
-    """
+    logits: Logits, threshold: Float[Tensor, "*#lead 1"] | float | int, mask: Mask = None, joint: Joint = None
+) -> Gates:
+    """What a probability is above the threshold, relu(p - t), divided by the row's sum; a row with none: zeros. AdaMoLE
+    (arXiv 2405.00361, eq. 6-8). The threshold of `joint` experts is 0; `mask` as in `top_k_gates`."""
     able = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
     probs = softmax_over(logits, able)
     above = F.relu(probs - (threshold if joint is None else threshold * ~joint))
@@ -108,18 +97,14 @@ def threshold_gates(
     return above / total.where(total > 0, torch.ones_like(total))
 
 
-def likeness_gates(logits: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead expert"]:
-    """Each cosine over the temperature, of 0 or more, divided by their sum where that is above 1.
-
-    FedDPA's weight of a client's own adapter (NeurIPS 2024), whose factor of a half is a temperature of 2.
-    """
+def likeness_gates(logits: Logits) -> Gates:
+    """Each cosine over the temperature, of 0 or more, divided by their sum where that is above 1. FedDPA's weight of a
+    client's own adapter (NeurIPS 2024), whose factor of a half is a temperature of 2."""
     gates = logits.float().clamp(min=0)
     return gates / gates.sum(-1, keepdim=True).clamp(min=1)
 
 
-def cut_gates(
-    gates: Float[Tensor, "*lead expert"], threshold: float | int | None, normalize: bool
-) -> Float[Tensor, "*lead expert"]:
+def cut_gates(gates: Gates, threshold: float | int | None, normalize: bool) -> Gates:
     """Gates above the threshold as they are, exact zeros elsewhere, then each row to the sum 1 where asked for.
 
     The sparse gate of the heterogeneous MoA (arXiv 2506.05928), and the normalised skills of Polytropon
@@ -152,9 +137,7 @@ def fused_logits(
     return shares @ member.t() + gates
 
 
-def straight_through(
-    gates: Float[Tensor, "*lead expert"], probs: Float[Tensor, "*lead expert"]
-) -> Float[Tensor, "*lead expert"]:
+def straight_through(gates: Gates, probs: Gates) -> Gates:
     """The values of the gates, to the bit, and the gradient of the probabilities (arXiv 1308.3432)."""
     return gates.detach() + (probs - probs.detach())
 
@@ -167,13 +150,13 @@ NOISES: dict[str, Callable[[torch.Size], Tensor]] = {
 }
 
 
-def draw_noise(noise: str, like: Float[Tensor, "*lead expert"]) -> Float[Tensor, "*lead expert"]:
+def draw_noise(noise: str, like: Logits) -> Logits:
     """Noise of scale 1, from the one stream of random numbers on the CPU: the same draws on every device."""
     return NOISES[noise](like.shape).to(like.device, non_blocking=True)
 
 
 def one_hot_gates(
-    expert_ids: Int[Tensor, " batch"], num_experts: int, joint: Bool[Tensor, " expert"] | None = None
+    expert_ids: Int[Tensor, " batch"], num_experts: int, joint: Joint = None
 ) -> Float[Tensor, "batch expert"]:
     """The oracle's gates: one expert each; id -1 (unknown) gets the uniform mixture, and
     id `num_experts` (the null expert) zeros. `joint` experts share each sample's sum alike with its own."""
@@ -185,13 +168,9 @@ def one_hot_gates(
     return torch.where(known[:, None], gates, torch.full_like(gates, 1.0 / max(num_experts, 1)))
 
 
-def apply_availability(
-    gates: Float[Tensor, "*lead expert"], available: Bool[Tensor, "*#lead expert"]
-) -> Float[Tensor, "*lead expert"]:
-    """Exact zeros where an expert is not available; the others keep the row's sum.
-
-    A row whose available experts all had weight zero shares its sum equally among them.
-    """
+def apply_availability(gates: Gates, available: Bool[Tensor, "*#lead expert"]) -> Gates:
+    """Exact zeros where an expert is not available; the others keep the row's sum. A row whose available experts all
+    had weight zero shares its sum equally among them."""
     masked = gates * available
     total = gates.sum(-1, keepdim=True)
     kept = masked.sum(-1, keepdim=True)
@@ -202,28 +181,20 @@ def apply_availability(
 
 
 def anchor_sums(
-    sums: Float[Tensor, "expert feature"],
-    counts: Float[Tensor, " expert"],
-    features: Float[Tensor, "batch feature"],
-    present: Bool[Tensor, " batch"],
+    sums: Sums, counts: Counts, features: Float[Tensor, "batch feature"], present: Bool[Tensor, " batch"],
     expert_ids: Int[Tensor, " batch"],
-) -> tuple[Float[Tensor, "expert feature"], Float[Tensor, " expert"]]:
-    """Add a batch of evidence to the running sum and count of each sample's expert.
-
-    Sums and counts can be added up over processes. Rows without the evidence or a known expert (id -1) are left out.
-    """
+) -> tuple[Sums, Counts]:  # fmt: skip
+    """Add a batch of evidence to the running sum and count of each sample's expert. Sums and counts can be added up
+    over processes. Rows without the evidence or a known expert (id -1) are left out."""
     used = (present & (expert_ids >= 0)).to(sums.dtype)
     one_hot = F.one_hot(expert_ids.clamp(min=0), sums.shape[0]).to(sums.dtype) * used[:, None]
     return sums + one_hot.T @ features.to(sums.dtype), counts + one_hot.sum(0)
 
 
 def anchor_similarity(
-    sums: Float[Tensor, "expert feature"],
-    counts: Float[Tensor, " expert"],
-    features: Float[Tensor, "batch feature"],
-    present: Bool[Tensor, " batch"],
+    sums: Sums, counts: Counts, features: Float[Tensor, "batch feature"], present: Bool[Tensor, " batch"],
     centred: bool = True,
-) -> Float[Tensor, "batch expert"]:
+) -> Float[Tensor, "batch expert"]:  # fmt: skip
     """Cosine of each sample's evidence with each expert's mean evidence, 0 where either is missing.
 
     Both are relative to the mean over all experts where `centred`: raw evidence of one encoder points nearly one way.

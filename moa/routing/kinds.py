@@ -15,18 +15,24 @@
 softmax (arXiv 1611.01144), sigmoid with logistic the relaxed Bernoulli of Polytropon (arXiv 2202.13914), and learned
 that of noisy top-k (arXiv 1701.06538, eq. 4).
 
-A new kind is a row and its function. The config reads the rows, so that torch is imported in functions alone.
+A new kind is a row and its function.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from moa.routing.late import Late, Tensor
+
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    Decided = tuple[Tensor, Tensor | None]
+    from moa.routing import gating, router
+else:
+    gating, router = Late("moa.routing.gating"), Late("moa.routing.router")
 
+Decided = tuple[Tensor, Tensor | None]
 
 TABLE = "table"  # a score without features: the logits of a task are what is learned
 CLUSTER = "cluster"  # those of the cluster of samples that one is nearest to
@@ -42,7 +48,7 @@ class Kind:
     #   mask, False where an expert may not be used, or None; expert_ids [batch], -1 unknown; weights [expert];
     #   joint [choice], True where an expert takes no place of top-k, or None; raised [batch, site, 1] from a learned
     #   threshold, or None; bias [site, 1, choice] or None; and the `options`. Experts: those that it chooses among
-    gates: "Callable[..., Decided]"
+    gates: Callable[..., Decided]
     # makes the module with the logits from experts, sites, dims, num_tasks and the options
     router: "Callable[..., nn.Module] | None" = None
     learns: Literal["gradient", "means"] | None = None  # by an optimiser, or by adding samples up
@@ -57,84 +63,58 @@ class Kind:
     hard: bool = False  # gates that are 0 have no gradient, unless it is `straight_through`
 
 
-def softmax(*, logits: Any, mask: Any, **_: Any) -> "Decided":
-    from moa.routing.gating import softmax_gates, top_k_gates
-
-    probs = softmax_gates(logits)
-    return (probs if mask is None else top_k_gates(logits, probs.shape[-1], mask)), probs
+def softmax(*, logits: Any, mask: Any, **_: Any) -> Decided:
+    probs = gating.softmax_gates(logits)
+    return (probs if mask is None else gating.top_k_gates(logits, probs.shape[-1], mask)), probs
 
 
-def top_k(
-    *, logits: Any, mask: Any, top_k: int, joint: Any, renormalize: bool, bias: Any = None, **_: Any
-) -> "Decided":
-    from moa.routing.gating import softmax_gates, top_k_gates
-
-    return top_k_gates(logits, top_k, mask, joint, renormalize, bias), softmax_gates(logits)
+def top_k(*, logits: Any, mask: Any, top_k: int, joint: Any, renormalize: bool, bias: Any = None, **_: Any) -> Decided:
+    return gating.top_k_gates(logits, top_k, mask, joint, renormalize, bias), gating.softmax_gates(logits)
 
 
-def top_p(*, logits: Any, mask: Any, top_p: float | None, joint: Any, renormalize: bool, **_: Any) -> "Decided":
-    from moa.routing.gating import softmax_gates, top_p_gates
-
+def top_p(*, logits: Any, mask: Any, top_p: float | None, joint: Any, renormalize: bool, **_: Any) -> Decided:
     kept = TOP_P if top_p is None else top_p
-    return top_p_gates(logits, kept, mask, joint, renormalize), softmax_gates(logits)
+    return gating.top_p_gates(logits, kept, mask, joint, renormalize), gating.softmax_gates(logits)
 
 
-def threshold(*, logits: Any, mask: Any, threshold: float | None, joint: Any, raised: Any, **_: Any) -> "Decided":
-    from moa.routing.gating import softmax_gates, threshold_gates
-
+def threshold(*, logits: Any, mask: Any, threshold: float | None, joint: Any, raised: Any, **_: Any) -> Decided:
     level = raised.sigmoid() / logits.shape[-1] if threshold is None else threshold
-    return threshold_gates(logits, level, mask, joint), softmax_gates(logits)
+    return gating.threshold_gates(logits, level, mask, joint), gating.softmax_gates(logits)
 
 
-def sigmoid(*, logits: Any, mask: Any, threshold: float | None, normalize: bool, **_: Any) -> "Decided":
-    from moa.routing.gating import cut_gates, sigmoid_gates
-
-    gates = sigmoid_gates(logits)
+def sigmoid(*, logits: Any, mask: Any, threshold: float | None, normalize: bool, **_: Any) -> Decided:
+    gates = gating.sigmoid_gates(logits)
     probs = gates / gates.sum(-1, keepdim=True)
-    return cut_gates(gates if mask is None else gates * mask, threshold, normalize), probs
+    return gating.cut_gates(gates if mask is None else gates * mask, threshold, normalize), probs
 
 
-def one_hot(*, expert_ids: Any, weights: Any, mask: Any, joint: Any, **_: Any) -> "Decided":
-    from moa.routing.gating import apply_availability, one_hot_gates
-
-    gates = one_hot_gates(expert_ids, len(weights), joint)[:, None]
-    return (gates if mask is None else apply_availability(gates, mask)), None
+def one_hot(*, expert_ids: Any, weights: Any, mask: Any, joint: Any, **_: Any) -> Decided:
+    gates = gating.one_hot_gates(expert_ids, len(weights), joint)[:, None]
+    return (gates if mask is None else gating.apply_availability(gates, mask)), None
 
 
-def fixed(*, expert_ids: Any, weights: Any, mask: Any, **_: Any) -> "Decided":
+def fixed(*, expert_ids: Any, weights: Any, mask: Any, **_: Any) -> Decided:
     gates = weights.expand(len(expert_ids), 1, -1)
     return (gates if mask is None else gates * mask), None
 
 
 def learned_router(**options: Any) -> "nn.Module":
-    from moa.routing.router import BankRouter, ClusterRouter, Router, TableRouter
-
     if "banks" in options:
-        return BankRouter(**options)
+        return router.BankRouter(**options)
     if options.get("score") == CLUSTER:
-        return ClusterRouter(**{key: options[key] for key in (*TABLE_OPTIONS, "evidence", "centres")})
+        return router.ClusterRouter(**{key: options[key] for key in (*TABLE_OPTIONS, "evidence", "centres")})
     if options.get("score") == TABLE:
-        return TableRouter(**{key: options[key] for key in TABLE_OPTIONS})
-    return Router(**options)
+        return router.TableRouter(**{key: options[key] for key in TABLE_OPTIONS})
+    return router.Router(**options)
 
 
 def anchors(*, sites: int, **options: Any) -> "nn.Module":
-    from moa.routing.router import AnchorRouter
-
-    return AnchorRouter(**options)
+    return router.AnchorRouter(**options)
 
 
-def likeness(*, logits: Any, mask: Any, **_: Any) -> "Decided":
-    from moa.routing.gating import likeness_gates
-
-    gates = likeness_gates(logits)
+def likeness(*, logits: Any, mask: Any, **_: Any) -> Decided:
+    gates = gating.likeness_gates(logits)
     return (gates if mask is None else gates * mask), None
-
-
-def plain_anchors(*, sites: int, **options: Any) -> "nn.Module":
-    from moa.routing.router import AnchorRouter
-
-    return AnchorRouter(**options, sharpness=1.0, centred=False)
 
 
 LEARNED: dict[str, Any] = {
@@ -167,11 +147,14 @@ KINDS = {
     "fixed": Kind(gates=fixed, options=("weights",)),
     "anchors": Kind(gates=softmax, router=anchors, learns="means", module_options=("evidence",)),
     "likeness": Kind(
-        gates=likeness, router=plain_anchors, learns="means", module_options=("evidence",), below_one=True
+        gates=likeness,
+        router=partial(anchors, sharpness=1.0, centred=False),
+        learns="means",
+        module_options=("evidence",),
+        below_one=True,
     ),
 }
 
 
 def names(which: Callable[[Kind], bool]) -> str:
-    """The kinds that a rule allows, for a message."""
     return ", ".join(name for name, kind in KINDS.items() if which(kind))

@@ -7,17 +7,13 @@ Decisions are `[site, token, expert]`, where a "token" is whatever is routed. Ea
 (`mask`) of a site and then over sites, whatever the depth, padding or batch size.
 """
 
+import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Float, Int
 
 from moa.cli.ranges import NotNegative
-
-if TYPE_CHECKING:
-    from torch import Tensor
-else:  # the config reads the weights below, and must not wait for torch
-    Tensor = Any
+from moa.routing.late import F, Tensor, torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +39,18 @@ class GateLosses:
     alignment: NotNegative = 0.0  # of what lora_A gives for the tasks: one mean and variance (Align-LoRA)
 
 
+Decisions = Float[Tensor, "site token expert"]  # logits, or probabilities before top-k
+Ids = Int[Tensor, " token"]
+Mask = Bool[Tensor, " token"] | None  # False at tokens that do not count
+Loss = Float[Tensor, ""]
 OF_EXPERTS = ("orthogonality", "difference", "alignment")
 AUX = tuple(f.name for f in fields(GateLosses) if not f.name.endswith("_end"))
 
 
 def gate_losses(
-    logits: Float[Tensor, "site token expert"],
-    probs: Float[Tensor, "site token expert"],
-    expert_ids: Int[Tensor, " token"],
-    task_ids: Int[Tensor, " token"],
-    *,
-    top_k: int | None = None,
-    mask: Bool[Tensor, " token"] | None = None,
-    spread: float | None = None,
-) -> dict[str, Float[Tensor, ""]]:
+    logits: Decisions, probs: Decisions, expert_ids: Ids, task_ids: Ids, *,
+    top_k: int | None = None, mask: Mask = None, spread: float | None = None,
+) -> dict[str, Loss]:  # fmt: skip
     """Every loss by the name of its weight, unweighted; `load` where top-k has noise of the size `spread`."""
     load = {} if top_k is None or spread is None else {"load": load_loss(logits, top_k, spread, mask)}
     return load | {
@@ -79,11 +73,7 @@ def weights_at(losses: GateLosses, progress: float) -> dict[str, float]:
     return {name: start[name] + (ends[name] - start[name]) * progress for name in AUX}
 
 
-def load_balancing_loss(
-    probs: Float[Tensor, "site token expert"],
-    top_k: int | None = None,
-    mask: Bool[Tensor, " token"] | None = None,
-) -> Float[Tensor, ""]:
+def load_balancing_loss(probs: Decisions, top_k: int | None = None, mask: Mask = None) -> Loss:
     """E * sum_e f_e P_e, which is 1 at uniform use for every k, and at most E / k.
 
     P_e is the mean probability of expert e before top-k, f_e its share of the k * T places (Switch
@@ -94,12 +84,7 @@ def load_balancing_loss(
     return _balance(probs, _places(probs, top_k), weights[None]).mean()
 
 
-def within_task_balancing_loss(
-    probs: Float[Tensor, "site token expert"],
-    task_ids: Int[Tensor, " token"],
-    top_k: int | None = None,
-    mask: Bool[Tensor, " token"] | None = None,
-) -> Float[Tensor, ""]:
+def within_task_balancing_loss(probs: Decisions, task_ids: Ids, top_k: int | None = None, mask: Mask = None) -> Loss:
     """The load-balancing loss inside each task, weighted by the tasks' shares of valid tokens.
 
     A router that gives each task its own expert is punished by the global form only where tasks are unequally frequent,
@@ -112,26 +97,15 @@ def within_task_balancing_loss(
     return (loss * in_task.sum(1) / weights.sum().clamp(min=1)).sum(1).mean()
 
 
-def importance_loss(
-    probs: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None
-) -> Float[Tensor, ""]:
+def importance_loss(probs: Decisions, mask: Mask = None) -> Loss:
     """Squared coefficient of variation of the experts' summed probabilities (arXiv 1701.06538, eq. 6-7): 0 at uniform
     use, experts - 1 where one has all."""
-    import torch
-
     return _variation(torch.einsum("t,ste->se", _weights(probs, mask), probs)).mean()
 
 
-def load_loss(
-    logits: Float[Tensor, "site token expert"],
-    top_k: int,
-    spread: float,
-    mask: Bool[Tensor, " token"] | None = None,
-) -> Float[Tensor, ""]:
+def load_loss(logits: Decisions, top_k: int, spread: float, mask: Mask = None) -> Loss:
     """The same of the experts' loads: the sum over tokens of the probability that top-k keeps an expert if its noise of
     deviation `spread` is drawn anew and the others' logits stay (eq. 8-11), here those without noise."""
-    import torch
-
     if top_k >= logits.shape[-1]:
         return logits.sum() * 0  # all are kept
     best = logits.topk(top_k + 1, dim=-1).values
@@ -144,17 +118,11 @@ def load_loss(
 LOCALITY = 0.1
 
 
-def localized_balancing_loss(
-    probs: Float[Tensor, "site token expert"],
-    expert_ids: Int[Tensor, " token"],
-    mask: Bool[Tensor, " token"] | None = None,
-) -> Float[Tensor, ""]:
+def localized_balancing_loss(probs: Decisions, expert_ids: Ids, mask: Mask = None) -> Loss:
     """Squared coefficient of variation of the mean shares [group, expert], grouped by the expert that samples belong
     to, with the group's own one times 1 - d and others times 1 + d: the smallest where the own one's share is to
     theirs as 1 + d to 1 - d, d = LOCALITY (LoRAMoE, arXiv 2312.09979, section 3.3). Unknown experts (-1) are a group
     without an own one."""
-    import torch
-
     weights, groups = _weights(probs, mask), expert_ids.unique()
     member = (expert_ids[None] == groups[:, None]).to(probs.dtype) * weights  # [group, token]
     count = member.sum(1)[:, None]
@@ -166,36 +134,26 @@ def localized_balancing_loss(
     return _variation((shares * factors).flatten(1), there.flatten()).mean()
 
 
-def z_loss(logits: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None) -> Float[Tensor, ""]:
+def z_loss(logits: Decisions, mask: Mask = None) -> Loss:
     """Mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, eq. 5): keeps them small."""
     return _mean(logits.logsumexp(-1).square(), _weights(logits, mask))
 
 
-def entropy_loss(
-    probs: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None
-) -> Float[Tensor, ""]:
+def entropy_loss(probs: Decisions, mask: Mask = None) -> Loss:
     """Mean entropy of the decisions in nats; a positive weight sharpens them, a negative softens."""
-    import torch
-
     return _mean(torch.special.entr(probs).sum(-1), _weights(probs, mask))
 
 
 SURE, EVEN = 0.5, 0.98
 
 
-def divergence_loss(
-    probs: Float[Tensor, "site token expert"], mask: Bool[Tensor, " token"] | None = None
-) -> Float[Tensor, ""]:
+def divergence_loss(probs: Decisions, mask: Mask = None) -> Loss:
     """How far the decisions are from a generalised Jensen-Shannon divergence that is large enough, in units of ln E:
 
         relu(b - c - min(H(mean p), b) + mean max(H(p), c)),  H over ln E, b = EVEN, c = SURE
 
     0 where the mean is nearly even and each decision has an entropy of at most c (HMoRA, ICLR 2025, section 3.3).
     """
-    import math
-
-    import torch
-
     weights, unit = _weights(probs, mask), math.log(max(probs.shape[-1], 2))
     mean = torch.einsum("t,ste->se", weights, probs) / weights.sum().clamp(min=1)
     mean = mean.clamp(min=torch.finfo(mean.dtype).tiny)  # without tokens it is 0, where the entropy has no gradient
@@ -205,17 +163,9 @@ def divergence_loss(
     return torch.relu(EVEN - SURE - whole + own).mean() * (weights.sum() > 0)
 
 
-def task_guidance_loss(
-    logits: Float[Tensor, "site token expert"],
-    expert_ids: Int[Tensor, " token"],
-    mask: Bool[Tensor, " token"] | None = None,
-) -> Float[Tensor, ""]:
-    """Cross-entropy of the decisions with the expert each token belongs to; id -1 is left out.
-
-    Zero, and still connected to the logits, where no expert is known.
-    """
-    import torch.nn.functional as F
-
+def task_guidance_loss(logits: Decisions, expert_ids: Ids, mask: Mask = None) -> Loss:
+    """Cross-entropy of the decisions with the expert each token belongs to; id -1 is left out. Zero, and still
+    connected to the logits, where no expert is known."""
     weights = _weights(logits, mask) * (expert_ids >= 0)
     targets = expert_ids.clamp(min=0).expand(logits.shape[:2])
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
@@ -232,9 +182,7 @@ def _variation(values: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def _weights(decisions: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return decisions.new_ones(decisions.shape[1])
-    return mask.to(decisions.dtype)
+    return decisions.new_ones(decisions.shape[1]) if mask is None else mask.to(decisions.dtype)
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -251,8 +199,6 @@ def _places(probs: Tensor, top_k: int | None) -> Tensor:
 
 def _balance(probs: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     """[site, token, expert] x2, group weights [group, token] -> [site, group]."""
-    import torch
-
     total = weights.sum(1).clamp(min=1)[:, None]
     share = torch.einsum("gt,ste->sge", weights, places) / total
     mean = torch.einsum("gt,ste->sge", weights, probs) / total

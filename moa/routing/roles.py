@@ -11,21 +11,16 @@
 
 `always` is a shared expert (DeepSeekMoE, arXiv 2401.06066), `rest` the universal expert of MoCLE (arXiv 2312.12379),
 whose choice is one expert at its share of the softmax, `confidence` the same beside a soft choice, `joint` the shared
-expert of ASE (arXiv 2510.00570). A sample that is meant for an expert without a choice gets no routed one. The config
-reads `check_roles`, so that torch is imported in functions alone.
+expert of ASE (arXiv 2510.00570). A sample that is meant for an expert without a choice gets no routed one.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Float, Int
 
-if TYPE_CHECKING:
-    from torch import Tensor
-else:
-    Tensor = Any
+from moa.routing.late import Tensor, torch
 
 GATES = ("routed", "joint", "always", "confidence", "rest")  # and with:NAME
 LEFT_OVER = ("confidence", "rest")  # 0 where one gate is 1
@@ -60,13 +55,15 @@ class Roles:
 
     @cached_property
     def choices(self) -> tuple[int, ...]:
-        """The experts that the router chooses among."""
         return tuple(place for place, gate in enumerate(self.gates) if gate in CHOSEN)
 
     @cached_property
     def joint(self) -> tuple[bool, ...]:
-        """Of each choice."""
         return tuple(self.gates[place] == "joint" for place in self.choices)
+
+    def named(self, gate: str) -> list[str]:
+        """The experts with this gate."""
+        return [name for name, own in zip(self.experts, self.gates, strict=True) if own == gate]
 
     @property
     def all_routed(self) -> bool:
@@ -77,19 +74,16 @@ class Roles:
         """Of each expert, the column of [choices, 1, 1 - m, 1 - sum] that its gate is."""
         count = len(self.choices)
         fixed = {"always": count, "confidence": count + 1, "rest": count + 2}
-        own = [fixed[g] if g in fixed else self._choice(place) for place, g in enumerate(self.gates)]
+        own = [fixed.get(gate, -1) for gate in self.gates]
+        for column, place in enumerate(self.choices):
+            own[place] = column
         return [
             own[self.experts.index(gate.removeprefix(WITH))] if gate.startswith(WITH) else column
             for gate, column in zip(self.gates, own, strict=True)
         ]
 
-    def _choice(self, place: int) -> int:
-        return self.choices.index(place) if place in self.choices else -1
-
     def assemble(self, chosen: Float[Tensor, "*lead choice"]) -> Float[Tensor, "*lead expert"]:
         """The gates of all experts from those of the choices."""
-        import torch
-
         if self.all_routed:
             return chosen
         one = chosen.new_ones(*chosen.shape[:-1], 1)
@@ -103,8 +97,6 @@ class Roles:
     def choice_ids(self, expert_ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """Places among the choices: unknown stays -1; an expert without a choice, and no expert, are the number of
         choices."""
-        import torch
-
         if self.all_routed:
             return expert_ids
         count = len(self.choices)
@@ -113,5 +105,4 @@ class Roles:
         return table[expert_ids]
 
     def among_choices(self, of_experts: Bool[Tensor, "*lead expert"]) -> Bool[Tensor, "*lead choice"]:
-        """The columns of the choices."""
         return of_experts if self.all_routed else of_experts[..., list(self.choices)]

@@ -63,14 +63,28 @@ class Evidence:
 
 
 def axes_of(key: str) -> tuple[str, ...]:
-    """See `AXES`."""
     return next((axes for name, axes in AXES.items() if re.fullmatch(name, key)), ())
 
 
-class KeepsPrecision(nn.Module):
-    """model.to(bfloat16) and DeepSpeed's cast move it, but leave it its precision."""
+class LearnedRouter(nn.Module):
+    """What they have in common. model.to(bfloat16) and DeepSpeed's cast move one, but leave it its precision."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsPrecision":
+    def __init__(self, evidence: Collection[str], modality_dropout: float | int = 0.0) -> None:
+        super().__init__()
+        self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
+        self.modality_dropout = modality_dropout
+
+    def seen(self, present: Bool[Tensor, " batch"], withheld: bool = False) -> Bool[Tensor, " batch"]:
+        """Without what is withheld, and without the samples that training hides by chance: by one stream of random
+        numbers on the CPU, the same on all devices."""
+        if withheld:
+            return torch.zeros_like(present)
+        if not self.training or self.modality_dropout == 0:
+            return present
+        kept = torch.rand(present.shape) >= self.modality_dropout
+        return present & kept.to(present.device, non_blocking=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LearnedRouter":
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -78,7 +92,7 @@ class KeepsPrecision(nn.Module):
         return super()._apply(move, recurse)
 
 
-class Router(KeepsPrecision):
+class Router(LearnedRouter):
     """Learned router. Logits are `[batch, 1, expert]`, or `[batch, site, expert]` with `per_site`.
 
     `dims` gives the widths of the image tokens ("image") and of the language model's embeddings ("text", which OCR
@@ -104,9 +118,7 @@ class Router(KeepsPrecision):
         learned_noise: bool = False,
         task_prior: bool = False,
     ) -> None:
-        super().__init__()
-        self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
-        self.modality_dropout = modality_dropout
+        super().__init__(evidence, modality_dropout)
         encoders: dict[str, Callable[[], nn.Module]] = {
             "image": lambda: TokenEncoder(dims["image"], hidden, pooling),
             "text": lambda: TokenEncoder(dims["text"], hidden, pooling, neighbours=True),
@@ -148,22 +160,18 @@ class Router(KeepsPrecision):
         else:
             *values, mask = (getattr(evidence, name) for name in INPUTS[kind])
             present, vector = mask.any(1), encoder(*(value.float() for value in values), mask)
-        if withheld:
-            present = torch.zeros_like(present)
-        elif self.training and self.modality_dropout > 0:
-            present = some_hidden(present, self.modality_dropout)
+        present = self.seen(present, withheld)
         return torch.where(present[:, None], vector, self.missing[kind]), present
 
 
-class BankRouter(KeepsPrecision):
+class BankRouter(LearnedRouter):
     """A router for each bank of experts, by the bank's own evidence; logits in the order of the choices.
 
     `banks` are the evidence of each choice's bank; the other options are those of `Router`.
     """
 
     def __init__(self, *, banks: Sequence[Sequence[str]], evidence: Sequence[str], **options: Any) -> None:
-        super().__init__()
-        self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
+        super().__init__(evidence)
         numbers = bank_numbers(banks)
         self.places = [(bank, numbers[:choice].count(bank)) for choice, bank in enumerate(numbers)]
         own = [{"experts": numbers.count(bank), "evidence": banks[numbers.index(bank)]} for bank in sorted({*numbers})]
@@ -180,34 +188,23 @@ def bank_numbers(banks: Sequence[Sequence[str]]) -> list[int]:
     return [first.index(frozenset(own)) for own in banks]
 
 
-def some_hidden(present: Bool[Tensor, " batch"], share: float | int) -> Bool[Tensor, " batch"]:
-    """Without those that training hides by chance. One stream of random numbers on the CPU: the same on all devices."""
-    kept = torch.rand(present.shape) >= share
-    return present & kept.to(present.device, non_blocking=True)
-
-
-class TableRouter(KeepsPrecision):
+class TableRouter(LearnedRouter):
     """Learned logits of each task, with `per_site` for each layer by itself; zeros, all alike, where the task is
     unknown or hidden: Polytropon's allocation of skills (arXiv 2202.13914, section 3), MTL-LoRA's weights of tasks."""
-
-    evidence = ("task",)
 
     def __init__(
         self, *, experts: int, sites: int, num_tasks: int, per_site: bool = False, modality_dropout: float | int = 0.0
     ) -> None:
-        super().__init__()
-        self.modality_dropout = modality_dropout
+        super().__init__(("task",), modality_dropout)
         self.table = nn.Parameter(torch.zeros(sites if per_site else 1, num_tasks, experts))
 
     def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch site expert"]:
         ids: Any = evidence.task_ids
-        known = ids >= 0 if "task" not in withhold else torch.zeros_like(ids, dtype=torch.bool)
-        if self.training and self.modality_dropout > 0:
-            known = some_hidden(known, self.modality_dropout)
+        known = self.seen(ids >= 0, "task" in withhold)
         return self.table[:, ids.clamp(min=0)].transpose(0, 1) * known[:, None, None]
 
 
-class ClusterRouter(KeepsPrecision):
+class ClusterRouter(LearnedRouter):
     """Learned logits of each cluster of samples, with `per_site` for each layer by itself (MoCLE, arXiv 2312.12379).
 
     `centres` are those of k-means over what `described` gives for training samples, and stay. A sample without any of
@@ -225,18 +222,15 @@ class ClusterRouter(KeepsPrecision):
         per_site: bool = False,
         modality_dropout: float | int = 0.0,
     ) -> None:
-        super().__init__()
-        self.evidence = tuple(kind for kind in EVIDENCE if kind in evidence)
-        self.num_tasks, self.modality_dropout = num_tasks, modality_dropout
+        super().__init__(evidence, modality_dropout)
+        self.num_tasks = num_tasks
         self.register_buffer("centres", centres.float())
         self.cluster_table = nn.Parameter(torch.zeros(sites if per_site else 1, len(centres), experts))
 
     def forward(self, evidence: Evidence, withhold: Collection[str] = ()) -> Float[Tensor, "batch site expert"]:
         features, present = described(evidence, self.evidence, self.num_tasks, withhold)
         nearest = torch.cdist(features, self.get_buffer("centres")).argmin(-1)
-        if self.training and self.modality_dropout > 0:
-            present = some_hidden(present, self.modality_dropout)
-        return self.cluster_table[:, nearest].transpose(0, 1) * present[:, None, None]
+        return self.cluster_table[:, nearest].transpose(0, 1) * self.seen(present)[:, None, None]
 
 
 def described(
@@ -277,7 +271,6 @@ class Scores(nn.Linear):
 
 
 def zeros(width: int, columns: int) -> nn.Linear:
-    """A linear layer that starts as zeros."""
     linear = nn.Linear(width, columns)
     for parameter in linear.parameters():
         nn.init.zeros_(parameter)
@@ -307,8 +300,6 @@ class TokenEncoder(nn.Module):
 
 
 class OcrEncoder(nn.Module):
-    """Words with their boxes and confidences -> one vector [batch, hidden]."""
-
     def __init__(self, dim: int, hidden: int, pooling: str) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
@@ -369,7 +360,6 @@ class AnchorRouter(nn.Module):
 
     @torch.no_grad()
     def update(self, evidence: Evidence, expert_ids: Int[Tensor, " batch"]) -> None:
-        """Add a batch to the anchors of its samples' experts."""
         for kind in self.evidence:
             features, present = pooled(kind, evidence, self.num_tasks)
             sums, counts = self.get_buffer(f"{kind}_sums"), self.get_buffer(f"{kind}_counts")

@@ -104,7 +104,6 @@ class Routing(nn.Module):
 
     @property
     def evidence(self) -> tuple[str, ...]:
-        """The kinds of evidence that the router reads."""
         return getattr(self.router, "evidence", ())
 
     @property

@@ -10,16 +10,12 @@ The draws are one stream of random numbers on the CPU, the same on every device.
 """
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from jaxtyping import Float
 
 from moa.cli.ranges import Share, ShareBelowOne
-
-if TYPE_CHECKING:
-    from torch import Tensor
-else:  # the config reads the schedule, and must not wait for torch
-    Tensor = Any
+from moa.routing.late import Tensor, torch
 
 TARGETS = {"mean": lambda count: 1.0 / count, "sum": lambda count: 1.0}
 
@@ -54,8 +50,6 @@ class GateSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class GateDraws:
-    """What was drawn for the samples of a batch."""
-
     leak: float
     keep: Float[Tensor, " batch"]  # 0 where routed gates are dropped
     share: Float[Tensor, " batch"]  # of the merge's gates in the sample's
@@ -78,8 +72,6 @@ class GateDraws:
 
 def draw_gates(schedule: GateSchedule, progress: float, num_samples: int, num_choices: int = 0) -> GateDraws | None:
     """Draws for a batch; None, and nothing drawn, for an empty schedule."""
-    import torch
-
     if schedule.is_empty:
         return None
     shares = schedule.at(progress)

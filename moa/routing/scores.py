@@ -4,23 +4,18 @@
     cosine      t cos(w_e, x), with the temperature t = the root mean square of the rows' lengths, at most 100: the
                 cosine router of GMoE (arXiv 2206.04046, eq. 8) and DG-MoA, whose learned t is a number of its own
     ln_cosine   LN(w_e) LN(x) / sqrt(width), layer norms without parameters: PHATGOOSE (arXiv 2402.05859, section 3.2)
-    arrow       |w_e x|, where w_e is no parameter but computed from the expert: moa/experts/arrow.py
+    arrow       |w_e x|, where w_e is no parameter but computed from the expert: moa/experts/token_routers.py
     attention   w_e x, where x is a token's query and w_e the key of what the expert answers to this token:
                 AdapterFusion (arXiv 2005.00247, section 3.2)
 
-The last layer of a sample's router and the token routers of the sites read this table, and so does the config: torch is
-imported in functions alone.
+The last layer of a sample's router and the token routers of the sites read this table, and so does the config.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 
-if TYPE_CHECKING:
-    from torch import Tensor
-else:
-    Tensor = Any
+from moa.routing.late import F, Tensor, torch
 
 Features = Float[Tensor, "*lead width"]
 Weight = Float[Tensor, "expert width"]
@@ -29,21 +24,15 @@ MOST = 100.0  # of a temperature
 
 
 def linear(features: Features, weight: Weight) -> Logits:
-    import torch.nn.functional as F
-
     return F.linear(features, weight)
 
 
 def cosine(features: Features, weight: Weight) -> Logits:
-    import torch.nn.functional as F
-
     temperature = weight.square().sum(-1).mean().sqrt().clamp(max=MOST)
     return temperature * F.linear(F.normalize(features, dim=-1, eps=1e-6), F.normalize(weight, dim=-1, eps=1e-6))
 
 
 def ln_cosine(features: Features, weight: Weight) -> Logits:
-    import torch.nn.functional as F
-
     width = weight.shape[-1:]
     return F.linear(F.layer_norm(features, width), F.layer_norm(weight, width)) / width[0] ** 0.5
 
@@ -53,8 +42,6 @@ def arrow(features: Features, weight: Weight) -> Logits:
 
 
 def attention(features: Features, weight: Float[Tensor, "*#lead expert width"]) -> Logits:
-    import torch
-
     return torch.einsum("...w,...ew->...e", features, weight)
 
 
