@@ -11,7 +11,7 @@ All of it is computed from (seed, position), so a resumed run needs one integer,
 processes nor ranks change the order.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -31,6 +31,20 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A data set whose samples are those of another one, each changed."""
+
+    dataset: Source
+    change: Callable[[Sample], Sample]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.change(self.dataset[index])
 
 
 @dataclass(frozen=True)

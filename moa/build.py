@@ -33,8 +33,7 @@ from moa.routing.roles import WITH
 from moa.routing.router import bank_numbers
 from moa.routing.scores import ARROW, ATTENTION
 from moa.sections import ADAPTERS, ALPHA, RANK, ExpertConfig, ModelConfig
-from moa.statistics.moments import Moments
-from moa.statistics.null_space import null_space_rows
+from moa.statistics.moments import Moments, null_space_rows
 from moa.statistics.stored import read_statistics
 
 NULL_SHARE = 0.1  # of a layer's input directions that init=null_space leaves to the others
@@ -81,10 +80,8 @@ def build_mixture(
     adapters: Mapping[str, ExpertHeader],
     place: Callable[[ExpertBank, str, ExpertHeader, str], None] = import_adapter,
 ) -> MixtureModel:
-    """The experts and the router of a config around a loaded base.
-
-    Experts in `adapters` are put in by `place`, the others are fresh.
-    """
+    """The experts and the router of a config around a loaded base. Experts in `adapters` are put in by `place`, the
+    others are fresh."""
     bank = ExpertBank.attach(
         backbone.model,
         config.model.targets,
@@ -92,7 +89,7 @@ def build_mixture(
         unused=backbone.unused_sites(),
         stream_of=backbone.stream_of,
         around=places_of_adapters(config, backbone.model),
-        kinds=layers_by_kind(config),
+        kinds={"sparse": patterns_of_sparse(config)},
     )
     place_experts(config, bank, backbone, adapters, place)
     router = build_router(config, bank, backbone.dims)
@@ -131,11 +128,14 @@ def place_experts(
     bank.train({name: () if expert.frozen else tuple(expert.factors) for name, expert in config.experts.items()})
     for name, expert in config.experts.items():
         if expert.rank_gates != "none" or expert.dropout:
-            bank.gate_ranks(name, rank_gates_of(expert, bank.experts[name].settings["rank"], config), config.seed)
+            rank, by = bank.experts[name].settings["rank"], expert.rank_gates
+            keep = (expert.active_ranks or max(rank // 8, 1)) if by == "token" else 1
+            num_tasks = len(config.data.tasks) if by == "task" else 0
+            gates = RankGates(kind=by, keep=keep, num_tasks=num_tasks, dropout=expert.dropout)
+            bank.gate_ranks(name, gates, config.seed)
 
 
 def fresh_starts(config: RunConfig, bank: ExpertBank, adapters: Collection[str]) -> Starts:
-    """How the experts begin that no adapter gives."""
     fresh = {name: expert for name, expert in config.experts.items() if name not in adapters}
     outside = {
         name: outside_of(expert.init_statistics, expert.init_own_statistics, bank)
@@ -147,12 +147,9 @@ def fresh_starts(config: RunConfig, bank: ExpertBank, adapters: Collection[str])
 
 
 def sample_routing(config: RunConfig, bank: ExpertBank) -> dict[str, Any]:
-    """The settings of `Routing` in a config."""
-    router = config.router
+    router, added_up = config.router, select(config.router.added_up, bank.sites, "router.added_up")
     same = ["kind", "null_expert", "temperature", "granularity", "noise", "noise_scale", "straight_through", "score"]
-    same += ["unknown_task"]
-    same += ["top_k", "top_p", "threshold", "normalize", "renormalize", "pool", "bias_rate"]
-    added_up = select(router.added_up, bank.sites, "router.added_up")
+    same += ["unknown_task", "top_k", "top_p", "threshold", "normalize", "renormalize", "pool", "bias_rate"]
     return {name: getattr(router, name) for name in same} | {
         "weights": [router.weights.get(name, 0.0) for name in config.choices] if router.weights else None,
         "added_up": [site in added_up for site in bank.sites],
@@ -162,7 +159,6 @@ def sample_routing(config: RunConfig, bank: ExpertBank) -> dict[str, Any]:
 
 
 def token_routing(config: RunConfig) -> dict[str, Any]:
-    """The settings of the bank's token routers in a config."""
     router = config.router
     return {
         "choices": config.choices,
@@ -196,27 +192,15 @@ def places_of_adapters(config: RunConfig, model: nn.Module) -> dict[str, tuple[s
     return found
 
 
-def layers_by_kind(config: RunConfig) -> dict[str, list[str]]:
-    """Kind of experts, beside lora, at linear layers -> its expressions among model.targets."""
+def patterns_of_sparse(config: RunConfig) -> list[str]:
+    """The expressions among model.targets of the layers that have sparse experts."""
     own = [expert.targets for expert in config.experts.values() if expert.kind == "sparse"]
-    patterns = [pattern for targets in own for pattern in ([ALL_LINEAR] if targets is None else targets)]
-    return {"sparse": patterns}
+    return [pattern for targets in own for pattern in ([ALL_LINEAR] if targets is None else targets)]
 
 
 def made_of(expert: ExpertConfig) -> dict[str, Any]:
-    """What a fresh expert of a kind is made with."""
     usual = {"rank": RANK, "alpha": ALPHA, "use_rslora": False}
     return {key: usual[key] if (own := getattr(expert, key)) is None else own for key in KINDS[expert.kind].made_of}
-
-
-def rank_gates_of(expert: ExpertConfig, rank: int, config: RunConfig) -> RankGates:
-    by_task, by_token = (expert.rank_gates == kind for kind in ("task", "token"))
-    return RankGates(
-        kind=expert.rank_gates,
-        keep=(expert.active_ranks or max(rank // 8, 1)) if by_token else 1,
-        num_tasks=len(config.data.tasks) if by_task else 0,
-        dropout=expert.dropout,
-    )
 
 
 def check_copies(config: RunConfig, bank: ExpertBank) -> None:
@@ -230,10 +214,8 @@ def check_copies(config: RunConfig, bank: ExpertBank) -> None:
 
 
 def outside_of(others: Sequence[str], own: str | None, bank: ExpertBank) -> Callable[[str, Tensor], Tensor]:
-    """(site, a random lora_A) -> one outside of what the experts in these folders read: `init: null_space`.
-
-    At a site that none of them has, it is the random one. Raises ValueError for folders without statistics.
-    """
+    """(site, a random lora_A) -> one outside of what the experts in these folders read: `init: null_space`. At a site
+    that none of them has, it is the random one. Raises ValueError for folders without statistics."""
     known = [site_moments(folder, bank) for folder in others]
     leading = site_moments(own, bank) if own is not None else {}
 
@@ -271,8 +253,7 @@ def build_base(config: RunConfig) -> MixtureModel:
 def open_base(model: ModelConfig) -> AnyBackbone:
     """The base of a config; ValueError where it is another one than the config wants."""
     found = check_base(model)
-    dtype = DTYPES[model.dtype]
-    backbone = open_backbone(model.name, dtype, model.quantization, model.image_processor)
+    backbone = open_backbone(model.name, DTYPES[model.dtype], model.quantization, model.image_processor)
     return replace(backbone, fingerprint=found)
 
 

@@ -51,9 +51,6 @@ class TrainState:
     rng: dict[str, Tensor] = field(default_factory=dict)
 
 
-# Writing ----------------------------------------------------------------------------------------
-
-
 def save_checkpoint(run: Path, step: int, model: MixtureModel, config: RunConfig, state: TrainState) -> Path:
     """Write checkpoint `step` of a run and let `last` name it; OSError, which names the one before, on a full disk."""
     target = run / "checkpoints" / step_name(step)
@@ -139,7 +136,6 @@ def step_name(step: int) -> str:
 
 
 def point(run: Path, name: str, folder_name: str) -> None:
-    """Let `checkpoints/<name>` name a step folder."""
     write_file(run / "checkpoints" / name, folder_name + "\n")
 
 
@@ -194,16 +190,11 @@ def git_commit() -> str | None:
         return None
 
 
-# Reading ----------------------------------------------------------------------------------------
-
-
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", *, other_base: bool = False
 ) -> tuple[MixtureModel, Any, RunConfig]:
-    """The model of a run (its best checkpoint, else its last) or of a step folder, for evaluation.
-
-    ValueError for a missing or changed file, and for a base that changed since (unless `other_base`).
-    """
+    """The model of a run (its best checkpoint, else its last) or of a step folder, for evaluation. ValueError for a
+    missing or changed file, and for a base that changed since (unless `other_base`)."""
     folder = step_folder(path)
     verify(folder)
     config = load_config(folder / CONFIG)
@@ -221,8 +212,7 @@ def step_folder(path: str | Path, prefer: str = "best") -> Path:
         return path
     if step := pointed(path, prefer) or pointed(path, "last"):
         return path / "checkpoints" / step
-    rule = "neither a run with checkpoints/last nor a step folder with"
-    raise ValueError(f"{path}: {rule} {MANIFEST}")
+    raise ValueError(f"{path}: neither a run with checkpoints/last nor a step folder with {MANIFEST}")
 
 
 def verify(folder: Path) -> None:
@@ -267,8 +257,7 @@ def load_strictly(own: Mapping[str, Tensor], found: Mapping[str, Tensor], file: 
         )
     for key, tensor in found.items():
         if own[key].shape != tensor.shape:
-            shapes = f"{list(tensor.shape)} in the file, {list(own[key].shape)} in the model"
-            raise ValueError(f"{file}: {key} is {shapes}")
+            raise ValueError(f"{file}: {key} is {list(tensor.shape)} in the file, {list(own[key].shape)} in the model")
         own[key].copy_(tensor)
 
 

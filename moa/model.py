@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data.batch import Batch
 from moa.backbones.clip import ClipBackbone
 from moa.backbones.llava import Backbone, Look
-from moa.experts.bank import ExpertBank
+from moa.experts.bank import ExpertBank, by_stream
 from moa.experts.crosstalk import crosstalk, energy_tables
 from moa.experts.penalties import PADDING
 from moa.experts.rank_gates import task_shares
@@ -129,22 +129,19 @@ class MixtureModel(nn.Module, ABC):
 
     def set_gates(self, decided: Gates, batch: Batch, *, expand: bool = False) -> None:
         """Let the coming forward of a batch use these gates; `expand` where generation repeats samples."""
-        if decided.gates is None:
-            decide, temperature = partial(self.routing.token_gates, draw=True), self.routing.temperature
-            more: dict[str, Any] = {"score": self.routing.token_logits, "recording": not expand}
-            if self.routing.pool != "none":
-                prompt = prompt_samples(batch.token_samples(), batch.labels)
-                rows = self._owners(batch), batch.segments
-                more["pooling"] = pooling(self.routing.pool, len(batch), self.bank.streams, prompt, *rows)
-            self.bank.route_tokens(decide, temperature, **more)
-            if decided.logits is not None:
-                self.bank.mix_samples(decided.logits[:, 0], self.backbone.owners(batch), batch.segments)
+        routing, rows = self.routing, (self.backbone.owners(batch), batch.segments)
+        if decided.gates is not None:
+            self.bank.set_gates(decided.gates, *rows, expand=expand)
         else:
-            owners = self.backbone.owners(batch)
-            self.bank.set_gates(decided.gates, owners, batch.segments, expand=expand)
+            more: dict[str, Any] = {"score": routing.token_logits, "recording": not expand}
+            if routing.pool != "none":
+                prompt, owners = prompt_samples(batch.token_samples(), batch.labels), self._owners(batch)
+                more["pooling"] = pooling(routing.pool, len(batch), self.bank.streams, prompt, owners, batch.segments)
+            if decided.logits is not None:
+                more["samples"] = by_stream(decided.logits[:, 0], *rows)
+            self.bank.route_tokens(partial(routing.token_gates, draw=True), routing.temperature, **more)
         if self.bank.num_tasks:
-            shares = task_shares(batch.task_ids, self.bank.num_tasks)
-            self.bank.set_tasks(shares, self.backbone.owners(batch), batch.segments)
+            self.bank.set_tasks(task_shares(batch.task_ids, self.bank.num_tasks), *rows)
         watch = self.bank.context.watch
         if watch is not None and watch.penalties:
             for stream, own in ({"text": batch.token_samples()} | self._owners(batch)).items():
@@ -183,13 +180,10 @@ class MixtureModel(nn.Module, ABC):
             bias.copy_(balanced_bias(bias, load, self.routing.bias_rate, apart))
 
     def enable_gradient_checkpointing(self, *, compare: bool = True) -> None:
-        """Recompute activations in the backward pass, each layer with the gates it first had.
-
-        `compare` the shapes of what was kept and what is recomputed: not of weights that come and go.
-        """
+        """Recompute activations in the backward pass, each layer with the gates it first had. `compare` the shapes of
+        what was kept and what is recomputed: not of weights that come and go."""
         if not self.backbone.recomputes:
-            why = "open_clip recomputes without a place for the gates"
-            raise ValueError(f"train.gradient_checkpointing: {why}")
+            raise ValueError("train.gradient_checkpointing: open_clip recomputes without a place for the gates")
         options: dict[str, Any] = {"context_fn": self.bank.context.checkpoint_contexts}
         options |= {"use_reentrant": False, "determinism_check": "default" if compare else "none"}
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -202,8 +196,6 @@ class MixtureModel(nn.Module, ABC):
 
 
 class LanguageMixture(MixtureModel):
-    """A mixture around a vision-language model, which answers in tokens."""
-
     def answering(self) -> "LanguageMixture":
         return self
 
@@ -249,10 +241,8 @@ class LanguageMixture(MixtureModel):
         available: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Int[Tensor, "rows new"], Gates]:
-        """New token ids of a batch padded on the left, and the gates that they were generated with.
-
-        Beams and return sequences keep their sample's gates. `kwargs` go to transformers' generate.
-        """
+        """New token ids of a batch padded on the left, and the gates that they were generated with. Beams and return
+        sequences keep their sample's gates. `kwargs` go to transformers' generate."""
         if batch.segments is not None:
             raise ValueError("generation needs a row per sample: collate without pack_length")
         training = self.training
@@ -271,7 +261,6 @@ class LanguageMixture(MixtureModel):
     def _prefill(
         self, batch: Batch, override: Tensor | None, choice: dict[str, Any], expand: bool = False
     ) -> tuple[Gates, Any]:
-        """Decide and set the gates, then compute the images' features with them."""
         look = None
         if override is None and "image" in self.routing.evidence:
             with torch.no_grad(), self.bank.context.disabled():
@@ -287,7 +276,6 @@ class LanguageMixture(MixtureModel):
         return decided, self.backbone.features(batch, look.tower)
 
     def _is_plain(self, part: str) -> bool:
-        """Whether a part of the model has neither experts nor training."""
         trained = any(p.requires_grad for p in self.model.get_submodule(part).parameters())
         return not trained and not any(site == part or site.startswith(f"{part}.") for site in self.bank.sites)
 
@@ -330,9 +318,7 @@ class LanguageMixture(MixtureModel):
 
 
 def answer_loss(
-    logits: Float[Tensor, "_ answer vocab"],
-    labels: Int[Tensor, "batch answer"] | None,
-    num_samples: int,
+    logits: Float[Tensor, "_ answer vocab"], labels: Int[Tensor, "batch answer"] | None, num_samples: int
 ) -> tuple[Float[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Each sample's mean cross-entropy over its answer tokens in float32, and their number."""
     if labels is None:
@@ -345,9 +331,7 @@ def answer_loss(
 
 
 def per_sample(
-    tokens: Float[Tensor, "rows patch image"],
-    owner: Int[Tensor, " rows"],
-    image_mask: Bool[Tensor, " batch"],
+    tokens: Float[Tensor, "rows patch image"], owner: Int[Tensor, " rows"], image_mask: Bool[Tensor, " batch"]
 ) -> tuple[Float[Tensor, "batch tokens image"], Bool[Tensor, "batch tokens"]]:
     """The tokens of each sample's images in a row, and where there are any."""
     batch, (rows, patches, _) = image_mask.shape[0], tokens.shape

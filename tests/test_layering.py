@@ -14,7 +14,7 @@ LEVELS = (
     ("moa.cli", "moa.metrics", "moa.packing", "moa.contrastive", "moa.routing"),
     ("data.sample", "data.batch", "data.readers.names"),
     ("data.config", "moa.sections", "moa.config", "moa.files"),
-    ("moa.statistics.moments", "moa.statistics.null_space", "moa.statistics.stored"),
+    ("moa.statistics.moments", "moa.statistics.stored"),
     ("moa.experts",),
     ("data",),
     ("moa.backbones", "moa.benchmarks", "moa.analysis"),
@@ -44,7 +44,7 @@ ROOMS = {
 # Rooms of tensors, strings and numbers alone: no settings, no paths, no console.
 MATH = (
     *("moa.routing", "moa.experts", "moa.metrics", "moa.packing", "moa.contrastive"),
-    *("moa.merging.methods", "moa.merging.core", "moa.statistics.moments", "moa.statistics.null_space"),
+    *("moa.merging.methods", "moa.merging.core", "moa.statistics.moments"),
     *(
         f"moa.federated.{name}"
         for name in ("role", "pieces", "rules", "aggregate", "partition", "assignment", "groups")

@@ -45,7 +45,6 @@ def number(value: float) -> str:
 
 
 def draw_pairs(path: Path, record: Record) -> None:
-    """Cosine, sign disagreement and overlap of every pair, over all sites."""
     names, total = record["experts"], record["total"]
     with page(path, WIDTH, 1.8 + 0.42 * len(names), "Which experts fight", "all sites") as figure:
         panels = figure.subplots(1, 3, sharey=True)

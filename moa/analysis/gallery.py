@@ -24,8 +24,6 @@ TRUE, PREDICTED, READ = "#009E73", "#D55E00", "#0072B2"
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One answer of the gallery, beside the image as the model saw it."""
-
     image: Image.Image
     response: Response
     score: float

@@ -43,8 +43,7 @@ def element(tag: str, text: str, name: str = "") -> str:
 def image(file: bytes | Path, alt: str = "", form: str = "png") -> str:
     """The image in the page itself; `form` is how its bytes are written."""
     data = file.read_bytes() if isinstance(file, Path) else file
-    source = f"data:image/{form};base64,{base64.b64encode(data).decode()}"
-    return f"<img alt='{html.escape(alt)}' src='{source}'>"
+    return f"<img alt='{html.escape(alt)}' src='data:image/{form};base64,{base64.b64encode(data).decode()}'>"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

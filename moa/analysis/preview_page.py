@@ -14,7 +14,7 @@ from data.batch import Batch
 from data.checks import BadSampleError
 from data.collate import IGNORED, Collator
 from data.geometry import Geometry, seen_by
-from data.sample import Box, Sample
+from data.sample import Sample
 from moa.analysis import html
 from moa.analysis.gallery import READ, TRUE, seen_image
 
@@ -70,8 +70,7 @@ def image_html(sample: Sample, number: int, batch: Batch, collator: Collator) ->
 def frame_of(sample: Sample, number: int, batch: Batch, collator: Collator, geometry: Geometry) -> Image.Image:
     """The input of the vision tower; drawn by the geometry where that is tiles or flat patches."""
     pixels, processor = batch.pixel_values, collator.processor.image_processor
-    whole = pixels.dim() == 4 and len(pixels) == len(sample.images)
-    if whole and tuple(pixels.shape[:1:-1]) == geometry.size:
+    if pixels.dim() == 4 and len(pixels) == len(sample.images) and tuple(pixels.shape[:1:-1]) == geometry.size:
         return seen_image(pixels[number], processor.image_mean, processor.image_std)
     image = collator.images(sample)[number]
     return seen_by(processor, *image.size).pixels(image)
@@ -88,13 +87,9 @@ def drawn(frame: Image.Image, sample: Sample, number: int, collator: Collator) -
     outlines += [(target, TARGET, 2)] if target is not None else []
     outlines += [(w.box, READ, 1) for w in collator.words(sample) if w.image == number]
     for box, colour, width in outlines:
-        pen.rectangle(zoomed(geometry.to_frame(box), zoom), outline=colour, width=width)
+        x0, y0, x1, y1 = (value * zoom for value in geometry.to_frame(box))
+        pen.rectangle((x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colour, width=width)
     return image
-
-
-def zoomed(box: Box, zoom: int) -> tuple[float, float, float, float]:
-    x0, y0, x1, y1 = (value * zoom for value in box)
-    return x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)
 
 
 def tokens_of(batch: Batch, collator: Collator) -> Iterator[tuple[str, str]]:

@@ -76,26 +76,18 @@ def dead_experts(
 
 
 def delta_cosines(factors: Mapping[str, Factors]) -> Float[Tensor, "expert expert"]:
-    """Cosine of the experts' whole updates, all sites as one vector; an expert of zeros has 0.
-
-    <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)), so that no dense update is ever formed.
-    """
+    """Cosine of the experts' whole updates, all sites as one vector; 0 for an expert of zeros. None is formed whole:
+    <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T))."""
     names = list(factors)
     inner = torch.zeros(len(names), len(names), dtype=torch.float64)
     for i, first in enumerate(names):
         for j, second in enumerate(names[: i + 1]):
-            inner[i, j] = inner[j, i] = _inner(factors[first], factors[second])
+            for site in factors[first].keys() & factors[second].keys():
+                a, b, c, d = (t.double() for t in (*factors[first][site], *factors[second][site]))
+                inner[i, j] += float(((b.T @ d) * (a @ c.T)).sum())
+            inner[j, i] = inner[i, j]
     norms = inner.diagonal().sqrt()
     return torch.where(inner == 0, inner, inner / torch.outer(norms, norms))
-
-
-def _inner(first: Factors, second: Factors) -> float:
-    total = 0.0
-    for site in first.keys() & second.keys():
-        (a, b), (c, d) = first[site], second[site]
-        a, b, c, d = a.double(), b.double(), c.double(), d.double()
-        total += float(((b.T @ d) * (a @ c.T)).sum())
-    return total
 
 
 def duplicates(
@@ -136,9 +128,8 @@ def summary(
     if NONE in wanted:  # the rest of one is the weight of the null expert
         rest = 1 - decided.sum(-1, keepdim=True)
         choices, decided = [*among, NONE], torch.cat([decided, rest], dim=-1).clamp(min=0)
-    per_task = gates_per_task(mean, tasks)
+    per_task, kinds = gates_per_task(mean, tasks), sample_kinds(tasks, wanted)
     chosen = [task for task in per_task if task in trained_tasks] or list(per_task)
-    kinds = sample_kinds(tasks, wanted)
     held_out = {kind for kind, task in zip(kinds, tasks, strict=True) if task not in chosen}
     record: dict[str, Any] = {
         "experts": list(experts),
@@ -157,8 +148,7 @@ def summary(
         "samples_per_task": dict(Counter(tasks)),
     }
     if gates.shape[1] > 1:
-        per_site = gates_per_task(gates.float(), tasks)
-        record["per_site"] = {task: values.tolist() for task, values in per_site.items()}
+        record["per_site"] = {task: values.tolist() for task, values in gates_per_task(gates.float(), tasks).items()}
     if cosines is not None:
         record["duplicates"] = duplicates(cosines, experts)
         # the last digits depend on where in memory the factors lie, and would differ between runs

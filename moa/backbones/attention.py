@@ -27,12 +27,7 @@ class SplitAttention(nn.Module):
         self.train(packed.training)
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
         """[batch, seq, width] and None, in the place of weights, which are not computed."""
         if need_weights:
@@ -50,13 +45,14 @@ class SplitAttention(nn.Module):
 
 
 def split_attention(model: nn.Module) -> list[str]:
-    """Put a SplitAttention in the place of every packed one, and return their paths.
-
-    Attention with other keys than queries in width, or with the sequence first, stays as it is.
-    """
+    """Put a SplitAttention in the place of every packed one, and return their paths. Attention with other keys than
+    queries in width, or with the sequence first, stays as it is."""
     packed = []
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.MultiheadAttention) and _can_be_split(module):
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        extra = module.bias_k is not None or module.bias_v is not None or module.add_zero_attn
+        if module._qkv_same_embed_dim and module.batch_first and not extra:
             model.set_submodule(name, SplitAttention(module))
             packed.append(name)
     return packed
@@ -68,11 +64,6 @@ def pack_attention(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, SplitAttention):
             model.set_submodule(name, _packed(module))
-
-
-def _can_be_split(module: nn.MultiheadAttention) -> bool:
-    extra = module.bias_k is not None or module.bias_v is not None or module.add_zero_attn
-    return bool(module._qkv_same_embed_dim) and module.batch_first and not extra
 
 
 def _packed(split: SplitAttention) -> nn.MultiheadAttention:

@@ -61,7 +61,6 @@ class ClipBackbone:
         return self.model.logit_scale.float().exp() * first @ second.T + bias
 
     def image_features(self, pixel_values: Float[Tensor, "images 3 height width"]) -> Float[Tensor, "images dim"]:
-        """Normalised, in float32."""
         return F.normalize(self._image_features(pixel_values.to(self.dtype)).float(), dim=-1)
 
     def text_features(
@@ -99,7 +98,6 @@ class ClipBackbone:
         return Look(tokens=tokens, owner=batch.image_index, tower=None, features=None)
 
     def embed(self, ids: Int[Tensor, "*lead"]) -> Float[Tensor, "*lead width"]:
-        """The text tower's input embeddings."""
         return self.embedding(ids)
 
     def stream_of(self, site: str) -> str:
@@ -142,17 +140,14 @@ def is_clip(name: str) -> bool:
 
 
 def load_clip(name: str, dtype: torch.dtype = torch.float32) -> ClipBackbone:
-    """A frozen dual encoder from a local folder or by its hub name, in eval mode.
-
-    Raises ValueError for a text tower that would not pool at the end of a text.
-    """
+    """A frozen dual encoder from a local folder or by its hub name, in eval mode. Raises ValueError for a text tower
+    that would not pool at the end of a text."""
     model = load_weights(AutoModel, name, dtype=dtype)
     config = model.config
     widths = {"image": config.vision_config.hidden_size, "text": config.text_config.hidden_size}
     with faults_of(name, "processor"):
         processor = of_transformers(AutoProcessor.from_pretrained(name), config)
-    frozen = model.eval().requires_grad_(False)
-    backbone = ClipBackbone(model=frozen, processor=processor, dims=widths, name=name)
+    backbone = ClipBackbone(model=model.eval().requires_grad_(False), processor=processor, dims=widths, name=name)
     check_end_of_text(backbone)
     return backbone
 

@@ -33,8 +33,7 @@ class ClipProcessor:
         """ids and mask [texts, seq]; ValueError for a text beyond the context."""
         longest = max(map(len, rows))
         if longest > self.context_length:
-            limit = f"this text tower reads {self.context_length} tokens"
-            raise ValueError(f"a text has {longest} tokens; {limit}")
+            raise ValueError(f"a text has {longest} tokens; this text tower reads {self.context_length} tokens")
         width = self.context_length if self.pads_to_context else longest
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -60,8 +59,6 @@ class ClipProcessor:
 
 
 class OpenClipTokenizer:
-    """open_clip's tokenizers, called as those of transformers are."""
-
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         inner = getattr(tokenizer, "tokenizer", None)  # of the kinds that wrap transformers'

@@ -7,7 +7,7 @@ spread: seconds for 70B, and a tensor that was scaled, replaced, trained or dist
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -46,26 +46,22 @@ class Stored:
 
 
 def base_fingerprint(name: str | Path) -> str:
-    """The fingerprint of a local folder, a hub name, or an open_clip name, as 32 hexadecimal digits.
-
-    Raises ValueError for a base that is missing or not readable; no pickle is opened.
-    """
+    """The fingerprint of a local folder, a hub name, or an open_clip name, as 32 hexadecimal digits. Raises ValueError
+    for a base that is missing or not readable; no pickle is opened."""
     if is_open_clip(str(name)):
         files, config = files_of_open_clip(str(name))
     else:
         folder = local_base(str(name))
         files = [folder / file for file in weight_files(folder)]
         config = read_json_object(folder / "config.json")
-    return fingerprint_of(files, config)
-
-
-def fingerprint_of(files: Sequence[Path], config: dict[str, Any]) -> str:
     stored = [entry for file in files for entry in _entries(file)]
     whole = sum(entry.end - entry.begin for entry in stored) <= WHOLE
     rows = {(entry.key, entry.kind, _content(entry, whole)) for entry in stored}
+    embeddings = {row[1:] for row in rows if row[0].endswith("embed_tokens.weight")}
     digest = sha256()
-    for row in sorted(_without_tied(rows)):
-        digest.update(repr(row).encode())
+    for row in sorted(rows):
+        if row[0] != "lm_head.weight" or row[1:] not in embeddings:  # a copy that some versions store beside them
+            digest.update(repr(row).encode())
     digest.update(json.dumps(computing(config), sort_keys=True).encode())
     return digest.hexdigest()[:32]
 
@@ -104,14 +100,7 @@ def _content(entry: Stored, whole: bool) -> str:
     return digest.hexdigest()
 
 
-def _without_tied(rows: set[tuple[str, str, str]]) -> set[tuple[str, str, str]]:
-    """Without an lm_head that is a copy of the embeddings, which some versions store beside them."""
-    embeddings = {row[1:] for row in rows if row[0].endswith("embed_tokens.weight")}
-    return {row for row in rows if row[0] != "lm_head.weight" or row[1:] not in embeddings}
-
-
 def computing(config: Any) -> Any:
-    """A config without the keys that do not change what the model computes."""
     if isinstance(config, dict):
         return {key: computing(value) for key, value in config.items() if key not in COSMETIC}
     return config

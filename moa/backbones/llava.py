@@ -26,11 +26,9 @@ from transformers.utils.logging import disable_progress_bar
 from data.batch import Batch
 from data.chat import ChatEncoder
 from data.prompt import Intake
-from moa.backbones.families import FAMILIES, Family
-from moa.backbones.loading import load_weights, read_any_config
+from moa.backbones.families import FAMILIES, Family, image_rows
+from moa.backbones.loading import load_weights, quantization_config, read_any_config
 from moa.backbones.processors import PROBE, box_convention, open_processor
-from moa.backbones.quantization import quantization_config
-from moa.backbones.rows import image_rows
 from moa.packing import restart_positions
 
 VISION_LAYER = re.compile(r"\.(?:layers?|blocks)\.(\d+)\.")
@@ -71,7 +69,6 @@ class Backbone:
 
     @property
     def dims(self) -> dict[str, int]:
-        """Widths of the image tokens and of the language model's embeddings."""
         config = self.model.config
         return {"image": self.family.image_width(config), "text": config.text_config.hidden_size}
 
@@ -80,10 +77,8 @@ class Backbone:
         return self.model.get_input_embeddings().weight.dtype
 
     def owners(self, batch: Batch) -> dict[str, Int[Tensor, " _"]]:
-        """By stream of sites, the sample of each row on their first axis.
-
-        Raises ValueError where prompts and images do not fit: a prompt was cut, or images miss.
-        """
+        """By stream of sites, the sample of each row on their first axis. Raises ValueError where prompts and images do
+        not fit: a prompt was cut, or images miss."""
         both = self._tokens_per_sample(batch), self._images(batch)
         return image_rows(*both, batch.image_index, self.model.config, self.family)
 
@@ -118,7 +113,6 @@ class Backbone:
             return self.model.model.get_image_features(**self._images(batch), return_dict=True)
 
     def embed(self, ids: Int[Tensor, "*lead"]) -> Float[Tensor, "*lead width"]:
-        """The language model's input embeddings."""
         return self.model.get_input_embeddings()(ids)
 
     def hidden_states(self, batch: Batch, features: Any) -> Float[Tensor, "rows seq width"]:
@@ -253,7 +247,6 @@ def check_packing(config: Any, num_rows: int) -> None:
 
 @contextmanager
 def answering(module: nn.Module, method: str, answer: Callable[..., Any]) -> Iterator[None]:
-    """Inside, a method of this one module is another function."""
     before = module.__dict__.get(method)
     object.__setattr__(module, method, answer)
     try:
@@ -310,7 +303,6 @@ def only_one_image(family: Family) -> str:
 
 
 def stops_of(generation: Any) -> tuple[int, ...]:
-    """The ids that end generation, by a GenerationConfig."""
     found = getattr(generation, "eos_token_id", None)
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
@@ -343,13 +335,11 @@ def load_backbone(
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights: in a log it is noise
     model = load_weights(AutoModelForImageTextToText, name_or_path, dtype=dtype, **options)
-    frozen = model.eval().requires_grad_(False)
-    return Backbone(model=frozen, processor=processor, name=name_or_path)
+    return Backbone(model=model.eval().requires_grad_(False), processor=processor, name=name_or_path)
 
 
 def read_config(name_or_path: str) -> Any:
     config = read_any_config(name_or_path)
     if config.model_type not in FAMILIES:
-        choices = ", ".join(FAMILIES)
-        raise ValueError(f"model: {name_or_path} is a {config.model_type}; choices: {choices}")
+        raise ValueError(f"model: {name_or_path} is a {config.model_type}; choices: {', '.join(FAMILIES)}")
     return config

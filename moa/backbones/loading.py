@@ -6,13 +6,17 @@ that is an error. Weights are safetensors: no pickle is opened.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils import logging
 
 from moa.cli.command import note
+
+QUANTIZATIONS = ("4bit", "8bit")
 
 
 def read_any_config(name: str) -> Any:
@@ -70,5 +74,26 @@ def faults_of(name: str, part: str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split()) or "no reason given"
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        what = f"its {part} cannot be loaded: {kind}{reason[:300]}"
-        raise ValueError(f"model: {name}: {what}") from error
+        raise ValueError(f"model: {name}: its {part} cannot be loaded: {kind}{reason[:300]}") from error
+
+
+def quantization_config(name: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of from_pretrained for a base in 4 bits (NF4, as QLoRA) or 8 bits; none for None.
+
+    bitsandbytes' layers are nn.Linear, so that the bank wraps them as any other, with experts in full precision.
+    `dtype` is that of the products. Raises ValueError where the machine has no CUDA device or no bitsandbytes.
+    """
+    if name is None:
+        return {}
+    if name not in QUANTIZATIONS:
+        raise ValueError(f"model.quantization: {name!r}; choices: null, {', '.join(QUANTIZATIONS)}")
+    missing = [] if torch.cuda.is_available() else ["a CUDA device"]
+    missing += [] if find_spec("bitsandbytes") else ["the package bitsandbytes"]
+    if missing:
+        raise ValueError(
+            f"model.quantization: {name} needs {' and '.join(missing)}, which this machine has not; choices here: null"
+        )
+    four: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    four |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    config = BitsAndBytesConfig(**({"load_in_8bit": True} if name == "8bit" else four))
+    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}

@@ -77,25 +77,20 @@ def load_open_clip(name: str, dtype: torch.dtype = torch.float32) -> OpenClipBac
         options: dict[str, Any] = {"require_pretrained": True, "force_patch_dropout": 0.0}
         made = open_clip.create_model_and_transforms(architecture, pretrained, **options)
         model, transform, tokenizer = made[0], made[2], open_clip.get_tokenizer(architecture)
-    config = {"model_cfg": open_clip.get_model_config(architecture)}
-    config["preprocess_cfg"] = dict(model.visual.preprocess_cfg)
+    preprocessing = dict(model.visual.preprocess_cfg)
+    config = {"model_cfg": open_clip.get_model_config(architecture), "preprocess_cfg": preprocessing}
     split_attention(model)
-    take_dtype_from_embedding(model)
+    text = text_tower(model)
+    if hasattr(text, "transformer"):  # it reads the dtype off a layer's weight, which a wrapped one does not have
+        text.transformer.get_cast_dtype = lambda: text.token_embedding.weight.dtype
     model = model.eval().requires_grad_(False)
     processor = of_open_clip(tokenizer, transform, model)
     with torch.no_grad():
         tokens = image_tokens(model, torch.zeros(1, 3, *processor.image_processor.sides))
-    widths = {"image": tokens.shape[-1], "text": text_tower(model).token_embedding.weight.shape[1]}
+    widths = {"image": tokens.shape[-1], "text": text.token_embedding.weight.shape[1]}
     backbone = OpenClipBackbone(model=model.to(dtype), processor=processor, dims=widths, name=name, config=config)
     check_end_of_text(backbone)
     return backbone
-
-
-def take_dtype_from_embedding(model: Any) -> None:
-    """The text tower reads its dtype off a linear layer's weight, which a wrapped one does not have."""
-    text = text_tower(model)
-    if hasattr(text, "transformer"):
-        text.transformer.get_cast_dtype = lambda: text.token_embedding.weight.dtype
 
 
 def parse_name(name: str) -> tuple[str, str | None]:
@@ -186,6 +181,5 @@ def reload_difference(folder: Path, backbone: OpenClipBackbone, expected: Tensor
     plain = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True).eval()
     difference = float((probe_features(plain, backbone) - expected).abs().max())
     if not difference < TOLERANCE:
-        what = f"reloaded features differ by {difference:.2g}"
-        raise ValueError(f"{folder}: {what}; nothing was written")
+        raise ValueError(f"{folder}: reloaded features differ by {difference:.2g}; nothing was written")
     return difference

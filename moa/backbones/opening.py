@@ -34,11 +34,9 @@ def open_backbone(
     if not kind.compares:
         return load_backbone(name, dtype, quantization, image_processor)
     if image_processor is not None:
-        rule = "has no effect on a CLIP, which crops as it learned"
-        raise ValueError(f"model.image_processor: {rule}")
+        raise ValueError("model.image_processor: has no effect on a CLIP, which crops as it learned")
     if quantization is not None:
-        rule = f"{quantization} is for language models; a CLIP is small"
-        raise ValueError(f"model.quantization: {rule}")
+        raise ValueError(f"model.quantization: {quantization} is for language models; a CLIP is small")
     return load_open_clip(name, dtype) if kind is OpenClipBackbone else load_clip(name, dtype)
 
 

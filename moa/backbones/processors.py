@@ -39,10 +39,8 @@ def open_processor(name: str, settings: Mapping[str, Any] | None = None) -> Any:
 
 
 def check_processor(processor: Any, name: str) -> None:
-    """ValueError for a processor that lacks a part, or whose template cannot write a question and answer.
-
-    A missing pad token is replaced by the end token, with a note: padding is masked, whatever it is.
-    """
+    """ValueError for a processor that lacks a part, or whose template cannot write a question and answer. A missing pad
+    token is replaced by the end token, with a note: padding is masked, whatever it is."""
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -92,8 +90,7 @@ def adjusted(image_processor: Any, settings: Mapping[str, Any]) -> Any:
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            choices = f"{hint}choices: {', '.join(known)}"
-            raise ValueError(f"{KEY}.{name}: {kind.__name__} has no such setting; {choices}")
+            raise ValueError(f"{KEY}.{name}: {kind.__name__} has no such setting; {hint}choices: {', '.join(known)}")
     try:
         return kind.from_dict({**image_processor.to_dict(), **settings})
     except (TypeError, ValueError) as error:

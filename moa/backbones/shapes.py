@@ -9,13 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModel,
-    AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-)
+from transformers import AutoModel, AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from moa.backbones.clip import FAMILIES as CLIP_FAMILIES
 from moa.backbones.families import FAMILIES
@@ -43,7 +37,6 @@ VOCAB = 32064  # of llava-1.5-*-hf: Llama's 32,000, <image>, <pad>, rounded up
 
 
 def named_shape(name: str) -> LlavaConfig:
-    """The config of LLaVA-1.5 at one of the sizes of `LLAMA_2`."""
     width, mlp, layers, heads, kv_heads = LLAMA_2[name]
     text = LlamaConfig(
         vocab_size=VOCAB,
@@ -72,8 +65,7 @@ def find_shape(name: str) -> Any:
         return named_shape(name)
     folder = Path(name)
     if not folder.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        choices = f"{', '.join(LLAMA_2)}, a folder"
-        raise ValueError(f"backbone: {name!r} is not a folder; choices: {choices}")
+        raise ValueError(f"backbone: {name!r} is not a folder; choices: {', '.join(LLAMA_2)}, a folder")
     config = read_any_config(name)
     possible = [kind for kind, family in FAMILIES.items() if family.rows in PLANNED]
     if config.model_type not in possible:
@@ -84,10 +76,8 @@ def find_shape(name: str) -> Any:
 
 
 def layer_shapes(name: str) -> dict[str, tuple[int, int]] | None:
-    """Every linear layer of a base, as its model in memory spells it -> (out, in); from its config alone.
-
-    None for an architecture that is not loaded here, where the class that adapters wrap is unknown.
-    """
+    """Every linear layer of a base, as its model in memory spells it -> (out, in); from its config alone. None for an
+    architecture that is not loaded here, where the class that adapters wrap is unknown."""
     config = read_any_config(name)
     if config.model_type not in (*FAMILIES, *CLIP_FAMILIES):
         return None

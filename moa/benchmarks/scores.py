@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from data.sample import Box, Sample
-from moa.metrics.standard_error import clustered_standard_error
+from moa.metrics.intervals import clustered_standard_error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,6 @@ from moa.cli.strict_yaml import parse_yaml, read_yaml
 
 T = TypeVar("T")
 Override = str | tuple[str, Any]  # "key.sub=YAML text" of a user, or a key and its value as it is
-COMMENT = tokenize.COMMENT
 ROOT = "root"  # key of a stored config: the folder that its relative paths are taken from
 # What takes an entry out of a mapping of records: null in a layer, over an entry of those below.
 REMOVED = type("Removed", (), {"__repr__": lambda self: "null"})()
@@ -56,15 +55,9 @@ def check(rule: bool, key: str, message: str) -> None:
         raise Wrong(key, message)
 
 
-def load(
-    cls: type[T],
-    path: str | Path | Sequence[str | Path] | None,
-    overrides: Sequence[Override] = (),
-) -> T:
-    """Defaults of `cls`, then the YAML files in turn, then `key.sub=value`, as a checked dataclass.
-
-    Raises ValueError naming the file or override, the key, and near or possible choices.
-    """
+def load(cls: type[T], path: str | Path | Sequence[str | Path] | None, overrides: Sequence[Override] = ()) -> T:
+    """Defaults of `cls`, then the YAML files in turn, then `key.sub=value`, as a checked dataclass. Raises ValueError
+    naming the file or override, the key, and near or possible choices."""
     raw: dict[str, Any] = {}
     paths = [path] if isinstance(path, str | Path) else path or ()
     for file in paths:
@@ -88,10 +81,8 @@ def load(
 
 
 def laid_over(below: Any, above: Any) -> Any:
-    """Mappings joined key by key, in the order of the lower one; anything else is replaced.
-
-    A mapping at `*` is laid over every mapping of the lower one first: `experts: {"*": {rank: 4}, vqa: {rank: 8}}`.
-    """
+    """Mappings joined key by key, in the order of the lower one; anything else is replaced. A mapping at `*` is laid
+    over every mapping of the lower one first: `experts: {"*": {rank: 4}, vqa: {rank: 8}}`."""
     if above is None and isinstance(below, dict):
         return REMOVED
     if not (isinstance(below, dict) and isinstance(above, dict)):
@@ -105,19 +96,16 @@ def laid_over(below: Any, above: Any) -> Any:
 
 
 def with_defaults(kind: Any, marks: Sequence[Any], value: Any, key: str) -> Any:
-    """`{"*": default, kind: top_k}` of a layer as all defaults of the section with `kind` over them.
-
-    Settings with the mark OF_RUN are left out, so that those below stay. Sections without such settings have no `"*"`.
-    """
+    """`{"*": default, kind: top_k}` of a layer as all defaults of the section with `kind` over them. Settings with the
+    mark OF_RUN are left out, so that those below stay. Sections without such settings have no `"*"`."""
     if not (dataclasses.is_dataclass(kind) and isinstance(value, dict) and value.get(EACH) == DEFAULT):
         return value
     hints = type_hints(typing.cast(type, kind))
     stay = {name for name, hint in hints.items() if OF_RUN in unwrapped(hint)[1]}
     if not stay:
         return value  # an unknown key
-    defaults = as_mapping(typing.cast(type, kind)())
-    own = {name: inner for name, inner in value.items() if name != EACH}
-    return {name: inner for name, inner in defaults.items() if name not in stay} | own
+    fresh = {name: inner for name, inner in as_mapping(typing.cast(type, kind)()).items() if name not in stay}
+    return fresh | {name: inner for name, inner in value.items() if name != EACH}
 
 
 def to_object(cls: type[T], raw: dict[Any, Any]) -> T:
@@ -134,10 +122,8 @@ def to_object(cls: type[T], raw: dict[Any, Any]) -> T:
 
 
 def visit(hint: Any, value: Any, key: str, leaf: Leaf) -> Any:
-    """`value` with `leaf(type, marks, value, key)` in the place of each of its parts, the inner first.
-
-    Marks are what `Annotated` adds to the type. Unknown keys stay as they are.
-    """
+    """`value` with `leaf(type, marks, value, key)` in the place of each of its parts, the inner first. Marks are what
+    `Annotated` adds to the type. Unknown keys stay as they are."""
     kind, marks = unwrapped(hint)
 
     def inside(inner: Any, part: Any, found: Any) -> Any:
@@ -193,10 +179,6 @@ def wrong_container(kind: Any, outer: type, value: Any) -> str:
     return f"must be a {one}, {two}, got {shortened(value)}"
 
 
-def is_records(kind: Any) -> bool:
-    return typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1])
-
-
 def is_by_name(kind: Any) -> bool:
     """Whether a type is a mapping of records that have their key as their `name`."""
     inner = typing.get_args(kind)[1:] if typing.get_origin(kind) is dict else ()
@@ -205,7 +187,7 @@ def is_by_name(kind: Any) -> bool:
 
 def named(kind: Any, value: Any, key: str) -> Any:
     """A mapping of records without those that null took out, each with its key as its name."""
-    if not is_records(kind):
+    if not (typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1])):
         return {k: None if v is REMOVED else v for k, v in value.items()} if isinstance(value, dict) else value
     value = {name: entry for name, entry in value.items() if entry is not REMOVED}
     for name, entry in value.items():
@@ -305,7 +287,6 @@ def anchor_at(root: str) -> Leaf:
 
 
 def apply_override(raw: dict[str, Any], override: Override) -> None:
-    """Put the value of `key.sub=value` into nested mappings, in place."""
     key, value = read_override(override) if isinstance(override, str) else override
     *parents, last = key.split(".")
     node: Any = raw
@@ -351,8 +332,8 @@ def to_yaml(config: Any) -> str:
 def as_mapping(value: Any, *, entry: bool = False) -> Any:
     """A config as nested mappings; an `entry` of a mapping leaves its name to the key."""
     if dataclasses.is_dataclass(value):
-        names = [item.name for item in dataclasses.fields(value)]
-        return {n: as_mapping(getattr(value, n)) for n in names if not (entry and n == "name")}
+        names = [item.name for item in dataclasses.fields(value) if not (entry and item.name == "name")]
+        return {name: as_mapping(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {key: as_mapping(inner, entry=True) for key, inner in value.items()}
     return [as_mapping(inner) for inner in value] if isinstance(value, list) else value
@@ -414,15 +395,14 @@ def type_name(hint: Any) -> str:
 
 def field_comments(cls: type) -> dict[str, str]:
     """Field -> its comments: on the lines above that hold nothing else, and those beside its parts."""
-    inherited = [field_comments(base) for base in cls.__bases__ if dataclasses.is_dataclass(base)]
+    docs = dict[str, str]()
+    for base in filter(dataclasses.is_dataclass, cls.__bases__):
+        docs |= field_comments(base)
     source = textwrap.dedent(inspect.getsource(cls))
-    tokens = tokenize.generate_tokens(StringIO(source).readline)
-    found = [(t.start[0], t.string[1:].strip(), t.line) for t in tokens if t.type == COMMENT]
-    comments = {line: re.sub(r"\s*#?\s*(fmt: skip|noqa.*)$", "", text) for line, text, _ in found}
-    alone = {line for line, _, text in found if text.lstrip().startswith("#")}
-    body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
-    docs = {name: text for found in inherited for name, text in found.items()}
-    for node in body:
+    found = [t for t in tokenize.generate_tokens(StringIO(source).readline) if t.type == tokenize.COMMENT]
+    comments = {t.start[0]: re.sub(r"\s*#?\s*(fmt: skip|noqa.*)$", "", t.string[1:].strip()) for t in found}
+    alone = {t.start[0] for t in found if t.line.lstrip().startswith("#")}
+    for node in typing.cast(ast.ClassDef, ast.parse(source).body[0]).body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             first, last = node.lineno, node.end_lineno or node.lineno
             while first - 1 in alone:

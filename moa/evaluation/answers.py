@@ -20,7 +20,7 @@ from data.sample import Box
 from moa.benchmarks.scores import Response
 from moa.evaluation.fingerprints import data_digest, sample_digest
 from moa.evaluation.result import Result
-from moa.evaluation.run import prepare, scores_of
+from moa.evaluation.run import prepare, scored_tasks
 
 BY_QUESTION, BY_IMAGE = ("question_id", "questionId", "id"), ("image_id", "image")
 # names of outputs; where a row has two of them, either may be the reference
@@ -137,11 +137,8 @@ def score_answers(
     progress: bool = True,
 ) -> Result:
     """The result of a file of answers on a data set; answers to questions that it does not have are counted."""
-    by_task: dict[str, list[Response]] = {}
-    skipped: list[BadSampleError] = []
-    unanswered: list[str] = []
-    used: set[str] = set()
-    read: list[str] = []
+    responses, skipped = list[Response](), list[BadSampleError]()
+    unanswered, used, read = list[str](), set[str](), list[str]()
     for index in track(range(len(dataset)), name, disable=not progress, transient=True):
         sample = read_sample(dataset, index, name)
         read.append(sample_digest(sample))
@@ -160,19 +157,17 @@ def score_answers(
         else:
             unanswered.append(key)
         text, box = answers.found.get(key, ("", None))
-        response = Response(sample=item.with_images([]), text=text.strip(), box=box)
-        by_task.setdefault(benchmark or item.task, []).append(response)
-    if skipped and (on_bad_sample == "error" or not by_task):
+        responses.append(Response(sample=item.with_images([]), text=text.strip(), box=box))
+    if skipped and (on_bad_sample == "error" or not responses):
         raise skipped[0]
-    count = sum(map(len, by_task.values()))
-    if unanswered and (missing == "error" or len(unanswered) == count):
+    if unanswered and (missing == "error" or len(unanswered) == len(responses)):
         raise ValueError(
-            f"{name}: {len(unanswered)} of {count} questions have no answer, such as {unanswered[0]}; "
+            f"{name}: {len(unanswered)} of {len(responses)} questions have no answer, such as {unanswered[0]}; "
             "missing=empty counts them as empty answers"
         )
     return Result(
         name=name,
-        tasks={task: (found, scores_of(task, found, True)) for task, found in by_task.items()},
+        tasks=scored_tasks(responses, benchmark),
         skipped=skipped,
         data=data_digest(read),
         settings={"num_unanswered": len(unanswered), "num_unused": len(answers.found) - len(used)},

@@ -21,7 +21,6 @@ def run_of(step: Path) -> Path:
 
 
 def routing_file(step: Path) -> Path:
-    """Where eval.py writes the gates of a run."""
     return run_of(step) / "eval" / ROUTING
 
 

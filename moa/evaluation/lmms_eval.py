@@ -49,7 +49,6 @@ class Options:
         return cls(int(given.get("max_new_tokens", 32)), int(given.get("num_beams") or 1), until)
 
     def cut(self, text: str) -> str:
-        """The text up to the first stop word."""
         ends = [text.find(stop) for stop in self.until if stop and stop in text]
         return text[: min(ends, default=len(text))].strip()
 

@@ -49,7 +49,6 @@ class EvaluatedModel:
 
     @property
     def weights(self) -> str:
-        """Where the weights are."""
         return str(step_folder(self.path)) if self.kind == "run" else self.path
 
     @property

@@ -63,9 +63,6 @@ def prediction_of(network: MixtureModel, collator: ChatCollator, response: Respo
     return Prediction(text=response.text, box=box, gates=gates)
 
 
-# -- What the evaluation shares --------------------------------------------------------------------
-
-
 def prompt_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bool) -> Any:
     """The run's own prompts, for generation; held-out tasks are allowed."""
     options = {"for_generation": True, "allow_unknown_tasks": True, "withhold_task": withhold_task}
@@ -83,9 +80,7 @@ def respond(
     on_text: Callable[[str], None] | None = None,
 ) -> tuple[list[Response], int]:
     """Generate an answer to every sample of a batch, and count its tokens; the gates hold for the whole answer.
-
-    `on_text` gets the first sample's answer as it grows.
-    """
+    `on_text` gets the first sample's answer as it grows."""
     logits, tokenizer = FiniteLogits(), collator.processor.tokenizer
     members, other = ensemble_members(model) if gates == "ensemble" else [], partner_of(gates)
     copies = collator([s for s in batch.samples for _ in members]) if members else batch
@@ -185,11 +180,9 @@ def choose_gates(model: MixtureModel, batch: Batch, rule: str | Mapping[str, flo
 
 def ensemble_members(model: MixtureModel) -> list[str]:
     """The experts that answer alone, beside shared ones, and are averaged; ValueError where there is none."""
-    gates = model.routing.roles.gates
-    found = [name for name, gate in zip(model.bank.names, gates, strict=True) if gate == "routed"]
-    if not found:
-        raise ValueError("gates=ensemble: no expert is routed (experts.NAME.gate), so that none answers alone")
-    return found
+    if found := model.routing.roles.named("routed"):
+        return found
+    raise ValueError("gates=ensemble: no expert is routed (experts.NAME.gate), so that none answers alone")
 
 
 def gates_of_members(model: MixtureModel, batch: Batch, members: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -210,10 +203,8 @@ def gates_by_name(names: Sequence[str], gates: Mapping[str, float | int], key: s
 
 
 def gate_rule(model: MixtureModel, batch: Batch, rule: str | Mapping[str, float | int]) -> dict[str, torch.Tensor]:
-    """The `gates` to use, or the experts `available` to the router, as a model takes them; or neither.
-
-    A mapping has the gates themselves, the same for every sample.
-    """
+    """The `gates` to use, or the experts `available` to the router, as a model takes them; or neither. A mapping has
+    the gates themselves, the same for every sample."""
     names, device = model.bank.names, batch.input_ids.device
     if not isinstance(rule, str):
         row = torch.tensor([*gates_by_name(names, rule).values()], device=device)

@@ -20,7 +20,7 @@ from rich.progress import track
 
 from data.checks import BadSampleError
 from data.config import MADE, SourceConfig
-from data.mixture import Source, read_sample
+from data.mixture import Mapped, Source, read_sample
 from data.ocr import OcrCache, words_on
 from data.readers.folders import open_images
 from data.readers.record import RecordDataset
@@ -35,7 +35,7 @@ from moa.evaluation.predict import Prediction, prediction_of, prompt_collator
 from moa.evaluation.processes import Processes
 from moa.evaluation.run import answer_batch, asked_of, rows_of_batches
 from moa.evaluation.settings import benchmark_of, check_gates
-from moa.evaluation.sources import WithExperts, trained_experts
+from moa.evaluation.sources import trained_experts
 from moa.files.atomic import write_file, write_json
 from moa.model import MixtureModel
 
@@ -98,16 +98,14 @@ def answer_questions(
     progress: bool,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Write the answers to `out`; a record of what was answered, kept and skipped, on the main process.
-
-    `config` has the gates, lengths and batch size in its `eval`; what is skipped stops all by `eval.on_bad_sample`.
-    """
+    """Write the answers to `out`; a record of what was answered, kept and skipped, on the main process. `config` has
+    the gates, lengths and batch size in its `eval`; what is skipped stops all by `eval.on_bad_sample`."""
     settings = replace(config.eval, score=False)
     check_gates(settings.gates, network.bank.names, network.routing.granularity)
     collator = prompt_collator(network, config, withhold_task=settings.withhold_task)
     dataset: Source = questions.dataset
     if network.routing.kind.by_expert:
-        dataset = WithExperts(dataset=dataset, expert_of=trained_experts(config))
+        dataset = Mapped(dataset, trained_experts(config))
     about = about_of(network, model, config, questions, collator)
     before = processes.from_main(lambda: read_before(out))
     asked_before = {name: row[ASKED] for name, row in before.items()}
@@ -164,7 +162,6 @@ def about_of(
 
 
 def with_words(sample: Sample, ocr: OcrCache | None) -> Sample:
-    """The sample with the run's OCR words, where it has none of its own."""
     if ocr is None or sample.ocr is not None:
         return sample
     return replace(sample, ocr=words_on(sample.images, ocr))
@@ -182,11 +179,7 @@ def line_of(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-# -- The file, and what a killed command left ------------------------------------------------------
-
-
 def partial_of(out: Path) -> Path:
-    """Where new answers go until all are there."""
     return out.with_name(f"{out.name}.partial")
 
 

@@ -55,10 +55,8 @@ class Processes:
         self._over = size == 1  # no process to wait for
 
     def map(self, work: Callable[[Job], Done], jobs: Sequence[Job], *, bar: str | None = None) -> list[Done]:
-        """`[work(job) for job in jobs]` on the main process, an empty list on the others.
-
-        An error ends all, once the jobs before that one are done; each raises that of the first job that failed.
-        """
+        """`[work(job) for job in jobs]` on the main process, an empty list on the others. An error ends all, once the
+        jobs before that one are done; each raises that of the first job that failed."""
         hidden = not (self.is_main and bar and sys.stdout.isatty())
         numbers = range(self.rank, len(jobs), self.size)
         done: list[Done] = []
@@ -89,7 +87,6 @@ class Processes:
         return [results[rank :: self.size] for rank in range(self.size)]
 
     def from_main(self, make: Callable[[], Value]) -> Value:
-        """What the main process makes, on all of them."""
         made: Any = [make() if self.is_main else None]
         if self.size > 1:
             if first := self._exchange(None):
@@ -120,7 +117,6 @@ class Processes:
         return Failure(job, self.rank, f"{type(error).__name__}: {error}", False)
 
     def _exchange(self, failure: Failure | None) -> Failure | None:
-        """The first failure of all processes."""
         found: list[Failure | None] = [None] * self.size
         try:
             dist.all_gather_object(found, failure)

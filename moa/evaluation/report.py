@@ -23,7 +23,7 @@ from moa.evaluation.card_parts import put_scores
 from moa.evaluation.fingerprints import digest, settings_digest
 from moa.evaluation.gates_file import PARTIAL, ROUTING
 from moa.evaluation.models import EvaluatedModel
-from moa.evaluation.result import Result, response_record, table, task_record
+from moa.evaluation.result import Result, response_record, scores_by_task, table
 from moa.evaluation.settings import chosen_sources, variant_of
 from moa.files.atomic import write_file, write_json
 from moa.model import MixtureModel
@@ -56,15 +56,16 @@ def report(
     for result in results:
         if turns := sum(bool(r.sample.turns) for r in result.responses):
             count = f"{turns} of {len(result.responses)} samples"
-            line = f"{result.name}: {count} are conversations: only the first question is scored"
-            show(line)
+            show(f"{result.name}: {count} are conversations: only the first question is scored")
     show(f"scores: {folder}/*.json")
     if model.kind != "run" and not variant:
         put_scores(Path(model.path), (result.record() for result in results))
     routing = routing_record(network, config, results, trained_tasks(config, model.folder))
     if routing is not None:
         full = full and not routing["missing_tasks"]
-        file = write_routing(folder, routing, full, about)
+        # those of a full evaluation where others look for them, those of any other beside
+        file = folder / ROUTING if full else folder / PARTIAL / ROUTING
+        write_json(file, {**routing, **about})
         show(f"gates: {file}{'' if full else PARTIAL_GATES}")
     cards, drawn = make_cards(network, results, config.eval.num_images), list[Path]()
     if config.eval.num_images:
@@ -87,11 +88,10 @@ def routing_record(
     if not responses:
         return None
     names = model.bank.names
-    sites = model.bank.sites.items()
     factors = {
         name: {
             site: (layer.lora_A[name] * layer.scalings[name], layer.lora_B[name])
-            for site, layer in sites
+            for site, layer in model.bank.sites.items()
             if name in layer.scalings and layer.kind == "lora"
         }
         for name in names
@@ -118,10 +118,7 @@ def trained_tasks(config: RunConfig, run: Path) -> set[str]:
 
 
 def write_results(
-    folder: Path,
-    results: Sequence[Result],
-    sources: Sequence[SourceConfig],
-    about: dict[str, Any],
+    folder: Path, results: Sequence[Result], sources: Sequence[SourceConfig], about: dict[str, Any]
 ) -> None:
     """NAME.jsonl, and then NAME.json, which has its digest: only together are they one result."""
     for result, source in zip(results, sources, strict=True):
@@ -141,13 +138,6 @@ def write_results(
         }
         write_file(folder / f"{result.name}.jsonl", rows)
         write_json(folder / f"{result.name}.json", result.record() | described | about)
-
-
-def write_routing(folder: Path, routing: dict[str, Any], full: bool, about: dict[str, Any]) -> Path:
-    """The gates of a full evaluation where others look for them, those of any other beside."""
-    file = folder / ROUTING if full else folder / PARTIAL / ROUTING
-    write_json(file, {**routing, **about})
-    return file
 
 
 def write_submissions(folder: Path, result: Result) -> dict[str, str]:
@@ -170,12 +160,8 @@ def write_submissions(folder: Path, result: Result) -> dict[str, str]:
 
 def score_rows(results: Sequence[Result]) -> Rows:
     """The scores by data set and task as a table, its head first."""
-    rows: list[list[Any]] = [["data set", "task", "metric", "score", "standard error", "n"]]
-    for result in results:
-        for task, (responses, scores) in result.tasks.items():
-            score = task_record(responses, scores)["metrics"][scores.primary]
-            rows.append([result.name, task, scores.primary, score["value"], score["se"], len(responses)])
-    return rows
+    head = ["data set", "task", "metric", "score", "standard error", "n"]
+    return [head, *(row[: len(head)] for row in scores_by_task(results))]
 
 
 def sample_rows(cards: Sequence[Card], experts: Sequence[str]) -> Rows:
@@ -218,13 +204,8 @@ def seen_by_tower(image: Image, processor: Any) -> Image:
 
 
 def draw_images(
-    run: Path,
-    variant: str,
-    model: MixtureModel,
-    cards: Sequence[Card],
-    routing: dict[str, Any] | None,
+    run: Path, variant: str, model: MixtureModel, cards: Sequence[Card], routing: dict[str, Any] | None
 ) -> list[Path]:
-    """The PNG files that were made."""
     folder, names = run / "pictures" / variant, model.bank.names
     made = [folder / "samples.png"]
     gallery(made[0], cards, names, "What the model saw, and said")

@@ -1,7 +1,7 @@
 """The scores of one data set, as objects, as plain data for JSON files, and as tables."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 from data.checks import BadSampleError
 from moa.benchmarks.scores import Response, Scores, mean, with_error
-from moa.metrics.standard_error import clustered_standard_error
+from moa.metrics.intervals import clustered_standard_error
 
 Score = dict[str, float | None]  # {"value", "se"}
 ScoresByName = Mapping[str, Score]  # by data set
@@ -42,16 +42,13 @@ class Result:
 
     @property
     def sample_scores(self) -> list[float]:
-        """The primary score of every response, in the order of `responses`."""
         return [v for _, scores in self.tasks.values() for v in scores.values[scores.primary]]
 
     @property
     def score(self) -> Score:
-        """The mean of all samples' primary scores with its standard error."""
         return with_error(self.sample_scores, [r.sample for r in self.responses])
 
     def record(self) -> dict[str, Any]:
-        """Everything but the responses, as plain data for a JSON file."""
         samples = [response.sample for response in self.responses]
         return {
             "name": self.name,
@@ -72,7 +69,6 @@ class Result:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """One record per response, for a JSON-lines file."""
         return [*map(response_record, self.responses, self.sample_scores)]
 
 
@@ -116,9 +112,6 @@ def response_record(response: Response, score: float) -> dict[str, Any]:
     }
 
 
-# -- Tables -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What a table of several models shows of one data set, new or from its files."""
@@ -146,15 +139,20 @@ def table(results: Sequence[Result], title: str) -> Group:
         grid.add_column(column, overflow="fold")
     for column in ("score", "± s.e.", "n", "failed", "skipped"):
         grid.add_column(column, justify="right", no_wrap=True)
+    for name, task, metric, value, error, *counts in scores_by_task(results):
+        cells = f"{value:.3f}", "-" if error is None else f"{error:.3f}", *map(str, counts)
+        grid.add_row(Text(name), Text(task), metric, *cells)
+    return Group("", Text(title, style="bold"), grid)
+
+
+def scores_by_task(results: Sequence[Result]) -> Iterator[tuple[Any, ...]]:
+    """Data set, task, primary metric, its value and standard error, and the number of samples, failures and skipped."""
     for result in results:
         for task, (responses, scores) in result.tasks.items():
             record = task_record(responses, scores)
-            primary = record["metrics"][scores.primary]
-            error = "-" if primary["se"] is None else f"{primary['se']:.3f}"
-            counts = len(responses), sum(record["failures"].values()), len(result.skipped)
-            cells = [f"{primary['value']:.3f}", error, *map(str, counts)]
-            grid.add_row(Text(result.name), Text(task), scores.primary, *cells)
-    return Group("", Text(title, style="bold"), grid)
+            primary, failed = record["metrics"][scores.primary], sum(record["failures"].values())
+            counts = len(responses), failed, len(result.skipped)
+            yield result.name, task, scores.primary, primary["value"], primary["se"], *counts
 
 
 def compared(tables: Mapping[str, Sequence[Measured]]) -> Group:

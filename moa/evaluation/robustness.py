@@ -5,15 +5,14 @@ intervals are those of moa.metrics.intervals.py: over the questions of each data
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from data.corruption import CORRUPTIONS, spoilt
-from data.mixture import Source
-from data.sample import Sample
+from data.mixture import Mapped, Source
 from moa.evaluation.result import Result, plain_table
 from moa.metrics.intervals import Interval, paired_interval
 
@@ -21,37 +20,16 @@ FILE = "robustness.json"
 View = Callable[[Source], Source]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spoilt:
-    """A data set under a corruption."""
-
-    dataset: Source
-    name: str
-    strength: float
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        return spoilt(self.dataset[index], self.name, self.strength, self.seed)
-
-
 def study(score: Callable[[View | None], Sequence[Result]], names: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Scores in per cent of the clean data sets, and of each corruption at each of its strengths, as a record.
-
-    `score` gives the results of the data sets under a view, or as they are.
-    """
+    """Scores in per cent of the clean data sets, and of each corruption at each of its strengths, as a record. `score`
+    gives the results of the data sets under a view, or as they are."""
     clean = columns_of(score(None))
     record: dict[str, Any] = {"data_sets": [*clean], "clean": row_of(clean, clean), "corruptions": {}}
     for name in names:
         rows = {}
         for strength in CORRUPTIONS[name].strengths:
-
-            def view(dataset: Source, name: str = name, strength: float = strength) -> Source:
-                return Spoilt(dataset=dataset, name=name, strength=strength, seed=seed)
-
-            rows[str(strength)] = row_of(columns_of(score(view)), clean)
+            change = partial(spoilt, name=name, strength=strength, seed=seed)
+            rows[str(strength)] = row_of(columns_of(score(partial(Mapped, change=change))), clean)
         record["corruptions"][name] = {"unit": CORRUPTIONS[name].unit, "strengths": rows}
     return record
 
@@ -66,10 +44,8 @@ def columns_of(results: Sequence[Result]) -> dict[str, dict[tuple[str, str], flo
 
 
 def row_of(spoilt: dict[str, dict[Any, float]], clean: dict[str, dict[Any, float]]) -> dict[str, Any]:
-    """The mean over data sets and its fall with their intervals, and the score of each data set.
-
-    A question that cannot be asked any more (its text is too long for the model) scores 0.
-    """
+    """The mean over data sets and its fall with their intervals, and the score of each data set. A question that cannot
+    be asked any more (its text is too long for the model) scores 0."""
     ours, theirs = [], []
     for name, scores in clean.items():
         ours.append(np.array([[100 * spoilt[name].get(key, 0.0) for key in scores]]))

@@ -90,13 +90,10 @@ def collect(
     asked = asked_of(settings, benchmark, collator)
     asked["prompt"] |= {"example": collator.prompt(responses[0].sample)}
     keep = first_images(settings.num_images, benchmark)  # of all that the processes kept
-    by_task: dict[str, list[Response]] = {}
-    for response in responses:
-        kept = replace(response, sample=keep(response.sample))
-        by_task.setdefault(benchmark or response.sample.task, []).append(kept)
+    kept = [replace(response, sample=keep(response.sample)) for response in responses]
     return Result(
         name=name,
-        tasks={t: (found, scores_of(t, found, settings.score)) for t, found in by_task.items()},
+        tasks=scored_tasks(kept, benchmark, settings.score),
         skipped=skipped,
         seconds=max(map(sum, processes.shares_of([part.seconds for part in parts]))),
         num_tokens=sum(part.num_tokens for part in parts),
@@ -113,10 +110,8 @@ def answer_batch(
     settings: EvalConfig,
     benchmark: str | None = None,
 ) -> BatchResult:
-    """Answer samples in one batch; what cannot be answered, or scored where that is wanted, stops all or is counted.
-
-    A task that is withheld may have any name, unless it decides the score.
-    """
+    """Answer samples in one batch; what cannot be answered, or scored where that is wanted, stops all or is counted. A
+    task that is withheld may have any name, unless it decides the score."""
     tasks = None if collator.withhold_task and not settings.score else collator.tasks
     items = [prepare(s, model.routes, benchmark, settings.score, tasks) for s in samples]
     batch, rejected = collator.split(items)
@@ -152,10 +147,8 @@ def prepare(
     scored: bool,
     tasks: Collection[str] | None = None,
 ) -> Sample | BadSampleError:
-    """The sample with its benchmark's instruction, or why it cannot be scored.
-
-    An expert that this model does not have counts as none. `tasks` have a benchmark under any name; None: all.
-    """
+    """The sample with its benchmark's instruction, or why it cannot be scored. An expert that this model does not have
+    counts as none. `tasks` have a benchmark under any name; None: all."""
     if isinstance(item, BadSampleError):
         return item
     name = benchmark or item.task
@@ -192,5 +185,11 @@ def first_images(count: int, benchmark: str | None = None) -> Callable[[Sample],
     return keep
 
 
-def scores_of(benchmark: str, responses: Sequence[Response], scored: bool) -> Scores:
-    return benchmark_called(benchmark).score(responses) if scored else unscored(responses)
+def scored_tasks(
+    responses: Sequence[Response], benchmark: str | None, scored: bool = True
+) -> dict[str, tuple[list[Response], Scores]]:
+    """The responses of each task, or of the one `benchmark`, with their scores."""
+    found: dict[str, list[Response]] = {}
+    for response in responses:
+        found.setdefault(benchmark or response.sample.task, []).append(response)
+    return {t: (own, benchmark_called(t).score(own) if scored else unscored(own)) for t, own in found.items()}

@@ -59,7 +59,6 @@ def run_page(run: RunFolder) -> str:
 
 
 def first_lines(run: RunFolder) -> list[str]:
-    """What the run is, and what it gained, in sentences."""
     lines = []
     if run.config is not None:
         names, router = [*run.config.experts], run.config.router.kind
@@ -85,9 +84,6 @@ def read_summary(run: RunFolder) -> tuple[dict[str, Any], str | None]:
         return {**found, "rows": {str(k): dict(v) for k, v in found["rows"].items()}}, None
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         return {}, f"summary.json: cannot be read ({error!r})"
-
-
-# -- Sections ---------------------------------------------------------------------------------------
 
 
 def scores_section(run: RunFolder) -> Parts:

@@ -84,7 +84,6 @@ def images_of(
 
 
 def card(name: str, row: Mapping[str, Any], sample: Sample | None, experts: Sequence[str]) -> str:
-    """One question with its answer, boxes and gates."""
     parts = []
     for image in sample.images if sample is not None else ():
         boxed = sample is not None and image is sample.main_image

@@ -47,7 +47,6 @@ def read_command(files: Sequence[str] | None, overrides: Sequence[str]) -> tuple
 
 
 def with_eval(config: RunConfig, **changes: Any) -> RunConfig:
-    """The config with other settings of its evaluation."""
     return replace(config, eval=replace(config.eval, **changes))
 
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data.checks import BadSampleError
 from data.config import MADE, SourceConfig
-from data.mixture import Source, read_sample
+from data.mixture import Mapped, Source, read_sample
 from data.ocr import OcrCache
 from data.pairs import PairCollator
 from data.readers.table import open_records
@@ -37,10 +37,8 @@ def score_sources(
     processes: Processes = ALONE,
     view: Callable[[Source], Source] = lambda dataset: dataset,
 ) -> list[Result]:
-    """The result of every data set of `config.eval`, on the main process; the others help, and have none.
-
-    `view` is what the model gets to see of a data set.
-    """
+    """The result of every data set of `config.eval`, on the main process; the others help, and have none. `view` is
+    what the model gets to see of a data set."""
     settings = settings_of(config)
     collator = prompt_collator(model, config, withhold_task=settings.withhold_task)
     results = []
@@ -68,31 +66,16 @@ def open_datasets(
     ocr = ocr if ocr is not None else open_ocr(config.data)
     opened: Sequence[Source] = [*open_sources(sources, config.data, ocr).values()]
     if oracle or model.routing.kind.by_expert:
-        expert_of = trained_experts(config)
-        opened = [WithExperts(dataset=dataset, expert_of=expert_of) for dataset in opened]
+        with_expert = trained_experts(config)
+        opened = [Mapped(dataset, with_expert) for dataset in opened]
     found = list(zip(sources, opened, strict=True))
     for source, dataset in found if oracle else ():
         check_oracle(source.name, dataset, model.routes)
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class WithExperts:
-    """A data set whose samples without an expert get that of their source or task in training."""
-
-    dataset: Source
-    expert_of: Callable[[Sample], str | None]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.dataset[index]
-        return sample if sample.expert else replace(sample, expert=self.expert_of(sample))
-
-
-def trained_experts(config: RunConfig) -> Callable[[Sample], str | None]:
-    """Sample -> the one expert that training gives to its source's name, or else to its task; else None."""
+def trained_experts(config: RunConfig) -> Callable[[Sample], Sample]:
+    """What gives a sample without an expert the one that training gives to its source's name, or else to its task."""
     by_source: dict[str, set[str]] = {}
     by_task: dict[str, set[str]] = {}
     for source in config.data.sources.values():
@@ -101,11 +84,12 @@ def trained_experts(config: RunConfig) -> Callable[[Sample], str | None]:
             for task in tasks_of(source):
                 by_task.setdefault(task, set()).add(source.expert)
 
-    def expert_of(sample: Sample) -> str | None:
+    def with_expert(sample: Sample) -> Sample:
         found = by_source.get(sample.source) or by_task.get(sample.task, set())
-        return next(iter(found)) if len(found) == 1 else None
+        own = next(iter(found)) if len(found) == 1 else None
+        return sample if sample.expert else replace(sample, expert=own)
 
-    return expert_of
+    return with_expert
 
 
 def tasks_of(source: SourceConfig, most: int = 1000) -> set[str]:

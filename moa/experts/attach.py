@@ -27,8 +27,9 @@ def choose_layers(
     those whose weight is another layer's too.
     """
     linear = linear_layers(model)
-    tied = tied_layers(model, linear)
-    able = {n: m for n, m in linear.items() if n not in {*unused, *tied, *output_layers(model)}}
+    tied, find = tied_layers(model, linear), getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None  # writes logits over the vocabulary
+    able = {n: m for n, m in linear.items() if n not in {*unused, *tied} and m is not head}
     named = select([target for target in targets if target != ALL_LINEAR], linear, "targets")
     named |= able if ALL_LINEAR in targets else {}
     chosen = {name: layer for name, layer in linear.items() if name in named}
@@ -84,10 +85,3 @@ def tied_layers(model: nn.Module, linear: Mapping[str, nn.Module]) -> dict[str, 
         for layer, module in linear.items()
     }
     return {layer: found[0] for layer, found in others.items() if found}
-
-
-def output_layers(model: nn.Module) -> list[str]:
-    """The layer that writes logits over the vocabulary, where the model names one."""
-    find = getattr(model, "get_output_embeddings", None)
-    output = find() if find is not None else None
-    return [name for name, module in model.named_modules() if module is output]

@@ -1,4 +1,4 @@
-"""The bank of experts of one model: attach, add, tie, freeze, remove, rename, import and export.
+"""The bank of experts of one model: attach, add, tie, freeze, remove, import and export.
 
 The bank swaps chosen `nn.Linear` modules for `ExpertLinear` ones around them, and `detach` puts them back. An expert is
 of one kind, a row of moa/experts/kinds.py, over all sites or a subset.
@@ -13,20 +13,20 @@ from itertools import compress
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moa.experts.attach import choose_layers, linear_layers, wrap_layers, wrap_modules
-from moa.experts.context import Decide, GateContext, GateState, Score
+from moa.experts.context import Decide, GateContext, GateState
 from moa.experts.kinds import KINDS
 from moa.experts.lora import ExpertLinear
 from moa.experts.rank_gates import RankGates
 from moa.experts.starts import normal
 from moa.experts.ties import FACTORS, Place, Ties, tied_places
-from moa.experts.token_routers import LEARNED, Pooling, TokenSite, leaders, router_shapes
+from moa.experts.token_routers import LEARNED, TokenSite, leaders, router_shapes
 from moa.files.peft import ExpertHeader, fit_to_base, is_zero, keep_sites
 from moa.files.targets import ALL_LINEAR, select
+from moa.packing import Owners, Segments
 
 EXPERT_NAME = re.compile(r"\w[\w-]*")
 
@@ -96,7 +96,6 @@ class ExpertBank:
         )
 
     def detach(self, model: nn.Module) -> None:
-        """Put the original linear layers back; the experts stay in the bank."""
         for name, site in reversed(self.sites.items()):
             model.set_submodule(name, site.base_layer)
 
@@ -125,18 +124,10 @@ class ExpertBank:
         self._register(name, kind, KINDS[kind].fresh(chosen, name, seed=seed, **settings))
 
     def import_expert(
-        self,
-        name: str,
-        tensors: Mapping[str, Tensor],
-        config: Mapping[str, Any],
-        *,
-        kind: str = "lora",
-        **options: Any,
+        self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, kind: str = "lora", **options: Any
     ) -> None:
-        """A trainable expert from its file, for LoRA a plain PEFT adapter as `moa.files.peft` reads it.
-
-        Raises ValueError for keys that no site consumes, and for shapes of another base.
-        """
+        """A trainable expert from its file, for LoRA a plain PEFT adapter as `moa.files.peft` reads it. Raises
+        ValueError for keys that no site consumes, and for shapes of another base."""
         self._check_new(name)
         able = {site: layer for site, layer in self.sites.items() if layer.kind == kind}
         self._register(name, kind, KINDS[kind].load(able, name, tensors, config, **options))
@@ -172,27 +163,10 @@ class ExpertBank:
         del self.experts[name]
         self.context.state = None  # gates of other experts
 
-    def rename(self, old: str, new: str) -> None:
-        """Give an expert another name; its place among the gates stays."""
-        self._spec(old)
-        if new == old:
-            return
-        self._check_name(new)
-        for site in self.sites.values():
-            held = {expert: site.remove(expert) for expert in site.experts}
-            for expert, factors in held.items():
-                site.add(new if expert == old else expert, *factors)
-            if site.routed is not None:
-                compared = tuple(new if expert == old else expert for expert in site.routed.compared)
-                site.routed = replace(site.routed, compared=compared)
-        self.experts = {new if n == old else n: spec for n, spec in self.experts.items()}
-        self.context.state = None  # gates of other experts
-
     @contextmanager
     def only(self, names: Collection[str]) -> Iterator[None]:
         """Inside, the bank has these experts alone, in their order; the others come back as they were."""
-        everyone = self.experts
-        held = {site: {expert: site.remove(expert) for expert in site.experts} for site in self.sites.values()}
+        everyone, held = self.experts, {site: site.remove_all() for site in self.sites.values()}
         try:
             self.experts = {name: spec for name, spec in everyone.items() if name in names}
             for site, own in held.items():
@@ -202,17 +176,14 @@ class ExpertBank:
             yield
         finally:
             for site, own in held.items():
-                for expert in site.experts:
-                    site.remove(expert)
+                site.remove_all()
                 for expert, factors in own.items():
                     site.add(expert, *factors)
             self.experts, self.context.state = everyone, None
 
     def tie(self, ties: Mapping[str, Ties], given: Collection[str] = ()) -> None:
         """Let experts have factors in common, see `moa.experts.ties`; fresh ones take those of the `given`, if any.
-
-        Raises ValueError where ranks differ, and where factors of given experts do.
-        """
+        Raises ValueError where ranks differ, and where factors of given experts do."""
         for places in tied_places(self.sites, ties):
             first, *rest = sorted(places, key=lambda place: place[0] not in given)
             parameter = self.factor(first)
@@ -235,7 +206,6 @@ class ExpertBank:
         return self.sites[site].whole(expert)[self.sites[site].factors.index(factor)].detach()
 
     def key_of(self, place: Place) -> str:
-        """The key of a factor in its expert's file."""
         _, site, factor = place
         return self.sites[site].keys[self.sites[site].factors.index(factor)]
 
@@ -249,14 +219,11 @@ class ExpertBank:
                     found.setdefault(id(self.factor(place)), []).append(place)
         return found
 
-    def freeze(self, name: str, frozen: bool = True) -> None:
-        """A frozen expert takes part in the mixture and gets no gradient, so nothing moves it."""
-        self.train({name: () if frozen else FACTORS})
-
     def train(self, trained: Mapping[str, Sequence[str]]) -> None:
         """Let experts train these factors and no others: {"vqa": ["B"], "line": []}.
 
-        Raises ValueError where experts have a factor in common and not all of them would train it.
+        One that trains none is frozen: it takes part in the mixture and gets no gradient, so nothing moves it. Raises
+        ValueError where experts have a factor in common and not all of them would train it.
         """
         after = {name: trained.get(name, self._spec(name).trained) for name in {**self.experts, **trained}}
         for places in self.places().values():
@@ -323,20 +290,16 @@ class ExpertBank:
         """What one expert's file holds, by key; without a start, the tensors share memory with the parameters."""
         return KINDS[self._spec(name).kind].state(self.sites, name)
 
-    def load_state(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite an expert with a state of the same sites and shapes; ValueError otherwise."""
-        self.load_states({name: tensors})
-
     def load_states(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Overwrite several experts; ValueError also where a factor that they have in common would not be one, and
-        where another expert that has it too, and is not loaded, would change."""
+        """Overwrite experts with states of the same sites and shapes; ValueError for others, where a factor that
+        experts have in common would not be one, and where another that has it too, and is not loaded, would change."""
         for places in self.places().values():
             loaded = [place for place in places if self.key_of(place) in states.get(place[0], ())]
             for place in places if loaded else []:
                 expert, site, factor = place
                 if place in loaded:
                     value = states[expert][self.key_of(place)]
-                elif expert in states or not self.factor((expert, site, other_than(factor))).any():
+                elif expert in states or not self.factor((expert, site, "B" if factor == "A" else "A")).any():
                     continue  # a missing key, an error below; or an update that is zero, and stays so
                 else:
                     value = self.whole(place)
@@ -346,15 +309,14 @@ class ExpertBank:
         self.context.forget()
 
     def peft_config(self, name: str) -> dict[str, Any]:
-        """The settings in an expert's file, adapter_config.json."""
         spec = self._spec(name)
         return KINDS[spec.kind].config(self.sites, name, **spec.settings)
 
     def set_gates(
         self,
         gates: Float[Tensor, "batch site expert"],
-        owners: Int[Tensor, " images"] | Mapping[str, Int[Tensor, " _"]] | None = None,
-        segments: Int[Tensor, "rows seq"] | None = None,
+        owners: Int[Tensor, " images"] | Owners | None = None,
+        segments: Segments = None,
         *,
         expand: bool = False,
     ) -> None:
@@ -397,23 +359,15 @@ class ExpertBank:
         )
 
     def route_tokens(
-        self,
-        decide: Decide,
-        temperature: float | int = 1.0,
-        *,
-        score: Score = F.linear,
-        recording: bool = True,
-        pooling: Pooling | None = None,
+        self, decide: Decide, temperature: float | int = 1.0, *, recording: bool = True, **more: Any
     ) -> None:
-        """Let token routers route the tokens of the coming forward.
+        """Let token routers route the tokens of the coming forward; `more` are fields of `GateState`.
 
-        `score` compares tokens with a router [choice, in], `decide` turns such logits, over the temperature, into
-        gates; `recording` keeps the logits, else generation may repeat the samples. With `pooling` the tokens of a
-        sample's prompt decide together.
+        `decide` turns the logits of tokens, over the temperature, into gates; `recording` keeps the logits, else
+        generation may repeat the samples.
         """
-        more: dict[str, Any] = {"temperature": temperature, "recording": recording, "expand": not recording}
-        more |= {"watch": self.context.watch, "pooling": pooling, "score": score, "biases": self.token_biases}
-        more |= {"streams": self.streams}
+        more |= {"temperature": temperature, "recording": recording, "expand": not recording}
+        more |= {"watch": self.context.watch, "biases": self.token_biases, "streams": self.streams}
         self.context.state = GateState(gates=None, experts=tuple(self.names), decide=decide, **more)
 
     def take_token_logits(self) -> dict[str, Float[Tensor, "*_ choice"]]:
@@ -498,25 +452,10 @@ class ExpertBank:
                     found[f"{self.sites[site].ranked[name].kind}.{name}.{site}"] = learned
         return found
 
-    def set_tasks(
-        self,
-        shares: Float[Tensor, "batch task"],
-        owners: Mapping[str, Int[Tensor, " _"]],
-        segments: Int[Tensor, "rows seq"] | None = None,
-    ) -> None:
+    def set_tasks(self, shares: Float[Tensor, "batch task"], owners: Owners, segments: Segments = None) -> None:
         """The tasks of the coming forward's samples, after its gates; `owners` and `segments` as in `set_gates`."""
         assert self.context.state is not None
         self.context.state.tasks = by_stream(shares, owners, segments)
-
-    def mix_samples(
-        self,
-        logits: Float[Tensor, "batch choice"],
-        owners: Mapping[str, Int[Tensor, " _"]],
-        segments: Int[Tensor, "rows seq"] | None = None,
-    ) -> None:
-        """Let the logits of samples count beside those of tokens in the coming forward, after `route_tokens`."""
-        assert self.context.state is not None
-        self.context.state.samples = by_stream(logits, owners, segments)
 
     def site_routers(self) -> dict[str, nn.Parameter]:
         """`<kind>.<site>` -> all that sites learn to decide by, of the kinds of `moa.experts.token_routers.LEARNED`."""
@@ -525,8 +464,7 @@ class ExpertBank:
 
     def token_choices(self) -> dict[str, tuple[int, ...] | None]:
         """Site with a token router -> the places of its experts among the choices; None: all."""
-        learned = self.token_routers()
-        sites = {name: site.routed for name, site in self.sites.items()}
+        learned, sites = self.token_routers(), {name: site.routed for name, site in self.sites.items()}
         computed = {name for name, own in sites.items() if own and own.compared and own.leader == name}
         return {n: None if own is None else own.choices for n, own in sites.items() if n in learned or n in computed}
 
@@ -544,14 +482,11 @@ class ExpertBank:
             raise ValueError(f"no expert {name!r}; choices: {self.names}{hint}")
         return self.experts[name]
 
-    def _check_name(self, name: str) -> None:
+    def _check_new(self, name: str, routed: bool = True) -> None:
         if not EXPERT_NAME.fullmatch(name):
             raise ValueError(f"an expert's name is letters, digits, _ and -, got {name!r}")
         if name in self.experts:
             raise ValueError(f"there is an expert {name!r} already; choices: another name")
-
-    def _check_new(self, name: str, routed: bool = True) -> None:
-        self._check_name(name)
         if routed and self.token_choices():
             raise ValueError(f"expert {name}: add experts before the token routers")
 
@@ -565,19 +500,11 @@ class ExpertBank:
         self.context.state = None  # gates of other experts
 
 
-def by_stream(
-    values: Float[Tensor, "batch value"],
-    owners: Mapping[str, Int[Tensor, " _"]],
-    segments: Int[Tensor, "rows seq"] | None,
-) -> dict[str, Tensor]:
+def by_stream(values: Float[Tensor, "batch value"], owners: Owners, segments: Segments) -> dict[str, Tensor]:
     """Values of samples as each stream's rows have them, [rows, 1, value], or [rows, seq, value] in packed rows."""
     found = {"text": values} | {stream: values[rows] for stream, rows in owners.items()}
     spread = {stream: own[:, None] for stream, own in found.items()}
     return spread if segments is None else spread | {"text": values[segments.clamp(min=0)]}
-
-
-def other_than(factor: str) -> str:
-    return FACTORS[1 - FACTORS.index(factor)]
 
 
 def check_same(one: Tensor, other: Tensor, first: Place, place: Place, values: bool) -> None:

@@ -3,7 +3,7 @@
 The gates of a forward live until the next one: checkpointing recomputes with them, and decoding keeps the prompt's.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,7 +35,7 @@ class GateState:
     expand: bool = False  # generation repeats each sample for its beams and return sequences
     decide: Decide | None = None  # of token routing
     temperature: float | int = 1.0  # of token routing
-    score: Score = F.linear  # of token routing
+    score: Score = F.linear  # of token routing: what compares tokens with a router
     recording: bool = True
     biases: Mapping[str, Tensor] = field(default_factory=dict)  # site -> what top-k adds to the shares of its choices
     pooling: Pooling | None = None  # of token routing: the tokens of a prompt decide together
@@ -53,8 +53,7 @@ class GateState:
     # gates: an optimiser may write to parameters through flat buffers, which leaves no trace.
     prepared: dict[str, Any] = field(default_factory=dict)
 
-    def uses(self, experts: Iterator[str] | Any) -> bool:
-        """Whether one of these experts takes part."""
+    def uses(self, experts: Iterable[str]) -> bool:
         return self.active is None or not self.active.isdisjoint(experts)
 
     @property
@@ -83,7 +82,6 @@ class GateState:
         return self._fitted(site, x, gates)
 
     def tasks_at(self, site: str, x: Float[Tensor, "*lead in"]) -> Float[Tensor, "*lead_or_1 task"]:
-        """The shares of tasks, as a site's input's rows need them."""
         shares = self.tasks.get(self.streams.get(site, ""))
         if shares is None:
             raise ValueError(f"{site}: its experts have gates by task, and no tasks; call bank.set_tasks(...)")

@@ -15,6 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moa.experts.lora_product import FactorsA, FactorsB
+from moa.packing import Owners, Tokens
+
+Tables = Float[Tensor, "site owner expert"]
+Counted = Bool[Tensor, " expert"]  # False for always-on experts, which are meant to answer all
+
 
 @dataclass(frozen=True, kw_only=True)
 class Watch:
@@ -33,16 +39,12 @@ class Watch:
     values: dict[str, list[Tensor]] = field(default_factory=dict)  # penalty -> of each site that has it
 
     def tasks_at(self, stream: str, x: Float[Tensor, "*lead in"]) -> Int[Tensor, " token"]:
-        """The task of each token of a site's input."""
         own = self.tasks[stream]
         return own.reshape(*own.shape, *[1] * (x.dim() - 1 - own.dim())).expand(x.shape[:-1]).flatten()
 
 
 def output_energies(
-    x: Float[Tensor, "*lead in"],
-    factors_a: Sequence[Float[Tensor, "_ in"]],
-    factors_b: Sequence[Float[Tensor, "out _"]],
-    scalings: Sequence[float],
+    x: Float[Tensor, "*lead in"], factors_a: FactorsA, factors_b: FactorsB, scalings: Sequence[float]
 ) -> Float[Tensor, "*lead expert"]:
     """|scaling_j B_j A_j x|^2 of every token and expert, in float32; x gets no gradient."""
     a = torch.cat(tuple(factors_a)).to(x.dtype)
@@ -55,10 +57,10 @@ def output_energies(
 def energy_tables(
     energies: Mapping[str, Float[Tensor, "*_ expert"]],
     streams: Mapping[str, str],
-    token_samples: Int[Tensor, "rows seq"],
-    owners: Mapping[str, Int[Tensor, " _"]],
+    token_samples: Tokens,
+    owners: Owners,
     expert_ids: Int[Tensor, " batch"],
-) -> Float[Tensor, "site owner expert"]:
+) -> Tables:
     """Sums of each site's energies over the tokens of each expert's samples.
 
     `token_samples` names the sample of each token of the text stream, -1 at padding; `owners` that of each row of the
@@ -78,29 +80,22 @@ def energy_tables(
     return torch.stack(tables)
 
 
-def ratios(
-    tables: Float[Tensor, "site owner expert"], counted: Bool[Tensor, " expert"]
-) -> tuple[Float[Tensor, "site owner expert"], Bool[Tensor, "site owner expert"]]:
-    """E |dW_j x_k|^2 / E |dW_k x_k|^2 at [site, k, j], and where there is such a pair.
-
-    The denominator gets no gradient: an expert is not to grow. Not `counted` are always-on experts, which are meant to
-    answer all; a k without samples or without any effect has no pair.
-    """
+def ratios(tables: Tables, counted: Counted) -> tuple[Tables, Bool[Tensor, "site owner expert"]]:
+    """E |dW_j x_k|^2 / E |dW_k x_k|^2 at [site, k, j], and where there is such a pair. The denominator gets no
+    gradient: an expert is not to grow. A k without samples or without any effect has no pair."""
     own = tables.detach().diagonal(dim1=1, dim2=2)[..., None]
     others = ~torch.eye(len(counted), dtype=torch.bool, device=tables.device)
     pairs = (own > 0) & others & counted & counted[:, None]
     return tables / own.where(own > 0, 1.0), pairs
 
 
-def crosstalk(tables: Float[Tensor, "site owner expert"], counted: Bool[Tensor, " expert"]) -> Float[Tensor, ""]:
+def crosstalk(tables: Tables, counted: Counted) -> Float[Tensor, ""]:
     """P, the mean over sites and pairs; 0, and still connected to the factors, without a pair."""
     found, pairs = ratios(tables, counted)
     return found.where(pairs, 0.0).sum() / pairs.sum().clamp(min=1)
 
 
-def crosstalk_by_pair(
-    tables: Float[Tensor, "site owner expert"], counted: Bool[Tensor, " expert"], names: Sequence[str]
-) -> dict[str, float]:
+def crosstalk_by_pair(tables: Tables, counted: Counted, names: Sequence[str]) -> dict[str, float]:
     """`crosstalk`, P, and `crosstalk/<j>/<k>`, expert j on the samples of k, its mean over sites; empty without one."""
     found, pairs = ratios(tables, counted)
     number = pairs.sum(0)

@@ -80,6 +80,5 @@ KINDS["sparse"] = replace(
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
-    """The kind of an expert by its file's settings."""
     found: str = config.get("kind", "sparse" if config["peft_type"] == SPARSE else "lora")
     return found

@@ -16,17 +16,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moa.experts.arrow import directions
 from moa.experts.context import GateContext, GateState
 from moa.experts.crosstalk import Watch, output_energies
 from moa.experts.lora_product import Ranks, add_mixture, concatenate, mix, widen
 from moa.experts.penalties import LINEAR, PAIRED, PENALTIES
 from moa.experts.rank_gates import RankGates, side_by_side, token_rank_gates
-from moa.experts.token_routers import LEARNED, TokenSite
+from moa.experts.token_routers import LEARNED, TokenSite, directions
 from moa.files.peft import site_keys
 
 FACTORS = ("A", "B")
-StartPair = tuple[nn.Parameter, nn.Parameter]
+KINDS = ("lora", "start")
 Ranked = tuple[RankGates, nn.Parameter | None]
 
 
@@ -102,12 +101,10 @@ class ExpertLinear(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """[out, in] of its experts."""
         return self.base_layer.out_features, self.base_layer.in_features
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of an expert's factors in its file."""
         return site_keys(self.name)
 
     @property
@@ -134,12 +131,13 @@ class ExpertLinear(nn.Module):
         return {expert: getattr(self, f"lora_A_{expert}").shape[0] for expert in self.scalings}
 
     def own(self, expert: str) -> list[nn.Parameter]:
-        """The parameters of one expert: A and B, and those of its start."""
-        start = [self.factor("start", f, expert) for f in FACTORS] if expert in self.starts else []
-        return [self.lora_A[expert], self.lora_B[expert], *start]
+        return [getattr(self, name) for name in self._names(expert)]
+
+    def _names(self, expert: str) -> list[str]:
+        kinds = KINDS if expert in self.starts else KINDS[:1]
+        return [f"{kind}_{factor}_{expert}" for kind in kinds for factor in FACTORS]
 
     def factor(self, kind: str, factor: str, expert: str) -> nn.Parameter:
-        """An expert's A or B, of the kind "lora" or "start"."""
         parameter: nn.Parameter = getattr(self, f"{kind}_{factor}_{expert}")
         return parameter
 
@@ -149,32 +147,18 @@ class ExpertLinear(nn.Module):
         return (torch.cat([a, start[0]]), torch.cat([b, start[1]], 1)) if start else (a, b)
 
     def write(self, expert: str, *factors: Tensor) -> None:
-        """Copy what `whole` gave into an expert."""
-        a, b = factors
-        own_a, own_b, *start = self.own(expert)
-        own_a.copy_(a[: len(own_a)])
-        own_b.copy_(b[:, : len(own_a)])
-        if start:
-            start[0].copy_(a[len(own_a) :])
-            start[1].copy_(b[:, len(own_a) :])
+        (a, b), own = factors, self.own(expert)
+        rank = len(own[0])
+        for parameter, new in zip(own, (a[:rank], b[:, :rank], a[rank:], b[:, rank:]), strict=False):
+            parameter.copy_(new)
 
-    def add(
-        self,
-        expert: str,
-        a: nn.Parameter,
-        b: nn.Parameter,
-        scaling: float,
-        start: StartPair | None = None,
-        ranked: Ranked | None = None,
-    ) -> None:
-        """Take an expert's factors, [rank, in] and [out, rank], its start, and the gates of its ranks, as the last
-        one's successors."""
-        self.register_parameter(f"lora_A_{expert}", a)
-        self.register_parameter(f"lora_B_{expert}", b)
+    def add(self, expert: str, factors: Sequence[nn.Parameter], scaling: float, ranked: Ranked | None = None) -> None:
+        """Take an expert's factors [rank, in] and [out, rank], those of its start behind them if it holds one, and the
+        gates of its ranks, as the last one's successor."""
+        for place, parameter in enumerate(factors):
+            self.register_parameter(f"{KINDS[place // 2]}_{FACTORS[place % 2]}_{expert}", parameter)
         self.scalings[expert] = scaling
-        if start is not None:
-            self.register_parameter(f"start_A_{expert}", start[0])
-            self.register_parameter(f"start_B_{expert}", start[1])
+        if len(factors) > len(FACTORS):
             self.starts.add(expert)
         if ranked is not None:
             self.gate_ranks(expert, *ranked)
@@ -192,20 +176,21 @@ class ExpertLinear(nn.Module):
     def learned_rank_gates(self, expert: str) -> nn.Parameter | None:
         return getattr(self, f"rank_gates_{expert}", None)
 
-    def remove(self, expert: str) -> tuple[nn.Parameter, nn.Parameter, float, StartPair | None, Ranked | None]:
+    def remove(self, expert: str) -> tuple[Sequence[nn.Parameter], float, Ranked | None]:
         """Give back what `add` took."""
-        a, b, *start = self.own(expert)
-        ranked = None
+        factors, ranked = self.own(expert), None
         if expert in self.ranked:
             ranked = self.ranked.pop(expert), self.learned_rank_gates(expert)
             delattr(self, f"rank_gates_{expert}")
-        for kind in ("lora", "start") if start else ("lora",):
-            for factor in FACTORS:
-                delattr(self, f"{kind}_{factor}_{expert}")
+        for name in self._names(expert):
+            delattr(self, name)
         self.starts.discard(expert)
         scaling = self.scalings.pop(expert)
         self._changed()
-        return a, b, scaling, (start[0], start[1]) if start else None, ranked
+        return factors, scaling, ranked
+
+    def remove_all(self) -> dict[str, tuple[Any, ...]]:
+        return {expert: self.remove(expert) for expert in self.experts}
 
     def tie(self, factor: str, expert: str, parameter: nn.Parameter, kind: str = "lora") -> None:
         """Let an expert's factor, "A" or "B", be a Parameter that another place has too."""
@@ -244,11 +229,8 @@ class ExpertLinear(nn.Module):
     def _changed(self) -> None:
         """Note anew which factors are the same as an earlier one."""
         self._layout, first = None, dict[int, str]()
-        for expert in self.scalings:
-            for kind in ("lora", "start") if expert in self.starts else ("lora",):
-                for factor in FACTORS:
-                    name = f"{kind}_{factor}_{expert}"
-                    first.setdefault(id(self._parameters[name]), name)
+        for name in (name for expert in self.scalings for name in self._names(expert)):
+            first.setdefault(id(self._parameters[name]), name)
         names = [name for name, parameter in self._parameters.items() if id(parameter) in first]
         self._leaders = {n: f for n in names if (f := first[id(self._parameters[n])]) != n}
 
@@ -261,7 +243,7 @@ class ExpertLinear(nn.Module):
         return super()._apply(fn, recurse)
 
     def _state(self) -> GateState | None:
-        """The gates of this forward; None where no expert of this site takes part."""
+        """None where no expert of this site takes part."""
         if not self.scalings or not self.context.enabled:
             return None
         state = self.context.state
@@ -396,17 +378,14 @@ class ExpertLinear(nn.Module):
         return gates, kept.a, kept.b_t
 
     def _running(self, state: GateState) -> list[str]:
-        """The experts of this site that take part, in the order of their factors."""
         active = state.active
         return [e for e in self.scalings if active is None or e in active]
 
     def _pairs(self, state: GateState) -> list[tuple[str, str]]:
-        """Kind and expert of each pair of factors that takes part, in their order."""
         running = self._running(state)
         return [("lora", e) for e in running] + [("start", e) for e in running if e in self.starts]
 
     def _factors(self, state: GateState) -> tuple[list[Tensor], list[Tensor]]:
-        """The different factors A and B of the experts that take part."""
         _, names_a, names_b = self.layout(state)
         parameters: Any = self._parameters  # getattr would search for each of them
         masks = {name: self._buffers.get(f"mask_{name}") for name in names_b}

@@ -21,6 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+FactorsA = Sequence[Float[Tensor, "_ in"]]  # of several experts
+FactorsB = Sequence[Float[Tensor, "out _"]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
@@ -37,8 +40,8 @@ def mix(
     base: Float[Tensor, "batch *seq out"],
     gates: Float[Tensor, "#batch *#seq expert"],
     ranks: Ranks,
-    factors_a: Sequence[Float[Tensor, "_ in"]],
-    factors_b: Sequence[Float[Tensor, "out _"]],
+    factors_a: FactorsA,
+    factors_b: FactorsB,
     root: bool = False,
 ) -> Float[Tensor, "batch *seq out"]:
     """The base's output plus the gated experts, differentiable in x, base, gates and factors.
@@ -55,15 +58,12 @@ def mix(
 
 
 def widen(
-    gates: Float[Tensor, "*lead expert"],
-    place: Int[Tensor, " rank"],
-    scaling: Float[Tensor, " rank"],
+    gates: Float[Tensor, "*lead expert"], place: Int[Tensor, " rank"], scaling: Float[Tensor, " rank"]
 ) -> Float[Tensor, "*lead rank"]:
-    """Each rank's gate, times its scaling."""
     return gates.index_select(-1, place) * scaling
 
 
-def concatenate(factors_a: Sequence[Tensor], factors_b: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def concatenate(factors_a: FactorsA, factors_b: FactorsB, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """All factors as A [rows, in] and B [out, columns]; a lone one is not copied."""
     a = factors_a[0] if len(factors_a) == 1 else torch.cat(tuple(factors_a))
     b = factors_b[0] if len(factors_b) == 1 else torch.cat(tuple(factors_b), dim=1)
@@ -79,10 +79,8 @@ def chosen(rows: Tensor, map: Tensor | None) -> Tensor:
 def add_mixture(
     base: Tensor, x: Tensor, rank_gates: Tensor, a: Tensor, b_t: Tensor, spread: Tensor | None, gather: Tensor | None
 ) -> Tensor:
-    """Add the experts into `base` itself, from A [rows, in] and B^T [columns, out]; for inference alone.
-
-    `base` must be fresh: nothing else may hold it.
-    """
+    """Add the experts into `base` itself, from A [rows, in] and B^T [columns, out]; for inference alone. `base` must be
+    fresh: nothing else may hold it."""
     hidden = chosen(F.linear(x.to(a.dtype), a), spread).mul_(rank_gates)
     hidden = chosen(hidden, gather)
     base.view(-1, base.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), b_t)

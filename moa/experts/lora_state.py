@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ def fresh(
     use_rslora: bool = False,
     seed: int = 0,
     starts: Starts | None = None,
-    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Put an expert that changes no output yet at all these sites; returns what it was made with.
 
@@ -42,65 +41,38 @@ def fresh(
     if rank < 1:
         raise ValueError(f"experts.{name}.rank must be 1 or more, got {rank}")
     for site_name, site in sites.items():
-        largest = max(site.shape)
-        if rank > largest:
-            rule = f"{rank} is more than {largest}, the larger side of {site_name}"
-            raise ValueError(f"experts.{name}.rank: {rule}")
+        if rank > (largest := max(site.shape)):
+            raise ValueError(f"experts.{name}.rank: {rank} is more than {largest}, the larger side of {site_name}")
     starts = starts or Starts({name: "lora"}, {name: rank}, seed)
     for site_name, site in sites.items():
         scaling = scaling_of(rank, alpha, use_rslora)
         a, b = starts.pair(name, site_name, site.shape, scaling, site.weight)
-        place(site, name, a, b, scaling, dtype, start=(a, -b) if STARTS[starts.inits[name]].held else None)
+        place(site, name, (a, b, a, -b) if STARTS[starts.inits[name]].held else (a, b), scaling)
     return {"rank": rank, "alpha": alpha, "use_rslora": use_rslora}
 
 
-def load(
-    sites: Sites,
-    name: str,
-    tensors: Factors,
-    config: Mapping[str, Any],
-    *,
-    held: bool = False,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
+def load(sites: Sites, name: str, tensors: Factors, config: Mapping[str, Any], *, held: bool = False) -> dict[str, Any]:
     """Put the expert of a plain PEFT adapter, as `moa.files.peft` reads it, at the sites that it names.
 
     With `held` the second half of its ranks is its start, see `state`. Returns what it was made with. Raises
     ValueError for keys without a site, other shapes, and infinite values.
     """
     for site_name, (a, b) in pair_up(name, tensors, sites).items():
-        scaling, start = site_scaling(config, site_name), None
+        factors: Sequence[Tensor] = (a, b)
         if held:
-            (a, start_a), (b, start_b) = halves(a, 0), halves(b, 1)
-            start = start_a, start_b
-        place(sites[site_name], name, a, b, scaling, dtype, start=start)
+            (a, start_a), (b, start_b) = a.chunk(2, 0), b.chunk(2, 1)
+            factors = a, b, start_a, start_b
+        place(sites[site_name], name, factors, site_scaling(config, site_name))
     rank, alpha, use_rslora = config["r"], config.get("lora_alpha", 8), bool(config.get("use_rslora", False))
     if held:
         rank, alpha = rank // 2, alpha * scaling_of(rank, 1.0, use_rslora) / scaling_of(rank // 2, 1.0, use_rslora)
     return {"rank": rank, "alpha": alpha, "use_rslora": use_rslora}
 
 
-def place(
-    site: ExpertLinear,
-    name: str,
-    a: Tensor,
-    b: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-    start: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    device = site.weight.device
-
-    def own(factor: Tensor, trained: bool = True) -> nn.Parameter:
-        return nn.Parameter(factor.to(device=device, dtype=dtype, copy=True).contiguous(), requires_grad=trained)
-
-    kept = None if start is None else (own(start[0], False), own(start[1], False))
-    site.add(name, own(a), own(b), scaling, kept)
-
-
-def halves(factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    one, other = factor.chunk(2, axis)
-    return one, other
+def place(site: ExpertLinear, name: str, factors: Sequence[Tensor], scaling: float) -> None:
+    """Copies of A and B, and of those of a start behind them, which do not train."""
+    copies = [factor.to(site.weight.device, torch.float32, copy=True).contiguous() for factor in factors]
+    site.add(name, [nn.Parameter(factor, number < 2) for number, factor in enumerate(copies)], scaling)
 
 
 def state(sites: Sites, name: str) -> dict[str, Float[Tensor, "_ _"]]:
@@ -123,12 +95,11 @@ def overwrite(sites: Sites, name: str, tensors: Factors) -> None:
     own = state(sites, name)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
-        lacking = f"{len(missing)} keys missing {missing[:2]}"
-        raise ValueError(f"expert {name}: {lacking}, {len(extra)} keys unknown {extra[:2]}")
+        counts = f"{len(missing)} keys missing {missing[:2]}, {len(extra)} keys unknown {extra[:2]}"
+        raise ValueError(f"expert {name}: {counts}")
     for key, tensor in tensors.items():
         if tensor.shape != own[key].shape:
-            shapes = f"{list(tensor.shape)}, expected {list(own[key].shape)}"
-            raise ValueError(f"expert {name}: {key} is {shapes}")
+            raise ValueError(f"expert {name}: {key} is {list(tensor.shape)}, expected {list(own[key].shape)}")
     check_finite(name, tensors)
     for site in sites.values():
         if name in site.scalings:

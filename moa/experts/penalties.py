@@ -14,27 +14,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moa.experts.lora_product import FactorsA, FactorsB
+
+Hidden = Sequence[Float[Tensor, "token _"]]  # A x
+Tasks = Int[Tensor, " token"]
+Loss = Float[Tensor, ""]
 TINY = 1e-12
 PADDING = -3  # the task of a token that is none
 
 
-def orthogonality(
-    factors_a: Sequence[Float[Tensor, "_ in"]],
-    factors_b: Sequence[Float[Tensor, "out _"]],
-    hidden: Sequence[Float[Tensor, "token _"]],
-    tasks: Int[Tensor, " token"],
-) -> Float[Tensor, ""]:
+def orthogonality(factors_a: FactorsA, factors_b: FactorsB, hidden: Hidden, tasks: Tasks) -> Loss:
     """Mean of |A_i A_j^T|^2 / (rank_i rank_j) over the pairs of experts."""
     pairs = [(a @ b.T).square().mean() for a, b in combinations(factors_a, 2)]
     return torch.stack(pairs).mean()
 
 
-def difference(
-    factors_a: Sequence[Float[Tensor, "_ in"]],
-    factors_b: Sequence[Float[Tensor, "out _"]],
-    hidden: Sequence[Float[Tensor, "token _"]],
-    tasks: Int[Tensor, " token"],
-) -> Float[Tensor, ""]:
+def difference(factors_a: FactorsA, factors_b: FactorsB, hidden: Hidden, tasks: Tasks) -> Loss:
     """Mean of |H_i^T H_j|^2 / (|H_i|^2 |H_j|^2) over the pairs of experts, H = U B^T their outputs and U = A x.
 
     H_i^T H_j = B_i (U_i^T U_j) B_j^T is as large as a weight, and H_i H_j^T grows with the tokens' square; with
@@ -52,12 +47,7 @@ def difference(
     return torch.stack(pairs).mean()
 
 
-def alignment(
-    factors_a: Sequence[Float[Tensor, "_ in"]],
-    factors_b: Sequence[Float[Tensor, "out _"]],
-    hidden: Sequence[Float[Tensor, "token _"]],
-    tasks: Int[Tensor, " token"],
-) -> Float[Tensor, ""]:
+def alignment(factors_a: FactorsA, factors_b: FactorsB, hidden: Hidden, tasks: Tasks) -> Loss:
     """Mean over pairs of tasks and over ranks of the symmetric divergence of A x, taken as normal in each rank:
 
     (KL(p|q) + KL(q|p)) / 2 = (v_p / v_q + v_q / v_p) / 4 - 1/2 + (m_p - m_q)^2 (1 / v_p + 1 / v_q) / 4

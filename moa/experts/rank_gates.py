@@ -23,8 +23,6 @@ from moa.experts.starts import normal
 
 @dataclass(frozen=True, kw_only=True)
 class RankGates:
-    """What decides the gates of one expert's ranks."""
-
     kind: str = "none"
     keep: int = 1  # of kind token
     num_tasks: int = 0  # of kind task

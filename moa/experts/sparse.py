@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from moa.experts import lora_state
 from moa.experts.lora import ExpertLinear
 from moa.experts.lora_state import check_finite
-from moa.experts.starts import Starts, hashed
+from moa.experts.starts import Starts, seeded
 from moa.files.peft import sparse_keys
 from moa.files.peft_config import SPARSE
 
@@ -48,7 +48,6 @@ class SparseLinear(ExpertLinear):
         return out
 
     def update(self, expert: str) -> Float[Tensor, "out in"]:
-        """S of an expert."""
         values = self.factor("lora", "B", expert)
         return values.new_zeros(math.prod(self.shape)).scatter(0, self.places(expert), values).view(self.shape)
 
@@ -76,7 +75,6 @@ class SparseLinear(ExpertLinear):
         self.own(expert)[0].copy_(factors[0])
 
     def add(self, expert: str, values: nn.Parameter, places: Tensor, rank: int) -> None:  # type: ignore[override]
-        """Take an expert's values [rank (in + out)] and their places."""
         self.register_parameter(f"lora_B_{expert}", values)
         self.register_buffer(f"places_{expert}", places, persistent=False)
         self._ranks[expert], self.scalings[expert] = rank, 1.0
@@ -89,19 +87,8 @@ class SparseLinear(ExpertLinear):
         return values, places, self._ranks.pop(expert)
 
 
-def draw(shape: tuple[int, int], rank: int, seed: str) -> Int[Tensor, " value"]:
-    generator = torch.Generator().manual_seed(hashed(seed))
-    return torch.randperm(math.prod(shape), generator=generator)[: rank * sum(shape)].sort().values
-
-
 def fresh(
-    sites: Mapping[str, SparseLinear],
-    name: str,
-    *,
-    rank: int,
-    seed: int = 0,
-    starts: Starts | None = None,
-    dtype: torch.dtype = torch.float32,
+    sites: Mapping[str, SparseLinear], name: str, *, rank: int, seed: int = 0, starts: Starts | None = None
 ) -> dict[str, Any]:
     """Values of zero at all these sites, at places that are drawn from (seed, name, site)."""
     seed = starts.seed if starts else seed
@@ -109,8 +96,9 @@ def fresh(
         if rank * sum(site.shape) > (size := math.prod(site.shape)):
             rule = f"{rank} gives {rank * sum(site.shape)} values, and the weight of {site_name} has {size}"
             raise ValueError(f"experts.{name}.rank: {rule}")
-        places = draw(site.shape, rank, f"{seed}/{name}/{site_name}/places").to(site.weight.device)
-        site.add(name, nn.Parameter(torch.zeros(len(places), dtype=dtype, device=places.device)), places, rank)
+        drawn = torch.randperm(size, generator=seeded(f"{seed}/{name}/{site_name}/places"))
+        places = drawn[: rank * sum(site.shape)].sort().values.to(site.weight.device)
+        site.add(name, nn.Parameter(torch.zeros(len(places), device=places.device)), places, rank)
     return {"rank": rank}
 
 
@@ -121,7 +109,6 @@ def load(
     config: Mapping[str, Any],
     *,
     held: bool = False,
-    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """The expert of a PEFT folder of SHiRA; ValueError for keys without a site, and for one of other layers."""
     left, rank = dict(tensors), config["r"]
@@ -139,7 +126,7 @@ def load(
             )
             raise ValueError(f"expert {name}: made for another base: {site_name}: {rule}")
         device = site.weight.device
-        site.add(name, nn.Parameter(values.to(device, dtype, copy=True)), places.to(device), rank)
+        site.add(name, nn.Parameter(values.to(device, torch.float32, copy=True)), places.to(device), rank)
     if left:
         raise ValueError(f"expert {name}: {len(left)} tensors belong to no site of this model, first {min(left)}")
     return {"rank": rank}

@@ -59,10 +59,8 @@ def gaussian(draw: Draw) -> Pair:
 
 
 def orthogonal(draw: Draw) -> Pair:
-    """The rows of all such experts at a site are orthogonal to one another, as long as those of `lora`; B zero.
-
-    A_i A_j^T = 0, so that experts start in different subspaces of the input.
-    """
+    """The rows of all such experts at a site are orthogonal to one another, as long as those of `lora`; B zero. A_i
+    A_j^T = 0, so that experts start in different subspaces of the input."""
     width, rows = draw.shape[1], draw.count * draw.rank
     if rows > width:
         raise ValueError(
@@ -92,7 +90,7 @@ def singular(draw: Draw, divisor: float = 1.0) -> Pair:
 
 
 def null_space(draw: Draw) -> Pair:
-    """A outside of what other experts read, by the statistics of their inputs: moa/statistics/null_space.py; B zero."""
+    """A outside of what other experts read, by the statistics of their inputs: moa/statistics/moments.py; B zero."""
     return draw.outside(uniform((draw.rank, draw.shape[1]), draw.seed)), zero_b(draw)
 
 
@@ -164,9 +162,9 @@ class Starts:
             for other, init in self.inits.items():
                 if chosen := STARTS[init].chosen:
                     alike = [n for n, own in self.inits.items() if own == init]
-                    number, rank = len(whole[1]), self.ranks[other]
-                    places = chosen(number, rank, alike.index(other), len(alike))
-                    self.kept[site][other] = cut(whole, places)
+                    places = chosen(len(whole[1]), self.ranks[other], alike.index(other), len(alike))
+                    rows, (u, s, v) = slice(max(places.start, 0), places.stop), whole
+                    self.kept[site][other] = u[:, rows].clone(), s[rows].clone(), v[rows].clone()
         found, init = self.kept[site].pop(name), self.inits[name]
         if len(found[1]) < self.ranks[name]:
             rule = f"{min(weight.shape)} singular values are too few for rank {self.ranks[name]}"
@@ -182,20 +180,13 @@ def singular_triplets(weight: Float[Tensor, "out in"]) -> Triplets:
     return u * signs, s, v * signs.t()
 
 
-def cut(triplets: Triplets, places: range) -> Triplets:
-    u, s, v = triplets
-    rows = slice(max(places.start, 0), places.stop)
-    return u[:, rows].clone(), s[rows].clone(), v[rows].clone()
-
-
 def uniform(shape: tuple[int, int], seed: str) -> Tensor:
-    generator = torch.Generator().manual_seed(hashed(seed))
-    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])
+    return (torch.rand(shape, generator=seeded(seed)) * 2 - 1) / math.sqrt(shape[1])
 
 
 def normal(shape: tuple[int, ...], seed: str) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(hashed(seed)))
+    return torch.randn(shape, generator=seeded(seed))
 
 
-def hashed(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+def seeded(text: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))

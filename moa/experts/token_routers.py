@@ -30,6 +30,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moa.experts.lora_product import FactorsA, FactorsB
+from moa.packing import Owners, Segments, Tokens
+
 # what a site learns to decide by
 LEARNED = ("token_router", "task_router", "token_noise", "depth", "token_query", "token_key")
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -41,7 +44,7 @@ BLOCK = re.compile(r"(.*\.\d+)\.")
 class TokenSite:
     """Whose router decides at a site, and the places of the site's own experts among the choices; None: all.
 
-    `compared` are the names of these experts where the router is computed from them, see moa/experts/arrow.py, or their
+    `compared` are the names of these experts where the router is computed from them, see `directions`, or their
     answers have keys; `banks` is that of each, where tokens weigh banks.
     """
 
@@ -92,17 +95,10 @@ def router_shapes(
 
 
 def pooling(
-    pool: str,
-    num_samples: int,
-    streams: Mapping[str, str],
-    prompt: Int[Tensor, "rows seq"],
-    owners: Mapping[str, Int[Tensor, " _"]],
-    segments: Int[Tensor, "rows seq"] | None = None,
+    pool: str, num_samples: int, streams: Mapping[str, str], prompt: Tokens, owners: Owners, segments: Segments = None
 ) -> Pooling:
     """`prompt` names the sample of each token of the text stream, -1 for one that has no vote: padding, an answer.
-
-    `owners` names that of each row of the other streams, -1 for none; `segments` that of each token in packed rows.
-    """
+    `owners` names that of each row of the other streams, -1 for none; `segments` that of each token in packed rows."""
     weights = {stream: shares(owner, num_samples) for stream, owner in (("text", prompt), *owners.items())}
     rows = {stream: owner.clamp(min=0) for stream, owner in owners.items()}
     if segments is not None:
@@ -117,10 +113,8 @@ def shares(owner: Int[Tensor, "*lead"], num_samples: int) -> Float[Tensor, "batc
 
 
 def leaders(choices: Mapping[str, tuple[int, ...]], streams: Mapping[str, str], share: str) -> dict[str, str]:
-    """Site -> the site that decides for it: of one group, one stream and the same `choices`.
-
-    Raises ValueError for a `share` that no two sites make use of.
-    """
+    """Site -> the site that decides for it: of one group, one stream and the same `choices`. Raises ValueError for a
+    `share` that no two sites make use of."""
     groups = dict[tuple[str, str, tuple[int, ...]], list[str]]()
     for site, own in choices.items():
         groups.setdefault((group_of(site, share), streams[site], own), []).append(site)
@@ -140,3 +134,19 @@ def group_of(site: str, share: str) -> str:
     if share == "block" and block is not None:
         return block[1]
     return parent if share in ("module", "block") and parent else site
+
+
+@torch.no_grad()
+def directions(factors_a: FactorsA, factors_b: FactorsB) -> Float[Tensor, "expert in"]:
+    """Arrow, a token router without training (arXiv 2405.11157, section 3.3): each expert's row in float32.
+
+    It is v, the first right singular vector of its update B A: of all input directions of length 1 the one that the
+    update answers most; zeros for an update that is zero. The logit of a token x is |v x|, since the sign of v means
+    nothing. In core space: with A^T = Q R, (B A)^T B A is Q (R B^T B R^T) Q^T, a matrix of the rank's size.
+    """
+    rows = []
+    for a, b in zip(factors_a, factors_b, strict=True):
+        q, r = torch.linalg.qr(a.float().t())
+        values, vectors = torch.linalg.eigh(r @ (b.float().t() @ b.float()) @ r.t())
+        rows.append(q @ vectors[:, -1] * (values[-1] > 0))
+    return torch.stack(rows)

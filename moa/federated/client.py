@@ -268,7 +268,7 @@ def client_update(
     receive(model, config, received, assignment.above)
     start = {key: tensor.clone() for key, tensor in tensors_of(model, config).items()}
     drift = drift_of(received, assignment, pieces, start)
-    routed = {n for n, g in zip(model.bank.names, model.routing.roles.gates, strict=True) if g == "routed"}
+    routed = {*model.routing.roles.named("routed")}
     counts: Counts = {role.name: defaultdict(float) for role in roles}
     while not run.done:
         trainer = run.begin_stage(None)

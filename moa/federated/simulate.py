@@ -481,7 +481,7 @@ def draw_clients(settings: FederatedConfig, seed: int, round_: int) -> list[tupl
 
 
 def routed(model: MixtureModel) -> set[str]:
-    return {n for n, gate in zip(model.bank.names, model.routing.roles.gates, strict=True) if gate == "routed"}
+    return {*model.routing.roles.named("routed")}
 
 
 def lines_of(record: Mapping[str, Any], report: RoundReport) -> Iterator[str]:

@@ -1,5 +1,6 @@
-"""How sure a difference between two rows of a table is, over questions and seeds together.
+"""How sure a mean is whose questions are about the same images, and a difference between two rows of a table.
 
+The latter is over questions and seeds together.
 Scores are [seed, question]: the same seeds and questions for both rows, so that differences are paired. Seeds and
 questions are crossed random factors (Brennan 2001, Generalizability Theory, chapter 3): the variance of the mean is
 that of the seeds' means, plus that of the questions' means, less what both of them have of single answers. Each part
@@ -9,9 +10,9 @@ the interval is over its questions alone.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -20,10 +21,7 @@ Array = np.ndarray
 Kind = Literal["difference", "ratio"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A value with the ends of its interval."""
-
+class Interval(NamedTuple):
     value: float
     low: float
     high: float
@@ -60,7 +58,6 @@ def paired_interval(
 
 
 def half_width(columns: Sequence[Float[Array, "seed _"]], level: float) -> float:
-    """Half the width of the interval around the mean of the columns' means."""
     from scipy.special import stdtrit  # Student's quantiles; late, as commands print their help without scipy
 
     seeds, number = len(columns[0]), len(columns)
@@ -68,14 +65,10 @@ def half_width(columns: Sequence[Float[Array, "seed _"]], level: float) -> float
     of_seeds = by_seed.var(ddof=1) / seeds if seeds > 1 else 0.0
     of_questions = sum(variance_of_mean(scores.mean(0)) for scores in columns) / number**2
     answers = sum(of_answers(scores) for scores in columns) / number**2 if seeds > 1 else 0.0
-    parts = (of_seeds, seeds - 1), (max(of_questions - answers, 0.0), questions_of(columns))
+    freedom_of_questions = max(sum(scores.shape[1] - 1 for scores in columns), 1)
+    parts = (of_seeds, seeds - 1), (max(of_questions - answers, 0.0), freedom_of_questions)
     squares = [float(stdtrit(max(freedom, 1), (1 + level) / 2)) ** 2 * float(part) for part, freedom in parts]
     return sum(squares) ** 0.5
-
-
-def questions_of(columns: Sequence[Float[Array, "seed _"]]) -> int:
-    """Degrees of freedom of the questions."""
-    return max(sum(scores.shape[1] - 1 for scores in columns), 1)
 
 
 def variance_of_mean(values: Float[Array, " unit"]) -> float:
@@ -93,3 +86,21 @@ def of_answers(scores: Float[Array, "seed question"]) -> float:
 
 def grand_mean(columns: Sequence[Float[Array, "seed _"]]) -> float:
     return float(np.mean([scores.mean() for scores in columns]))
+
+
+def clustered_standard_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float | None:
+    """The standard error of a mean whose values come in clusters (all questions of one image).
+
+        sqrt(G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2) / n,   G clusters, n values
+
+    (Miller 2024, arXiv 2411.00640, with the small-sample factor.) With clusters of one it is the
+    usual s / sqrt(n). None for fewer than two clusters: there it is unknown, not zero.
+    """
+    mean = sum(values) / max(len(values), 1)
+    sums: dict[Hashable, float] = defaultdict(float)
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value - mean
+    count = len(sums)
+    if count < 2:
+        return None
+    return math.sqrt(count / (count - 1) * sum(s * s for s in sums.values())) / len(values)

@@ -1,7 +1,12 @@
-"""Ranks of candidates: retrieval where an image has several captions, and classification.
+"""From features of images and texts: ranks of candidates, where an image may have several captions, and CLIPScore.
 
 similarity = image_features @ text_features.T        [images, texts]
 image to text: the rank of the best of an image's captions;  text to image: of its image
+
+    CLIPScore    = 2.5 * max(cos(image, caption), 0)
+    RefCLIPScore = harmonic mean of CLIPScore and max over references of max(cos(caption, ref), 0)
+
+Hessel et al. 2021 (arXiv 2104.08718), with `PREFIX` before every text. torchmetrics' CLIPScore is 100 * cos.
 """
 
 from collections import defaultdict
@@ -11,8 +16,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
+Captions = Float[Tensor, "captions dim"]
+References = Sequence[Float[Tensor, "_ dim"]]
+PREFIX, WEIGHT = "A photo depicts ", 2.5  # of CLIPScore
 BLOCK = 1024  # queries compared at a time: five thousand times 25,000 need no gigabytes
 
 
@@ -40,9 +48,7 @@ def rank_retrieval(
     image_of_text: Int[Tensor, " texts"],
 ) -> tuple[Ranking, Ranking]:
     """Image to text, a query an image, and text to image, a query a caption; `image_of_text` is a row for each caption.
-
-    ValueError where a caption names no image, or an image has no caption.
-    """
+    ValueError where a caption names no image, or an image has no caption."""
     count = len(image_features)
     used = image_of_text.unique()
     if len(used) and (used.min() < 0 or used.max() >= count):
@@ -74,3 +80,19 @@ def mean_per_class_accuracy(hits: Sequence[float], classes: Sequence[Hashable]) 
         found[name].append(hit)
     means = [sum(values) / len(values) for values in found.values()]
     return sum(means) / len(means) if means else float("nan")
+
+
+def clip_score(image_features: Captions, text_features: Captions) -> Float[Tensor, " captions"]:
+    return WEIGHT * cosine_similarity(image_features, text_features, dim=-1).clamp(min=0)
+
+
+def ref_clip_score(
+    image_features: Captions, text_features: Captions, reference_features: References
+) -> Float[Tensor, " captions"]:
+    """RefCLIPScore of each caption; 0 where both sides are 0 (the published code has no number)."""
+    alone = clip_score(image_features, text_features)
+    nearest = torch.stack([
+        cosine_similarity(text[None], references, dim=-1).clamp(min=0).amax()
+        for text, references in zip(text_features, reference_features, strict=True)
+    ])  # fmt: skip
+    return torch.where(alone + nearest > 0, 2 * alone * nearest / (alone + nearest), torch.zeros_like(alone))

@@ -17,9 +17,8 @@ from moa.experts.bank import ExpertBank
 from moa.experts.kinds import KINDS, kind_of
 from moa.files.peft import ExpertHeader
 from moa.planning.batch import Lengths, example_batch, image_tokens
-from moa.planning.shape import ModelShape, shape_of
 from moa.planning.step import StepCosts, measure_step
-from moa.planning.strategies import Memory, Traffic, memory, offered, traffic
+from moa.planning.strategies import Memory, ModelShape, Traffic, memory, offered, shape_of, traffic
 from moa.planning.tensors import fake_mode
 from moa.sections import StageConfig
 from moa.training.batches import Layout, make_layout
@@ -73,8 +72,6 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run of a config with a backbone needs on a machine."""
-
     backbone: str
     machine: Machine
     layout: Layout

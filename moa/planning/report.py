@@ -95,7 +95,6 @@ def gpus(count: int) -> str:
 
 
 def record(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON, in bytes, numbers and seconds."""
     best = plan.recommended
     return {
         **asdict(plan),

@@ -48,10 +48,8 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 def measure_step(
     model: MixtureModel, groups: Mapping[str, Parameters], stage: StageConfig, train: TrainConfig, batch: Batch
 ) -> StepCosts:
-    """Run a micro-batch that is not the first of its step, so that gradients are there, and update.
-
-    The model is as a stage has set it up (`set_trainable`, checkpointing, training mode).
-    """
+    """Run a micro-batch that is not the first of its step, so that gradients are there, and update. The model is as a
+    stage has set it up (`set_trainable`, checkpointing, training mode)."""
     trained = [p for parameters in groups.values() for p in parameters.values()]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -81,7 +79,6 @@ def measure_step(
 
 
 def autocast(device: str, train: TrainConfig) -> AbstractContextManager[Any]:
-    """As Accelerate does it for train.precision."""
     return nullcontext() if train.precision == "fp32" else torch.autocast(device, DTYPES[train.precision])
 
 

@@ -60,7 +60,6 @@ def input_sums(
 
 
 def is_text(model: MixtureModel, name: str) -> bool:
-    """Whether a layer reads the tokens of the language model."""
     return model.backbone.stream_of(name) == "text"
 
 
@@ -123,9 +122,7 @@ def sites_of(model: MixtureModel, expert: str) -> dict[str, nn.Module]:
 
 def own_gates(model: MixtureModel, expert: str) -> Callable[[Batch], Tensor]:
     """The gates of an expert's own samples: it is on with the shared experts, a shared one with each sample's expert.
-
-    One that the routing does not have, such as a merge on trial, is on alone.
-    """
+    One that the routing does not have, such as a merge on trial, is on alone."""
     names, roles = model.bank.names, model.routing.roles
 
     def gates(batch: Batch) -> Tensor:
@@ -141,18 +138,14 @@ def own_gates(model: MixtureModel, expert: str) -> Callable[[Batch], Tensor]:
 
 
 def shared_experts(model: MixtureModel) -> list[str]:
-    """Those that are always on."""
-    roles = model.routing.roles
-    return [name for name, gate in zip(roles.experts, roles.gates, strict=True) if gate == "always"]
+    return model.routing.roles.named("always")
 
 
 def expert_moments(
     model: MixtureModel, batches: Mapping[str, Sequence[Batch]], answer_share: float | None = None
 ) -> dict[str, dict[str, Moments]]:
-    """Expert -> site -> exact moments of what it gets on its own batches; `answer_share` as in `input_sums`.
-
-    Raises ValueError for an expert without batches, and for one with a site that no token reaches.
-    """
+    """Expert -> site -> exact moments of what it gets on its own batches; `answer_share` as in `input_sums`. Raises
+    ValueError for an expert without batches, and for one with a site that no token reaches."""
     found = {}
     for name, own_batches in batches.items():
         if not own_batches:

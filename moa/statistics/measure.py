@@ -5,14 +5,14 @@ validation stays unseen for whoever tunes a merge on it.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.batch import Batch
 from data.checks import BadSampleError
 from data.collate import Collator
 from data.mixture import Mixture
@@ -33,8 +33,6 @@ Tick = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """How the inputs of a model's experts are measured."""
-
     model: MixtureModel
     config: RunConfig
     mixture: Mixture
@@ -44,34 +42,26 @@ class Measurement:
     answer_share: float | None = ANSWER_SHARE
 
     def write(self, step: Path, *, main: bool = True, tick: Tick = lambda name: None) -> list[str]:
-        """Write stats.safetensors beside each expert of a step folder that has samples; a line on each.
-
-        Every process of a sharded model must call it, and the `main` one writes. `tick` is called `num_ticks` times.
-        """
+        """Write stats.safetensors beside each expert of a step folder that has samples; a line on each. Every process
+        of a sharded model must call it, and the `main` one writes. `tick` is called `num_ticks` times."""
         plain = replace(self.config, prompt=replace(self.config.prompt, task_dropout=0.0))
-        collator = make_collator(plain, self.model.backbone.intake)
+        collator, device = make_collator(plain, self.model.backbone.intake), next(self.model.parameters()).device
         found, rejected = own_samples(self.config, self.mixture, collator, self.num_samples, served(self.model))
         lines = [f"{len(rejected)} bad samples left out, first: {rejected[0]}"] if rejected else []
         for name, samples in found.items():
             if not samples:
-                confident = self.config.experts[name].gate in LEFT_OVER
-                lines.append(
-                    f"{name}: has the gate 0 on every sample of a routed expert, so that no statistics are of it"
-                    if confident
-                    else f"{name}: data.sources have no sample of it; the run that trained it writes its statistics"
-                )
+                why = "data.sources have no sample of it; the run that trained it writes its statistics"
+                if self.config.experts[name].gate in LEFT_OVER:
+                    why = "has the gate 0 on every sample of a routed expert, so that no statistics are of it"
+                lines.append(f"{name}: {why}")
                 continue
             starts = range(0, len(samples), self.batch_size)
-            sums = self.sums(name, [collator(samples[start : start + self.batch_size]) for start in starts], tick)
+            batches = [collator(samples[start : start + self.batch_size]).to(device) for start in starts]
+            options: dict[str, Any] = {"answer_share": self.answer_share, "tick": partial(tick, name)}
+            sums = input_sums(self.model, sites_of(self.model, name), batches, own_gates(self.model, name), **options)
             if main:
                 lines += self.write_one(step / "experts" / name, sums, len(samples))
         return lines
-
-    def sums(self, name: str, batches: Sequence[Batch], tick: Tick) -> dict[str, InputSums]:
-        device, gates = next(self.model.parameters()).device, own_gates(self.model, name)
-        moved = [batch.to(device) for batch in batches]
-        options: dict[str, Any] = {"answer_share": self.answer_share, "tick": lambda: tick(name)}
-        return input_sums(self.model, sites_of(self.model, name), moved, gates, **options)
 
     def write_one(self, folder: Path, sums: Mapping[str, InputSums], num_samples: int) -> Iterator[str]:
         header = read_header(folder)

@@ -7,6 +7,7 @@ and G is exact where all directions are kept, or where the others have no input.
 as large as the expert itself, and need no sample of its data again.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,8 +44,6 @@ class Moments:
 
 
 class InputSums:
-    """Sums over tokens, from which the moments are made."""
-
     def __init__(self) -> None:
         self.second: Tensor | None = None  # [in, in] float64
         self.total: Tensor | None = None  # [in]
@@ -59,10 +58,8 @@ class InputSums:
 
     @classmethod
     def mixed(cls, answers: "InputSums", others: "InputSums", share: float) -> "InputSums":
-        """Sums over all tokens whose moments are `share` times those of `answers` and the rest those of `others`.
-
-        Where one of the two has no token, they are those of the other alone.
-        """
+        """Sums over all tokens whose moments are `share` times those of `answers` and the rest those of `others`. Where
+        one of the two has no token, they are those of the other alone."""
         found, pairs = cls(), [(share, answers), (1 - share, others)]
         found.tokens = answers.tokens + others.tokens
         seen = [(weight, own) for weight, own in pairs if own.tokens]
@@ -110,10 +107,8 @@ def leading_directions(
 
 
 def own_directions(moments: Sequence[Moments], count: int) -> Float[Tensor, "in direction"]:
-    """For each expert, `count` directions in which its inputs have most energy relative to all experts' together.
-
-    The leading generalised eigenvectors of (G_k, sum G) where some sketch tells directions apart.
-    """
+    """For each expert, `count` directions in which its inputs have most energy relative to all experts' together. The
+    leading generalised eigenvectors of (G_k, sum G) where some sketch tells directions apart."""
     axes, _ = torch.linalg.qr(torch.cat([own.vectors for own in moments], dim=1))
     seconds = torch.stack([own.within(axes.T @ own.root) for own in moments])
     total = seconds.sum(0)
@@ -122,3 +117,30 @@ def own_directions(moments: Sequence[Moments], count: int) -> Float[Tensor, "in 
     relative = inverse @ seconds @ inverse.T
     leading = torch.linalg.eigh(relative).eigenvectors.flip(2)[:, :, :count]  # [expert, axis, count]
     return torch.cat([axes @ (inverse.T @ own) for own in leading], dim=1)
+
+
+def null_space_rows(
+    start: Float[Tensor, "rank in"], others: Sequence[Moments], count: int, own: Moments | None = None
+) -> Float[Tensor, "rank in"]:
+    """`lora_A` of a new expert that hardly reacts to what other experts read, `count` leading directions of theirs.
+
+        A = orthonormal rows / sqrt(3) in the complement of these directions
+
+    Frozen there, what the new expert adds to another expert's samples is B A x with a small A x, whatever B becomes, so
+    the experts sum. Inside the complement the rows are the leading directions of its `own` inputs, where these are
+    known; the random `start` fills what they leave open. InfLoRA (2404.00228) with the others of OSRM (2505.22934): for
+    parties that share statistics, not data. Raises ValueError where the complement has fewer directions than the rank.
+    """
+    rank, width = start.shape
+    axes, _ = torch.linalg.qr(torch.cat([moments.vectors for moments in others], dim=1))
+    total = sum((moments.within(axes.T @ moments.root) for moments in others), start=torch.zeros(()))
+    taken = axes @ torch.linalg.eigh(total).eigenvectors.flip(1)[:, :count]
+    if taken.shape[1] + rank > width:
+        raise ValueError(f"leaves {width - taken.shape[1]} of {width} directions to a rank of {rank}")
+    rows = start.double().T
+    if own is not None:
+        leading, sizes, _ = torch.linalg.svd(own.root - taken @ (taken.T @ own.root), full_matrices=False)
+        leading = leading[:, sizes > 1e-6 * sizes.max()][:, :rank]
+        rows = torch.cat([leading, rows[:, : rank - leading.shape[1]]], dim=1)
+    rows = rows - taken @ (taken.T @ rows)
+    return torch.linalg.qr(rows).Q.T / math.sqrt(3)

@@ -24,9 +24,7 @@ def write_statistics(
     expert: str | Path, moments: Mapping[str, Moments], num_samples: int, answer_share: float | None = None
 ) -> Path:
     """Write the file beside the expert's weights, whole or not at all; ValueError for sites that the expert lacks.
-
-    `answer_share` is how tokens were weighed, see `moa.statistics.gather`.
-    """
+    `answer_share` is how tokens were weighed, see `moa.statistics.gather`."""
     header = read_header(expert)
     if moments.keys() != header.ranks.keys():
         odd = sorted(moments.keys() ^ header.ranks.keys())

@@ -72,14 +72,7 @@ def collate(collator: Collator, items: list[Sample | BadSampleError]) -> Collate
 
 
 def training_loader(
-    mixture: Mixture,
-    collator: Collator,
-    layout: Layout,
-    *,
-    start: int,
-    num_steps: int,
-    process: int,
-    num_workers: int,
+    mixture: Mixture, collator: Collator, layout: Layout, *, start: int, num_steps: int, process: int, num_workers: int
 ) -> Iterator[list[Collated]]:
     """The micro-batches of each step in turn, from position `start` on."""
     starts = range(start, start + num_steps * layout.batch_size, layout.batch_size)

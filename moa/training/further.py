@@ -20,10 +20,8 @@ KEPT = 400  # old samples a source, for the router alone
 
 
 def store_rows(rows: Iterable[Mapping[str, Any]], folder: Path, task: str) -> tuple[Path, list[str]]:
-    """Rows as docs/data.md has them, of `task` where they name none, as a file of format jsonl; its tasks too.
-
-    An image that is no path is stored beside it once, as PNG by a hash of its pixels; one answer need not be a list.
-    """
+    """Rows as docs/data.md has them, of `task` where they name none, as a file of format jsonl; its tasks too. An image
+    that is no path is stored beside it once, as PNG by a hash of its pixels; one answer need not be a list."""
     folder.mkdir(parents=True, exist_ok=True)
     lines, tasks = list[str](), dict[str, None]()
 

@@ -10,9 +10,7 @@ if TYPE_CHECKING:  # torch is loaded once the command line is read
 
 def train(run: "Run", state: "TrainState | None") -> None:
     """Run all stages, or what a checkpoint's `state` leaves of them, until they are done or a signal stops the run.
-
-    Raises TrainingError, BadSampleError or OSError where it cannot continue; the last checkpoint is whole.
-    """
+    Raises TrainingError, BadSampleError or OSError where it cannot continue; the last checkpoint is whole."""
     from moa.training.step import train_step
 
     with run.reporting():

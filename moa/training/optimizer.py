@@ -26,9 +26,10 @@ def make_optimizer(
     options: list[dict[str, Any]] = []
     for name, parameters, rate in rate_groups(groups, rates):
         for decay, matrices in ((train.weight_decay, True), (0.0, False)):
-            if chosen := [p for p in parameters.values() if is_matrix(p) == matrices]:
-                own = {"name": name, "lr": rate, "rate": rate, "weight_decay": decay}
-                options.append({"params": chosen, **own})
+            # DeepSpeed keeps the shape of a tensor that lies elsewhere
+            shapes = [(p, getattr(p, "ds_shape", p.shape)) for p in parameters.values()]
+            if chosen := [p for p, shape in shapes if (len(shape) > 1) == matrices]:
+                options.append({"params": chosen, "name": name, "lr": rate, "rate": rate, "weight_decay": decay})
     return torch.optim.AdamW(options, betas=(train.betas[0], train.betas[1]), fused=True)
 
 
@@ -46,11 +47,6 @@ def rate_groups(groups: Mapping[str, Parameters], rates: RateConfig) -> Iterator
         ):
             if chosen:
                 yield own, chosen, rate * times
-
-
-def is_matrix(parameter: nn.Parameter) -> bool:
-    # DeepSpeed keeps the shape of a tensor that lies elsewhere
-    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
 
 
 def rate_factor(stage: StageConfig, step: int) -> float:

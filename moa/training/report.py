@@ -97,8 +97,8 @@ class Reporter:
             self.print(step_text(line))
 
     def waiting(self) -> str:
-        waited, share = self.waited, self.waited / max(self.seconds, 1e-9)
-        return f"waited for data: {waited:.1f} s of {self.seconds:.1f} s in steps ({share:.1%})"
+        share = self.waited / max(self.seconds, 1e-9)
+        return f"waited for data: {self.waited:.1f} s of {self.seconds:.1f} s in steps ({share:.1%})"
 
     def validation(self, line: dict[str, Any]) -> None:
         self.record(line)

@@ -94,8 +94,6 @@ class Run:
     def header(self) -> dict[str, Any]:
         return {"step": self.step, "stage": self.current.name, "stage_step": self.stage_step}
 
-    # A stage ------------------------------------------------------------------------------------
-
     def begin_stage(self, state: TrainState | None) -> Trainer:
         """What the next stage trains, from its start, or from its middle where `state` was saved there.
 
@@ -167,8 +165,6 @@ class Run:
         if self.stage_step == self.current.steps:
             self.stage, self.stage_step = self.stage + 1, 0
 
-    # Log and validation -------------------------------------------------------------------------
-
     @contextmanager
     def reporting(self) -> Iterator[None]:
         """The log is open inside. Errors of training get the step that they belong to."""
@@ -213,12 +209,10 @@ class Run:
         """Count a step that updated nothing, where the config lets the run continue."""
         train = self.config.train
         if train.on_non_finite == "stop":
-            hint = "train.on_non_finite=skip leaves such a step out, and counts it"
-            raise TrainingError(f"{problem} ({hint})")
+            raise TrainingError(f"{problem} (train.on_non_finite=skip leaves such a step out, and counts it)")
         self.non_finite_steps += 1
         if self.non_finite_steps > train.max_non_finite_steps:
-            limit = f"train.max_non_finite_steps={train.max_non_finite_steps} were before"
-            raise TrainingError(f"{problem} ({limit})")
+            raise TrainingError(f"{problem} (train.max_non_finite_steps={train.max_non_finite_steps} were before)")
         self.reporter.left_out(self.header(), problem, self.non_finite_steps)
 
     def validate(self) -> bool:
@@ -240,8 +234,6 @@ class Run:
         ranked = sorted([*self.best, score], key=itemgetter("validation"))  # of equals, the first
         self.best = ranked[: self.config.train.keep_best]
         return score in self.best
-
-    # Checkpoints --------------------------------------------------------------------------------
 
     def save(self, trainer: Trainer, improved: bool) -> None:
         """Every process takes part; the first one writes."""
@@ -279,7 +271,6 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def progress(self) -> dict[str, Any]:
-        """The counters as JSON."""
         scaler = self.accelerator.scaler
         return {name: getattr(self, name) for name in COUNTERS} | {
             "num_processes": self.layout.num_processes,

@@ -29,11 +29,7 @@ from moa.routing.router import axes_of
 from moa.routing.schedule import GateDraws
 from moa.sections import LossConfig, StageConfig
 
-TRAINED = {
-    "experts": ("experts", "projector"),
-    "router": ("router",),
-    "joint": ("experts", "router", "projector"),
-}
+TRAINED = {"experts": ("experts", "projector"), "router": ("router",), "joint": ("experts", "router", "projector")}
 
 
 def parameter_groups(model: MixtureModel, config: RunConfig) -> dict[str, Parameters]:
@@ -59,7 +55,6 @@ def set_trainable(model: MixtureModel, groups: Mapping[str, Parameters], stage: 
 
 
 def stage_groups(model: MixtureModel, groups: Mapping[str, Parameters], stage: StageConfig) -> dict[str, Parameters]:
-    """Those of the groups' parameters that the stage trains."""
     chosen = {name: groups[name] for name in TRAINED[stage.kind] if groups.get(name)}
     if stage.only is not None and "experts" in chosen:
         learn = {id(parameter) for name in stage.only for _, parameter in model.bank.named_parameters(name)}
@@ -81,10 +76,10 @@ def stage_gates(
 
 def copy_expert(model: MixtureModel, stage: StageConfig) -> list[str]:
     """Make every other routed expert that learns a copy of `copy_of`; a line on it."""
-    bank, roles, name = model.bank, model.routing.roles, stage.copy_of
+    bank, name = model.bank, stage.copy_of
     if name is None:
         return []
-    routed = [other for other, gate in zip(bank.names, roles.gates, strict=True) if gate == "routed"]
+    routed = model.routing.roles.named("routed")
     copies = [other for other in routed if other != name and not bank.experts[other].frozen]
     if not copies:
         raise ValueError(f"stages.{stage.name}.copy_of: there is no other routed expert to become a copy of {name}")

@@ -36,8 +36,6 @@ MAX_OVERFLOWS = 50  # fp16: in a row; the loss scale halves at each, and would b
 
 @dataclass(kw_only=True)
 class Trainer:
-    """What a stage trains, and how."""
-
     model: MixtureModel
     accelerator: Accelerator
     strategy: Plain | None  # the optimiser, and the model on its processes; None: means are learned
@@ -131,8 +129,7 @@ def watch_at(trainer: Trainer, step: int, weights: Mapping[str, float]) -> Watch
     sites, penalties = trainer.watched if due else frozenset(), tuple(n for n in OF_EXPERTS if weights[n] > 0)
     if trainer.stage.kind == "router" or not (sites or penalties):
         return None
-    names, gates = trainer.model.bank.names, trainer.model.routing.roles.gates
-    routed = frozenset(name for name, gate in zip(names, gates, strict=True) if gate == "routed")
+    routed = frozenset(trainer.model.routing.roles.named("routed"))
     return Watch(sites=sites, gradient=penalised, penalties=penalties, routed=routed)
 
 
@@ -162,8 +159,6 @@ def check_and_update(trainer: Trainer, strategy: Plain, metrics: Metrics, step: 
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """What a step holds, over all processes."""
-
     samples: float
     tokens: float  # of answers
     rejected: Counter[str]
@@ -203,9 +198,7 @@ def objective(output: MixtureOutput, counts: Counts, weights: Mapping[str, float
 
 
 def check_gradients(
-    groups: Mapping[str, Parameters],
-    gradient: Callable[[nn.Parameter], Tensor | None],
-    finite: bool,
+    groups: Mapping[str, Parameters], gradient: Callable[[nn.Parameter], Tensor | None], finite: bool
 ) -> None:
     """Every trainable tensor has a (finite) gradient, which may be zero, or TrainingError lists the others."""
     missing, broken = [], []
@@ -217,8 +210,7 @@ def check_gradients(
             broken.append(name)
     for names, what in ((missing, "no gradient"), (broken, "a gradient that is not finite")):
         if names:
-            count = f"{len(names)} trainable tensors have {what}"
-            raise TrainingError(f"after the first step {count}: {', '.join(names)}")
+            raise TrainingError(f"after the first step {len(names)} trainable tensors have {what}: {', '.join(names)}")
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Both get the resolved config. Without a key in the environment wandb writes offl
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,7 @@ from moa.config import RunConfig
 Rows = Sequence[Sequence[Any]]  # of a table, the head first
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tracker:
-    """How a tracker takes what is no metric of a step; `start` is for a job that is no training."""
-
-    start: Callable[[RunConfig, Path, str], Any]
-    numbers: Callable[[Any, Mapping[str, float], int], None]
-    images: Callable[[Any, Mapping[str, Path], int], None]
-    table: Callable[[Any, str, Rows, int], None]
-    stop: Callable[[Any], None]
-
-
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    """Those of a training."""
     offline_without_a_key(config)
     kinds, settings = bool | int | float | str, flatten(yaml.safe_load(to_yaml(config)))
     plain = {key: v if isinstance(v, kinds) else str(v) for key, v in settings.items()}
@@ -42,9 +30,8 @@ def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
 
 
 def send_images(accelerator: Accelerator, config: RunConfig, images: Mapping[str, Path], step: int) -> None:
-    """To the trackers of a training, by the main process."""
     for name in config.logging.trackers:
-        TRACKERS[name].images(accelerator.get_tracker(name, unwrap=True), images, step)
+        TRACKERS[name](accelerator.get_tracker(name, unwrap=True)).images(images, step)
 
 
 def send(
@@ -58,13 +45,13 @@ def send(
 ) -> None:
     """What a job such as an evaluation found at a step, beside the training: of the same group in wandb."""
     offline_without_a_key(config)
-    for tracker in (TRACKERS[name] for name in config.logging.trackers):
-        handle = tracker.start(config, run, job)
-        tracker.numbers(handle, numbers, step)
-        tracker.images(handle, images, step)
-        for name, rows in tables.items():
-            tracker.table(handle, name, rows, step)
-        tracker.stop(handle)
+    for name in config.logging.trackers:
+        tracker = TRACKERS[name].start(config, run, job)
+        tracker.numbers(numbers, step)
+        tracker.images(images, step)
+        for title, rows in tables.items():
+            tracker.table(title, rows, step)
+        tracker.stop()
 
 
 def offline_without_a_key(config: RunConfig) -> None:
@@ -73,7 +60,6 @@ def offline_without_a_key(config: RunConfig) -> None:
 
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as `key.0.sub: value`."""
     pairs = enumerate(values) if isinstance(values, list) else values.items()
     flat: dict[str, Any] = {}
     for key, value in pairs:
@@ -84,66 +70,69 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# -- tensorboard ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Tensorboard:
+    """What tensorboard takes that is no metric of a step; `writer` is Accelerate's, or that of another job."""
+
+    writer: Any
+
+    @classmethod
+    def start(cls, config: RunConfig, run: Path, job: str) -> "Tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(run / config.logging.project / job))
+        writer.add_text("config", f"```\n{to_yaml(config)}```")
+        return cls(writer)
+
+    def numbers(self, numbers: Mapping[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
+
+    def images(self, images: Mapping[str, Path], step: int) -> None:
+        for name, file in images.items():
+            pixels = np.array(Image.open(file).convert("RGB"))
+            self.writer.add_image(f"images/{name}", pixels, step, dataformats="HWC")
+
+    def table(self, name: str, rows: Rows, step: int) -> None:
+        """As markdown, which tensorboard draws."""
+        head, *body = [[str(cell).replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows]
+        lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
+        self.writer.add_text(f"tables/{name}", "\n".join(lines), step)
+
+    def stop(self) -> None:
+        self.writer.close()
 
 
-def board_start(config: RunConfig, run: Path, job: str) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
+@dataclass(frozen=True)
+class Wandb:
+    """The same of wandb; `run` is one of its own."""
 
-    writer = SummaryWriter(str(run / config.logging.project / job))
-    writer.add_text("config", f"```\n{to_yaml(config)}```")
-    return writer
+    run: Any
 
+    @classmethod
+    def start(cls, config: RunConfig, run: Path, job: str) -> "Wandb":
+        import wandb
 
-def board_numbers(writer: Any, numbers: Mapping[str, float], step: int) -> None:
-    for name, value in numbers.items():
-        writer.add_scalar(name, value, step)
+        about: dict[str, Any] = {"name": f"{run.name} {job}", "group": run.name, "job_type": job}
+        about |= {"dir": str(run), "config": yaml.safe_load(to_yaml(config))}
+        return cls(wandb.init(project=config.logging.project, **about))
 
+    def numbers(self, numbers: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(numbers), step=step)
 
-def board_images(writer: Any, images: Mapping[str, Path], step: int) -> None:
-    for name, file in images.items():
-        writer.add_image(f"images/{name}", np.array(Image.open(file).convert("RGB")), step, dataformats="HWC")
+    def images(self, images: Mapping[str, Path], step: int) -> None:
+        import wandb
 
+        self.run.log({f"images/{name}": wandb.Image(str(file)) for name, file in images.items()}, step=step)
 
-def board_table(writer: Any, name: str, rows: Rows, step: int) -> None:
-    """As markdown, which tensorboard draws."""
-    head, *body = [[str(cell).replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
-    writer.add_text(f"tables/{name}", "\n".join(lines), step)
+    def table(self, name: str, rows: Rows, step: int) -> None:
+        import wandb
 
+        table = wandb.Table(columns=[*rows[0]], data=[[*row] for row in rows[1:]])
+        self.run.log({f"tables/{name}": table}, step=step)
 
-# -- wandb ----------------------------------------------------------------------------------------
-
-
-def wandb_start(config: RunConfig, run: Path, job: str) -> Any:
-    import wandb
-
-    about: dict[str, Any] = {"name": f"{run.name} {job}", "group": run.name, "job_type": job}
-    about |= {"dir": str(run), "config": yaml.safe_load(to_yaml(config))}
-    return wandb.init(project=config.logging.project, **about)
+    def stop(self) -> None:
+        self.run.finish()
 
 
-def wandb_numbers(run: Any, numbers: Mapping[str, float], step: int) -> None:
-    run.log(dict(numbers), step=step)
-
-
-def wandb_images(run: Any, images: Mapping[str, Path], step: int) -> None:
-    import wandb
-
-    run.log({f"images/{name}": wandb.Image(str(file)) for name, file in images.items()}, step=step)
-
-
-def wandb_table(run: Any, name: str, rows: Rows, step: int) -> None:
-    import wandb
-
-    run.log({f"tables/{name}": wandb.Table(columns=[*rows[0]], data=[[*row] for row in rows[1:]])}, step=step)
-
-
-TRACKERS = {
-    "tensorboard": Tracker(
-        start=board_start, numbers=board_numbers, images=board_images, table=board_table, stop=lambda w: w.close()
-    ),
-    "wandb": Tracker(
-        start=wandb_start, numbers=wandb_numbers, images=wandb_images, table=wandb_table, stop=lambda r: r.finish()
-    ),
-}
+TRACKERS: dict[str, type[Tensorboard] | type[Wandb]] = {"tensorboard": Tensorboard, "wandb": Wandb}

@@ -56,11 +56,7 @@ def validation_losses(
 
 @torch.no_grad()
 def import_lines(
-    model: MixtureModel,
-    config: RunConfig,
-    sources: Mapping[str, Source],
-    collator: Collator,
-    accelerator: Accelerator,
+    model: MixtureModel, config: RunConfig, sources: Mapping[str, Source], collator: Collator, accelerator: Accelerator
 ) -> list[str]:
     """A line for each imported expert: its loss on the first samples of its own source, and the base's."""
     model.eval()

@@ -69,8 +69,8 @@ def test_kept_projections_follow_the_factors(world):
     state = {key: tensor.clone() for key, tensor in model.bank.state("one").items()}
     with torch.no_grad():
         model.backbone.hidden_states(batch, model.backbone.features(batch))
-    model.bank.load_state("one", {key: -3 * tensor for key, tensor in state.items()})
+    model.bank.load_states({"one": {key: -3 * tensor for key, tensor in state.items()}})
     changed = model.backbone.generate(batch, model.backbone.features(batch), **GREEDY)
     assert not torch.equal(changed, before)
-    model.bank.load_state("one", state)
+    model.bank.load_states({"one": state})
     assert torch.equal(model.generate(batch, **GREEDY), before)

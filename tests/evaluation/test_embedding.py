@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from moa.evaluation.embedding import classify, clip_scores, retrieve
-from moa.metrics.clipscore import clip_score
+from moa.evaluation.dual_encoder import classify, clip_scores, retrieve
+from moa.metrics.retrieval import clip_score
 from tests.benchmarks.test_benchmarks import prediction
 
 CHOICES = ("cat", "dog", "bus")

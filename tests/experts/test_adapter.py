@@ -30,9 +30,10 @@ def mlp_with(kind: str, activation: str, ties: dict[str, Ties]) -> tuple[ExpertB
     holder.double().requires_grad_(False)
     bank = ExpertBank.attach(holder, [r"mlp\.2"], around={"mlp": (kind, activation)})
     for name in "xy":
-        bank.add(name, kind=kind, rank=3, alpha=6, dtype=torch.double)
-    bank.add("z", rank=3, alpha=6, dtype=torch.double)
+        bank.add(name, kind=kind, rank=3, alpha=6)
+    bank.add("z", rank=3, alpha=6)
     bank.tie(ties)
+    holder.double()
     for parameter in bank.parameters():
         nn.init.normal_(parameter)
     return bank, holder

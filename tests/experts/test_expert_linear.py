@@ -266,7 +266,7 @@ def test_inference_sees_a_move_to_another_dtype_or_a_loaded_state():
     bank = make_bank(model, targets=(SITE,))
     fill(bank)
     before = site_output(bank)
-    bank.load_state("vqa", {k: torch.zeros_like(t) for k, t in bank.state("vqa").items()})
+    bank.load_states({"vqa": {k: torch.zeros_like(t) for k, t in bank.state("vqa").items()}})
     assert not site_output(bank).equal(before)
     model.double()
     bank.set_gates(torch.ones(1, 1, 3))

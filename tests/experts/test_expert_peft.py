@@ -100,9 +100,9 @@ def test_an_adapter_with_tensors_that_no_site_consumes_is_refused():
     with pytest.raises(ValueError, match="belong to no site"):
         other.import_expert("new", state, other.peft_config("vqa"))
     with pytest.raises(ValueError, match="1 keys missing"):
-        other.load_state("vqa", state)
+        other.load_states({"vqa": state})
     with pytest.raises(ValueError, match="1 keys unknown"):
-        other.load_state("vqa", {**other.state("vqa"), "more": torch.ones(1, 1)})
+        other.load_states({"vqa": {**other.state("vqa"), "more": torch.ones(1, 1)}})
     assert other.names == ["vqa", "caption", "grounding"]
 
 
@@ -118,7 +118,7 @@ def test_an_adapter_of_another_width_or_with_nan_is_refused():
     broken[next(iter(broken))][0, 0] = float("nan")
     for act in (
         lambda: bank.import_expert("new", broken, bank.peft_config("vqa")),
-        lambda: bank.load_state("vqa", broken),
+        lambda: bank.load_states({"vqa": broken}),
     ):
         with pytest.raises(ValueError, match="NaN"):
             act()
@@ -127,4 +127,4 @@ def test_an_adapter_of_another_width_or_with_nan_is_refused():
 def test_loading_a_state_of_other_ranks_is_refused():
     bank = make_bank(tiny_llava()[0], targets=(SITE,), vqa=4, caption=2)
     with pytest.raises(ValueError, match=r"is \[2, 32\], expected \[4, 32\]"):
-        bank.load_state("vqa", bank.state("caption"))
+        bank.load_states({"vqa": bank.state("caption")})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from moa.experts.bank import ExpertBank, ExpertLinear
+from moa.experts.bank import FACTORS, ExpertBank, ExpertLinear
 from tests.support.banks import (
     LANGUAGE,
     PROJECTOR,
@@ -63,7 +63,7 @@ def test_a_frozen_expert_does_not_move_and_still_takes_part():
     model, processor = tiny_llava()
     bank = make_bank(model)
     fill(bank)
-    bank.freeze("caption")
+    bank.train({"caption": ()})
     before = {key: tensor.clone() for key, tensor in bank.state("caption").items()}
     optimizer = torch.optim.AdamW([p for p in bank.parameters() if p.requires_grad], lr=0.1)
     bank.set_gates(some_gates(bank), torch.arange(4))
@@ -72,7 +72,7 @@ def test_a_frozen_expert_does_not_move_and_still_takes_part():
     assert all(p.grad is None for p in bank.parameters("caption"))
     assert all(before[key].equal(tensor) for key, tensor in bank.state("caption").items())
     assert bank.experts["caption"].frozen
-    bank.freeze("caption", False)
+    bank.train({"caption": FACTORS})
     assert all(p.requires_grad for p in bank.parameters("caption"))
 
 
@@ -216,28 +216,16 @@ def test_removing_an_expert_leaves_the_others_outputs():
     torch.testing.assert_close(model(**inputs(processor)).logits, before, atol=1e-6, rtol=1e-5)
 
 
-def test_renaming_keeps_an_experts_place_and_its_parameters():
-    model, _ = tiny_llava()
-    bank = make_bank(model)
-    before = list(bank.parameters("caption"))
-    bank.rename("caption", "tell")
-    assert bank.names == ["vqa", "tell", "grounding"]
-    assert all(list(site.scalings) == bank.names for site in bank.sites.values())
-    assert all(a is b for a, b in zip(before, bank.parameters("tell"), strict=True))
-
-
 @pytest.mark.parametrize("name", ["a.b", "", "a b", "vqa"])
 def test_a_bad_or_taken_name_is_refused(name):
     bank = make_bank(tiny_llava()[0])
     with pytest.raises(ValueError, match="name is|is an expert"):
         bank.add(name, rank=2, alpha=2)
-    with pytest.raises(ValueError, match="name is|is an expert"):
-        bank.rename("caption", name)
 
 
 def test_an_unknown_expert_is_named_with_the_choices_and_a_near_one():
     bank = make_bank(tiny_llava()[0])
-    for act in (bank.remove, bank.freeze, bank.state, bank.peft_config):
+    for act in (bank.remove, lambda name: bank.train({name: ()}), bank.state, bank.peft_config):
         with pytest.raises(ValueError, match="choices: .*did you mean 'caption'"):
             act("captions")
 

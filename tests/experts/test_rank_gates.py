@@ -30,8 +30,9 @@ def layer_with(ranked: dict[str, RankGates], ties: dict[str, Ties] | None = None
     holder = nn.ModuleDict({"site": nn.Linear(6, 5, dtype=torch.double).requires_grad_(False)})
     bank = ExpertBank.attach(holder, ["site"])
     for name in "xyz":
-        bank.add(name, rank=3, alpha=6, dtype=torch.double)
+        bank.add(name, rank=3, alpha=6)
     bank.tie(ties or {})
+    holder.double()
     for name, settings in ranked.items():
         bank.gate_ranks(name, settings)
     for parameter in [*bank.parameters(), *bank.rank_gates().values()]:

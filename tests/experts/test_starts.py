@@ -104,7 +104,6 @@ def test_heads_of_one_a_start_apart_with_random_b():
     torch.testing.assert_close(site(x), site.base_layer(x), atol=1e-5, rtol=1e-5)
     heads = torch.stack([*site.lora_B.values()])
     assert torch.pdist(heads.flatten(1)).min() > 0.1
-    bank.rename("x", "w")
     bank.remove("y")
     bank.set_gates(torch.rand(4, 1, 2))
     torch.testing.assert_close(site(x), site.base_layer(x), atol=1e-5, rtol=1e-5)

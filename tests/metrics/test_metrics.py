@@ -3,7 +3,7 @@ import math
 import pytest
 
 from moa.metrics.boxes import best_iou, grounding_scores, iou
-from moa.metrics.standard_error import clustered_standard_error
+from moa.metrics.intervals import clustered_standard_error
 
 
 def test_iou_gives_hand_computed_values():

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from moa.metrics.clipscore import clip_score, ref_clip_score
-from moa.metrics.retrieval import mean_per_class_accuracy, rank_candidates, rank_retrieval, recall_at
+from moa.metrics.retrieval import (
+    clip_score,
+    mean_per_class_accuracy,
+    rank_candidates,
+    rank_retrieval,
+    recall_at,
+    ref_clip_score,
+)
 
 
 def brute_force_ranks(images, texts, owner):

@@ -16,9 +16,8 @@ from moa.backbones.shapes import find_shape
 from moa.build import build_model
 from moa.planning.batch import Lengths, example_batch
 from moa.planning.plan import FakeRun, Machine, Plan, Traced, make_plan, plan_run, trace
-from moa.planning.shape import ModelShape
 from moa.planning.step import StepCosts, measure_step
-from moa.planning.strategies import STRATEGIES, memory, offered, traffic
+from moa.planning.strategies import STRATEGIES, ModelShape, memory, offered, traffic
 from moa.planning.tensors import LiveBytes
 from moa.sections import TrainConfig
 from moa.training.batches import Layout

@@ -7,8 +7,7 @@ import torch
 
 from moa.statistics.gather import expert_moments, input_sums, own_gates, shared_experts, sites_of
 from moa.statistics.measure import served
-from moa.statistics.moments import EXACT_EIGEN, InputSums, leading_directions, own_directions
-from moa.statistics.null_space import null_space_rows
+from moa.statistics.moments import EXACT_EIGEN, InputSums, leading_directions, null_space_rows, own_directions
 from tests.test_model import batch_of, make_model
 
 SITE = "model.language_model.layers.0.self_attn.q_proj"

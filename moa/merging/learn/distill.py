@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from data.batch import Batch
+from moa.experts.ties import FACTORS
 from moa.files.peft import site_keys
 from moa.model import MixtureModel, MixtureOutput
 from moa.statistics.gather import watch_outputs
@@ -147,7 +148,7 @@ def add_student(model: MixtureModel, rank: int, alpha: float | int, seed: int, s
         own[key_a][: len(a)] = a.to(own[key_a])
         own[key_b][:, : len(a)] = b.to(own[key_b]) / bank.sites[site].scalings[STUDENT]
     model.eval().requires_grad_(False)
-    bank.freeze(STUDENT, frozen=False)
+    bank.train({STUDENT: FACTORS})
 
 
 def student_factors(model: MixtureModel) -> dict[str, tuple[Tensor, Tensor]]:

@@ -96,7 +96,6 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, shard: Tensor) -> Tensor:
-    """A whole tensor, sharded as `shard` is."""
     assert isinstance(shard, DTensor)
     return distribute_tensor(tensor, shard.device_mesh, shard.placements)
 

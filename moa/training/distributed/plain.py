@@ -23,7 +23,6 @@ class Plain:
         self.wrapped, self.prepared = accelerator.prepare(model, optimizer)
 
     def forward(self, *inputs: Any) -> Any:
-        """The model's output, in the run's precision."""
         return self.wrapped(*inputs)
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
@@ -59,7 +58,6 @@ class Plain:
         }
 
     def restore_optimizer(self, names: Mapping[nn.Parameter, str], tensors: Mapping[str, dict[str, Tensor]]) -> None:
-        """Put back what `optimizer_tensors` gave."""
         for parameter, name in names.items():
             self.optimizer.state[parameter] = {
                 kind: value.to(parameter.device, copy=True)  # fused: its count of steps lies there too

@@ -38,7 +38,6 @@ def kind_of(accelerator: Accelerator) -> str:
 
 
 def asked_for(variable: str) -> bool:
-    """Whether the launcher has set a switch."""
     return os.environ.get(variable, "").lower() in ("true", "1")
 
 
@@ -71,11 +70,7 @@ def place(accelerator: Accelerator, model: MixtureModel) -> None:
 
 
 def make_strategy(
-    accelerator: Accelerator,
-    model: MixtureModel,
-    optimizer: torch.optim.Optimizer,
-    layout: Layout,
-    config: RunConfig,
+    accelerator: Accelerator, model: MixtureModel, optimizer: torch.optim.Optimizer, layout: Layout, config: RunConfig
 ) -> Plain:
     if is_zero(accelerator):
         return Zero(accelerator, model, optimizer, layout, config.train)
@@ -83,10 +78,8 @@ def make_strategy(
 
 
 def whole(model: MixtureModel, config: RunConfig, *, write: bool = False) -> AbstractContextManager[Any]:
-    """Inside, what a checkpoint holds of the model is whole on every process.
-
-    With `write`, values written inside are kept; every process must write the same ones.
-    """
+    """Inside, what a checkpoint holds of the model is whole on every process. With `write`, values written inside are
+    kept; every process must write the same ones."""
     # A forward without a backward (validation) leaves gathered parameters, which are not DTensors.
     fsdp.reshard(model)
     parts = trained_parts(config).values()

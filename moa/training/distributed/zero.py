@@ -62,8 +62,7 @@ class Zero(Plain):
         if self.holds_gradient:
             self.clip([], 0.0)
             if self.engine.was_step_applied():
-                what = "the gradient of a loss that is not finite"
-                raise TrainingError(f"DeepSpeed updated by {what}")
+                raise TrainingError("DeepSpeed updated by the gradient of a loss that is not finite")
 
     def optimizer_tensors(self, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
         """Moments, step counts and fp32 masters, by name and kind."""
@@ -117,10 +116,8 @@ def compile_nothing() -> None:
 
 
 def configure(accelerator: Accelerator, layout: Layout, train: TrainConfig) -> None:
-    """Set what DeepSpeed needs before it wraps a model.
-
-    Half precision is autocast: its own `bf16` would cast the parameters. The optimiser stays torch's fused AdamW.
-    """
+    """Set what DeepSpeed needs before it wraps a model. Half precision is autocast: its own `bf16` would cast the
+    parameters. The optimiser stays torch's fused AdamW."""
     dtype = str(DTYPES[train.precision]).removeprefix("torch.")
     accelerator.state.deepspeed_plugin.deepspeed_config |= {
         "train_batch_size": layout.batch_size,
@@ -133,7 +130,6 @@ def configure(accelerator: Accelerator, layout: Layout, train: TrainConfig) -> N
 
 
 def whole(parameters: Sequence[nn.Parameter], write: bool) -> AbstractContextManager[Any]:
-    """See `moa.training.distributed.strategy.whole`."""
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None)
