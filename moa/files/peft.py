@@ -49,6 +49,7 @@ STRAY_KEYS = {
     r"\.lora_magnitude_vector": f"use_dora: {REFUSED_SETTINGS['use_dora']}",
     r"\.lora_B\.bias$": f"lora_bias: {REFUSED_SETTINGS['lora_bias']}",
     r"\.lora_embedding_": "LoRA on an embedding",
+    r"\.base_layer\.": "PEFT saved lm_head beside its LoRA; save_pretrained(FOLDER, save_embedding_layers=False)",
     r"\.lora_[AB]\.\w+\.weight$": (
         "an adapter's name stands in the key, so that this is a model's state_dict(); save it by PEFT's "
         "save_pretrained(FOLDER), or leave the name out of the keys"

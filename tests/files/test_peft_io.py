@@ -290,6 +290,7 @@ KEYS = {
     "an adapter's name": (lambda key: key.replace(".weight", ".default.weight"), "adapter's name"),
     "no prefix": (lambda key: key.removeprefix("base_model.model."), "does not begin with base_mo"),
     "DoRA": (lambda key: key.replace("lora_A.weight", "lora_magnitude_vector"), "use_dora"),
+    "head": (lambda key: key.replace("lora_A.weight", "base_layer.weight"), "save_embedding_layers=False"),
     "a bias": (lambda key: key.replace("lora_A.weight", "lora_B.bias"), "lora_bias"),
     "a whole module": (lambda key: key.replace("lora_A.", ""), "modules_to_save"),
 }

@@ -19,8 +19,8 @@ from tests.merging.test_merge_sparse import ties_merging
 
 SHAPE = {"layers.0.self_attn.q_proj": (9, 8), "layers.1.self_attn.q_proj": (7, 8)}
 TWO_EXPERTS = {"slerp", "sa_merge"}
-# not symmetric in the experts: the first is kept elsewhere; the rank axes are turned one after the other
-ORDERED = {"sa_merge", "aligned_linear", "lego"}
+# not symmetric in the experts: the first is kept elsewhere; axes are turned, or inputs protected, one after the other
+ORDERED = {"sa_merge", "aligned_linear", "lego", "nufilt"}
 FUNCTIONS_OF_THE_UPDATES = [n for n, m in METHODS.items() if m.spaces[0] != "factor"]
 # what gives one expert, at weight 1, back as it is; the others prune, flatten or rescale it by definition
 KEEPS_ONE = {
@@ -31,6 +31,7 @@ KEEPS_ONE = {
     "breadcrumbs": {"density": 1.0, "outliers": 0.0}, "breadcrumbs_ties": {"density": 1.0, "outliers": 0.0},
     "consensus": {"at_least": 1}, "tsv_m": {}, "wudi": {}, "dc_merge": {"smooth": "none", "density": 1.0},
     "ctm": {"density": 1.0}, "regmean": {}, "core_regmean": {}, "pico": {}, "score": {}, "tada": {},
+    "nufilt": {},
 }  # fmt: skip
 seeds = st.integers(0, 2**16)
 quick = settings(max_examples=2, deadline=None)
@@ -138,7 +139,7 @@ def test_one_expert_of_weight_one_merges_to_itself(method, seed):
 # the second's directions count, whatever its weight: in the common space, the interference, or the mean
 WEIGH_DIRECTIONS = ("wudi", "model_stock", "tsv_m", "dc_merge", "pico", "score")
 # masks are drawn for each expert by itself; the arc between opposites has no middle; least squares takes no weight
-# below 0; see above
+# below 0; the second's directions are protected; see above
 KEEP_A_PAIR = (
     "wudi",
     "karcher",
@@ -150,6 +151,7 @@ KEEP_A_PAIR = (
     "tsv_m",
     "regmean",
     "core_regmean",
+    "nufilt",
 )
 
 

@@ -195,6 +195,32 @@ def test_ct_merge_gives_experts_of_their_own_directions_the_mean_square_of_their
         assert merged.square().sum() == pytest.approx(sum(v**2 for v in values))
 
 
+@pytest.mark.parametrize("weights", [ONES, MIXED])
+def test_nufilt_is_where_the_released_loss_has_its_minimum(factors, updates, weights):
+    """By gradient descent on the projector's addition, from none, for each task after the first."""
+    expected = weights[0] * updates[0]
+    for weight, update in zip(weights[1:], updates[1:], strict=True):
+        task = weight * update
+        before, own = (top(m, 2)[2].T for m in (expected, task))
+        keeps = torch.eye(19, dtype=task.dtype) - before @ before.T
+        added = torch.zeros(19, 19, dtype=task.dtype)
+        rate = 1 / (
+            2 * torch.linalg.matrix_norm(task, 2) ** 2 * torch.linalg.matrix_norm(torch.cat([own, before], 1), 2) ** 2
+        )
+        for _ in range(600):
+            merged = expected + task @ (keeps + added)
+            added = added + 2 * rate * task.T @ (
+                (task - merged) @ own @ own.T + (expected - merged) @ before @ before.T
+            )
+        expected = expected + task @ (keeps + added)
+    torch.testing.assert_close(in_core(spectral.nufilt, factors, weights, protected=2, own=2), expected)
+
+
+def test_nufilt_adds_up_updates_that_read_other_inputs(factors):
+    apart = [(torch.eye(19, dtype=a.dtype)[4 * i : 4 * i + len(a)], b) for i, (a, b) in enumerate(factors)]
+    torch.testing.assert_close(in_core(spectral.nufilt, apart), sum(b @ a for a, b in apart))
+
+
 def test_dc_merge_is_the_released_procedure(factors, updates):
     parts = [top(m, r) for m, r in zip(updates, RANKS, strict=True)]
     u = whiten(torch.cat([p[0] for p in parts], 1))

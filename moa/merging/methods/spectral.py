@@ -141,6 +141,25 @@ def score(stack: Stack, weights: Weights, *, share: float = 1.0, deviations: flo
     return u @ torch.einsum("e,erc->rc", weights, kept) @ v.T
 
 
+def nufilt(stack: Stack, weights: Weights, *, protected: int = 128, own: int = 8) -> Matrix:
+    """One update T after the other: W <- W + T (1 - U U^T) + X, U the leading `protected` input directions of W so far.
+
+    X, with T's outputs, makes the result answer T's `own` leading input directions as T does, and the protected ones as
+    W did, by least squares: the optimum that NuFilt's 50 steps of Adam on a LoRA approach. The released program takes
+    arbitrary directions from the first update too, as of zero any are leading.
+    """
+    merged = torch.zeros_like(stack.whole()[0])
+    for update in weights[:, None, None] * stack.whole():
+        (left, _, reads), u = leading(update), leading(merged, protected)[2]
+        if not reads.numel():
+            continue
+        v, lost = reads[:, :own], update @ u @ u.T
+        wanted = torch.cat([(lost - merged) @ v, update.new_zeros(len(update), u.shape[1])], 1)
+        inverse = torch.linalg.pinv(torch.cat([v, u], 1), rtol=RANK_TOLERANCE)
+        merged = merged + update - lost + left @ (left.T @ wanted) @ inverse
+    return merged
+
+
 def dc_merge(stack: Stack, weights: Weights, *, smooth: str = "mean", density: float = 0.001) -> Matrix:
     """Level each expert's singular values, meet in one space that covers all experts, and vote there as TIES does."""
     check_choice("smooth", smooth, ("mean", "linear", "none"))
