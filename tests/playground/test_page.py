@@ -23,6 +23,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright, which 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")]
 
+CAMERA = ("--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream")
+
 PEFT = """
 import sys, torch, transformers, peft
 base = transformers.AutoModelForImageTextToText.from_pretrained(sys.argv[1])
@@ -78,7 +80,7 @@ def served(tmp_path_factory):
 def test_a_visitor_asks_moves_a_slider_and_takes_the_mix_home(served, tmp_path):
     run, url, spool = served
     with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *CAMERA])
         page = browser.new_page()
         page.set_default_timeout(600_000)
         page.goto(url)
@@ -94,6 +96,9 @@ def test_a_visitor_asks_moves_a_slider_and_takes_the_mix_home(served, tmp_path):
 
         ask.click()
         complains("choose an image first")
+        page.get_by_role("button", name="Camera").click()
+        shown = page.locator("img:not(.q-img__image)")  # not those of the samples
+        camera = shown.get_attribute("src")
         upload = page.locator("input[type=file]")
         upload.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no image"})
         complains("broken image")
@@ -101,7 +106,7 @@ def test_a_visitor_asks_moves_a_slider_and_takes_the_mix_home(served, tmp_path):
         upload.set_input_files(tmp_path / "huge.png")
         complains("at most 25,000,000 pixels")
         upload.set_input_files(run.parent / "0.png")
-        page.locator("svg image, img").first.wait_for()
+        sync_api.expect(shown).not_to_have_attribute("src", camera, timeout=600_000)
         page.locator("textarea").fill("x" * 10_000)
         ask.click()
         complains("at most 2,000 characters, got 10,000")
