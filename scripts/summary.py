@@ -65,14 +65,14 @@ def score_all(
     base = score_sources(model, with_eval(config, gates="off"), ocr, progress=True)
     fingerprint, weights = model.backbone.fingerprint, str(own.fingerprint())
     measured = read_scores(run, weights, fingerprint, base)
-    rows, answers = {BASE: by_name(base)}, {BASE: answers_of(base)}
-    about = {BASE: fingerprint, ROUTED: weights}
+    scored, about = {BASE: base}, {BASE: fingerprint, ROUTED: weights}
     names = names_of_rows(models)
     for name, one in zip(names, models, strict=True):
         config = with_eval(one.config, num_images=0, sources=own.config.eval.sources)
-        results = score_sources(open_model(one, "cpu"), config, ocr, progress=True)
-        rows[name], answers[name] = by_name(results), answers_of(results)
+        scored[name] = score_sources(open_model(one, "cpu"), config, ocr, progress=True)
         about[name] = str(one.fingerprint())
+    rows = {name: {r.name: r.score for r in results} for name, results in scored.items()}
+    answers: dict[str, Answers] = {n: {r.name: r.rows() for r in results} for n, results in scored.items()}
     rows[ROUTED] = {name: record["score"] for name, (record, _) in measured.items()}
     answers[ROUTED] = {name: found for name, (_, found) in measured.items()}
     order = [BASE, *names[: len(beside)], ROUTED, *names[len(beside) :]]
@@ -142,14 +142,6 @@ def read_scores(run: Path, weights: str, base: str, asked: "Sequence[Result]") -
             raise ValueError(f"{file}: was measured with other {' and '.join(wrong)}; {again}")
         scores[result.name] = found
     return scores
-
-
-def answers_of(results: "Sequence[Result]") -> "Answers":
-    return {result.name: list(result.rows()) for result in results}
-
-
-def by_name(results: "Sequence[Result]") -> dict[str, Any]:
-    return {result.name: result.score for result in results}
 
 
 main = command(SummarySettings, summarise, __doc__)

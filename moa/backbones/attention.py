@@ -5,8 +5,6 @@ output layer's weight without calling it: no expert around either would ever run
 v_proj and out_proj in its place, `pack_attention` the original names; the weights are the same bits either way.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,10 +67,8 @@ def pack_attention(model: nn.Module) -> None:
 def _packed(split: SplitAttention) -> nn.MultiheadAttention:
     weights = [getattr(split, name).weight for name in PARTS]
     biases = [getattr(split, name).bias for name in PARTS]
-    with torch.device("meta"):
-        options: dict[str, Any] = {"bias": biases[0] is not None, "batch_first": True}
-        width = weights[0].shape[1]
-        packed = nn.MultiheadAttention(width, split.num_heads, split.dropout, **options)
+    sizes = weights[0].shape[1], split.num_heads, split.dropout
+    packed = nn.MultiheadAttention(*sizes, bias=biases[0] is not None, batch_first=True, device="meta")
     packed.in_proj_weight = nn.Parameter(torch.cat(weights), weights[0].requires_grad)
     if biases[0] is not None:
         packed.in_proj_bias = nn.Parameter(torch.cat(biases), biases[0].requires_grad)
@@ -81,8 +77,7 @@ def _packed(split: SplitAttention) -> nn.MultiheadAttention:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    with torch.device("meta"):
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)

@@ -51,10 +51,7 @@ def shuffled_size(config: Any) -> int:
     return config.vision_config.hidden_size * int(1 / config.downsample_ratio) ** 2
 
 
-LLAVA: dict[str, Any] = {
-    "image_width": hidden_size,
-    "feature_layers": lambda config: config.vision_feature_layer,
-}
+LLAVA: dict[str, Any] = {"image_width": hidden_size, "feature_layers": lambda config: config.vision_feature_layer}
 IDEFICS: dict[str, Any] = {
     "tower": "model.vision_model",
     "language": "model.text_model",

@@ -83,18 +83,17 @@ def check_size(node: Node, known: dict[int, tuple[int, int] | None]) -> tuple[in
     if id(node) not in known:
         known[id(node)] = None  # being counted
         inside = [check_size(inner, known) for inner in children(node)]
-        size, levels = 1 + sum(s for s, _ in inside), 1 + max((n for _, n in inside), default=0)
-        known[id(node)] = size, levels
-    found, broken = known[id(node)], None
+        known[id(node)] = 1 + sum(s for s, _ in inside), 1 + max((n for _, n in inside), default=0)
+    found = known[id(node)]
     if found is None:
         broken = "an alias refers to itself"
     elif found[0] > MAX_VALUES:
         broken = f"aliases make more than {MAX_VALUES:,} values"
     elif found[1] > MAX_DEPTH:
         broken = f"nested deeper than {MAX_DEPTH} levels"
-    if broken or found is None:
-        raise ConstructorError(None, None, broken, node.start_mark)
-    return found
+    else:
+        return found
+    raise ConstructorError(None, None, broken, node.start_mark)
 
 
 def children(node: Node) -> list[Node]:

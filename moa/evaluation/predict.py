@@ -81,17 +81,17 @@ def respond(
 ) -> tuple[list[Response], int]:
     """Generate an answer to every sample of a batch, and count its tokens; the gates hold for the whole answer.
     `on_text` gets the first sample's answer as it grows."""
-    logits, tokenizer = FiniteLogits(), collator.processor.tokenizer
+    tokenizer = collator.processor.tokenizer
     members, other = ensemble_members(model) if gates == "ensemble" else [], partner_of(gates)
     copies = collator([s for s in batch.samples for _ in members]) if members else batch
     copies = copies.to(next(model.parameters()).device)
+    logits = Watching(tokenizer, copies.input_ids.shape[1], on_text)
     watched: list[Any] = [logits, *([MeanProbabilities(len(members), len(batch))] if members else [])]
     if other is not None:
         if num_beams > 1:
             raise ValueError(f"num_beams: 1 with gates={gates}, got {num_beams}")
         watched.append(Fused(model.answering(), copies, *other, withhold_task=collator.withhold_task))
         gates = "router"
-    watched += [Growing(tokenizer, copies.input_ids.shape[1], on_text)] if on_text else []
     ids, decided = model.answering().generate_routed(
         copies,
         **(gates_of_members(model, copies, members) if members else gate_rule(model, copies, gates)),
@@ -117,31 +117,24 @@ def respond(
     return responses, int((ids != tokenizer.pad_token_id).sum())
 
 
-class FiniteLogits:
-    """A logits processor that changes nothing, and records which rows had a finite largest logit.
+@dataclass
+class Watching:
+    """A logits processor that changes nothing: it hands on the first row's text behind its prompt, where asked for, and
+    records which rows had a finite largest logit.
 
     The largest is NaN or infinity where any is; processors before it may forbid tokens by -infinity.
     """
 
-    def __init__(self) -> None:
-        self.finite: torch.Tensor | None = None  # [rows]; on the device: nothing waits for it
+    tokenizer: Any
+    prompt: int  # tokens
+    on_text: Callable[[str], None] | None
+    finite: torch.Tensor | None = None  # [rows]; on the device: nothing waits for it
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         finite = scores.amax(-1).isfinite()
         self.finite = finite if self.finite is None else self.finite & finite
-        return scores
-
-
-@dataclass(frozen=True)
-class Growing:
-    """A logits processor that changes nothing, and hands on the first row's text behind its prompt."""
-
-    tokenizer: Any
-    prompt: int  # tokens
-    on_text: Callable[[str], None]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self.on_text(self.tokenizer.decode(input_ids[0, self.prompt :], skip_special_tokens=True).strip())
+        if self.on_text is not None:
+            self.on_text(self.tokenizer.decode(input_ids[0, self.prompt :], skip_special_tokens=True).strip())
         return scores
 
 

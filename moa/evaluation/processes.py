@@ -58,13 +58,12 @@ class Processes:
         """`[work(job) for job in jobs]` on the main process, an empty list on the others. An error ends all, once the
         jobs before that one are done; each raises that of the first job that failed."""
         hidden = not (self.is_main and bar and sys.stdout.isatty())
-        numbers = range(self.rank, len(jobs), self.size)
+        numbers = track(range(self.rank, len(jobs), self.size), bar or "", disable=hidden, transient=True)
+        if self.size == 1:
+            return [work(jobs[number]) for number in numbers]
         done: list[Done] = []
         failure, raised = None, None
-        for number in track(numbers, bar or "", disable=hidden, transient=True):
-            if self.size == 1:
-                done.append(work(jobs[number]))
-                continue
+        for number in numbers:
             job = self._num_jobs + number
             if self._store.check([FAILED]) and int(self._store.get(FAILED)) <= job:
                 break
@@ -73,18 +72,12 @@ class Processes:
             except Exception as error:  # raised again once the others have it
                 failure, raised = self._report(job, error), error
                 break
-        if self.size == 1:
-            return done
         self._num_jobs += len(jobs)
         if first := self._exchange(failure):
             raise raised if raised and failure and not failure.for_user else first.error()
         shares: list[Any] | None = [None] * self.size if self.is_main else None
         dist.gather_object(done, shares, dst=0)
         return [shares[n % self.size][n // self.size] for n in range(len(jobs))] if shares else []
-
-    def shares_of(self, results: Sequence[Done]) -> list[Sequence[Done]]:
-        """Which of the results of `map` each process has made."""
-        return [results[rank :: self.size] for rank in range(self.size)]
 
     def from_main(self, make: Callable[[], Value]) -> Value:
         made: Any = [make() if self.is_main else None]

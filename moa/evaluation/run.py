@@ -95,7 +95,8 @@ def collect(
         name=name,
         tasks=scored_tasks(kept, benchmark, settings.score),
         skipped=skipped,
-        seconds=max(map(sum, processes.shares_of([part.seconds for part in parts]))),
+        # process r has done the jobs r, r + size, ...
+        seconds=max(sum(part.seconds for part in parts[r :: processes.size]) for r in range(processes.size)),
         num_tokens=sum(part.num_tokens for part in parts),
         num_processes=processes.size,
         data=data_digest(read),

@@ -42,18 +42,12 @@ class RunFolder:
     @property
     def progress(self) -> tuple[int, int | None, str]:
         """How much is done, of how much, in steps; of a federation, whose clients' steps are no plan, in rounds."""
-        if self.num_rounds is None:
-            return self.steps, self.planned, "steps"
-        done = [row["round"] for row in self.log if row.get("stage") == "server" and isinstance(row.get("round"), int)]
-        return max(done, default=0), self.num_rounds, "rounds"
-
-    @property
-    def steps(self) -> int:
-        return max((row["step"] for row in self.log if isinstance(row.get("step"), int)), default=0)
-
-    @property
-    def planned(self) -> int | None:
-        return None if self.config is None else sum(stage.steps for stage in self.config.stages.values())
+        if self.num_rounds is not None:
+            rounds = [row.get("round") for row in self.log if row.get("stage") == "server"]
+            return max((done for done in rounds if isinstance(done, int)), default=0), self.num_rounds, "rounds"
+        steps = [row["step"] for row in self.log if isinstance(row.get("step"), int)]
+        planned = None if self.config is None else sum(stage.steps for stage in self.config.stages.values())
+        return max(steps, default=0), planned, "steps"
 
     def final(self, key: str, last: int = LAST) -> float | None:
         """The mean of the last logged values of a metric, None where there is none."""

@@ -3,7 +3,7 @@
 The gates of a forward live until the next one: checkpointing recomputes with them, and decoding keeps the prompt's.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -52,14 +52,6 @@ class GateState:
     # What inference computes once for all decoding steps, by site. It lives no longer than the
     # gates: an optimiser may write to parameters through flat buffers, which leaves no trace.
     prepared: dict[str, Any] = field(default_factory=dict)
-
-    def uses(self, experts: Iterable[str]) -> bool:
-        return self.active is None or not self.active.isdisjoint(experts)
-
-    @property
-    def constant(self) -> bool:
-        """Whether the gates of a sample are the same for all tokens of a generation."""
-        return self.gates is not None or self.pooling is not None
 
     def gates_at(
         self,

@@ -25,7 +25,7 @@ from moa.experts.token_routers import LEARNED, TokenSite, directions
 from moa.files.peft import site_keys
 
 FACTORS = ("A", "B")
-KINDS = ("lora", "start")
+PAIRS = ("lora", "start")  # of factors: an expert's own, and those of its start
 Ranked = tuple[RankGates, nn.Parameter | None]
 
 
@@ -134,7 +134,7 @@ class ExpertLinear(nn.Module):
         return [getattr(self, name) for name in self._names(expert)]
 
     def _names(self, expert: str) -> list[str]:
-        kinds = KINDS if expert in self.starts else KINDS[:1]
+        kinds = PAIRS if expert in self.starts else PAIRS[:1]
         return [f"{kind}_{factor}_{expert}" for kind in kinds for factor in FACTORS]
 
     def factor(self, kind: str, factor: str, expert: str) -> nn.Parameter:
@@ -156,7 +156,7 @@ class ExpertLinear(nn.Module):
         """Take an expert's factors [rank, in] and [out, rank], those of its start behind them if it holds one, and the
         gates of its ranks, as the last one's successor."""
         for place, parameter in enumerate(factors):
-            self.register_parameter(f"{KINDS[place // 2]}_{FACTORS[place % 2]}_{expert}", parameter)
+            self.register_parameter(f"{PAIRS[place // 2]}_{FACTORS[place % 2]}_{expert}", parameter)
         self.scalings[expert] = scaling
         if len(factors) > len(FACTORS):
             self.starts.add(expert)
@@ -252,7 +252,7 @@ class ExpertLinear(nn.Module):
                 f"{self.name}: its experts {list(self.scalings)} have no gates; call "
                 "bank.set_gates(...) first, or run inside bank.context.disabled()"
             )
-        return state if state.uses(self.scalings) else None
+        return state if state.active is None or not state.active.isdisjoint(self.scalings) else None
 
     def _measure(self, x: Tensor, state: GateState, watch: Watch) -> None:
         """The energies [*lead, expert] that all experts, whatever their gates, add to this input; 0 for one that is not
@@ -370,8 +370,9 @@ class ExpertLinear(nn.Module):
         kept = state.prepared.get(self.name)
         if kept is None or not kept.fits(x, dtype):
             a, b = concatenate(*self._factors(state), dtype)
-            constant = state.constant and not any(own.kind == "token" for own in self.ranked.values())
-            gates = self._rank_gates(x, state, dtype) if constant else None
+            by_token = state.gates is None and state.pooling is None
+            by_token = by_token or any(own.kind == "token" for own in self.ranked.values())
+            gates = None if by_token else self._rank_gates(x, state, dtype)
             kept = Prepared(shape=(x.shape[0], x.ndim), gates=gates, a=a, b_t=b.t())
             state.prepared[self.name] = kept
         gates = self._rank_gates(x, state, dtype) if kept.gates is None else kept.gates

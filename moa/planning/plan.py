@@ -141,12 +141,7 @@ def add_fresh(bank: ExpertBank, name: str, header: ExpertHeader, init: str) -> N
 
 
 def trace(
-    config: RunConfig,
-    backbone: str,
-    samples: int,
-    *,
-    note: Callable[[str], Any] = lambda line: None,
-    **about: Any,
+    config: RunConfig, backbone: str, samples: int, *, note: Callable[[str], Any] = lambda line: None, **about: Any
 ) -> Traced:
     """Run the steps of a config with a backbone, around a micro-batch of `samples`, which are of
     `FakeRun.lengths(**about)`."""

@@ -8,18 +8,19 @@ The step is the loop's: autocast, the model's own forward and backward, make_opt
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from data.batch import Batch
 from moa.build import DTYPES
 from moa.model import MixtureModel
 from moa.parts import Parameters
-from moa.planning.tensors import Flops, LiveBytes, RealMasks
+from moa.planning.tensors import LiveBytes, RealMasks
 from moa.sections import StageConfig, TrainConfig
 from moa.training.optimizer import make_optimizer
 from moa.training.stages import stage_gates
@@ -54,9 +55,9 @@ def measure_step(
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in trained if p.grad is not None]
-    live, flops = LiveBytes([*model.parameters(), *model.buffers(), *gradients]), Flops()
+    live = LiveBytes([*model.parameters(), *model.buffers(), *gradients])
     static = live.now
-    with RealMasks(), flops, live, visited(model) as backward:
+    with RealMasks(), live, visited() as backward:
         with autocast(batch.input_ids.device.type, train):
             output = model(batch, stage_gates(model, batch, stage))
             loss = output.loss_per_sample.sum() + sum(output.aux.values())
@@ -73,7 +74,7 @@ def measure_step(
         optimizer=bytes_of(states),
         kept=kept,
         peak=live.peak - static,
-        flops=flops.total,
+        flops=live.flops,
         backward=bytes_of(backward),
     )
 
@@ -83,7 +84,7 @@ def autocast(device: str, train: TrainConfig) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def visited(model: nn.Module) -> Iterator[list[Tensor]]:
+def visited() -> Iterator[list[Tensor]]:
     """Inside, collects the parameters of layers whose output has a gradient."""
     found: list[Tensor] = []
 
@@ -91,8 +92,5 @@ def visited(model: nn.Module) -> Iterator[list[Tensor]]:
         if isinstance(output, Tensor) and output.requires_grad:
             found.extend(module.parameters(recurse=False))
 
-    layers = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
-    with ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(collect))
+    with register_module_forward_hook(collect):
         yield found

@@ -37,12 +37,16 @@ class RealMasks(TorchDispatchMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all live storages, each once; not what is inside an operator, nor the allocator's gaps."""
+    """Counts the bytes of all live storages, each once, and operations by torch's own formulas.
+
+    Not what is inside an operator, nor the allocator's gaps. torch's FlopCounterMode would keep the tensors of
+    recomputed layers alive.
+    """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         """`tensors` are there from the beginning."""
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._known: set[int] = set()
         for tensor in tensors:
             self._add(tensor)
@@ -65,18 +69,6 @@ class LiveBytes(TorchDispatchMode):
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self._add(value)
-        return result
-
-
-class Flops(TorchDispatchMode):
-    """Counts operations by torch's own formulas; FlopCounterMode would keep the tensors of recomputed layers alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
         if (formula := flop_registry.get(func.overloadpacket)) is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result

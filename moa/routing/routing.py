@@ -106,11 +106,6 @@ class Routing(nn.Module):
     def evidence(self) -> tuple[str, ...]:
         return getattr(self.router, "evidence", ())
 
-    @property
-    def places(self) -> int | None:
-        """Experts kept per decision; None: all."""
-        return self.top_k if "top_k" in self.kind.options else None
-
     def override(self, gates: Tensor, available: Tensor | None = None) -> Gates:
         """Gates [batch, expert] or [batch, site or 1, expert] from elsewhere, where experts are available."""
         gates = (gates if gates.dim() == 3 else gates[:, None]).float()
@@ -281,7 +276,7 @@ class Routing(nn.Module):
             places = torch.full((number + 2,), -1, device=ids.device)
             places[known] = torch.arange(len(known), device=ids.device)
             ids = places[ids]  # -1 is the last place, which stays -1
-        top_k = self.places if self.places is None else min(self.places, logits.shape[-1])
+        top_k = min(self.top_k, logits.shape[-1]) if "top_k" in self.kind.options else None
         spread = self.noise_scale / self.temperature if self.noise == "gaussian" else None
         return gate_losses(logits, probs, ids, task_ids, top_k=top_k, mask=mask, spread=spread)
 

@@ -111,11 +111,6 @@ def moment_bytes(modules: Mapping[str, Any]) -> dict[str, float]:
     return {name: 8.0 * getattr(module, "base_layer", module).in_features ** 2 for name, module in modules.items()}
 
 
-def num_passes(modules: Mapping[str, nn.Module]) -> int:
-    """How often `input_sums` reads the batches."""
-    return sum(1 for _ in groups(moment_bytes(modules)))
-
-
 def sites_of(model: MixtureModel, expert: str) -> dict[str, nn.Module]:
     return {site: model.bank.sites[site] for site in model.bank.experts[expert].sites}
 
@@ -135,10 +130,6 @@ def own_gates(model: MixtureModel, expert: str) -> Callable[[Batch], Tensor]:
         return own[:, [roles.experts.index(name) if name in roles.experts else -1 for name in names]]
 
     return gates
-
-
-def shared_experts(model: MixtureModel) -> list[str]:
-    return model.routing.roles.named("always")
 
 
 def expert_moments(

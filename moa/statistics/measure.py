@@ -23,7 +23,7 @@ from moa.files.peft import ExpertHeader, read_header
 from moa.model import MixtureModel
 from moa.routing.roles import LEFT_OVER
 from moa.statistics import ANSWER_SHARE
-from moa.statistics.gather import input_sums, num_passes, own_gates, sites_of
+from moa.statistics.gather import groups, input_sums, moment_bytes, own_gates, sites_of
 from moa.statistics.moments import InputSums
 from moa.statistics.stored import write_statistics
 
@@ -83,7 +83,8 @@ class Measurement:
     def num_ticks(self) -> int:
         """An upper bound of the batches that are read."""
         each = math.ceil(self.num_samples / self.batch_size)
-        return sum(each * num_passes(sites_of(self.model, name)) for name in self.config.experts)
+        passes = (groups(moment_bytes(sites_of(self.model, name))) for name in self.config.experts)
+        return sum(each for own in passes for _ in own)
 
 
 def own_samples(

@@ -6,13 +6,13 @@ in turn: its samples, and so its gradient, are the same for any number of proces
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from data.batch import Batch
 from data.checks import BadSampleError
@@ -77,9 +77,8 @@ def training_loader(
     """The micro-batches of each step in turn, from position `start` on."""
     starts = range(start, start + num_steps * layout.batch_size, layout.batch_size)
     # a step takes all its micro-batches at once: while it runs, the next step's are made
-    positions = Positions(layout, starts, process)
-    loader = make_loader(mixture, collator, positions, num_workers, ahead=layout.accumulation)
-    micro_batches = iter(loader)
+    positions = (part for first in starts for part in layout.positions(first, process))
+    micro_batches = iter(make_loader(mixture, collator, positions, num_workers, ahead=layout.accumulation))
     for _ in starts:
         try:
             step = [next(micro_batches) for _ in range(layout.accumulation)]
@@ -89,22 +88,6 @@ def training_loader(
                 raise
             raise TrainingError(DIED.format(error)) from error
         yield step
-
-
-@dataclass(frozen=True)
-class Positions:
-    """One process's micro-batches of the steps that begin at `starts`, without listing them all."""
-
-    layout: Layout
-    starts: range
-    process: int
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in self.starts:
-            yield from self.layout.positions(start, self.process)
-
-    def __len__(self) -> int:
-        return len(self.starts) * self.layout.accumulation
 
 
 def make_loader(dataset: Any, collator: Collator, sampler: Any, num_workers: int, ahead: int = 1) -> DataLoader:
@@ -128,17 +111,15 @@ def dead_worker(error: Exception) -> str | None:
     return DIED.format(found[1].strip(" .")) if found else None
 
 
-class Rows(Dataset):
-    """Chosen rows of one source; a bad one as the error that it raised."""
+@dataclass(frozen=True)
+class Rows:
+    """One source; a bad sample as the error that it raised."""
 
-    def __init__(self, source: Source, name: str, indices: Sequence[int]):
-        self.source, self.name, self.indices = source, name, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
+    source: Source
+    name: str
 
     def __getitem__(self, index: int) -> Sample | BadSampleError:
-        return read_sample(self.source, self.indices[index], self.name)
+        return read_sample(self.source, index, self.name)
 
 
 def source_loader(
@@ -152,6 +133,6 @@ def source_loader(
     num_workers: int = 0,
 ) -> Iterator[Collated]:
     """One process's share of all samples of a source, in order."""
-    rows = Rows(source, name, range(process, len(source), num_processes))
-    batches = [list(range(first, min(first + batch_size, len(rows)))) for first in range(0, len(rows), batch_size)]
-    yield from make_loader(rows, collator, batches, num_workers)
+    rows = range(process, len(source), num_processes)
+    batches = [list(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
+    yield from make_loader(Rows(source, name), collator, batches, num_workers)

@@ -254,10 +254,8 @@ class Run:
         if not self.config.train.statistics:
             return
         last, best = (pointed(self.folder, name) for name in ("last", "best"))
-        chosen: dict[str, Any] = {
-            "num_samples": self.config.train.statistics,
-            "batch_size": self.config.eval.batch_size,
-        }
+        chosen: dict[str, Any] = {"num_samples": self.config.train.statistics}
+        chosen["batch_size"] = self.config.eval.batch_size
         measurement = Measurement(model=self.model, config=self.config, mixture=self.mixture, **chosen)
         with self.accelerator.autocast():
             main = self.accelerator.is_main_process

@@ -14,7 +14,6 @@ def test_alone_map_is_a_loop_and_the_main_value_ones_own():
         assert alone.size == 1 and alone.is_main
         assert alone.map(str, [3, 1, 2]) == ["3", "1", "2"]
         assert alone.from_main(lambda: 7) == 7
-        assert alone.shares_of([3, 1, 2]) == [[3, 1, 2]]
 
 
 def test_alone_an_error_is_the_jobs_own():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moa.statistics.gather import expert_moments, input_sums, own_gates, shared_experts, sites_of
+from moa.statistics.gather import expert_moments, input_sums, own_gates, sites_of
 from moa.statistics.measure import served
 from moa.statistics.moments import EXACT_EIGEN, InputSums, leading_directions, null_space_rows, own_directions
 from tests.test_model import batch_of, make_model
@@ -128,7 +128,7 @@ def test_a_shared_expert_is_on_with_each_of_the_others_and_gets_the_samples_of_a
     assert own_gates(shared, "elsewhere")(batch).tolist() == [[0, 0, 0]] * 4
     both = {"vqa", "caption"}
     assert served(shared) == {"vqa": {"vqa"}, "caption": both, "grounding": {"vqa", "grounding"}, None: {"vqa"}}
-    assert shared_experts(shared) == ["vqa"]
+    assert shared.routing.roles.named("always") == ["vqa"]
 
 
 @pytest.mark.slow

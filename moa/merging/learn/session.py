@@ -26,7 +26,7 @@ from moa.merging.merge import Merged, MergedSite, cached_merge, merge
 from moa.merging.methods.table import find_method
 from moa.merging.weights import Weights, weight_table
 from moa.model import MixtureModel
-from moa.statistics.gather import own_gates, shared_experts
+from moa.statistics.gather import own_gates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Session:
     @cached_property
     def shared(self) -> list[str]:
         """The experts that are always on: they are not merged, but added at weight 1."""
-        return shared_experts(self.model)
+        return self.model.routing.roles.named("always")
 
     @property
     def own_batches(self) -> dict[str, list[Batch]]:
