@@ -295,7 +295,7 @@ def run_jobs(
 
 def run_job(job: Job, settings: BoardsSettings) -> int:
     """The exit status of one job in a process of its own, which prints why it failed."""
-    keys = ("out", "num_samples", "steps", "overrides")
+    keys = ("out", "results", "num_samples", "steps", "overrides")
     cell = [job.what, job.cell.board, job.cell.row, str(job.cell.seed)]
     given = {key: getattr(settings, key) for key in keys} | {"cell": cell}
     arguments = [f"{key}={json.dumps(value)}" for key, value in given.items()]

@@ -4,10 +4,12 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from moa.cli.settings import load
 from moa.config import load_config
 from scripts.demo import boards
 from scripts.demo.board import plan as planning
@@ -104,6 +106,17 @@ def test_a_dry_run_writes_no_published_results():
     for given in ("steps=0.5", "num_samples=4", "overrides=[train.batch_size=8]"):
         with pytest.raises(SystemExit):
             boards.main(["board=together", given, "dry=true"])
+
+
+def test_a_job_is_asked_with_the_settings_of_a_dry_run(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(
+        boards.subprocess, "run", lambda given, **_: commands.append(given) or SimpleNamespace(returncode=0)
+    )
+    settings = boards.BoardsSettings(steps=0.5, num_samples=4, overrides=["train.batch_size=2"], results=str(tmp_path))
+    boards.run_job(boards.Job("row", Cell("together", "lora", 3)), settings)
+    asked_again = load(boards.BoardsSettings, None, commands[0][3:])
+    assert asked_again == replace(settings, cell=["row", "together", "lora", "3"])
 
 
 def test_results_that_were_cut_off_are_named(tmp_path):
