@@ -215,6 +215,27 @@ def draw_mean(axes: Axes, name: str, rows: Mapping[str, Any], reference: str, in
     axes.grid(axis="x")
 
 
+def scale_chart(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Of each base, what rows keep of one LoRA on mixed data and of the routed mixture, by number of skills."""
+    bases, measures = record["scale"], {"of_mixed": "one LoRA on mixed data", "of_routed": "the routed mixture"}
+    note = "share of the score, per cent, by number of skills; 95 % intervals"
+    with page(path, 1.2 + 4.2 * len(bases), 6.6, record["title"], note) as figure:
+        panels = figure.subplots(2, len(bases), sharex=True, sharey="row", squeeze=False)
+        for (measure, about), line in zip(measures.items(), panels, strict=True):
+            for (size, rows), axes in zip(bases.items(), line, strict=True):
+                for number, (row, cells) in enumerate(rows.items()):
+                    own = {int(count): cell[measure] for count, cell in cells.items() if measure in cell}
+                    values = [interval["difference"] for interval in own.values()]
+                    ends = [interval["high"] - interval["difference"] for interval in own.values()]
+                    axes.errorbar([*own], values, ends, color=color(number), marker="o", markersize=3, label=row)
+                counts = sorted({int(count) for cells in rows.values() for count in cells})
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(counts, [str(count) for count in counts])
+                axes.set_title(f"of {about} ({size} base)")
+                axes.grid(axis="y")
+        figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+
+
 def client_heat_map(path: str | Path, record: Mapping[str, Any]) -> None:
     """Scores of the global model and of each client's on every data set; a client's own have a frame."""
     rows, columns = record["rows"], record["data_sets"]

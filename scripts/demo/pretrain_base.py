@@ -23,6 +23,7 @@ from rich.console import Console
 
 from moa.cli.command import command
 from moa.cli.ranges import Count, FilePath, NotNegative, Seed, Share
+from moa.cli.settings import check
 from moa.files.atomic import atomic_folder, write_file
 
 
@@ -42,16 +43,22 @@ class Settings:
     read_share: Share = 0.35  # of rows with the word of a sign
     mixture: dict[str, float] = field(default_factory=dict)  # task -> weight, over MIXTURE
     start: FilePath | None = None  # base to continue from, with its tower as it is
+    layers: Count | None = None  # so many of the language model's in `start`, the first ones; null: all
+
+    def __post_init__(self) -> None:
+        check(self.layers is None or self.start is not None, "layers", "are of start, which is null")
 
 
 def first_model(args: Settings) -> tuple[Any, Any]:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    from scripts.demo.base.model import build_model, build_processor, build_tokenizer
+    from scripts.demo.base.model import build_model, build_processor, build_tokenizer, cut_layers
     from scripts.demo.base.questions import corpus
 
     if args.start:
         model: Any = LlavaForConditionalGeneration.from_pretrained(args.start, dtype="float32")
+        if args.layers is not None:
+            cut_layers(model, args.layers)
         return model.to(args.device), AutoProcessor.from_pretrained(args.start)
     tokenizer = build_tokenizer(corpus(args.seed))
     model = build_model(tokenizer)
@@ -86,7 +93,7 @@ def run(args: Settings, console: Console) -> None:
     words = read_words(world, Path(args.ocr))
     print(f"{len(words)} scenes, {sum(w is not None for w in words)} read", flush=True)
     answer_questions(model, Packer(tokenizer), world, words, features, args)
-    names = ("tower_steps", "steps", "questions", "align", "point", "read_share", "start", "bf16")
+    names = ("tower_steps", "steps", "questions", "align", "point", "read_share", "start", "layers", "bf16")
     card |= {name: getattr(args, name) for name in names}
     card |= {"mixture": MIXTURE, "minutes": round((time.time() - began) / 60, 1)}
     with atomic_folder(args.out) as folder:

@@ -66,7 +66,7 @@ def test_every_row_of_a_board_is_a_run_that_can_be_trained_or_comes_from_one(nam
         elif row.trains:
             load_config([*board.config, *row.config], [*row.settings.items()])
         else:
-            assert needed(cell), row.name
+            assert needed(cell) or not row.scored, row.name
         assert not (row.trains and board.tune) or rates_of(cell), f"{row.name} has no rate to tune"
 
 
@@ -308,6 +308,61 @@ def test_a_federations_costs_are_what_it_sent_forgot_and_the_round_that_was_enou
         "vqa": 50.0, "caption": 50.0, "count": 50.0,
     }  # fmt: skip
     assert read_kept(results, "tiny").has(federated, Cell("tiny", "mean@apart", 0))
+
+
+SCALE = """
+title: Tiny
+file: tiny
+config: [configs/demo.yaml]
+reference: mixed
+means: {}
+scale: {bases: {one: assets/demo_base, two: "{made:other}"}, counts: [1, 2], steps: 3}
+columns:
+  vqa: {split: test, task: vqa, num_samples: 2}
+  caption: {split: test, task: caption, num_samples: 2}
+rows:
+  other: {scored: false, command: "scripts.cut out={out}"}
+  base: {each: base, about: the base, of: "mixed-1-{size}", gates: "off"}
+  expert:
+    each: skill
+    scored: false
+    settings: &settings
+      model.name: "{base}"
+      experts: {"{part}": {rank: 2}}
+      router: {kind: fixed}
+      data.sources: "{train}"
+      data.validation: "{validation}"
+      stages: {experts: {steps: "{steps}"}}
+  mixed: {each: count, about: all, settings: {<<: *settings, experts: {lora: {rank: 2}}, data.expert: lora}}
+  mean: {each: count, about: the mean, command: "scripts.merge adapters=[{adapters}] out={out}"}
+"""
+
+
+@pytest.mark.slow
+def test_a_row_is_one_for_each_base_and_number_of_skills_and_a_share_of_one_lora(tiny, tmp_path, by_records):
+    (tmp_path / "boards/tiny.yaml").write_text(SCALE)
+    board, (one, two) = read_board("tiny"), (config_of("tiny", f"mixed-2-{size}") for size in ("one", "two"))
+    assert [name for name in board.rows if name.endswith("two")] == [
+        "base-two", "expert-vqa-two", "expert-caption-two", "mixed-1-two", "mixed-2-two", "mean-1-two", "mean-2-two",
+    ]  # fmt: skip
+    assert (one.model.name, two.model.name) == ("assets/demo_base", "{made:other}")
+    assert one.stages["experts"].steps == 6 and [*one.data.sources] == ["vqa", "caption"]
+    source = config_of("tiny", "expert-caption-two").data.sources["caption"]
+    assert (source.split, source.expert, source.num_samples) == ("train", "caption", 400)
+    experts = [Cell("tiny", f"expert-{skill}-two", 0) for skill in ("vqa", "caption")]
+    assert needed(Cell("tiny", "mean-2-two", 0)) == experts and needed(experts[0]) == [Cell("tiny", "other", 0)]
+    assert board.beside("mean-2-two") == "mixed-2-two" and board.means["first 2"] == ["vqa", "caption"]
+    for row, vqa, caption in (("base", 0.2, 0.2), ("mixed-2", 0.9, 0.7), ("mean-2", 0.5, 0.5)):
+        write_scores(tiny, f"{row}-one", 0, {"vqa": [vqa, vqa], "caption": [caption, caption]})
+    table = write_board(tiny, "tiny", [0], tmp_path / "results")
+    for cell in ("**62.5** [62.5, 62.5]", "**50.0** [50.0, 50.0]"):  # of 80, and of 80 - 20
+        assert f"| one | `mean` the mean |  | {cell} |" in table
+    assert "| one | `base` the base | **20.0** [20.0, 20.0] | **20.0** [20.0, 20.0] |" in table
+    assert table.count("**") == 2 * (3 + 3 + 4) and (tmp_path / "results/tiny.png").stat().st_size > 5000
+    (tmp_path / "boards/tiny.yaml").write_text(TINY.replace("  lora:", "  lora:\n    each: count"))
+    read_board.cache_clear()
+    with pytest.raises(ValueError, match="rows.lora.each: has no effect without scale"):
+        read_board("tiny")
 
 
 SEQUENCE = TINY.replace("reference:", "arrivals: [caption, vqa]\nreference:").replace(

@@ -10,7 +10,9 @@ from peft import PeftModel
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
+from scripts.demo.base.model import cut_layers
 from tests import ROOT
+from tests.support.tiny import tiny_llava
 
 BASE = ROOT / "assets" / "demo_base"
 EVAL_SOURCES = ("vqa", "line", "caption", "grounding", "ocr_vqa", "count", "yes_no")
@@ -35,6 +37,17 @@ def test_the_base_is_small_enough_to_lie_in_the_repository():
     model = AutoModelForImageTextToText.from_pretrained(BASE)
     assert sum(p.numel() for p in model.parameters()) <= 8e6
     assert (BASE / "model.safetensors").stat().st_size <= 16 * 2**20
+
+
+def test_a_base_without_its_later_layers_is_stored_and_loaded_as_one(tmp_path):
+    whole, _ = tiny_llava(num_layers=3)
+    first = {key: value for key, value in whole.state_dict().items() if ".language_model.layers.2." not in key}
+    cut_layers(whole, 2)
+    whole.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert loaded.config.text_config.num_hidden_layers == 2
+    assert loaded.state_dict().keys() == first.keys()
+    assert all(value.equal(first[key]) for key, value in loaded.state_dict().items())
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def answer_questions(model: Any, packer: Packer, world: World, words: list[str |
         aligned = alignment_loss(model, images, names[world.labels[chosen].to(args.device)])
         looks = [
             pointing_loss(
-                out.attentions[layer][:, :POINTING_HEADS, prefix:, :prefix].float(),
+                out.attentions[min(layer, len(out.attentions) - 1)][:, :POINTING_HEADS, prefix:, :prefix].float(),
                 pad(rows, tokens, -1, torch.long).to(args.device),
                 world.labels[chosen].to(args.device),
             )

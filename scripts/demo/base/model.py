@@ -59,6 +59,13 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     )  # fmt: skip
 
 
+def cut_layers(model: Any, count: int) -> None:
+    """Leave the first layers of the language model alone; they need training before they answer."""
+    language = model.model.language_model
+    language.layers = language.layers[:count]
+    language.config.num_hidden_layers = model.config.text_config.num_hidden_layers = count
+
+
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(
         hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,

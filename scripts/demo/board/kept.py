@@ -15,7 +15,8 @@ from moa.cli.strict_yaml import read_yaml
 from moa.evaluation.fingerprints import digest
 from moa.files.atomic import write_json
 from scripts.demo.board.plan import Cell, Plan, load_run, needed, read_board, results_file
-from scripts.demo.board.scoring import given, read_scores
+from scripts.demo.board.scale import given
+from scripts.demo.board.scoring import read_scores
 from scripts.demo.board.training import NOT_TRAINED_BY, is_tuned, tune_file, tuning_runs
 
 ANSWERS = ("of", "at", "gates", "withhold_task", "command", "settings", "tune_as")  # of a row, beside its files

@@ -2,7 +2,8 @@
 
 configs/boards/NAME.yaml lists the rows. A row is a training run (`config`, `settings`), or the weights of another row
 (`of`) answering in another way (`gates`, `at`, `withhold_task`), or what a command makes of other rows (`command`).
-With `partitions` each row is a federation for each of them, ROW@PARTITION (scripts/demo/board/federated.py). In
+With `partitions` each row is a federation for each of them, ROW@PARTITION (scripts/demo/board/federated.py). With
+`scale` a row that has `each` is one for each base and number of skills (or skill), ROW-NUMBER-BASE (scale.py). In
 `settings` and `command` stand for folders of the same seed:
 
     {run:ROW}   {step:ROW}   {expert:ROW:NAME}   a run, its last checkpoint, the PEFT folder of an expert in it
@@ -16,6 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from moa.cli.ranges import Count, FilePath, Positive, Seed, ShareAboveZero
 from moa.cli.settings import Override, check, load
 from moa.config import RunConfig
 from moa.federated.config import FederateConfig
+from scripts.demo.board.scale import ScaleConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 BOARDS = ROOT / "configs/boards"
@@ -35,6 +38,7 @@ MADE = "made"  # what a command writes, in its row's folder
 VIEWS = ("personal", "worst_client", "unseen_task", "unseen_client", "kept")
 FACTS = (SENT := "facts/megabytes", BY_ROUND := "facts/by_round")
 BASE, CENTRAL = "base", "central"  # rows of such a board that others are measured by
+MIXED, ROUTED = "mixed", "routed"  # the same, of a board with `scale`
 PLACE = re.compile(r"\{(run|step|made|expert):([\w/-]+)(?::([\w-]+))?\}")
 
 
@@ -57,6 +61,8 @@ class RowConfig:
     # steps after which it is scored too, one for each of the board's `arrivals`
     arrivals: list[Count] | None = None
     pooled: bool = False  # of a board with `partitions`: one client has the data of all, so it trains once
+    # of a board with `scale`: a row for each base, and for each skill, or each number of skills; null: one
+    each: Literal["base", "skill", "count"] | None = None
 
     @property
     def trains(self) -> bool:
@@ -113,6 +119,7 @@ class BoardConfig:
     means: dict[str, list[str]]  # of columns, by name; the first is what rows are ordered by
     reference: str  # the row that others are compared with, and whose size is the measure
     tune: TuneConfig | None = None
+    scale: ScaleConfig | None = None
     arrivals: list[str] = field(default_factory=list)  # columns of the skills that rows learn one after another
     # rows that are a file of configs/presets over `config`, and whether one LoRA can hold each: exact, approximate or
     # refused; behind a row that is not refused stands ROW@merged, the mean of its experts as one LoRA, at one seed
@@ -121,7 +128,7 @@ class BoardConfig:
     claims: dict[str, ClaimConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = {row.partition("@")[0] for row in self.rows}
+        names = {row.partition("-" if self.scale else "@")[0] for row in self.rows}
         check(self.reference in names, "reference", f"no row {self.reference!r}; choices: {sorted(names)}")
         for name, export in self.presets.items():
             check(export in EXPORTS, f"presets.{name}", f"no {export!r}; choices: {', '.join(EXPORTS)}")
@@ -134,6 +141,7 @@ class BoardConfig:
         unknown = [column for column in self.arrivals if column not in self.columns]
         check(not unknown, "arrivals", f"no column {unknown}; choices: {[*self.columns]}")
         for row in self.rows.values():
+            check(row.each is None or self.scale is not None, f"rows.{row.name}.each", "has no effect without scale")
             fits = row.arrivals is None or len(row.arrivals) == len(self.arrivals)
             check(fits, f"rows.{row.name}.arrivals", f"needs a step for each of {self.arrivals}, got {row.arrivals}")
         unknown = [column for column in self.withhold_task if column not in self.columns]
@@ -171,7 +179,9 @@ class BoardConfig:
         return [*self.columns, *own, *(FACTS if self.partitions else ())]
 
     def beside(self, row: str) -> str:
-        """The reference of a row: that of its partition, if it has one."""
+        """The reference of a row: that of its partition, or of its number of skills and base, if it has one."""
+        if self.scale:
+            return f"{self.reference}-{row.partition('-')[2]}"
         return f"{self.reference}@{row.partition('@')[2]}" if self.partitions else self.reference
 
     def columns_of(self, name: str) -> list[str]:
@@ -309,6 +319,9 @@ def read_board(name: str) -> BoardConfig:
     board, rows = load(BoardConfig, BOARDS / f"{name}.yaml"), dict[str, RowConfig]()
     if board.partitions:
         return replace(board, rows=by_partition(board), means=board.means | board.views)
+    if board.scale:
+        means = {f"first {count}": [*board.columns][:count] for count in board.scale.counts}
+        return replace(board, rows=by_scale(board, board.scale), means=means)
     for row in board.rows.values():
         rows[row.name] = replace(row, settings=board.settings | row.settings) if row.trains else row
         for skill, step in [*zip(board.arrivals, row.arrivals or (), strict=False)][:-1]:
@@ -335,6 +348,26 @@ def by_partition(board: BoardConfig) -> dict[str, RowConfig]:
             else:
                 own["settings"] = board.settings | row.settings | {"federated.partition": recipe}
             rows[own["name"]] = replace(row, **own)
+    return rows
+
+
+def by_scale(board: BoardConfig, scale: ScaleConfig) -> dict[str, RowConfig]:
+    rows, skills = dict[str, RowConfig](), [*board.columns]
+    parts = {
+        "base": {"": skills},
+        "skill": {skill: [skill] for skill in skills},
+        "count": {str(count): skills[:count] for count in scale.counts},
+    }
+    for row in board.rows.values():
+        if row.each is None:
+            rows[row.name] = row
+            continue
+        for size, (part, own) in product(scale.bases, parts[row.each].items()):
+            text = json.dumps({"settings": row.settings, "command": row.command, "of": row.of})
+            for place, filling in (scale.places(board.columns, own, size) | {"{part}": part}).items():
+                text = text.replace(place, filling)
+            name = "-".join(filter(None, (row.name, part, size)))
+            rows[name] = replace(row, name=name, **json.loads(text))
     return rows
 
 

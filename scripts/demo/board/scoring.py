@@ -6,7 +6,7 @@ Rows that answer with the same weights and gates share the file, in whatever boa
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -31,6 +31,7 @@ from moa.model import MixtureModel
 from moa.parts import PARTS
 from moa.sections import EvalConfig
 from scripts.demo.board.plan import MADE, ROOT, Cell, Plan, cell_at, load_run, needed, read_board
+from scripts.demo.board.scale import given
 from scripts.demo.board.training import DONE, config_of
 
 BATCH = 64
@@ -109,11 +110,6 @@ def runs_before(cell: Cell) -> Sequence[Cell]:
     """Everything that a row comes from, the nearest first."""
     found = needed(cell)
     return [*found, *(deeper for other in found for deeper in runs_before(other))]
-
-
-def given(column: SourceConfig) -> dict[str, Any]:
-    """What a column's YAML set: a setting that appears later changes no older file."""
-    return {f.name: getattr(column, f.name) for f in fields(column) if getattr(column, f.name) != f.default}
 
 
 def prompt_of(config: RunConfig) -> list[Any]:

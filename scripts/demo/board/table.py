@@ -17,6 +17,8 @@ from scripts.demo.board.plan import (
     BASE,
     BY_ROUND,
     CENTRAL,
+    MIXED,
+    ROUTED,
     SENT,
     BoardConfig,
     Cell,
@@ -36,6 +38,14 @@ COSTS = ("step_s", "memory_gib")  # of rows that were trained since boards have 
 ABOUT = ("experts", "router", "tokens_per_cpu_second", *COSTS, "commits")
 SAME_SIZE = 0.03  # of the reference's parameters
 ENOUGH = 0.95  # of the central mixture's score
+# Of a board with `scale`: what a score is a share of, and whether both lose the base's score before.
+SHARES = {"of_mixed": (MIXED, False), "of_routed": (ROUTED, False), "of_gain": (MIXED, True)}
+MEASURES = {
+    "of_mixed": "Share of the score of one LoRA on mixed data",
+    "of_routed": "Share of the score of the routed mixture",
+    "of_gain": "Share of what one LoRA on mixed data gains over the base",
+    "score": "Score",
+}
 FEDERATED = (
     "personal: each client's own model on data sets like its own; worst_client: the lowest of these; unseen_task: on\n"
     "the data sets of others; unseen_client: the global model at clients of another deal; kept: clients' models on\n"
@@ -58,7 +68,7 @@ class Scored:
 
 def write_board(plan: Plan, name: str, seeds: Sequence[int], results: Path) -> str:
     """Write JSON, per-question scores, table and picture of what is scored by now; the table."""
-    from moa.analysis.plots import board_chart
+    from moa.analysis.plots import board_chart, scale_chart
 
     board, kept = read_board(name), read_kept(results, name)
     found = read_rows(plan, name, seeds, kept)
@@ -74,7 +84,7 @@ def write_board(plan: Plan, name: str, seeds: Sequence[int], results: Path) -> s
     table = markdown(board, record)
     write_json(results_file(results, name, "json"), record)
     write_file(results_file(results, name, "md"), table)
-    board_chart(results_file(results, name, "png"), record)
+    (scale_chart if board.scale else board_chart)(results_file(results, name, "png"), record)
     write_claims(results)
     return table
 
@@ -152,10 +162,28 @@ def record_of(
         "partitions": [*board.partitions],
         "rows": rows,
         "claims": claims,
+        **({"scale": shares_of(board, found)} if board.scale else {}),
         "arrivals": board.arrivals,
         "forgotten": forgotten,
         "commit": git_commit(),
     }
+
+
+def shares_of(board: BoardConfig, found: Mapping[str, Scored]) -> dict[str, Any]:
+    """base -> row -> number of skills -> measure -> interval, in per cent, of what is there."""
+    shares: dict[str, Any] = {}
+    for name in (name for name in found if board.rows[name].each in ("base", "count")):
+        row, *part, size = name.split("-")
+        for count in part or map(str, board.scale.counts if board.scale else ()):
+            columns, base = [*board.columns][: int(count)], f"{BASE}-{size}"
+            own = {"score": interval_of(found, [(name, None, c) for c in columns])}
+            for measure, (other, gain) in SHARES.items():
+                pairs = [(name, f"{other}-{count}-{size}", c) for c in columns]
+                if pairs[0][1] in found and (not gain or base in found):
+                    own[measure] = interval_of(found, pairs, "ratio", less=base if gain else None)
+            of_both = {key: value for key, value in own.items() if value["n_seeds"]}
+            shares.setdefault(size, {}).setdefault(row, {})[count] = of_both
+    return shares
 
 
 def definition(claim: ClaimConfig) -> str:
@@ -167,16 +195,23 @@ def definition(claim: ClaimConfig) -> str:
 
 
 def interval_of(
-    found: Mapping[str, Scored], pairs: Sequence[tuple[str, str | None, str]], kind: Kind = "difference"
+    found: Mapping[str, Scored],
+    pairs: Sequence[tuple[str, str | None, str]],
+    kind: Kind = "difference",
+    less: str | None = None,
 ) -> dict[str, Any]:
-    """In points or per cent, over the seeds that all rows have; without a second row the first one's own scores."""
-    rows = {row for first, second, _ in pairs for row in (first, second) if row is not None}
+    """In points or per cent, over the seeds that all rows have; without a second row the first one's own scores. Both
+    `less` the scores of a third row."""
+    rows = {row for first, second, _ in pairs for row in (first, second, less) if row is not None}
     seeds = sorted(set.intersection(*(set(found[row].seeds) for row in rows)))
     if not seeds:
         return {"difference": None, "low": None, "high": None, "n_seeds": 0, "n_questions": 0}
     ours = [found[first].at(seeds, column) for first, _, column in pairs]
     theirs = [np.zeros_like(own) if second is None else found[second].at(seeds, column)
               for own, (_, second, column) in zip(ours, pairs, strict=True)]  # fmt: skip
+    if less is not None:
+        ours, theirs = ([own - found[less].at(seeds, c) for own, (*_, c) in zip(side, pairs, strict=True)]
+                        for side in (ours, theirs))  # fmt: skip
     interval = paired_interval(ours, theirs, kind=kind)
     low, high = 100 * interval.low, 100 * interval.high
     counts = {"n_seeds": len(seeds), "n_questions": sum(scores.shape[1] for scores in ours)}
@@ -190,6 +225,8 @@ def over_seeds(values: Sequence[float]) -> dict[str, float | None]:
 
 def markdown(board: BoardConfig, record: Mapping[str, Any]) -> str:
     """Means with intervals, then columns, in per cent; below it the claims and what the marks mean."""
+    if board.scale:
+        return f"# {board.title}\n\n{scale_tables(record, board.scale.counts)}"
     reference = record["reference"]
     tables = [f"## {partition}\n\n{row_table(board, record, partition)}\n" for partition in board.partitions]
     table = "".join(tables) + FEDERATED if tables else row_table(board, record, "")
@@ -206,6 +243,25 @@ def markdown(board: BoardConfig, record: Mapping[str, Any]) -> str:
             "one core.\n"
         )
     return f"# {board.title}\n\n{table}\n{notes}\n{claims}{arrival_tables(board, record)}"
+
+
+def scale_tables(record: Mapping[str, Any], counts: Sequence[int]) -> str:
+    """A table for each measure: bases and rows down, numbers of skills across."""
+    parts = ["Per cent, with 95 % intervals over questions and seeds together, paired; means over the skills.\n"]
+    for measure, about in MEASURES.items():
+        lines = [["base", "row", *(f"{count} skills" for count in counts)], ["---"] * (2 + len(counts))]
+        for size, rows in record["scale"].items():
+            for row, cells in rows.items():
+                own = [cells.get(str(count), {}).get(measure) for count in counts]
+                filled = ["" if i is None else "**{difference:.1f}** [{low:.1f}, {high:.1f}]".format(**i) for i in own]
+                said = next(r["about"] for name, r in record["rows"].items() if name.partition("-")[0] == row)
+                lines.append([size, f"`{row}` {said}", *filled])
+        parts.append(f"## {about}\n\n{grid(lines)}")
+    return "\n".join(parts)
+
+
+def grid(lines: Sequence[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def costs_of(name: str, rows: Mapping[str, Any], reference: str, mean: str) -> list[str]:
@@ -240,7 +296,7 @@ def row_table(board: BoardConfig, record: Mapping[str, Any], partition: str) -> 
             cells += [shown(row["forgotten"]), f"{row['megabytes']:.1f}" if row["megabytes"] else ""]
             cells += ["" if not rounds else "never" if None in rounds else f"{mean(rounds):.1f}"]
         lines.append(cells)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return grid(lines)
 
 
 def facts_of(board: BoardConfig, found: Mapping[str, Scored], row: str) -> dict[str, Any]:
@@ -267,8 +323,7 @@ def arrival_tables(board: BoardConfig, record: Mapping[str, Any]) -> str:
             cells = {c: f"{100 * row['columns'][c]['mean']:.1f}" for c in record["questions"]}
             cells[skill] = f"**{cells[skill]}**"
             lines.append([skill, *cells.values()])
-        grid = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        parts.append(f"\n`{name}` {board.rows[name].about}: forgotten {shown(lost)}\n\n{grid}")
+        parts.append(f"\n`{name}` {board.rows[name].about}: forgotten {shown(lost)}\n\n{grid(lines)}")
     return "".join(parts)
 
 

@@ -98,7 +98,7 @@ def training(plan: Plan, cell: Cell, out: Path, changes: list[Setting], share: f
     raw: dict[str, Any] = reduce(laid_over, map(read_yaml, files))
     asked = {key: value for key, value in raw.items() if key not in NOT_TRAINED_BY}
     given = [(key, value) for key, value in own if key not in NOT_TRAINED_BY]
-    base, start = base_fingerprint(config.model.name), weights_of(plan, cell)
+    base, start = base_fingerprint(plan.filled(config.model.name, cell)), weights_of(plan, cell)
     wanted = digest(json.dumps([asked, given, base, start], default=repr))  # an entry that a layer removes is no JSON
     own += [("out", str(out)), ("eval.every", 0), ("logging.progress", False)]
     own += [("data.ocr_cache", str(plan.ocr_file))] if config.data.ocr_cache else []
