@@ -5,16 +5,18 @@
     python -m scripts.presets run hydralora train.batch_size=16
     python -m scripts.presets run hydralora config=my.yaml  # over a run of your own
     python -m scripts.presets run hydralora --resume        # or --overwrite, as of train.py
+    python -m scripts.presets page                          # writes the table of docs/presets.md, with boards' scores
 
 A file begins with a comment that is YAML: the fields of `Preset` below. Below it are settings of a run, and train.py
 takes it like every file: `accelerate launch train.py --config RUN.yaml --config configs/presets/NAME.yaml`.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -26,10 +28,13 @@ from moa.cli.command import mistakes_in_one_line
 from moa.cli.settings import load
 from moa.cli.strict_yaml import parse_yaml
 from moa.config import RunConfig, load_config
+from moa.files.atomic import write_file
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "presets"
+PAGE, RESULTS = ROOT / "docs" / "presets.md", ROOT / "results"
+HEAD, SCORES = ("preset", "paper", "what it does", "export", "what differs"), ("trained", "kept", "merged")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +85,38 @@ def exportable(config: RunConfig) -> str:
     return "exact per task" if router.evidence == ["task"] else "exact per sample"
 
 
-def row(name: str, config: RunConfig) -> str:
+def read_scores(results: Path = RESULTS) -> dict[str, list[str]]:
+    """The cells of SCORES of each preset, in per cent, that a board has scored; `merged` is trained of its one LoRA."""
+    found = dict[str, list[str]]()
+    for file in (results / "presets.json", results / "presets_clip.json"):
+        rows = json.loads(file.read_text())["rows"] if file.is_file() else {}
+        for name in (name for name in rows if name in names()):
+            one = rows.get(f"{name}@merged", {"means": {}})
+            means = [rows[name]["means"].get("trained"), rows[name]["means"].get("kept"), one["means"].get("trained")]
+            found[name] = [f"{mean['difference']:.1f}" if mean else "" for mean in means]
+    return found
+
+
+def row(name: str, config: RunConfig, scores: Mapping[str, Sequence[str]]) -> str:
     preset = read_preset(name)
     link = f"[`{name}`](../configs/presets/{name}.yaml)"
-    return f"| {link} | {preset.paper} | {preset.does} | {exportable(config)} | {preset.differs} |"
+    own = scores.get(name, [""] * len(SCORES)) if scores else []
+    return line_of([link, preset.paper, preset.does, exportable(config), *own, preset.differs])
+
+
+def line_of(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def page_of(text: str, scores: Mapping[str, Sequence[str]]) -> str:
+    """The page with its table as the presets and the boards' results have it."""
+    lines = text.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("| preset |"))
+    head = [*HEAD[:-1], *(SCORES if scores else ()), HEAD[-1]]
+    rows = [row(name, config_of(name), scores) for name in names()]
+    after = [*takewhile(lambda line: line.startswith("|"), lines[first:])]
+    lines[first : first + len(after)] = [line_of(head), "|" + "---|" * len(head), *rows]
+    return "\n".join(lines) + "\n"
 
 
 def count(config: RunConfig) -> dict[str, int]:
@@ -126,7 +159,7 @@ def run_preset(name: str, console: Console, run: str | None, overrides: Sequence
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["list", "show", "run"])
+    parser.add_argument("action", choices=["list", "show", "run", "page"])
     parser.add_argument("name", nargs="?", help="file in configs/presets, without .yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="config=RUN.yaml, and settings of the run")
     known = parser.add_mutually_exclusive_group()
@@ -141,6 +174,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{args.flags[0]}: has no effect with {args.action}")
         if args.action == "list":
             show_list(console)
+            return
+        if args.action == "page":
+            write_file(PAGE, page_of(PAGE.read_text(encoding="utf-8"), read_scores()))
             return
         if args.name is None:
             raise ValueError(f"{args.action}: name a preset; choices: {', '.join(names())}")

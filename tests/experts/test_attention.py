@@ -1,18 +1,15 @@
-"""Attention of tokens over the experts' answers: against a loop, its gradients, samples by themselves, restarts."""
+"""Attention of tokens over the experts' answers: against a loop, its gradients, samples by themselves."""
 
 import pytest
 import torch
 from torch import nn
 
 from moa.build import build_model
-from moa.checkpoint import load_model
-from moa.parts import PARTS
 from tests.experts.test_adapter import MLP
 from tests.support.families import tiny_family
 from tests.support.tiny import tiny_batch
 from tests.support.toy import toy_config
 from tests.test_model import rows
-from tests.test_train import run_once
 
 LORA = {"vqa": {"rank": 2, "alpha": 4}, "grounding": {"rank": 3, "alpha": 3}}
 ADAPTERS = {
@@ -119,27 +116,6 @@ def test_samples_choose_in_each_bank_by_its_evidence_and_tokens_weigh_the_banks_
     prompt = batch_of(answers=None, left=True)
     cached, uncached = (model.generate(prompt, max_new_tokens=4, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)
-
-
-LATE = {"steps": 1, "lr": {"experts": 0.05, "router": 0.05}}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"experts": ADAPTERS, **ROUTER, "stages": {"experts": {**LATE, "steps": 2}, "router": LATE}},
-        {"experts": BANKS, **TWO_BANKS, **TOP_1, **UNGUIDED, "stages": {"joint": {**LATE, "steps": 2}}},
-    ],
-    ids=["adapters", "banks"],
-)
-def test_a_run_recomputes_activations_and_is_loaded_as_it_was_trained(tmp_path, changes):
-    config = toy_config(tmp_path, train__gradient_checkpointing=True, **changes)
-    run_once(config)
-    fresh, loaded = (PARTS["router"].state(model) for model in (build_model(config), load_model(config.out)[0]))
-    assert fresh.keys() == loaded.keys() and any("token_key" in key for key in loaded)
-    learned = [key for key in loaded if "token_" in key or "head.3" in key]
-    assert all((loaded[key] != fresh[key]).any() for key in learned)
 
 
 @pytest.mark.slow
