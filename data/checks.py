@@ -16,7 +16,7 @@ from data.sample import MARK, PLACE, OcrWord, Sample
 
 Rule = Literal[
     "unreadable row", "missing image", "broken image", "image outside folder", "image too large",
-    "empty question", "empty answer", "unknown task", "unknown expert", "unknown class",
+    "empty question", "template as question", "empty answer", "unknown task", "unknown expert", "unknown class",
     "box outside image", "box hidden by crop", "box without image", "broken OCR word", "image places", "several images",
     "image token in text", "special token in text", "refused by processor", "too long",
 ]  # fmt: skip

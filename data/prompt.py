@@ -166,6 +166,9 @@ class Prompt(Evidence):
         if sample.more_images and self.one_image:
             detail = f"has {len(sample.images)}, and {self.one_image}"
             return BadSampleError(name_of(sample), "several images", detail)
+        if sample.choices and "{}" in sample.question:
+            detail = f"{sample.question!r} is a CLIP's template; ask by the source's prompt, such as 'what is this?'"
+            return BadSampleError(name_of(sample), "template as question", detail)
         return self._hidden_box(sample)
 
     def _hidden_box(self, sample: Sample) -> BadSampleError | None:

@@ -18,6 +18,7 @@ from moa.benchmarks.scores import Response, Scores, empty_answers, mean
 from moa.metrics import text, vqa
 from moa.metrics.boxes import grounding_scores
 from moa.metrics.captions import caption_scores
+from moa.metrics.retrieval import mean_per_class_accuracy
 
 ScoreFunction = Callable[[Sequence[Response]], Scores]
 Row = Callable[[Response], dict[str, Any]]
@@ -168,6 +169,19 @@ def option_letters(responses: Sequence[Response]) -> Scores:
     )
 
 
+def class_names(responses: Sequence[Response]) -> Scores:
+    """Accuracy of the class that is named, and its mean over classes; another text than a class's name is counted."""
+    hits = [text.exact_match(r.text, r.sample.answers) for r in responses]
+    known = [text.exact_match(r.text, r.sample.choices) or not r.sample.choices for r in responses]
+    unnamed = [i for i, named in enumerate(known) if not named]
+    return Scores(
+        primary="accuracy",
+        values={"accuracy": hits},
+        corpus={"mean_per_class": mean_per_class_accuracy(hits, [r.sample.answers[0] for r in responses])},
+        failures={"no class named": unnamed} if unnamed else {},
+    )
+
+
 def captions(responses: Sequence[Response], *, meteor: bool = False) -> Scores:
     """The primary score is CIDEr-D / 10, clipped to [0, 1]; the raw corpus metrics are beside it."""
     found = caption_scores([r.text for r in responses], [r.sample.answers for r in responses], meteor=meteor)
@@ -223,7 +237,7 @@ OFFICIAL = mean_of("vqa_official", rule="vqaEval.py: normalised only where the t
 DIRECT = mean_of("direct_answer", rule="eval_predictions.py: equal as written, three matches are full marks")
 RELAXED = mean_of("relaxed_accuracy", rule="pix2struct's relaxed_correctness: years too may be 5 % off")
 
-TASKS = ("vqa", "caption", "grounding", "ocr_vqa", "count", "yes_no")
+TASKS = ("vqa", "caption", "grounding", "ocr_vqa", "count", "yes_no", "classification")
 BENCHMARKS: dict[str, Benchmark] = {
     "vqa": Benchmark(score=own_vqa),
     "caption": Benchmark(score=captions),
@@ -231,6 +245,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "ocr_vqa": Benchmark(score=mean_of("exact_match", "ANLS")),
     "count": EXACT,
     "yes_no": EXACT,
+    "classification": Benchmark(score=class_names),
     "vqav2": short(OFFICIAL, submission=row("question_id"), **TEN),
     "okvqa": short(OFFICIAL, submission=row("question_id"), **TEN),
     "aokvqa": short(DIRECT, **TEN),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from PIL import Image
 
@@ -45,6 +47,17 @@ def test_ocr_vqa_gives_part_of_the_credit_by_anls_only():
     scores = BENCHMARKS["ocr_vqa"].score([prediction("STATIO", ["station"]), prediction("", ["exit"])])
     assert dict(scores) == {"exact_match": 0.0, "ANLS": pytest.approx(3 / 7)}
     assert scores.failures == {"empty answer": [1]}
+
+
+def test_classes_are_scored_by_their_names_and_other_texts_are_counted():
+    found = [
+        prediction(said, [name]) for said, name in (("Cat.", "cat"), ("dog", "cat"), ("cat", "dog"), ("a fox", "dog"))
+    ]
+    known = [replace(r, sample=replace(r.sample, choices=("cat", "dog"))) for r in [*found, prediction("cat", ["cat"])]]
+    scores = BENCHMARKS["classification"].score(known)
+    assert dict(scores) == {"accuracy": 0.4, "mean_per_class": pytest.approx((2 / 3 + 0) / 2)}
+    assert scores.failures == {"no class named": [3]}
+    assert BENCHMARKS["classification"].score(found).failures == {}
 
 
 def test_captions_report_cider_in_its_own_unit_and_as_a_share():

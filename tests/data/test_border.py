@@ -1,13 +1,17 @@
 """The frame of words around an image: what is in it, and where boxes go."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from data.border import border_of, bordered, draw_border, words_in_a_row
+from data.border import border_of, bordered, draw_border, number_on_colour, words_in_a_row
 from data.boxes import CODECS
 from data.collate import ChatCollator
-from data.config import PromptConfig
+from data.config import PromptConfig, SourceConfig
+from data.prompt import Prompt
+from data.readers.table import open_records
 from data.sample import OcrWord, Sample
 from tests.support.tiny import random_image, tiny_processor
 
@@ -66,3 +70,20 @@ def test_a_batch_has_the_frame_in_pixels_words_boxes_and_targets():
     assert framed.target(sample) != plain.target(sample)
     found = codec.decode(framed.target(sample), framed.geometry(sample))
     assert found == pytest.approx(sample.boxes[0], abs=0.03 * max(frame))
+
+
+def test_classes_are_asked_for_as_a_task_with_a_number_of_its_own_and_not_by_a_template(tmp_path):
+    for number, name in enumerate(("cat", "red fox")):
+        (tmp_path / name).mkdir()
+        random_image(number).save(tmp_path / name / "1.png")
+    plain = SourceConfig(format="image_folder", path=str(tmp_path))
+    asked = [*open_records(replace(plain, prompt="what is this?"), None, None)]
+    tasks = ["vqa", "classification", "grounding"]
+    prompt = Prompt(processor=tiny_processor(), tasks=tasks, experts=[], settings=PromptConfig(border=0.2))
+    assert [prompt.error_of(sample) for sample in asked] == [None, None]
+    assert [prompt.prompt(sample) for sample in asked] == ["[classification] what is this?"] * 2
+    assert [prompt.target(sample) for sample in asked] == ["cat", "red fox"]
+    side = border_of(asked[0].size, 0.2)
+    assert np.array_equal(np.asarray(prompt.images(asked[0])[0])[:side, :side], number_on_colour(1, side))
+    error = str(prompt.error_of(open_records(plain, None, None)[0]))
+    assert "template as question: 'a photo of a {}' is a CLIP's template; ask by the source's prompt" in error
