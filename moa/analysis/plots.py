@@ -275,6 +275,21 @@ def robustness_chart(path: str | Path, record: Mapping[str, Any]) -> None:
                 label_ends(axes, [(rows[-1]["scores"][source], source, MUTED) for source in record["data_sets"]])
 
 
+def mixing_chart(path: str | Path, record: Mapping[str, Any]) -> None:
+    """What each pair of experts loses at half the gate each, over the share of signs in which they disagree."""
+    about = "points at half the gate each, over each alone on its own data; 95 % intervals over questions"
+    with page(path, 6.4, 4.2, "Signs and mixing", about) as figure:
+        axes = figure.subplots()
+        for pair in record["pairs"]:
+            x, fall = 100 * pair["sign_disagreement"], pair["fall"]
+            axes.plot([x, x], [fall["low"], fall["high"]], color=PALETTE[0], linewidth=1.6, alpha=0.4)
+            axes.scatter([x], [fall["value"]], color=PALETTE[0], s=26, zorder=3)
+            axes.annotate(f" {', '.join(pair['experts'])}", (x, fall["value"]), fontsize=7.5, va="center")
+        axes.set(xlabel="signs that disagree, per cent (50: by chance)", ylabel="change of the score")
+        axes.axhline(0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+        axes.margins(x=0.2)
+
+
 def read_log(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's log.jsonl, if any, without a last line that a kill cut short; ValueError for others."""
     rows = []

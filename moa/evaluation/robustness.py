@@ -1,10 +1,11 @@
-"""How much a model's scores fall under typos, misread OCR words, noise and blur: the study of scripts.robustness.
+"""How much a model's scores fall under typos, misread OCR words, noise and blur, and where experts are mixed: the study
+of scripts.robustness.
 
 Every strength is scored on the same questions as the clean data set, so that differences are paired, and their
 intervals are those of moa.metrics.intervals.py: over the questions of each data set, for the mean over data sets.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,28 @@ def study(score: Callable[[View | None], Sequence[Result]], names: Sequence[str]
     return record
 
 
+def mixing(
+    score: Callable[[Collection[str], Collection[str]], Sequence[Result]],
+    own: Mapping[str, str],
+    signs: Mapping[tuple[str, str], float],
+) -> dict[str, Any]:
+    """What two experts lose at half the gate each, on the data sets of the two, beside the share of signs in which they
+    disagree, and how the two go together over all pairs (Mixture of Domain Adapters, ACL 2024).
+
+    `score` gives the results of experts, all alike, on data sets; `own` has the expert of each data set.
+    """
+    alone, pairs = dict[str, Any](), list[dict[str, Any]]()
+    for expert in dict.fromkeys(own.values()):
+        alone |= columns_of(score([expert], [name for name, other in own.items() if other == expert]))
+    for pair, share in signs.items():
+        if names := [name for name, expert in own.items() if expert in pair]:
+            row = row_of(columns_of(score(pair, names)), {name: alone[name] for name in names})
+            pairs.append({"experts": [*pair], "sign_disagreement": share, "fall": row["fall"]})
+    both = np.array([(pair["sign_disagreement"], pair["fall"]["value"]) for pair in pairs]).reshape(-1, 2)
+    differ = len(both) > 2 and bool((np.ptp(both, 0) > 0).all())
+    return {"pairs": pairs, "correlation": float(np.corrcoef(both.T)[0, 1]) if differ else None}
+
+
 def columns_of(results: Sequence[Result]) -> dict[str, dict[tuple[str, str], float]]:
     """Data set -> the score of each question, by task and id."""
     found = {}
@@ -60,6 +83,18 @@ def row_of(spoilt: dict[str, dict[Any, float]], clean: dict[str, dict[Any, float
 
 def record_of(interval: Interval) -> dict[str, float]:
     return {key: round(getattr(interval, key), 3) for key in ("value", "low", "high")}
+
+
+def mixing_table(record: dict[str, Any]) -> Table:
+    grid, found = plain_table(), record["correlation"]
+    together = "too few pairs to correlate" if found is None else f"correlation {found:.2f}"
+    grid.title = f"two experts at half the gate each, over each alone on its own data sets; {together}"
+    for column in ("experts", "signs that disagree", "fall"):
+        grid.add_column(column, justify="left" if column == "experts" else "right", no_wrap=True)
+    for pair in record["pairs"]:
+        fall = "{value:.1f} [{low:.1f}, {high:.1f}]".format(**pair["fall"])
+        grid.add_row(", ".join(pair["experts"]), f"{pair['sign_disagreement']:.1%}", fall)
+    return grid
 
 
 def table(record: dict[str, Any]) -> Table:
