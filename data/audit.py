@@ -21,7 +21,8 @@ from data.workers import map_in_workers
 
 CHUNK = 500  # rows that a process reports at once
 KEPT = 100  # examples of each rule
-COLUMNS = ("numbers", "ids", "image_ids", "contents")
+# of an image: the number of its row, and hashes of the row's id, of the image's id and of its pixels
+HASHES = np.dtype([(name, np.uint64) for name in ("numbers", "ids", "image_ids", "contents")])
 DUPLICATE = "duplicate id"
 LEAKS = {"image_ids": "image of training, by image id", "contents": "image of training"}
 REASONS = (*get_args(Rule), DUPLICATE, *LEAKS.values())
@@ -35,10 +36,6 @@ class Finding:
     examples: list[str] = field(default_factory=list)
 
 
-def column() -> Any:
-    return field(default_factory=lambda: np.zeros(0, np.uint64))
-
-
 @dataclass(kw_only=True)
 class Audit:
     """What was found in the first `rows` rows of a source; unreadable rows have no hashes."""
@@ -46,20 +43,12 @@ class Audit:
     name: str
     rows: int = 0
     found: dict[str, Finding] = field(default_factory=dict)  # by rule
-    # of the images of readable rows, [images] uint64 each
-    numbers: np.ndarray = column()
-    ids: np.ndarray = column()
-    image_ids: np.ndarray = column()
-    contents: np.ndarray = column()
+    images: np.ndarray = field(default_factory=lambda: np.zeros(0, HASHES))  # of readable rows
 
     def note(self, rule: str, examples: Sequence[str], count: int = 1) -> None:
         known = self.found.setdefault(rule, Finding())
         known.count += count
         known.examples.extend(examples[: KEPT - len(known.examples)])
-
-    @property
-    def num_errors(self) -> int:
-        return sum(finding.count for finding in self.found.values())
 
 
 class LengthCheck:
@@ -107,8 +96,7 @@ def audit_rows(rows: range, source: Source, name: str, collator: Collator) -> Au
         if error is not None:
             audit.note(error.rule, [str(error)])
         readable += [(index, *hashes) for hashes in hashes_of(item)]
-    table = np.array(readable, dtype=np.uint64).reshape(-1, 4).T
-    audit.numbers, audit.ids, audit.image_ids, audit.contents = table
+    audit.images = np.array(readable, HASHES)
     return audit
 
 
@@ -135,30 +123,26 @@ def audit_source(
     workers: int = 1,
     advance: Callable[[int], Any] = lambda rows: None,
 ) -> Audit:
-    """All rows, or the first `limit`, and the ids that come more than once among them.
-
-    `advance` is called with the number of rows that were read since its last call.
-    """
+    """All rows, or the first `limit`, and ids that come more than once; `advance` gets how many rows were read."""
     total = len(source) if limit is None else min(limit, len(source))
     parts = [range(first, min(first + CHUNK, total)) for first in range(0, total, CHUNK)]
-    whole, done = Audit(name=name), list[Audit]()
+    whole, images = Audit(name=name), list[np.ndarray]()
     shared = {"source": source, "name": name, "collator": collator}
     for part in map_in_workers(audit_rows, parts, shared, workers, "fork"):
         whole.rows += part.rows
         for rule, finding in part.found.items():
             whole.note(rule, finding.examples, finding.count)
-        done.append(part)
+        images.append(part.images)
         advance(part.rows)
-    for key in COLUMNS:
-        setattr(whole, key, np.concatenate([getattr(a, key) for a in (whole, *done)]))
+    whole.images = np.concatenate([whole.images, *images])
     find_duplicates(whole)
     return whole
 
 
 def find_duplicates(audit: Audit) -> None:
     """Note the rows whose id an earlier row has; samples are counted from 1, as lines are."""
-    numbers, first = np.unique(audit.numbers, return_index=True)
-    ids = audit.ids[first]
+    numbers, first = np.unique(audit.images["numbers"], return_index=True)
+    ids = audit.images["ids"][first]
     order = np.argsort(ids, kind="stable")
     same = ids[order][1:] == ids[order][:-1]
     pairs = [numbers[order[at : at + 2]] + 1 for at in np.flatnonzero(same)[:KEPT]]
@@ -171,13 +155,12 @@ def find_leaks(training: Sequence[Audit], held_out: Audit) -> None:
     """Note the rows of a data set that is scored whose image is in one that is trained on."""
     for key, rule in LEAKS.items():
         for trained in training:
-            leaked = np.isin(getattr(held_out, key), getattr(trained, key))
+            leaked = held_out.images[np.isin(held_out.images[key], trained.images[key])]
             examples = []
-            rows, first = np.unique(held_out.numbers[leaked], return_index=True)
-            for place in np.flatnonzero(leaked)[first][:KEPT]:
-                other = np.argmax(getattr(trained, key) == getattr(held_out, key)[place])
-                leak = f"source {held_out.name!r}, sample {int(held_out.numbers[place]) + 1}: {rule}"
-                seen = f"sample {int(trained.numbers[other]) + 1} of {trained.name!r}"
-                examples.append(f"{leak}: {seen}")
+            rows, first = np.unique(leaked["numbers"], return_index=True)
+            for image in leaked[first][:KEPT]:
+                other = trained.images[np.argmax(trained.images[key] == image[key])]
+                leak = f"source {held_out.name!r}, sample {int(image['numbers']) + 1}: {rule}"
+                examples.append(f"{leak}: sample {int(other['numbers']) + 1} of {trained.name!r}")
             if examples:
                 held_out.note(rule, examples, len(rows))

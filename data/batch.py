@@ -1,8 +1,7 @@
 """The batch that the collator hands to the model: tensors with masks, and their samples.
 
-Axis words: `batch` samples, `rows` of tokens (a sample each, or several where they are packed), `seq`
-tokens of prompt and answer, `images` images, `text` question tokens, `words` OCR words, `chars`
-token ids of one OCR word.
+Axis words: `batch` samples, `rows` of tokens (a sample each, or several where they are packed), `seq` tokens of prompt
+and answer, `images` images, `text` question tokens, `words` OCR words, `chars` token ids of one OCR word.
 """
 
 from collections.abc import Callable
@@ -19,14 +18,13 @@ from data.sample import Sample
 class Batch:
     """What the backbone reads (first block) and what only the router sees (second block).
 
-    `labels` are -100 where nothing is supervised, and None for generation. `pixel_values` are as the
-    processor gives them, [images, 3, height, width] for LLaVA-1.5, and `image_inputs` what it gives
-    beside them (image_sizes, image_grid_thw ...). `image_index` names the sample of each image; it
-    is empty where the only image is a blank one that is in no prompt, which keeps the tower
-    at work on every rank. `segments` names the sample of each token where rows are packed (-1 at
-    padding); then samples are numbered in the order in which they stand. `text_ids` is the question
-    alone: no OCR words, no task prefix, no answer. `ocr_boxes` are x0 y0 x1 y1 in 0..1 of the
-    image. `task_ids` is -1 where there is no task or it is withheld, `UNKNOWN_TASK` where it is none of the run's;
+    `labels` are -100 where nothing is supervised, and None for generation. `pixel_values` are as the processor gives
+    them, [images, 3, height, width] for LLaVA-1.5, and `image_inputs` what it gives beside them (image_sizes,
+    image_grid_thw ...). `image_index` names the sample of each image; it is empty where the only image is a blank one
+    that is in no prompt, which keeps the tower at work on every rank. `segments` names the sample of each token where
+    rows are packed (-1 at padding); then samples are numbered in the order in which they stand. `text_ids` is the
+    question alone: no OCR words, no task prefix, no answer. `ocr_boxes` are x0 y0 x1 y1 in 0..1 of the image.
+    `task_ids` is -1 where there is no task or it is withheld, `UNKNOWN_TASK` where it is none of the run's;
     `expert_ids` is -1 where it is unknown. Masks are True where there is something; a sample without OCR evidence has
     an all-False `ocr_mask`.
     """

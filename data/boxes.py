@@ -29,9 +29,8 @@ def check_box(box: Box, width: int, height: int) -> None:
 class BoxCodec:
     """One convention. A coordinate is written as a whole number of steps, the nearest one.
 
-    `units` are the numbers along a side of the frame, None for its pixels; with `decimals` the step
-    is a tenth, a hundredth ... of a unit. A box thinner than a step is written one step wide, so
-    that every target can be read back.
+    `units` are the numbers along a side of the frame, None for its pixels; with `decimals` the step is a tenth, a
+    hundredth ... of a unit. A box thinner than a step is written one step wide, so that every target can be read back.
     """
 
     box: str  # one box; {} stands for a number
@@ -52,18 +51,12 @@ class BoxCodec:
         return (side if self.units is None else self.units) * 10**self.decimals
 
     def encode(self, boxes: Sequence[Box], geometry: Geometry) -> str:
-        """Boxes of the original image as text.
-
-        Raises ValueError for a box outside its image, or of which the frame shows nothing.
-        """
+        """Boxes of the original image as text; ValueError for one outside it, or that the frame does not show."""
         texts = [self.box.format(*self._numbers(box, geometry)) for box in boxes]
         return self.around.format(self.joiner.join(texts))
 
     def decode(self, text: str, geometry: Geometry) -> Box | None:
-        """The first box in a text, in pixels of the original image, cut at what the frame shows.
-
-        None where there is no box, where nothing of it is in the frame, or where it has no area.
-        """
+        """The first box in a text, in original pixels, cut at what the frame shows; None without one of any area."""
         found = re.search(self.pattern.replace("N", NUMBER), text)
         if found is None:
             return None
@@ -102,10 +95,7 @@ def whole_steps(low: float, high: float, last: int) -> tuple[int, int]:
 
 
 def location_tokens(num_bins: int) -> BoxCodec:
-    """Tokens `<loc0000>` in the order y0 x0 y1 x1 (PaliGemma, arXiv 2407.07726, 3.2.2).
-
-    Bin k stands for k / (num_bins - 1) of the side, so that both edges are exact.
-    """
+    """`<loc0000>` for y0 x0 y1 x1, bin k at k / (num_bins - 1) of the side (PaliGemma, arXiv 2407.07726, 3.2.2)."""
     return BoxCodec(
         box="<loc{}>" * 4, pattern=r"\s*".join([r"<loc(\d{4})>"] * 4), joiner="; ",
         units=num_bins - 1, y_first=True, tokens=True,

@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, zip_longest
+from itertools import chain, takewhile, zip_longest
 from typing import Any
 
 from data.sample import PLACE
@@ -81,13 +81,11 @@ class ChatEncoder:
     stops: Collection[int] = ()
 
     def encode(self, chats: list[Chat], images: Sequence[Sequence[Any]], *, prompts: bool) -> dict[str, Any]:
-        """Token ids and assistant masks as lists of unequal length, and the images of each chat.
-
-        `prompts`: up to the first answer, without masks.
-        """
+        """Ids and assistant masks as lists of unequal length, and images; `prompts`: up to the answer, no masks."""
         chats = [self._in_place(chat) for chat in chats]
         if prompts:
-            return self._encode_prompts([self._prompt(opening_of(c)) for c in chats], images)
+            openings = [[*takewhile(lambda m: m["role"] != "assistant", chat)] for chat in chats]
+            return self._encode_prompts([*map(self._prompt, openings)], images)
         dialogues = [self.dialogue(chat) for chat in chats]
         if any(self._image_token in asked for d in dialogues for asked, _ in d.exchanges[1:]):
             encoded, dialogues = self._encode_dialogues(dialogues, images)
@@ -111,10 +109,7 @@ class ChatEncoder:
     def _encode_dialogues(
         self, dialogues: list[Dialogue], images: Sequence[Sequence[Any]]
     ) -> tuple[dict[str, Any], list[Dialogue]]:
-        """The same of dialogues with images behind the first answer, and the dialogues with all tokens of the images.
-
-        The processor writes these tokens into the texts between answers, which are joined for it.
-        """
+        """The same with images behind the first answer, whose tokens the processor writes into the texts between."""
         written = Written(self.processor.tokenizer)
         processor = copy(self.processor)
         processor.tokenizer = written
@@ -167,10 +162,7 @@ class ChatEncoder:
         return ids, mask
 
     def _ids(self, before: str, text: str) -> list[int]:
-        """The ids of a text behind another one.
-
-        Alone it may get other ones: tokenizers of Llama's kind write a blank before every text.
-        """
+        """The ids of a text behind another; alone, tokenizers of Llama's kind write a blank before every text."""
         tokenizer = self.processor.tokenizer
         if self.processor.chat_template is None:  # the processor puts a line break between the two
             return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -200,8 +192,8 @@ class ChatEncoder:
             mark = marked_from(marks, start)
             if mark is None:
                 continue  # as the template says
-            history = chat[: place_of(chat, number)]
-            prompt, gap = self._parted(whole[:start], whole[:done], history, mark)
+            place = [i for i, message in enumerate(chat) if message["role"] == "assistant"][number]
+            prompt, gap = self._parted(whole[:start], whole[:done], chat[:place], mark)
             exchanges.append((prompt[done:], gap + answer))
             done = stop + len(tail) if around[number + 1].startswith(tail) else stop
         if not exchanges:
@@ -295,16 +287,6 @@ def with_tokens(message: dict[str, Any], token: str) -> dict[str, Any]:
     start = next(i for i, part in enumerate(content) if part["type"] == "text")
     text = "".join(part.get("text", token) for part in content[start:])
     return {**message, "content": [*content[:start], {"type": "text", "text": text}]}
-
-
-def opening_of(chat: Chat) -> Chat:
-    """The messages before the first answer."""
-    return chat[: place_of(chat, 0)] if any(m["role"] == "assistant" for m in chat) else chat
-
-
-def place_of(chat: Chat, number: int) -> int:
-    """The place of an answer among the messages."""
-    return [i for i, message in enumerate(chat) if message["role"] == "assistant"][number]
 
 
 def marked_from(marks: Sequence[tuple[int, int]] | None, start: int) -> int | None:

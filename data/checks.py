@@ -66,10 +66,7 @@ def check_sample(
     needs_answer: bool = True,
     where: str | None = None,
 ) -> None:
-    """Raise BadSampleError for the first rule that the sample breaks.
-
-    `tasks` and `experts` are the known names; None allows every name.
-    """
+    """BadSampleError for the first rule that the sample breaks; `tasks` and `experts` are known names, None: all."""
     where = where or name_of(sample)
     if not has_words(sample.question):
         raise BadSampleError(where, "empty question")

@@ -8,9 +8,11 @@ longer than `max_length` is a bad sample like any other.
 """
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,6 @@ from torch.nn.utils.rnn import pad_sequence
 from data.batch import Batch
 from data.chat import ChatEncoder, check_parts, images_of
 from data.checks import BadSampleError, RefusedError, name_of, refusals
-from data.pack import fill_rows, joined, pad
 from data.prompt import Evidence, Prompt
 from data.sample import PLACE, Sample
 
@@ -60,10 +61,7 @@ class Collator(Evidence, ABC):
         return batch
 
     def split(self, items: Sequence[Sample | BadSampleError]) -> tuple[Any, list[BadSampleError]]:
-        """The batch of the good samples (None if there is none) and an error for each bad one.
-
-        Readers' errors may be among the samples; they are passed on.
-        """
+        """The batch of the good samples (None without any), and an error for each bad one, readers' among them."""
         good: list[Sample] = []
         rejected: list[BadSampleError] = []
         for item in items:
@@ -175,10 +173,7 @@ class ChatCollator(Prompt, Collator):
 
 
 def evidence_of(collator: Evidence, samples: list[Sample]) -> dict[str, Any]:
-    """The router's fields of a batch: tasks, experts, and OCR words.
-
-    Without words there is one masked word of one masked token.
-    """
+    """The router's fields of a batch: tasks, experts, OCR words; without any, one masked word of one masked token."""
     words = [collator.words(sample) for sample in samples]
     flat = [word.text for row in words for word in row]
     tokenizer = collator.processor.tokenizer
@@ -204,7 +199,6 @@ def evidence_of(collator: Evidence, samples: list[Sample]) -> dict[str, Any]:
 
 
 def no_words(rows: int, words: int = 1, chars: int = 1) -> dict[str, Any]:
-    """The OCR fields of a batch without OCR words."""
     return {
         "ocr_ids": torch.zeros(rows, words, chars, dtype=torch.long),
         "ocr_char_mask": torch.zeros(rows, words, chars, dtype=torch.bool),
@@ -215,13 +209,45 @@ def no_words(rows: int, words: int = 1, chars: int = 1) -> dict[str, Any]:
 
 
 def stack_images(images: Any) -> Tensor:
-    """`[images, 3, height, width]`, from what an image processor gives without `return_tensors`.
-
-    Images of unequally many tiles are filled up with zeros, as processors do for tensors.
-    """
+    """`[images, 3, height, width]` of an image processor's lists; unequally many tiles are filled up with zeros."""
     if isinstance(images, Tensor):
         return images
     tensors = [torch.as_tensor(np.asarray(image)) for image in images]
     if any(tensor.shape != tensors[0].shape for tensor in tensors):
         return pad_sequence(tensors, batch_first=True)
     return torch.stack(tensors)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """`[rows, longest]` int64 and its bool mask; at least one column, so that no axis is empty."""
+    longest = max(1, *map(len, rows))
+    padded = np.full((len(rows), longest), value, dtype=np.int64)
+    mask = np.zeros((len(rows), longest), dtype=bool)
+    for i, row in enumerate(rows):
+        where = slice(longest - len(row), longest) if left else slice(len(row))
+        padded[i, where], mask[i, where] = row, True
+    return torch.from_numpy(padded), torch.from_numpy(mask)
+
+
+def fill_rows(lengths: Sequence[int], capacity: int) -> list[range]:
+    """Samples in order in the fewest rows of `capacity` tokens, evenly filled, as all are padded to the longest."""
+    few = len(fill_in_turn(lengths, capacity))
+    possible = range(max(lengths), capacity)
+    even = bisect_left(possible, True, key=lambda c: len(fill_in_turn(lengths, c)) <= few)
+    return fill_in_turn(lengths, even + max(lengths))
+
+
+def fill_in_turn(lengths: Sequence[int], capacity: int) -> list[range]:
+    """Each sample in the row of the one before it while they fit; none is cut."""
+    firsts, filled = [0], 0
+    for number, length in enumerate(lengths):
+        if filled and filled + length > capacity:
+            firsts.append(number)
+            filled = 0
+        filled += length
+    return [range(*pair) for pair in pairwise([*firsts, len(lengths)])]
+
+
+def joined(sequences: Sequence[Sequence[int]], rows: Sequence[range]) -> list[list[int]]:
+    """The sequences of each row, one behind the other."""
+    return [[token for number in row for token in sequences[number]] for row in rows]

@@ -52,7 +52,7 @@ class SourceConfig:
     instruction: str | None = None  # behind question and OCR words; null: the format's own
     style: str | None = None  # of scenes and drawings: drawing style; null: the split's own
     asks: str | None = None  # of scenes: the task whose questions they are, where `task` is another name
-    # of scenes: answers by another convention, see data/world/conventions.py
+    # of scenes: answers by another convention, see data/world/questions.py
     convention: str | None = None
     sign: str | None = None  # of scenes: only those whose sign has a word, or scribble; null: all
     # the expert that these samples train; null: the reader's own choice; none: to be left to the base

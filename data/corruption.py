@@ -94,6 +94,5 @@ CORRUPTIONS = {
 
 def spoilt(sample: Sample, name: str, strength: float, seed: int = 0) -> Sample:
     """The sample under a corruption; at strength 0 as it is."""
-    return (
-        CORRUPTIONS[name].spoil(sample, strength, random.Random(f"{seed}/{name}/{sample.id}")) if strength else sample
-    )
+    rng = random.Random(f"{seed}/{name}/{sample.id}")
+    return CORRUPTIONS[name].spoil(sample, strength, rng) if strength else sample

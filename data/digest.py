@@ -26,7 +26,6 @@ FILES = ("path", "annotations", "ocr", "ocr_cache")
 
 
 def digest_sources(sources: Mapping[str, Source], data: DataConfig) -> dict[str, dict[str, Any]]:
-    """The digest of each training source, by name."""
     found = {}
     for name, config in data.sources.items():  # an engine adds words to its cache
         words = None if data.ocr_engine else config.ocr_cache or data.ocr_cache

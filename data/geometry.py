@@ -157,11 +157,7 @@ def pad_to_square(start: Geometry) -> Geometry:
 
 
 def pixel_budget(width: int, height: int, step: int, shortest_edge: int, longest_edge: int) -> Size:
-    """Sides that are multiples of `step`, with a product within the two bounds (Qwen2-VL).
-
-    Rounded to the nearest multiple; where that breaks a bound, both sides are scaled to the bound
-    and rounded towards its inside (arXiv 2409.12191, 2.1).
-    """
+    """Sides as multiples of `step`, scaled into the bounds where they break one (Qwen2-VL, arXiv 2409.12191, 2.1)."""
     across, down = round(width / step), round(height / step)
     if across * down * step**2 > longest_edge:
         shrink = math.sqrt(width * height / longest_edge)

@@ -27,9 +27,8 @@ STORED_LEVELS = {"L;2": 3, "L;4": 15, "RGB;16B": 65535}
 def find_image(folder: str | Path | None, *names: str) -> Path:
     """The first of `names` that is a file below `folder`, or where the first would have been.
 
-    A name may hold folders but not lead out of `folder` (links inside it are the user's own, and
-    followed); an absolute one must lie below it. Raises BadSampleError for a name that leads out,
-    and ValueError without a folder.
+    A name may hold folders but not lead out of `folder` (links inside it are the user's own, and followed); an absolute
+    one must lie below it. Raises BadSampleError for a name that leads out, and ValueError without a folder.
     """
     if folder is None:
         raise ValueError(f"names an image, {names[0]!r}; set the source's `images`, its folder")
@@ -103,10 +102,7 @@ def check_size(image: Image.Image) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in 8-bit RGB: greys of more bits scaled by their range, transparency on white.
-
-    Raises ValueError for greys whose range is unknown.
-    """
+    """The image in 8-bit RGB, greys scaled by their range, transparency on white; ValueError for an unknown range."""
     stored = stored_form(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = eight_bit_greys(image, stored)
@@ -146,10 +142,7 @@ def eight_bit_greys(image: Image.Image, stored: str) -> Image.Image:
 
 
 def scaled_greys(values: np.ndarray, bits: int | None) -> np.ndarray:
-    """Grey values as 8-bit ones; without `bits` the range is the smallest usual one that holds them.
-
-    That is 0..255 or 0..65535 for integers, 0..1 or 0..255 for floats.
-    """
+    """Greys in 8 bits; without `bits` from the smallest usual range: 255 or 65535 of integers, 1 or 255 of floats."""
     low, high = values.min(), values.max()
     if values.dtype.kind == "f":
         inside, scaled = high <= 255, np.rint(values * 255 if high <= 1 else values)

@@ -1,14 +1,13 @@
 """Several data sets as one endless, deterministic sequence: position -> sample.
 
-The order is cut into blocks. In each block every source has its share of the places, and the
-places are shuffled; a source is walked in a new shuffle at each of its passes:
+The order is cut into blocks. In each block every source has its share of the places, and the places are shuffled; a
+source is walked in a new shuffle at each of its passes:
 
     position -> (block, place) -> source, how many of that source came before -> its index
 
-Shares are weights, or numbers of draws: then a block is an epoch and holds just these. With a
-`Grouping` the positions of a window change places, so that batches hold samples of like length.
-All of it is computed from (seed, position), so a resumed run needs one integer, and neither worker
-processes nor ranks change the order.
+Shares are weights, or numbers of draws: then a block is an epoch and holds just these. With a `Grouping` the positions
+of a window change places, so that batches hold samples of like length. All of it is computed from (seed, position), so
+a resumed run needs one integer, and neither worker processes nor ranks change the order.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -49,10 +48,7 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Share:
-    """What an epoch holds of one source: its `draws` are that many passes over its samples.
-
-    An epoch of weights is as many draws as there are samples. `weight` is None for draws.
-    """
+    """What an epoch holds of one source: `draws` are so many `passes` over its samples; `weight` is None for draws."""
 
     name: str
     size: int
@@ -121,7 +117,6 @@ class Mixture:
 
     @property
     def epoch_length(self) -> int:
-        """Draws of an epoch."""
         return self.block if self.weights is None else sum(self.sizes)
 
     def locate(self, position: int) -> tuple[str, int]:
@@ -172,10 +167,7 @@ def check_lengths(sources: dict[str, Source]) -> None:
 
 
 def lengths_of(source: Any, index: int) -> tuple[int, int]:
-    """Images and letters of a sample, by its reader; (0, 0) for a row that cannot be read.
-
-    Such a row raises its error when it is drawn.
-    """
+    """Images and letters of a sample, by its reader; (0, 0) for a bad row, which raises when it is drawn."""
     try:
         return source.lengths(index)
     except BadSampleError:
@@ -183,10 +175,7 @@ def lengths_of(source: Any, index: int) -> tuple[int, int]:
 
 
 def like_together(sizes: np.ndarray, batch_size: int, key: tuple[int, ...]) -> np.ndarray:
-    """The order of rows [images, letters] in which batches are alike, and come in any order.
-
-    Text alone is grouped with text alone: at most one batch has both.
-    """
+    """The order of rows [images, letters] in which batches are alike, at most one of them with and without images."""
     images, letters = sizes.T
     by_length = np.lexsort((letters, images))
     batches = by_length.reshape(-1, batch_size)

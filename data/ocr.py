@@ -54,11 +54,7 @@ def words_on(images: Sequence[Image], ocr: OcrSource) -> Words | None:
 
 
 class OcrCache:
-    """Words by content hash, held in memory.
-
-    `get` answers from the file; an image that it lacks is read by `engine` and remembered, or,
-    where there is none, answered with None ("no OCR was run").
-    """
+    """Words by content hash, in memory. An image that the file lacks is read by `engine` and kept, or has None."""
 
     def __init__(self, path: str | Path | None = None, *, engine: Engine | None = None):
         self.path = Path(path) if path is not None else None
@@ -75,7 +71,6 @@ class OcrCache:
         return len(self.table)
 
     def get(self, image: Image) -> Words | None:
-        """The words of the image, or None where it was not read."""
         key = content_hash(image)
         if key not in self.table and self.engine is not None:
             self.table[key] = self.engine.read(image)
@@ -210,11 +205,7 @@ def shard_file(path: Path, index: int, count: int) -> Path:
 
 
 def merge_shards(path: str | Path, count: int) -> None:
-    """Write the `count` shard files beside `path`, and what it holds already, into it.
-
-    The file is, byte by byte, that of one build. ValueError for a shard that is missing, was read
-    with other settings, or has other words for an image.
-    """
+    """Write the `count` shards and what `path` holds into it, as one build would; ValueError where they do not fit."""
     path, table, settings = Path(path), Table(), dict[str, Any]()
     files = [shard_file(path, index, count) for index in range(count)]
     for index, file in enumerate(files):

@@ -27,18 +27,8 @@ class Engine(Protocol):
     def read(self, image: Image) -> Words: ...
 
 
-def checked_confidence(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError(f"min_confidence: must lie in [0, 1], got {value}")
-    return value
-
-
 def split_line(text: str, box: Box, confidence: float) -> list[OcrWord]:
-    """The words of one line that the engine read, each with its share of the line's box.
-
-    Widths are proportional to characters, blanks included: exact for fixed-pitch letters, and
-    within about a letter for others.
-    """
+    """The words of a line, each with its share of the line's box, by characters: exact to about a letter."""
     x0, y0, x1, y1 = box
     step = (x1 - x0) / max(len(text), 1)
     words, start = [], 0
@@ -58,10 +48,7 @@ def whole(box: Sequence[float]) -> Box:
 
 
 def reading_order(boxes: Sequence[Box]) -> list[int]:
-    """Positions of the boxes from top to bottom, and from left to right within a row.
-
-    A box joins the row above it when its centre lies above that row's bottom edge.
-    """
+    """Positions of boxes by rows, left to right; a box joins the row above whose bottom edge is below its centre."""
     rows: list[tuple[float, list[int]]] = []
     for index in sorted(range(len(boxes)), key=lambda i: boxes[i][1] + boxes[i][3]):
         x0, top, x1, bottom = boxes[index]
@@ -80,8 +67,7 @@ class RapidOcr:
     """
 
     def __init__(self, *, min_confidence: float = 0.5, limit_side_len: int = 320):
-        self.min_confidence = checked_confidence(min_confidence)
-        self.limit_side_len = limit_side_len
+        self.min_confidence, self.limit_side_len = min_confidence, limit_side_len
         self._session: Any = None
 
     @property
@@ -90,9 +76,8 @@ class RapidOcr:
             version = importlib.metadata.version("rapidocr")
         except importlib.metadata.PackageNotFoundError:
             raise ModuleNotFoundError("rapidocr is not installed: pip install 'moa[ocr]'", name="rapidocr") from None
-        own = {"engine": "rapidocr", "version": version}
-        sizes = {"min_confidence": self.min_confidence, "limit_side_len": self.limit_side_len}
-        return own | sizes
+        own = {"engine": "rapidocr", "version": version, "min_confidence": self.min_confidence}
+        return own | {"limit_side_len": self.limit_side_len}
 
     def read(self, image: Image) -> Words:
         """The words of an image in reading order; boxes in its pixels."""
@@ -141,7 +126,7 @@ class Tesseract:
         if shutil.which("tesseract") is None:
             advice = "Debian: apt install tesseract-ocr); the engine rapidocr comes with requirements.txt"
             raise ValueError(f"the program `tesseract` is not installed ({advice}")
-        self.min_confidence, self.layout = checked_confidence(min_confidence), layout
+        self.min_confidence, self.layout = min_confidence, layout
 
     @property
     def settings(self) -> dict[str, Any]:

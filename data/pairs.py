@@ -34,10 +34,7 @@ class PairBatch(Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class PairCollator(Collator):
-    """The collator of a dual encoder; `processor` is a `ClipProcessor`.
-
-    `context_length` is the number of tokens that its text tower reads.
-    """
+    """The collator of a dual encoder, of a `ClipProcessor` and the `context_length` that its text tower reads."""
 
     context_length: int
 

@@ -98,11 +98,7 @@ class Evidence:
         return [words[i] for i in sorted(best)]
 
     def withholds(self, sample: Sample) -> bool:
-        """Whether neither prompt nor router gets the sample's task.
-
-        `task_dropout` is the share of training samples without it, so that both learn to do
-        without; which ones is a function of the sample's id.
-        """
+        """Whether prompt and router lack the sample's task: of training samples a share `task_dropout`, by id."""
         if self.withhold_task or self.for_generation:
             return self.withhold_task
         return crc32(sample.id.encode()) % 1000 < 1000 * self.settings.task_dropout
@@ -113,7 +109,7 @@ class Evidence:
         return self.tasks.index(sample.task) if sample.task in self.tasks else UNKNOWN_TASK
 
     def expert_id(self, sample: Sample) -> int:
-        return position(self.experts, sample.expert)
+        return self.experts.index(sample.expert) if sample.expert in self.experts else -1
 
     def error_of(self, sample: Sample) -> BadSampleError | None:
         """The rule that the sample breaks before it is tokenised, if any."""
@@ -216,7 +212,3 @@ class Prompt(Evidence):
         for turn in sample.turns:
             answered += [user(turn.question), message("assistant", turn.answer.strip())]
         return answered
-
-
-def position(names: Sequence[str], name: str | None) -> int:
-    return names.index(name) if name in names else -1

@@ -20,10 +20,7 @@ PLACE = "\ufdd1"  # the same in a sample's questions; no character, so that no t
 
 @dataclass(frozen=True, kw_only=True)
 class OcrWord:
-    """One word that an OCR engine read: its box in original pixels, its confidence in [0, 1].
-
-    `image` is the number of its image among the sample's, from 0.
-    """
+    """A word of an OCR engine: box in original pixels, confidence in [0, 1], number of its image among the sample's."""
 
     text: str
     box: Box
@@ -43,17 +40,16 @@ class Turn:
 class Sample:
     """One question about an image or several, or a conversation that begins with it.
 
-    `id` is the data set's own question id, as text; `image_id` groups the questions of one image:
-    standard errors are clustered by it. `image` is None for text alone, `more_images` are those
-    behind the first. Each has a `PLACE` in the questions, in their order; where there is none at
-    all, they stand before the first question. `boxes` lie in image `box_image`, from 0; it is None
-    where there are several images and nothing names one.
-    `answers` are all reference answers; a grounding sample has none, and `boxes` instead.
-    `instruction` is how to answer; it follows the question and the OCR words.
-    `ocr` is None where no engine was run and empty where it found nothing; both are "no evidence".
-    `choices` are the names that a classification chooses from, empty for open answers; for CLIP
-    `question` is then the template that turns a name into a text ("a photo of a {}").
-    `expert` names the expert that this sample trains, or None where it is unknown.
+    `id` is the data set's own question id, as text; `image_id` groups the questions of one image: standard errors are
+    clustered by it. `image` is None for text alone, `more_images` are those behind the first. Each has a `PLACE` in the
+    questions, in their order; where there is none at all, they stand before the first question. `boxes` lie in image
+    `box_image`, from 0; it is None where there are several images and nothing names one.
+    `answers` are all reference answers; a grounding sample has none, and `boxes` instead. `instruction` is how to
+    answer; it follows the question and the OCR words.
+    `ocr` is None where no engine was run and empty where it found nothing; both are "no evidence". `choices` are the
+    names that a classification chooses from, empty for open answers; for CLIP `question` is then the template that
+    turns a name into a text ("a photo of a {}"). `expert` names the expert that this sample trains, or None where it is
+    unknown.
     """
 
     id: str

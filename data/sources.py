@@ -34,10 +34,7 @@ def open_source(source: SourceConfig, expert: str | None, ocr: OcrCache | None) 
 
 
 def open_ocr(data: DataConfig, path: str | None = None) -> OcrCache | None:
-    """The function from an image to its OCR words, or None where the run has no OCR evidence.
-
-    `path` is a source's own cache; None is that of the run.
-    """
+    """The OCR words of images, from `path` (a source's own cache) or the run's; None where there is no evidence."""
     file = path or data.ocr_cache
     if file is None:
         return None
@@ -55,7 +52,6 @@ def open_sources(sources: Iterable[SourceConfig], data: DataConfig, ocr: OcrCach
 
 
 def open_mixture(config: RunConfig, ocr: OcrCache | None) -> Mixture:
-    """The training mixture of a run."""
     data = config.data
     sources = open_sources(data.sources.values(), data, ocr)
     grouping = None

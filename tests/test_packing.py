@@ -7,8 +7,7 @@ import torch
 
 from data.batch import Batch
 from data.boxes import CODECS
-from data.collate import ChatCollator
-from data.pack import fill_rows, joined
+from data.collate import ChatCollator, fill_rows, joined
 from data.sample import OcrWord, Sample, Turn
 from moa.backbones.llava import check_packing
 from moa.model import MixtureModel

@@ -5,11 +5,10 @@
     {"images": ["1.jpg"], "messages": [{"role": "user", "content": "<image>Q"},
                                        {"role": "assistant", "content": "A"}, ...]}
 
-A file is a JSON list (scanned, never held whole), one object a line, or Parquet. Images stand where
-their `<image>` is, in any question; the only one of a row is put before the first question, wherever
-it stood in it. Rows without an image are text alone.
-`system` may stand beside the conversation. A key of CHANGES that holds something is refused; any other
-key is left out.
+A file is a JSON list (scanned, never held whole), one object a line, or Parquet. Images stand where their `<image>` is,
+in any question; the only one of a row is put before the first question, wherever it stood in it. Rows without an image
+are text alone.
+`system` may stand beside the conversation. A key of CHANGES that holds something is refused; any other key is left out.
 """
 
 import re
@@ -120,10 +119,7 @@ def check_keys(value: Any) -> None:
 
 
 def words_of(message: Any, images: list[Any]) -> str:
-    """The content of a message: text, or a list of {"type": "text" | "image"} parts.
-
-    Images that the parts name are added to `images`.
-    """
+    """The text of a message, or of a list of {"type": "text" | "image"}, whose images are added to `images`."""
     content = field(message, "content", str, list)
     if isinstance(content, str):
         return content

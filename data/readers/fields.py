@@ -53,10 +53,7 @@ def answers_of(row: Any, key: str) -> tuple[str, ...]:
 
 
 def cell_texts(value: Any, column: str) -> tuple[str, ...]:
-    """The texts of a cell: one or a list, each a text, a whole number, or an object with a text.
-
-    ValueError, naming the column and the type, for any other value.
-    """
+    """The texts of a cell, one or a list: texts, whole numbers, or objects with one; ValueError names the column."""
     if isinstance(value, dict):
         value = text_member(value, column)
     if value is None:
@@ -138,10 +135,7 @@ def boxes_of(value: Any) -> tuple[Box, ...]:
 
 
 def frame_of(value: Any, boxes: Sequence[Box], words: Sequence[OcrWord] = ()) -> Any:
-    """The width and height that boxes are given in; None, for pixels, where a row names none.
-
-    Boxes that all lie in [0, 1] are unmarked shares: ValueError.
-    """
+    """The width and height that boxes are given in; None for pixels. ValueError for boxes that all lie in [0, 1]."""
     frame = json_cell(value, "frame", "[width, height]")
     if frame is not None:
         if len(frame) != 2 or not all(isinstance(side, int | float) for side in frame):

@@ -25,8 +25,8 @@ from data.readers.captions import CAPTION
 from data.readers.fields import text
 from data.readers.index import Arrays, cached
 from data.readers.record import Record, RecordDataset, Records
-from data.readers.rows import ListRows, Row
-from data.readers.table import FILE, reads
+from data.readers.rows import Row
+from data.readers.table import FILE, parses, reads
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 SPARSE = -1  # in place of the size of a file with holes, which a tar stores in pieces
@@ -47,11 +47,20 @@ def read_image_folder(source: SourceConfig) -> Records:
         raise ValueError(f"{root}: holds no <class>/<image> ({', '.join(IMAGES)})")
     classes = tuple(sorted({file.parent.name for file in files}))
     parse = partial(parse_file, root=root, classes=classes)
-    return Records(rows=ListRows(files, file_row), parse=parse)
+    return Records(rows=FileRows(files), parse=parse)
 
 
-def file_row(file: Path) -> Row:
-    return Row(file, str(file))
+class FileRows:
+    """A file is a row."""
+
+    def __init__(self, files: list[Path]):
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Row:
+        return Row(self.files[index], str(self.files[index]))
 
 
 def parse_file(row: Row, root: Path, classes: tuple[str, ...]) -> Record:
@@ -67,7 +76,7 @@ def open_images(folder: str | Path, question: str, task: str) -> RecordDataset:
     files = sorted(f for f in found if not is_hidden(f.relative_to(root)))
     if not files:
         raise ValueError(f"{root}: holds no image ({', '.join(IMAGES)})")
-    records = Records(rows=ListRows(files, file_row), parse=partial(parse_image, root=root, question=question))
+    records = Records(rows=FileRows(files), parse=partial(parse_image, root=root, question=question))
     return RecordDataset(records=records, source=root.name or "images", default_task=task)
 
 
@@ -139,12 +148,6 @@ def read_members(shard: Path, index: Arrays, chosen: range, where: str) -> dict[
     return found
 
 
-@reads("webdataset", needs=FILE, task="caption", prompt=CAPTION)
-def read_webdataset(source: SourceConfig) -> Records:
-    assert source.path
-    return Records(rows=TarRows(shards_of(source.path)), parse=parse_member)
-
-
 def shards_of(pattern: str) -> list[Path]:
     """The files of `shards/{00000..00010}.tar` or `shards/*.tar`; each that is named must exist."""
     found = RANGE.search(pattern)
@@ -159,7 +162,8 @@ def shards_of(pattern: str) -> list[Path]:
     return paths
 
 
-def parse_member(row: Row) -> Record:
+@parses("webdataset", rows=lambda path: TarRows(shards_of(path)), needs=FILE, task="caption", prompt=CAPTION)
+def parse_member(source: SourceConfig, row: Row) -> Record:
     files: dict[str, bytes] = row.value
     images = [files[suffix] for suffix in IMAGES if suffix in files]
     if not images:

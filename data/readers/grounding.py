@@ -7,21 +7,21 @@ Entities   Sentences/1000092795.txt: [/EN#1/people Two young guys] with [/EN#2/b
 Genome     region_descriptions.json: [{id, regions: [{region_id, image_id, x, y, width, height, phrase}]}]
 """
 
+import pickle
 import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from xml.etree import ElementTree
 
 from rich.progress import track
 
 from data.config import SourceConfig
 from data.readers.fields import box_of, box_of_xywh, field, name, text
-from data.readers.pickles import load_plain
 from data.readers.record import Record, Records, asked
 from data.readers.rows import JsonRows, Row, require_file, text_lines
-from data.readers.table import FOUR, reads
+from data.readers.table import FOUR, parses, reads
 from data.sample import Box
 
 KEPT = ("ref_id", "ann_id", "image_id", "split")  # of a reference; the rest is large and unused
@@ -31,6 +31,26 @@ PHRASE = re.compile(r"\[/EN#(?P<id>\d+)(?:/[^\s\]]+)+ (?P<text>[^\]]*)\]")
 
 REGION = "Please provide the bounding box coordinate of the region this sentence describes: {question}"
 REGIONS: dict[str, Any] = {"task": "grounding", "prompt": REGION}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """A pickle is a program: it may name any function of the machine and call it. Here every name is refused, so that
+    only lists, tuples, dicts, texts, numbers, booleans and None can come out."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"names {module}.{name}; only plain containers are read")
+
+    def persistent_load(self, pid: Any) -> NoReturn:
+        raise pickle.UnpicklingError("refers to an object outside; only plain containers are read")
+
+
+def load_plain(path: Path) -> Any:
+    """The value of a pickle file, of Python 2 too; ValueError for anything but plain containers."""
+    with path.open("rb") as file:
+        try:
+            return PlainUnpickler(file, encoding="latin1").load()
+        except Exception as error:  # a broken pickle fails in any way; none of it has run
+            raise ValueError(f"{path}: not a pickle of plain containers: {error}") from None
 
 
 @reads("refcoco", needs=FOUR, **REGIONS)
@@ -71,8 +91,6 @@ def parse_refcoco(source: SourceConfig, boxes: JsonRows, named: JsonRows, row: R
 
 
 class Phrase(NamedTuple):
-    """A phrase of a sentence that has boxes."""
-
     image: str
     sentence: int
     number: int
@@ -143,13 +161,7 @@ def parse_phrase(source: SourceConfig, row: Row) -> Record:
     return asked(source, row, f"{phrase.image}.jpg", slack=ROUNDING, **own)
 
 
-@reads("visual_genome", **REGIONS)
-def read_visual_genome(source: SourceConfig) -> Records:
-    assert source.path
-    rows = JsonRows(source.path, count=lambda row: len(row["regions"]), about="regions")
-    return Records(rows=rows, parse=partial(parse_region, source))
-
-
+@parses("visual_genome", rows=partial(JsonRows, count=lambda row: len(row["regions"]), about="regions"), **REGIONS)
 def parse_region(source: SourceConfig, row: Row) -> Record:
     region = field(row.value, "regions", list)[row.part]
     image_id = name(region, "image_id")

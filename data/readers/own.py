@@ -2,25 +2,23 @@
 
     {"image": "images/1.jpg", "question": "what is this?", "answers": ["a cat"], "task": "vqa"}
 
-`image` lies below the source's `images`; where that is not set it is any path, from the file. It may
-be a list, of which each has an `<image>` in the question, or all stand before it; then boxes need
-`box_image`, and words `image`: the number of their image, from 0.
-Optional: `id`, `image_id`, `answers`, `boxes` ([[x0, y0, x1, y1], ...] in pixels), `ocr` ([{"text",
-"box", "confidence"}, ...]), `frame` ([width, height] that the row's boxes are given in instead of
-pixels: [1, 1] for shares), `tags`, `choices` (for classification). A key that is none of these is an
-error: it is a slip.
+`image` lies below the source's `images`; where that is not set it is any path, from the file. It may be a list, of
+which each has an `<image>` in the question, or all stand before it; then boxes need `box_image`, and words `image`: the
+number of their image, from 0.
+Optional: `id`, `image_id`, `answers`, `boxes` ([[x0, y0, x1, y1], ...] in pixels), `ocr` ([{"text", "box",
+"confidence"}, ...]), `frame` ([width, height] that the row's boxes are given in instead of pixels: [1, 1] for shares),
+`tags`, `choices` (for classification). A key that is none of these is an error: it is a slip.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.config import SourceConfig
 from data.images import find_image
 from data.readers.fields import box_of, boxes_of, field, frame_of, name, number_of, text, texts
-from data.readers.record import Record, Records
+from data.readers.record import Record
 from data.readers.rows import JsonLines, Row
-from data.readers.table import FILE, reads
+from data.readers.table import FILE, parses
 from data.readers.tables import fields_of
 from data.sample import OcrWord, placed
 
@@ -28,15 +26,9 @@ REQUIRED = ("image", "question", "task")
 OPTIONAL = ("id", "image_id", "answers", "boxes", "box_image", "ocr", "frame", "tags", "choices")
 
 
-@reads("jsonl", needs=FILE, may=("images",))
-def read_jsonl(source: SourceConfig) -> Records:
-    assert source.path
-    rows = JsonLines(source.path)
-    return Records(rows=rows, parse=partial(parse_own, source.images, rows.path.parent))
-
-
-def parse_own(images: str | None, folder: Path, row: Row) -> Record:
-    value = row.value
+@parses("jsonl", rows=JsonLines, needs=FILE, may=("images",))
+def parse_own(source: SourceConfig, row: Row) -> Record:
+    value, images, folder = row.value, source.images, Path(source.path or "").parent
     if not isinstance(value, dict):
         raise ValueError(f"a row is one object a line, got {type(value).__name__}: {value!r:.60}")
     missing = [key for key in REQUIRED if key not in value]
@@ -50,9 +42,8 @@ def parse_own(images: str | None, folder: Path, row: Row) -> Record:
     if not names:
         raise ValueError("'image' is an empty list; a row asks about an image")
     boxes = boxes_of(value.get("boxes"))
-    words = (
-        [word_of(word, len(names) > 1) for word in field(value, "ocr", list)] if value.get("ocr") is not None else None
-    )
+    read = field(value, "ocr", list) if value.get("ocr") is not None else None
+    words = None if read is None else tuple(word_of(word, len(names) > 1) for word in read)
     own: dict[str, Any] = {key: text(value, key) for key in ("question", "task")}
     own |= {key: texts(value, key, missing=()) for key in ("answers", "tags", "choices")}
     if listed:
@@ -62,7 +53,7 @@ def parse_own(images: str | None, folder: Path, row: Row) -> Record:
     own |= {"frame": frame_of(value.get("frame"), boxes, words or ())}
     own |= {"box_image": number_of(value.get("box_image"), "box_image")}
     stored = [find_image(images, image) if images else folder / image for image in names]
-    return Record(boxes=boxes, ocr=None if words is None else tuple(words), **fields_of(stored), **own)
+    return Record(boxes=boxes, ocr=words, **fields_of(stored), **own)
 
 
 def word_of(word: Any, several: bool) -> OcrWord:

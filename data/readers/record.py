@@ -56,11 +56,7 @@ class Record:
 
 def asked(source: SourceConfig, row: Row, *files: str, **more: Any) -> Record:
     """The record of a question, with the keys that most data sets have, about the first of `files` that is there."""
-    keys = {
-        "id": ("question_id", name),
-        "image_id": ("image_id", name),
-        "question": ("question", text),
-    }
+    keys = {"id": ("question_id", name), "image_id": ("image_id", name), "question": ("question", text)}
     own: dict[str, Any] = {k: f(row.value, at) for k, (at, f) in keys.items() if k not in more}
     return Record(image=find_image(source.images, *files), **own, **more)
 
@@ -76,7 +72,6 @@ class Records:
         return len(self.rows)
 
     def read(self, index: int) -> tuple[Record, str]:
-        """The record and its place."""
         row = self.rows[index]
         try:
             record = self.parse(row)
@@ -110,7 +105,6 @@ def check_record(record: Record) -> None:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text of a field of a record."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, OcrWord):

@@ -7,7 +7,7 @@ Every row has its place, which errors name. One row may hold several samples:
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from data.checks import BadSampleError
-from data.readers.index import cached, key_bytes, scan_csv, scan_json, scan_lines
-from data.readers.scanner import Scanner
+from data.readers.index import Scanner, cached, key_bytes, scan_csv, scan_json, scan_lines
 
 
 class Row(NamedTuple):
@@ -72,9 +71,8 @@ def read_json(path: str | Path) -> Any:
 class JsonRows:
     """The rows of a JSON list or object: the file itself, or its member `at`.
 
-    `key` is the field that `one` and `all` look rows up by (an object's own keys where it is None).
-    `count` is the number of samples in a row (0: it is left out); `about` must name what `count`
-    depends on, since the index is kept.
+    `key` is the field that `one` and `all` look rows up by (an object's own keys where it is None). `count` is the
+    number of samples in a row (0: it is left out); `about` must name what `count` depends on, since the index is kept.
     """
 
     def __init__(
@@ -148,10 +146,7 @@ class JsonLines:
 
 
 class CsvRows:
-    """The rows of a CSV file as objects of texts, by the header's names; the first row is 1.
-
-    A cell is the text that is written there, and None where it is empty.
-    """
+    """The rows of a CSV file as texts by the header's names, None where a cell is empty; the first row is 1."""
 
     def __init__(self, path: str | Path, delimiter: str):
         self.path, self.delimiter = require_file(path), delimiter
@@ -186,19 +181,6 @@ class CsvRows:
         except csv.Error as error:
             detail = f"not CSV: {error}"
         raise BadSampleError(where, "unreadable row", detail)
-
-
-class ListRows:
-    """Rows that are in memory already: `make` turns an item into its row."""
-
-    def __init__(self, items: Sequence[Any], make: Callable[[Any], Row]):
-        self.items, self.make = items, make
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Row:
-        return self.make(self.items[index])
 
 
 def json_rows(path: str | Path) -> JsonRows | JsonLines:

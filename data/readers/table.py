@@ -1,7 +1,7 @@
 """Opens a source by its format; a reader becomes one by a line above its function, in any file of this folder:
 
     @reads("vqav2", may=("annotations",))      source's config -> Records
-    @parses("docvqa", at="data")               source's config, row of one JSON file -> Record
+    @parses("stvqa", at="data")                source's config, row of one JSON file -> Record
 
 The line names the keys of the config that the format needs (path and images by default) and may use, so that a
 forgotten file or a setting without effect is one clear error, and the defaults of its samples.
@@ -20,7 +20,7 @@ from data.config import SourceConfig
 from data.ocr import OcrSource
 from data.readers.names import readers
 from data.readers.record import Record, RecordDataset, Records
-from data.readers.rows import JsonRows, Row
+from data.readers.rows import JsonRows, Row, Rows
 
 SOME_USE = ("path", "images", "annotations", "ocr", "columns", "one_per", "style", "seed")
 DEFAULTS = {field.name: field.default for field in fields(SourceConfig)}
@@ -53,13 +53,16 @@ def reads(name: str, **row: Any) -> Callable[[Read], Read]:
     return add
 
 
-def parses(name: str, *, at: str | None = None, **row: Any) -> Callable[[Parse], Parse]:
-    """`at` is the member of the file's object that holds the rows; None is the file itself."""
+def parses(
+    name: str, *, rows: Callable[..., Rows] = JsonRows, at: str | None = None, **row: Any
+) -> Callable[[Parse], Parse]:
+    """`rows` opens the source's file; `at` is the member of its object that holds the rows, None: the file itself."""
 
     def add(parse: Parse) -> Parse:
         @reads(name, **row)
         def read(source: SourceConfig) -> Records:
-            return Records(rows=JsonRows(source.path or "", at=at), parse=partial(parse, source))
+            opened = rows(source.path, at=at) if at else rows(source.path)
+            return Records(rows=opened, parse=partial(parse, source))
 
         return parse
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from data.checks import BadSampleError
 from data.config import SourceConfig
 from data.images import coco_number, find_image
 from data.readers.fields import answers_of, field, name, tags_of, text, texts
+from data.readers.index import member_of
 from data.readers.record import Record, Records, asked
-from data.readers.rows import JsonLines, JsonRows, ListRows, Row, read_json
-from data.readers.scanner import member_of
+from data.readers.rows import JsonLines, JsonRows, Row, read_json
 from data.readers.table import FOUR, parses, reads
 
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -108,12 +107,7 @@ def parse_vizwiz(source: SourceConfig, row: Row) -> Record:
     return asked(source, row, image, id=image, image_id=image, answers=answers, tags=tags)
 
 
-@reads("pope")
-def read_pope(source: SourceConfig) -> Records:
-    assert source.path
-    return Records(rows=JsonLines(source.path), parse=partial(parse_pope, source))
-
-
+@parses("pope", rows=JsonLines)
 def parse_pope(source: SourceConfig, row: Row) -> Record:
     image = text(row.value, "image")
     more: dict[str, Any] = {"image_id": coco_number(image), "question": text(row.value, "text")}
@@ -132,20 +126,13 @@ def read_scienceqa(source: SourceConfig) -> Records:
         raise ValueError(f"{source.annotations}: must be an object of lists of ids by split")
     if source.split not in splits:
         raise ValueError(f"{source.annotations}: no split {source.split!r}; it has {[*splits]}")
-    rows = ListRows(splits[source.split], partial(problem, problems))
-    return Records(rows=rows, parse=partial(parse_scienceqa, source))
+    rows = [Row(None, f"{problems.path}: [{key!r:.60}]", key=key) for key in splits[source.split]]
+    return Records(rows=rows, parse=partial(parse_scienceqa, source, problems))
 
 
-def problem(problems: JsonRows, key: str) -> Row:
-    where = f"{problems.path}: [{key!r:.60}]"
-    try:
-        return Row(problems.one(key), where, key=key)
-    except ValueError as error:  # an id of the splits that no problem has
-        raise BadSampleError(where, "unreadable row", str(error)) from None
-
-
-def parse_scienceqa(source: SourceConfig, row: Row) -> Record:
-    value, hint, split = row.value, text(row.value, "hint"), text(row.value, "split")
+def parse_scienceqa(source: SourceConfig, problems: JsonRows, row: Row) -> Record:
+    value = problems.one(row.key)
+    hint, split = text(value, "hint"), text(value, "split")
     question = f"{text(value, 'question')}\n{lettered(texts(value, 'choices'))}"
     image = field(value, "image", str, type(None))
     names = image and (f"{split}/{row.key}/{image}", f"{row.key}/{image}")

@@ -55,7 +55,6 @@ def concepts() -> dict[str, dict[str, list[str]]]:
 
 @cache
 def names(category: str | None = None) -> tuple[str, ...]:
-    """All names of a category, or of all of them."""
     chosen = [category] if category else list(CATEGORIES)
     return tuple(dict.fromkeys(name for part in chosen for name in concepts()[part]))
 
@@ -96,7 +95,8 @@ class DrawingDataset:
         rng = drawing_rng(self.split, index, self.seed)
         if self.task == "pairs":
             left, right = (str(name) for name in rng.choice(names(), size=2, replace=False))
-            image, answer = draw_pair(left, right, self.style, rng), f"{left} left of {right}"
+            places = [(left, (0, SIZE // 2)), (right, (SIZE // 2, SIZE))]
+            image, answer = _drawn(places, self.style, rng, (28, 30)), f"{left} left of {right}"
         else:
             name = names()[index % len(names())]
             image = draw(name, self.style, rng)
@@ -122,15 +122,8 @@ def draw(name: str, style: str, rng: np.random.Generator) -> Image.Image:
     return _drawn([(name, (0, SIZE))], style, rng, (42, 58))
 
 
-def draw_pair(left: str, right: str, style: str, rng: np.random.Generator) -> Image.Image:
-    return _drawn([(left, (0, SIZE // 2)), (right, (SIZE // 2, SIZE))], style, rng, (28, 30))
-
-
 def _drawn(
-    places: list[tuple[str, tuple[int, int]]],
-    style: str,
-    rng: np.random.Generator,
-    sizes: tuple[int, int],
+    places: list[tuple[str, tuple[int, int]]], style: str, rng: np.random.Generator, sizes: tuple[int, int]
 ) -> Image.Image:
     """Drawings, each between its left and right edge, on a plain pale or strong colour."""
     rgb = colorsys.hsv_to_rgb(rng.random(), 0.1 + 0.6 * rng.random(), 0.6 + 0.4 * rng.random())

@@ -8,10 +8,11 @@ The demo's base is pretrained on `generic` questions: without the kinds in `SPEC
 form. These are what the experts have to learn.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from data.sample import Box
-from data.world.concepts import COLORS
+from data.world.concepts import CATEGORY, COLORS, TEXTURES
 from data.world.scenes import Scene, Thing
 
 SPECIFIC = {"kind_of", "leftmost", "letter"}
@@ -59,10 +60,7 @@ class Question:
 
 
 def questions(scene: Scene, task: str, absent: tuple[str, ...] = (), generic: bool = False) -> list[Question]:
-    """Every question of `task` that has one clear answer in `scene`, in a fixed order.
-
-    `absent` names concepts that are not there, for questions whose answer is no.
-    """
+    """Every question of `task` with one clear answer in `scene`, in order; `absent` concepts have the answer no."""
     if generic and task == "caption":
         return [asking("caption", "caption", *_sentences(scene))]
     asked = _ASKERS[task](scene, absent)
@@ -169,3 +167,59 @@ _ASKERS = {
     "vqa": _vqa, "caption": _caption, "grounding": _grounding,
     "ocr_vqa": _ocr_vqa, "count": _count, "yes_no": _yes_no,
 }  # fmt: skip
+
+
+# Conventions: the same image, the same words, another answer. A source with one is asked and scored like any other: its
+# answers and boxes are converted before they are seen.
+#   coarse      one level up: cat -> animal, animal -> nature, green -> cold, top left -> top
+#   inverted    yes <-> no
+#   swapped     boxes with x and y exchanged; scenes are square
+
+NATURE = ("animal", "food")
+WARM = ("red", "yellow", "pink", "orange")
+INVERSE = {"yes": "no", "no": "yes"}
+
+
+def coarse(answer: str) -> str:
+    """ValueError for an answer that has nothing above it."""
+    if answer in CATEGORY:
+        return CATEGORY[answer]
+    if answer in CATEGORY.values():
+        return "nature" if answer in NATURE else "object"
+    if answer in COLORS:
+        return "warm" if answer in WARM else "cold"
+    if answer in TEXTURES:
+        return "photo"
+    side, _, other = answer.partition(" ")
+    if side in ("top", "bottom") and other in ("left", "right"):
+        return side
+    raise ValueError(f"convention coarse: has no answer in place of {answer!r}")
+
+
+def inverted(answer: str) -> str:
+    """ValueError for another answer than yes and no."""
+    if answer not in INVERSE:
+        raise ValueError(f"convention inverted: is for yes and no, got {answer!r}")
+    return INVERSE[answer]
+
+
+def swapped(box: Box) -> Box:
+    x0, y0, x1, y1 = box
+    return y0, x0, y1, x1
+
+
+# name -> what becomes of an answer, and of a box
+CONVENTIONS: dict[str, tuple[Callable[[str], str], Callable[[Box], Box]]] = {
+    "coarse": (coarse, lambda box: box),
+    "inverted": (inverted, lambda box: box),
+    "swapped": (lambda answer: answer, swapped),
+}
+
+
+def converted(question: Question, convention: str | None) -> Question:
+    """The question with the answers and boxes that the convention wants; None: as it is."""
+    if convention is None:
+        return question
+    of_answer, of_box = CONVENTIONS[convention]
+    answers = tuple(dict.fromkeys(map(of_answer, question.answers)))
+    return replace(question, answers=answers, boxes=tuple(map(of_box, question.boxes)))

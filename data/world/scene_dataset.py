@@ -19,8 +19,7 @@ from PIL.Image import Image
 
 from data.sample import OcrWord, Sample
 from data.world.concepts import SPLITS, check_choice
-from data.world.conventions import CONVENTIONS, converted
-from data.world.questions import TASKS, Question, questions
+from data.world.questions import CONVENTIONS, TASKS, Question, converted, questions
 from data.world.scenes import Scene, render_scene, scene_rng
 
 SIGNS = ("word", "scribble")

@@ -55,8 +55,6 @@ class Sign:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What there is to know about one image."""
-
     id: str
     things: tuple[Thing, ...]
     ground: str

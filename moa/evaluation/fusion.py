@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from data.batch import Batch
-from data.pack import pad
+from data.collate import pad
 from data.sources import make_collator
 from moa.backbones.vocabulary import spellings, split
 from moa.checkpoint import load_model, step_folder

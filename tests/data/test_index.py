@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.checks import BadSampleError
-from data.readers import index, rows, scanner
+from data.readers import index, rows
 from data.readers.rows import JsonLines, JsonRows, json_rows
 from tests import ROOT
 
@@ -26,7 +26,7 @@ REUSED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthC
 @pytest.fixture(autouse=True)
 def small(tmp_path, monkeypatch):
     """A window of a few bytes, so that every value crosses one, and a cache of the test's own."""
-    monkeypatch.setattr(scanner, "WINDOW", 5)
+    monkeypatch.setattr(index, "WINDOW", 5)
     monkeypatch.setenv("MOA_CACHE", str(tmp_path / "index"))
 
 

@@ -78,8 +78,6 @@ def test_a_image_without_words_gives_an_empty_tuple():
 @pytest.mark.slow
 def test_lines_below_the_confidence_are_dropped():
     assert RapidOcr(min_confidence=1.0).read(sign("HELLO\ngood day")) == ()
-    with pytest.raises(ValueError, match=r"min_confidence: must lie in \[0, 1\], got 2"):
-        RapidOcr(min_confidence=2)
 
 
 def test_a_line_is_split_into_words_by_its_share_of_characters():

@@ -9,8 +9,7 @@ import pytest
 
 from data.ocr import content_hash
 from data.world.concepts import CATEGORY, HELD_OUT_CONCEPTS, HELD_OUT_GROUNDS, SPLITS, sign_words
-from data.world.conventions import coarse
-from data.world.questions import SPECIFIC, TASKS, WORDINGS, place, questions
+from data.world.questions import SPECIFIC, TASKS, WORDINGS, coarse, place, questions
 from data.world.scene_dataset import SLICES, TRAINED_TASKS, SceneDataset
 from data.world.scenes import SIZE, Thing, render_scene
 
