@@ -39,6 +39,23 @@ class Range:
         return " and ".join(text for text in self.rules() if text not in hidden)
 
 
+class Wrong(ValueError):
+    """A value that cannot be; `key` is relative to the class that says so, until it is found within others."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(f"{key}: {message}" if key else message)
+        self.key, self.message = key, message
+
+    def within(self, parent: str) -> "Wrong":
+        return Wrong(".".join(filter(None, (parent, self.key))), self.message)
+
+
+def check(rule: bool, key: str, message: str) -> None:
+    """Raise the one error of a broken rule; `key` is relative to the class whose rule it is."""
+    if not rule:
+        raise Wrong(key, message)
+
+
 MOST = 2**31 - 1  # more than any count: a typing mistake
 PATH = "path"  # mark of a file or folder on this machine: `~` is the home folder
 OF_RUN = "of_run"  # mark of a setting that `"*": default` in a layer leaves as the files below have it

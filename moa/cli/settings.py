@@ -25,7 +25,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from moa.cli.ranges import FINITE, OF_RUN, PATH, Range
+from moa.cli.ranges import FINITE, OF_RUN, PATH, Range, Wrong
+from moa.cli.ranges import check as check  # for classes of settings
 from moa.cli.strict_yaml import parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -36,23 +37,6 @@ REMOVED = type("Removed", (), {"__repr__": lambda self: "null"})()
 EACH = "*"  # in a layer: every entry of a mapping of those below
 DEFAULT = "default"  # at EACH in a section of a layer: it starts anew from its defaults
 Leaf = Callable[[Any, Sequence[Any], Any, str], Any]
-
-
-class Wrong(ValueError):
-    """A value that cannot be; `key` is relative to the class that says so, until it is found within others."""
-
-    def __init__(self, key: str, message: str):
-        super().__init__(f"{key}: {message}" if key else message)
-        self.key, self.message = key, message
-
-    def within(self, parent: str) -> "Wrong":
-        return Wrong(".".join(filter(None, (parent, self.key))), self.message)
-
-
-def check(rule: bool, key: str, message: str) -> None:
-    """Raise the one error of a broken rule; `key` is relative to the class whose rule it is."""
-    if not rule:
-        raise Wrong(key, message)
 
 
 def load(cls: type[T], path: str | Path | Sequence[str | Path] | None, overrides: Sequence[Override] = ()) -> T:

@@ -22,13 +22,13 @@ from torch import Tensor
 from moa.federated import rules
 from moa.federated.pieces import Piece, Role, join
 from moa.federated.privacy import Privacy
+from moa.federated.role import STREAMED
 
 Tensors = Mapping[str, Tensor]
 ByRole = Mapping[str, Sequence[Piece]]
 SCAFFOLD = rules.SCAFFOLD
 FACTORS = (".lora_A.weight", ".lora_B.weight")
 MERGE = "merge:"
-STREAMED = ("mean", "sum")
 FOLDING = ("carry", "stack")  # into a frozen expert
 PAIRED = ("svd", *FOLDING)  # and merge:METHOD
 
@@ -44,10 +44,7 @@ GLOBAL, CLIENT = "", "client:"
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """What one client sends: its values of the pieces of the roles that it trained, and counts.
-
-    Rules that need all values keep them without a copy, so they must not be those of a model that trains on.
-    """
+    """What one client sends. Rules keep values without a copy, so they must not be a model's that trains on."""
 
     client: str
     round: int
@@ -77,8 +74,6 @@ class Server:
 
 @dataclass(frozen=True, kw_only=True)
 class RoleReport:
-    """Of one role and scope in one round."""
-
     contributors: tuple[str, ...]
     weight: float  # the denominator
     numbers: int  # sent by each contributor
@@ -223,12 +218,11 @@ class _Total:
             if rates and not torch.equal(start, end):
                 before = self.state(piece.name).get("c", 0)
                 change += rules.next_variate(start.double(), end.double(), before, 0, rates)
-        if self.role.clip is not None:
-            norm, largest = norm_of(own, self.start), self.role.clip
-            if norm > self.role.clip:
-                own = {n: self.start[n] + rules.clip(v.double() - self.start[n], norm, largest) for n, v in own.items()}
-        if shrink < 1:
-            own = {n: self.start[n].double() + shrink * (v.double() - self.start[n].double()) for n, v in own.items()}
+        role_shrink = 1.0 if self.role.clip is None else rules.shrink(norm_of(own, self.start), self.role.clip)
+        for share in (role_shrink, shrink):
+            if share < 1:
+                old = {name: value.double() for name, value in self.start.items()}
+                own = {name: old[name] + share * (value.double() - old[name]) for name, value in own.items()}
         if self.role.rule not in STREAMED:
             self.values.append(own)
             return
@@ -395,17 +389,14 @@ def aggregate(
             own = [(total_of(role, scope_of(role, update)), weight) for role, weight in accepted]
             shrink = 1.0
             if private is not None:
-                shrink = private.shrink(math.hypot(*(norm_of(total.of(update), total.start) for total, _ in own)))
-            adding = [pool.submit(total.add, update, weight, shrink) for total, weight in own]
-            for work in adding:
+                norm = math.hypot(*(norm_of(total.of(update), total.start) for total, _ in own))
+                shrink = rules.shrink(norm, private.clip)
+            for work in [pool.submit(total.add, update, weight, shrink) for total, weight in own]:
                 work.result()
     tensors, scoped, state = dict(server.tensors), dict(server.scoped), dict(server.state)
     reports: dict[tuple[str, str], RoleReport] = {}
-    few = {
-        key
-        for key, t in totals.items()
-        if private is None and len(t.clients) < rules.least_clients(t.role.rule, t.role.options)
-    }
+    least = {} if private else {k: rules.least_clients(t.role.rule, t.role.options) for k, t in totals.items()}
+    few = {key for key, number in least.items() if len(totals[key].clients) < number}
     for name, scope in sorted(totals.keys() - few):
         values, own_state, more, reports[name, scope] = totals.pop((name, scope)).finish()
         tensors |= more
@@ -426,12 +417,7 @@ def aggregate(
 
 
 def accept(
-    update: Update,
-    round_: int,
-    base: str,
-    seen: Collection[str],
-    roles: Sequence[Role],
-    by_role: ByRole,
+    update: Update, round_: int, base: str, seen: Collection[str], roles: Sequence[Role], by_role: ByRole
 ) -> list[tuple[Role, float]]:
     """The roles that an update contributes to, with its weights; ValueError with the reason to refuse it whole.
 
@@ -446,10 +432,9 @@ def accept(
     known = {role.name: role for role in roles}
     accepted = []
     for name, counts in update.counts.items():
-        if name not in known:
+        if (role := known.get(name)) is None:
             raise ValueError(f"{name} is no role; choices: {list(known)}")
-        if weight := _weight(known[name], counts):
-            role = known[name]
+        if weight := _weight(role, counts):
             if not role.contributes(tasks=update.tasks, modalities=update.modalities, count=weight):
                 rule = "is kept local" if role.keep else f"is trained by {role.clients} alone"
                 raise ValueError(f"{name} {rule}")
@@ -514,12 +499,11 @@ def transfer(
     shares = rules.nearest_weights(rules.distances(rows), **role.transfer)
     scoped, table = dict(server.scoped), dict[str, dict[str, float]]()
     clients = [scope.removeprefix(CLIENT) for scope in scopes]
-    for scope, share in zip(scopes, shares, strict=True):
-        if scope not in of:
-            continue
-        before = server.scoped[scope]
-        parts = (share @ rows).split([before[name].numel() for name in names])
-        new = {n: part.view(before[n].shape).to(before[n].dtype) for n, part in zip(names, parts, strict=True)}
-        scoped[scope] = {**before, **new}
-        table[scope.removeprefix(CLIENT)] = dict(zip(clients, share.tolist(), strict=True))
+    for client, scope, share in zip(clients, scopes, shares, strict=True):
+        if scope in of:
+            before = server.scoped[scope]
+            parts = (share @ rows).split([before[name].numel() for name in names])
+            new = {n: part.view(before[n].shape).to(before[n].dtype) for n, part in zip(names, parts, strict=True)}
+            scoped[scope] = {**before, **new}
+            table[client] = dict(zip(clients, share.tolist(), strict=True))
     return replace(server, scoped=scoped), table

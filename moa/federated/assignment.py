@@ -41,15 +41,11 @@ def evidence_of(modalities: Collection[str]) -> set[str]:
 
 def holdings(client: Client, roles: Sequence[Role], routed: Collection[str]) -> Counter[str]:
     """How many training samples of each role a client has."""
+    kinds = Counter((r.tag.expert, frozenset(evidence_of(r.tag.modalities - r.hidden))) for r in client.train)
     found: Counter[str] = Counter()
-    for (expert, evidence), number in _kinds(client).items():
+    for (expert, evidence), number in kinds.items():
         found.update({role.name: number for role in roles if concerns(role, expert, evidence, routed)})
     return found
-
-
-def _kinds(client: Client) -> Counter[tuple[str | None, frozenset[str]]]:
-    rows = client.train
-    return Counter((row.tag.expert, frozenset(evidence_of(row.tag.modalities - row.hidden))) for row in rows)
 
 
 def tasks_of(client: Client) -> tuple[str, ...]:
@@ -62,8 +58,6 @@ def modalities_of(client: Client) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """What a client trains in a round."""
-
     sends: tuple[Role, ...]
     keeps: tuple[Role, ...]
     free: Mapping[str, Tensor]  # by PART.KEY: 1 where the client trains, 0 where a value stays as it was received
@@ -87,19 +81,18 @@ def assign(
     """A role is trained and sent where the client contributes to it and has samples of it, and may train some of it.
 
     `lacks` are experts that the client does not have, `learning` the keys that a stage of the round trains, None for
-    all. ValueError where a role that it sends has one of these and other
-    pieces, where samples are of one, and where no routed expert is left.
+    all. ValueError where a role that it sends has one of these and other pieces, where samples are of one, and where no
+    routed expert is left.
     """
     held, who = holdings(client, roles, routed), {"tasks": tasks_of(client), "modalities": modalities_of(client)}
     sends = [r for r in roles if held[r.name] and r.contributes(**who, count=held[r.name])]
-    keeps = [role for role in roles if role.keep]
-    still = {r.name for r in roles if r not in sends and not r.keep and r.elsewhere != "trainable"}
+    still = {r.name: r.elsewhere for r in roles if r not in sends and not r.keep and r.elsewhere != "trainable"}
     free = {key: torch.ones(shape, dtype=torch.bool) for key, shape in shapes.items()}
     above = ranks_above(shapes, rank)
     cut = {piece.key for piece in above}
-    gone = {r.name for r in roles if r.name in still and r.elsewhere == "absent"}
-    absent = {*lacks, *(p.key.split(".")[1] for p in pieces if p.role in gone and p.key.startswith("experts."))}
-    missing = [p for p in pieces if p.key.startswith("experts.") and p.key.split(".")[1] in absent]
+    of_experts = [(p.key.split(".")[1], p) for p in pieces if p.key.startswith("experts.")]
+    absent = {*lacks, *(name for name, p in of_experts if still.get(p.role) == "absent")}
+    missing = [p for name, p in of_experts if name in absent]
     for piece in [*(p for p in pieces if p.role in still), *missing, *above]:
         piece.of(free).zero_()
     moving = moving_factors(factors, round_)
@@ -122,13 +115,8 @@ def assign(
         raise ValueError(f"{client.name} has samples of the expert {own[0]}, and lacks it")
     if absent >= {*routed}:
         raise ValueError(f"{client.name} has no routed expert: it lacks {sorted(absent)}")
-    return Assignment(
-        sends=sent,
-        keeps=tuple(role for role in keeps if role.name in moved),
-        free=free,
-        above=tuple(above),
-        absent=frozenset(absent),
-    )
+    keeps = tuple(role for role in roles if role.keep and role.name in moved)
+    return Assignment(sends=sent, keeps=keeps, free=free, above=tuple(above), absent=frozenset(absent))
 
 
 def ranks_above(shapes: Mapping[str, tuple[int, ...]], rank: int | None) -> list[Piece]:

@@ -65,7 +65,6 @@ class ClientSource:
 
 
 def hide(sample: Sample, hidden: Collection[str]) -> Sample:
-    """The sample without these modalities."""
     if "ocr" in hidden:
         sample = replace(sample, ocr=None)
     if "image" in hidden:
@@ -86,10 +85,7 @@ class ClientMixture(Mixture):
 def client_mixture(
     client: Client, sources: Mapping[str, Source], configs: Mapping[str, SourceConfig], seed: int
 ) -> ClientMixture:
-    """A client draws from each source by the source's weight times the share of its samples that it has.
-
-    So a client with all samples draws as plain training does.
-    """
+    """Draws by a source's weight times the client's share of its samples: with all of them as plain training does."""
     rows = defaultdict[str, list[Row]](list)
     for row in client.train:
         rows[row.tag.source].append(row)
@@ -112,18 +108,20 @@ def tensors_of(model: MixtureModel, config: RunConfig) -> dict[str, Tensor]:
     """What a federation sends and receives, by PART.KEY; it shares the model's memory."""
     parts = trained_parts(config)
     found = {f"{part}.{key}": p.detach() for part, row in parts.items() for key, p in row.parameters(model).items()}
-    if config.router.row.learns == "means":
-        found |= {f"router.{key}": buffer for key, buffer in model.router.named_buffers()}
-    return found
+    return found | means_of(model, config)
+
+
+def means_of(model: MixtureModel, config: RunConfig) -> dict[str, Tensor]:
+    """The sums of a router that learns means, and no parameters; none of another."""
+    learns = config.router.row.learns == "means"
+    return {f"router.{key}": buffer for key, buffer in model.router.named_buffers()} if learns else {}
 
 
 def trainable(model: MixtureModel, config: RunConfig) -> dict[str, tuple[int, ...]]:
     """The shapes of those that some stage may train."""
     groups = parameter_groups(model, config)
-    found = {f"{part}.{key}": tuple(p.shape) for part, group in groups.items() for key, p in group.items()}
-    if config.router.row.learns == "means":
-        found |= {f"router.{key}": tuple(buffer.shape) for key, buffer in model.router.named_buffers()}
-    return found
+    found: Tensors = {f"{part}.{key}": p for part, group in groups.items() for key, p in group.items()}
+    return {key: tuple(tensor.shape) for key, tensor in {**found, **means_of(model, config)}.items()}
 
 
 def learning(model: MixtureModel, config: RunConfig) -> set[str]:
@@ -131,9 +129,13 @@ def learning(model: MixtureModel, config: RunConfig) -> set[str]:
     groups = parameter_groups(model, config)
     chosen = [stage_groups(model, groups, stage) for stage in config.stages.values()]
     found = {f"{part}.{key}" for own in chosen for part, group in own.items() for key in group}
-    if config.router.row.learns == "means" and any(stage.kind == "router" for stage in config.stages.values()):
-        found |= {f"router.{key}" for key, _ in model.router.named_buffers()}
+    if any(stage.kind == "router" for stage in config.stages.values()):
+        found |= means_of(model, config).keys()
     return found
+
+
+def routed(model: MixtureModel) -> set[str]:
+    return {*model.routing.roles.named("routed")}
 
 
 @contextmanager
@@ -268,7 +270,6 @@ def client_update(
     receive(model, config, received, assignment.above)
     start = {key: tensor.clone() for key, tensor in tensors_of(model, config).items()}
     drift = drift_of(received, assignment, pieces, start)
-    routed = {*model.routing.roles.named("routed")}
     counts: Counts = {role.name: defaultdict(float) for role in roles}
     while not run.done:
         trainer = run.begin_stage(None)
@@ -286,7 +287,7 @@ def client_update(
                     _log(run, result.metrics, result.problem, work, log)
                     for batch, _ in micro_batches:
                         if batch is not None:
-                            count(counts, batch, roles, routed, result.metrics)
+                            count(counts, batch, roles, routed(model), result.metrics)
                             if evidence is not None:
                                 own = batch.to(run.accelerator.device)
                                 evidence.update(model.evidence(own), torch.zeros_like(own.expert_ids))
@@ -351,7 +352,6 @@ def extra_loss(
 def count(
     counts: Counts, batch: Batch, roles: Iterable[Role], routed: Collection[str], metrics: Mapping[str, float]
 ) -> None:
-    """Add a batch to the counts of each role."""
     tokens = answer_tokens(batch)
     for sample, image, number in zip(batch.samples, batch.image_mask.tolist(), tokens, strict=True):
         has = [*(["image"] if image else []), *(["ocr"] if sample.ocr else [])]

@@ -5,79 +5,15 @@ from dataclasses import dataclass, field, fields, replace
 from math import cos, pi
 from typing import Any, Literal
 
-from moa.cli.ranges import (
-    Count,
-    CountOrZero,
-    NotNegative,
-    Positive,
-    Share,
-    ShareAboveZero,
-    ShareBelowOne,
-    Size,
-)
-from moa.cli.settings import Wrong, check
+from moa.cli.ranges import Count, CountOrZero, NotNegative, Positive, Share, ShareAboveZero, ShareBelowOne, Size
+from moa.cli.settings import check
 from moa.config import RunConfig
-from moa.federated.partition import Recipe
+from moa.federated.partition import PartitionConfig
 from moa.federated.role import Role
 from moa.sections import StageConfig
 
 RATES = ("experts", "router", "projector")
 EACH = "{expert}"  # in a role's name and match: a role for each expert that no other role names
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartitionConfig:
-    clients: Size = 10  # called client-0, client-1, ...
-    # even, by_source, by_task, by_style, dirichlet_sources, dirichlet_tasks, dirichlet_sizes, dirichlet_labels or own
-    how: str = "by_source"
-    alpha: Positive | None = None  # of a Dirichlet distribution: small is uneven
-    zipf: NotNegative = 0.0  # client k has a share of 1 / k^zipf
-    min_samples: Count = 1  # training samples that each client has at least
-    test: ShareBelowOne = 0.0  # share of the images that nobody trains on
-    held_out: CountOrZero = 0  # of the clients, the last ones: they never train
-    # of the clients have OCR words, and the samples of ocr_tasks; null: all of them
-    ocr_share: ShareAboveZero | None = None
-    ocr_tasks: list[str] = field(default_factory=lambda: ["ocr_vqa"])
-    # which the three below hide
-    modalities: list[str] = field(default_factory=lambda: ["image", "ocr"])
-    missing: ShareBelowOne = 0.0  # chance that a modality of a sample is hidden
-    missing_at_client: ShareBelowOne = 0.0  # chance that a modality of a client is
-    single: CountOrZero | None = None  # so many clients see the first modality alone, the others all but the first
-
-    def __post_init__(self) -> None:
-        relative(self.recipe)
-
-    def recipe(self) -> Recipe:
-        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
-        return Recipe(**values | {key: tuple(values[key]) for key in ("ocr_tasks", "modalities")})
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoleConfig:
-    """A row of the table; the fields are those of `moa.federated.role.Role`."""
-
-    name: str
-    match: list[str]
-    clients: str = "all"
-    weight: str = "samples_of_role"
-    rule: str = "mean"
-    server: str = "none"
-    scope: str = "global"
-    keep: bool = False
-    elsewhere: str = "trainable"
-    clip: Positive | None = None
-    into: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    server_options: dict[str, float] = field(default_factory=dict)
-    transfer: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        relative(self.role, f"roles.{self.name}.")
-
-    def role(self, expert: str = EACH) -> Role:
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        name, match = self.name.replace(EACH, expert), tuple(m.replace(EACH, expert) for m in self.match)
-        return Role(**{**values, "name": name, "match": match})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +81,7 @@ class FederatedConfig:
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     # the table of roles: name, match, clients, weight, rule, server, scope, keep, elsewhere, ... (docs/federated.md);
     # empty: the mean of everything over all clients (FedAvg)
-    roles: list[RoleConfig] = field(default_factory=list)
+    roles: list[Role] = field(default_factory=list)
     clients: dict[str, ClientConfig] = field(default_factory=dict)  # what is special about one, by name
     groups: GroupsConfig = field(default_factory=GroupsConfig)  # of clients that are alike, an expert for each
     # of each data set in the table of clients and tasks at the end; 0: no table
@@ -191,15 +127,12 @@ class FederatedConfig:
 
     @property
     def drawn(self) -> int:
-        """Clients in each round."""
         return round(self.participation * (self.partition.clients - self.partition.held_out))
 
     def present(self, source: str, round_: int) -> bool:
-        """Whether clients have a data source in a round."""
         return self.arrives.get(source, 1) <= round_ <= self.leaves.get(source, self.rounds)
 
     def has(self, stage: str, round_: int) -> bool:
-        """Whether clients do a stage in a round."""
         return self.first_round.get(stage, 1) <= round_ <= self.last_round.get(stage, self.rounds)
 
     def rate_factor(self, round_: int) -> float:
@@ -243,36 +176,28 @@ class FederateConfig(RunConfig):
         return RunConfig(**{item.name: getattr(self, item.name) for item in fields(RunConfig)})
 
 
-def relative(make: Any, prefix: str = "") -> None:
-    """Call it, with its ValueError as one of a setting of this class."""
-    try:
-        make()
-    except ValueError as error:
-        key, _, rule = str(error).removeprefix(prefix).partition(": ")
-        raise Wrong(key, rule) from None
-
-
-def make_roles(roles: Sequence[RoleConfig], experts: Collection[str]) -> list[Role]:
+def make_roles(roles: Sequence[Role], experts: Collection[str]) -> list[Role]:
     """The table with a role for each expert, of those that train, in the place of one with {expert}."""
-    roles = roles or [RoleConfig(name="all", match=["rest"])]
+    roles = roles or [Role(name="all", match=["rest"])]
     named = {match.partition(":")[2].partition(".")[0] for role in roles for match in role.match}
     found = []
     for role in roles:
         if not any(EACH in match for match in role.match):
-            found.append(role.role())
+            found.append(role)
             continue
         check(EACH in role.name, "federated.roles", f"{role.name} matches {EACH}, so its name must have it too")
         left = [name for name in experts if name not in named]
         check(bool(left), "federated.roles", f"{role.name} is for each expert that no other role names: there is none")
-        found += [role.role(name) for name in left]
+        for name in left:
+            match = [match.replace(EACH, name) for match in role.match]
+            found.append(replace(role, name=role.name.replace(EACH, name), match=match))
     return found
 
 
 def stages_of(
     config: FederateConfig, round_: int, client: ClientConfig, *, first: bool = False
 ) -> dict[str, StageConfig]:
-    """What a client does in a round, `first` where it has no group yet: the stages with its steps and the round's
-    learning rates."""
+    """What a client does in a round, `first` without a group: the stages with its steps and the round's rates."""
     factor, groups = config.federated.rate_factor(round_), config.federated.groups
     share = client.steps * (groups.warmup if first else 1)
     stages = {name: stage for name, stage in config.stages.items() if config.federated.has(name, round_)}

@@ -111,8 +111,6 @@ def settings_of(config: FederateConfig, run: RunConfig) -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class Node:
-    """One client, in the process of one message."""
-
     federation: Federation
     client: Client
 
@@ -217,8 +215,6 @@ def arrival_of(content: RecordDict, client: str) -> Arrival:
 
 @dataclass(kw_only=True)
 class Fleet:
-    """The nodes of a federation."""
-
     grid: Grid
     settings: str
     deadline: float  # seconds until a client that was asked is a dropout
@@ -306,7 +302,7 @@ def serve(grid: Grid, context: Context) -> None:
     config = load_settings(given)
     settings = json.dumps(settings_of(config, settled(config.run())))
     fleet = Fleet(grid=grid, settings=settings, deadline=given["deadline"])
-    recipe = config.federated.partition.recipe()
+    recipe = config.federated.partition
     names = [client_name(place, recipe) for place in range(recipe.clients - recipe.held_out)]
     clients = fleet.gather(names, given["wait"])
     options = {"resume": given["resume"], "overwrite": given["overwrite"]}

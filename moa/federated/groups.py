@@ -188,10 +188,7 @@ def regroup(
     how: str,
     likeness: float | int = -1,
 ) -> tuple[list[Update], Groups, list[tuple[str, str]]]:
-    """The updates of a round with those of newcomers as their groups', the groups, and who was refused with the reason.
-
-    An update that could not be averaged forms no group.
-    """
+    """The round's updates, those of newcomers as their groups', the groups, and who was refused, with the reason."""
     by_role = {role.name: [piece for piece in pieces if piece.role == role.name] for role in roles}
     features, refused, plain, base = dict[str, Tensor](), list[tuple[str, str]](), dict[str, Update](), server.base()
     for update in (update for update in updates if update.client in newcomers):

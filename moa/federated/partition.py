@@ -17,11 +17,12 @@ clients or held-out ones. Two training clients may have questions of different t
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from data.sample import Sample
+from moa.cli.ranges import Count, CountOrZero, NotNegative, Positive, ShareAboveZero, ShareBelowOne, Size, check
 
 Shares = np.ndarray  # [key, client]
 OWN = "own"
@@ -78,66 +79,62 @@ class Client:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How samples are dealt; the ranges of numbers are those of `moa.federated.config.PartitionConfig`. At most one of
-    `missing`, `missing_at_client` and `single` is given."""
+class PartitionConfig:
+    """How samples are dealt; at most one of `missing`, `missing_at_client` and `single` is given."""
 
-    clients: int
-    how: str = "even"
-    alpha: float | int | None = None  # of a Dirichlet distribution: small is uneven
-    zipf: float | int = 0  # client k has a share of 1 / k^zipf
-    min_samples: int = 1  # for training, of each client
-    test: float | int = 0  # share of the images
-    held_out: int = 0  # of the clients, the last ones
-    ocr_share: float | int | None = None  # of the clients have OCR words and the samples of `ocr_tasks`; None is all
-    ocr_tasks: tuple[str, ...] = ("ocr_vqa",)
-    modalities: tuple[str, ...] = ("image", "ocr")  # which the three below hide
-    missing: float | int = 0  # each modality of each sample, with this chance
-    missing_at_client: float | int = 0  # each modality of each client; where all are, one of each sample stays
-    single: int | None = None  # this many clients see the first modality alone, the others all but the first
+    clients: Size = 10  # called client-0, client-1, ...
+    # even, by_source, by_task, by_style, dirichlet_sources, dirichlet_tasks, dirichlet_sizes, dirichlet_labels or own
+    how: str = "by_source"
+    alpha: Positive | None = None  # of a Dirichlet distribution: small is uneven
+    zipf: NotNegative = 0.0  # client k has a share of 1 / k^zipf
+    min_samples: Count = 1  # training samples that each client has at least
+    test: ShareBelowOne = 0.0  # share of the images that nobody trains on
+    held_out: CountOrZero = 0  # of the clients, the last ones: they never train
+    # of the clients have OCR words, and the samples of ocr_tasks; null: all of them
+    ocr_share: ShareAboveZero | None = None
+    ocr_tasks: list[str] = field(default_factory=lambda: ["ocr_vqa"])
+    # which the three below hide
+    modalities: list[str] = field(default_factory=lambda: ["image", "ocr"])
+    missing: ShareBelowOne = 0.0  # chance that a modality of a sample is hidden
+    missing_at_client: ShareBelowOne = 0.0  # chance that a modality of a client is
+    single: CountOrZero | None = None  # so many clients see the first modality alone, the others all but the first
 
     def __post_init__(self) -> None:
-        if self.how not in (*HOW, OWN):
-            raise ValueError(f"how: must be one of {[*HOW, OWN]}, got {self.how!r}")
+        check(self.how in (*HOW, OWN), "how", f"must be one of {[*HOW, OWN]}, got {self.how!r}")
         for key in ("zipf", "held_out", "ocr_share", "single") if self.how == OWN else ():
-            if getattr(self, key):
-                raise ValueError(f"{key}: has no effect with how={OWN}")
-        if (self.alpha is not None) != self.how.startswith("dirichlet"):
-            raise ValueError(
-                f"alpha: is of dirichlet_tasks, _sources, _sizes and _labels, got {self.alpha} for how={self.how}"
-            )
-        if self.held_out >= self.clients:
-            raise ValueError(f"held_out: must be less than clients={self.clients}, got {self.held_out}")
-        if self.single is not None and self.single > self.clients:
-            raise ValueError(f"single: must be at most clients={self.clients}, got {self.single}")
+            check(not getattr(self, key), key, f"has no effect with how={OWN}")
+        rule = f"is of dirichlet_tasks, _sources, _sizes and _labels, got {self.alpha} for how={self.how}"
+        check((self.alpha is not None) == self.how.startswith("dirichlet"), "alpha", rule)
+        rule = f"must be less than clients={self.clients}, got {self.held_out}"
+        check(self.held_out < self.clients, "held_out", rule)
+        fits = self.single is None or self.single <= self.clients
+        check(fits, "single", f"must be at most clients={self.clients}, got {self.single}")
         given = [key for key in ("missing", "missing_at_client") if getattr(self, key)]
         given += ["single"] if self.single is not None else []
-        if len(given) > 1:
-            raise ValueError(f"{given[0]}: hides modalities, and so does {given[1]}; give one of them")
+        check(
+            len(given) < 2, "".join(given[:1]), f"hides modalities, and so does {''.join(given[1:2])}; give one of them"
+        )
 
 
-def even(keys: int, recipe: Recipe, rng: np.random.Generator) -> Shares:
+def even(keys: int, recipe: PartitionConfig, rng: np.random.Generator) -> Shares:
     return np.ones((keys, recipe.clients))
 
 
-def in_turn(keys: int, recipe: Recipe, rng: np.random.Generator) -> Shares:
-    """One key a client."""
+def in_turn(keys: int, recipe: PartitionConfig, rng: np.random.Generator) -> Shares:
     clients = np.arange(recipe.clients)
     return (clients % keys == np.arange(keys)[:, None]).astype(float)
 
 
-def mixes(keys: int, recipe: Recipe, rng: np.random.Generator) -> Shares:
-    """A mix of keys for each client."""
+def mixes(keys: int, recipe: PartitionConfig, rng: np.random.Generator) -> Shares:
     return rng.dirichlet(np.full(keys, recipe.alpha), recipe.clients).T
 
 
-def sizes(keys: int, recipe: Recipe, rng: np.random.Generator) -> Shares:
-    """Sizes over clients for each key."""
+def sizes(keys: int, recipe: PartitionConfig, rng: np.random.Generator) -> Shares:
     return rng.dirichlet(np.full(recipe.clients, recipe.alpha), keys)
 
 
 # How -> the field of a tag that is the key, and the shares of each key.
-HOW: dict[str, tuple[str, Callable[[int, Recipe, np.random.Generator], Shares]]] = {
+HOW: dict[str, tuple[str, Callable[[int, PartitionConfig, np.random.Generator], Shares]]] = {
     "even": ("task", even),
     "by_task": ("task", in_turn),
     "by_style": ("style", in_turn),
@@ -149,30 +146,29 @@ HOW: dict[str, tuple[str, Callable[[int, Recipe, np.random.Generator], Shares]]]
 }
 
 
-def make_clients(tags: Iterable[Tag], recipe: Recipe, seed: int, experts: Collection[str] = ()) -> list[Client]:
-    """Every sample at one client, or at none where no client of its side has its key; see `print_partition`.
-
-    ValueError names a key or an expert without a training client, and a client with less than `min_samples`.
-    """
+def make_clients(
+    tags: Iterable[Tag], recipe: PartitionConfig, seed: int, experts: Collection[str] = ()
+) -> list[Client]:
+    """Every sample at one client, or none where no client of its side has its key; ValueError for who lacks samples."""
     tags = sorted(tags, key=lambda tag: (tag.source, tag.index))
     rng = np.random.default_rng([seed, recipe.clients])
     if recipe.how == OWN:
         test = chosen(sorted({tag.unit for tag in tags}), recipe.test, rng)
         one = _client(0, [tags], recipe, test, True, rng)
         found = [replace(one, name=client_name(place, recipe)) for place in range(recipe.clients)]
-        check(found, recipe, experts)
+        check_owners(found, recipe, experts)
         return found
-    field = HOW[recipe.how][0]
+    kind, shares_of = HOW[recipe.how]
     # OCR samples are dealt by themselves: not every client may have them.
     units: dict[tuple[str, bool], dict[str, list[Tag]]] = defaultdict(lambda: defaultdict(list))
     for tag in tags:
         needs_ocr = recipe.ocr_share is not None and tag.task in recipe.ocr_tasks
-        units[getattr(tag, field), needs_ocr][tag.unit].append(tag)
+        units[getattr(tag, kind), needs_ocr][tag.unit].append(tag)
     keys = sorted({key for key, _ in units})
     training = recipe.clients - recipe.held_out
     if recipe.how.startswith("by_") and training < len(keys):
         raise ValueError(f"clients: {recipe.how} needs a training client for each of {keys}, got {training}")
-    shares = HOW[recipe.how][1](len(keys), recipe, rng) / np.arange(1, recipe.clients + 1) ** float(recipe.zipf)
+    shares = shares_of(len(keys), recipe, rng) / np.arange(1, recipe.clients + 1) ** float(recipe.zipf)
     wanted = {key for key, needs_ocr in units if needs_ocr}
     has_ocr = ocr_clients(shares, [key in wanted for key in keys], recipe, rng)
     images = sorted({image for own in units.values() for image in own})
@@ -193,11 +189,13 @@ def make_clients(tags: Iterable[Tag], recipe: Recipe, seed: int, experts: Collec
     if not recipe.how.startswith("by_"):
         fill(dealt[:training], recipe, test, has_ocr)
     found = [_client(place, own, recipe, test, bool(has_ocr[place]), rng) for place, own in enumerate(dealt)]
-    check(found, recipe, experts)
+    check_owners(found, recipe, experts)
     return found
 
 
-def ocr_clients(shares: Shares, wanted: Sequence[bool], recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+def ocr_clients(
+    shares: Shares, wanted: Sequence[bool], recipe: PartitionConfig, rng: np.random.Generator
+) -> np.ndarray:
     """1 where a client has OCR, else 0: those with most of the keys that are `wanted`, the others at random."""
     if recipe.ocr_share is None:
         return np.ones(recipe.clients)
@@ -225,7 +223,7 @@ def spread(count: int, row: np.ndarray, rng: np.random.Generator) -> list[int | 
     return [int(client) for client in rng.permutation(np.repeat(np.arange(len(row)), whole))]
 
 
-def fill(dealt: Sequence[list[list[Tag]]], recipe: Recipe, test: Collection[str], has_ocr: np.ndarray) -> None:
+def fill(dealt: Sequence[list[list[Tag]]], recipe: PartitionConfig, test: Collection[str], has_ocr: np.ndarray) -> None:
     """Give clients with less than `min_samples` groups of the client that has most, which keeps as many itself."""
     size = [sum(len(group) for group in own if group[0].unit not in test) for own in dealt]
 
@@ -248,7 +246,7 @@ def fill(dealt: Sequence[list[list[Tag]]], recipe: Recipe, test: Collection[str]
 def _client(
     place: int,
     groups: Sequence[Sequence[Tag]],
-    recipe: Recipe,
+    recipe: PartitionConfig,
     test: Collection[str],
     has_ocr: bool,
     rng: np.random.Generator,
@@ -272,11 +270,11 @@ def _client(
     )
 
 
-def client_name(place: int, recipe: Recipe) -> str:
+def client_name(place: int, recipe: PartitionConfig) -> str:
     return f"client-{place:0{len(str(recipe.clients - 1))}}"
 
 
-def check(clients: Sequence[Client], recipe: Recipe, experts: Collection[str]) -> None:
+def check_owners(clients: Sequence[Client], recipe: PartitionConfig, experts: Collection[str]) -> None:
     """ValueError for a client with too few samples, and an expert that no training client has samples of."""
     for client in clients:
         if len(client.train) < recipe.min_samples:
@@ -288,10 +286,7 @@ def check(clients: Sequence[Client], recipe: Recipe, experts: Collection[str]) -
 
 
 def print_partition(clients: Sequence[Client], total: int | None = None) -> str:
-    """A line a client: its training samples by task, its test samples, how many have OCR, and how many hide what.
-
-    `total` is the number of samples that were dealt: those at no client are counted.
-    """
+    """A line a client: its samples by task, for test, with OCR, hidden; and how many of `total` are at no client."""
     tasks = sorted({row.tag.task for client in clients for row in (*client.train, *client.test)})
     width = max(8, *(len(task) + 1 for task in tasks))
     lines = [f"{'client':<18}" + "".join(f"{name:>{width}}" for name in (*tasks, "train", "test", "ocr")) + "  hidden"]

@@ -70,10 +70,7 @@ class Names:
 
 
 def pieces_of(shapes: Mapping[str, Shape], roles: Sequence[Role], names: Names) -> list[Piece]:
-    """Every trainable tensor, by PART.KEY, cut along its roles.
-
-    ValueError names elements that no role or more than one selects, and a role or a match that selects nothing.
-    """
+    """Every trainable tensor cut along its roles; ValueError for elements in none or two, and what selects nothing."""
     if len({role.name for role in roles}) < len(roles):
         raise ValueError(f"roles: two have the same name, got {[role.name for role in roles]}")
     matches = [(role, match) for role in roles for match in role.match]
@@ -186,11 +183,7 @@ def of_projector(match: str, what: str, key: str, shape: tuple[int, ...], names:
     raise ValueError(f"roles: match {match!r} must be projector or projector:{REST}")
 
 
-SELECT: dict[str, Callable[..., Span | None]] = {
-    "experts": of_expert,
-    "router": of_router,
-    "projector": of_projector,
-}
+SELECT: dict[str, Callable[..., Span | None]] = {"experts": of_expert, "router": of_router, "projector": of_projector}
 
 
 def join(pieces: Sequence[Piece], values: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -214,10 +207,7 @@ def print_roles(
     itemsize: int = 4,
     senders: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
-    """One line a role: numbers, bytes that a client sends, who contributes, weight, rule and scope.
-
-    With `senders`, the clients that send it.
-    """
+    """One line a role: numbers, bytes sent, who contributes (of `senders`), weight, rule, scope, elsewhere."""
     lines = [f"{'role':<20} {'numbers':>12} {'sent bytes':>12}  clients, weight, rule, scope, elsewhere"]
     for role in roles:
         numbers = sum(piece.numel for piece in pieces if piece.role == role.name)

@@ -17,24 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moa.federated.role import Role
+from moa.federated.role import STREAMED, Role
 
-RULES = ("mean", "sum")
 ORDERS = (*range(2, 64), 128, 256, 512)  # of Renyi divergences; whole numbers have an exact formula
 
 
 @dataclass(frozen=True, kw_only=True)
 class Privacy:
-    """Of one round."""
-
     clip: float
     noise: float  # over `clip`
     expected: Mapping[str, float]  # by piece that moves in this round: clients that it has on average, 1 for a sum
     rng: np.random.Generator
-
-    def shrink(self, norm: float) -> float:
-        """What a client's change is multiplied by."""
-        return min(1.0, self.clip / norm) if norm > 0 else 1.0
 
     def value(self, piece: str, start: Tensor, total: Tensor | None, clients: int) -> Tensor:
         """A piece after the round; `total` is the sum of the values of so many clients, None where there is none."""
@@ -47,10 +40,7 @@ class Privacy:
 
 
 def spent(noise: float, participation: float, rounds: int, delta: float) -> float:
-    """The epsilon of so many rounds, of one client more or less, by Renyi divergences.
-
-    ValueError without the package that computes it.
-    """
+    """The epsilon of so many rounds, of one client more or less; ValueError without the package that computes it."""
     try:
         from dp_accounting import dp_event, rdp
     except ImportError:
@@ -65,7 +55,7 @@ def spent(noise: float, participation: float, rounds: int, delta: float) -> floa
 
 def reads_single(role: Role) -> str | None:
     """Why a role could not run under secure aggregation, where a server sees sums alone; None if it could."""
-    if role.rule not in RULES:
+    if role.rule not in STREAMED:
         return f"{role.rule} reads the values of each client"
     if role.scope == "per_client":
         return "its value is that of one client"

@@ -55,11 +55,11 @@ def with_ratios(roles: Sequence[Role], pieces: Sequence[Piece], scalings: Sequen
 
 def with_numbers(roles: Sequence[Role], clients: int) -> list[Role]:
     """The roles with the `clients` of scaffold, where none are given: all that train."""
-    given = [{"clients": clients, **role.server_options} for role in roles]
-    return [
-        replace(role, server_options=own) if role.server == rules.SCAFFOLD else role
-        for role, own in zip(roles, given, strict=True)
-    ]
+
+    def own(role: Role) -> dict[str, float]:
+        return {"clients": float(clients), **role.server_options}
+
+    return [replace(r, server_options=own(r)) if r.server == rules.SCAFFOLD else r for r in roles]
 
 
 def check_carry(
@@ -69,10 +69,7 @@ def check_carry(
     keys: Collection[str],
     scalings: Sequence[Mapping[str, float]],
 ) -> None:
-    """ValueError where what goes into the expert `into` is not what a mean of factors leaves out.
-
-    `keys` are those of the server's tensors, `scalings` those of the experts at each site.
-    """
+    """ValueError where `into` does not get what a mean of factors leaves out; `scalings` are those at each site."""
     for role in (role for role in roles if role.rule in FOLDING):
         where, sources, ratio = f"roles.{role.name}", experts_of(role, pieces), role.options["ratio"]
         if role.into not in experts:
@@ -97,10 +94,7 @@ def check_carry(
 
 
 def common_factors(own: Mapping[str, Iterable[tuple[str, Tensor]]]) -> list[list[str]]:
-    """The keys of each parameter that several experts have: the first is that of its piece.
-
-    `own` are the named parameters of each expert, by its name and the keys of its file.
-    """
+    """The keys of each parameter of several experts, its piece's first; `own` are the experts' named parameters."""
     found: dict[int, dict[str, str]] = {}
     for name, parameters in own.items():
         for key, parameter in parameters:
@@ -132,8 +126,7 @@ def covers(match: str, key: str, shape: Shape) -> bool:
 
 
 def check_group_experts(settings: GroupsConfig, config: RunConfig, names: Sequence[str], special: Clients) -> None:
-    """ValueError where experts cannot be those of groups: values of one become another's, and clients have what their
-    group has."""
+    """ValueError where experts cannot be those of groups: values of one become another's."""
     if len(names) < 2:
         raise ValueError(f"groups.by: needs two routed experts that learn, got {list(names)}")
     first = config.experts[names[0]]

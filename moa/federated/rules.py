@@ -97,9 +97,9 @@ SERVERS: dict[str, Callable[..., tuple[Tensor, State]]] = {
 # One client's update bounded, and means that a few wrong clients do not move far.
 
 
-def clip(delta: Tensor, norm: float, largest: Number) -> Tensor:
-    """delta min(1, largest / norm); `norm` is that of the whole role."""
-    return delta * min(1.0, largest / norm) if norm > 0 else delta
+def shrink(norm: float, largest: Number) -> float:
+    """What a change of this norm is multiplied by, so that it is no longer than `largest`."""
+    return min(1.0, largest / norm) if norm > 0 else 1.0
 
 
 def outliers(norms: Float[Tensor, " client"], most: Number) -> list[int]:
@@ -163,7 +163,6 @@ def geometric_median(
 
 
 def distances(values: Float[Tensor, "client size"]) -> Float[Tensor, "client client"]:
-    """Between every two clients."""
     return torch.stack([(values - own).norm(dim=1) for own in values])
 
 
@@ -273,10 +272,7 @@ def covariance_norms(pairs: Sequence[Factors], weights: Sequence[Number]) -> tup
 
 
 def svd(pairs: Sequence[Factors], weights: Sequence[Number], rank: int) -> LowRank:
-    """The best approximation of the mean update at a rank (FlexLoRA, arXiv 2402.11505), without a dense matrix.
-
-    Exact at the sum of the ranks, and whatever the factoring of each client. Clients may have unequal ranks.
-    """
+    """The best approximation of the mean update at a rank, of any factoring and ranks (FlexLoRA, arXiv 2402.11505)."""
     return fit([(a, p * b) for p, (a, b) in zip(shares_of(weights), pairs, strict=True)], rank)
 
 
@@ -299,19 +295,13 @@ def carry(
 
 
 def fold(pairs: Sequence[Factors], weights: Sequence[Number], carried: Factors, *, ratio: Number = 1) -> LowRank:
-    """The frozen always-on expert `carried` with the whole mean update added, whose own expert begins at 0 again.
-
-    FLoRA's stack (arXiv 2409.05976) is added to the base there; here the expert keeps its rank, as with `carry`.
-    """
+    """The frozen always-on expert `carried` with the whole mean update added, at its rank (FLoRA, arXiv 2409.05976)."""
     a, b = stack(pairs, weights)
     return fit([carried, (ratio * a, b)], len(carried[0]))
 
 
 def padded(low: LowRank, like: Factors) -> Factors:
-    """The factors of a result in the shapes of `like`, whose A stays in ranks that the result leaves empty.
-
-    There B is 0. With both factors 0 a rank would get no gradient ever.
-    """
+    """The factors of a result in the shapes of `like`, whose A stays where B is 0: a rank of zeros never learns."""
     a, b = like[0].to(low.lora_a.dtype).clone(), torch.zeros_like(like[1], dtype=low.lora_b.dtype)
     values = low.singular_values
     live = int((values > torch.finfo(values.dtype).eps * len(values) * values.max()).sum())

@@ -30,6 +30,7 @@ from moa.federated.client import (
     client_update,
     learning,
     receive,
+    routed,
     trainable,
     with_variates,
 )
@@ -38,14 +39,7 @@ from moa.federated.groups import EVIDENCE, Groups, Member, alone, mean_evidence,
 from moa.federated.partition import Client
 from moa.federated.pieces import Piece, Role, join
 from moa.federated.privacy import Privacy, spent
-from moa.federated.store import (
-    Arrival,
-    State,
-    StoredUpdates,
-    save_arrival,
-    save_state,
-    secret_seed,
-)
+from moa.federated.store import Arrival, State, StoredUpdates, save_arrival, save_state, secret_seed
 from moa.model import MixtureModel
 from moa.routing.router import AnchorRouter
 from moa.sections import StageConfig
@@ -172,11 +166,8 @@ class Federation:
         sent = [arrival.client for arrival in arrivals if arrival.update is not None]
         updates = StoredUpdates(run=self.folder, round=self.state.server.round, clients=sent)
         grouped, groups, lost = self.regrouped(updates)
-        options: dict[str, Any] = {
-            "screen": self.config.federated.screen,
-            "private": self.private(self.state.server.round),
-        }
-        server, report = aggregate(self.state.server, grouped, self.roles, self.pieces, **options)
+        how: dict[str, Any] = {"screen": self.config.federated.screen, "private": self.private(updates.round)}
+        server, report = aggregate(self.state.server, grouped, self.roles, self.pieces, **how)
         report = replace(report, refused=(*lost, *report.refused))
         accepted = {*sent} - {name for name, _ in report.refused}
         kept = dict(self.state.kept)
@@ -234,7 +225,7 @@ class Federation:
             **privacy,
             "stage": "server",
             "round": report.round,
-            "rounds": self.config.federated.rounds,
+            "rounds": settings.rounds,
             "clients": sorted(accepted),
             "dropouts": silent,
             "failed": failed,
@@ -345,9 +336,8 @@ class Federation:
         if sums is not None:
             work.values[EVIDENCE] = mean_evidence(sums)
         who: dict[str, Any] = {"tasks": tasks_of(client), "modalities": modalities_of(client), "group": member.group}
-        update = Update(
-            client=client.name, round=round_, base=delivery.base, values=work.values, counts=work.counts, **who
-        )
+        who |= {"client": client.name, "round": round_, "base": delivery.base}
+        update = Update(values=work.values, counts=work.counts, **who)
         ends = work.losses[0], work.losses[-1]
         return Arrival(client=client.name, steps=steps, update=update, kept=work.kept, losses=ends)
 
@@ -401,9 +391,8 @@ class Federation:
         """The losses of the model as it is on the validation sources, if there are any."""
         if not self.validation:
             return {}
-        losses = validation_losses(
-            self.model, self.validation, self.collator, self.accelerator, self.run, gates=lambda batch: None
-        )
+        place = self.model, self.validation, self.collator, self.accelerator, self.run
+        losses = validation_losses(*place, gates=lambda batch: None)
         return {key: value for key, value in losses.items() if np.isfinite(value)}
 
     def write_checkpoint(self) -> None:
@@ -466,10 +455,7 @@ def federate(federation: Federation, ask: Ask | None = None) -> None:
 
 
 def draw_clients(settings: FederatedConfig, seed: int, round_: int) -> list[tuple[int, bool]]:
-    """The places of a round's clients by (seed, round) alone, without replacement; False where one sends nothing.
-
-    With privacy each client has a draw of its own, so that their number varies.
-    """
+    """A round's clients by (seed, round), False where one sends nothing; with privacy each by a draw of its own."""
     rng = np.random.default_rng([seed, round_])
     number = settings.partition.clients - settings.partition.held_out
     if settings.privacy.clip is None:
@@ -480,12 +466,7 @@ def draw_clients(settings: FederatedConfig, seed: int, round_: int) -> list[tupl
     return [(place, not away) for place, away in zip(places, lost.tolist(), strict=True)]
 
 
-def routed(model: MixtureModel) -> set[str]:
-    return {*model.routing.roles.named("routed")}
-
-
 def lines_of(record: Mapping[str, Any], report: RoundReport) -> Iterator[str]:
-    """What is printed of a round."""
     head = f"round {record['round']}/{record['rounds']}"
     lost = len(record["dropouts"]) + len(record["failed"])
     dropped = f", {lost} dropped out" if lost else ""

@@ -18,11 +18,11 @@ from moa.cli.settings import as_mapping, load, to_yaml
 from moa.config import RunConfig, load_config
 from moa.federated.aggregate import Server, check_roles
 from moa.federated.assignment import tasks_of
-from moa.federated.client import TERMS, tensors_of, trainable
+from moa.federated.client import TERMS, routed, tensors_of, trainable
 from moa.federated.config import ClientConfig, FederateConfig, make_roles, special
 from moa.federated.groups import EVIDENCE, check_groups, mean_evidence, roles_of
 from moa.federated.matrix import measure
-from moa.federated.partition import OWN, Client, Tag, check, make_clients, print_partition, tag_of
+from moa.federated.partition import OWN, Client, Tag, check_owners, make_clients, print_partition, tag_of
 from moa.federated.pieces import Names, Piece, Role, pieces_of, print_roles
 from moa.federated.privacy import secure_line, spent
 from moa.federated.refusals import (
@@ -37,15 +37,8 @@ from moa.federated.refusals import (
     with_numbers,
     with_ratios,
 )
-from moa.federated.simulate import ITEMSIZE, Federation, routed
-from moa.federated.store import (
-    SERVER,
-    SETTINGS,
-    State,
-    clean,
-    load_arrivals,
-    load_state,
-)
+from moa.federated.simulate import ITEMSIZE, Federation
+from moa.federated.store import SERVER, SETTINGS, State, clean, load_arrivals, load_state
 from moa.files.atomic import write_file
 from moa.model import MixtureModel
 from moa.parts import PARTS
@@ -113,7 +106,7 @@ def make_federation(
     model = build_model(run, to_train=True)
     place(accelerator, model)
     ocr = open_ocr(run.data)
-    sources, recipe = open_mixture(run, ocr).sources if clients is None else {}, config.federated.partition.recipe()
+    sources, recipe = open_mixture(run, ocr).sources if clients is None else {}, config.federated.partition
     grouped = routed_experts(model, run) if config.federated.groups.by else []
     tags, skipped = read_tags(sources, run.data.on_bad_sample)
     try:
@@ -123,7 +116,7 @@ def make_federation(
         if clients is None:
             clients = make_clients(tags, recipe, run.seed, experts)
         else:
-            check(clients, recipe, experts)
+            check_owners(clients, recipe, experts)
     except ValueError as error:
         raise ValueError(f"federated.partition: {error}") from None
     roles, pieces = table_of(config, model, run)
@@ -191,8 +184,7 @@ def check_plans(federation: Federation) -> None:
 
 
 def plans_of(federation: Federation, client: Client) -> list[int]:
-    """A round of each kind in which a client has samples: they differ in stages, in data sources, and in the factors
-    that move (moving_factors)."""
+    """A round of each kind in which a client has samples: by stages, data sources, and factors that move."""
     config = federation.config
     settings, two = config.federated, config.federated.factors == "alternate"
     kinds = dict[tuple[bool, ...], int]()

@@ -73,9 +73,9 @@ def save_state(run: Path, state: State) -> None:
         files |= {"state": joined(server.state), "kept": joined(state.kept), "centres": state.groups.centres}
         for file, tensors in files.items():
             save_tensors(folder / f"{file}.safetensors", tensors)
-        facts = {"round": server.round, "step": state.step, "groups": dict(state.groups.of)}
-        facts["since"] = dict(state.groups.since)
-        write_json(folder / "state.json", facts | {"history": [*state.history]})
+        facts = {"round": server.round, "step": state.step, "history": [*state.history]}
+        facts |= {"groups": dict(state.groups.of), "since": dict(state.groups.since)}
+        write_json(folder / "state.json", facts)
         write_json(folder / MANIFEST, manifest_of(folder))
     write_file(run / SERVER / LAST, name + "\n")
     clean(run, state)
@@ -83,14 +83,10 @@ def save_state(run: Path, state: State) -> None:
 
 def clean(run: Path, state: State) -> None:
     """Delete old rounds, and what has arrived for rounds that are done."""
-    rounds = sorted((run / SERVER).glob("round-*"))
-    old = [*rounds[:-KEEP], *(p for p in (run / SERVER / "incoming").glob("round-*") if _done(p, state))]
-    for folder in old:
+    old = sorted((run / SERVER).glob("round-*"))[:-KEEP]
+    now = round_name(state.server.round)
+    for folder in [*old, *(p for p in (run / SERVER / "incoming").glob("round-*") if p.name != now)]:
         remove_folder(folder)
-
-
-def _done(incoming: Path, state: State) -> bool:
-    return incoming.name != round_name(state.server.round)
 
 
 def load_state(run: Path) -> State | None:
@@ -102,15 +98,10 @@ def load_state(run: Path) -> State | None:
     verify(folder)
     found = read_json(folder / "state.json")
     tensors = {n: load_tensors(folder / f"{n}.safetensors") for n in ("tensors", "scoped", "state", "kept", "centres")}
-    server = Server(
-        round=found["round"],
-        tensors=tensors["tensors"],
-        scoped=apart(tensors["scoped"]),
-        state=apart(tensors["state"]),
-    )
+    scoped, state, kept = (apart(tensors[name]) for name in ("scoped", "state", "kept"))
+    server = Server(round=found["round"], tensors=tensors["tensors"], scoped=scoped, state=state)
     groups = Groups(of=found["groups"], centres=tensors["centres"], since=found["since"])
-    history = tuple(found["history"])
-    return State(server=server, kept=apart(tensors["kept"]), groups=groups, step=found["step"], history=history)
+    return State(server=server, kept=kept, groups=groups, step=found["step"], history=tuple(found["history"]))
 
 
 def secret_seed(run: Path) -> int:
@@ -163,10 +154,7 @@ def load_arrivals(run: Path, round_: int) -> dict[str, Arrival]:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredUpdates:
-    """The updates of these clients, each read when it is its turn, so that memory is that of one.
-
-    OSError for one that could be read on its arrival, and no longer can.
-    """
+    """These clients' updates, each read at its turn: memory is that of one. OSError where one can be read no longer."""
 
     run: Path
     round: int

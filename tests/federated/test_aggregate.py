@@ -11,8 +11,8 @@ from moa.federated.store import Arrival, StoredUpdates, incoming, save_arrival
 
 NAMES = Names(choices=("vqa", "ocr"), evidence=("image", "ocr"))
 ROLES = (
-    Role(name="ocr", match=("experts:ocr", "router:evidence=ocr"), clients="has:ocr"),
-    Role(name="rest", match=("rest",)),
+    Role(name="ocr", match=["experts:ocr", "router:evidence=ocr"], clients="has:ocr"),
+    Role(name="rest", match=["rest"]),
 )
 SHAPES = {
     "experts.vqa.q.lora_A.weight": (2, 7),
@@ -22,7 +22,7 @@ SHAPES = {
     "router.head.1.weight": (3, 4),
 }
 A, B = "experts.vqa.q.lora_A.weight", "experts.vqa.q.lora_B.weight"
-PAIRS = (Role(name="vqa", match=("experts:vqa",)), Role(name="other", match=("rest",)))
+PAIRS = (Role(name="vqa", match=["experts:vqa"]), Role(name="other", match=["rest"]))
 
 
 def randoms(seed: int) -> dict[str, torch.Tensor]:
@@ -84,7 +84,7 @@ def test_one_client_is_itself(rule):
 
 
 def test_a_control_variate_moves_by_what_the_clients_steps_were_over_all_clients():
-    roles = (replace(PAIRS[0], server="scaffold", server_options={"clients": 4}), PAIRS[1])
+    roles = (replace(PAIRS[0], server="scaffold", server_options={"clients": 4.0}), PAIRS[1])
     start, c = server(), torch.randn(2, 7)
     start = replace(start, state={f"/{A}": {"c": c}})
     own = [update(k, roles, ("vqa",)) for k in range(2)]
@@ -267,7 +267,7 @@ def test_scopes_move_apart_and_are_delivered_to_their_own(scope):
 
 
 def test_clients_take_from_their_nearest_others():
-    roles = changed(scope="per_client", transfer={"own": 0.7, "nearest": 1})
+    roles = changed(scope="per_client", transfer={"own": 0.7, "nearest": 1.0})
     near = [replace(update(0, sends=("rest",)), client=name) for name in ("a", "b")]
     near[1] = replace(near[1], values={key: value + 0.01 for key, value in near[1].values.items()})
     new, report = run([*near, update(7, sends=("rest",))], roles)
@@ -287,9 +287,9 @@ def test_clients_take_from_their_nearest_others():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"transfer": {"own": 0.5}}, "roles.rest.transfer: mixes what clients send of a role with scope per_client"),
-        ({"transfer": {"own": 1.5}, "scope": "per_client"}, "roles.rest.transfer: has own in 0..1, nearest in 1.."),
-        ({"transfer": {"near": 1}, "scope": "per_client"}, "got near=1"),
+        ({"transfer": {"own": 0.5}}, "transfer: mixes what clients send of a role with scope per_client"),
+        ({"transfer": {"own": 1.5}, "scope": "per_client"}, "transfer: has own in 0..1, nearest in 1.."),
+        ({"transfer": {"near": 1.0}, "scope": "per_client"}, "got near=1.0"),
         ({"transfer": {"nearest": 1.5}, "scope": "per_client"}, "nearest a whole number; got nearest=1.5"),
     ],
 )  # fmt: skip
@@ -402,11 +402,17 @@ def test_stack_puts_the_whole_mean_update_into_a_frozen_expert_and_begins_again(
         ({"rule": "carry", "into": "vqa"}, "rest.into: needs scope=global and a frozen expert in no role"),
         ({"rule": "svd"}, r"rest.rule: svd needs both whole factors, got router.head.1.weight\[:,0:2\] alone"),
         ({"options": {"share": 0.2}}, "rest.options.share: no such option; it has none"),
-        ({"server": "adam", "server_options": {"beta": 1}}, "server_options.beta: no such option; it has .*beta1"),
-        ({"server": "adam", "server_options": {"beta1": 1}}, "server_options.beta1: must be a number, below 1, got 1"),
-        ({"server": "yogi", "server_options": {"tau": 0}}, "server_options.tau: must be a number, above 0, got 0"),
-        ({"server": "momentum", "server_options": {"lr": -1}}, "server_options.lr: must be a number, above 0, got -1"),
-        ({"match": ("experts:vqa", "router:rest"), "rule": "svd"}, "needs both whole factors"),
+        ({"server": "adam", "server_options": {"beta": 1.0}}, "server_options.beta: no such option; it has .*beta1"),
+        (
+            {"server": "adam", "server_options": {"beta1": 1.0}},
+            "server_options.beta1: must be a number, below 1, got 1.0",
+        ),
+        ({"server": "yogi", "server_options": {"tau": 0.0}}, "server_options.tau: must be a number, above 0, got 0.0"),
+        (
+            {"server": "momentum", "server_options": {"lr": -1.0}},
+            "server_options.lr: must be a number, above 0, got -1.0",
+        ),
+        ({"match": ["experts:vqa", "router:rest"], "rule": "svd"}, "needs both whole factors"),
         ({"rule": "trimmed_mean", "weight": "uniform", "options": {"share": "x"}}, r"rest.options.share: .* got 'x'"),
         (
             {"rule": "krum", "weight": "uniform", "options": {"wrong": 0.5}},
@@ -432,8 +438,8 @@ def test_a_merge_that_no_role_can_have_is_named_before_the_round(rule, said):
 
 
 def test_two_experts_that_add_to_one_are_named():
-    both = Role(name="both", match=("experts:*",), rule="stack", into="carry")
-    roles = (both, Role(name="router", match=("router",)))
+    both = Role(name="both", match=["experts:*"], rule="stack", into="carry")
+    roles = (both, Role(name="router", match=["router"]))
     with pytest.raises(ValueError, match=r"roles: two experts add to experts.carry.q.lora_A.weight"):
         check_roles(roles, pieces_of(SHAPES, roles, NAMES))
 

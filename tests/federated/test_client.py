@@ -16,8 +16,8 @@ from tests.test_model import batch_of, make_model
 A, B = "experts.vqa.q.lora_A.weight", "experts.vqa.q.lora_B.weight"
 SHAPES = {A: (4, 7), B: (5, 4), "router.head.3.weight": (2, 6)}
 NAMES = Names(choices=("vqa", "ocr"), evidence=("image", "ocr"))
-EXPERTS = Role(name="vqa", match=("experts:vqa",), clients="owners", elsewhere="frozen")
-ROUTER = Role(name="router", match=("router:rest",))
+EXPERTS = Role(name="vqa", match=["experts:vqa"], clients="owners", elsewhere="frozen")
+ROUTER = Role(name="router", match=["router:rest"])
 
 
 def client(*experts: str | None, ocr: bool = False) -> Client:
@@ -41,14 +41,14 @@ def test_an_owner_trains_and_sends_its_expert_and_another_client_keeps_it_frozen
 
 @pytest.mark.parametrize(("how", "round_", "moves"), [("freeze_a", 2, B), ("alternate", 1, B), ("alternate", 2, A)])
 def test_the_factor_that_rests_is_neither_trained_nor_sent(how, round_, moves):
-    roles = [Role(name=f, match=(f"experts:*.{f}",)) for f in "AB"] + [ROUTER]
+    roles = [Role(name=f, match=[f"experts:*.{f}"]) for f in "AB"] + [ROUTER]
     found = assigned(client("vqa"), *roles, factors=how, round_=round_)
     assert [role.name for role in found.sends] == [moves[-8], "router"]
     assert [key for key in (A, B) if found.free[key].any()] == [moves]
 
 
 def test_a_client_of_a_lower_rank_trains_its_ranks_and_sends_no_role_of_those_above():
-    roles = [Role(name=f"from {s}", match=(f"experts:*.ranks={s}:{s + 2}",)) for s in (0, 2)] + [ROUTER]
+    roles = [Role(name=f"from {s}", match=[f"experts:*.ranks={s}:{s + 2}"]) for s in (0, 2)] + [ROUTER]
     found = assigned(client("vqa"), *roles, rank=2)
     assert [role.name for role in found.sends] == ["from 0", "router"]
     assert found.free[A][:2].all() and not found.free[A][2:].any()
@@ -57,19 +57,19 @@ def test_a_client_of_a_lower_rank_trains_its_ranks_and_sends_no_role_of_those_ab
 
 
 def test_a_rank_inside_the_ranks_of_a_role_is_refused():
-    roles = [Role(name=f"from {s}", match=(f"experts:*.ranks={s}:{s + 2}",)) for s in (0, 2)] + [ROUTER]
+    roles = [Role(name=f"from {s}", match=[f"experts:*.ranks={s}:{s + 2}"]) for s in (0, 2)] + [ROUTER]
     with pytest.raises(ValueError, match="client-0 rank 3 is inside the ranks 2:4 of the role from 2"):
         assigned(client("vqa"), *roles, rank=3)
     assert assigned(client("vqa"), rank=3).sends  # of whole factors, with zeros (HetLoRA)
 
 
 def test_a_role_that_is_kept_is_trained_and_never_sent():
-    found = assigned(client("ocr"), Role(name="own", match=("rest",), keep=True))
+    found = assigned(client("ocr"), Role(name="own", match=["rest"], keep=True))
     assert not found.sends and [role.name for role in found.keeps] == ["own"] and found.free[A].all()
 
 
 def test_an_expert_that_a_client_lacks_is_neither_trained_nor_sent_and_gets_no_gate():
-    absent = Role(name="vqa", match=("experts:vqa",), clients="owners", elsewhere="absent")
+    absent = Role(name="vqa", match=["experts:vqa"], clients="owners", elsewhere="absent")
     for found in (assigned(client("ocr"), absent, ROUTER), assigned(client("ocr"), lacks=["vqa"])):
         assert found.absent == {"vqa"} and not found.free[A].any() and [r.name for r in found.sends] == ["router"]
     assert not assigned(client("vqa"), absent, ROUTER).absent
@@ -86,9 +86,9 @@ def test_an_expert_that_a_client_lacks_is_neither_trained_nor_sent_and_gets_no_g
 @pytest.mark.parametrize(
     ("experts", "roles", "lacks", "message"),
     [
-        (("ocr",), (Role(name="all", match=("rest",)),), ["vqa"], "sends the role all, and lacks an expert of it"),
+        (("ocr",), (Role(name="all", match=["rest"]),), ["vqa"], "sends the role all, and lacks an expert of it"),
         (("ocr",), (EXPERTS, ROUTER), ["vqa", "ocr"], "has samples of the expert ocr, and lacks it"),
-        ((None,), (Role(name="own", match=("rest",), keep=True),), ["vqa", "ocr"], "has no routed expert"),
+        ((None,), (Role(name="own", match=["rest"], keep=True),), ["vqa", "ocr"], "has no routed expert"),
     ],
 )
 def test_a_client_that_lacks_too_much_is_named(experts, roles, lacks, message):
@@ -107,13 +107,13 @@ def test_a_client_that_lacks_too_much_is_named(experts, roles, lacks, message):
     ],
 )  # fmt: skip
 def test_the_samples_of_a_role(match, expert, evidence, counts):
-    assert concerns(Role(name="r", match=(match,)), expert, evidence, {"vqa", "ocr"}) == counts
+    assert concerns(Role(name="r", match=[match]), expert, evidence, {"vqa", "ocr"}) == counts
 
 
 def test_gate_mass_is_that_of_the_experts_that_a_role_names():
     metrics = {"gates/vqa/vqa": 0.75, "gates/vqa/ocr": 0.25, "gates/caption/vqa": 0.1}
     assert gate_mass(EXPERTS, "vqa", metrics) == 0.75
-    assert gate_mass(Role(name="row", match=("router:row=ocr",)), "vqa", metrics) == 0.25
+    assert gate_mass(Role(name="row", match=["router:row=ocr"]), "vqa", metrics) == 0.25
     assert gate_mass(ROUTER, "vqa", metrics) == 1.0
 
 

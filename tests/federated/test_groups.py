@@ -26,7 +26,7 @@ from tests.federated.test_simulation import finished, opened, settings
 EXPERTS = ("vqa", "line", "caption")
 SHAPES = {f"experts.{e}.q.lora_{f}.weight": (2, 3) if f == "A" else (4, 2) for e in EXPERTS for f in "AB"}
 SHAPES |= {"router.head.3.weight": (3, 5)}
-ROLES = [Role(name=f"expert {e}", match=(f"experts:{e}", f"router:row={e}"), clients="owners") for e in EXPERTS]
+ROLES = [Role(name=f"expert {e}", match=[f"experts:{e}", f"router:row={e}"], clients="owners") for e in EXPERTS]
 PIECES = pieces_of(SHAPES, ROLES, Names(choices=EXPERTS))
 # directions of six clients: two and three of a kind, one by itself
 ANGLES = {"a": 0.0, "b": 1.5, "c": 0.05, "d": 1.45, "e": 3.0, "f": 1.55}
@@ -122,7 +122,7 @@ def test_a_newcomer_that_cannot_be_averaged_or_compared_forms_no_group():
 
 def test_experts_of_groups_have_roles_of_the_same_pieces():
     check_groups(EXPERTS, ROLES, PIECES)
-    both = [Role(name="all", match=("experts:*",)), Role(name="router", match=("router",))]
+    both = [Role(name="all", match=["experts:*"]), Role(name="router", match=["router"])]
     with pytest.raises(ValueError, match="roles.all has the experts vqa and line, which are of two groups"):
         check_groups(EXPERTS, both, pieces_of(SHAPES, both, Names(choices=EXPERTS)))
     other = SHAPES | {"experts.line.q.lora_B.weight": (5, 2)}

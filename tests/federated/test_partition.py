@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from data.sample import OcrWord, Sample
-from moa.federated.partition import HOW, Client, Recipe, Tag, make_clients, print_partition, tag_of
+from moa.federated.partition import HOW, Client, PartitionConfig, Tag, make_clients, print_partition, tag_of
 
 TASKS = ("caption", "grounding", "ocr_vqa", "vqa")
 
@@ -29,9 +29,9 @@ def tags(images: int = 60, tasks=TASKS) -> list[Tag]:
     ]
 
 
-def recipe(how: str = "even", **more) -> Recipe:
+def recipe(how: str = "even", **more) -> PartitionConfig:
     alpha = {"alpha": 0.5} if how.startswith("dirichlet") else {}
-    return Recipe(**{"clients": 8, "how": how, **alpha, **more})
+    return PartitionConfig(**{"clients": 8, "how": how, **alpha, **more})
 
 
 def rows(clients: list[Client], part: str = "both") -> list[Tag]:
@@ -83,7 +83,7 @@ def test_by_task_and_by_style_give_one_each():
 @pytest.mark.slow
 def test_a_small_alpha_is_uneven_and_a_large_one_is_even():
     def largest(how: str, alpha: float):
-        clients = make_clients(tags(100), Recipe(clients=5, how=how, alpha=alpha), seed=0)
+        clients = make_clients(tags(100), PartitionConfig(clients=5, how=how, alpha=alpha), seed=0)
         if how == "dirichlet_tasks":
             mixes = [Counter(tag.task for tag in rows([client])) for client in clients]
             return max(max(mix.values()) / mix.total() for mix in mixes)
@@ -95,7 +95,7 @@ def test_a_small_alpha_is_uneven_and_a_large_one_is_even():
 
 
 def test_zipf_sizes():
-    clients = make_clients(tags(300), recipe("even", clients=4, zipf=1), seed=0)
+    clients = make_clients(tags(300), recipe("even", clients=4, zipf=1.0), seed=0)
     sizes = [len(client.train) for client in clients]
     assert sizes == pytest.approx([1500 / k / (1 + 1 / 2 + 1 / 3 + 1 / 4) for k in (1, 2, 3, 4)], abs=6)
 
@@ -127,7 +127,7 @@ def test_missing_modalities_by_client_leave_one_of_each_sample():
 
 
 def test_a_client_without_a_modality_leaves_each_sample_one_that_it_has():
-    for more in ({}, {"ocr_share": 0.5}, {"modalities": ("ocr",)}):
+    for more in ({}, {"ocr_share": 0.5}, {"modalities": ["ocr"]}):
         clients = make_clients(tags(), recipe(missing_at_client=0.6, clients=12, **more), seed=0)
         assert all(row.tag.modalities - row.hidden for client in clients for row in client.train)
         assert any(row.hidden for client in clients for row in client.train)
@@ -163,7 +163,7 @@ def test_a_client_without_data_and_an_expert_without_an_owner_are_named(more, ex
     ("more", "said"),
     [
         ({"how": "random"}, "how: must be one of"),
-        ({"alpha": 1}, "alpha: is of dirichlet_tasks"),
+        ({"alpha": 1.0}, "alpha: is of dirichlet_tasks"),
         ({"held_out": 8}, "held_out: must be less than clients=8"),
         ({"single": 9}, "single: must be at most clients=8"),
         ({"missing": 0.1, "single": 2}, "missing: hides modalities, and so does single"),
@@ -205,4 +205,4 @@ def test_clients_on_machines_of_their_own_have_all_that_is_there():
     assert [client.name for client in clients] == [f"client-{place}" for place in range(8)]
     assert all(len(rows([client])) == len(tags()) and rows([client], "test") for client in clients)
     with pytest.raises(ValueError, match="zipf: has no effect with how=own"):
-        recipe("own", zipf=1)
+        recipe("own", zipf=1.0)

@@ -15,8 +15,8 @@ from moa.federated.simulate import draw_clients
 from tests.federated.test_aggregate import NAMES, SHAPES, randoms, server, update
 
 ROLES = (
-    Role(name="ocr", match=("experts:ocr", "router:evidence=ocr"), weight="uniform"),
-    Role(name="rest", match=("rest",), weight="uniform"),
+    Role(name="ocr", match=["experts:ocr", "router:evidence=ocr"], weight="uniform"),
+    Role(name="rest", match=["rest"], weight="uniform"),
 )
 PIECES = pieces_of(SHAPES, ROLES, NAMES)
 TABLE = [{"name": "all", "match": ["rest"], "weight": "uniform"}]
@@ -104,8 +104,8 @@ def test_each_client_of_a_private_round_has_a_draw_of_its_own():
 def test_what_could_run_under_secure_aggregation_is_said():
     table = {"mean": None, "sum": None, "median": "median reads", "svd": "svd reads", "stack": "stack reads"}
     for rule, reason in table.items():
-        found = reads_single(Role(name="x", match=("rest",), rule=rule))
+        found = reads_single(Role(name="x", match=["rest"], rule=rule))
         assert found is None if reason is None else found.startswith(reason)
-    rows = [Role(name="a", match=("rest",)), Role(name="b", match=("rest",), rule="krum")]
+    rows = [Role(name="a", match=["rest"]), Role(name="b", match=["rest"], rule="krum")]
     assert secure_line(rows, []).endswith("would do for a; not for b (krum reads the values of each client)")
     assert "not for a (screen reads single updates)" in secure_line(rows[:1], ["screen reads single updates"])

@@ -26,11 +26,11 @@ from moa.sections import ExpertConfig
 KEYS = [f"experts.{name}.q.lora_{factor}.weight" for name in ("vqa", "line", "all") for factor in "AB"]
 SHAPES = {key: (4, 7) if "lora_A" in key else (5, 4) for key in KEYS}
 EXPERTS = {"vqa": ExpertConfig(), "line": ExpertConfig(), "all": ExpertConfig(gate="always")}
-REST = Role(name="rest", match=("rest",))
+REST = Role(name="rest", match=["rest"])
 
 
 def one(name: str = "vqa", **changes) -> tuple[list[Role], list[Piece]]:
-    roles = [Role(name="one", match=(f"experts:{name}",), **changes), REST]
+    roles = [Role(name="one", match=[f"experts:{name}"], **changes), REST]
     return roles, pieces_of(SHAPES, roles, Names())
 
 
@@ -91,13 +91,13 @@ def test_a_factor_of_several_experts_is_in_a_role_of_all_of_them():
     assert common == [["experts.vqa.q.lora_A.weight", "experts.line.q.lora_A.weight"]]
     shapes = {key: shape for key, shape in SHAPES.items() if key != common[0][1]}
     for matches in (["experts:vqa"], ["experts:vqa.A"]):
-        roles = [Role(name="one", match=tuple(matches)), REST]
+        roles = [Role(name="one", match=matches), REST]
         with pytest.raises(
             ValueError, match=r"roles.one.match: vqa and line have one lora_A.* give experts:\*.A a role"
         ):
             check_common(roles, pieces_of(shapes, roles, Names()), shapes, common)
-    each = [Role(name=name, match=(f"experts:{name}.B",)) for name in ("vqa", "line")]
-    for roles in ([Role(name="A", match=("experts:*.A",)), *each, REST], [REST], [*each, REST]):
+    each = [Role(name=name, match=[f"experts:{name}.B"]) for name in ("vqa", "line")]
+    for roles in ([Role(name="A", match=["experts:*.A"]), *each, REST], [REST], [*each, REST]):
         check_common([*roles], pieces_of(shapes, roles[:-1] + [REST], Names()), shapes, common)
 
 
@@ -109,7 +109,7 @@ def test_a_client_of_a_lower_rank_has_no_expert_that_subtracts_a_start():
         with pytest.raises(ValueError, match=f"clients.client-1.rank: experts.x.init={init} subtracts a start"):
             check_ranks(special, {"x": ExpertConfig(init=init)})
     with pytest.raises(ValueError, match=r"client-1.rank: roles.x.rule=merge:ties merges changes of all ranks"):
-        check_ranks(special, {}, [Role(name="x", match=("rest",), rule="merge:ties")])
+        check_ranks(special, {}, [Role(name="x", match=["rest"], rule="merge:ties")])
 
 
 def test_answer_tokens_are_no_weight_of_a_model_that_compares():

@@ -82,7 +82,7 @@ def open_row(plan: Plan, cell: Cell) -> Federation:
         assert state is not None
         federation.state = state
     tags, _ = read_tags(federation.sources, config.data.on_bad_sample)
-    others = make_clients(tags, config.federated.partition.recipe(), config.seed + ANOTHER)
+    others = make_clients(tags, config.federated.partition, config.seed + ANOTHER)
     unseen = [replace(client, name=f"unseen {client.name}", held_out=True) for client in others]
     federation.clients = [*federation.clients, *unseen]
     return federation
