@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.record import ROOT, in_own_process, machine, process_kib, write_results
+from bench.settings import ROOT, in_own_process, machine, process_kib, write_results
 from data.config import SourceConfig
 from moa.cli.command import command
 from moa.cli.ranges import Count

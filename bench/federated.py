@@ -12,7 +12,6 @@ so that nothing waits for the disk. The peak is the whole process's. Writes resu
 import os
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bench.record import ROOT, in_own_process, machine, process_kib, write_results
-from moa.cli.command import command
+from bench.settings import ROOT, in_own_process, machine, process_kib, run_bench, write_results
 from moa.cli.ranges import Count, Size
 
 if TYPE_CHECKING:
@@ -115,7 +113,7 @@ def make_server(settings: Settings) -> "tuple[Server, list[Role], list[Piece]]":
     from moa.federated.pieces import Names, Role, pieces_of
 
     tensors, names = factors(settings), [f"expert{number}" for number in range(settings.experts)]
-    roles = [Role(name=name, match=(f"experts:{name}",)) for name in names]
+    roles = [Role(name=name, match=[f"experts:{name}"]) for name in names]
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return Server(round=1, tensors=tensors), roles, pieces_of(shapes, roles, Names())
 
@@ -158,7 +156,6 @@ def aggregate_files(run: Path, settings: Settings) -> dict[str, float]:
 
 
 def run(settings: Settings, console: Console) -> None:
-    warnings.simplefilter("ignore")
     found: dict[str, Any] = {"round_over_plain": round_over_plain(settings.rounds, settings.turns)}
     with tempfile.TemporaryDirectory() as folder:
         in_own_process(store_updates, Path(folder), settings)
@@ -168,4 +165,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    command(Settings, run, __doc__)()
+    run_bench(Settings, run, __doc__)

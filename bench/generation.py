@@ -12,7 +12,6 @@ Greedy decoding of prompts with an image each, in turns; the routed model also l
 The numbers are tokens/s over the merged model's, medians over the rounds. Writes results/bench_generation.json.
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,9 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.record import write_results
-from bench.settings import SIZES, TARGETS, Setting, Sized
-from moa.cli.command import command
+from bench.settings import SIZES, TARGETS, Setting, Sized, run_bench, write_results
 from moa.cli.ranges import Count
 
 Run = Callable[[Any], object]
@@ -89,7 +86,6 @@ class Settings(Sized):
 def run(settings: Settings, console: Console) -> None:
     import torch
 
-    warnings.simplefilter("ignore")
     size, place, threads = SIZES[settings.size], settings.place, torch.get_num_threads()
     print(f"{size}, {place}, {settings.dtype}, {threads} threads")
     with torch.no_grad():
@@ -118,4 +114,4 @@ def measure(settings: Settings, num_experts: int) -> dict[int, dict[str, float]]
 
 
 if __name__ == "__main__":
-    command(Settings, run, __doc__)()
+    run_bench(Settings, run, __doc__)

@@ -8,7 +8,6 @@ the trained parameters with their AdamW moments. Ours and the loop include the r
 fixed. Writes results/bench_growth.json and results/bench_growth.png.
 """
 
-import warnings
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from bench.record import write_results
-from bench.settings import Device, Setting, Size
-from moa.cli.command import command
+from bench.report import line_panels
+from bench.settings import Device, Setting, Size, run_bench, write_results
 from moa.cli.ranges import Count
 
 SIZE = Size(width=256, mlp=688, layers=4, heads=4, vocab=512, vision_width=64, vision_heads=4,
@@ -65,9 +63,6 @@ def measure(setting: Setting, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def run(settings: Settings, console: Console) -> None:
-    from bench.charts import line_panels
-
-    warnings.simplefilter("ignore")  # PEFT and transformers disagree on names
     base = settings.at(SIZE, settings.num_experts)
     plan = [(axis, x, at) for axis, points in sweeps(base).items() for x, at in points.items()]
     found: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
@@ -89,4 +84,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    command(Settings, run, __doc__)()
+    run_bench(Settings, run, __doc__)

@@ -6,15 +6,12 @@ A mechanism is settings of a run, built as train.py builds it, on the random LLa
 bench.mixture. All take turns. `plain` is one LoRA by our layers. Writes results/bench_mechanisms_<size>.json.
 """
 
-import warnings
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bench.record import write_results
-from bench.settings import SIZES, Setting, Sized
-from moa.cli.command import command
+from bench.settings import SIZES, Setting, Sized, run_bench, write_results
 from moa.cli.ranges import Count
 from moa.cli.settings import check
 
@@ -110,7 +107,6 @@ def run(settings: Settings, console: Console) -> None:
     from bench.bench_model import race, ratio, saved_bytes
     from bench.contenders import lora
 
-    warnings.simplefilter("ignore")  # PEFT and transformers disagree on names
     found: dict[int, dict[str, dict[str, float]]] = {}
     for count in settings.experts:
         setting = settings.at(SIZES[settings.size], count)
@@ -128,4 +124,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    command(Settings, run, __doc__)()
+    run_bench(Settings, run, __doc__)

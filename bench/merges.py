@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.record import in_own_process, process_kib
+from bench.settings import in_own_process, process_kib
 from moa.files.peft import WEIGHTS_FILE, save_expert, site_keys
 from moa.files.spool import open_spool
 from moa.merging.adapters import expert_from_folder

@@ -10,13 +10,11 @@ and writing alone, and peaks are the whole process's, those of `checkpoint_extra
 Writes results/bench_merging.json.
 """
 
-import warnings
 from dataclasses import dataclass
 
 from rich.console import Console
 
-from bench.record import machine, write_results
-from moa.cli.command import command
+from bench.settings import machine, run_bench, write_results
 from moa.cli.ranges import Count
 
 
@@ -32,7 +30,6 @@ def run(settings: Settings, console: Console) -> None:
 
     from bench.merges import against_peft, checkpoints, dense_ties, large_sets, remerge
 
-    warnings.simplefilter("ignore")
     torch.manual_seed(0)
     found = {**remerge(), **dense_ties(), **large_sets(settings.sites)}
     found |= checkpoints(settings.layers)
@@ -42,4 +39,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    command(Settings, run, __doc__)()
+    run_bench(Settings, run, __doc__)

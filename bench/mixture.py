@@ -9,15 +9,12 @@ median over rounds in which they took turns. `of peak` is the frozen model's ari
 over that of one large matrix product. Writes results/bench_mixture_<size>[_<dtype>][_checkpointed].json.
 """
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 
-from bench.record import write_results
-from bench.settings import SIZES, Setting, Sized
-from moa.cli.command import command
+from bench.settings import SIZES, Setting, Sized, run_bench, write_results
 from moa.cli.ranges import Count, CountOrZero
 
 SLOW = ("loop", "xlora", "per-sample")  # their time grows with the number of experts
@@ -76,7 +73,6 @@ def run(settings: Settings, console: Console) -> None:
     from bench.bench_model import product_rate
     from bench.contenders import measure_layer
 
-    warnings.simplefilter("ignore")  # PEFT and transformers disagree on names
     size = SIZES[settings.size]
     print(f"{size}, {settings.place}, {settings.dtype}, {torch.get_num_threads()} threads")
     peak = product_rate(settings.place, settings.at(size, 1).dtype)
@@ -95,4 +91,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    command(Settings, run, __doc__)()
+    run_bench(Settings, run, __doc__)

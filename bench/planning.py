@@ -8,7 +8,6 @@ max_memory_allocated on a GPU. Ratios are planned over measured. Writes results/
 """
 
 import copy
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -16,9 +15,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from bench.record import write_results
-from bench.settings import SIZES, Sized
-from moa.cli.command import command
+from bench.settings import SIZES, Sized, run_bench, write_results
 from moa.cli.ranges import Count
 from moa.sections import StageConfig, TrainConfig
 
@@ -106,7 +103,6 @@ class Settings(Sized):
 def run(settings: Settings, console: Console) -> None:
     from bench.bench_model import make_backbone, make_batch, make_mixture
 
-    warnings.simplefilter("ignore")  # of the profiler, about what was allocated before it
     size, device = SIZES[settings.size], settings.place
     batch = make_batch(size, device)
     mask = batch.attention_mask.clone()
@@ -130,4 +126,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    command(Settings, run, __doc__)()
+    run_bench(Settings, run, __doc__)

@@ -7,16 +7,13 @@ and router in fp32, as train.precision=bf16 has it), and with gradient checkpoin
 expert layers, with the factors' concatenation kept and made anew. Writes results/bench_precision_<size>.json.
 """
 
-import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from rich.console import Console
 
-from bench.record import write_results
-from bench.settings import SIZES, Setting, Sized
-from moa.cli.command import command
+from bench.settings import SIZES, Setting, Sized, run_bench, write_results
 from moa.cli.ranges import Count
 
 TRAINING = (
@@ -84,7 +81,6 @@ def decoding(setting: Setting, rounds: int) -> dict[str, float]:
 
 
 def run(settings: Settings, console: Console) -> None:
-    warnings.simplefilter("ignore")  # PEFT and transformers disagree on names
     found = {}
     for count in settings.experts:
         setting = settings.at(SIZES[settings.size], count)
@@ -98,4 +94,4 @@ def run(settings: Settings, console: Console) -> None:
 
 
 if __name__ == "__main__":
-    command(Settings, run, __doc__)()
+    run_bench(Settings, run, __doc__)

@@ -1,22 +1,32 @@
-"""What the speed benchmarks are set by: the model's size, its device and its types. Without torch, for their help."""
+"""What the speed benchmarks are set by: the model's size, its device and its types; and where all figures go:
+results/bench_<name>.json, with the machine that they were taken on. Without torch, for their help."""
 
+import json
+import multiprocessing
+import subprocess
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from datetime import date
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from moa.cli.command import command
 from moa.cli.ranges import Count
+from moa.files.atomic import write_file
 
 if TYPE_CHECKING:
     from torch import dtype
 
+ROOT = Path(__file__).parent.parent
 TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How large the model and its batch are."""
-
     width: int
     mlp: int
     layers: int
@@ -84,8 +94,6 @@ class Device:
         return Setting(size=size, num_experts=num_experts, rank=self.rank, device=device, dtype=dtype)
 
     def where(self, size: str) -> dict[str, str | int]:
-        from bench.record import machine
-
         return machine(self.place) | {"size": size, "dtype": self.dtype, "rank": self.rank}
 
 
@@ -95,3 +103,40 @@ class Sized(Device):
 
     size: Literal["tiny", "small", "slice7b", "large", "llava7b"] = "small"
     experts: list[Count] = field(default_factory=lambda: [8])
+
+
+def machine(device: str = "cpu") -> dict[str, str | int]:
+    import torch
+
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    chip = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    where: dict[str, str | int] = {"device": chip, "threads": torch.get_num_threads()}
+    where |= {"torch": torch.__version__, "commit": commit}
+    return where | {"date": date.today().isoformat()}
+
+
+def write_results(name: str, figures: Mapping[str, object]) -> Path:
+    """Put figures into results/bench_<name>.json, from where README and charts take them."""
+    path = ROOT / "results" / f"bench_{name}.json"
+    write_file(path, json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures))
+    return path
+
+
+def in_own_process(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a function in a fresh process, whose memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def process_kib(name: str) -> int:
+    """VmRSS or VmHWM (the peak) of this process since it began; getrusage would count its parent's, too."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition(f"{name}:")[2].split()[0])
+
+
+def run_bench(settings: type, run: Callable[[Any, Any], None], about: str | None) -> None:
+    """The command of a benchmark, without warnings: PEFT and transformers disagree on names."""
+    warnings.simplefilter("ignore")
+    command(settings, run, about)()

@@ -120,10 +120,7 @@ HALVES = {"query": "open"} | dict.fromkeys(("verify", "logical", "choose", "comp
 
 
 def gqa(responses: Sequence[Response]) -> Scores:
-    """Accuracy; `open` and `binary` beside it where the samples' tags name the structural type.
-
-    Consistency, validity, plausibility and grounding need files beyond the balanced split: none is computed here.
-    """
+    """Accuracy, with `open` and `binary` by tag; consistency and the like need files beyond the balanced split."""
     hits = [text.gqa_match(r.text, r.sample.answers[0]) for r in responses]
     halves: dict[str, list[float]] = {}
     for response, hit in zip(responses, hits, strict=True):

@@ -22,8 +22,7 @@ from data.checks import BadSampleError
 from data.mixture import Source, read_sample
 from data.pairs import PairCollator, fill, only_images, only_texts, templates
 from data.sample import Sample
-from moa.benchmarks.ranking import classification_scores, retrieval_scores
-from moa.benchmarks.scores import Response, Scores
+from moa.benchmarks.scores import Response, Scores, classification_scores, retrieval_scores
 from moa.clip_model import CHUNK, ClipMixture
 from moa.evaluation.fingerprints import data_digest, sample_digest
 from moa.evaluation.predict import check_finite, choose_gates

@@ -99,7 +99,6 @@ def sparse_keys(site: str) -> tuple[str, str]:
 
 
 def keys_of(config: Mapping[str, Any], site: str) -> tuple[str, ...]:
-    """The keys of a site in a folder with this config."""
     return sparse_keys(site) if config["peft_type"] == SPARSE else site_keys(site)
 
 
@@ -179,7 +178,6 @@ def rename_sites(header: ExpertHeader, names: Mapping[str, str]) -> ExpertHeader
 
 
 def keep_sites(header: ExpertHeader, sites: Sequence[str]) -> ExpertHeader:
-    """The header with some of its sites alone."""
     config = {key: value for key, value in header.config.items() if key not in NARROWING}
     return _with_sites(header, {site: site for site in sites}, {**config, "target_modules": list(sites)})
 

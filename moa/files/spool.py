@@ -16,10 +16,7 @@ ALIGNMENT = 64  # bytes, as torch allocates
 
 @contextmanager
 def open_spool(folder: str | Path, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Inside, a function that puts a tensor, rounded to `dtype`, on the disk where `folder` is, or will be.
-
-    The file has no name there and leaves nothing behind. What the function returns outlives it.
-    """
+    """Inside, a function that puts a tensor, as `dtype`, into an unnamed file where `folder` is; maps outlive it."""
     nearest = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.is_dir())
     with tempfile.TemporaryFile(dir=nearest) as file:
         yield partial(_keep, file, dtype)

@@ -220,10 +220,7 @@ def mean_loss(lines: Sequence[dict[str, Any]]) -> float | None:
 def teacher_answers(
     lesson: Lesson, prompts: Prompts, length: int, file: Path, console: Console
 ) -> dict[tuple[str, int], str | None]:
-    """The teacher's greedy answer to each prompt, None for one that cannot be used: from the file, and then generated.
-
-    A line of the file is a batch of the same prompts, whoever was killed between.
-    """
+    """The teacher's greedy answer to each prompt (None: unusable), of the file, a line a batch, or generated."""
     size, places = prompts.settings.batch_size, prompts.distinct
     lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []  # the last one may be cut
     write_file(file, b"".join(line + b"\n" for line in lines))

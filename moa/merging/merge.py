@@ -17,7 +17,7 @@ from moa.files.peft_config import site_scaling
 from moa.merging import core
 from moa.merging.adapters import Expert, factors_of
 from moa.merging.core import Basis, CoreUpdates, Factors, LowRank, Relation
-from moa.merging.functions import import_function
+from moa.merging.methods.method import import_function
 from moa.merging.methods.stack import Stack, rounding_of, stack_of
 from moa.merging.site_plan import Job, Plan, make_plan
 from moa.merging.weights import Weights
@@ -39,15 +39,10 @@ class MergedSite:
 
     def scaled(self, scale: float) -> "MergedSite":
         root = abs(scale) ** 0.5
-        return replace(
-            self,
-            lora_a=self.lora_a * root,
-            lora_b=self.lora_b * math.copysign(root, scale),
-            energy=self.energy * scale**2,
-            kept=self.kept * scale**2,
-            lost=self.lost * scale**2,
-            experts=replace(self.experts, overlap=self.experts.overlap * scale),
-        )
+        a, b = self.lora_a * root, self.lora_b * math.copysign(root, scale)
+        squares: Any = {name: getattr(self, name) * scale**2 for name in ("energy", "kept", "lost")}
+        relation = replace(self.experts, overlap=self.experts.overlap * scale)
+        return replace(self, lora_a=a, lora_b=b, experts=relation, **squares)
 
 
 Merged = Mapping[str, MergedSite]  # by site

@@ -25,8 +25,7 @@ from moa.merging import adapters
 from moa.merging.export import export as exports
 from moa.merging.export.export import Verify
 from moa.merging.export.folder import check_out
-from moa.merging.export.probe import probe_of_noise, probe_of_run
-from moa.merging.export.verify import make_verify
+from moa.merging.export.verify import make_verify, probe_of_noise, probe_of_run
 from moa.merging.merge import Merged, run_plan
 from moa.merging.methods.table import check_options, find_method
 from moa.merging.report.before import warnings_before

@@ -86,7 +86,10 @@ def make_plan(
     given: dict[str, Any] = {"method": method, "options": dict(options or {}), "weights": weights}
     own = SiteRule(match="", rank=rank, space=space, **given)
     settings = [*(_over(own, rule) for rule in rules), own]  # the last one fits every site
-    chosen = {site: _first_match(settings, site) for site in all_sites(experts)}
+    chosen = {
+        site: next(number for number, rule in enumerate(settings) if finds(rule.match, site, "sites.match"))
+        for site in all_sites(experts)
+    }
     if all(settings[index].drop for index in chosen.values()):
         raise ValueError("sites: the rules drop every site")
     jobs: list[Job] = []
@@ -102,10 +105,6 @@ def make_plan(
         raise ValueError("metric: inputs has no effect with rank=sum, which cuts nothing; give rank=8, say")
     find_method(method, space)  # even where rules decide every site
     return Plan(jobs=jobs, sites={site: numbers.get(index) for site, index in chosen.items()})
-
-
-def _first_match(rules: Sequence[SiteRule], site: str) -> int:
-    return next(number for number, rule in enumerate(rules) if finds(rule.match, site, "sites.match"))
 
 
 def _over(own: SiteRule, rule: SiteRule) -> SiteRule:

@@ -30,7 +30,7 @@ from moa.loaded import load
 from moa.merging.adapters import experts_of_bank
 from moa.merging.export import verify as verifying
 from moa.merging.export.export import export_adapter, export_checkpoint
-from moa.merging.export.probe import probe_inputs, probe_of_run
+from moa.merging.export.verify import probe_inputs, probe_of_run
 from moa.merging.merge import merge
 from moa.model import LanguageMixture, MixtureModel
 from moa.parts import PARTS

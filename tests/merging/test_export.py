@@ -14,8 +14,7 @@ from moa.files.checkpoint_files import match_sites, read_base
 from moa.merging.adapters import expert_from_folder, experts_of_bank
 from moa.merging.export import verify as verifying
 from moa.merging.export.export import export_adapter, export_checkpoint
-from moa.merging.export.probe import outputs_of, probe_inputs
-from moa.merging.export.verify import fresh_outputs, make_verify
+from moa.merging.export.verify import fresh_outputs, make_verify, outputs_of, probe_inputs
 from moa.merging.merge import merge
 from moa.merging.site_plan import make_plan, sum_gates
 from tests.support.tiny import random_image, save_tiny_llava, tiny_llava

@@ -20,7 +20,7 @@ from moa.config import RunConfig
 from moa.files.peft import site_keys
 from moa.merging.adapters import expert_from_folder
 from moa.merging.export import verify as verifying
-from moa.merging.export.probe import outputs_of
+from moa.merging.export.verify import outputs_of
 from moa.merging.settings import COMMANDS, load_command
 from moa.merging.weights import parse_weights, weight_row
 from moa.sections import ExpertConfig, ModelConfig, RouterConfig

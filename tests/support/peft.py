@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from moa.files.peft import fit_to_base, read_header, read_tensors
-from moa.merging.export.probe import outputs_of
+from moa.merging.export.verify import outputs_of
 
 
 def read_expert(

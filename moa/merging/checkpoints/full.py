@@ -19,7 +19,7 @@ from moa.files.checkpoint_files import FLOATS, BaseFiles, read_base
 from moa.files.peft import all_finite
 from moa.files.spelling import match_spelling
 from moa.merging.export import folder as export_folder
-from moa.merging.functions import import_function
+from moa.merging.methods.method import import_function
 from moa.merging.methods.stack import BLOCK_VALUES, Stack
 from moa.merging.methods.table import check_options, find_method
 from moa.merging.settings import Rules

@@ -26,10 +26,7 @@ Tensors = Mapping[str, Tensor]
 ByRun = Mapping[str, Tensors]
 RULES = "mean, regmean, keep:NAME or drop"
 # Parts of the router that have a rule of their own -> regular expression of their tensors' names.
-ROUTER_PARTS = {
-    "ocr_encoder": r"router\.(encoders|missing)\.ocr\b",
-    "prefixes": r"router\.(encoders|missing)\.task\b",
-}
+ROUTER_PARTS = {"ocr_encoder": r"router\.(encoders|missing)\.ocr\b", "prefixes": r"router\.(encoders|missing)\.task\b"}
 BESIDE = ("projector", *ROUTER_PARTS, "router")
 
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -162,14 +161,14 @@ def _finish(
     card: Mapping[str, Any],
     written: Written,
     verify: Verify | None,
-    report: Mapping[str, Any] = MappingProxyType({}),
-    files: Mapping[str, Any] = MappingProxyType({}),
+    report: Mapping[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    full = {**own, **report, "verified": verify is not None}
+    full = {**own, **(report or {}), "verified": verify is not None}
     if verify is not None:
         full |= verify(folder, written)
     about = {"about": ABOUT[full["kind"]], "checks": comparison_lines(full)}
-    write_report(folder, full, files, {"name": name, "kind": full["kind"], **about, **card})
+    write_report(folder, full, files or {}, {"name": name, "kind": full["kind"], **about, **card})
     return full
 
 

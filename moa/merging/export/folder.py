@@ -3,19 +3,20 @@
 import json
 import re
 import shutil
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from moa.backbones.fingerprint import base_fingerprint
 from moa.card import CARD, REPORT_FILE, Card
 from moa.cli.command import note
 from moa.files.atomic import atomic_folder, write_file, write_json
-from moa.files.checkpoint_files import INDEX_FILE, BaseFiles, config_parts
-from moa.files.shards import write_shard
+from moa.files.checkpoint_files import FLOATS, INDEX_FILE, BaseFiles, config_parts
 
 MANIFEST = "manifest.json"
 # Of a base: what loads it, and its license. Not its weights, card, recipe, logs or reports, which are about the base.
@@ -24,6 +25,8 @@ COPIED = re.compile(
     r"|tekken\.json|.*\.(jinja|model|spm|tiktoken)|(licen[cs]e|notice|use_policy).*",
     re.IGNORECASE,
 )
+NAMES = {dtype: name for name, dtype in FLOATS.items()}
+ALIGNMENT = 8  # of the data, as readers that map the file expect
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -92,10 +95,7 @@ def _bytes(source: BaseFiles, key: str, cast: torch.dtype | None) -> int:
 
 
 def copy_other_files(source: Path, out: Path, cast: torch.dtype | None) -> None:
-    """Config, processor, tokenizer, templates and license of a base: what `COPIED` matches.
-
-    A link that leads out of the base's folder (of the hub's cache: of the model's) is left out, with a note.
-    """
+    """What `COPIED` matches of a base; a link that leads out of its folder (on the hub: the model's) is noted."""
     root = source.resolve()
     root = root.parent.parent if root.parent.name == "snapshots" else root
     for file in sorted(source.iterdir()):
@@ -146,3 +146,44 @@ def write_report(folder: Path, report: Mapping[str, Any], files: Mapping[str, An
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def write_shard(
+    path: Path,
+    source: BaseFiles,
+    keys: Sequence[str],
+    tensors: Iterable[tuple[str, Iterable[Tensor]]],
+    cast: torch.dtype | None = None,
+    origin: Callable[[str], tuple[Path, str]] | None = None,
+) -> int:
+    """Write `tensors`, which come in the order of `keys`, each in blocks of its rows; returns their bytes.
+
+    The library's own writer wants all of them in memory at once. The file has the header's length in 8 bytes, the
+    header as JSON with every tensor's dtype, shape and place, and the data.
+    `cast` is the dtype of floating tensors; None: each its own. `origin` gives the file and key of a tensor like it.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key in keys:
+        file_of, own = origin(key) if origin else (source.folder / source.files[key], key)
+        with safe_open(file_of, framework="pt") as handle:
+            entry = handle.get_slice(own)
+            name, shape = entry.get_dtype(), entry.get_shape()
+            like = FLOATS.get(name) or handle.get_tensor(own).dtype
+            width = like.itemsize
+        if cast is not None and name in FLOATS:
+            name, width = NAMES[cast], cast.itemsize
+        start, end = end, end + width * torch.Size(shape).numel()
+        header[key] = {"dtype": name, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key, (found, blocks) in zip(keys, tensors, strict=True):
+            if key != found:
+                raise AssertionError(f"{found} came where {key} was due")
+            for block in blocks:
+                file.write(block.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if file.tell() != 8 + len(text) + end:
+            raise AssertionError(f"{path}: the tensors are not those of the header")
+    return end

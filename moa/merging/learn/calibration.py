@@ -121,9 +121,9 @@ def with_merged(model: MixtureModel, merged: Merged, experts: Sequence[Expert]) 
 
 
 @torch.no_grad()
-def answers_loss(model: MixtureModel, batches: Batches, expert: str = MERGED) -> float:
-    """Mean loss of the answers over the samples of a data set, then over the data sets, with one expert on."""
-    gates = torch.tensor([float(name == expert) for name in model.bank.names])
+def answers_loss(model: MixtureModel, batches: Batches) -> float:
+    """Mean loss of the answers over the samples of a data set, then over the data sets, with the merge on."""
+    gates = torch.tensor([float(name == MERGED) for name in model.bank.names])
 
     def total(batch: Batch) -> float:
         return float(model(batch, gates.expand(len(batch), -1)).loss_per_sample.sum())
@@ -131,10 +131,10 @@ def answers_loss(model: MixtureModel, batches: Batches, expert: str = MERGED) ->
     return mean(sum(total(batch) for batch in own) / sum(len(batch) for batch in own) for own in batches.values())
 
 
-def benchmark_score(model: MixtureModel, data: CalibrationData, config: RunConfig, expert: str = MERGED) -> float:
-    """Mean of the data sets' primary metrics over generated answers, with one expert on."""
+def benchmark_score(model: MixtureModel, data: CalibrationData, config: RunConfig) -> float:
+    """Mean of the data sets' primary metrics over generated answers, with the merge on."""
     sizes = {name: getattr(config.eval, name) for name in ("batch_size", "max_new_tokens")}
-    settings = EvalConfig(gates=expert, **sizes)
+    settings = EvalConfig(gates=MERGED, **sizes)
     results = [evaluate(model, samples, data.prompts, settings, name=name) for name, samples in data.samples.items()]
     return mean(float(result.score["value"] or 0.0) for result in results)
 

@@ -92,10 +92,7 @@ def descend_weights(
     device: torch.device | str = "cpu",
     on_step: Step = quiet,
 ) -> Float[Tensor, "site expert"]:
-    """The weights where `loss(step, weights)` went down to, by Adam.
-
-    On the `simplex` they start at their mean and sum to 1; else each starts at 0.3 and stays in [0, 1].
-    """
+    """The weights where `loss(step, weights)` went, by Adam: on the `simplex` from the mean, else 0.3, in [0, 1]."""
     raw = torch.full(shape, 0.0 if simplex else 0.3, device=device, requires_grad=True)
 
     def weights() -> Tensor:

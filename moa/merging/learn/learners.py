@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
-from moa.merging.functions import import_function, read_function
+from moa.merging.methods.method import import_function, read_function
 
 
 @dataclass(frozen=True)

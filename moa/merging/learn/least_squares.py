@@ -1,9 +1,5 @@
 """Least squares on the inputs of a live model: once for all layers, block by block, or again and again.
 
-regmean      every layer's inputs with the expert on
-regmean_pp   a block's inputs with the merge on in all blocks below it, and the expert in the block    (2508.03121)
-iteris       inputs with the merge on, which still has to give what the expert gave on its own inputs  (2411.15231)
-
 All end in the merging method `regmean`, from experts with the moments of their inputs.
 """
 
@@ -44,7 +40,7 @@ def with_inputs(
 def regmean_pp(
     model: MixtureModel, experts: Sequence[Expert], batches: Batches, merge_by: Merge
 ) -> dict[str, MergedSite]:
-    """RegMean++ (2025): blocks are merged in the order in which they run, each on what the merged ones below make."""
+    """RegMean++ (2508.03121): blocks are merged in running order, each on inputs that the merged ones below make."""
     merged: dict[str, MergedSite] = {}
     start = merge(experts)  # stands in for what is not merged yet, with gate 0
     for block in blocks_of(model, batches):
@@ -92,7 +88,7 @@ def iteris(
     ridge: float,
     tick: Callable[[int], None] = lambda number: None,
 ) -> dict[str, MergedSite]:
-    """IterIS (2025): sum_k E|dW_k x_k - dW x~_k|^2, x~_k being the inputs that the last merge makes of task k.
+    """IterIS (2411.15231): sum_k E|dW_k x_k - dW x~_k|^2, x~_k being the inputs that the last merge makes of task k.
 
     Expert k is restated as the best linear map from x~_k to its own outputs, which RegMean then merges on x~_k. Targets
     are the adapters' outputs alone, as released (`with_pretrain_matrix: 0`).

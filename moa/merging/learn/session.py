@@ -1,11 +1,4 @@
-"""The learners of `learners.LEARNERS`, and what they learn with: a live model, a little data, and scores of merges.
-
-weights   lora_soups, adamerging by gradient; lorahub, grid, greedy_soup, uq_merge by merging and scoring again
-          nsc, expert_merging by gradient from what each expert does itself; enmp by pruning modules
-merges    regmean, regmean_pp, iteris by least squares
-          ziplora, tara, adarank, prodistill: experts whose plain sum is the merge
-control   fresh_lora, which merges nothing
-"""
+"""The learners of `learners.LEARNERS`, and what they learn with: a live model, a little data, and scores of merges."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -37,10 +37,7 @@ def tune(
     scales: Sequence[float] = SCALES,
     complete: Callable[[dict[str, MergedSite]], dict[str, MergedSite]] = lambda merged: merged,
 ) -> Tuned:
-    """The best of the candidates, each made by its options, at the best scale of the length `wanted`.
-
-    `complete` gives a scaled merge what is not scaled with it. The first of equals is taken.
-    """
+    """The best candidate at the best scale of the length `wanted`; `complete` adds what is not scaled."""
     tried: list[dict[str, Any]] = []
     best: tuple[float, dict[str, MergedSite]] | None = None
     for options, merged in candidates:

@@ -1,11 +1,37 @@
 """What a merging method is: names of functions of tensors, and what the command line reads of them."""
 
+import ast
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal
 
-from moa.merging.functions import import_function, read_function
+ROOM = "moa.merging"  # a function's path is MODULE.NAME within it, such as methods.sparse.elect
+
+
+@cache
+def import_function(path: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(f"{ROOM}.{module}"), name)
+
+
+@cache
+def read_function(path: str) -> tuple[str, dict[str, Any]]:
+    """The first line of a function's docstring, and its keyword-only arguments that have defaults.
+
+    From the source, so that torch is not imported; defaults must be literals. `shared` is not an option: a method
+    gets it from its `prepare`.
+    """
+    module, _, name = path.rpartition(".")
+    file = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    found = next(n for n in body if isinstance(n, ast.FunctionDef) and n.name == name)
+    pairs = zip(found.args.kwonlyargs, found.args.kw_defaults, strict=True)
+    options = {a.arg: ast.literal_eval(d) for a, d in pairs if d is not None and a.arg != "shared"}
+    return (ast.get_docstring(found) or "").partition("\n")[0], options
+
 
 SPACES = {
     "core": "the small matrices in the experts' common directions: exact, whatever the factors",
@@ -13,8 +39,6 @@ SPACES = {
     "dense": "the updates' own entries, streamed by blocks of rows; the result is cut to the rank",
     "factor": "A and B apart, as PEFT does: cross terms, and the result depends on the factoring",
 }
-
-
 Weights = Literal["mean", "ones"]  # where the user gives none: 1/N each, or 1 each
 
 

@@ -20,7 +20,7 @@ from moa.merging.adapters import Expert, all_sites, factors_of
 from moa.merging.core import CoreUpdates, Factors, to_core
 from moa.merging.merge import Merged, MergedSite
 from moa.merging.report import interference
-from moa.merging.report.crosstalk import over_sites, site_crosstalk
+from moa.merging.report.interference import over_sites, site_crosstalk
 from moa.merging.site_plan import layer_of
 
 PRUNED_DENSITY = 0.2  # what RobustMerge keeps
