@@ -349,20 +349,16 @@ def test_a_shard_that_is_missing_or_compressed_is_named(tmp_path):
 
 
 def all_formats(folder: Path, toy: dict) -> dict:
-    """The toy world's config with every format as a training source and, where it can be scored, as a test."""
+    """The toy world's config with every format as a training source and as a test."""
     sources = {}
     for name, case in CASES.items():
         written(name, folder / name)
         paths = {key: str(folder / name / value) for key, value in case.config.items() if key in PATHS}
         sources[name] = {**case.config, **paths, "format": name, "expert": "vqa"}
-    toy["data"] = {
-        "sources": sources,
-        "tasks": ["vqa", "ocr_vqa", "caption", "grounding", "classification"],
-    }
-    toy["eval"] = {
-        "sources": {n: s for n, s in sources.items() if n != "image_folder"},
-        "batch_size": 8,
-    }
+    sources["image_folder"]["prompt"] = "what is this?"
+    tasks = ["vqa", "ocr_vqa", "caption", "grounding", "classification"]
+    toy["data"] = {"sources": sources, "tasks": tasks}
+    toy["eval"] = {"sources": sources, "batch_size": 8}
     toy["train"]["batch_size"] = 64
     toy["stages"] = {"joint": {"steps": 1}}
     return toy
@@ -387,5 +383,5 @@ def test_every_format_trains_a_step_and_is_scored(tmp_path):
     train(run, state)
     assert run.step == 1
     results = score_sources(run.model, with_eval(config, max_new_tokens=4))
-    assert {result.name for result in results} == {*CASES} - {"image_folder"}
+    assert {result.name for result in results} == {*CASES}
     assert not any(result.skipped for result in results)
