@@ -75,8 +75,8 @@ def place(site: ExpertLinear, name: str, factors: Sequence[Tensor], scaling: flo
     site.add(name, [nn.Parameter(factor, number < 2) for number, factor in enumerate(copies)], scaling)
 
 
-def state(sites: Sites, name: str) -> dict[str, Float[Tensor, "_ _"]]:
-    """The factors of one expert by PEFT key; those of a start that it holds follow as further ranks.
+def state(sites: Sites, name: str) -> dict[str, Tensor]:
+    """The factors, or values and places, of one expert by PEFT key; those of a start that it holds are further ranks.
 
     So the file is the whole update of the base's weights, for plain PEFT too. Without a start the tensors share memory
     with the parameters.
