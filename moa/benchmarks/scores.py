@@ -1,12 +1,12 @@
 """What a benchmark takes (responses) and what it yields (named values with their standard errors)."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
 from data.sample import Box, Sample
 from moa.metrics.intervals import clustered_standard_error
-from moa.metrics.retrieval import mean_per_class_accuracy, recall_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +93,17 @@ def ranks_of(responses: Sequence[Response]) -> list[int]:
     ranks = [response.rank for response in responses if response.rank is not None]
     assert len(ranks) == len(responses), "made by moa.evaluation.dual_encoder"
     return ranks
+
+
+def recall_at(ranks: Sequence[int], k: int) -> list[float]:
+    """Per query, 1 if the rank is at most k; the mean is R@k."""
+    return [float(rank <= k) for rank in ranks]
+
+
+def mean_per_class_accuracy(hits: Sequence[float], classes: Sequence[Hashable]) -> float:
+    """The mean of the accuracies of the classes that occur, as CLIP reports Caltech-101, pets, Flowers and Aircraft."""
+    found: dict[Hashable, list[float]] = defaultdict(list)
+    for hit, name in zip(hits, classes, strict=True):
+        found[name].append(hit)
+    means = [sum(values) / len(values) for values in found.values()]
+    return sum(means) / len(means) if means else float("nan")

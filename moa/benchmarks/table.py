@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from data.sample import Sample
-from moa.benchmarks.scores import Response, Scores, empty_answers, mean
+from moa.benchmarks.scores import Response, Scores, empty_answers, mean, mean_per_class_accuracy
 from moa.metrics import text, vqa
 from moa.metrics.boxes import grounding_scores
 from moa.metrics.captions import caption_scores
@@ -167,8 +167,6 @@ def option_letters(responses: Sequence[Response]) -> Scores:
 
 def class_names(responses: Sequence[Response]) -> Scores:
     """Accuracy of the class that is named, and its mean over classes; another text than a class's name is counted."""
-    from moa.metrics.retrieval import mean_per_class_accuracy  # needs torch, and settings import this table
-
     hits = [text.exact_match(r.text, r.sample.answers) for r in responses]
     known = [text.exact_match(r.text, r.sample.choices) or not r.sample.choices for r in responses]
     unnamed = [i for i, named in enumerate(known) if not named]

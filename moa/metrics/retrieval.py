@@ -9,8 +9,7 @@ image to text: the rank of the best of an image's captions;  text to image: of i
 Hessel et al. 2021 (arXiv 2104.08718), with `PREFIX` before every text. torchmetrics' CLIPScore is 100 * cos.
 """
 
-from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,20 +65,6 @@ def rank_retrieval(
         Ranking(*(torch.cat(part) for part in zip(*blocks, strict=True))) for blocks in (to_text, to_image)
     )
     return first, second
-
-
-def recall_at(ranks: Sequence[int], k: int) -> list[float]:
-    """Per query, 1 if the rank is at most k; the mean is R@k."""
-    return [float(rank <= k) for rank in ranks]
-
-
-def mean_per_class_accuracy(hits: Sequence[float], classes: Sequence[Hashable]) -> float:
-    """The mean of the accuracies of the classes that occur, as CLIP reports Caltech-101, pets, Flowers and Aircraft."""
-    found: dict[Hashable, list[float]] = defaultdict(list)
-    for hit, name in zip(hits, classes, strict=True):
-        found[name].append(hit)
-    means = [sum(values) / len(values) for values in found.values()]
-    return sum(means) / len(means) if means else float("nan")
 
 
 def clip_score(image_features: Captions, text_features: Captions) -> Float[Tensor, " captions"]:

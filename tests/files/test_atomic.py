@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 
 from data.ocr import write_table
-from data.readers.index import store
 from moa.analysis.plots import page
 from moa.files import atomic
 from moa.files.atomic import atomic_file, atomic_folder, write_file, write_json
@@ -50,7 +49,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "record.json": lambda path: write_json(path, {"a": 1}),
     "chart.png": draw,
     "ocr.parquet": lambda path: write_table(path, {}, {}),
-    "index.npz": lambda path: store(path, torch.zeros(1).numpy(), {}),
 }
 
 

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
+from moa.benchmarks.scores import mean_per_class_accuracy, recall_at
 from moa.metrics.retrieval import (
     clip_score,
-    mean_per_class_accuracy,
     rank_candidates,
     rank_retrieval,
-    recall_at,
     ref_clip_score,
 )
 
