@@ -123,7 +123,9 @@ class Routing(nn.Module):
         """The gates of samples that are meant for these experts: -1 is uniform, the number of experts is none."""
         ids = self.roles.choice_ids(expert_ids)
         chosen = one_hot_gates(ids, len(self.roles.choices), self.joint)[:, None]
-        return self.roles.assemble(chosen if draws is None else draws.apply(chosen))
+        if draws is not None:  # which bring samples that are meant for no expert to none either
+            chosen = draws.apply(chosen) * (expert_ids != len(self.roles.gates))[:, None, None]
+        return self.roles.assemble(chosen)
 
     def decide(
         self,
@@ -153,12 +155,12 @@ class Routing(nn.Module):
         more["draw"] = self.training
         chosen, probs = self._gates(logits, mask, self.roles.choice_ids(expert_ids), **more)
         chosen = chosen[..., :-1] if self.null_expert else chosen
-        if self.unknown_task != "route" and "task" not in withhold:
-            chosen = self._of_unknown_tasks(chosen, evidence, None if rows is None else self.roles.among_choices(rows))
         chosen = chosen if draws is None else draws.apply(chosen)
         if self.added_up is not None:
             chosen = torch.where(self.added_up[:, None], torch.ones_like(chosen), chosen)
         gates = self.roles.assemble(chosen)
+        if self.unknown_task != "route" and "task" not in withhold:
+            gates = self._of_unknown_tasks(gates, evidence, None if rows is None else self.roles.among_choices(rows))
         return Gates(gates=gates if rows is None else gates * rows, logits=logits, probs=probs)
 
     def _in_banks(self, logits: Float[Tensor, "batch 1 choice"]) -> Float[Tensor, "batch 1 choice"]:
@@ -172,13 +174,14 @@ class Routing(nn.Module):
         return found
 
     def _of_unknown_tasks(
-        self, chosen: Float[Tensor, "batch site choice"], evidence: Evidence, available: Tensor | None
-    ) -> Float[Tensor, "batch site choice"]:
-        """Those of `unknown_task` in the place of what was decided for a sample whose task is none of the run's."""
+        self, gates: Float[Tensor, "batch site expert"], evidence: Evidence, available: Tensor | None
+    ) -> Float[Tensor, "batch site expert"]:
+        """Those of `unknown_task`, at every site, in the place of a sample's whose task is none of the run's."""
         ids: Any = evidence.task_ids
-        alike = torch.ones_like(chosen) if available is None else available.expand_as(chosen).to(chosen)
-        alike = alike / alike.sum(-1, keepdim=True).clamp(min=1) if self.unknown_task == "mean" else 0 * alike
-        return torch.where((ids < -1)[:, None, None], alike, chosen)
+        alike = gates.new_ones(1, 1, len(self.roles.choices)) if available is None else available.to(gates)
+        alike = self.roles.assemble(alike / alike.sum(-1, keepdim=True).clamp(min=1))
+        alike = alike if self.unknown_task == "mean" else torch.zeros_like(gates)
+        return torch.where((ids < -1)[:, None, None], alike, gates)
 
     def targets(self, expert_ids: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """The choice that each sample is meant to get, -1 where it has none: unknown, or of a shared expert alone."""

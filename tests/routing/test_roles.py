@@ -76,7 +76,7 @@ def test_a_task_that_is_none_of_the_runs_gets_all_experts_alike_or_none_of_them(
     logits = [[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]
     told = Evidence(task_ids=torch.tensor([0, -1, UNKNOWN_TASK]))  # a task of the run, none or withheld, another
     ids = torch.full((3,), -1)
-    routed, shared = [P, Q, 1], {"mean": [0.5, 0.5, 1], "none": [0, 0, 1], "route": [P, Q, 1]}
+    routed, shared = [P, Q, 1], {"mean": [0.5, 0.5, 1], "none": [0, 0, 0], "route": [P, Q, 1]}
     for rule, expected in shared.items():
         model = routing("routed routed always", logits, unknown_task=rule)
         torch.testing.assert_close(model.decide(told, ids).gates[:, 0], torch.tensor([routed, routed, expected]))
@@ -85,6 +85,25 @@ def test_a_task_that_is_none_of_the_runs_gets_all_experts_alike_or_none_of_them(
     model = routing("routed routed always", logits, unknown_task="mean")
     few = model.decide(told, ids, available=torch.tensor([True, False, True])).gates[:, 0]
     assert few.tolist() == [[1, 0, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("gates", "rule", "expected"),
+    [
+        ("routed routed confidence", "none", [0, 0, 0]),
+        ("joint routed rest", "none", [0, 0, 0]),
+        ("routed routed with:a", "none", [0, 0, 0]),
+        ("routed routed always", "none", [0, 0, 0]),
+        ("routed routed rest", "mean", [0.5, 0.5, 0]),
+        ("joint routed with:a", "mean", [0.5, 0.5, 0.5]),
+    ],
+)
+def test_at_an_unknown_task_none_is_the_base_and_mean_the_merged_adapter_where_experts_are_added_up_too(
+    gates, rule, expected
+):
+    model = routing(gates, [[1.0, 0.0]] * 2, unknown_task=rule, added_up=[True, False])
+    found = model.decide(Evidence(task_ids=torch.tensor([-1, UNKNOWN_TASK])), torch.tensor([-1, -1])).gates
+    assert found[1].tolist() == [expected] * 2 and found[0, 0, :2].tolist() == [1, 1] != expected
 
 
 def test_a_joint_expert_shares_the_softmax_takes_no_place_of_top_k_and_is_not_balanced():
@@ -160,6 +179,13 @@ def test_experts_that_are_left_out_give_their_gates_to_the_others_of_a_sample():
     torch.testing.assert_close(found[:, 0], torch.tensor([[0.0, 0.6, 0.4], [0.5, 0.3, 0.2], [1.0, 0.0, 0.0]]))
     drawn = draw_gates(GateSchedule(expert_dropout=0.3), 0.5, 5_000, 4)
     assert float((drawn.left == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_leak_and_a_blend_leave_samples_of_no_expert_without_a_routed_one():
+    model, ones = routing("routed routed always", [[0.0, 0.0]], null_expert=True), torch.ones(4)
+    draws = GateDraws(keep=ones, share=torch.tensor([0.0, 1.0, 1.0, 0.0]), leak=0.5, blend_to="sum")
+    found = model.oracle(torch.tensor([0, 3, 0, 3]), draws)[:, 0]
+    assert found.tolist() == [[0.75, 0.25, 1], [0, 0, 1], [1, 1, 1], [0, 0, 1]]
 
 
 def test_a_schedule_is_linear_over_its_stage_and_an_empty_one_draws_nothing():
