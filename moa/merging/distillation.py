@@ -257,12 +257,12 @@ def held_out_batches(
 
 
 def compare(lesson: Lesson, batches: dict[str, list[Batch]]) -> dict[str, dict[str, float]]:
-    """Agreement by validation set, and of all of them, each set counting alike."""
+    """Agreement by validation set, and of all of them, each alike: `mean`, or `mean of all` beside a `mean`."""
     device = next(lesson.model.parameters()).device
     found = {name: lesson.agreement([batch.to(device) for batch in own]) for name, own in batches.items()}
     if found:
-        keys = ("token_agreement", "kl")
-        found["mean"] = {key: sum(row[key] for row in found.values()) / len(batches) for key in keys}
+        means = {key: sum(row[key] for row in found.values()) / len(batches) for key in ("token_agreement", "kl")}
+        found["mean of all" if "mean" in found else "mean"] = means
     return found
 
 

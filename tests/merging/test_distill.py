@@ -106,6 +106,14 @@ def test_a_student_that_is_the_teacher_has_no_loss_and_gets_a_gradient_otherwise
     assert agreement["token_agreement"] == 1 and agreement["kl"] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_validation_set_called_mean_keeps_its_agreement_beside_that_of_all(teacher, monkeypatch):
+    rows = iter([{"token_agreement": 1.0, "kl": 2.0}, {"token_agreement": 0.5, "kl": 4.0}])
+    monkeypatch.setattr(Lesson, "agreement", lambda self, batches: next(rows))
+    found = distillation.compare(lesson_of(teacher), {"mean": [], "vqa": []})
+    assert found["mean"] == {"token_agreement": 1, "kl": 2}
+    assert found["mean of all"] == {"token_agreement": 0.75, "kl": 3}
+
+
 def test_further_ranks_change_no_output_and_a_larger_start_is_refused(teacher):
     start = {site: (torch.ones(2, a.shape[1]), torch.ones(len(b), 2)) for site, a, b in (
         (name, layer.lora_A["vqa"], layer.lora_B["vqa"]) for name, layer in teacher.bank.sites.items())}  # fmt: skip
