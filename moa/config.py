@@ -104,12 +104,14 @@ def check_experts(config: RunConfig) -> None:
     rule = f"{router.score} has keys of answers B A x, and experts.{', '.join(hidden)} has others"
     check(not (hidden and router.score == ATTENTION), "router.score", rule)
     check_banks(config)
-    whole = not router.row.below_one and (router.renormalize or not router.row.hard)
-    rest = [name for name in rest if gates[name] == "rest" and whole]
-    rule = (
-        f"rest would be 0, as gates of router.kind={router.kind} sum to 1; choose top_k with router.renormalize=false"
-    )
+    whole, over = router.sums[0] >= 1, router.sums[1] > 1
+    rest = [name for name in rest if gates[name] == "rest" and (whole or over)]
+    sums = f"gates of router.kind={router.kind} {'may sum to more than' if over else 'sum to'} 1"
+    rule = f"rest would be {'below 0' if over else '0'}, as {sums}; choose top_k with router.renormalize=false"
     check(not rest, f"experts.{', '.join(rest)}.gate", rule)
+    unsure = [name for name, gate in gates.items() if gate == "confidence"]
+    rule = f"mean makes experts alike, and experts.{', '.join(unsure)} of gate confidence would have more than all; "
+    check(not unsure or router.unknown_task != "mean", "router.unknown_task", f"{rule}choose none or route")
     choices = config.choices
     joint = [name for name in names if gates[name] == "joint"]
     one = len(choices) == 1 and router.kind not in ("sigmoid", "fixed")
@@ -132,6 +134,10 @@ def check_experts(config: RunConfig) -> None:
     check(not votes, "losses.z", rule)
     tasks = len(config.data.tasks) > 1 or not router.per_task
     check(tasks, "router.per_task", f"has no effect, it needs two tasks; data.tasks is {config.data.tasks}")
+    by_task = [f"experts.{name}.rank_gates" for name, expert in config.experts.items() if expert.rank_gates == "task"]
+    by_task += ["router.evidence"] if router.reads_task else []
+    rule = f"names none, and {', '.join(by_task)} has task; name tasks, or leave it out there"
+    check(bool(config.data.tasks) or not by_task, "data.tasks", rule)
     for name in router.weights or {}:
         rule = "no such routed expert"
         check(name in choices, f"router.weights.{name}", f"{rule}; choices: {choices}")
@@ -288,20 +294,7 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
         known = name is None or name in experts
         check(known, f"{key}.{setting}", f"no such expert {name!r}; choices: {list(experts)}")
     if stage.copy_of is not None:
-        own = experts[stage.copy_of]
-        for name, expert in experts.items():
-            rule = f"{name} has another rank, alpha, targets, init or rank_gates, and so cannot be its copy"
-            check(expert.shape == own.shape or expert.gate != "routed" or expert.frozen, f"{key}.copy_of", rule)
-        rule = f"{stage.copy_of} is of kind=sparse, and each such expert has places of its own"
-        check(own.kind != "sparse", f"{key}.copy_of", rule)
-        rule = f"{stage.copy_of} has the gate {own.gate}, which is no share of 1: with it the copies are more than it"
-        sharing = [name for name, expert in experts.items() if expert.gate in ("joint", *LEFT_OVER)]
-        check(own.gate == "routed" or stage.copy_of in sharing, f"{key}.copy_of", rule)
-        beside = [name for name in sharing if name != stage.copy_of]
-        rule = f"{', '.join(beside)} has a share of the gates, and is no copy: together they are not {stage.copy_of}"
-        check(not beside, f"{key}.copy_of", rule)
-        rule = "would overwrite the lora_A that init: null_space holds for each expert"
-        check(own.init != "null_space", f"{key}.copy_of", rule)
+        check_copies(config, stage, stage.copy_of)
     learn = [name for name, expert in experts.items() if not expert.frozen]
     for name in stage.only or ():
         check(name in learn, f"{key}.only", f"no expert that learns is called {name!r}; choices: {learn}")
@@ -327,6 +320,33 @@ def check_gates_of_stage(config: RunConfig, stage: StageConfig, key: str) -> Non
     fed = stage.kind != "experts" or stage.expert in starves or gates.leak or gates.blend or not starves
     rule = f"experts.{', '.join(starves)} has the gate 0 here, because one gate is 1: set {key}.gates.leak above 0"
     check(bool(fed), f"{key}.gates.leak", rule)
+
+
+def check_copies(config: RunConfig, stage: StageConfig, copied: str) -> None:
+    """ValueError where experts cannot be copies of `copied`, or would not answer as it does at the router's gates."""
+    experts, own, key = config.experts, config.experts[copied], f"stages.{stage.name}.copy_of"
+    for name, expert in experts.items():
+        rule = f"{name} has another rank, alpha, targets, init or rank_gates, and so cannot be its copy"
+        check(expert.shape == own.shape or expert.gate != "routed" or expert.frozen, key, rule)
+    check(own.kind != "sparse", key, f"{copied} is of kind=sparse, and each such expert has places of its own")
+    rule = f"{copied} has the gate {own.gate}, which is no share of 1: with it the copies are more than it"
+    sharing = [name for name, expert in experts.items() if expert.gate in ("joint", *LEFT_OVER)]
+    check(own.gate == "routed" or copied in sharing, key, rule)
+    beside = [name for name in sharing if name != copied]
+    rule = f"{', '.join(beside)} has a share of the gates, and is no copy: together they are not {copied}"
+    check(not beside, key, rule)
+    check(own.init != "null_space", key, "would overwrite the lora_A that init: null_space holds for each expert")
+    router = config.router
+    # of E shares of a softmax, one is always above a threshold below 1/E
+    above = router.row.learned_threshold and (router.threshold or 0) * len(config.choices) < 1
+    fits = own.gate == "rest" or ((router.sums == (1, 1) or above) and not router.added_up)
+    causes = {"added_up": bool(router.added_up), f"weights of sum {router.sums[0]:g}": bool(router.weights)}
+    causes |= {f"threshold={router.threshold}": router.threshold is not None and router.sums[1] == 1}
+    causes |= {"renormalize=false": not router.renormalize}
+    cause = next((name for name, found in causes.items() if found), f"kind={router.kind}")
+    rule = f"router.{cause}: gates may sum to another number than 1, so that the mixture would not begin as {copied}; "
+    rule += "choose gates of sum 1 (softmax, renormalize=true, sigmoid with normalize=true), or trains: experts"
+    check(stage.kind == "experts" or fits, key, rule)
 
 
 def stage_sources(config: RunConfig, stage: StageConfig) -> list[SourceConfig]:

@@ -178,7 +178,7 @@ class RouterConfig:
     per_site: bool = False  # a learned offset of the logits for each wrapped layer
     task_prior: bool = False  # a learned offset of the logits for each task, where the task is known
     # gates of a sample that names a task outside of data.tasks: route: by the other evidence, as without a task; mean:
-    # all experts alike, as one merged adapter; none: no routed expert, the base answers
+    # all routed experts alike, as one merged adapter; none: no expert, be it shared, the base answers
     unknown_task: Literal["route", "mean", "none"] = "route"
     # chance in training that one kind of evidence is hidden
     modality_dropout: Annotated[ShareBelowOne, OF_RUN] = 0.1
@@ -210,6 +210,21 @@ class RouterConfig:
     @property
     def learned_noise(self) -> bool:
         return self.noise == "learned"
+
+    @property
+    def reads_task(self) -> bool:
+        """Whether samples are routed by evidence that has their task."""
+        return self.row.router is not None and self.granularity != "token" and "task" in self.evidence
+
+    @property
+    def sums(self) -> tuple[float, float]:
+        """The smallest and the largest sum that the gates of a decision may have, without a null expert."""
+        if self.weights:
+            return (round(sum(self.weights.values()), 3),) * 2
+        if "normalize" in self.row.options and not self.normalize:
+            return 0.0, float("inf")
+        cut = self.row.below_one or not self.renormalize or (self.normalize and self.threshold is not None)
+        return 0.0 if cut else 1.0, 1.0
 
     @property
     def row(self) -> kinds.Kind:
@@ -262,7 +277,7 @@ class RouterConfig:
         rule = "needs a threshold and a noise that are not learned"
         check(not (learned and self.per_task), "per_task", rule)
         check(not by_token or not self.added_up, "added_up", f"needs granularity sample; {got}")
-        reads = self.row.router is not None and not by_token and "task" in self.evidence
+        reads = self.reads_task and not by_token
         rule = f"{self.unknown_task} needs granularity sample and a router that sees the task; {got}, {self.evidence}"
         check(reads or self.unknown_task == "route", "unknown_task", rule)
         hard = kinds.names(lambda kind: kind.hard)

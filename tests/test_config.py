@@ -145,6 +145,13 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
         (["experts.a.dropout=0.1", "router.root_gradient=true"], ["router.root_gradient", "experts.a.dropout"]),
         (["router.renormalize=false"], ["router.renormalize", "top_k, top_p", "softmax"]),
         (["experts.b.gate=rest"], ["experts.b.gate", "would be 0", "softmax", "renormalize=false"]),
+        (["experts.b.gate=rest", "router.kind=sigmoid"],
+         ["experts.b.gate: rest would be below 0", "sigmoid may sum to more than 1", "renormalize=false"]),
+        (["experts.b.gate=rest", "router.kind=fixed", "router.weights={a: 1.5}"], ["rest would be below 0", "fixed"]),
+        (["experts.c.gate=confidence", "router.unknown_task=mean"], ["router.unknown_task: mean", "experts.c"]),
+        (["data.tasks=[]"], ["data.tasks: names none", "router.evidence"]),
+        (["data.tasks=[]", "router.evidence=[image]", "experts.a.rank_gates=task"],
+         ["data.tasks: names none", "experts.a.rank_gates"]),
         (["losses.load=1"], ["losses.load", "router.kind=top_k", "gaussian"]),
         (["router.weights={a: 1}"], ["router.weights", "no effect", "softmax"]),
         (["router.threshold=0.1"], ["router.threshold", "no effect", "softmax"]),
@@ -209,6 +216,31 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
 def test_an_impossible_pair_is_refused_with_its_rule(overrides, expected):
     message = error_of(*overrides)
     assert all(part in message for part in expected), message
+
+
+def test_copies_need_gates_that_sum_to_one_where_the_router_decides():
+    def refused(*router: str) -> str:
+        return error_of(*COPIES, *(f"router.{setting}" for setting in router))
+
+    for cause, own in {
+        "renormalize=false": ("kind=top_k", "renormalize=false"),
+        "added_up": ("added_up=[x]",),
+        "kind=sigmoid": ("kind=sigmoid", "threshold=0.1"),
+        "threshold=0.1": ("kind=sigmoid", "normalize=true", "threshold=0.1"),
+        "threshold=0.5": ("kind=threshold", "threshold=0.5"),
+        "kind=likeness": ("kind=likeness",),
+        "weights of sum 0.7": ("kind=fixed", "weights={a: 0.3, b: 0.4}"),
+    }.items():
+        message = refused(*own)
+        assert f"stages.joint.copy_of: router.{cause}: gates may sum" in message and "as a; choose" in message, message
+    for own in (
+        "kind=softmax", "kind=softmax null_expert=true", "kind=top_k", "kind=top_p", "kind=threshold",
+        "kind=threshold threshold=0.4", "kind=sigmoid normalize=true", "kind=one_hot", "kind=fixed",
+        "kind=fixed weights={a:0.25,b:0.75}", "kind=anchors",
+    ):  # fmt: skip
+        load_config(None, [EXPERTS, *COPIES, *(f"router.{setting}" for setting in own.split())])
+    apart = "stages={experts: {steps: 2, expert: a}, apart: {trains: experts, steps: 2, copy_of: a}}"
+    load_config(None, [EXPERTS, *COPIES[:2], apart, "router.kind=sigmoid"])
 
 
 def test_a_config_file_that_is_missing_or_broken_is_named(tmp_path):

@@ -90,7 +90,8 @@ def copy_expert(model: MixtureModel, stage: StageConfig) -> list[str]:
             kind, expert, site = key.split(".", 2)
             if expert in copies:
                 learned.copy_(gates[f"{kind}.{name}.{site}"])
-    return [f"experts {', '.join(copies)} as copies of {name}"]
+    less = ", less the null expert's share of the gates" if model.routing.null_expert else ""
+    return [f"experts {', '.join(copies)} as copies of {name}{less}"]
 
 
 def keep_largest(model: MixtureModel, stage: StageConfig) -> list[str]:

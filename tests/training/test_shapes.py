@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from moa.build import build_model
 from moa.checkpoint import load_model
 from moa.config import RunConfig
+from moa.sections import StageConfig
+from moa.training.stages import copy_expert
 from tests.support.toy import read_log, toy_config
 from tests.test_train import run_killed, run_once
 
@@ -55,6 +58,13 @@ def test_upcycling_trains_one_expert_on_all_samples_and_copies_it_into_the_other
     for name in EQUAL:
         copy = factors(config, "step-000003", name)
         assert all(torch.equal(one[key], copy[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_a_null_expert_takes_its_share_of_the_copies_and_a_line_says_so(world):
+    model = build_model(toy_config(world, experts=EQUAL, router__null_expert=True))
+    lines = copy_expert(model, StageConfig(name="joint", steps=1, copy_of="vqa"))
+    assert lines == ["experts grounding as copies of vqa, less the null expert's share of the gates"]
 
 
 @pytest.mark.slow
