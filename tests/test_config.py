@@ -1,6 +1,7 @@
 """Settings: merged in order, checked, described, and wrong ones refused by name."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,28 +220,26 @@ def test_an_impossible_pair_is_refused_with_its_rule(overrides, expected):
 
 
 def test_copies_need_gates_that_sum_to_one_where_the_router_decides():
-    def refused(*router: str) -> str:
-        return error_of(*COPIES, *(f"router.{setting}" for setting in router))
-
+    config = load_config(None, [EXPERTS, *COPIES])
     for cause, own in {
-        "renormalize=false": ("kind=top_k", "renormalize=false"),
-        "added_up": ("added_up=[x]",),
-        "kind=sigmoid": ("kind=sigmoid", "threshold=0.1"),
-        "threshold=0.1": ("kind=sigmoid", "normalize=true", "threshold=0.1"),
-        "threshold=0.5": ("kind=threshold", "threshold=0.5"),
-        "kind=likeness": ("kind=likeness",),
-        "weights of sum 0.7": ("kind=fixed", "weights={a: 0.3, b: 0.4}"),
+        "renormalize=false": {"kind": "top_k", "renormalize": False},
+        "added_up": {"added_up": ["x"]},
+        "kind=sigmoid": {"kind": "sigmoid", "threshold": 0.1},
+        "threshold=0.1": {"kind": "sigmoid", "normalize": True, "threshold": 0.1},
+        "threshold=0.5": {"kind": "threshold", "threshold": 0.5},
+        "kind=likeness": {"kind": "likeness"},
+        "weights of sum 0.7": {"kind": "fixed", "weights": {"a": 0.3, "b": 0.4}},
     }.items():
-        message = refused(*own)
-        assert f"stages.joint.copy_of: router.{cause}: gates may sum" in message and "as a; choose" in message, message
-    for own in (
-        "kind=softmax", "kind=softmax null_expert=true", "kind=top_k", "kind=top_p", "kind=threshold",
-        "kind=threshold threshold=0.4", "kind=sigmoid normalize=true", "kind=one_hot", "kind=fixed",
-        "kind=fixed weights={a:0.25,b:0.75}", "kind=anchors",
-    ):  # fmt: skip
-        load_config(None, [EXPERTS, *COPIES, *(f"router.{setting}" for setting in own.split())])
-    apart = "stages={experts: {steps: 2, expert: a}, apart: {trains: experts, steps: 2, copy_of: a}}"
-    load_config(None, [EXPERTS, *COPIES[:2], apart, "router.kind=sigmoid"])
+        router = RouterConfig(**own)
+        with pytest.raises(ValueError, match=rf"stages.joint.copy_of: router.{cause}: gates may sum .* as a; choose"):
+            replace(config, router=router)
+        apart = {**config.stages, "joint": replace(config.stages["joint"], trains="experts")}
+        replace(config, router=router, stages=apart)  # each sample has its own expert alone
+    kinds = ("softmax", "top_k", "top_p", "threshold", "one_hot", "fixed", "anchors")
+    allowed = [{"kind": kind} for kind in kinds] + [{"null_expert": True}, {"kind": "sigmoid", "normalize": True}]
+    allowed += [{"kind": "threshold", "threshold": 0.4}, {"kind": "fixed", "weights": {"a": 0.25, "b": 0.75}}]
+    for own in allowed:
+        replace(config, router=RouterConfig(**own))
 
 
 def test_a_config_file_that_is_missing_or_broken_is_named(tmp_path):
