@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from PIL import ImageOps
 from PIL.Image import Image
 
 from data.images import to_rgb
 from data.sample import Box, OcrWord
 
 Words = tuple[OcrWord, ...]
+NARROWEST = 10  # times the short side
 ONE_THREAD = {"OMP_THREAD_LIMIT": "1"}  # several images at once are faster than several threads
 
 
@@ -81,7 +83,7 @@ class RapidOcr:
 
     def read(self, image: Image) -> Words:
         """The words of an image in reading order; boxes in its pixels."""
-        pixels = np.asarray(to_rgb(image))[:, :, ::-1]  # the engine takes BGR
+        pixels = np.asarray(widened(to_rgb(image)))[:, :, ::-1]  # the engine takes BGR
         result = self._started()(np.ascontiguousarray(pixels))
         if not result.txts:
             return ()
@@ -106,6 +108,16 @@ class RapidOcr:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_session": None}
+
+
+def widened(image: Image) -> Image:
+    """With white beside or below where the long side is more than ten short ones.
+
+    The engine enlarges an image by its short side. That takes seconds and gigabytes for a narrow one, and fails on a
+    line of pixels.
+    """
+    side = max(image.size) // NARROWEST
+    return ImageOps.expand(image, (0, 0, max(side - image.width, 0), max(side - image.height, 0)), "white")
 
 
 def _bounds(corners: np.ndarray, size: tuple[int, int]) -> Box:

@@ -17,6 +17,7 @@ from moa.routing.losses import OF_EXPERTS
 from moa.routing.roles import CHOSEN, LEFT_OVER, NONE, WITH, check_roles
 from moa.routing.scores import ARROW, ATTENTION
 from moa.sections import (
+    GATE_RULES,
     EvalConfig,
     ExpertConfig,
     LoggingConfig,
@@ -76,6 +77,7 @@ def check_experts(config: RunConfig) -> None:
     for name in names:
         check(re.fullmatch(r"\w[\w-]*", name) is not None, f"experts.{name}", "is no folder name")
         check(name != NONE, f"experts.{name}", "means no expert (router.null_expert)")
+        check(name not in GATE_RULES, f"experts.{name}", "means other gates in eval.gates; choose another name")
     check_ties(config)
     bits = config.model.quantization
     for name, expert in config.experts.items():

@@ -11,6 +11,7 @@ model = model.train(rows, "runs/more", expert="count")  # a new expert, from sam
 """
 
 import io
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -163,6 +164,8 @@ class LoadedModel:
             raise ValueError("merge: a base has no experts to merge")
         if isinstance(weights, Mapping):
             weights = gates_by_name(self.experts, weights, "weights")
+            if not any(weights.values()):
+                raise ValueError("weights: all are 0, which is the base")
         if self.run is None and isinstance(weights, dict):
             weights = [*weights.values()]  # the only adapter's folder is not called as the expert is
         source = {"run": self.run, "adapters": [*self.adapters], "out": str(out), "weights": weights}
@@ -199,8 +202,13 @@ class LoadedModel:
             raise ValueError("train: needs a run, whose prompt, data and router it continues")
         if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
             raise ValueError(f"out: {out} holds other things; name a new folder")
-        stored = store_rows(rows, Path(out) / "rows", task or expert)
-        train_here(further_config(Path(self.run), self.config, Path(out), stored, expert, steps, settings or {}))
+        try:
+            stored = store_rows(rows, Path(out) / "rows", task or expert)
+            train_here(further_config(Path(self.run), self.config, Path(out), stored, expert, steps, settings or {}))
+        except (ValueError, TypeError):
+            if not (Path(out) / "checkpoints").exists():
+                shutil.rmtree(out, ignore_errors=True)  # nothing was trained: the corrected call can have the name
+            raise
         return load(out, device=str(self._device))
 
     @property

@@ -408,6 +408,9 @@ class TrainConfig:
         check(len(self.betas) == 2, "betas", f"AdamW takes two, got {list(self.betas)}")
 
 
+GATE_RULES = ("router", "oracle", "uniform", "ensemble", "off")  # of eval.gates, beside the names of experts
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     # steps between validations during training; 0: only at the end of a stage

@@ -212,6 +212,7 @@ def test_a_wrong_key_type_or_choice_is_refused_by_name(override, expected):
          ["stages.joint.copy_of: c has a share"]),
         ([*COPIES, *(f"experts.{n}={{rank: 2, init: null_space, factors: [B], init_statistics: [x]}}" for n in "ab")],
          ["stages.joint.copy_of: would overwrite"]),
+        (["experts={off: {rank: 2}}"], ["experts.off: means other gates in eval.gates"]),
     ],
 )  # fmt: skip
 def test_an_impossible_pair_is_refused_with_its_rule(overrides, expected):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from moa.evaluation.settings import with_eval
 from moa.evaluation.sources import score_sources
 from moa.loaded import LoadedModel, load
 from moa.playground.desk import Desk
+from moa.training.further import further_config
 from tests import ROOT
 from tests.evaluation.test_eval import make_run
 from tests.support.tiny import random_image
@@ -118,6 +120,8 @@ def test_an_answer_is_heard_as_it_grows_and_ends_where_the_listener_raises(run, 
 def test_a_merge_of_an_unknown_expert_or_of_a_base_is_refused(run, model):
     with pytest.raises(ValueError, match="weights.vaq: no such expert; choices: vqa, grounding"):
         model.merge("none", {"vaq": 1})
+    with pytest.raises(ValueError, match="all are 0, which is the base"):
+        model.merge("none", {"vqa": 0})
     with pytest.raises(ValueError, match="like: has no effect beside adapters"):
         load(run, like=run, adapters=["any"])
 
@@ -156,6 +160,10 @@ def test_an_expert_learns_from_samples_in_memory_and_the_others_stay(run, model,
         model.train(rows, tmp_path / "more", "count")
     with pytest.raises(ValueError, match="rows: there are none"):
         model.train([], tmp_path / "none", "count")
+    assert not (tmp_path / "none").exists()  # free for the call with rows
+    again = further_config(Path(grown.run), grown.config, tmp_path / "none", (tmp_path, ["count"]), "count", 2, {})
+    assert [*again.data.sources] == [*grown.config.data.sources, "count_2"] and "count" in grown.config.data.sources
+    assert again.stages["experts"].sources == ["count_2"]
     with pytest.raises(ValueError, match="train: needs a run"):
         both.train(rows, tmp_path / "none", "count")
 

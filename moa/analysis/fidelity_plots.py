@@ -107,7 +107,7 @@ def draw_spectra(path: Path, record: Record) -> None:
             _line(panels[1], ratio, color=INK, marker=".")
             panels[1].axhline(1, color=MUTED, ls=":", lw=1)
             panels[1].set_title("scaling: result / weighted sum")
-            panels[1].set(xlabel="index", ylim=(0, min(max(1.2, 1.2 * ratio.max()), 10)))
+            panels[1].set(xlabel="index", ylim=(0, min(max(1.2, 1.2 * ratio.max(initial=0)), 10)))
         panels[0].set_title("before and after the method" if merged else "each expert")
         panels[0].set(yscale="log", xlabel="index", ylabel="singular value")
         panels[0].legend(frameon=False, fontsize=8)

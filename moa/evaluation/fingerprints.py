@@ -58,5 +58,5 @@ def read_result(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str,
         if record["fingerprints"]["rows"] != digest(text):
             return None
         return record, [json.loads(line) for line in text.split("\n") if line]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None

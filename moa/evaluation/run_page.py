@@ -261,8 +261,7 @@ def merging_section(run: RunFolder) -> Parts:
 def cost_section(run: RunFolder) -> Parts:
     steps = [row for row in run.log if isinstance(row.get("step_s"), int | float)]
     rows: list[tuple[str, str]] = []
-    if steps:
-        seconds = sum(row["step_s"] for row in steps)
+    if seconds := sum(row["step_s"] for row in steps):
         total = {key: sum(row.get(key, 0) for row in steps) for key in ("data_wait_s", "samples", "tokens_read")}
         rows += [
             ("time in steps", f"{seconds / 60:.1f} minutes, of which {total['data_wait_s'] / seconds:.1%} for data"),

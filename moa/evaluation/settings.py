@@ -13,9 +13,8 @@ from moa.cli.ranges import FilePath
 from moa.cli.settings import laid_over, load, read_override
 from moa.cli.strict_yaml import read_yaml
 from moa.config import RunConfig
-from moa.sections import EvalConfig
+from moa.sections import GATE_RULES, EvalConfig
 
-GATE_RULES = ("router", "oracle", "uniform", "ensemble", "off")
 WITH = re.compile(r"with:(?:(\d*\.?\d+)\*)?(.+)")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.checks import BadSampleError
 from data.images import open_image
@@ -173,7 +173,10 @@ def open_upload(data: bytes) -> Image.Image:
         width = height = 0  # `open_image` gives the reason
     if width * height > MOST_PIXELS:
         raise ValueError(f"image: at most {MOST_PIXELS:,} pixels, got {width}x{height}; make it smaller")
-    return open_image(data, "image")
+    image = open_image(data, "image")
+    with Image.open(io.BytesIO(data)) as header:  # a camera says how it was held; `open_image` shows pixels as stored
+        image.getexif().update(header.getexif())
+    return ImageOps.exif_transpose(image)
 
 
 # -- What is drawn ----------------------------------------------------------------------------------

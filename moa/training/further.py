@@ -6,6 +6,7 @@ As configs/new_expert.yaml: the other experts are frozen, and the router learns 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,13 @@ def further_config(
             "num_samples": min(source["num_samples"] or KEPT, KEPT),
         }
         for name, source in raw["data"]["sources"].items()
-        if name != expert
     }
-    sources[expert] = {"format": "jsonl", "path": file, "expert": expert}
+    new = next(name for name in chain([expert], (f"{expert}_{i}" for i in count(2))) if name not in sources)
+    sources[new] = {"format": "jsonl", "path": file, "expert": expert}
     usual = {key: next(iter(raw["experts"].values()))[key] for key in ("rank", "alpha")}
     experts = {name: {**own, "init_from": None, "frozen": name != expert} for name, own in raw["experts"].items()}
     warm = {"warmup_steps": steps // 10, "lr_end": 0.1}
-    stages: dict[str, Any] = {"experts": {"steps": steps, "init_from": str(step), "sources": [expert], **warm}}
+    stages: dict[str, Any] = {"experts": {"steps": steps, "init_from": str(step), "sources": [new], **warm}}
     if config.router.row.learns:
         stages["router"] = {"steps": max(steps // 2, 1), "warmup_steps": steps // 20, "lr_end": 0.1}
     over: list[Override] = [

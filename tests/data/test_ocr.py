@@ -18,7 +18,7 @@ from data.ocr import (
     shard_file,
     write_table,
 )
-from data.ocr_engines import ENGINES, RapidOcr, Tesseract, reading_order, split_line, tsv_words
+from data.ocr_engines import ENGINES, RapidOcr, Tesseract, reading_order, split_line, tsv_words, widened
 from data.ocr_images import source_images
 from data.readers.table import open_records
 from data.sample import OcrWord
@@ -73,6 +73,12 @@ def test_the_engine_reads_rendered_words_in_reading_order_with_boxes_around_them
 
 def test_a_image_without_words_gives_an_empty_tuple():
     assert RapidOcr().read(Image.new("RGB", (192, 192), "white")) == ()
+
+
+def test_narrow_images_are_widened_in_front_of_the_engine_and_others_are_not():
+    sizes = {(1, 3000): (300, 3000), (3000, 3): (3000, 300), (300, 3000): (300, 3000), (20, 10): (20, 10)}
+    assert {size: widened(Image.new("RGB", size)).size for size in sizes} == sizes
+    assert widened(Image.new("RGB", (1, 20))).getpixel((0, 0)) == (0, 0, 0)  # added on the other side: boxes stay
 
 
 @pytest.mark.slow

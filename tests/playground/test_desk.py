@@ -4,7 +4,7 @@ import io
 import threading
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data.sample import OcrWord
 from moa.loaded import load
@@ -39,6 +39,10 @@ def test_what_is_no_image_or_too_large_is_refused_by_its_reason(data, message):
     with pytest.raises(ValueError, match=message):
         open_upload(data)
     assert open_upload(file_of(random_image(0))).size == random_image(0).size
+    turned, file = Image.Exif(), io.BytesIO()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (30, 20)).save(file, "JPEG", exif=turned)
+    assert open_upload(file.getvalue()).size == (20, 30)  # a photo stands as its camera was held
 
 
 def test_a_question_of_ten_thousand_characters_or_none_is_refused():
