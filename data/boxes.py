@@ -58,8 +58,14 @@ class BoxCodec:
     def decode(self, text: str, geometry: Geometry) -> Box | None:
         """The first box in a text, in original pixels, cut at what the frame shows; None without one of any area."""
         found = re.search(self.pattern.replace("N", NUMBER), text)
-        if found is None:
-            return None
+        return None if found is None else self._box(found, geometry)
+
+    def decode_all(self, text: str, geometry: Geometry) -> tuple[Box, ...]:
+        """Every box in a text that has an area, as `decode` gives the first."""
+        found = (self._box(match, geometry) for match in re.finditer(self.pattern.replace("N", NUMBER), text))
+        return tuple(box for box in found if box is not None)
+
+    def _box(self, found: re.Match[str], geometry: Geometry) -> Box | None:
         numbers = [float(number) for number in found.groups()]
         y0, x0, y1, x1 = numbers if self.y_first else [numbers[i] for i in (1, 0, 3, 2)]
         width, height = geometry.size
@@ -112,7 +118,7 @@ CODECS = {
     # LLaVA-1.5: its frame is the square-padded image where the processor pads (do_pad)
     "llava": BoxCodec(box=LIST_BOX, pattern=LIST, units=1, decimals=2, joiner="; "),
     "shikra": BoxCodec(  # arXiv 2306.15195, 3.1
-        box="{},{},{},{}", pattern=LIST, units=1, decimals=3, joiner=";", around="[{}]"
+        box="{},{},{},{}", pattern=r"[\[;]" + LIST[2:], units=1, decimals=3, joiner=";", around="[{}]"
     ),
     "qwen_vl": BoxCodec(box="<box>({},{}),({},{})</box>", pattern=CORNERS, units=1000, joiner=""),
     "qwen2_vl": BoxCodec(box=QWEN2_BOX, pattern=CORNERS, units=1000, joiner=""),

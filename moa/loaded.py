@@ -117,6 +117,9 @@ class LoadedModel:
             return []
         collator = prompt_collator(network, config, withhold_task=task is None)
         samples = [self._sample(image, question, task, str(i)) for i, (image, question) in enumerate(pairs)]
+        for key, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{key}: must be a whole number of at least 1, got {value}")
         lengths = max_new_tokens or config.eval.max_new_tokens, num_beams or config.eval.num_beams
         responses, _ = respond(network, collator, collator(samples), gates, *lengths, on_text)
         return [prediction_of(network, collator, response) for response in responses]

@@ -88,6 +88,7 @@ def test_without_experts_the_base_answers(run, model):
         ({"image": 3}, "image: must be a path, a PIL image or an array, got int"),
         ({"image": np.zeros((4, 4))}, r"uint8 \[height, width, 3\], got float64 of shape"),
         ({"question": " "}, "empty question"),
+        ({"max_new_tokens": 0}, "max_new_tokens: must be a whole number of at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_answered_is_named(run, model, changes, message):

@@ -28,14 +28,16 @@ ImageLike = Any  # a path, a PIL image, or an array [height, width, 3] of bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The text, its box in pixels of the given image, and each expert's mean gate; None where tokens differ.
+    """The text, its first box and all boxes in pixels of the given image, and each expert's mean gate: None where
+    tokens differ.
 
-    The box of an answer about several images names none of them, and is None.
+    Boxes in an answer about several images name none of them, and are left out.
     """
 
     text: str
     box: Box | None
     gates: dict[str, float] | None
+    boxes: tuple[Box, ...] = ()
 
 
 def read_image(image: ImageLike) -> Image:
@@ -55,12 +57,15 @@ def read_image(image: ImageLike) -> Image:
 
 def prediction_of(network: MixtureModel, collator: ChatCollator, response: Response) -> Prediction:
     box, gates = response.box, None
+    boxes: tuple[Box, ...] = ()
     if collator.codec is not None and response.sample.images and response.sample.box_image is not None:
-        box = collator.codec.decode(response.text, collator.geometry(response.sample))
+        geometry = collator.geometry(response.sample)
+        box = collator.codec.decode(response.text, geometry)
+        boxes = collator.codec.decode_all(response.text, geometry)
     if response.gates is not None:
         means = (sum(column) / len(response.gates) for column in zip(*response.gates, strict=True))
         gates = dict(zip(network.bank.names, means, strict=True))
-    return Prediction(text=response.text, box=box, gates=gates)
+    return Prediction(text=response.text, box=box, boxes=boxes, gates=gates)
 
 
 def prompt_collator(model: MixtureModel, config: RunConfig, *, withhold_task: bool) -> Any:

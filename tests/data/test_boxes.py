@@ -129,6 +129,14 @@ def test_a_box_is_found_inside_other_text_and_across_spaces():
     assert CODECS["llava"].decode("Sure: [0,0.5,1,1].", whole(10, 20)) == (0, 10, 10, 20)
 
 
+@pytest.mark.parametrize("name", CODECS)
+def test_all_boxes_of_an_answer_are_found_in_their_order_and_those_without_area_left_out(name):
+    codec, frame = CODECS[name], whole(100, 100)
+    two = codec.encode([(0, 0, 50, 50), (50, 50, 100, 100)], frame)
+    first, second = codec.decode_all(two, frame)
+    assert first == codec.decode(two, frame) and second[0] > first[0] and codec.decode_all("none", frame) == ()
+
+
 def test_an_answer_that_overshoots_the_frame_is_cut_at_it():
     answer = '```json\n[{"bbox_2d": [5, -1, 12, 8], "label": "cat"}]\n```'
     assert CODECS["qwen2_5_vl"].decode(answer, whole(10, 20)) == (5, 0, 10, 8)
