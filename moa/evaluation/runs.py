@@ -153,9 +153,18 @@ def _differ(key: str, values: Sequence[Any]) -> Iterator[tuple[str, list[str]]]:
         yield key, ["-" if value is ... else text_of(value) for value in values]
 
 
+def _without_unset(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    found = {key: _without_unset(inner) for key, inner in value.items()}
+    return {key: inner for key, inner in found.items() if inner not in (None, False, 0, [], {})}
+
+
 def text_of(value: Any) -> str:
-    """A setting as YAML writes it in one line."""
+    """A setting as YAML writes it in one line, without what is null or off in a mapping."""
     with suppress(TypeError, ValueError):
         if not isinstance(value, Mapping | list):
             return json.dumps(value, ensure_ascii=False).strip('"')
-    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6).strip()
+    return yaml.safe_dump(
+        _without_unset(value), default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6
+    ).strip()
